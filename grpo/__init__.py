@@ -1,0 +1,1 @@
+"""GRPO (Group Relative Policy Optimization) from scratch, as a Hydra experiment suite."""
