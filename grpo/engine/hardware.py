@@ -1,0 +1,84 @@
+"""Which device a run uses, and how: resolved once when it starts, then frozen in its config."""
+
+import logging
+import os
+import resource
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import yaml
+from omegaconf import DictConfig
+
+from grpo.config import CONF_DIR, Config, ConfigError
+
+logger = logging.getLogger(__name__)
+
+# The presets that `auto` chooses among: the first whose memory, in GB, the card has (a little is always reserved).
+CUDA_PRESETS = ((70, "a100_80gb"), (36, "a100_40gb"), (20, "rtx_24gb"), (0, "t4_16gb"))
+
+
+def resolve_hardware(cfg: DictConfig) -> None:
+    """Fill, in place, what the hardware group leaves open: the device, the preset's sizes, the threads.
+
+    Keys that are set stay. Raises ConfigError where the device asked for is not there.
+    """
+    hardware = cfg.hardware
+    wanted = cfg.model.device_map if cfg.model.device_map != "auto" else hardware.device
+    device = find_device() if wanted == "auto" else wanted
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("hardware.device=cuda: torch sees no CUDA device here; use hardware=auto or hardware=cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("hardware.device=mps: torch sees no Apple GPU here; use hardware=auto or hardware=cpu")
+    if hardware.device == "auto":
+        name = preset(device)
+        logger.info("hardware=auto: using the preset %s", name)
+        for key, value in yaml.safe_load((CONF_DIR / "hardware" / f"{name}.yaml").read_text()).items():
+            if hardware[key] is None:
+                hardware[key] = value
+    hardware.device = device.split(":")[0]
+    if hardware.threads is None:
+        hardware.threads = torch.get_num_threads()
+
+
+def find_device() -> str:
+    """The best device that torch sees: cuda, else mps, else cpu."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def preset(device: str) -> str:
+    """The name of the hardware preset for a device, by its memory."""
+    if not device.startswith("cuda"):
+        return device
+    memory = torch.cuda.get_device_properties(device).total_memory / 1e9
+    return next(name for least, name in CUDA_PRESETS if memory >= least)
+
+
+def use_hardware(config: Config) -> torch.device:
+    """Set torch up as the frozen config says, and return the device."""
+    torch.set_num_threads(config.hardware.threads or torch.get_num_threads())
+    device_map = config.model.device_map
+    device = torch.device(config.hardware.device if device_map == "auto" else device_map)
+    if device.type == "cpu" or config.deterministic:
+        # On a CPU this only replaces atomic additions in the gradient of indexing, at no cost worth measuring.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    return device
+
+
+def autocast(config: Config) -> AbstractContextManager:
+    """The arithmetic's dtype: hardware.autocast where one is set; weights and their updates keep model.dtype."""
+    if config.hardware.autocast is None:
+        return nullcontext()
+    return torch.autocast(config.hardware.device, dtype=getattr(torch, config.hardware.autocast))
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory used so far, in GB: of the card by tensors on CUDA, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

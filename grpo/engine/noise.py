@@ -1,0 +1,64 @@
+"""Sampling noise from a counter: a pure function of (seed, step, slot, completion, token, vocabulary index).
+
+There is no running random state to save, and rows that sit in another batch, process or order get the same noise.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Multipliers of splitmix64 (Steele et al., "Fast splittable pseudorandom number generators") for 64 bits, and of
+# "lowbias32" (Wellons, hash-prospector), a 32-bit mixer with low measured bias, for the part that runs per token.
+_MIX64 = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+_GOLDEN64 = np.uint64(0x9E3779B97F4A7C15)
+_MIX32 = (0x7FEB352D, 0x846CA68B - (1 << 32))  # as signed 32-bit numbers: torch has few unsigned operations
+_GOLDEN32 = 0x9E3779B9 - (1 << 32)
+
+
+def hash64(*counters: int | np.ndarray) -> np.ndarray:
+    """Mix integers, or arrays of them that broadcast, into one well-spread uint64 each; order matters."""
+    state = np.zeros((), dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for counter in counters:
+            state = state + _GOLDEN64 + np.asarray(counter).astype(np.uint64)
+            state = (state ^ (state >> np.uint64(30))) * _MIX64[0]
+            state = (state ^ (state >> np.uint64(27))) * _MIX64[1]
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def row_keys(seed: int, step: int, slots: np.ndarray, completions: np.ndarray) -> Tensor:
+    """Keys (B, 2) int32 of completions, from their slot in the batch and their index in the group, (B,) each."""
+    keys = hash64(seed, step, slots, completions)
+    return torch.from_numpy(np.ascontiguousarray(keys).view(np.int32).reshape(-1, 2).copy())
+
+
+def gumbel_noise(keys: Tensor, token: int, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise (B, vocab_size) float32 for the token with this index in each keyed completion.
+
+    keys: (B, 2) int32 from `row_keys`. `argmax(logits / temperature + noise)` is then a sample of the softmax
+    (Gumbel-max), and one that changes under rounding only where two candidates nearly tie.
+    """
+    token_keys = _mix32(_mix32(keys ^ _wrap32(token * _GOLDEN32)) + keys.flip(1))
+    vocab = torch.arange(vocab_size, dtype=torch.int32, device=keys.device)
+    bits = _mix32((vocab * _GOLDEN32) ^ token_keys[:, :1], token_keys[:, 1:])
+    # 31 bits as a fraction in (0, 1]: small ones keep full resolution, and they make the large, decisive noise.
+    uniform = (bits & 0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)
+    exponential = uniform.neg_().log1p_().neg_()  # -log(1 - u); infinite where u rounds to 1: never chosen
+    return exponential.log_().neg_()
+
+
+def _mix32(x: Tensor, second_key: Tensor | int = 0) -> Tensor:
+    """lowbias32 in wrapping int32 arithmetic, with a second key added half way."""
+    x = (x ^ _shift_right(x, 16)) * _MIX32[0] + second_key
+    x = (x ^ _shift_right(x, 15)) * _MIX32[1]
+    return x ^ _shift_right(x, 16)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    # torch shifts signed numbers arithmetically; the mask makes it the unsigned shift of the definition.
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _wrap32(x: int) -> int:
+    return (x + (1 << 31)) % (1 << 32) - (1 << 31)
