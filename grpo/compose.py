@@ -1,0 +1,125 @@
+"""Composing conf/ outside a launch, putting command lines on top of frozen configs, and wording the errors."""
+
+import difflib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+import grpo.run.before_start  # noqa: F401  registers the resolvers that conf/config.yaml names
+from grpo.config import CONF_DIR, ConfigError, flatten
+
+# Names that people bring from other trainers, and what they are called here.
+OTHER_NAMES = {
+    "learning_rate": "optimizer.lr",
+    "lr": "optimizer.lr",
+    "model_name": "model.name",
+    "model_name_or_path": "model.name",
+    "torch_dtype": "model.dtype",
+    "kl_coef": "grpo.beta",
+    "kl_beta": "grpo.beta",
+    "per_device_train_batch_size": "grpo.batch_size",
+    "max_steps": "grpo.num_steps",
+    "max_new_tokens": "grpo.max_completion_length",
+    "clip_range": "grpo.epsilon",
+    "clip_eps": "grpo.epsilon",
+    "temperature": "rollout.temperature",
+    "dataset": "data",
+}
+LAUNCH_KEYS = {"resume", "run_dir", "sweep_dir"}  # about this launch, not about the experiment
+
+
+def compose_config(overrides: Sequence[str]) -> DictConfig:
+    """conf/config.yaml with these overrides, as `python launch.py` would compose it."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def apply_overrides(frozen: DictConfig, composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """A frozen config with exactly what these overrides name replaced by its value in `composed`.
+
+    A group (hardware=cpu) replaces that part whole. Raises ConfigError for an override that names no part, such as
+    an experiment: it would silently change many.
+    """
+    result = frozen.copy()
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group.replace("/", ".")
+        if key in LAUNCH_KEYS:
+            continue
+        if OmegaConf.select(composed, key, default=None) is None and key not in flatten(composed):
+            raise ConfigError(
+                f"{override.input_line}: cannot be applied to an existing run folder; name the keys themselves"
+            )
+        value = OmegaConf.select(composed, key)
+        with open_dict(result):
+            plain = OmegaConf.to_container(value, resolve=True) if isinstance(value, DictConfig) else value
+            OmegaConf.update(result, key, plain, merge=False, force_add=True)
+    return result
+
+
+def run_command(command: Callable[[], object]) -> int:
+    """Run a command and return its exit code: 0, 2 for bad input (said in a line), 1 for a failure (likewise)."""
+    try:
+        command()
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not getattr(error, "logged", False):
+            traceback.print_exc()
+        print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def explain(error: Exception) -> str:
+    """One or two lines for the user: what is wrong with the input, and the mend."""
+    text = str(error).strip()
+    if isinstance(error, ConfigError):
+        return text
+    key = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
+    full_key = re.search(r"full_key: (\S+)", text)
+    if key:
+        return unknown_key(key.group(1) or (full_key.group(1) if full_key else key.group(2)))
+    choice = re.search(r"Could not find '([^']+)/([^'/]+)'", text) or re.search(
+        r"In '[^']*': Could not find '([^']+)/([^']+)'", text
+    )
+    if choice:
+        return unknown_choice(*choice.groups())
+    override = re.search(r"Error merging override (\S*)", text)
+    if override:
+        cause = str(error.__cause__ or "").strip().splitlines()
+        return f"{override.group(1)}: {cause[0] if cause else 'not a value that this key can have'}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join(lines[:2])
+
+
+def unknown_key(key: str) -> str:
+    """What to say of a key that the config does not have: its name here, or the nearest real ones."""
+    bare = key.lstrip("+~")
+    other = OTHER_NAMES.get(bare) or OTHER_NAMES.get(bare.rsplit(".", 1)[-1])
+    if other and other != bare:
+        return f"there is no key '{bare}'; here it is called {other}"
+    known = sorted(flatten(compose_config([])))
+    groups = sorted(p.name for p in CONF_DIR.iterdir() if p.is_dir())
+    near = difflib.get_close_matches(bare, known + groups, n=3, cutoff=0.6)
+    last_part = bare.rsplit(".", 1)[-1]
+    near += [k for k in known if k.rsplit(".", 1)[-1] == last_part and k not in near]
+    hint = f"; did you mean {' or '.join(near[:3])}?" if near else "; `python launch.py --cfg job` prints every key"
+    return f"there is no key '{bare}'{hint}"
+
+
+def unknown_choice(group: str, choice: str) -> str:
+    """What to say of a choice that a config group does not have."""
+    choices = sorted(p.stem for p in (CONF_DIR / group).glob("*.yaml"))
+    near = difflib.get_close_matches(choice, choices, n=1)
+    hint = f" Did you mean {group}={near[0]}?" if near else ""
+    return f"there is no {group}={choice}; choose one of {', '.join(choices)}.{hint}"

@@ -1,0 +1,230 @@
+"""The configuration's types, and the checks that reach across its fields. Values live in conf/*.yaml.
+
+Imports no torch: `--help`, `--cfg job` and every configuration error answer at once.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+
+CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+
+
+class ConfigError(Exception):
+    """Bad input, said in one or two lines with the mend. Commands print it and exit with 2."""
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING  # hub name, local folder, or `tiny` for the embedded model
+    attn_implementation: str = MISSING  # eager | sdpa | flash_attention_2 | ..., passed to transformers
+    dtype: str = MISSING  # of the weights and their optimizer state; hardware.autocast sets that of the arithmetic
+    device_map: str = MISSING  # auto: hardware.device decides; else one device: cpu | mps | cuda | cuda:N
+    trust_remote_code: bool = MISSING
+
+
+@dataclass
+class GrpoConfig:
+    num_iterations: int = MISSING
+    num_steps: int = MISSING
+    batch_size: int | None = MISSING  # None until hardware=auto is resolved, when the run starts
+    num_generations: int | None = MISSING
+    max_completion_length: int | None = MISSING
+    beta: float = MISSING
+    mu: int = MISSING
+    epsilon: float = MISSING
+    max_grad_norm: float = MISSING
+    lr_schedule: str = MISSING  # constant | linear | cosine
+    warmup_steps: int = MISSING
+
+
+@dataclass
+class HardwareConfig:
+    device: str = MISSING  # auto | cuda | mps | cpu
+    autocast: str | None = MISSING  # None | bfloat16 | float16
+    batch_size: int | None = MISSING
+    num_generations: int | None = MISSING
+    max_completion_length: int | None = MISSING
+    micro_batch_size: int | None = MISSING
+    rollout_rows: int | None = MISSING
+    threads: int | None = MISSING
+
+
+@dataclass
+class RewardConfig:
+    # Each component: {_target_, weight, and the function's own settings}. A dict, since users add their own.
+    components: dict[str, Any] = MISSING
+
+
+@dataclass
+class RolloutConfig:
+    temperature: float = MISSING
+    min_new_tokens: int = MISSING
+
+
+@dataclass
+class TrackingConfig:
+    mode: str = MISSING  # auto | online | offline | disabled
+    project: str = MISSING
+    entity: str | None = MISSING
+    group: str | None = MISSING
+    job_type: str = MISSING
+    tags: list[str] = MISSING
+    init_timeout: float = MISSING
+    completions_every: int = MISSING
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = MISSING
+    keep_last: int = MISSING
+
+
+@dataclass
+class SamplesConfig:
+    every: int = MISSING
+
+
+@dataclass
+class EvalConfig:
+    every: int = MISSING
+    before: bool = MISSING
+    after: bool = MISSING
+    max_problems: int | None = MISSING
+    max_completion_length: int | None = MISSING
+    accuracy: dict[str, Any] = MISSING
+
+
+@dataclass
+class Config:
+    name: str = MISSING
+    seed: int = MISSING
+    run_dir: str | None = MISSING
+    resume: Any = MISSING  # false | true | auto
+    sweep_dir: str | None = MISSING
+    deterministic: bool = MISSING
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: Any = MISSING  # {_target_, system_prompt, max_prompt_length, and the loader's own settings}
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    objective: Any = MISSING  # {_target_, and its own few numbers}
+    optimizer: Any = MISSING  # {_target_, lr, ...}
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def typed(cfg: DictConfig) -> Config:
+    """The composed config as plain dataclasses, checked across fields. Raises ConfigError."""
+    plain = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(cfg, resolve=True))
+    config = OmegaConf.to_object(plain)
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError naming the first value that cannot work, and the mend. None (not yet known) passes."""
+    _check_numbers(config)
+    _check_choices(config)
+    g = config.grpo
+    if g.num_generations is not None and g.num_generations < 2:
+        raise ConfigError(
+            f"grpo.num_generations={g.num_generations}: a group of one has nothing to compare with, so its advantage "
+            "is always 0; use 2 or more"
+        )
+    if not config.reward.components:
+        raise ConfigError("reward.components is empty: give at least one component with a _target_")
+    for name, component in config.reward.components.items():
+        key = f"reward.components.{name}"
+        if not isinstance(component, dict) or not component.get("_target_"):
+            raise ConfigError(f"{key} needs a _target_: the dotted path of its function")
+        _number(f"{key}.weight", component.get("weight", 1.0))
+
+
+def _check_numbers(config: Config) -> None:
+    flat = flatten(to_dict(config))
+    at_least_1 = ["grpo.num_iterations", "grpo.num_steps", "grpo.batch_size", "grpo.mu", "grpo.max_completion_length"]
+    at_least_1 += ["hardware.micro_batch_size", "hardware.rollout_rows", "hardware.threads", "checkpoint.keep_last"]
+    at_least_1 += ["eval.max_problems", "eval.max_completion_length"]
+    at_least_0 = ["grpo.beta", "grpo.warmup_steps", "rollout.min_new_tokens", "optimizer.lr"]
+    at_least_0 += ["checkpoint.every", "samples.every", "eval.every", "tracking.completions_every"]
+    _number("optimizer.lr", flat.get("optimizer.lr"))
+    for lowest, keys in ((1, at_least_1), (0, at_least_0)):
+        for key in keys:
+            if flat[key] is not None and flat[key] < lowest:
+                raise ConfigError(f"{key}={flat[key]}: must be {lowest} or more")
+    if not 0 < config.grpo.epsilon < 1:
+        raise ConfigError(f"grpo.epsilon={config.grpo.epsilon}: must lie between 0 and 1, usually 0.1 or 0.2")
+    if config.grpo.max_grad_norm <= 0:
+        raise ConfigError(f"grpo.max_grad_norm={config.grpo.max_grad_norm}: must be above 0; 1e9 never clips")
+    if config.rollout.temperature <= 0:
+        raise ConfigError(
+            f"rollout.temperature={config.rollout.temperature}: must be above 0; without randomness all completions "
+            "of a group are the same"
+        )
+
+
+def _check_choices(config: Config) -> None:
+    for key, allowed in {
+        "resume": (True, False, "auto"),
+        "grpo.lr_schedule": ("constant", "linear", "cosine"),
+        "tracking.mode": ("auto", "online", "offline", "disabled"),
+        "hardware.device": ("auto", "cuda", "mps", "cpu"),
+        "hardware.autocast": (None, "bfloat16", "float16"),
+        "model.dtype": ("float32", "bfloat16", "float16"),
+    }.items():
+        value = flatten(to_dict(config))[key]
+        if value not in allowed:
+            raise ConfigError(f"{key}={_yaml(value)}: must be one of {', '.join(map(_yaml, allowed))}")
+    device_map = config.model.device_map
+    if device_map not in ("auto", "cpu", "mps", "cuda") and not device_map.startswith("cuda:"):
+        raise ConfigError(f"model.device_map={device_map}: training runs on one device: auto, cpu, mps, cuda or cuda:N")
+
+
+def _number(key: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{key}={_yaml(value)}: must be a number")
+
+
+def _yaml(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def load_frozen(path: Path) -> DictConfig:
+    """A run folder's config.yaml. Its values are data: nothing in them is interpolated again."""
+    return OmegaConf.create(_escape(yaml.safe_load(path.read_text())))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as plain nested dicts."""
+    return dataclasses.asdict(config)
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys; lists count as values."""
+    if isinstance(node, DictConfig | ListConfig):
+        node = OmegaConf.to_container(node)
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    return {
+        k: v for key, child in node.items() for k, v in flatten(child, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def _escape(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _escape(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_escape(value) for value in node]
+    return node.replace("${", "\\${") if isinstance(node, str) else node

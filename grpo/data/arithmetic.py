@@ -1,0 +1,46 @@
+"""Two-digit additions as short questions: the embedded data set, made on the spot and always the same."""
+
+import hashlib
+
+SPLITS = ("demonstrations", "train", "test")
+PHRASINGS = (
+    "What is {a} + {b}?",
+    "How much is {a} + {b}?",
+    "Compute {a} + {b}.",
+    "{a} + {b} = ?",
+    "Ann has {a} apples and buys {b} more. How many now?",
+    "Tom ran {a} km, then {b} km. How far in all?",
+)
+
+
+def problems(split: str) -> list[dict]:
+    """The problems of one split, each {"id": "37+48", "question": str, "answer": "85"}, in a fixed mixed order.
+
+    "demonstrations" (about 5,600) is what the embedded model was taught on, "train" (about 2,000) is for
+    reinforcement learning and "test" (about 500) for evaluation. 37+48 and 48+37 are two problems of one split.
+    Raises ValueError for any other split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100) if _split_of(a, b) == split]
+    # Mixed, so that the first n problems of a split are a fair sample of it.
+    pairs.sort(key=lambda pair: _stable_hash(f"order {pair}"))
+    return [_problem(a, b) for a, b in pairs]
+
+
+def _split_of(a: int, b: int) -> str:
+    """Decided by the unordered pair, or else a test problem could be solved by having seen its mirror image."""
+    sixteenth = _stable_hash(f"split {min(a, b)} {max(a, b)}") % 16
+    if sixteenth == 0:
+        return "test"
+    return "train" if sixteenth <= 4 else "demonstrations"
+
+
+def _problem(a: int, b: int) -> dict:
+    phrasing = PHRASINGS[_stable_hash(f"phrasing {a} {b}") % len(PHRASINGS)]
+    return {"id": f"{a}+{b}", "question": phrasing.format(a=a, b=b), "answer": str(a + b)}
+
+
+def _stable_hash(text: str) -> int:
+    """Equal in every process and on every machine, unlike `hash`."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -1,0 +1,53 @@
+"""From problems to prompts: chat messages, their rendered text, and which problems a step sees."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from grpo.config import ConfigError
+from grpo.data.problems import Problem
+from grpo.engine.noise import hash64
+
+Messages = list[dict[str, str]]
+
+
+def messages(problem: Problem, system_prompt: str | None) -> Messages:
+    """The conversation that asks a problem."""
+    system = [{"role": "system", "content": system_prompt.strip()}] if system_prompt else []
+    return [*system, {"role": "user", "content": problem.question}]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, conversation: Messages) -> str:
+    """The text that a model reads, up to where its answer begins. Without a chat template: the plain contents."""
+    if tokenizer.chat_template is None:
+        return "\n\n".join(message["content"] for message in conversation) + "\n\n"
+    return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+
+
+def check_lengths(
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], system_prompt: str | None, limit: int
+) -> None:
+    """Raise ConfigError naming the longest prompt where one has more than `limit` tokens."""
+    texts = [render(tokenizer, messages(problem, system_prompt)) for problem in problems]
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    too_long = [(length, problem.id) for length, problem in zip(lengths, problems, strict=True) if length > limit]
+    if too_long:
+        longest, name = max(too_long)
+        raise ConfigError(
+            f"{len(too_long)} prompts are longer than data.max_prompt_length={limit} tokens, the longest ({name}) "
+            f"{longest}; set data.max_prompt_length={longest} or shorten them"
+        )
+
+
+def problems_of_step(problems: Sequence[Problem], seed: int, step: int, batch_size: int) -> list[Problem]:
+    """The `batch_size` problems of a step (from 1): each epoch is a permutation that follows from (seed, epoch)."""
+    first = (step - 1) * batch_size
+    places = range(first, first + batch_size)
+    orders = {epoch: epoch_order(len(problems), seed, epoch) for epoch in {p // len(problems) for p in places}}
+    return [problems[orders[place // len(problems)][place % len(problems)]] for place in places]
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of range(count), the same wherever and whenever it is asked for."""
+    return np.argsort(hash64(seed, epoch, np.arange(count)), kind="stable")
