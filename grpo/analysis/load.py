@@ -1,0 +1,147 @@
+"""Reads the records of run folders into data frames.
+
+The columns keep the metric names of `metrics/metrics.jsonl`, so a notebook and the file speak the same language.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+METRICS_FILE = Path("metrics", "metrics.jsonl")
+
+
+def load_runs(path: str | Path) -> pd.DataFrame:
+    """The metrics of one run, or of every run below a folder such as a sweep: one row a step.
+
+    The first column, `run`, is the run folder relative to `path`, or the folder's own name where `path` is itself
+    a run; the others are the metric names, missing (NaN) where a row does not have them. Runs are sorted by name,
+    the rows of a run are in the order they were written.
+
+    Raises FileNotFoundError if no run is there, ValueError if a metrics file is broken anywhere but in a torn last
+    line.
+    """
+    path = Path(path)
+    rows = []
+    for name, run_dir in sorted(_find_runs(path).items()):
+        rows.extend({**row, "run": name} for row in _read_rows(run_dir / METRICS_FILE))
+    return _frame(rows, ["run", "step", "iteration"])
+
+
+def load_metrics(run_dir: str | Path) -> pd.DataFrame:
+    """The metrics of one run folder, one row a step; without rows if the run has completed no step.
+
+    Raises FileNotFoundError if `run_dir` is no run folder, ValueError as `load_runs` does.
+    """
+    run_dir = Path(run_dir)
+    if (run_dir / METRICS_FILE).is_file():
+        return _frame(_read_rows(run_dir / METRICS_FILE), ["step", "iteration"])
+    # A run that stopped before its first step has no metrics yet, but is a run.
+    if not any((run_dir / name).is_file() for name in ("config.yaml", "status.json")):
+        raise FileNotFoundError(f"{run_dir} is no run folder: it has no config.yaml, status.json or {METRICS_FILE}")
+    return _frame([], ["step", "iteration"])
+
+
+def load_evaluations(run_dir: str | Path) -> pd.DataFrame:
+    """The held-out evaluations of a run, one row a file of `eval/`.
+
+    Columns: `name` (the file's name without ending: before, step_000050, after), `step`, `n` (problems), `accuracy`
+    (0 to 1), `reward`, `rewards/<component>` and any other single value the file has. Sorted by step, `before` first
+    and `after` last. Without rows if there is no evaluation. Raises ValueError if a file is broken.
+    """
+    rows = []
+    for name, record in read_evaluations(run_dir).items():
+        row = {"name": name} | {key: value for key, value in record.items() if not isinstance(value, (dict, list))}
+        row |= {f"rewards/{component}": value for component, value in (record.get("rewards") or {}).items()}
+        rows.append(row)
+    return _frame(rows, ["name", "step", "n", "accuracy", "reward"])
+
+
+def read_evaluations(run_dir: str | Path) -> dict[str, dict]:
+    """The content of each `eval/<name>.json` of a run by name, in the order of `load_evaluations`."""
+    records = {path.stem: read_json(path) for path in Path(run_dir, "eval").glob("*.json")}
+    place = {"before": 0, "after": 2}
+    names = sorted(records, key=lambda name: (place.get(name, 1), records[name].get("step") or 0, name))
+    return {name: records[name] for name in names}
+
+
+def read_config(run_dir: str | Path) -> dict:
+    """The run's frozen `config.yaml` as plain data, nothing interpolated; empty if there is none."""
+    path = Path(run_dir, "config.yaml")
+    if not path.is_file():
+        return {}
+    from omegaconf import DictConfig, OmegaConf  # here, because only charts need it
+
+    config = OmegaConf.load(path)
+    return OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else {}
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises ValueError naming the file if it holds anything else."""
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return record
+
+
+def finite_values(metrics: pd.DataFrame, column: str) -> pd.Series:
+    """A metric as floats, NaN wherever it is missing, null, infinite or no number; all NaN if there is no such column.
+
+    One infinite gradient norm would otherwise make every mean and every axis infinite.
+    """
+    if column not in metrics or not is_metric(metrics[column]):
+        return pd.Series(np.nan, index=metrics.index, name=column)
+    return metrics[column].astype(float).replace([np.inf, -np.inf], np.nan)
+
+
+def is_metric(values: pd.Series) -> bool:
+    """Whether a column holds numbers, unlike a digest or a flag."""
+    return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+
+
+def component_columns(metrics: pd.DataFrame) -> dict[str, str]:
+    """The reward components of a run: name -> column of its mean, in the order of the columns."""
+    prefix, suffix = "rewards/", "/mean"
+    columns = [column for column in metrics if column.startswith(prefix) and column.endswith(suffix)]
+    return {column.removeprefix(prefix).removesuffix(suffix): column for column in columns}
+
+
+def _find_runs(path: Path) -> dict[str, Path]:
+    """Run name -> run folder for `path` itself or, if it is no run, for all runs below it."""
+    if (path / METRICS_FILE).is_file():
+        return {path.resolve().name: path}
+    if not path.is_dir():
+        raise FileNotFoundError(f"no run found: there is no folder {path}")
+    run_dirs = [file.parents[1] for file in path.rglob(str(METRICS_FILE))]
+    if not run_dirs:
+        raise FileNotFoundError(f"no run found: no {METRICS_FILE} in {path} or in any folder below it")
+    return {run_dir.relative_to(path).as_posix(): run_dir for run_dir in run_dirs}
+
+
+def _read_rows(path: Path) -> list[dict]:
+    """The rows of a metrics file, whose last line alone may be broken: a crash can tear it while it is written."""
+    lines = path.read_bytes().rstrip(b"\n").split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # also bytes that are not UTF-8
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f'{path}, line {number}: not a metrics row, which is an object with a "step"')
+        rows.append(row)
+    return rows
+
+
+def _frame(rows: list[dict], first_columns: list[str]) -> pd.DataFrame:
+    """The rows as a frame, with `first_columns` first and there even if no row has them."""
+    frame = pd.DataFrame(rows)
+    frame = frame.reindex(columns=[*first_columns, *(column for column in frame if column not in first_columns)])
+    # A column of nulls only would have the type `object`, in which arithmetic and plotting fail.
+    return frame.astype({column: float for column in frame if len(frame) and frame[column].isna().all()})

@@ -1,0 +1,113 @@
+"""The statistics of one run, as `summary.json`."""
+
+import json
+import math
+from pathlib import Path
+from statistics import NormalDist
+
+import pandas as pd
+
+from grpo.analysis.load import (
+    component_columns,
+    finite_values,
+    is_metric,
+    load_metrics,
+    read_evaluations,
+    read_json,
+)
+
+# They count up, so their mean or spread says nothing.
+COUNTERS = ("step", "iteration", "num_tokens")
+
+
+def summarize(run_dir: str | Path) -> dict:
+    """The statistics of a run, as plain values that are strictly valid JSON (None for what cannot be known).
+
+    - `name`: the run folder's name; `state`: of `status.json`; `steps` and `iterations`: how many have been recorded.
+    - `metrics`: for each numeric metric `count`, `first`, `last`, `mean`, `std` (sample standard deviation over the
+      steps), `min`, `max`, `mean_first_10pct` and `mean_last_10pct` (at least one step), over the steps where it has
+      a finite value. `reward` and the means of its components also have `best_step`, the first step at their
+      maximum; a loss has none, since GRPO's does not measure progress.
+    - `totals`: `tokens` seen, `seconds` spent in steps.
+    - `eval`: `before` and `after`, each only if that evaluation exists, with `accuracy`, `n`, `reward`, `rewards` by
+      component and `accuracy_interval`, the 95 % Wilson interval.
+
+    Raises FileNotFoundError if `run_dir` is no run folder, ValueError if one of its files is broken.
+    """
+    run_dir = Path(run_dir)
+    metrics = load_metrics(run_dir)
+    status = run_dir / "status.json"
+    names = [column for column in metrics if is_metric(metrics[column]) and column not in COUNTERS]
+    rewards = ["reward", *component_columns(metrics).values()]
+    evaluations = read_evaluations(run_dir)
+    return {
+        "name": run_dir.resolve().name,
+        "state": read_json(status).get("state") if status.is_file() else None,
+        "steps": len(metrics),
+        "iterations": int(metrics["iteration"].nunique()),
+        "metrics": {name: _statistics(metrics, name, with_best=name in rewards) for name in names},
+        "totals": {
+            "tokens": _number(finite_values(metrics, "num_tokens").max(), int),
+            "seconds": _number(finite_values(metrics, "step_time").sum(min_count=1)),
+        },
+        "eval": {name: _evaluation(evaluations[name]) for name in ("before", "after") if name in evaluations},
+    }
+
+
+def write_summary(run_dir: str | Path, output_dir: str | Path | None = None) -> Path:
+    """Writes `summarize(run_dir)` as `summary.json` into the run folder, or into `output_dir`, and returns its path."""
+    text = json.dumps(summarize(run_dir), indent=2, allow_nan=False) + "\n"
+    path = Path(output_dir or run_dir) / "summary.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def wilson_interval(accuracy: float | None, n: int | None) -> list[float] | None:
+    """The 95 % Wilson score interval [low, high] of an accuracy (0 to 1) measured on `n` problems; None without `n`.
+
+    Unlike the normal approximation it stays within 0 and 1 and is sound for few problems and for accuracies near
+    the ends (Wilson, "Probable inference", 1927).
+    """
+    if not n or _number(accuracy) is None:
+        return None
+    z = NormalDist().inv_cdf(0.975)
+    centre = (accuracy + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(accuracy * (1 - accuracy) / n + z**2 / (4 * n**2))
+    return [max(0.0, centre - half), min(1.0, centre + half)]
+
+
+def _statistics(metrics: pd.DataFrame, name: str, with_best: bool) -> dict:
+    values = finite_values(metrics, name).dropna()
+    tenth = math.ceil(len(values) / 10)
+    statistics = {
+        "count": len(values),
+        "first": _number(values.iloc[0]) if len(values) else None,
+        "last": _number(values.iloc[-1]) if len(values) else None,
+        "mean": _number(values.mean()),
+        "std": _number(values.std()),
+        "min": _number(values.min()),
+        "max": _number(values.max()),
+        "mean_first_10pct": _number(values.head(tenth).mean()),
+        "mean_last_10pct": _number(values.tail(tenth).mean()),
+    }
+    if with_best:
+        statistics["best_step"] = int(metrics.loc[values.idxmax(), "step"]) if len(values) else None
+    return statistics
+
+
+def _evaluation(record: dict) -> dict:
+    accuracy = _number(record.get("accuracy"))
+    n = _number(record.get("n"), int)
+    return {
+        "accuracy": accuracy,
+        "n": n,
+        "reward": _number(record.get("reward")),
+        "rewards": {component: _number(value) for component, value in (record.get("rewards") or {}).items()},
+        "accuracy_interval": wilson_interval(accuracy, n),
+    }
+
+
+def _number(value: float | None, kind: type = float) -> float | int | None:
+    """A plain number that JSON can hold: None for a missing, null or infinite one."""
+    return None if value is None or not math.isfinite(value) else kind(value)

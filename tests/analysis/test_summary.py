@@ -1,0 +1,128 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from grpo.analysis.summary import summarize, wilson_interval, write_summary
+
+
+def write_run(run_dir: Path, rows: list[dict], state: str = "finished") -> Path:
+    (run_dir / "metrics").mkdir(parents=True)
+    (run_dir / "metrics/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run_dir / "status.json").write_text(json.dumps({"state": state}))
+    return run_dir
+
+
+def read_strictly(path: Path) -> dict:
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "n", "low", "high"),
+    [
+        # With z = 1.959964: no success in 10 has the upper end z^2 / (10 + z^2) = 3.841459 / 13.841459.
+        (0.0, 10, 0.0, 0.277533),
+        (1.0, 10, 0.722467, 1.0),
+        # 50 of 100: 0.5 -+ 1.959964 / 1.03841459 * sqrt(0.25 / 100 + 3.841459 / 40000) = 0.5 -+ 0.096168.
+        (0.5, 100, 0.403832, 0.596168),
+        # 30 of 200: centre (0.15 + 0.0096036) / 1.0192073 = 0.156596,
+        # half 1.959964 / 1.0192073 * sqrt(0.0006375 + 0.0000240091) = 0.049460.
+        (0.15, 200, 0.107136, 0.206056),
+    ],
+)
+def test_wilson_interval(accuracy, n, low, high):
+    assert wilson_interval(accuracy, n) == pytest.approx([low, high], abs=2e-6)
+
+
+def test_no_interval_without_problems():
+    assert wilson_interval(0.5, 0) is None
+    assert wilson_interval(None, 10) is None
+
+
+def test_statistics_by_hand(tmp_path):
+    rewards = [1.0, 3.0, 2.0, 3.0] + [2.0] * 7  # 11 steps: a tenth is two of them
+    rows = [
+        {"step": i, "iteration": 1 if i < 6 else 2, "reward": reward, "num_tokens": 100 * i, "step_time": 0.5}
+        for i, reward in enumerate(rewards, start=1)
+    ]
+    summary = summarize(write_run(tmp_path / "run", rows, state="interrupted"))
+    assert (summary["name"], summary["state"]) == ("run", "interrupted")
+    assert (summary["steps"], summary["iterations"]) == (11, 2)
+    assert summary["totals"] == {"tokens": 1100, "seconds": 5.5}
+    reward = summary["metrics"]["reward"]
+    # Sum 23, squares 1 + 9 + 4 + 9 + 28 = 51, variance (51 - 23^2 / 11) / 10.
+    assert reward.pop("mean") == pytest.approx(23 / 11)
+    assert reward.pop("std") == pytest.approx(((51 - 529 / 11) / 10) ** 0.5)
+    assert reward == {
+        "count": 11,
+        "first": 1.0,
+        "last": 2.0,
+        "min": 1.0,
+        "max": 3.0,
+        "mean_first_10pct": 2.0,
+        "mean_last_10pct": 2.0,
+        "best_step": 2,
+    }
+
+
+def test_every_numeric_metric_but_the_counters(tmp_path):
+    row = {"step": 1, "iteration": 1, "num_tokens": 5, "loss": 0.1, "rewards/brevity/mean": 0.2, "kl": None}
+    metrics = summarize(write_run(tmp_path / "run", [row | {"digest/completions": "1e5", "flag": True}]))["metrics"]
+    assert list(metrics) == ["loss", "rewards/brevity/mean", "kl"]
+    assert metrics["rewards/brevity/mean"]["best_step"] == 1
+    assert "best_step" not in metrics["loss"]
+    assert metrics["kl"]["count"] == 0
+    assert metrics["kl"]["mean"] is None
+
+
+def test_values_that_are_not_finite_are_left_out_and_the_file_is_strict_json(tmp_path):
+    norms = [1.0, float("inf"), 3.0, float("nan")]
+    rows = [{"step": i, "grad_norm": norm, "reward": None} for i, norm in enumerate(norms, start=1)]
+    run_dir = write_run(tmp_path / "run", rows)
+    (run_dir / "eval").mkdir()
+    (run_dir / "eval/before.json").write_text('{"step": 0, "n": 8, "accuracy": NaN, "reward": null}')
+    path = write_summary(run_dir)
+    assert path == run_dir / "summary.json"
+    summary = read_strictly(path)
+    assert summary == summarize(run_dir)
+    norm = summary["metrics"]["grad_norm"]
+    assert (norm["count"], norm["first"], norm["last"], norm["mean"], norm["max"]) == (2, 1.0, 3.0, 2.0, 3.0)
+    assert summary["metrics"]["reward"]["best_step"] is None
+    before = {"accuracy": None, "n": 8, "reward": None, "rewards": {}, "accuracy_interval": None}
+    assert summary["eval"] == {"before": before}
+    assert summary["totals"] == {"tokens": None, "seconds": None}
+
+
+def test_one_step_has_no_spread(tmp_path):
+    loss = read_strictly(write_summary(write_run(tmp_path / "run", [{"step": 1, "loss": 0.5}])))["metrics"]["loss"]
+    assert loss["std"] is None
+    assert loss["mean_first_10pct"] == loss["mean_last_10pct"] == 0.5
+
+
+def test_held_out_accuracy_before_and_after(tmp_path):
+    run_dir = write_run(tmp_path / "run", [{"step": 1}])
+    (run_dir / "eval").mkdir()
+    for name, accuracy in (("before", 0.0), ("step_000050", 0.4), ("after", 1.0)):
+        record = {"step": 1, "n": 10, "accuracy": accuracy, "reward": 1.5, "rewards": {"format": 0.5}}
+        (run_dir / f"eval/{name}.json").write_text(json.dumps(record))
+    evaluations = read_strictly(write_summary(run_dir, tmp_path / "else/where"))["eval"]
+    assert not (run_dir / "summary.json").exists()
+    assert list(evaluations) == ["before", "after"]
+    assert (evaluations["before"]["accuracy"], evaluations["before"]["n"]) == (0.0, 10)
+    assert (evaluations["after"]["accuracy"], evaluations["after"]["n"]) == (1.0, 10)
+    assert evaluations["after"]["rewards"] == {"format": 0.5}
+    assert evaluations["after"]["accuracy_interval"] == pytest.approx([0.722467, 1.0], abs=1e-6)
+
+
+def test_a_run_that_never_completed_a_step(tmp_path):
+    (tmp_path / "status.json").write_text('{"state": "failed"}')
+    summary = read_strictly(write_summary(tmp_path))
+    assert (summary["state"], summary["steps"], summary["metrics"], summary["eval"]) == ("failed", 0, {}, {})
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run folder"):
+        write_summary(tmp_path)
