@@ -1,0 +1,62 @@
+"""Held-out evaluation: greedy completions of the test problems, scored like those of the training."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from grpo.algorithm.reward import score
+from grpo.engine.rollout import rollout
+from grpo.setup import Setup, score_completions
+
+
+def evaluate(model: PreTrainedModel, setup: Setup, step: int) -> dict[str, Any]:
+    """Accuracy and mean rewards of greedy completions of the held-out problems, and each problem's outcome.
+
+    step: how many steps the model was trained for, for the record. The result is what eval/*.json holds: accuracy
+    (0 to 1), n (problems), reward, rewards (mean by component), completions/mean_length (tokens), problems.
+    """
+    config = setup.config
+    length = config.eval.max_completion_length or config.grpo.max_completion_length
+    sampling = setup.sampling(model, temperature=0.0, max_new_tokens=length)
+    # Problems of like length together, so that little of a batch is padding.
+    problems = sorted(setup.problems.test[: config.eval.max_problems], key=lambda problem: len(problem.question))
+    rows_at_once = config.hardware.rollout_rows
+    outcomes = []
+    for start in range(0, len(problems), rows_at_once):
+        some = problems[start : start + rows_at_once]
+        prompts = setup.prompt_batch(setup.conversations(some))
+        with setup.autocast():
+            completions = rollout(model, prompts, 1, sampling, seed=config.seed, step=0, rows_at_once=rows_at_once)
+        scored = score_completions(setup, some, completions)
+        correct = score([setup.accuracy], scored.prompts, scored.messages, scored.columns).total
+        for row, problem in enumerate(some):
+            outcomes.append(
+                {
+                    "id": problem.id,
+                    "correct": bool(correct[row]),
+                    "reward": scored.rewards.total[row].item(),
+                    "rewards": {name: _value(scores[row]) for name, scores in scored.rewards.components.items()},
+                    "length": int(scored.lengths[row]),
+                    "answer": problem.answer,
+                    "completion": scored.texts[row],
+                }
+            )
+    return {
+        "step": step,
+        "n": len(outcomes),
+        "accuracy": _mean([o["correct"] for o in outcomes]),
+        "reward": _mean([o["reward"] for o in outcomes]),
+        "rewards": {c.name: _mean([o["rewards"][c.name] for o in outcomes]) for c in setup.components},
+        "completions/mean_length": _mean([o["length"] for o in outcomes]),
+        "problems": outcomes,
+    }
+
+
+def _mean(values: list[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
+
+
+def _value(score_of_row: torch.Tensor) -> float | None:
+    return None if torch.isnan(score_of_row) else score_of_row.item()

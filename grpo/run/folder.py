@@ -1,0 +1,172 @@
+"""The run folder: what one experiment leaves on disk, and all that is needed to go on with it."""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig
+
+from grpo.config import Config, ConfigError, load_frozen, to_dict
+
+OUTPUTS = Path("outputs")
+
+
+class RunFolder:
+    """Names and small files of one run folder; see README.md for what stands where."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final_model(self) -> Path:
+        return self.path / "final_model"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics" / "metrics.jsonl"
+
+    def started(self) -> bool:
+        """Whether a run was ever started here."""
+        return self.config_file.exists()
+
+    def status(self) -> dict:
+        """The content of status.json; `{}` where there is none."""
+        file = self.path / "status.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def finished(self) -> bool:
+        return self.status().get("state") == "finished"
+
+    def update_status(self, **changes: object) -> None:
+        """Change some keys of status.json, in one rename, so that a reader never sees half a file."""
+        write_whole(self.path / "status.json", json.dumps(self.status() | changes, indent=2) + "\n")
+
+    def write_config(self, config: Config) -> None:
+        """Freeze the resolved config. It is written once and never overwritten."""
+        if self.started():
+            raise FileExistsError(f"{self.config_file} is written once and exists already")
+        write_whole(self.config_file, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+
+    def frozen_config(self) -> DictConfig:
+        return load_frozen(self.config_file)
+
+    def first_overrides(self) -> list[str]:
+        """The command line of the first launch, as Hydra recorded it."""
+        file = self.path / ".hydra" / "overrides.yaml"
+        return yaml.safe_load(file.read_text()) if file.exists() else []
+
+    def metrics(self, up_to_step: int | None = None) -> list[dict]:
+        """The metrics rows, in order, up to a step. A torn last line, as a crash may leave, does not count."""
+        if not self.metrics_file.exists():
+            return []
+        rows = [
+            json.loads(line) for line in self.metrics_file.read_text().splitlines(keepends=True) if line.endswith("\n")
+        ]
+        return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
+
+    def cut_metrics(self, step: int) -> list[dict]:
+        """Drop the rows after a step, which will be run again. Returns those that stay."""
+        rows = self.metrics(up_to_step=step)
+        self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+        return rows
+
+    def append_metrics(self, row: dict) -> None:
+        """Add a row for one step."""
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def write_samples(self, step: int, rows: Iterable[dict]) -> None:
+        """Every completion of a step, one JSON object a line."""
+        file = self.path / "samples" / f"step_{step:06d}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def write_evaluation(self, name: str, result: dict) -> Path:
+        """An evaluation as eval/<name>.json."""
+        file = self.path / "eval" / f"{name}.json"
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        return file
+
+    def evaluation(self, name: str) -> dict | None:
+        file = self.path / "eval" / f"{name}.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def save_final_model(self, *parts: Any) -> None:
+        """Write final_model/ from all that has `save_pretrained` (model, tokenizer), whole or not at all."""
+        temporary = self.path / "final_model.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        for part in parts:
+            part.save_pretrained(temporary)
+        shutil.rmtree(self.final_model, ignore_errors=True)
+        temporary.rename(self.final_model)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process. The lock goes with the process, however it dies.
+
+        Raises ConfigError where another live process holds it.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{self.path} is in use by another process; wait for it, or choose another run_dir"
+                ) from None
+            yield
+
+
+def run_folders(root: Path) -> list[RunFolder]:
+    """Every run folder at or below `root`, oldest first by the time of its config."""
+    return [
+        RunFolder(file.parent) for file in sorted(root.rglob("config.yaml"), key=_started_at) if _is_run(file.parent)
+    ]
+
+
+def newest_unfinished(root: Path) -> RunFolder | None:
+    """The run started last, at or below `root`, among those that did not finish."""
+    return next((run for run in reversed(run_folders(root)) if not run.finished()), None)
+
+
+def job_folder_name(number: int, overrides: str, longest: int = 80) -> str:
+    """A sweep job's folder: `<number>_<overrides>`, free of `=`, `,` and `/`, cut with a hash where long."""
+    name = f"{number}_{re.sub(r'[^A-Za-z0-9._+-]+', '_', overrides)}".rstrip("_")
+    if len(name) <= longest:
+        return name
+    return f"{name[: longest - 9]}_{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = file.with_name(file.name + ".tmp")
+    with temporary.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "status.json").exists()
+
+
+def _started_at(file: Path) -> float:
+    return file.stat().st_mtime

@@ -1,0 +1,175 @@
+"""One launch in one run folder: opening it, freezing or reading its config, and leaving it in a known state."""
+
+import logging
+import shutil
+import signal
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from grpo.compose import apply_overrides
+from grpo.config import Config, ConfigError, flatten, typed
+from grpo.run.before_start import check_folder
+from grpo.run.folder import RunFolder
+from grpo.targets import check_trusted
+
+logger = logging.getLogger(__name__)
+
+# What may change when a run goes on: how it is watched and kept, and how the work is cut.
+CHANGEABLE = ("tracking.", "checkpoint.", "samples.", "eval.every", "eval.after")
+CUT = ("hardware.", "model.device_map")
+
+
+class StopSignals:
+    """SIGINT and SIGTERM end the run at once, but within `deferred` only when its block is complete."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._deferring = False
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + (self.received or 0)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle the signals within the block, and restore the former handlers after it."""
+        former = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let the block finish; the caller looks at `received` after it. A second signal does not wait."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        wait = self._deferring and self.received is None
+        self.received = number
+        if not wait:
+            raise SystemExit(self.exit_code)
+
+
+@dataclass
+class Run:
+    """A run folder in use by this process."""
+
+    folder: RunFolder
+    config: Config
+    resumed: bool
+    stop: StopSignals
+
+    def objective(self) -> float | None:
+        """What a sweep maximises: held-out accuracy after training, or else the mean reward of the last step."""
+        after = self.folder.evaluation("after")
+        if after is not None:
+            return after["accuracy"]
+        rows = self.folder.metrics()
+        return rows[-1]["reward"] if rows else None
+
+
+@contextmanager
+def open_run(cfg: DictConfig) -> Iterator[Run]:
+    """Hold the launch's run folder: config.yaml written or read back, status.json true also after a failure."""
+    folder = RunFolder(short_path(Path(HydraConfig.get().runtime.output_dir)))
+    resume = cfg.resume
+    if resume and HydraConfig.get().mode == RunMode.MULTIRUN:
+        resume = "auto"  # of a sweep's jobs, some may have finished and some never begun
+    check_folder(folder, resume)
+    with folder.locked():
+        resumed = folder.started()
+        try:
+            config = (
+                resumed_config(folder, cfg, list(HydraConfig.get().overrides.task)) if resumed else fresh_config(cfg)
+            )
+        except ConfigError:
+            _discard(folder)
+            raise
+        run = Run(folder, config, resumed, StopSignals())
+        if not resumed:
+            folder.write_config(config)
+        if not folder.finished():
+            folder.update_status(state="running", error=None)
+        with run.stop.installed():
+            try:
+                yield run
+            except BaseException as error:
+                _record_end(run, error)
+                raise
+
+
+def fresh_config(cfg: DictConfig) -> Config:
+    """The config of a new run, with the hardware resolved and everything checked again."""
+    from grpo.engine.hardware import resolve_hardware  # imports torch
+
+    resolve_hardware(cfg)
+    return typed(cfg)
+
+
+def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
+    """The frozen config of a run that goes on, with what may change changed by this command line.
+
+    Raises ConfigError with the old and the new value where a change would make another experiment of it, and where
+    the folder asks to run a function that nothing here names.
+    """
+    frozen = folder.frozen_config()
+    first = set(folder.first_overrides())
+    changed = apply_overrides(frozen, cfg, [override for override in overrides if override not in first])
+    before, after = flatten(frozen), flatten(changed)
+    differing = [key for key in before | after if before.get(key) != after.get(key)]
+    refused = [key for key in differing if not key.startswith(CHANGEABLE + CUT)]
+    if refused:
+        changes = ", ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in refused)
+        raise ConfigError(
+            f"resume=true: {folder.path} was started with other values ({changes}); start a new run for them"
+        )
+    if any(key.startswith(CUT) for key in differing):
+        logger.warning("the work is cut in another way from here on: equal up to rounding, no longer bit for bit")
+    check_trusted(changed, cfg, folder.path)
+    return typed(changed)
+
+
+def short_path(path: Path) -> Path:
+    """The path as a person would type it: relative where it lies below the working directory."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _record_end(run: Run, error: BaseException) -> None:
+    if isinstance(error, SystemExit):
+        run.folder.update_status(state="interrupted", error=None)
+        return
+    if isinstance(error, ConfigError) and not run.folder.metrics_file.exists():
+        _discard(run.folder)
+        return
+    run.folder.update_status(state="failed", error=f"{type(error).__name__}: {error}")
+    logger.info("the run failed", exc_info=error)  # into launch.log; the console gets the one line below
+    logger.error("%s failed: %s: %s", run.folder.path, type(error).__name__, error)
+    error.logged = True
+    # Hydra keeps a failed job's exception for the rest of a sweep, and with its frames the model.
+    traceback.clear_frames(error.__traceback__)
+
+
+def _discard(folder: RunFolder) -> None:
+    """Remove what a launch made that could not even start, so that no empty run stands in the way."""
+    if folder.metrics_file.exists() or folder.checkpoints.exists():
+        return
+    for name in ("config.yaml", "status.json", ".lock", "launch.log"):
+        (folder.path / name).unlink(missing_ok=True)
+    shutil.rmtree(folder.path / ".hydra", ignore_errors=True)
+    for path in (folder.path, folder.path.parent):
+        if not any(path.iterdir()) and path != Path("."):
+            path.rmdir()

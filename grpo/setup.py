@@ -1,0 +1,114 @@
+"""From a config to the parts of a run. Everything that can be checked is checked before any weight is loaded."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo.algorithm.loss import LossOutput
+from grpo.algorithm.reward import Component, Rewards, score
+from grpo.config import Config
+from grpo.data.problems import Problem, Problems
+from grpo.data.prompts import Messages, check_lengths, messages, render
+from grpo.engine.hardware import autocast, use_hardware
+from grpo.engine.model import (
+    CompletionBatch,
+    PromptBatch,
+    check_model,
+    load_model,
+    load_tokenizer,
+    stop_token_ids,
+    tokenize_prompts,
+)
+from grpo.engine.rollout import Sampling
+from grpo.targets import bind, bind_reward
+
+DATA_KEYS = ("system_prompt", "max_prompt_length")  # the data group's keys that are not its loader's arguments
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run works with, but for the weights."""
+
+    config: Config
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    problems: Problems
+    components: list[Component]
+    accuracy: Component  # 1.0 or 0.0 a completion
+    objective: Callable[..., LossOutput]
+    optimizer: Callable[..., torch.optim.Optimizer]
+
+    def conversations(self, problems: Sequence[Problem]) -> list[Messages]:
+        return [messages(problem, self.config.data["system_prompt"]) for problem in problems]
+
+    def prompt_batch(self, conversations: Sequence[Messages]) -> PromptBatch:
+        return tokenize_prompts(self.tokenizer, [render(self.tokenizer, c) for c in conversations], self.device)
+
+    def load_policy(self) -> PreTrainedModel:
+        return load_model(self.config.model, self.device)
+
+    def sampling(self, model: PreTrainedModel, **changes: Any) -> Sampling:
+        """How the training samples, with these fields changed."""
+        settings = {
+            "max_new_tokens": self.config.grpo.max_completion_length,
+            "temperature": self.config.rollout.temperature,
+            "stop_ids": tuple(stop_token_ids(model, self.tokenizer)),
+            "pad_id": self.tokenizer.pad_token_id,
+            "min_new_tokens": self.config.rollout.min_new_tokens,
+        }
+        return Sampling(**settings | changes)
+
+    def autocast(self) -> AbstractContextManager:
+        return autocast(self.config)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """B completions as text, with what they earned."""
+
+    texts: list[str]
+    rewards: Rewards
+    columns: dict[str, list]  # the problems' columns, one entry a completion
+    prompts: list[Messages]  # one a completion
+    messages: list[Messages]  # the completions as assistant messages
+    lengths: Tensor  # (B,) int64, tokens including the end of sequence
+
+
+def prepare(config: Config) -> Setup:
+    """Find and check every part: functions, data, model, tokenizer, prompt lengths. Raises ConfigError."""
+    components = [
+        Component(name, bind_reward(f"reward.components.{name}", node), float(node.get("weight", 1.0)))
+        for name, node in config.reward.components.items()
+    ]
+    accuracy = Component("accuracy", bind_reward("eval.accuracy", config.eval.accuracy))
+    objective, optimizer = bind("objective", config.objective), bind("optimizer", config.optimizer)
+    problems = bind("data", config.data, without=DATA_KEYS)()
+    check_model(config.model)
+    tokenizer = load_tokenizer(config.model)
+    data = config.data
+    check_lengths(tokenizer, problems.train + problems.test, data["system_prompt"], data["max_prompt_length"])
+    device = use_hardware(config)
+    return Setup(config, device, tokenizer, problems, components, accuracy, objective, optimizer)
+
+
+def score_completions(setup: Setup, problems: Sequence[Problem], completions: CompletionBatch) -> Scored:
+    """Decode the completions of P problems, B = P * G, and score them with every reward component."""
+    lengths = completions.mask.sum(dim=1).cpu()
+    ids = completions.ids.cpu()
+    texts = setup.tokenizer.batch_decode(
+        [row[:length] for row, length in zip(ids, lengths.tolist(), strict=True)], skip_special_tokens=True
+    )
+    group_size = len(texts) // len(problems)
+    of_row = [problem for problem in problems for _ in range(group_size)]
+    prompts = [conversation for conversation in setup.conversations(problems) for _ in range(group_size)]
+    replies = [[{"role": "assistant", "content": text}] for text in texts]
+    names = {name for problem in of_row for name in problem.columns}
+    columns = {name: [problem.columns.get(name) for problem in of_row] for name in sorted(names)}
+    columns["answer"] = [problem.answer for problem in of_row]
+    columns["completion_ids"] = [row[:length].tolist() for row, length in zip(ids, lengths.tolist(), strict=True)]
+    return Scored(texts, score(setup.components, prompts, replies, columns), columns, prompts, replies, lengths)
