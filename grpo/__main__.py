@@ -1,0 +1,44 @@
+"""Commands on runs and models: `python -m grpo <command> [key=value ...]`."""
+
+import importlib
+import os
+import pkgutil
+import sys
+
+import grpo.commands
+from grpo.compose import run_command
+from grpo.config import ConfigError
+
+
+def commands() -> dict[str, str]:
+    """Every command with the first line of its module's docstring."""
+    names = sorted(module.name for module in pkgutil.iter_modules(grpo.commands.__path__) if module.name[0] != "_")
+    return {name: (importlib.import_module(f"grpo.commands.{name}").__doc__ or "").splitlines()[0] for name in names}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """List the commands, or run the one that is named. Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("python -m grpo <command> [key=value ...]\n")
+        for name, summary in commands().items():
+            print(f"  {name:10} {summary}")
+        print("\nAny key or group of the config can be given; to train: python launch.py --help")
+        return 0
+    sys.path.insert(0, os.getcwd())  # so that the installed command finds a user's reward functions as launch.py does
+    return run_command(lambda: _run(arguments[0], arguments[1:]))
+
+
+def _run(name: str, overrides: list[str]) -> None:
+    if name not in commands():
+        raise ConfigError(f"there is no command '{name}'; choose one of {', '.join(commands())}")
+    module = importlib.import_module(f"grpo.commands.{name}")
+    if any(argument in ("-h", "--help") for argument in overrides):
+        print(module.__doc__)
+        return
+    module.main(overrides)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.exit(main())

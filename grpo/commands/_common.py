@@ -1,0 +1,91 @@
+"""What the commands share: a config from the command line or a run folder, and the model that it names."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from grpo.compose import apply_overrides, compose_config
+from grpo.config import Config, ConfigError, typed
+from grpo.run.folder import RunFolder
+from grpo.targets import check_trusted
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a command works on."""
+
+    config: Config  # model.name is the model to load
+    folder: RunFolder | None  # the run folder named by run_dir, if one is
+    weights: Path | None  # a checkpoint folder to load on top of the model, where a run has no final_model yet
+    step: int  # how many steps the model was trained for
+
+
+def own_arguments(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Split a command's own `name=value` arguments, taken literally, from the overrides of the config."""
+    own, overrides = {}, []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if equals and name in names:
+            own[name] = value
+        else:
+            overrides.append(argument)
+    return own, overrides
+
+
+def run_folder_of(overrides: Sequence[str]) -> RunFolder | None:
+    """The run folder that `run_dir=` names, checked to be one. Raises ConfigError."""
+    own, _ = own_arguments(overrides, ["run_dir"])
+    if "run_dir" not in own:
+        return None
+    folder = RunFolder(own["run_dir"].rstrip("/"))
+    if not folder.started():
+        raise ConfigError(f"run_dir={folder.path} is not a run folder (it has no config.yaml)")
+    return folder
+
+
+def find_subject(arguments: Sequence[str]) -> Subject:
+    """The config and model that a command line names.
+
+    With run_dir: the folder's frozen config with exactly the named keys replaced, and its trained model, or, where
+    model.name is given, that model on the run's problems. Without: the config that conf/ composes.
+    """
+    folder = run_folder_of(arguments)
+    _, overrides = own_arguments(arguments, ["run_dir"])
+    composed = compose_config(overrides)
+    if folder is None:
+        return Subject(_resolved(composed), None, None, 0)
+    changed = apply_overrides(folder.frozen_config(), composed, overrides)
+    check_trusted(changed, composed, folder.path)
+    if any(argument.startswith(("model.name=", "model=")) for argument in overrides):
+        return Subject(_resolved(changed), folder, None, 0)
+    step = folder.status().get("step", 0)
+    if folder.final_model.exists():
+        changed.model.name = str(folder.final_model)
+        return Subject(_resolved(changed), folder, None, step)
+    from grpo.run.checkpoint import latest_checkpoint, load_state  # imports torch
+
+    weights = latest_checkpoint(folder.checkpoints)
+    if weights is None:
+        raise ConfigError(f"{folder.path} holds no trained model yet; for the untrained one add model.name=...")
+    return Subject(_resolved(changed), folder, weights, load_state(weights).step)
+
+
+def _resolved(cfg: DictConfig) -> Config:
+    from grpo.engine.hardware import resolve_hardware  # imports torch
+
+    resolve_hardware(cfg)
+    return typed(cfg)
+
+
+def load_subject(subject: Subject):
+    """The parts of the config and the model: (Setup, PreTrainedModel)."""
+    from grpo.run.checkpoint import load_weights
+    from grpo.setup import prepare
+
+    setup = prepare(subject.config)
+    model = setup.load_policy()
+    if subject.weights is not None:
+        load_weights(subject.weights, model)
+    return setup, model

@@ -1,0 +1,51 @@
+"""Try a model by hand.
+
+python -m grpo chat run_dir=outputs/...                  the run's trained model
+python -m grpo chat model.name=M [data=...]              any hub name or local folder
+prompt="What is 27 + 35?" asks once and ends; rollout.temperature=0.7 samples, the default is greedy
+"""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from grpo.commands._common import find_subject, load_subject, own_arguments
+
+
+def main(arguments: list[str]) -> None:
+    """Answer one prompt, or each line that is typed until an empty one or the end of input."""
+    own, overrides = own_arguments(arguments, ["prompt"])
+    subject = find_subject(overrides)
+    setup, model = load_subject(subject)
+    sampled = any(argument.startswith("rollout.temperature=") for argument in overrides)
+    sampling = setup.sampling(model) if sampled else setup.sampling(model, temperature=0.0)
+    if "prompt" in own:
+        print(answer(setup, model, sampling, own["prompt"], turn=1))
+        return
+    Console().print(f"{subject.config.model.name}: each line is a new problem; an empty line ends", highlight=False)
+    turn = 0
+    while line := _read_line():
+        turn += 1
+        print(answer(setup, model, sampling, line, turn))
+
+
+def answer(setup: Any, model: Any, sampling: Any, question: str, turn: int) -> str:
+    """The model's completion of one question, asked as the training asks its problems."""
+    from grpo.data.problems import Problem
+    from grpo.data.prompts import messages
+    from grpo.engine.rollout import rollout
+
+    problem = Problem(id="chat", question=question, answer="")
+    prompts = setup.prompt_batch([messages(problem, setup.config.data["system_prompt"])])
+    with setup.autocast():
+        completions = rollout(model, prompts, 1, sampling, seed=setup.config.seed, step=turn, rows_at_once=1)
+    length = int(completions.mask.sum())
+    return setup.tokenizer.decode(completions.ids[0, :length], skip_special_tokens=True)
+
+
+def _read_line() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""

@@ -1,0 +1,39 @@
+"""Fetch the model and the data of a config into the local cache, so that a later run needs no network.
+
+python -m grpo download                                  the default: Qwen2.5-1.5B-Instruct and GSM8K
+python -m grpo download model=qwen2_5_0_5b_instruct      any other config; HF_HOME says where the cache is
+"""
+
+from pathlib import Path
+
+from grpo.commands._common import own_arguments
+from grpo.compose import compose_config
+from grpo.config import ConfigError, typed
+
+
+def main(arguments: list[str]) -> None:
+    """Download and print where things are."""
+    own, overrides = own_arguments(arguments, ["run_dir"])
+    if own:
+        raise ConfigError("download works on a config, not on a run folder: leave run_dir out")
+    config = typed(compose_config(overrides))
+    from grpo.engine.model import EMBEDDED_MODELS, model_not_found
+    from grpo.targets import bind
+
+    if config.model.name in EMBEDDED_MODELS or Path(config.model.name).is_dir():
+        print(f"model: {config.model.name} is here already")
+    else:
+        from huggingface_hub import snapshot_download
+
+        try:
+            print(f"model: {snapshot_download(config.model.name, allow_patterns=MODEL_FILES)}")
+        except Exception as error:  # the hub, the network, the cache: each has exceptions of its own
+            raise model_not_found(config.model.name) from error
+    from grpo.setup import DATA_KEYS
+
+    problems = bind("data", config.data, without=DATA_KEYS)()
+    print(f"data: {len(problems.train)} problems to train on, {len(problems.test)} held out")
+
+
+# Not the same weights a second time in other formats.
+MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]

@@ -1,0 +1,28 @@
+"""Accuracy and rewards of a model on the held-out problems, greedily decoded.
+
+python -m grpo evaluate run_dir=outputs/...              the run's trained model; the result goes to its eval/ too
+python -m grpo evaluate run_dir=outputs/... model.name=M another model on the run's problems, such as the untrained one
+python -m grpo evaluate model.name=M [data=...]          any hub name or local folder; eval.max_problems=null takes all
+"""
+
+from datetime import datetime
+
+from rich.console import Console
+
+from grpo.commands._common import find_subject, load_subject
+from grpo.run.console import closing_table
+
+
+def main(arguments: list[str]) -> None:
+    """Evaluate and print a table."""
+    subject = find_subject(arguments)
+    setup, model = load_subject(subject)
+    from grpo.evaluation import evaluate  # imports torch
+
+    result = {"model": subject.config.model.name, **evaluate(model, setup, subject.step)}
+    console = Console()
+    console.print(f"model: {subject.config.model.name}", highlight=False, soft_wrap=True)
+    console.print(closing_table({"now": result}))
+    if subject.folder is not None:
+        file = subject.folder.write_evaluation(f"evaluate_{datetime.now():%Y-%m-%d_%H-%M-%S}", result)
+        console.print(f"each problem's outcome: {file}", highlight=False, soft_wrap=True)
