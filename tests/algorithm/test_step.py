@@ -1,0 +1,109 @@
+import copy
+from functools import partial
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from grpo.algorithm.loss import grpo_loss
+from grpo.algorithm.step import Batch, all_logps, learning_rate, update
+from grpo.engine.model import CompletionBatch, PromptBatch, completion_logps_unshared
+from grpo.tiny import MODEL_DIR
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Two prompts and four completions each, of very unequal lengths, with off-policy old log-probabilities."""
+    generator = torch.Generator().manual_seed(0)
+    prompt_mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    mask = (torch.arange(12) < torch.tensor([12, 1, 7, 3, 2, 5, 11, 4])[:, None]).long()
+    return Batch(
+        PromptBatch(torch.randint(5, 250, (2, 5), generator=generator), prompt_mask),
+        CompletionBatch(torch.randint(5, 250, (8, 12), generator=generator), mask),
+        advantages=torch.randn(8, generator=generator),
+        ref_logps=-8 + torch.randn(8, 12, generator=generator),
+        old_logps=-8 + torch.randn(8, 12, generator=generator),
+    )
+
+
+def updated(model, batch, micro_batch_size, lr=0.1):
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    metrics, _ = update(
+        model,
+        optimizer,
+        partial(grpo_loss, beta=0.04, epsilon=0.1),
+        batch,
+        temperature=1.0,
+        micro_batch_size=micro_batch_size,
+        max_grad_norm=1e9,
+    )
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return model, metrics, gradient
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 4])
+def test_cutting_the_batch_does_not_change_the_gradient(model, batch, micro_batch_size):
+    _, whole_metrics, whole = updated(model, batch, 8)
+    _, metrics, gradient = updated(model, batch, micro_batch_size)
+    assert (gradient - whole).norm() / whole.norm() < 1e-5
+    assert metrics == pytest.approx(whole_metrics, rel=1e-4, abs=1e-6)
+
+
+def test_an_update_makes_good_completions_likelier_and_bad_ones_less_likely(model, batch):
+    on_policy = Batch(batch.prompts, batch.completions, torch.tensor([1.0, -1.0] * 4))
+    model_after = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model_after.parameters(), lr=1e-3)
+    update(
+        model_after,
+        optimizer,
+        partial(grpo_loss, beta=0.0, epsilon=0.1),
+        on_policy,
+        temperature=1.0,
+        micro_batch_size=8,
+        max_grad_norm=1e9,
+    )
+    change = all_logps(model_after, on_policy, 1.0, 8) - all_logps(model, on_policy, 1.0, 8)
+    lengths = batch.completions.mask.sum(dim=1)
+    change = (change.sum(dim=1) / lengths * on_policy.advantages).mean()
+    assert change > 0
+
+
+def test_logps_of_the_whole_batch_do_not_depend_on_the_cut(model, batch):
+    prompt_of_row = torch.arange(8) // 4
+    plain = completion_logps_unshared(model, batch.prompts, batch.completions, prompt_of_row, 0.8).logps
+    for size in (1, 3, 8):
+        torch.testing.assert_close(all_logps(model, batch, 0.8, size), plain.detach(), rtol=1e-5, atol=2e-5)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(model, batch):
+    broken = copy.deepcopy(model)
+    bad = Batch(batch.prompts, batch.completions, torch.tensor([float("nan")] + [1.0] * 7))
+    optimizer = torch.optim.AdamW(broken.parameters(), lr=0.1)
+    with pytest.raises(FloatingPointError, match="the update was not made"):
+        update(
+            broken,
+            optimizer,
+            partial(grpo_loss, beta=0.0, epsilon=0.1),
+            bad,
+            temperature=1.0,
+            micro_batch_size=4,
+            max_grad_norm=1.0,
+        )
+    assert all(torch.equal(a, b) for a, b in zip(broken.parameters(), model.parameters(), strict=True))
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_schedules_at_their_ends():
+    assert learning_rate(1.0, "constant", 100, 100, 0) == 1.0
+    assert [learning_rate(1.0, "constant", step, 100, 3) for step in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
+    assert learning_rate(1.0, "linear", 1, 4, 0) == 1.0
+    assert learning_rate(1.0, "linear", 4, 4, 0) == 0.25
+    assert learning_rate(1.0, "cosine", 1, 10, 0) == 1.0
+    assert learning_rate(2.0, "cosine", 6, 10, 0) == pytest.approx(1.0)
+    assert 0 < learning_rate(1.0, "cosine", 10, 10, 0) < 0.1

@@ -1,0 +1,102 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from grpo.engine.model import PromptBatch, completion_logps_unshared
+from grpo.engine.rollout import Sampling, completion_mask, rollout
+
+
+@pytest.fixture
+def sampling(tokenizer):
+    return Sampling(32, 1.0, (tokenizer.eos_token_id,), tokenizer.pad_token_id)
+
+
+def sample(model, prompts, sampling, generations=4, seed=1, step=1, rows_at_once=64):
+    return rollout(model, prompts, generations, sampling, seed=seed, step=step, rows_at_once=rows_at_once)
+
+
+def test_greedy_decoding_is_that_of_transformers(model, tokenizer, prompts, sampling):
+    ours = sample(model, prompts, replace(sampling, temperature=0.0), generations=1)
+    theirs = model.generate(prompts.ids, attention_mask=prompts.mask, max_new_tokens=32, do_sample=False)
+    theirs = theirs[:, prompts.ids.shape[1] :]
+    assert torch.equal(ours.ids * ours.mask, theirs * completion_mask(theirs, sampling.stop_ids))
+
+
+def test_the_same_seed_and_step_give_the_same_completions_and_others_do_not(model, prompts, sampling):
+    first, again = sample(model, prompts, sampling), sample(model, prompts, sampling)
+    assert torch.equal(first.ids, again.ids)
+    for other in (sample(model, prompts, sampling, seed=2), sample(model, prompts, sampling, step=2)):
+        assert other.ids.shape != first.ids.shape or not torch.equal(other.ids, first.ids)
+
+
+def test_a_group_holds_different_completions(model, prompts, sampling):
+    completions = sample(model, prompts, sampling, generations=8)
+    assert len({tuple(row.tolist()) for row in completions.ids[:8]}) > 1
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 5])
+def test_decoding_fewer_rows_at_once_gives_the_same_completions(model, prompts, sampling, rows_at_once):
+    whole = sample(model, prompts, sampling)
+    parts = sample(model, prompts, sampling, rows_at_once=rows_at_once)
+    # Rows that differ by rounding do so only where two tokens nearly tie, which these do not.
+    assert torch.equal(whole.ids * whole.mask, parts.ids * parts.mask)
+
+
+def test_a_prompt_is_answered_alike_whatever_stands_beside_it(model, prompts, sampling):
+    both = sample(model, prompts, sampling)
+    alone = sample(model, PromptBatch(prompts.ids[:1], prompts.mask[:1]), sampling)
+    width = alone.ids.shape[1]
+    assert torch.equal(both.ids[:4, :width] * alone.mask, alone.ids * alone.mask)
+
+
+def test_tokens_are_drawn_from_the_models_distribution(model, prompts, sampling):
+    """The first token of many completions of one prompt, against the model's own probabilities."""
+    one = PromptBatch(prompts.ids[:1], prompts.mask[:1])
+    first = replace(sampling, max_new_tokens=1, temperature=1.7)
+    drawn = rollout(model, one, 4000, first, seed=3, step=1, rows_at_once=4000).ids[:, 0]
+    probabilities = (model(one.ids, attention_mask=one.mask).logits[0, -1].double() / 1.7).softmax(0)
+    common = probabilities * 4000 >= 5
+    expected = torch.cat([probabilities[common], probabilities[~common].sum()[None]]) * 4000
+    counts = drawn.bincount(minlength=len(probabilities)).double()
+    counts = torch.cat([counts[common], counts[~common].sum()[None]])
+    chi_square = ((counts - expected) ** 2 / expected.clamp(min=1)).sum()
+    degrees = len(expected) - 1
+    assert degrees >= 1
+    assert chi_square < degrees + 4 * (2 * degrees) ** 0.5 + 4
+
+
+def test_the_mask_ends_with_the_first_end_of_sequence_token():
+    ids = torch.tensor([[5, 9, 5, 9], [9, 5, 5, 5], [5, 5, 5, 5]])
+    assert completion_mask(ids, (9,)).tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+
+
+def test_no_completion_ends_before_min_new_tokens(model, prompts, sampling):
+    forced = sample(model, prompts, replace(sampling, min_new_tokens=32), generations=2)
+    assert forced.mask.sum(dim=1).tolist() == [32] * 6
+
+
+def test_rows_that_ended_leave_the_batch(model, prompts, sampling, monkeypatch):
+    """The model must not be run on finished rows; counted by a hook on the real model."""
+    rows = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    completions = sample(model, prompts, sampling, generations=16)
+    hook.remove()
+    lengths = completions.mask.sum(dim=1)
+    assert rows[0] == 3  # the prompts, once each
+    assert rows[1] == 48
+    assert rows[-1] < 48
+    assert len(rows) == lengths.max()  # and nothing after the last row has ended
+
+
+def test_completions_are_as_likely_as_their_temperature_says(model, prompts, sampling):
+    """Colder sampling gives likelier completions under the same model."""
+    prompt_of_row = torch.arange(3).repeat_interleave(16)
+    means = []
+    for temperature in (0.3, 1.0, 2.0):
+        completions = sample(model, prompts, replace(sampling, temperature=temperature), generations=16)
+        logps = completion_logps_unshared(model, prompts, completions, prompt_of_row, 1.0).logps
+        means.append((logps.sum() / completions.mask.sum()).item())
+    assert means[0] > means[1] > means[2]
