@@ -1,10 +1,11 @@
 """Weights & Biases, kept at arm's length: training never stops for it and waits a bounded time only.
 
 Every call into wandb runs in a thread of its own with a time limit. The first one that raises or does not come back
-costs one warning, and nothing more is tracked: metrics.jsonl holds every row anyway. When the `with` block ends,
-nothing of wandb is left in the process, so that the jobs of a sweep are separate runs.
+costs one warning, and nothing more is tracked: metrics.jsonl and samples/ hold everything anyway. When the `with`
+block ends, nothing of wandb is left in the process, so that the jobs of a sweep are separate runs.
 """
 
+import importlib
 import logging
 import os
 import queue
@@ -36,15 +37,15 @@ class Tracker:
         """`run` is an open wandb run, or None for no tracking."""
         self.how_to_look: list[str] = []
         self._run = run
-        self._usable = run is not None  # until something fails
+        self._usable = self._takes_tables = run is not None  # until something fails
         self._responds = True  # until something does not come back in time
         self._open_step = 0  # the first step that W&B still takes: it drops what comes for an earlier one
         if run is not None:
             self._open_step = run.starting_step
             folder = shlex.quote(str(run.sync_dir))
             self._upload_line = f"upload it: wandb sync {folder}"
-            offline = [f"look at the run: wandb leet {folder}", self._upload_line]
-            self.how_to_look = offline if run.offline else [f"look at the run: {run.url}"]
+            look = f"look at the run: {f'wandb leet {folder}' if run.offline else run.url}"
+            self.how_to_look = [look, self._upload_line] if run.offline else [look]
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Log one step's metrics. `row` holds "step"; values that are None are left out."""
@@ -61,13 +62,16 @@ class Tracker:
         self._open_step = step = max(step, self._open_step)
 
         def log_table() -> None:
-            import wandb
-
             # A column may hold numbers in one row and text in the next (answers), which a typed table refuses.
-            table = wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+            table = importlib.import_module("wandb").Table(columns=columns, data=data, allow_mixed_types=True)
             self._run.log({"step": step, "completions": table}, step=step)
 
-        self._do("logging completions", log_table)
+        # Online, wandb asks the server before it takes a table, whereas it only queues metrics: a network that is gone
+        # for a while must not cost more than the tables.
+        _, error = _attempt(LOG_SECONDS, log_table) if self._usable and self._takes_tables else (None, None)
+        if error is not None:
+            logger.warning("W&B: logging completions failed (%s). No more tables are sent.", _one_line(error))
+            self._takes_tables = False
 
     def log_evaluation(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """Log an evaluation after `step` steps, `values` such as {"accuracy": 0.7, "n": 100}.
@@ -96,7 +100,7 @@ class Tracker:
         if self._run is None:
             return
         if self._responds:
-            self._note("finishing", _attempt(FINISH_SECONDS + 5, lambda: self._run.finish(exit_code))[1])
+            self._note("finishing", _attempt(FINISH_SECONDS, lambda: self._run.finish(exit_code))[1])
         self._usable = False
         _teardown(exit_code, TEARDOWN_SECONDS)
 
@@ -141,6 +145,8 @@ def _open(cfg: Mapping[str, Any], run_dir: Path, resumed: bool) -> Tracker:
     mode, seconds = cfg["tracking"]["mode"], cfg["tracking"]["init_timeout"]
     if mode == "disabled" or (mode == "auto" and os.environ.get("WANDB_MODE") == "disabled"):
         return Tracker()
+    # Else wandb sends usage statistics, also from offline runs, and on a bad network holds up the exit for 20 s.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     deadline = time.monotonic() + seconds
     if mode != "offline":
         reserve = min(10.0, seconds / 2)  # so that an online start that hangs leaves time to start offline
@@ -167,11 +173,7 @@ def _open_online(cfg: Mapping[str, Any], run_dir: Path, resumed: bool, seconds: 
     id_file.write_text(run_id + "\n")  # before the run exists, so that no crash can separate the two
 
     def start() -> Tracker | None:
-        import wandb
-
-        # Silent also keeps wandb from asking for a key on the terminal, and `login` from going to the network.
-        wandb.setup(wandb.Settings(silent=True))
-        if not wandb.login(prompt=False, verify=False):
+        if not _silent_wandb().login(prompt=False, verify=False):
             return None
         return Tracker(_init(cfg, run_dir, "online", seconds, id=run_id, resume="must" if known else "never"))
 
@@ -181,18 +183,23 @@ def _open_online(cfg: Mapping[str, Any], run_dir: Path, resumed: bool, seconds: 
     return tracker, error
 
 
-def _init(cfg: Mapping[str, Any], run_dir: Path, mode: str, seconds: float, **identity: str) -> Any:
-    """A new wandb run. Raises what wandb raises."""
+def _silent_wandb() -> Any:
+    """The wandb module, told not to write to the terminal nor ask for a key there; `login` then needs no network."""
     import wandb
 
-    # Set for the process too: a run that is offline only by itself still sends W&B usage statistics at exit.
-    wandb.setup(wandb.Settings(silent=True, mode=mode))
+    wandb.setup(wandb.Settings(silent=True))
+    return wandb
+
+
+def _init(cfg: Mapping[str, Any], run_dir: Path, mode: str, seconds: float, **identity: str) -> Any:
+    """A new wandb run. Raises what wandb raises."""
+    wandb = _silent_wandb()
     settings = wandb.Settings(
         console="off",
         symlink=False,
         use_dot_wandb=False,
-        init_timeout=0.9 * seconds,  # wandb gives up by itself before it is given up, which leaves less behind
-        finish_timeout=FINISH_SECONDS,
+        init_timeout=0.9 * seconds,  # so that wandb gives up by itself before it is left behind
+        finish_timeout=0.9 * FINISH_SECONDS,
         finish_timeout_raises=True,
     )
     run = wandb.init(
@@ -211,13 +218,7 @@ def _init(cfg: Mapping[str, Any], run_dir: Path, mode: str, seconds: float, **id
 
 def _teardown(exit_code: int, seconds: float) -> None:
     """End wandb's background process and forget its state; after `seconds` a hanging one is left behind."""
-
-    def teardown() -> None:
-        import wandb
-
-        wandb.teardown(exit_code)
-
-    _attempt(seconds, teardown)
+    _attempt(seconds, lambda: importlib.import_module("wandb").teardown(exit_code))
 
 
 def _attempt(seconds: float, call: Callable[[], Any]) -> tuple[Any, BaseException | None]:

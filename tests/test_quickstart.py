@@ -1,0 +1,60 @@
+"""The first command that a person types: what it must reach, and the controls that show that it is GRPO's doing."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def quickstart(run_dir, *arguments):
+    """Run it; returns its summary, its metrics rows and its seconds."""
+    started = time.monotonic()
+    subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), "experiment=quickstart", f"run_dir={run_dir}", *arguments],
+        cwd=run_dir.parent,
+        check=True,
+        timeout=600,
+    )
+    rows = [json.loads(line) for line in (run_dir / "metrics" / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((run_dir / "summary.json").read_text()), rows, time.monotonic() - started
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_quickstart_learns_to_add(tmp_path, seed):
+    summary, rows, seconds = quickstart(tmp_path / "run", f"seed={seed}")
+    before, after = summary["eval"]["before"], summary["eval"]["after"]
+    assert before["n"] >= 400
+    assert before["accuracy"] <= 0.5
+    assert after["accuracy"] >= 0.9
+    assert before["reward"] <= 1.6
+    assert after["reward"] >= 2.5
+    assert sum(row["reward"] for row in rows[-10:]) / 10 >= 2.5
+    assert seconds < 180
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_nothing_is_learnt_from_rewards_shuffled_within_the_batch(tmp_path, seed):
+    targets = [
+        f"reward.components.{component}._target_=tests.shuffled_rewards.{function}"
+        for component, function in (("correctness", "correctness"), ("format", "tag_format"))
+    ]
+    summary, _, _ = quickstart(tmp_path / "run", f"seed={seed}", *targets)
+    before, after = summary["eval"]["before"], summary["eval"]["after"]
+    # Noise may move the model, but not by more than chance towards the answers.
+    assert after["accuracy"] <= before["accuracy_interval"][1]
+
+
+def test_with_a_learning_rate_of_zero_nothing_moves(tmp_path):
+    summary, rows, _ = quickstart(
+        tmp_path / "run", "optimizer.lr=0", "grpo.num_steps=3", "eval.max_problems=64", "tracking=disabled"
+    )
+    assert summary["eval"]["after"]["accuracy"] == summary["eval"]["before"]["accuracy"]
+    assert [row["kl"] for row in rows] == [0.0, 0.0, 0.0]
+    assert all(row["grad_norm"] > 0.1 for row in rows)
