@@ -34,13 +34,16 @@ def train(run: Run) -> None:
     setup = prepare(run.config)
     trainer = Trainer(setup)
     rows = trainer.restore(run)
+    if run.config.grpo.mu == 1:
+        logger.info("mu=1: the ratio is 1 at every update, so the loss says little; its gradient is what counts")
     console = Console()
     console.print(f"{'going on in' if run.resumed else 'run folder'} {run.folder.path}", highlight=False)
     with tracking(to_dict(run.config), run.folder.path, resumed=run.resumed, rows=rows) as tracker:
         console.print(*tracker.how_to_look, sep="\n", highlight=False, soft_wrap=True)
         run.folder.update_status(total_steps=trainer.total_steps, step=trainer.state.step)
-        if run.config.eval.before and run.folder.evaluation("before") is None:
-            trainer.evaluate(run, tracker, "before")
+        if run.config.eval.before and trainer.state.step == 0 and run.folder.evaluation("before") is None:
+            before = trainer.evaluate(run, tracker, "before")
+            console.print(f"before training: {before['accuracy']:.1%} of {before['n']} held-out problems right")
         display = StepDisplay(console, trainer.total_steps, trainer.state.step + 1)
         with display.shown():
             for step in range(trainer.state.step + 1, trainer.total_steps + 1):

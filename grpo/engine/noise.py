@@ -49,15 +49,16 @@ def gumbel_noise(keys: Tensor, token: int, vocab_size: int) -> Tensor:
 
 
 def _mix32(x: Tensor, second_key: Tensor | int = 0) -> Tensor:
-    """lowbias32 in wrapping int32 arithmetic, with a second key added half way."""
-    x = (x ^ _shift_right(x, 16)) * _MIX32[0] + second_key
-    x = (x ^ _shift_right(x, 15)) * _MIX32[1]
-    return x ^ _shift_right(x, 16)
+    """lowbias32 in wrapping int32 arithmetic, with a second key added half way. In place but for its first step."""
+    x = x ^ _shift_right(x, 16)
+    x.mul_(_MIX32[0]).add_(second_key)
+    x.bitwise_xor_(_shift_right(x, 15)).mul_(_MIX32[1])
+    return x.bitwise_xor_(_shift_right(x, 16))
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     # torch shifts signed numbers arithmetically; the mask makes it the unsigned shift of the definition.
-    return (x >> bits) & ((1 << (32 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
 
 
 def _wrap32(x: int) -> int:

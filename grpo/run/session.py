@@ -97,7 +97,8 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
                 resumed_config(folder, cfg, list(HydraConfig.get().overrides.task)) if resumed else fresh_config(cfg)
             )
         except ConfigError:
-            _discard(folder)
+            if not resumed:
+                _discard(folder)
             raise
         run = Run(folder, config, resumed, StopSignals())
         if not resumed:
@@ -152,7 +153,7 @@ def _record_end(run: Run, error: BaseException) -> None:
     if isinstance(error, SystemExit):
         run.folder.update_status(state="interrupted", error=None)
         return
-    if isinstance(error, ConfigError) and not run.folder.metrics_file.exists():
+    if isinstance(error, ConfigError) and not run.resumed:
         _discard(run.folder)
         return
     run.folder.update_status(state="failed", error=f"{type(error).__name__}: {error}")
@@ -165,8 +166,6 @@ def _record_end(run: Run, error: BaseException) -> None:
 
 def _discard(folder: RunFolder) -> None:
     """Remove what a launch made that could not even start, so that no empty run stands in the way."""
-    if folder.metrics_file.exists() or folder.checkpoints.exists():
-        return
     for name in ("config.yaml", "status.json", ".lock", "launch.log"):
         (folder.path / name).unlink(missing_ok=True)
     shutil.rmtree(folder.path / ".hydra", ignore_errors=True)

@@ -1,0 +1,47 @@
+"""What drawing a token costs: counter noise (Gumbel-max) beside torch.multinomial and the model's own decode step.
+
+    python tests/benchmarks/noise.py [MODEL]      a hub name or local folder; default: the embedded model
+"""
+
+import statistics
+import sys
+import time
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
+
+from grpo.engine.model import model_source
+from grpo.engine.noise import gumbel_noise, row_keys
+
+PROMPT_TOKENS, ROUNDS = 80, 15
+
+
+@torch.no_grad()
+def main(name: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_source(name), dtype=torch.float32).eval()
+    vocab_size = model.config.vocab_size
+    print(f"{name}: vocabulary {vocab_size}, {torch.get_num_threads()} threads, milliseconds a token, medians")
+    print(f"{'rows':>5} {'decode':>9} {'noise':>9} {'multinomial':>12} {'noise / decode':>15}")
+    for rows in (1, 8, 16, 32):
+        keys = row_keys(1, 1, np.arange(rows), np.arange(rows))
+        cache = DynamicCache(config=model.config)
+        model(torch.full((rows, PROMPT_TOKENS), 5), past_key_values=cache, use_cache=True)
+        seconds = {"decode": [], "noise": [], "multinomial": []}
+        for token in range(ROUNDS):
+            started = time.perf_counter()
+            logits = model(torch.full((rows, 1), 7), past_key_values=cache, use_cache=True).logits[:, -1]
+            decoded = time.perf_counter()
+            (logits + gumbel_noise(keys, token, vocab_size)).argmax(dim=1)
+            drawn = time.perf_counter()
+            torch.multinomial(logits.softmax(dim=1), 1)
+            seconds["decode"].append(decoded - started)
+            seconds["noise"].append(drawn - decoded)
+            seconds["multinomial"].append(time.perf_counter() - drawn)
+        decode, noise, multinomial = (1000 * statistics.median(values) for values in seconds.values())
+        print(f"{rows:>5} {decode:>9.2f} {noise:>9.2f} {multinomial:>12.2f} {noise / decode:>15.1%}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "tiny")
