@@ -109,7 +109,7 @@ class Trainer:
             scored = score_completions(setup, problems, completions)
             rewards = scored.rewards.total.view(grpo.batch_size, grpo.num_generations)
             advantages = group_advantages(rewards).flatten()
-        batch = Batch(prompts, completions, advantages.to(setup.device))
+        batch = Batch(prompts, completions, advantages.float().to(setup.device))
         with timer("reference"):
             if self.reference is not None:
                 batch = replace(batch, ref_logps=self._logps(self.reference, batch))

@@ -22,8 +22,8 @@ class Component:
 class Rewards:
     """Rewards of B rows: each component as its function gave it (NaN where it gave None), and the weighted sum."""
 
-    components: dict[str, Tensor]  # name -> (B,) float32
-    total: Tensor  # (B,) float32
+    components: dict[str, Tensor]  # name -> (B,) float64
+    total: Tensor  # (B,) float64
 
 
 class RewardError(RuntimeError):
@@ -59,7 +59,7 @@ def _call(component: Component, prompts: list, completions: list, columns: Mappi
             f"reward component '{component.name}' returned {got} for {len(completions)} completions; "
             "it must return a list with one number, or None, for each"
         )
-    return torch.tensor([_number(component.name, value) for value in values], dtype=torch.float32)
+    return torch.tensor([_number(component.name, value) for value in values], dtype=torch.float64)
 
 
 def _number(name: str, value: object) -> float:

@@ -1,6 +1,6 @@
 """What drawing a token costs: counter noise (Gumbel-max) beside torch.multinomial and the model's own decode step.
 
-    python tests/benchmarks/noise.py [MODEL]      a hub name or local folder; default: the embedded model
+python tests/benchmarks/noise.py [MODEL]      a hub name or local folder; default: the embedded model
 """
 
 import statistics
