@@ -25,7 +25,6 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"  {name:10} {summary}")
         print("\nAny key or group of the config can be given; to train: python launch.py --help")
         return 0
-    sys.path.insert(0, os.getcwd())  # so that the installed command finds a user's reward functions as launch.py does
     return run_command(lambda: _run(arguments[0], arguments[1:]))
 
 

@@ -1,6 +1,7 @@
 """Composing conf/ outside a launch, putting command lines on top of frozen configs, and wording the errors."""
 
 import difflib
+import os
 import re
 import sys
 import traceback
@@ -67,12 +68,16 @@ def apply_overrides(frozen: DictConfig, composed: DictConfig, overrides: Sequenc
 
 def run_command(command: Callable[[], object]) -> int:
     """Run a command and return its exit code: 0, 2 for bad input (said in a line), 1 for a failure (likewise)."""
+    sys.path.insert(0, os.getcwd())  # a user's reward functions are found from where the command is given
     try:
         command()
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     except Exception as error:
+        if "Config group override must be" in str(error):  # Hydra's ValueError for `data=null`
+            print("error: a config group cannot be null; choose one of its files", file=sys.stderr)
+            return 2
         if not getattr(error, "logged", False):
             traceback.print_exc()
         print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
@@ -89,6 +94,8 @@ def explain(error: Exception) -> str:
     full_key = re.search(r"full_key: (\S+)", text)
     if key:
         return unknown_key(key.group(1) or (full_key.group(1) if full_key else key.group(2)))
+    if full_key and re.search(r"Key '[^']+' not in '", text):
+        return unknown_key(full_key.group(1))
     choice = re.search(r"Could not find '([^']+)/([^'/]+)'", text) or re.search(
         r"In '[^']*': Could not find '([^']+)/([^']+)'", text
     )

@@ -4,6 +4,7 @@ Imports no torch: `--help`, `--cfg job` and every configuration error answer at 
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,8 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 def typed(cfg: DictConfig) -> Config:
     """The composed config as plain dataclasses, checked across fields. Raises ConfigError."""
-    plain = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.to_container(cfg, resolve=True))
-    config = OmegaConf.to_object(plain)
+    values = _escape(OmegaConf.to_container(cfg, resolve=True))  # resolved once, and not a second time
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
     check(config)
     return config
 
@@ -159,16 +160,17 @@ def _check_numbers(config: Config) -> None:
     at_least_1 += ["eval.max_problems", "eval.max_completion_length"]
     at_least_0 = ["grpo.beta", "grpo.warmup_steps", "rollout.min_new_tokens", "optimizer.lr"]
     at_least_0 += ["checkpoint.every", "samples.every", "eval.every", "tracking.completions_every"]
-    _number("optimizer.lr", flat.get("optimizer.lr"))
+    for key in ("optimizer.lr", "data.max_prompt_length"):
+        _number(key, flat.get(key))
     for lowest, keys in ((1, at_least_1), (0, at_least_0)):
         for key in keys:
-            if flat[key] is not None and flat[key] < lowest:
+            if flat[key] is not None and not flat[key] >= lowest:  # so put, not-a-number fails too
                 raise ConfigError(f"{key}={flat[key]}: must be {lowest} or more")
     if not 0 < config.grpo.epsilon < 1:
         raise ConfigError(f"grpo.epsilon={config.grpo.epsilon}: must lie between 0 and 1, usually 0.1 or 0.2")
-    if config.grpo.max_grad_norm <= 0:
+    if not config.grpo.max_grad_norm > 0:
         raise ConfigError(f"grpo.max_grad_norm={config.grpo.max_grad_norm}: must be above 0; 1e9 never clips")
-    if config.rollout.temperature <= 0:
+    if not config.rollout.temperature > 0:
         raise ConfigError(
             f"rollout.temperature={config.rollout.temperature}: must be above 0; without randomness all completions "
             "of a group are the same"
@@ -227,4 +229,5 @@ def _escape(node: Any) -> Any:
         return {key: _escape(value) for key, value in node.items()}
     if isinstance(node, list):
         return [_escape(value) for value in node]
-    return node.replace("${", "\\${") if isinstance(node, str) else node
+    # A backslash before "${" makes it plain text to OmegaConf, and must itself be doubled there.
+    return re.sub(r"(\\*)\$\{", lambda m: 2 * m[1] + r"\${", node) if isinstance(node, str) else node

@@ -27,7 +27,11 @@ from grpo.engine.model import (
 from grpo.engine.rollout import Sampling
 from grpo.targets import bind, bind_reward
 
-DATA_KEYS = ("system_prompt", "max_prompt_length")  # the data group's keys that are not its loader's arguments
+DATA_KEYS = (
+    "system_prompt",
+    "examples",
+    "max_prompt_length",
+)  # the data group's keys that are not its loader's arguments
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Setup:
     optimizer: Callable[..., torch.optim.Optimizer]
 
     def conversations(self, problems: Sequence[Problem]) -> list[Messages]:
-        return [messages(problem, self.config.data["system_prompt"]) for problem in problems]
+        return [messages(problem.question, self.config.data) for problem in problems]
 
     def prompt_batch(self, conversations: Sequence[Messages]) -> PromptBatch:
         return tokenize_prompts(self.tokenizer, [render(self.tokenizer, c) for c in conversations], self.device)
@@ -90,8 +94,7 @@ def prepare(config: Config) -> Setup:
     problems = bind("data", config.data, without=DATA_KEYS)()
     check_model(config.model)
     tokenizer = load_tokenizer(config.model)
-    data = config.data
-    check_lengths(tokenizer, problems.train + problems.test, data["system_prompt"], data["max_prompt_length"])
+    check_lengths(tokenizer, problems.train + problems.test, config.data)
     device = use_hardware(config)
     return Setup(config, device, tokenizer, problems, components, accuracy, objective, optimizer)
 

@@ -1,17 +1,19 @@
 """From a config's `_target_` to the function it names, with the errors in words and the trust rule applied."""
 
 import functools
+import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hydra.errors import HydraException
 from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 
 from grpo.config import CONF_DIR, ConfigError, flatten
 
-OWN = ("grpo.", "torch.optim.")
+OWN = ("grpo.algorithm.", "grpo.data.", "torch.optim.")  # where functions made to be named in a config live
 
 
 def bind(key: str, node: Mapping[str, Any], without: tuple[str, ...] = ()) -> Callable[..., Any]:
@@ -52,27 +54,45 @@ def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
 
     Allowed are functions defined under grpo. and torch.optim., and whatever the present conf/ or command line names.
     """
-    named = {value for key, value in flatten(composed).items() if key.endswith("_target_")}
+    named = {target for _, target in _targets(composed)}
     for file in CONF_DIR.rglob("*.yaml"):
         named.update(re.findall(r"^\s*_target_:\s*(\S+)", file.read_text(), flags=re.MULTILINE))
-    for key, target in flatten(frozen).items():
-        if key.endswith("_target_") and target not in named and not _is_own(str(target)):
+    for key, target in _targets(frozen):
+        if target not in named and not _is_own(str(target)):
+            known = "" if key in flatten(composed) else "+"
             raise ConfigError(
                 f"{folder} asks to run {target} ({key}), which neither conf/ nor this command line names; "
-                f"if you trust it, add: {key}={target}"
+                f"if you trust it, add: {known}{key}={target}"
             )
+    if OmegaConf.select(frozen, "model.trust_remote_code") and not composed.model.trust_remote_code:
+        raise ConfigError(
+            f"{folder} asks to run code that comes with the model {frozen.model.name}; "
+            "if you trust it, add: model.trust_remote_code=true"
+        )
+
+
+def _targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every `_target_` below a config node with its dotted key; Hydra instantiates inside lists, too."""
+    if isinstance(node, DictConfig):
+        node = OmegaConf.to_container(node)
+    if isinstance(node, dict | list):
+        for name, child in node.items() if isinstance(node, dict) else enumerate(node):
+            path = f"{key}.{name}" if key else str(name)
+            if name == "_target_":
+                yield path, child
+            yield from _targets(child, path)
 
 
 def _is_own(target: str) -> bool:
-    # `grpo.run.checkpoint.shutil.rmtree` is under grpo. by its name only, so every part must be plainly ours:
-    # the module that defines the function has to be the one that the path names.
+    # `grpo.data.problems.json.load` is below grpo. by its name only: the path must lead to a module of ours, not
+    # through what one imports, and the function must have been defined in such a module as well.
     if not target.startswith(OWN):
         return False
     module, _, name = target.rpartition(".")
     try:
-        function = getattr(__import__(module, fromlist=[name]), name)
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
-        return True  # nothing to run: `bind` will say that it does not exist
+        return False
     return str(getattr(function, "__module__", "")).startswith(OWN)
 
 

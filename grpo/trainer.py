@@ -37,9 +37,9 @@ def train(run: Run) -> None:
     if run.config.grpo.mu == 1:
         logger.info("mu=1: the ratio is 1 at every update, so the loss says little; its gradient is what counts")
     console = Console()
-    console.print(f"{'going on in' if run.resumed else 'run folder'} {run.folder.path}", highlight=False)
+    print(f"{'going on in' if run.resumed else 'run folder'} {run.folder.path}")
     with tracking(to_dict(run.config), run.folder.path, resumed=run.resumed, rows=rows) as tracker:
-        console.print(*tracker.how_to_look, sep="\n", highlight=False, soft_wrap=True)
+        print("".join(f"{line}\n" for line in tracker.how_to_look), end="", flush=True)
         run.folder.update_status(total_steps=trainer.total_steps, step=trainer.state.step)
         if run.config.eval.before and trainer.state.step == 0 and run.folder.evaluation("before") is None:
             before = trainer.evaluate(run, tracker, "before")
@@ -193,8 +193,9 @@ class Trainer:
         started = time.perf_counter()
         moved = self.reference is not None and self.state.iteration > 1
         folder = run.folder.checkpoints
-        checkpoints.save_checkpoint(folder, self.policy, self.optimizer, self.reference if moved else None, self.state)
-        checkpoints.keep_last(folder, self.config.checkpoint.keep_last)
+        reference = self.reference if moved else None
+        newest = checkpoints.save_checkpoint(folder, self.policy, self.optimizer, reference, self.state)
+        checkpoints.keep_last(newest, self.config.checkpoint.keep_last)
         self._saving_s = time.perf_counter() - started
 
     def restore(self, run: Run) -> list[dict[str, Any]]:

@@ -32,12 +32,10 @@ def main(arguments: list[str]) -> None:
 
 def answer(setup: Any, model: Any, sampling: Any, question: str, turn: int) -> str:
     """The model's completion of one question, asked as the training asks its problems."""
-    from grpo.data.problems import Problem
     from grpo.data.prompts import messages
     from grpo.engine.rollout import rollout
 
-    problem = Problem(id="chat", question=question, answer="")
-    prompts = setup.prompt_batch([messages(problem, setup.config.data["system_prompt"])])
+    prompts = setup.prompt_batch([messages(question, setup.config.data)])
     with setup.autocast():
         completions = rollout(model, prompts, 1, sampling, seed=setup.config.seed, step=turn, rows_at_once=1)
     length = int(completions.mask.sum())

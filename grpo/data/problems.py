@@ -80,7 +80,7 @@ def load_arithmetic(path: None = None, name: None = None) -> Problems:
 
 
 def _read_lines(file: Path) -> Iterable[tuple[int, Any]]:
-    with file.open(encoding="utf-8") as stream:
+    with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue

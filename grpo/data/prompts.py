@@ -1,6 +1,7 @@
 """From problems to prompts: chat messages, their rendered text, and which problems a step sees."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -12,10 +13,15 @@ from grpo.engine.noise import hash64
 Messages = list[dict[str, str]]
 
 
-def messages(problem: Problem, system_prompt: str | None) -> Messages:
-    """The conversation that asks a problem."""
-    system = [{"role": "system", "content": system_prompt.strip()}] if system_prompt else []
-    return [*system, {"role": "user", "content": problem.question}]
+def messages(question: str, data: Mapping[str, Any]) -> Messages:
+    """The conversation that asks a question: data.system_prompt, data.examples as earlier turns, the question."""
+    system = [{"role": "system", "content": data["system_prompt"].strip()}] if data["system_prompt"] else []
+    turns = [
+        {"role": role, "content": example[key].strip()}
+        for example in data["examples"]
+        for role, key in (("user", "question"), ("assistant", "completion"))
+    ]
+    return [*system, *turns, {"role": "user", "content": question}]
 
 
 def render(tokenizer: PreTrainedTokenizerBase, conversation: Messages) -> str:
@@ -25,18 +31,17 @@ def render(tokenizer: PreTrainedTokenizerBase, conversation: Messages) -> str:
     return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
 
 
-def check_lengths(
-    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], system_prompt: str | None, limit: int
-) -> None:
-    """Raise ConfigError naming the longest prompt where one has more than `limit` tokens."""
-    texts = [render(tokenizer, messages(problem, system_prompt)) for problem in problems]
+def check_lengths(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], data: Mapping[str, Any]) -> None:
+    """Raise ConfigError naming the longest prompt where one has more than data.max_prompt_length tokens."""
+    limit = data["max_prompt_length"]
+    texts = [render(tokenizer, messages(problem.question, data)) for problem in problems]
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
     too_long = [(length, problem.id) for length, problem in zip(lengths, problems, strict=True) if length > limit]
     if too_long:
         longest, name = max(too_long)
         raise ConfigError(
-            f"{len(too_long)} prompts are longer than data.max_prompt_length={limit} tokens, the longest ({name}) "
-            f"{longest}; set data.max_prompt_length={longest} or shorten them"
+            f"{len(too_long)} of {len(problems)} prompts are longer than data.max_prompt_length={limit} tokens, the "
+            f"longest ({name}) {longest}; set data.max_prompt_length={longest} or shorten them"
         )
 
 

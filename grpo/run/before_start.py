@@ -5,6 +5,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import ConfigError, typed
 from grpo.run.folder import OUTPUTS, RunFolder, job_folder_name, newest_unfinished
@@ -76,8 +77,10 @@ class CheckBeforeStart(Callback):
             if config.resume == "auto" and run.finished():
                 print(f"{run.path} has finished already: nothing to do")
                 sys.exit(0)
-        except ConfigError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except (ConfigError, OmegaConfBaseException) as error:
+            from grpo.compose import explain  # here, since that module needs this one's resolvers
+
+            print(f"error: {explain(error)}", file=sys.stderr)
             sys.exit(2)
 
 

@@ -62,9 +62,13 @@ def save_best(folder: Path, model: nn.Module, state: TrainerState) -> None:
     _commit(temporary, folder / "best")
 
 
-def keep_last(folder: Path, count: int) -> None:
-    """Delete all but the last `count` checkpoints; best/ stays. A failed delete is a warning, not an error."""
-    for old in step_folders(folder)[:-count]:
+def keep_last(newest: Path, count: int) -> None:
+    """Delete checkpoints older than the last `count`, of which `newest`, just written, is the last.
+
+    What bears a later step is damaged, since the run would have gone on from there: it does not count as one to
+    keep. best/ stays. A failed delete is a warning, not an error.
+    """
+    for old in [path for path in step_folders(newest.parent) if path.name <= newest.name][:-count]:
         try:
             shutil.rmtree(old)
         except OSError as error:
@@ -101,7 +105,7 @@ def broken(checkpoint: Path) -> str | None:
                 return f"{name} is not {expected['size']} bytes long"
             if _file_digest(checkpoint / name) != expected["sha256"]:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error) or type(error).__name__
     return None
 

@@ -54,7 +54,7 @@ class StepDisplay:
 def live_numbers(row: dict[str, Any]) -> str:
     """The few numbers of a row that are worth watching, in one line."""
     parts = [name.split("/")[1] for name in row if name.startswith("rewards/") and name.endswith("/mean")]
-    components = " ".join(f"{part} {row[f'rewards/{part}/mean']:.2f}" for part in parts)
+    components = " ".join(f"{part} {_two_digits(row[f'rewards/{part}/mean'])}" for part in parts)
     numbers = [
         f"reward {row['reward']:.2f} ({components})",
         f"length {row['completions/mean_length']:.0f}",
@@ -74,7 +74,7 @@ def closing_table(evaluations: dict[str, dict[str, Any] | None]) -> Table:
         table.add_column(f"{name} (n={result['n']})", justify="right")
     lines = {"accuracy": lambda r: f"{r['accuracy']:.1%}", "reward": lambda r: f"{r['reward']:.2f}"}
     for component in next(iter(shown.values()))["rewards"]:
-        lines[component] = lambda r, c=component: f"{r['rewards'][c]:.2f}"
+        lines[component] = lambda r, c=component: _two_digits(r["rewards"][c])
     lines["mean length"] = lambda r: f"{r['completions/mean_length']:.1f}"
     for label, value in lines.items():
         table.add_row(label, *(value(result) for result in shown.values()))
@@ -95,3 +95,7 @@ def next_commands(run_dir: object) -> str:
 
 def resume_command(run_dir: object) -> str:
     return f"python launch.py resume=true run_dir={run_dir}"
+
+
+def _two_digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

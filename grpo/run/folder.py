@@ -68,8 +68,10 @@ class RunFolder:
 
     def first_overrides(self) -> list[str]:
         """The command line of the first launch, as Hydra recorded it."""
-        file = self.path / ".hydra" / "overrides.yaml"
-        return yaml.safe_load(file.read_text()) if file.exists() else []
+        hydra = self.path / ".hydra"
+        # A run begun with resume=auto has its first record among those of the resumes.
+        records = [hydra / "overrides.yaml", *sorted(hydra.glob("resumes/*/overrides.yaml"))]
+        return next((yaml.safe_load(record.read_text()) for record in records if record.exists()), [])
 
     def metrics(self, up_to_step: int | None = None) -> list[dict]:
         """The metrics rows, in order, up to a step. A torn last line, as a crash may leave, does not count."""

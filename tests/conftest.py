@@ -1,0 +1,59 @@
+"""Real launches of the suite, and the one finished run that many tests look at."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The embedded model for two steps of 2 problems x 4 completions: seconds. One thread, so that a busy machine does not
+# stretch them.
+SMALL_RUN = (
+    "experiment=quickstart",
+    "grpo.num_steps=2",
+    "grpo.batch_size=2",
+    "grpo.num_generations=4",
+    "eval.max_problems=8",
+    "hardware.threads=1",
+    "samples.every=1",
+    "tracking=disabled",
+)
+
+
+def run_launch(*arguments, cwd, timeout=120):
+    """`python launch.py` in a process of its own, its output captured."""
+    command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """Run launch.py with these arguments in a folder: `launch("experiment=quickstart", cwd=tmp_path)`."""
+    return run_launch
+
+
+@pytest.fixture(scope="session")
+def small_run():
+    """Arguments of a training run that takes seconds."""
+    return SMALL_RUN
+
+
+@pytest.fixture(scope="session")
+def finished_launch(tmp_path_factory):
+    """A small run with an evaluation after each step: the finished process and its run folder. Only to be read.
+
+    It learns fast enough for its answers to change within two steps.
+    """
+    cwd = tmp_path_factory.mktemp("finished")
+    process = run_launch(*SMALL_RUN, "optimizer.lr=0.001", "eval.every=1", cwd=cwd)
+    assert process.returncode == 0, process.stderr
+    (folder,) = cwd.glob("outputs/quickstart/*")
+    return process, folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(finished_launch):
+    """The run folder of `finished_launch`."""
+    return finished_launch[1]

@@ -1,0 +1,145 @@
+"""Problems from JSON lines, GSM8K's form and the embedded sums, and what is said of bad lines."""
+
+import json
+
+import pytest
+
+from grpo.config import ConfigError
+from grpo.data import arithmetic
+from grpo.data.problems import Problem, Problems, load_arithmetic, load_gsm8k, load_jsonl
+
+GOOD = '{"question": "1 + 1?", "answer": "2"}\n'
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A function that writes train.jsonl and test.jsonl and returns their folder."""
+
+    def write(train=GOOD, test=GOOD):
+        (tmp_path / "train.jsonl").write_text(train, encoding="utf-8")
+        (tmp_path / "test.jsonl").write_text(test, encoding="utf-8")
+        return str(tmp_path)
+
+    return write
+
+
+def test_a_line_becomes_a_problem_with_its_other_columns(folder):
+    row = {"id": 7, "question": " How many? ", "answer": 12, "level": "hard", "tags": ["a"]}
+    problems = load_jsonl(folder(train=json.dumps(row) + "\n"))
+    assert problems.train == [Problem("7", "How many?", "12", {"level": "hard", "tags": ["a"]})]
+    assert problems.test == [Problem("test-1", "1 + 1?", "2", {})]
+
+
+def test_problems_without_an_id_are_named_by_split_and_line_and_empty_lines_are_skipped(folder):
+    problems = load_jsonl(folder(train=GOOD + "\n" + GOOD + "   \n" + GOOD))
+    assert [problem.id for problem in problems.train] == ["train-1", "train-3", "train-5"]
+
+
+def test_a_gsm8k_solution_gives_its_final_answer_and_stays_as_a_column(folder):
+    solution = "She sells 48/2 = <<48/2=24>>24 clips in May.\n#### 1,072"
+    (problem,) = load_jsonl(folder(train=json.dumps({"question": "?", "answer": solution}))).train
+    assert problem.answer == "1072"
+    assert problem.columns == {"solution": solution}
+
+
+def test_answers_that_are_not_ascii_are_read_as_utf8(folder):
+    (problem,) = load_jsonl(folder(train='{"question": "π auf zwei Stellen?", "answer": "3,14 ≈ π"}')).train
+    assert problem.answer == "3,14 ≈ π"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"question": "2 + 2?", "answer": "4"', "not JSON"),
+        ("question: 2 + 2?", "not JSON"),
+        ('{"question": "2 + 2?"}', "'answer' is missing or empty"),
+        ('{"question": "2 + 2?", "answer": null}', "'answer' is missing or empty"),
+        ('{"question": "2 + 2?", "answer": "  "}', "'answer' is missing or empty"),
+        ('{"question": "2 + 2?", "answer": ["4"]}', "'answer' is missing or empty"),
+        ('{"question": "", "answer": "4"}', "'question' is missing or empty"),
+        ('{"answer": "4"}', "'question' is missing or empty"),
+        ('["2 + 2?", "4"]', "must be an object such as"),
+        ('"2 + 2?"', "must be an object such as"),
+        ('{"id": "train-1", "question": "2 + 2?", "answer": "4"}', "the id 'train-1' was used before"),
+        ('{"question": "2 + 2?", "answer": "four #### "}', "####"),
+    ],
+)
+def test_a_bad_line_is_refused_with_file_line_and_reason(folder, line, reason):
+    path = folder(train=GOOD + "\n" + line + "\n" + GOOD)
+    with pytest.raises(ConfigError) as refused:
+        load_jsonl(path)
+    assert str(refused.value).startswith(f"{path}/train.jsonl, line 3: ")
+    assert reason in str(refused.value)
+
+
+def test_the_held_out_problems_are_checked_too(folder):
+    with pytest.raises(ConfigError, match=r"test\.jsonl, line 1: 'answer' is missing"):
+        load_jsonl(folder(test='{"question": "2 + 2?"}\n'))
+
+
+def test_bytes_that_are_not_utf8_are_refused_with_the_file(folder, tmp_path):
+    path = folder()
+    (tmp_path / "train.jsonl").write_bytes(GOOD.encode() + b'{"question": "\xff?", "answer": "4"}\n')
+    with pytest.raises(ConfigError, match=r"train\.jsonl"):
+        load_jsonl(path)
+
+
+@pytest.mark.parametrize("content", ["", "\n  \n"])
+def test_an_empty_file_is_refused(folder, content):
+    with pytest.raises(ConfigError, match=r"train\.jsonl holds no problem"):
+        load_jsonl(folder(train=content))
+
+
+def test_a_missing_folder_or_file_is_named(folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"data=jsonl needs data\.path=DIR"):
+        load_jsonl(None)
+    with pytest.raises(ConfigError, match=r"data\.path=/no/such/folder: there is no train\.jsonl"):
+        load_jsonl("/no/such/folder")
+    path = folder()
+    (tmp_path / "test.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"there is no test\.jsonl in it"):
+        load_jsonl(path)
+
+
+def test_gsm8k_can_come_from_a_folder_without_the_hub(folder):
+    path = folder(train=json.dumps({"question": "Two and two?", "answer": "2 + 2 = 4\n#### 4"}))
+    assert load_gsm8k(path, "main").train == [
+        Problem("train-1", "Two and two?", "4", {"solution": "2 + 2 = 4\n#### 4"}),
+    ]
+
+
+def test_a_data_set_that_nobody_has_is_refused_with_the_mend():
+    with pytest.raises(ConfigError) as refused:
+        load_gsm8k("/no/such/data", "main")
+    assert str(refused.value).startswith("data.path=/no/such/data is neither a local folder nor a data set")
+    assert "data.path=DIR" in str(refused.value)
+
+
+def test_the_embedded_sums_are_right_and_held_out_ones_share_no_pair_with_the_others():
+    problems = load_arithmetic()
+    pairs = {}
+    for split, some in (("train", problems.train), ("test", problems.test)):
+        for problem in some:
+            a, b = map(int, problem.id.split("+"))
+            assert 10 <= a <= 99
+            assert 10 <= b <= 99
+            assert problem.answer == str(a + b)
+            assert str(a) in problem.question
+            assert str(b) in problem.question
+            pairs.setdefault(split, set()).add(frozenset((a, b)))
+    shown = {frozenset(map(int, row["id"].split("+"))) for row in arithmetic.problems("demonstrations")}
+    assert not pairs["test"] & pairs["train"]
+    assert not pairs["test"] & shown
+    assert not pairs["train"] & shown
+    assert len(problems.train) > 1500
+    assert len(problems.test) > 400
+
+
+def test_the_embedded_sums_have_no_other_splits():
+    with pytest.raises(ValueError, match="the splits are demonstrations, train, test"):
+        arithmetic.problems("validation")
+
+
+def test_problems_are_the_same_whenever_they_are_loaded():
+    assert load_arithmetic() == load_arithmetic()
+    assert isinstance(load_arithmetic(), Problems)

@@ -1,0 +1,114 @@
+"""From problems to prompts, and which problems a step sees."""
+
+import pytest
+
+from grpo.config import ConfigError, ModelConfig
+from grpo.data.problems import Problem
+from grpo.data.prompts import check_lengths, epoch_order, messages, problems_of_step, render
+from grpo.engine.model import load_tokenizer
+
+SUM = Problem("1", "What is 27 + 35?", "62")
+
+
+def data(system_prompt=None, examples=(), max_prompt_length=100):
+    return {"system_prompt": system_prompt, "examples": examples, "max_prompt_length": max_prompt_length}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(ModelConfig("tiny", "sdpa", "float32", "auto", False))
+
+
+def test_the_conversation_is_the_system_prompt_and_the_question():
+    assert messages(SUM.question, data(" Be brief.\n")) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 27 + 35?"},
+    ]
+    assert messages(SUM.question, data()) == [{"role": "user", "content": "What is 27 + 35?"}]
+
+
+def test_examples_are_earlier_turns_of_the_conversation():
+    shown = data("Be brief.", [{"question": "1 + 1?", "completion": "<answer>2</answer>\n"}])
+    assert messages(SUM.question, shown) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "<answer>2</answer>"},
+        {"role": "user", "content": "What is 27 + 35?"},
+    ]
+
+
+def test_a_prompt_is_what_the_chat_template_makes_up_to_where_the_answer_begins(tokenizer):
+    conversation = messages(SUM.question, data())
+    text = render(tokenizer, conversation)
+    answered = [*conversation, {"role": "assistant", "content": "62"}]
+    assert "What is 27 + 35?" in text
+    assert text != tokenizer.apply_chat_template(conversation, tokenize=False)
+    assert tokenizer.apply_chat_template(answered, tokenize=False).startswith(text + "62")
+
+
+def test_without_a_chat_template_a_prompt_is_its_plain_contents(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert render(tokenizer, messages(SUM.question, data("Be brief."))) == "Be brief.\n\nWhat is 27 + 35?\n\n"
+
+
+def test_prompts_that_are_too_long_are_refused_with_the_longest_and_the_mend(tokenizer):
+    longer = Problem("the long one", "What is 27 + 35? How much is 10 + 10?", "62")
+    longest = len(tokenizer.encode(render(tokenizer, messages(longer.question, data())), add_special_tokens=False))
+    check_lengths(tokenizer, [SUM, longer], data(max_prompt_length=longest))
+    with pytest.raises(ConfigError) as refused:
+        check_lengths(tokenizer, [SUM, longer, SUM], data(max_prompt_length=longest - 1))
+    assert str(refused.value) == (
+        f"1 of 3 prompts are longer than data.max_prompt_length={longest - 1} tokens, the longest (the long one) "
+        f"{longest}; set data.max_prompt_length={longest} or shorten them"
+    )
+
+
+def test_the_system_prompt_counts_for_the_length(tokenizer):
+    alone = len(tokenizer.encode(render(tokenizer, messages(SUM.question, data())), add_special_tokens=False))
+    check_lengths(tokenizer, [SUM], data(max_prompt_length=alone))
+    with pytest.raises(ConfigError, match="1 of 1 prompts are longer"):
+        check_lengths(tokenizer, [SUM], data("How much is it?", max_prompt_length=alone))
+
+
+def problems(count):
+    return [Problem(str(number), f"{number}?", "0") for number in range(count)]
+
+
+def ids_of_steps(count, seed, batch_size, steps):
+    return [problem.id for step in steps for problem in problems_of_step(problems(count), seed, step, batch_size)]
+
+
+def test_an_epoch_sees_every_problem_once_also_where_a_batch_crosses_its_end():
+    seen = ids_of_steps(10, seed=1, batch_size=4, steps=range(1, 6))  # 20 places: two epochs of 10, batch 3 in both
+    everything = sorted(map(str, range(10)))
+    assert sorted(seen[:10]) == everything
+    assert sorted(seen[10:]) == everything
+    assert seen[:10] != seen[10:]
+
+
+def test_a_batch_larger_than_the_data_set_goes_on_into_the_next_epochs():
+    seen = ids_of_steps(3, seed=1, batch_size=7, steps=[1])
+    assert sorted(seen[:3]) == sorted(seen[3:6]) == ["0", "1", "2"]
+    assert len(seen) == 7
+
+
+def test_the_problems_of_a_step_follow_from_seed_and_step_alone():
+    straight = ids_of_steps(50, seed=3, batch_size=5, steps=range(1, 21))
+    assert ids_of_steps(50, seed=3, batch_size=5, steps=[14]) == straight[65:70]
+    assert ids_of_steps(50, seed=4, batch_size=5, steps=range(1, 11)) != straight[:50]
+
+
+def test_the_order_of_an_epoch_is_that_of_splitmix64_in_plain_integers():
+    mask = 2**64 - 1
+
+    def splitmix(*counters):
+        state = 0
+        for counter in counters:
+            state = (state + 0x9E3779B97F4A7C15 + counter) & mask
+            state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+            state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+            state ^= state >> 31
+        return state
+
+    by_hash = sorted(range(100), key=lambda index: splitmix(7, 2, index))
+    assert epoch_order(100, seed=7, epoch=2).tolist() == by_hash

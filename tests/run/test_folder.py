@@ -1,0 +1,233 @@
+"""The run folder: what is written whole or once, the lock, and which folder a launch takes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from grpo.compose import compose_config
+from grpo.config import ConfigError, to_dict, typed
+from grpo.run.before_start import check_folder, run_folder, sweep_folder
+from grpo.run.folder import RunFolder, job_folder_name, newest_unfinished, run_folders, write_whole
+
+ROWS = [{"step": step, "loss": 1 / step} for step in (1, 2, 3, 4)]
+
+
+@pytest.fixture(scope="module")
+def config():
+    return typed(compose_config(["experiment=quickstart"]))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run folder with metrics of four steps."""
+    run = RunFolder(tmp_path)
+    run.cut_metrics(0)
+    for row in ROWS:
+        run.append_metrics(row)
+    return run
+
+
+def make_run(path, state, started_at):
+    """A run folder in this state, whose config was written at this time (seconds)."""
+    (path / ".hydra").mkdir(parents=True)
+    (path / ".hydra" / "config.yaml").write_text("a: 1\n")
+    (path / "config.yaml").write_text("a: 1\n")
+    os.utime(path / "config.yaml", (started_at, started_at))
+    RunFolder(path).update_status(state=state)
+    return path
+
+
+def test_the_config_is_written_once_and_reads_back_equal(tmp_path, config):
+    run = RunFolder(tmp_path)
+    assert not run.started()
+    run.write_config(config)
+    written = run.config_file.read_bytes()
+    assert run.started()
+    assert yaml.safe_load(written) == to_dict(config)
+    assert typed(run.frozen_config()) == config
+    with pytest.raises(FileExistsError, match="written once"):
+        run.write_config(config)
+    assert run.config_file.read_bytes() == written
+
+
+def test_status_changes_only_the_named_keys(tmp_path):
+    run = RunFolder(tmp_path)
+    assert run.status() == {}
+    assert not run.finished()
+    run.update_status(state="running", step=3, error=None)
+    run.update_status(step=4)
+    assert json.loads((tmp_path / "status.json").read_text()) == {"state": "running", "step": 4, "error": None}
+    run.update_status(state="finished")
+    assert run.finished()
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path):
+    file = tmp_path / "status.json"
+    write_whole(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(file, "new \ud800")
+    assert file.read_text() == "old"
+    write_whole(file, "new")
+    assert file.read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_metrics_come_back_in_order(folder):
+    assert folder.metrics() == ROWS
+    assert folder.metrics(up_to_step=2) == ROWS[:2]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 5, "lo', '{"step": 5, "loss": 0.2}', "\0\0\0"])
+def test_a_torn_last_line_is_dropped_and_the_next_row_starts_a_line_of_its_own(folder, torn):
+    with folder.metrics_file.open("a") as file:
+        file.write(torn)
+    assert folder.metrics() == ROWS
+    assert folder.cut_metrics(4) == ROWS
+    folder.append_metrics({"step": 5, "loss": 0.2})
+    lines = folder.metrics_file.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_rows_after_the_step_of_the_checkpoint_are_cut(folder):
+    assert folder.cut_metrics(2) == ROWS[:2]
+    assert folder.metrics_file.read_text() == "".join(json.dumps(row) + "\n" for row in ROWS[:2])
+    assert folder.cut_metrics(0) == []
+    assert folder.metrics_file.read_text() == ""
+
+
+def test_samples_and_evaluations_are_files_of_their_own(tmp_path):
+    run = RunFolder(tmp_path)
+    run.write_samples(10, [{"step": 10, "completion": "π"}, {"step": 10, "completion": "a\nb"}])
+    lines = (tmp_path / "samples" / "step_000010.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["completion"] for line in lines] == ["π", "a\nb"]
+    assert run.evaluation("before") is None
+    run.write_evaluation("before", {"accuracy": 0.5})
+    assert run.evaluation("before") == {"accuracy": 0.5}
+    assert (tmp_path / "eval" / "before.json").exists()
+
+
+# The lock.
+
+HOLD = "import sys; from grpo.run.folder import RunFolder\nwith RunFolder(sys.argv[1]).locked():\n"
+HOLD += "    print('held', flush=True)\n    sys.stdin.read()"
+
+
+def test_a_folder_held_by_another_process_is_refused_and_free_again_when_that_is_killed(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="in use by another process"), RunFolder(tmp_path).locked():
+            pass
+        holder.send_signal(signal.SIGKILL)
+        holder.wait(timeout=10)
+        with RunFolder(tmp_path).locked():
+            pass
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_the_lock_is_free_after_the_block_and_after_an_error_in_it(tmp_path):
+    run = RunFolder(tmp_path)
+    with pytest.raises(RuntimeError, match="in the block"), run.locked():
+        raise RuntimeError("in the block")
+    with run.locked(), pytest.raises(ConfigError, match="in use"), RunFolder(tmp_path).locked():
+        pass
+    with run.locked():
+        pass
+
+
+# Which folder a launch takes.
+
+
+def test_the_newest_unfinished_run_is_the_one_started_last_that_did_not_finish(tmp_path):
+    assert newest_unfinished(tmp_path) is None
+    make_run(tmp_path / "a" / "2", "interrupted", 200)
+    make_run(tmp_path / "b" / "1", "failed", 300)
+    make_run(tmp_path / "a" / "3", "finished", 400)
+    make_run(tmp_path / "sweeps" / "s" / "0_x", "running", 100)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "config.yaml").write_text("not: a run\n")
+    assert newest_unfinished(tmp_path).path == tmp_path / "b" / "1"
+    assert newest_unfinished(tmp_path / "a").path == tmp_path / "a" / "2"
+    assert newest_unfinished(tmp_path / "sweeps").path == tmp_path / "sweeps" / "s" / "0_x"
+    assert [run.path.name for run in run_folders(tmp_path)] == ["0_x", "2", "1", "3"]
+
+
+def test_where_every_run_has_finished_there_is_none_to_go_on_with(tmp_path):
+    make_run(tmp_path / "a", "finished", 100)
+    assert newest_unfinished(tmp_path) is None
+
+
+def test_a_launch_takes_the_given_folder_or_the_newest_unfinished_or_a_new_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_folder("here", False, "quickstart", "now") == "here"
+    assert run_folder(None, False, "quickstart", "now") == "outputs/quickstart/now"
+    assert run_folder(None, "auto", "quickstart", "now") == "outputs/quickstart/now"
+    with pytest.raises(ConfigError, match=r"resume=true: no unfinished run below outputs/; name one with run_dir="):
+        run_folder(None, True, "quickstart", "now")
+
+    make_run(tmp_path / "outputs" / "quickstart" / "1", "interrupted", 100)
+    make_run(tmp_path / "outputs" / "other" / "1", "interrupted", 200)
+    assert run_folder(None, False, "quickstart", "now") == "outputs/quickstart/now"
+    assert run_folder(None, True, "quickstart", "now") == "outputs/other/1"
+    assert run_folder(None, "auto", "quickstart", "now") == "outputs/quickstart/1"
+    assert run_folder("here", True, "quickstart", "now") == "here"
+
+
+def test_a_sweep_takes_the_given_folder_or_a_new_one():
+    assert sweep_folder("mine", "now") == "mine"
+    assert sweep_folder(None, "now") == "outputs/sweeps/now"
+
+
+def test_a_used_run_folder_is_refused(tmp_path):
+    run = RunFolder(make_run(tmp_path / "used", "interrupted", 100))
+    with pytest.raises(ConfigError) as refused:
+        check_folder(run, False)
+    assert str(refused.value).startswith(f"{run.path} holds a run already; go on with it: resume=true run_dir=")
+    check_folder(RunFolder(tmp_path / "new"), False)
+    check_folder(run, True)
+    check_folder(run, "auto")
+
+
+def test_resume_says_of_a_missing_an_empty_a_foreign_and_a_finished_folder_what_is_wrong(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("")
+    make_run(tmp_path / "finished", "finished", 100)
+    said = {}
+    for name in ("missing", "empty", "foreign", "finished"):
+        with pytest.raises(ConfigError) as refused:
+            check_folder(RunFolder(tmp_path / name), True)
+        said[name] = str(refused.value).replace(str(tmp_path / name), "FOLDER")
+    assert said == {
+        "missing": "resume=true: there is no folder FOLDER; leave run_dir out to take the newest unfinished run",
+        "empty": "resume=true: FOLDER is empty; start a run there without resume=true",
+        "foreign": "resume=true: FOLDER is not a run folder (it has no config.yaml)",
+        "finished": "resume=true: FOLDER has finished already; see it with: python -m grpo plot run_dir=FOLDER",
+    }
+
+
+# Names of a sweep's job folders.
+
+
+def test_a_job_folder_tells_its_overrides_without_characters_that_trouble_a_shell():
+    assert job_folder_name(3, "grpo.beta=0.01,optimizer.lr=1e-05") == "3_grpo.beta_0.01_optimizer.lr_1e-05"
+    assert job_folder_name(0, "data.path=/home/me/a b,+x=[1,2]") == "0_data.path_home_me_a_b_+x_1_2"
+    assert job_folder_name(0, "") == "0"
+
+
+def test_a_long_job_name_is_cut_with_a_hash_that_tells_it_from_others():
+    long = "grpo.beta=0.04," + ",".join(f"grpo.setting_{n}=1" for n in range(20))
+    names = [job_folder_name(0, long), job_folder_name(0, long + ",seed=2"), job_folder_name(1, long)]
+    assert [len(name) for name in names] == [80, 80, 80]
+    assert len(set(names)) == 3
+    assert len({name.rsplit("_", 1)[1] for name in names[:2]}) == 2
+    assert all(name.startswith(("0_grpo.beta_0.04", "1_grpo.beta_0.04")) for name in names)
+    assert job_folder_name(0, long) == names[0]

@@ -1,0 +1,494 @@
+"""launch.py as a person meets it: answers at once, a finished run's folder, sweeps, own rewards, and bad commands."""
+
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo.compose import compose_config
+from grpo.config import ConfigError, load_frozen, typed
+from grpo.run.console import closing_table, live_numbers
+from grpo.setup import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def read_lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def metrics(run):
+    return read_lines(run / "metrics" / "metrics.jsonl")
+
+
+def status(run):
+    return json.loads((run / "status.json").read_text())
+
+
+def folders_below(path):
+    return sorted(str(each.relative_to(path)) for each in path.rglob("*") if each.is_dir())
+
+
+# Answers at once.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["--cfg", "job"], 0), (["learning_rate=1e-5"], 2), (["seed=x"], 2)]
+)
+def test_help_config_and_config_errors_answer_within_two_seconds(launch, tmp_path, arguments, code):
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        assert launch(*arguments, cwd=tmp_path).returncode == code
+        seconds.append(time.monotonic() - started)
+        if seconds[-1] < 2:
+            break
+    assert min(seconds) < 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["grpo.num_generations=1"]])
+def test_torch_is_not_imported_before_training(tmp_path, arguments):
+    code = """
+        import sys
+        root, sys.argv[1:] = sys.argv[1], sys.argv[2:]
+        sys.path.insert(0, root)
+        import launch
+        try:
+            launch.run_command(launch.launch)
+        except SystemExit:
+            pass
+        slow = {"torch", "transformers", "datasets", "pandas", "matplotlib", "wandb"} & set(sys.modules)
+        print("imported:", *sorted(slow))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(ROOT), *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.stdout.splitlines()[-1].split() == ["imported:"], result.stderr
+
+
+def test_cfg_job_prints_the_whole_config(launch, tmp_path):
+    printed = yaml.safe_load(launch("--cfg", "job", "grpo.beta=0.5", cwd=tmp_path).stdout)
+    assert printed["grpo"]["beta"] == 0.5
+    assert printed["grpo"]["batch_size"] == "${hardware.batch_size}"
+    assert {"model", "data", "reward", "objective", "optimizer", "tracking", "eval", "checkpoint"} <= set(printed)
+
+
+# A finished run.
+
+
+def test_a_finished_run_says_where_it_is_and_what_to_do_next(finished_launch):
+    process, run = finished_launch
+    path = f"outputs/quickstart/{run.name}"
+    assert f"run folder {path}\n" in process.stdout
+    assert f"python -m grpo plot run_dir={path}\n" in process.stdout
+    assert f"python -m grpo evaluate run_dir={path}\n" in process.stdout
+    assert f"python -m grpo chat run_dir={path}\n" in process.stdout
+    assert "accuracy" in process.stdout
+    assert "Traceback" not in process.stderr
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)
+
+
+def test_a_finished_run_folder_holds_every_file_of_the_contract(finished_run):
+    files = {str(path.relative_to(finished_run)) for path in finished_run.rglob("*") if path.is_file()}
+    wanted = {"config.yaml", "status.json", "launch.log", "summary.json", "metrics/metrics.jsonl"}
+    wanted |= {".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml"}
+    wanted |= {"samples/step_000001.jsonl", "samples/step_000002.jsonl"}
+    wanted |= {"eval/before.json", "eval/step_000001.json", "eval/step_000002.json", "eval/after.json"}
+    wanted |= {f"checkpoints/step_000002/{name}" for name in ("model.safetensors", "optimizer.safetensors")}
+    wanted |= {f"checkpoints/step_000002/{name}" for name in ("trainer_state.json", "manifest.json")}
+    wanted |= {"checkpoints/best/model.safetensors"}
+    wanted |= {f"final_model/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    assert wanted <= files
+    assert any(name.startswith("plots/") and name.endswith(".png") for name in files)
+    assert not [name for name in files if name.endswith((".tmp", ".pt", ".bin", ".pkl"))]
+    assert [path.name for path in (finished_run / "checkpoints").glob("step_*")] == ["step_000002"]
+
+
+def test_the_status_of_a_finished_run(finished_run):
+    rows = metrics(finished_run)
+    assert status(finished_run) == {
+        "state": "finished",
+        "error": None,
+        "iteration": 1,
+        "step": 2,
+        "total_steps": 2,
+        "best_reward": max(row["reward"] for row in rows),
+    }
+
+
+def test_the_frozen_config_is_what_hydras_record_of_the_command_line_composes(finished_run):
+    frozen = typed(load_frozen(finished_run / "config.yaml"))
+    overrides = yaml.safe_load((finished_run / ".hydra" / "overrides.yaml").read_text())
+    assert frozen == typed(compose_config(overrides))
+    assert (frozen.grpo.batch_size, frozen.grpo.num_generations, frozen.optimizer["lr"]) == (2, 4, 0.001)
+    assert "${" not in (finished_run / "config.yaml").read_text()
+
+
+def test_metrics_rows_carry_the_names_of_the_contract(finished_run):
+    names = "step iteration loss reward reward_std frac_reward_zero_std kl entropy grad_norm learning_rate num_tokens"
+    names += " rewards/correctness/mean rewards/correctness/std rewards/format/mean rewards/format/std"
+    names += " completions/mean_length completions/min_length completions/max_length completions/clipped_ratio"
+    names += " clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean step_time digest/completions"
+    names += " timing_s/rollout timing_s/reward timing_s/reference timing_s/update timing_s/checkpoint"
+    names += " perf/tokens_per_s perf/peak_memory_gb"
+    rows = metrics(finished_run)
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert set(names.split()) <= set(row)
+        assert all(math.isfinite(value) for value in row.values() if isinstance(value, int | float))
+        assert row["step_time"] >= sum(row[f"timing_s/{part}"] for part in ("rollout", "reward", "reference", "update"))
+
+
+def test_the_first_step_is_on_policy_and_has_no_distance_from_the_reference(finished_run):
+    first = metrics(finished_run)[0]
+    assert first["kl"] == 0.0
+    assert first["clip_ratio/region_mean"] == 0.0
+    assert abs(first["loss"]) < 1e-6  # the advantages of a group sum to 0
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_samples_of_a_step_add_up_to_its_metrics(finished_run, step):
+    row = metrics(finished_run)[step - 1]
+    samples = read_lines(finished_run / "samples" / f"step_{step:06d}.jsonl")
+    names = "step problem_id prompt completion answer rewards/correctness rewards/format reward advantage length"
+    assert len(samples) == 8
+    assert all(set(names.split()) <= set(sample) for sample in samples)
+    assert {sample["step"] for sample in samples} == {step}
+
+    def mean(name):
+        return sum(sample[name] for sample in samples) / 8
+
+    assert mean("rewards/correctness") == pytest.approx(row["rewards/correctness/mean"], abs=1e-6)
+    assert mean("rewards/format") == pytest.approx(row["rewards/format/mean"], abs=1e-6)
+    assert mean("reward") == pytest.approx(row["reward"], abs=1e-6)
+    assert mean("length") == row["completions/mean_length"]
+    assert min(sample["length"] for sample in samples) == row["completions/min_length"]
+    assert max(sample["length"] for sample in samples) == row["completions/max_length"]
+    for sample in samples:
+        assert sample["reward"] == pytest.approx(sample["rewards/correctness"] + sample["rewards/format"], abs=1e-6)
+        assert sample["rewards/correctness"] in (0.0, 1.5, 2.0)
+        a, b = sample["problem_id"].split("+")
+        assert sample["answer"] == str(int(a) + int(b))
+        assert a in sample["prompt"]
+    for group in (samples[:4], samples[4:]):
+        assert len({sample["problem_id"] for sample in group}) == 1
+        assert sum(sample["advantage"] for sample in group) == pytest.approx(0, abs=1e-4)
+        by_reward = sorted(group, key=lambda sample: sample["reward"])
+        assert [sample["advantage"] for sample in by_reward] == sorted(sample["advantage"] for sample in group)
+
+
+def test_the_tokens_seen_add_up(finished_run):
+    tokenizer = AutoTokenizer.from_pretrained(finished_run / "final_model")
+    seen = 0
+    for row in metrics(finished_run):
+        for sample in read_lines(finished_run / "samples" / f"step_{row['step']:06d}.jsonl"):
+            prompt = [{"role": "user", "content": sample["prompt"]}]
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+            seen += len(ids) + sample["length"]
+        assert row["num_tokens"] == seen
+
+
+def test_the_final_model_loads_with_transformers_and_has_the_last_checkpoints_weights(finished_run):
+    model = AutoModelForCausalLM.from_pretrained(finished_run / "final_model")
+    tokenizer = AutoTokenizer.from_pretrained(finished_run / "final_model")
+    saved = load_file(finished_run / "checkpoints" / "step_000002" / "model.safetensors")
+    weights = dict(model.named_parameters())
+    assert set(saved) == set(weights)
+    assert all(torch.equal(saved[name], weights[name]) for name in saved)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is 27 + 35?"}], tokenize=False, add_generation_prompt=True
+    )
+    assert "What is 27 + 35?" in text
+    out = model.generate(**tokenizer(text, return_tensors="pt", add_special_tokens=False), max_new_tokens=3)
+    assert out.shape[1] > 3
+
+
+def test_the_summary_holds_the_held_out_accuracy_before_and_after(finished_run):
+    summary = json.loads((finished_run / "summary.json").read_text())
+    for name in ("before", "after"):
+        result = json.loads((finished_run / "eval" / f"{name}.json").read_text())
+        right = sum(problem["correct"] for problem in result["problems"])
+        assert result["n"] == len(result["problems"]) == 8
+        assert result["accuracy"] == right / 8
+        assert summary["eval"][name]["accuracy"] == right / 8
+        assert summary["eval"][name]["n"] == 8
+    assert summary["state"] == "finished"
+
+
+def test_the_best_weights_are_those_of_the_first_step_with_the_best_accuracy(finished_run):
+    accuracies = {}
+    for step in (1, 2):
+        result = json.loads((finished_run / "eval" / f"step_{step:06d}.json").read_text())
+        accuracies[step] = result["accuracy"]
+    best = json.loads((finished_run / "checkpoints" / "best" / "trainer_state.json").read_text())
+    assert best["best_accuracy"] == max(accuracies.values())
+    assert best["step"] == min(step for step in accuracies if accuracies[step] == max(accuracies.values()))
+
+
+# A used folder, and nothing to go on with.
+
+
+def test_a_used_run_folder_is_refused_and_left_as_it_is(launch, finished_run, small_run):
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
+    result = launch(*small_run, f"run_dir={finished_run}", cwd=finished_run.parent)
+    assert result.returncode == 2
+    assert f"{finished_run} holds a run already; go on with it: resume=true" in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
+
+
+def test_resume_on_a_finished_run_is_refused_and_auto_ends_with_0(launch, finished_run, small_run):
+    refused = launch("resume=true", f"run_dir={finished_run}", cwd=finished_run.parent)
+    assert refused.returncode == 2
+    assert "has finished already" in refused.stderr
+    again = launch(*small_run, "resume=auto", f"run_dir={finished_run}", cwd=finished_run.parent)
+    assert again.returncode == 0
+    assert "has finished already: nothing to do" in again.stdout
+    assert status(finished_run)["state"] == "finished"
+
+
+def test_a_strangers_folder_that_is_refused_is_left_as_it_is(launch, finished_run, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    config = yaml.safe_load((finished_run / "config.yaml").read_text())
+    config["objective"]["_target_"] = "their_code.loss"
+    (theirs / "config.yaml").write_text(yaml.safe_dump(config))
+    (theirs / "status.json").write_text('{"state": "interrupted", "step": 0}')
+    before = (theirs / "config.yaml").read_text()
+    result = launch("resume=true", "run_dir=theirs", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "theirs asks to run their_code.loss (objective._target_)" in result.stderr
+    assert (theirs / "config.yaml").read_text() == before
+    assert status(theirs)["state"] == "interrupted"
+
+
+# Bad commands.
+
+
+@pytest.fixture
+def bad_inputs(tmp_path):
+    """A folder with a bad data set and an empty folder, as the working directory of a launch."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    (tmp_path / "data" / "train.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\nnot JSON\n')
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mend"),
+    [
+        (["kl_coef=0.1"], "here it is called grpo.beta"),
+        (["+grpo.kl_coef=0.1"], "here it is called grpo.beta"),
+        (["grpo.beta=${nope}"], "nope"),
+        (["grpo.num_generations=1"], "use 2 or more"),
+        (["hardware=a100"], "Did you mean hardware=a100_80gb?"),
+        (["resume=true"], "name one with run_dir=..., or start without resume"),
+        (["resume=true", "run_dir=empty"], "empty is empty; start a run there without resume=true"),
+        (["resume=true", "run_dir=data"], "data is not a run folder"),
+        (["resume=true", "run_dir=nowhere"], "there is no folder nowhere; leave run_dir out"),
+        (["experiment=quickstart", "data=jsonl", "data.path=data"], "data/train.jsonl, line 2: not JSON"),
+        (
+            ["experiment=quickstart", "model.name=empty", "run_dir=mine"],
+            "empty is a folder without a transformers model",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_bad_command_ends_with_2_a_mend_and_no_folder(launch, bad_inputs, arguments, mend):
+    result = launch(*arguments, cwd=bad_inputs)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert mend in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stdout + result.stderr
+    assert "Warning" not in result.stderr
+    assert [name for name in folders_below(bad_inputs) if name != "outputs"] == ["data", "empty"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.name=/no/such/model"], "model.name=/no/such/model is neither a local folder nor a model that the hub"),
+        (["data=jsonl", "data.path=/no/such/data"], "data.path=/no/such/data: there is no train.jsonl"),
+        (["data=jsonl"], "data=jsonl needs data.path=DIR"),
+        (["data.max_prompt_length=3"], "prompts are longer than data.max_prompt_length=3 tokens"),
+        (["objective._target_=os.system"], "objective._target_=os.system: Hydra refuses"),
+        (["reward.components.format._target_=nope.f"], "reward.components.format._target_=nope.f: No module named"),
+        (["eval.accuracy._target_=grpo.nope"], "eval.accuracy._target_=grpo.nope: "),
+        (["+optimizer.momentum=0.9"], "optimizer: "),
+        (["+data.shuffle=true"], "data: "),
+    ],
+)
+def test_what_cannot_be_found_is_refused_before_any_weight_is_loaded(overrides, said):
+    with pytest.raises(ConfigError) as refused:
+        prepare(typed(compose_config(["experiment=quickstart", *overrides])))
+    assert said in str(refused.value)
+    assert str(refused.value).count("\n") <= 1
+
+
+# Sweeps.
+
+
+def test_a_sweep_makes_a_folder_for_each_job_that_see_the_same_problems_and_noise(launch, small_run, tmp_path):
+    result = launch("-m", *small_run, "eval.max_problems=2", "grpo.beta=0,0.04", "sweep_dir=sweep", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    jobs = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    assert [job.name.split("_")[0] for job in jobs] == ["0", "1"]
+    assert not [job.name for job in jobs if set(job.name) & set("=,/ ")]
+    assert [load_frozen(job / "config.yaml").grpo.beta for job in jobs] == [0.0, 0.04]
+    assert [status(job)["state"] for job in jobs] == ["finished", "finished"]
+    without, with_penalty = (metrics(job) for job in jobs)
+    assert without[0]["digest/completions"] == with_penalty[0]["digest/completions"]
+    assert without[0].get("kl") is None
+    assert with_penalty[1]["kl"] > 0
+
+
+def test_in_a_sweep_a_job_that_fails_does_not_stop_the_others(launch, small_run, tmp_path):
+    settings = ["eval.before=false", "eval.max_problems=2", "optimizer.lr=1e30,0.001", "sweep_dir=sweep"]
+    result = launch("-m", *small_run, *settings, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stdout + result.stderr
+    failed, finished = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    assert result.stderr.splitlines()[-1].startswith("failed: ")
+    assert f"sweep/{failed.name} failed: " in result.stdout + result.stderr
+    assert status(failed)["state"] == "failed"
+    assert status(failed)["error"]
+    assert "Traceback" in (failed / "launch.log").read_text()
+    assert status(finished)["state"] == "finished"
+    assert [row["step"] for row in metrics(finished)] == [1, 2]
+
+
+# What the console shows.
+
+ROW = {
+    "step": 1,
+    "reward": 0.8,
+    "rewards/format/mean": 0.8,
+    "completions/mean_length": 20.0,
+    "loss": 0.0,
+    "step_time": 1,
+}
+
+
+def test_a_component_that_scored_no_completion_of_a_step_is_shown_as_missing():
+    shown = live_numbers(ROW | {"rewards/judge/mean": None})
+    assert "format 0.80" in shown
+    assert re.search(r"judge \D", shown)
+
+
+def test_a_component_that_scored_no_held_out_problem_is_shown_as_missing():
+    result = {"n": 8, "accuracy": 0.5, "reward": 0.8, "completions/mean_length": 20.0}
+    console = Console(file=io.StringIO(), width=80)
+    console.print(closing_table({"after": result | {"rewards": {"format": 0.8, "judge": None}}}))
+    line = next(line for line in console.file.getvalue().splitlines() if "judge" in line)
+    assert not re.search(r"\d", line)
+
+
+# Rewards of the user.
+
+MY_REWARDS = """
+    from pathlib import Path
+
+
+    def brief(completions, **columns):
+        return [-len(completion[0]["content"]) / 10 for completion in completions]
+
+
+    def digits(prompts, completions, answer):
+        return [float(prompt[-1]["content"].count("1")) + len(a) for prompt, a in zip(prompts, answer, strict=True)]
+
+
+    def needs_a_file(completions, **columns):
+        Path("the_judge.txt").read_text()
+        return [0.25 for _ in completions]
+"""
+
+
+@pytest.fixture
+def my_rewards(tmp_path):
+    """A working directory that holds my_rewards.py."""
+    (tmp_path / "my_rewards.py").write_text(textwrap.dedent(MY_REWARDS))
+    return tmp_path
+
+
+def test_reward_functions_of_the_user_and_of_trl_are_scored_under_their_names(launch, small_run, my_rewards):
+    result = launch(
+        *small_run,
+        "+reward.components.brief={_target_: my_rewards.brief, weight: 0.5}",
+        "+reward.components.digits={_target_: my_rewards.digits, weight: 0.0}",
+        "+reward.components.think={_target_: trl.rewards.think_format_reward, weight: 3}",
+        "grpo.num_steps=1",
+        "eval.before=false",
+        "run_dir=run",
+        cwd=my_rewards,
+    )
+    assert result.returncode == 0, result.stderr
+    run = my_rewards / "run"
+    samples = read_lines(run / "samples" / "step_000001.jsonl")
+    for sample in samples:
+        assert sample["rewards/brief"] == pytest.approx(-len(sample["completion"]) / 10)
+        assert sample["rewards/digits"] == sample["prompt"].count("1") + len(sample["answer"])
+        assert sample["rewards/think"] == 0.0  # the embedded model writes <reasoning>, not <think>
+        total = sample["rewards/correctness"] + sample["rewards/format"] + 0.5 * sample["rewards/brief"]
+        assert sample["reward"] == pytest.approx(total, abs=1e-5)
+    (row,) = metrics(run)
+    assert row["rewards/brief/mean"] == pytest.approx(sum(sample["rewards/brief"] for sample in samples) / 8, abs=1e-5)
+    assert row["rewards/think/mean"] == 0.0
+    assert set(json.loads((run / "eval" / "after.json").read_text())["rewards"]) == {
+        "correctness",
+        "format",
+        "brief",
+        "digits",
+        "think",
+    }
+
+
+def test_a_reward_function_that_raises_ends_the_run_and_the_same_command_goes_on_with_it(launch, small_run, my_rewards):
+    command = [*small_run, "+reward.components.judge={_target_: my_rewards.needs_a_file}", "eval.before=false"]
+    failed = launch(*command, "resume=auto", cwd=my_rewards)
+    assert failed.returncode == 1
+    last_line = failed.stderr.splitlines()[-1]
+    assert last_line.startswith("failed: RewardError: reward component 'judge' raised FileNotFoundError")
+    assert "Traceback" not in failed.stdout + failed.stderr
+    (run,) = (my_rewards / "outputs" / "quickstart").iterdir()
+    assert status(run)["state"] == "failed"
+    assert "reward component 'judge' raised FileNotFoundError" in status(run)["error"]
+    assert "Traceback" in (run / "launch.log").read_text()
+    assert "the_judge.txt" in (run / "launch.log").read_text()
+    config = (run / "config.yaml").read_bytes()
+
+    (my_rewards / "the_judge.txt").write_text("here")
+    again = launch(*command, "resume=auto", cwd=my_rewards)
+    assert again.returncode == 0, again.stderr
+    assert [path.name for path in (my_rewards / "outputs" / "quickstart").iterdir()] == [run.name]
+    assert status(run)["state"] == "finished"
+    assert status(run)["error"] is None
+    assert [row["step"] for row in metrics(run)] == [1, 2]
+    assert (run / "config.yaml").read_bytes() == config
+    assert [row["rewards/judge/mean"] for row in metrics(run)] == [0.25, 0.25]
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_the_folder_to_go_on_with(
+    launch, small_run, finished_run, tmp_path
+):
+    # As a kill while the model was loading leaves it: config and status, no metrics.
+    run = tmp_path / "run"
+    shutil.copytree(finished_run / ".hydra", run / ".hydra")
+    shutil.copy(finished_run / "config.yaml", run)
+    (run / "status.json").write_text('{"state": "running", "error": null}')
+    refused = launch("resume=true", "run_dir=run", "optimizer.lr=0.5", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "-> 0.5" in refused.stderr
+    assert (run / "config.yaml").read_bytes() == (finished_run / "config.yaml").read_bytes()
