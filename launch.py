@@ -20,7 +20,7 @@ from grpo.run.session import open_run
 def launch(cfg: DictConfig) -> float | None:
     """One run. Returns what sweeps maximise: held-out accuracy after training, or else the last mean reward."""
     with open_run(cfg) as run:
-        if not run.folder.finished():
+        if not run.done:
             from grpo.trainer import train  # here, since it imports torch: --help and --cfg answer without
 
             train(run)

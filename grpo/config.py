@@ -128,7 +128,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 def typed(cfg: DictConfig) -> Config:
     """The composed config as plain dataclasses, checked across fields. Raises ConfigError."""
-    values = _escape(OmegaConf.to_container(cfg, resolve=True))  # resolved once, and not a second time
+    values = escape(OmegaConf.to_container(cfg, resolve=True))  # resolved once, and not a second time
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
     check(config)
     return config
@@ -205,7 +205,7 @@ def _yaml(value: object) -> str:
 
 def load_frozen(path: Path) -> DictConfig:
     """A run folder's config.yaml. Its values are data: nothing in them is interpolated again."""
-    return OmegaConf.create(_escape(yaml.safe_load(path.read_text())))
+    return OmegaConf.create(escape(yaml.safe_load(path.read_text())))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -224,10 +224,11 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _escape(node: Any) -> Any:
+def escape(node: Any) -> Any:
+    """Plain values such that OmegaConf takes every text in them literally."""
     if isinstance(node, dict):
-        return {key: _escape(value) for key, value in node.items()}
+        return {key: escape(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [_escape(value) for value in node]
+        return [escape(value) for value in node]
     # A backslash before "${" makes it plain text to OmegaConf, and must itself be doubled there.
     return re.sub(r"(\\*)\$\{", lambda m: 2 * m[1] + r"\${", node) if isinstance(node, str) else node

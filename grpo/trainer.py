@@ -227,7 +227,8 @@ class Trainer:
         """Evaluate, save the model, draw the charts, and say what to do next."""
         from grpo.analysis.charts import write_charts  # here, since matplotlib takes a second to import
 
-        if self.config.eval.after and run.folder.evaluation("after") is None:
+        after = run.folder.evaluation("after")
+        if self.config.eval.after and (after is None or after["step"] != self.state.step):
             self.evaluate(run, tracker, "after")
         run.folder.save_final_model(self.policy, self.setup.tokenizer)
         run.folder.update_status(state="finished")
@@ -236,7 +237,9 @@ class Trainer:
         if any(evaluations.values()):
             console.print(closing_table(evaluations))
         tracker.set_summary({f"{k}_accuracy": v["accuracy"] for k, v in evaluations.items() if v})
-        console.print(next_commands(run.folder.path), highlight=False, soft_wrap=True)
+        grpo = self.config.grpo
+        extensible = grpo.lr_schedule == "constant" and grpo.num_iterations == 1
+        print(next_commands(run.folder.path, f"grpo.num_steps={2 * grpo.num_steps}" if extensible else None))
 
 
 def due(step: int, every: int) -> bool:

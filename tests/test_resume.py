@@ -141,6 +141,23 @@ def test_resume_keeps_the_first_records_and_config(tmp_path, straight):
     assert_same_run(run_dir, straight)
 
 
+def test_a_finished_run_that_gets_more_steps_is_one_that_had_them_from_the_start(tmp_path):
+    steps = [*SETTINGS, "grpo.num_iterations=1", "grpo.lr_schedule=constant", "grpo.warmup_steps=0"]
+    whole, extended = tmp_path / "whole", tmp_path / "extended"
+    for run_dir, count in ((whole, 6), (extended, 4)):
+        assert launch(*steps, f"grpo.num_steps={count}", f"run_dir={run_dir}", cwd=tmp_path).returncode == 0
+    refused = launch("resume=true", f"run_dir={extended}", "grpo.num_steps=3", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "grpo.num_steps: 4 -> 3" in refused.stderr
+    result = launch("resume=true", f"run_dir={extended}", "grpo.num_steps=6", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert rows(extended) == rows(whole)
+    weights = [(run_dir / "final_model" / "model.safetensors").read_bytes() for run_dir in (whole, extended)]
+    assert weights[0] == weights[1]
+    assert "num_steps: 4\n" in (extended / "config.yaml").read_text()
+    assert (extended / "changes.yaml").read_text() == "grpo.num_steps: 6\n"
+
+
 def test_a_torn_last_row_is_mended(tmp_path, straight):
     run_dir = tmp_path / "run"
     process = start(run_dir)

@@ -1,6 +1,7 @@
 """Which folder a launch uses, decided and checked before Hydra creates or overwrites anything in it."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from hydra.experimental.callback import Callback
@@ -41,7 +42,12 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("job_folder", job_folder_name, replace=True)
 
 
-def check_folder(run: RunFolder, resume: bool | str) -> None:
+def asks_for_more_steps(overrides: Sequence[str]) -> bool:
+    """Whether a command line sets the number of steps, with which a finished run can go on."""
+    return any(override.startswith(("grpo.num_steps=", "grpo.num_iterations=")) for override in overrides)
+
+
+def check_folder(run: RunFolder, resume: bool | str, overrides: Sequence[str]) -> None:
     """Raise ConfigError where this launch would spoil a folder, or has nothing to go on from."""
     path = run.path
     if not resume:
@@ -60,8 +66,8 @@ def check_folder(run: RunFolder, resume: bool | str) -> None:
         raise ConfigError(f"resume=true: {path} is empty; start a run there without resume=true")
     if not run.started():
         raise ConfigError(f"resume=true: {path} is not a run folder (it has no config.yaml)")
-    if run.finished():
-        raise ConfigError(f"resume=true: {path} has finished already; see it with: python -m grpo plot run_dir={path}")
+    if run.finished() and not asks_for_more_steps(overrides):
+        raise ConfigError(f"resume=true: {path} has finished already; to train it further, add a larger grpo.num_steps")
 
 
 class CheckBeforeStart(Callback):
@@ -73,7 +79,7 @@ class CheckBeforeStart(Callback):
             typed(settings)
             run = RunFolder(run_folder(config.run_dir, config.resume, config.name, config.name))
             if config.run_dir or config.resume is True:
-                check_folder(run, config.resume)
+                check_folder(run, config.resume, config.hydra.overrides.task)
             if config.resume == "auto" and run.finished():
                 print(f"{run.path} has finished already: nothing to do")
                 sys.exit(0)

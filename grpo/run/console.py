@@ -81,16 +81,17 @@ def closing_table(evaluations: dict[str, dict[str, Any] | None]) -> Table:
     return table
 
 
-def next_commands(run_dir: object) -> str:
-    """What to type next."""
-    return "\n".join(
-        [
-            f"run folder: {run_dir}",
-            f"  plot      python -m grpo plot run_dir={run_dir}",
-            f"  evaluate  python -m grpo evaluate run_dir={run_dir}",
-            f"  try it    python -m grpo chat run_dir={run_dir}",
-        ]
-    )
+def next_commands(run_dir: object, more_steps: str | None) -> str:
+    """What to type after a run. more_steps: the override with which it could go on, if it can."""
+    lines = [
+        f"run folder: {run_dir}",
+        f"  plot      python -m grpo plot run_dir={run_dir}",
+        f"  evaluate  python -m grpo evaluate run_dir={run_dir}",
+        f"  try it    python -m grpo chat run_dir={run_dir}",
+    ]
+    if more_steps is not None:
+        lines.append(f"  go on     {resume_command(run_dir)} {more_steps}")
+    return "\n".join(lines)
 
 
 def resume_command(run_dir: object) -> str:

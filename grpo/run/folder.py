@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from grpo.config import Config, ConfigError, load_frozen, to_dict
+from grpo.config import Config, ConfigError, escape, load_frozen, to_dict
 
 OUTPUTS = Path("outputs")
 
@@ -64,7 +64,21 @@ class RunFolder:
         write_whole(self.config_file, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
 
     def frozen_config(self) -> DictConfig:
-        return load_frozen(self.config_file)
+        """The config that the run was started with, and what later launches were allowed to change in it."""
+        frozen = load_frozen(self.config_file)
+        for key, value in self.changes().items():
+            OmegaConf.update(frozen, key, escape(value), merge=False)
+        return frozen
+
+    def changes(self) -> dict[str, Any]:
+        """What launches that went on with the run changed, by dotted key; config.yaml itself is never overwritten."""
+        file = self.path / "changes.yaml"
+        return yaml.safe_load(file.read_text()) if file.exists() else {}
+
+    def record_changes(self, changes: dict[str, Any]) -> None:
+        """Add to what later launches changed."""
+        if changes:
+            write_whole(self.path / "changes.yaml", yaml.safe_dump(self.changes() | changes, allow_unicode=True))
 
     def first_overrides(self) -> list[str]:
         """The command line of the first launch, as Hydra recorded it."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 # What may change when a run goes on: how it is watched and kept, and how the work is cut.
 CHANGEABLE = ("tracking.", "checkpoint.", "samples.", "eval.every", "eval.after")
 CUT = ("hardware.", "model.device_map")
+MORE_STEPS = {"grpo.num_steps", "grpo.num_iterations"}
 
 
 class StopSignals:
@@ -71,6 +73,7 @@ class Run:
     folder: RunFolder
     config: Config
     resumed: bool
+    done: bool  # finished before, and no further steps are asked for
     stop: StopSignals
 
     def objective(self) -> float | None:
@@ -89,21 +92,23 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
     resume = cfg.resume
     if resume and HydraConfig.get().mode == RunMode.MULTIRUN:
         resume = "auto"  # of a sweep's jobs, some may have finished and some never begun
-    check_folder(folder, resume)
+    overrides = list(HydraConfig.get().overrides.task)
+    check_folder(folder, resume, overrides)
     with folder.locked():
-        resumed = folder.started()
-        try:
-            config = (
-                resumed_config(folder, cfg, list(HydraConfig.get().overrides.task)) if resumed else fresh_config(cfg)
-            )
-        except ConfigError:
-            if not resumed:
+        resumed, changes = folder.started(), {}
+        if resumed:
+            config, changes = resumed_config(folder, cfg, overrides)
+            folder.record_changes(changes)
+        else:
+            try:
+                config = fresh_config(cfg)
+            except ConfigError:
                 _discard(folder)
-            raise
-        run = Run(folder, config, resumed, StopSignals())
-        if not resumed:
+                raise
             folder.write_config(config)
-        if not folder.finished():
+        done = folder.finished() and not changes.keys() & MORE_STEPS
+        run = Run(folder, config, resumed, done, StopSignals())
+        if not done:
             folder.update_status(state="running", error=None)
         with run.stop.installed():
             try:
@@ -118,11 +123,13 @@ def fresh_config(cfg: DictConfig) -> Config:
     from grpo.engine.hardware import resolve_hardware  # imports torch
 
     resolve_hardware(cfg)
+    if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.tracking.group is None:
+        cfg.tracking.group = Path(HydraConfig.get().sweep.dir).name  # the arms of a sweep are one group in W&B
     return typed(cfg)
 
 
-def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
-    """The frozen config of a run that goes on, with what may change changed by this command line.
+def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> tuple[Config, dict[str, Any]]:
+    """The frozen config of a run that goes on, and by dotted key what this command line changes in it.
 
     Raises ConfigError with the old and the new value where a change would make another experiment of it, and where
     the folder asks to run a function that nothing here names.
@@ -132,7 +139,7 @@ def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> 
     changed = apply_overrides(frozen, cfg, [override for override in overrides if override not in first])
     before, after = flatten(frozen), flatten(changed)
     differing = [key for key in before | after if before.get(key) != after.get(key)]
-    refused = [key for key in differing if not key.startswith(CHANGEABLE + CUT)]
+    refused = [key for key in differing if not key.startswith(CHANGEABLE + CUT) and not _is_longer(key, before, after)]
     if refused:
         changes = ", ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in refused)
         raise ConfigError(
@@ -141,7 +148,14 @@ def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> 
     if any(key.startswith(CUT) for key in differing):
         logger.warning("the work is cut in another way from here on: equal up to rounding, no longer bit for bit")
     check_trusted(changed, cfg, folder.path)
-    return typed(changed)
+    return typed(changed), {key: after.get(key) for key in differing}
+
+
+def _is_longer(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether a changed key only adds steps to the end, so that those already made would have been the same."""
+    if key not in MORE_STEPS or after[key] < before[key] or before["grpo.lr_schedule"] != "constant":
+        return False
+    return key == "grpo.num_iterations" or before["grpo.num_iterations"] == 1
 
 
 def short_path(path: Path) -> Path:

@@ -189,11 +189,11 @@ def test_a_sweep_takes_the_given_folder_or_a_new_one():
 def test_a_used_run_folder_is_refused(tmp_path):
     run = RunFolder(make_run(tmp_path / "used", "interrupted", 100))
     with pytest.raises(ConfigError) as refused:
-        check_folder(run, False)
+        check_folder(run, False, [])
     assert str(refused.value).startswith(f"{run.path} holds a run already; go on with it: resume=true run_dir=")
-    check_folder(RunFolder(tmp_path / "new"), False)
-    check_folder(run, True)
-    check_folder(run, "auto")
+    check_folder(RunFolder(tmp_path / "new"), False, [])
+    check_folder(run, True, [])
+    check_folder(run, "auto", [])
 
 
 def test_resume_says_of_a_missing_an_empty_a_foreign_and_a_finished_folder_what_is_wrong(tmp_path):
@@ -204,13 +204,13 @@ def test_resume_says_of_a_missing_an_empty_a_foreign_and_a_finished_folder_what_
     said = {}
     for name in ("missing", "empty", "foreign", "finished"):
         with pytest.raises(ConfigError) as refused:
-            check_folder(RunFolder(tmp_path / name), True)
+            check_folder(RunFolder(tmp_path / name), True, [])
         said[name] = str(refused.value).replace(str(tmp_path / name), "FOLDER")
     assert said == {
         "missing": "resume=true: there is no folder FOLDER; leave run_dir out to take the newest unfinished run",
         "empty": "resume=true: FOLDER is empty; start a run there without resume=true",
         "foreign": "resume=true: FOLDER is not a run folder (it has no config.yaml)",
-        "finished": "resume=true: FOLDER has finished already; see it with: python -m grpo plot run_dir=FOLDER",
+        "finished": "resume=true: FOLDER has finished already; to train it further, add a larger grpo.num_steps",
     }
 
 
