@@ -82,5 +82,6 @@ def test_loss_and_gradient_are_those_of_trl(trl_trainer, seed, on_policy):
     theirs = trl_trainer._compute_loss(model, inputs)
     their_gradient = gradients(model, theirs)
 
-    torch.testing.assert_close(ours.loss, theirs, rtol=1e-5, atol=1e-6)
+    # Log-probabilities near -20 carry a rounding of 1e-6 each, which is what is left in the sum.
+    torch.testing.assert_close(ours.loss, theirs, rtol=1e-5, atol=1e-5)
     assert (our_gradient - their_gradient).norm() / their_gradient.norm() < 1e-5
