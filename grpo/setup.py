@@ -112,6 +112,7 @@ def score_completions(setup: Setup, problems: Sequence[Problem], completions: Co
     replies = [[{"role": "assistant", "content": text}] for text in texts]
     names = {name for problem in of_row for name in problem.columns}
     columns = {name: [problem.columns.get(name) for problem in of_row] for name in sorted(names)}
-    columns["answer"] = [problem.answer for problem in of_row]
+    for name in ("id", "question", "answer"):
+        columns[name] = [getattr(problem, name) for problem in of_row]
     columns["completion_ids"] = [row[:length].tolist() for row, length in zip(ids, lengths.tolist(), strict=True)]
     return Scored(texts, score(setup.components, prompts, replies, columns), columns, prompts, replies, lengths)

@@ -45,7 +45,7 @@ def score(
 
 
 def _call(component: Component, prompts: list, completions: list, columns: Mapping[str, Sequence]) -> Tensor:
-    arguments = {"prompts": prompts, "completions": completions, **columns}
+    arguments = {**columns, "prompts": prompts, "completions": completions}
     parameters = inspect.signature(component.function).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         arguments = {p.name: arguments[p.name] for p in parameters if p.name in arguments}

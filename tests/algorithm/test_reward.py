@@ -35,6 +35,11 @@ def test_a_function_gets_the_columns_that_it_names():
     assert rewards.total.tolist() == [1.0, 0.0]
 
 
+def test_a_column_named_completions_does_not_stand_in_for_the_models_own():
+    rewards = run(Component("c", lambda completions, **_: [float(len(completions))] * 2), completions=["x"] * 9)
+    assert rewards.total.tolist() == [2.0, 2.0]
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
