@@ -21,7 +21,7 @@ from grpo.evaluation import evaluate
 from grpo.metrics import completion_metrics, reward_metrics, sample_rows, update_metrics
 from grpo.run import checkpoint as checkpoints
 from grpo.run.checkpoint import TrainerState
-from grpo.run.console import StepDisplay, closing_table, next_commands, resume_command
+from grpo.run.console import StepDisplay, closing_table, next_commands
 from grpo.run.session import Run
 from grpo.run.tracking import Tracker, tracking
 from grpo.setup import Setup, prepare, score_completions
@@ -51,9 +51,9 @@ def train(run: Run) -> None:
                     row, samples = trainer.step(step)
                     trainer.record(run, tracker, row, samples)
                     display.update(row)
-                if run.stop.received:
-                    console.print(f"stopped after step {step}; go on with: {resume_command(run.folder.path)}")
-                    raise SystemExit(run.stop.exit_code)
+                    if run.stop.received:
+                        trainer.save(run)
+                        raise SystemExit(run.stop.exit_code)
         trainer.finish(run, tracker, console)
 
 
@@ -81,6 +81,7 @@ class Trainer:
         self.optimizer = setup.optimizer(self.policy.parameters())
         self.sampling = setup.sampling(self.policy)
         self.state = TrainerState()
+        self._saved_step = 0  # the step of the last checkpoint
         self._saving_s = 0.0  # seconds that the last save took: reported by the step after it
 
     def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -182,21 +183,23 @@ class Trainer:
             if self.state.best_accuracy is None or accuracy > self.state.best_accuracy:
                 self.state.best_accuracy = accuracy
                 checkpoints.save_best(run.folder.checkpoints, self.policy, self.state)
-        if due(step, config.checkpoint.every) or step == self.total_steps or run.stop.received:
+        if due(step, config.checkpoint.every) or step == self.total_steps:
             self.save(run)
         run.folder.update_status(
             step=step, iteration=row["iteration"], total_steps=self.total_steps, best_reward=self.state.best_reward
         )
 
     def save(self, run: Run) -> None:
-        """A checkpoint of the present step; older ones go, as configured."""
+        """A checkpoint of the present step, unless there is one; older ones go, as configured."""
+        if self._saved_step == self.state.step:
+            return
         started = time.perf_counter()
         moved = self.reference is not None and self.state.iteration > 1
         folder = run.folder.checkpoints
         reference = self.reference if moved else None
         newest = checkpoints.save_checkpoint(folder, self.policy, self.optimizer, reference, self.state)
         checkpoints.keep_last(newest, self.config.checkpoint.keep_last)
-        self._saving_s = time.perf_counter() - started
+        self._saving_s, self._saved_step = time.perf_counter() - started, self.state.step
 
     def restore(self, run: Run) -> list[dict[str, Any]]:
         """Take up the newest intact checkpoint, if there is one. Returns the metrics rows up to it."""

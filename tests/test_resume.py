@@ -112,7 +112,7 @@ def test_a_signal_saves_the_step_in_progress_and_resume_is_bitwise_equal(tmp_pat
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code
-    assert f"python launch.py resume=true run_dir={run_dir.relative_to(tmp_path)}" in output
+    assert f"go on with: python launch.py resume=true run_dir={run_dir.relative_to(tmp_path)}" in output
     status = json.loads((run_dir / "status.json").read_text())
     assert status["state"] == "interrupted"
     assert (run_dir / "checkpoints" / f"step_{status['step']:06d}" / "manifest.json").exists()

@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 from grpo.compose import apply_overrides
 from grpo.config import Config, ConfigError, flatten, typed
 from grpo.run.before_start import check_folder
-from grpo.run.folder import RunFolder
+from grpo.run.console import resume_command
+from grpo.run.folder import OUTPUTS, RunFolder
 from grpo.targets import check_trusted
 
 logger = logging.getLogger(__name__)
@@ -165,7 +166,9 @@ def short_path(path: Path) -> Path:
 
 def _record_end(run: Run, error: BaseException) -> None:
     if isinstance(error, SystemExit):
-        run.folder.update_status(state="interrupted", error=None)
+        if not run.folder.finished():  # else it came while the charts were drawn
+            run.folder.update_status(state="interrupted", error=None)
+            print(f"interrupted; go on with: {resume_command(run.folder.path)}", flush=True)
         return
     if isinstance(error, ConfigError) and not run.resumed:
         _discard(run.folder)
