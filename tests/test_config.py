@@ -328,6 +328,13 @@ def test_the_first_command_line_can_be_given_again(run_with):
     assert (config.grpo.num_steps, config.checkpoint.every) == (7, 1)
 
 
+def test_the_first_command_line_does_not_undo_a_later_change_in_silence(run_with):
+    run_with.record_changes({"checkpoint.every": 3, "grpo.num_steps": 9})
+    assert resumed(run_with, "experiment=quickstart").grpo.num_steps == 9
+    with pytest.raises(ConfigError, match="grpo.num_steps: 9 -> 7"):
+        resumed(run_with, *FIRST)
+
+
 def test_resume_refuses_another_experiment(run_with):
     with pytest.raises(ConfigError, match=r"experiment=gsm8k_qwen.*name the keys themselves"):
         resumed(run_with, "experiment=gsm8k_qwen")

@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 # What may change when a run goes on: how it is watched and kept, and how the work is cut.
 CHANGEABLE = ("tracking.", "checkpoint.", "samples.", "eval.every", "eval.after")
-CUT = ("hardware.", "model.device_map")
+CUT = tuple(f"hardware.{key}" for key in ("micro_batch_size", "rollout_rows", "threads", "device", "autocast"))
+CUT += ("model.device_map",)
 MORE_STEPS = {"grpo.num_steps", "grpo.num_iterations"}
 
 
@@ -136,8 +137,9 @@ def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> 
     the folder asks to run a function that nothing here names.
     """
     frozen = folder.frozen_config()
-    first = set(folder.first_overrides())
-    changed = apply_overrides(frozen, cfg, [override for override in overrides if override not in first])
+    # The first command line may be given again as it was; only what was changed since is compared by its value.
+    again = {override for override in folder.first_overrides() if not _is_changed(override, folder.changes())}
+    changed = apply_overrides(frozen, cfg, [override for override in overrides if override not in again])
     before, after = flatten(frozen), flatten(changed)
     differing = [key for key in before | after if before.get(key) != after.get(key)]
     refused = [key for key in differing if not key.startswith(CHANGEABLE + CUT) and not _is_longer(key, before, after)]
@@ -150,6 +152,11 @@ def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> 
         logger.warning("the work is cut in another way from here on: equal up to rounding, no longer bit for bit")
     check_trusted(changed, cfg, folder.path)
     return typed(changed), {key: after.get(key) for key in differing}
+
+def _is_changed(override: str, changes: dict[str, Any]) -> bool:
+    key = override.partition("=")[0].replace("/", ".")
+    return any(changed == key or changed.startswith(f"{key}.") for changed in changes)
+
 
 
 def _is_longer(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
