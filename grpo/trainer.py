@@ -212,7 +212,10 @@ class Trainer:
                 checkpoints.load_weights(latest, self.reference, "reference")
         if run.resumed:
             logger.info("going on after step %d", self.state.step)
-        return run.folder.cut_metrics(self.state.step)
+        rows = run.folder.cut_metrics(self.state.step)
+        if [row["step"] for row in rows] != list(range(1, self.state.step + 1)):
+            raise RuntimeError(f"{run.folder.metrics_file} lacks rows of the {self.state.step} steps already made")
+        return rows
 
     def evaluate(self, run: Run, tracker: Tracker, name: str) -> dict[str, Any]:
         """Evaluate the policy on the held-out problems and record it as eval/<name>.json."""
