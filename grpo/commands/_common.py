@@ -60,10 +60,10 @@ def find_subject(arguments: Sequence[str]) -> Subject:
     check_trusted(changed, composed, folder.path)
     if any(argument.startswith(("model.name=", "model=")) for argument in overrides):
         return Subject(_resolved(changed), folder, None, 0)
-    step = folder.status().get("step", 0)
-    if folder.final_model.exists():
+    # Of a run that was given more steps and has not made them yet, final_model is from before.
+    if folder.finished() and folder.final_model.exists():
         changed.model.name = str(folder.final_model)
-        return Subject(_resolved(changed), folder, None, step)
+        return Subject(_resolved(changed), folder, None, folder.status()["step"])
     from grpo.run.checkpoint import latest_checkpoint, load_state  # imports torch
 
     weights = latest_checkpoint(folder.checkpoints)

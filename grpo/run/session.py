@@ -80,8 +80,8 @@ class Run:
 
     def objective(self) -> float | None:
         """What a sweep maximises: held-out accuracy after training, or else the mean reward of the last step."""
-        after = self.folder.evaluation("after")
-        if after is not None:
+        after, rows = self.folder.evaluation("after"), self.folder.metrics()
+        if after is not None and rows and after["step"] == rows[-1]["step"]:
             return after["accuracy"]
         rows = self.folder.metrics()
         return rows[-1]["reward"] if rows else None
