@@ -144,6 +144,10 @@ def check(config: Config) -> None:
             f"grpo.num_generations={g.num_generations}: a group of one has nothing to compare with, so its advantage "
             "is always 0; use 2 or more"
         )
+    if not 0 <= config.seed < 2**63:
+        raise ConfigError(f"seed={config.seed}: must lie between 0 and 2**63 - 1")
+    if not isinstance(config.data.get("examples"), list):
+        raise ConfigError("data.examples must be a list of {question: ..., completion: ...}, [] for none")
     if not config.reward.components:
         raise ConfigError("reward.components is empty: give at least one component with a _target_")
     for name, component in config.reward.components.items():
@@ -151,6 +155,17 @@ def check(config: Config) -> None:
         if not isinstance(component, dict) or not component.get("_target_"):
             raise ConfigError(f"{key} needs a _target_: the dotted path of its function")
         _number(f"{key}.weight", component.get("weight", 1.0))
+
+
+def check_complete(config: Config) -> None:
+    """Raise ConfigError where a size is still open after the hardware was resolved."""
+    for group, keys in {
+        "grpo": ("batch_size", "num_generations", "max_completion_length"),
+        "hardware": ("micro_batch_size", "rollout_rows"),
+    }.items():
+        for key in keys:
+            if getattr(getattr(config, group), key) is None:
+                raise ConfigError(f"{group}.{key}=null: must be a number, unless hardware=auto chooses it")
 
 
 def _check_numbers(config: Config) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.algorithm.loss import LossOutput
 from grpo.algorithm.reward import Component, Rewards, score
-from grpo.config import Config
+from grpo.config import Config, check_complete
 from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import Messages, check_lengths, messages, render
 from grpo.engine.hardware import autocast, use_hardware
@@ -85,6 +85,7 @@ class Scored:
 
 def prepare(config: Config) -> Setup:
     """Find and check every part: functions, data, model, tokenizer, prompt lengths. Raises ConfigError."""
+    check_complete(config)
     components = [
         Component(name, bind_reward(f"reward.components.{name}", node), float(node.get("weight", 1.0)))
         for name, node in config.reward.components.items()

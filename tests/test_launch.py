@@ -302,7 +302,7 @@ def bad_inputs(tmp_path):
         (["experiment=quickstart", "data=jsonl", "data.path=data"], "data/train.jsonl, line 2: not JSON"),
         (
             ["experiment=quickstart", "model.name=empty", "run_dir=mine"],
-            "empty is a folder without a transformers model",
+            "empty is not a folder that transformers can load a model from",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
         try:
             print(f"model: {snapshot_download(config.model.name, allow_patterns=MODEL_FILES)}")
         except Exception as error:  # the hub, the network, the cache: each has exceptions of its own
-            raise model_not_found(config.model.name) from error
+            raise model_not_found(config.model.name, error) from error
     from grpo.setup import DATA_KEYS
 
     problems = bind("data", config.data, without=DATA_KEYS)()

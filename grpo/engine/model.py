@@ -53,7 +53,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             model_source(config.name), trust_remote_code=config.trust_remote_code, padding_side="left"
         )
     except (OSError, ValueError) as error:
-        raise model_not_found(config.name) from error
+        raise model_not_found(config.name, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -64,7 +64,7 @@ def check_model(config: ModelConfig) -> None:
     try:
         AutoConfig.from_pretrained(model_source(config.name), trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise model_not_found(config.name) from error
+        raise model_not_found(config.name, error) from error
 
 
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
@@ -214,10 +214,11 @@ def _check_head(model: PreTrainedModel) -> None:
         )
 
 
-def model_not_found(name: str) -> ConfigError:
+def model_not_found(name: str, cause: Exception) -> ConfigError:
     """The error to raise where neither a folder nor the hub has the model."""
     if Path(name).is_dir():
-        return ConfigError(f"model.name={name} is a folder without a transformers model (config.json and tokenizer)")
+        reason = str(cause).strip().splitlines()[0][:200]
+        return ConfigError(f"model.name={name} is not a folder that transformers can load a model from: {reason}")
     return ConfigError(
         f"model.name={name} is neither a local folder nor a model that the hub gave (wrong name, no access, or no "
         "network?); give a folder with model.name=DIR, or fetch it once with: python -m grpo download model.name=..."
