@@ -68,7 +68,9 @@ def apply_overrides(frozen: DictConfig, composed: DictConfig, overrides: Sequenc
 
 def run_command(command: Callable[[], object]) -> int:
     """Run a command and return its exit code: 0, 2 for bad input (said in a line), 1 for a failure (likewise)."""
-    sys.path.insert(0, os.getcwd())  # a user's reward functions are found from where the command is given
+    # A user's reward functions are found from where the command is given; last, so that nothing there can stand in
+    # for a library's module.
+    sys.path.append(os.getcwd())
     try:
         command()
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
@@ -78,7 +80,7 @@ def run_command(command: Callable[[], object]) -> int:
         if "Config group override must be" in str(error):  # Hydra's ValueError for `data=null`
             print("error: a config group cannot be null; choose one of its files", file=sys.stderr)
             return 2
-        if not getattr(error, "logged", False):
+        if not getattr(error, "logged", False):  # what fails within a run is in its launch.log
             traceback.print_exc()
         print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -83,7 +83,6 @@ class Run:
         after, rows = self.folder.evaluation("after"), self.folder.metrics()
         if after is not None and rows and after["step"] == rows[-1]["step"]:
             return after["accuracy"]
-        rows = self.folder.metrics()
         return rows[-1]["reward"] if rows else None
 
 
@@ -153,10 +152,10 @@ def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> 
     check_trusted(changed, cfg, folder.path)
     return typed(changed), {key: after.get(key) for key in differing}
 
+
 def _is_changed(override: str, changes: dict[str, Any]) -> bool:
     key = override.partition("=")[0].replace("/", ".")
     return any(changed == key or changed.startswith(f"{key}.") for changed in changes)
-
 
 
 def _is_longer(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
@@ -194,5 +193,5 @@ def _discard(folder: RunFolder) -> None:
         (folder.path / name).unlink(missing_ok=True)
     shutil.rmtree(folder.path / ".hydra", ignore_errors=True)
     for path in (folder.path, folder.path.parent):
-        if not any(path.iterdir()) and path != Path("."):
+        if not any(path.iterdir()) and (path == folder.path or path.is_relative_to(OUTPUTS)) and path != OUTPUTS:
             path.rmdir()
