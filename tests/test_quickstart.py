@@ -7,6 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+
+from grpo.run.checkpoint import digest
+from grpo.tiny import MODEL_DIR
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,5 +60,7 @@ def test_with_a_learning_rate_of_zero_nothing_moves(tmp_path):
         tmp_path / "run", "optimizer.lr=0", "grpo.num_steps=3", "eval.max_problems=64", "tracking=disabled"
     )
     assert summary["eval"]["after"]["accuracy"] == summary["eval"]["before"]["accuracy"]
+    weights = tmp_path / "run" / "final_model" / "model.safetensors"
+    assert digest(load_file(weights)) == digest(load_file(MODEL_DIR / "model.safetensors"))
     assert [row["kl"] for row in rows] == [0.0, 0.0, 0.0]
     assert all(row["grad_norm"] > 0.1 for row in rows)
