@@ -137,7 +137,8 @@ class Trainer:
         }
         self._saving_s = 0.0
         self.state.step, self.state.iteration = step, iteration
-        self.state.best_reward = max(row["reward"], self.state.best_reward or -float("inf"))
+        best = self.state.best_reward
+        self.state.best_reward = row["reward"] if best is None else max(best, row["reward"])
         return row, sample_rows(step, problems, scored, advantages)
 
     def _logps(self, model: PreTrainedModel, batch: Batch):

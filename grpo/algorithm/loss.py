@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0  # exp(20) is still finite in float16's wider friends; beyond it only the sign matters
+MAX_LOG_RATIO = 20.0  # exp(20) is finite in float32 and bfloat16; beyond it only the sign matters
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,10 @@ def update(
 
 
 def learning_rate(peak: float, schedule: str, step: int, total_steps: int, warmup_steps: int) -> float:
-    """The learning rate of a step (from 1): linear warm-up from 0, then constant, or falling to 0 at the last step."""
+    """The learning rate of a step (from 1).
+
+    Linear warm-up from 0, then constant, or falling so that it would reach 0 one step after the last.
+    """
     if step <= warmup_steps:
         return peak * step / (warmup_steps + 1)
     done = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
