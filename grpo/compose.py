@@ -68,6 +68,8 @@ def apply_overrides(frozen: DictConfig, composed: DictConfig, overrides: Sequenc
 
 def run_command(command: Callable[[], object]) -> int:
     """Run a command and return its exit code: 0, 2 for bad input (said in a line), 1 for a failure (likewise)."""
+    # Retries while the network is away would bury the one line that says so; read when huggingface_hub is imported.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # A user's reward functions are found from where the command is given; last, so that nothing there can stand in
     # for a library's module.
     sys.path.append(os.getcwd())

@@ -1,7 +1,6 @@
 """Problems to train on and held-out ones, from the hub, from JSON lines, or generated."""
 
 import json
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +39,6 @@ def load_gsm8k(path: str, name: str | None) -> Problems:
     # here, since it takes seconds to import and a local folder does not need it
     from datasets import load_dataset
 
-    # Its retries while the network is away would bury the one line that says so.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         splits = load_dataset(path, name)
     except Exception as error:  # the hub, the network, the cache: each has exceptions of its own
