@@ -72,16 +72,18 @@ def grpo_loss(
     `beta > 0`. Rows may be a part of the batch that `counts` describes.
     Source: DeepSeekMath (arXiv 2402.03300), equation 3 and Algorithm 1.
     """
-    mask = mask.to(logps.dtype)
+    keep, mask = mask.bool(), mask.to(logps.dtype)
+    logps = logps.where(keep, 0.0)  # not by a product: what stands outside the mask may be infinite
+    old_logps = logps.detach() if old_logps is None else old_logps.where(keep, 0.0)
     advantages = advantages[:, None]
-    ratio = torch.exp(log_ratio(logps, logps.detach() if old_logps is None else old_logps, mask))
+    ratio = torch.exp(log_ratio(logps, old_logps, mask))
     per_token = clipped_objective(ratio, advantages, epsilon)
 
     low = (ratio < 1 - epsilon) & (advantages < 0)
     high = (ratio > 1 + epsilon) & (advantages > 0)
     sums = {"clip_low": low * mask, "clip_high": high * mask, "clip_region": (low | high) * mask}
     if beta > 0:
-        kl = kl_k3(logps, ref_logps)
+        kl = kl_k3(logps, ref_logps.where(keep, 0.0))
         per_token = per_token + beta * kl
         sums["kl"] = kl.detach() * mask
 

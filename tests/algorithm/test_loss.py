@@ -53,16 +53,17 @@ def test_loss_is_the_mean_over_rows_of_each_rows_token_mean():
     assert output.sums["kl"].item() == pytest.approx(kl)
 
 
-def test_tokens_outside_the_mask_change_nothing_even_when_they_are_infinite():
+@pytest.mark.parametrize("outside", [300.0, float("-inf"), float("nan")])
+def test_tokens_outside_the_mask_change_nothing_even_when_they_are_infinite(outside):
     mask = torch.tensor([[1, 1, 0]])
     arguments = {"advantages": torch.tensor([1.0]), "mask": mask, "counts": counts(mask), "beta": 0.1, "epsilon": 0.2}
     clean = torch.tensor([[-1.0, -2.0, 0.0]], requires_grad=True)
-    dirty = torch.tensor([[-1.0, -2.0, 300.0]], requires_grad=True)
-    losses = [
-        grpo_loss(x, torch.full((1, 3), -1.5), torch.full((1, 3), -1.2), **arguments).loss for x in (clean, dirty)
-    ]
-    for loss in losses:
-        loss.backward()
+    dirty = torch.tensor([[-1.0, -2.0, outside]], requires_grad=True)
+    losses = []
+    for x in (clean, dirty):
+        old, ref = (torch.tensor([[value, value, outside if x is dirty else 0.0]]) for value in (-1.5, -1.2))
+        losses.append(grpo_loss(x, old, ref, **arguments).loss)
+        losses[-1].backward()
     assert losses[0] == losses[1]
     assert dirty.grad[0, 2] == 0
     assert torch.equal(clean.grad, dirty.grad)
