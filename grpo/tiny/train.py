@@ -14,10 +14,10 @@ import torch
 from tokenizers import AddedToken
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from grpo.algorithm.math_xml import TAGS, accuracy, correctness, tag_format
 from grpo.data.arithmetic import problems
 from grpo.tiny import MODEL_DIR
 
-TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
@@ -186,20 +186,12 @@ def complete(
     return tokenizer.batch_decode(ids[:, prompts.input_ids.shape[1] :], skip_special_tokens=True)
 
 
-def extract_answer(text: str) -> str | None:
-    """What stands between the last <answer> and </answer>, stripped; None where there is no such pair."""
-    _, opened, rest = text.rpartition("<answer>")
-    answer, closed, _ = rest.partition("</answer>")
-    return answer.strip() if opened and closed else None
-
-
 def summary(texts: list[str], answers: list[str], tokenizer: Qwen2Tokenizer) -> str:
-    """One line: accuracy, mean reward (2.0 for the right answer and 0.2 for each tag there) and mean length."""
-    right = [extract_answer(text) == answer for text, answer in zip(texts, answers, strict=True)]
-    rewards = [2.0 * ok + 0.2 * sum(tag in text for tag in TAGS) for ok, text in zip(right, texts, strict=True)]
+    """One line: accuracy, mean reward (correctness and format) and mean length."""
+    right, rewards = accuracy([], texts, answers), correctness([], texts, answers)
     lengths = [len(ids) + 1 for ids in tokenizer(texts).input_ids]  # and the token that ends it
-    n = len(texts)
-    return f"accuracy {sum(right) / n:.1%}, reward {sum(rewards) / n:.2f}, length {sum(lengths) / n:.1f} tokens (n={n})"
+    n, reward = len(texts), sum(rewards) + sum(tag_format([], texts))
+    return f"accuracy {sum(right) / n:.1%}, reward {reward / n:.2f}, length {sum(lengths) / n:.1f} tokens (n={n})"
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2ForCausalLM
 
+from grpo.algorithm.math_xml import TAGS, extract_answer
 from grpo.data.arithmetic import problems
 from grpo.tiny import MODEL_DIR
-from grpo.tiny.train import TAGS, _batch, build_tokenizer, complete, demonstrate, extract_answer
+from grpo.tiny.train import _batch, build_tokenizer, complete, demonstrate
 
 
 @pytest.fixture(scope="module")
@@ -141,17 +142,3 @@ def test_loss_is_taken_on_completion_tokens_only():
     ids, labels = _batch([[5, 6], [7]], [[8], [9, 10, 11]], pad_id=0)
     assert ids.tolist() == [[5, 6, 8, 0], [7, 9, 10, 11]]
     assert labels.tolist() == [[-100, -100, 8, -100], [-100, 9, 10, 11]]
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("<answer>12</answer>", "12"),
-        ("<answer>1</answer> no: <answer> 2\n</answer>", "2"),
-        ("<answer>12", None),
-        ("12</answer>", None),
-        ("</answer>12<answer>", None),
-    ],
-)
-def test_extract_answer(text, answer):
-    assert extract_answer(text) == answer
