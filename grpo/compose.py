@@ -34,7 +34,7 @@ OTHER_NAMES = {
     "temperature": "rollout.temperature",
     "dataset": "data",
 }
-LAUNCH_KEYS = {"resume", "run_dir", "sweep_dir"}  # about this launch, not about the experiment
+LAUNCH_KEYS = {"resume", "run_dir", "sweep_dir", "fork", "fork_step"}  # about this launch, not about the experiment
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
@@ -78,6 +78,9 @@ def run_command(command: Callable[[], object]) -> int:
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the run handles signals itself
+        print("interrupted", file=sys.stderr)
+        return 130
     except Exception as error:
         if "Config group override must be" in str(error):  # Hydra's ValueError for `data=null`
             print("error: a config group cannot be null; choose one of its files", file=sys.stderr)
@@ -109,6 +112,9 @@ def explain(error: Exception) -> str:
     if override:
         cause = str(error.__cause__ or "").strip().splitlines()
         return f"{override.group(1)}: {cause[0] if cause else 'not a value that this key can have'}"
+    ambiguous = re.search(r"Ambiguous value for argument '([^']+)'", text)
+    if ambiguous:
+        return f"{ambiguous.group(1)} names several values: for one run of each add -m, for a list write key=[a,b]"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines[:2])
 
@@ -130,6 +136,11 @@ def unknown_key(key: str) -> str:
 
 def unknown_choice(group: str, choice: str) -> str:
     """What to say of a choice that a config group does not have."""
+    group, _, rest = group.partition("/")
+    choice = f"{rest}/{choice}" if rest else choice
+    if "/" in choice and group in ("model", "data"):
+        key = {"model": "model.name", "data": "data.path"}[group]
+        return f"{group}= chooses a file of conf/{group}/; for a hub name or a folder give {key}={choice}"
     choices = sorted(p.stem for p in (CONF_DIR / group).glob("*.yaml"))
     near = difflib.get_close_matches(choice, choices, n=1)
     hint = f" Did you mean {group}={near[0]}?" if near else ""

@@ -29,11 +29,13 @@ class Problems:
     test: list[Problem]
 
 
-def load_gsm8k(path: str, name: str | None) -> Problems:
+def load_gsm8k(path: str | None, name: str | None) -> Problems:
     """GSM8K from the hub (`path` the data set's name, `name` its configuration), or from a folder of JSON lines.
 
     Raises ConfigError where it cannot be found or reached, or where a line is malformed.
     """
+    if path is None:
+        raise ConfigError("data.path=null: give a data set's hub name, or a folder with train.jsonl and test.jsonl")
     if Path(path).is_dir():
         return load_jsonl(path)
     # here, since it takes seconds to import and a local folder does not need it
@@ -47,6 +49,12 @@ def load_gsm8k(path: str, name: str | None) -> Problems:
             f"({type(error).__name__}: wrong name, or no network?); give a folder that holds train.jsonl and "
             "test.jsonl with data.path=DIR"
         ) from error
+    missing = [split for split in ("train", "test") if split not in splits]
+    if missing:
+        raise ConfigError(
+            f"data.path={path} has no split '{missing[0]}' (it has {', '.join(splits)}); give a folder that holds "
+            "train.jsonl and test.jsonl with data=jsonl data.path=DIR"
+        )
     return Problems(
         *(_parse(enumerate(splits[split], start=1), f"{path} {split}", split) for split in ("train", "test"))
     )
@@ -70,7 +78,9 @@ def load_jsonl(path: str | None, name: str | None = None) -> Problems:
 
 
 def load_arithmetic(path: None = None, name: None = None) -> Problems:
-    """The embedded sums; `grpo.data.arithmetic` says how they are split."""
+    """The embedded sums; `grpo.data.arithmetic` says how they are split. ConfigError where other data is asked for."""
+    if path is not None or name is not None:
+        raise ConfigError(f"data.path={path}: data=arithmetic makes its own problems; for a folder add data=jsonl")
     return Problems(
         *(_parse(enumerate(arithmetic.problems(split), start=1), "arithmetic", split) for split in ("train", "test"))
     )

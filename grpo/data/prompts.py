@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config import ConfigError
@@ -34,9 +35,17 @@ def render(tokenizer: PreTrainedTokenizerBase, conversation: Messages) -> str:
 def check_lengths(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], data: Mapping[str, Any]) -> None:
     """Raise ConfigError naming the longest prompt where one has more than data.max_prompt_length tokens."""
     limit = data["max_prompt_length"]
-    texts = [render(tokenizer, messages(problem.question, data)) for problem in problems]
+    try:
+        texts = [render(tokenizer, messages(problem.question, data)) for problem in problems]
+    except TemplateError as error:
+        raise ConfigError(
+            f"the model's chat template refuses the prompt ({error}); if it takes no system message, set "
+            "data.system_prompt=null"
+        ) from error
     lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
     too_long = [(length, problem.id) for length, problem in zip(lengths, problems, strict=True) if length > limit]
+    if 0 in lengths:
+        raise ConfigError("a prompt has no tokens: is the model's folder without its tokenizer (tokenizer.json)?")
     if too_long:
         longest, name = max(too_long)
         raise ConfigError(

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging as transformers_logging
 
-from grpo.config import ConfigError, ModelConfig
+from grpo.config import ConfigError, ModelConfig, first_line
 from grpo.tiny import MODEL_DIR as TINY_MODEL_DIR
 
 EMBEDDED_MODELS = {"tiny": TINY_MODEL_DIR}
@@ -77,8 +78,8 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model.name={config.name} could not be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ConfigError(f"model.name={config.name} could not be loaded: {first_line(error)}") from error
     model.to(device).eval()
     _check_head(model)
     return model
@@ -217,8 +218,9 @@ def _check_head(model: PreTrainedModel) -> None:
 def model_not_found(name: str, cause: Exception) -> ConfigError:
     """The error to raise where neither a folder nor the hub has the model."""
     if Path(name).is_dir():
-        reason = str(cause).strip().splitlines()[0][:200]
-        return ConfigError(f"model.name={name} is not a folder that transformers can load a model from: {reason}")
+        return ConfigError(
+            f"model.name={name} is not a folder that transformers can load a model from: {first_line(cause)}"
+        )
     return ConfigError(
         f"model.name={name} is neither a local folder nor a model that the hub gave (wrong name, no access, or no "
         "network?); give a folder with model.name=DIR, or fetch it once with: python -m grpo download model.name=..."
