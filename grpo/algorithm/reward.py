@@ -1,12 +1,18 @@
 """Rewards: named components with weights, each a function in TRL's form, scored apart and summed."""
 
 import inspect
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -16,6 +22,8 @@ class Component:
     name: str
     function: Callable[..., list[float | None]]
     weight: float = 1.0
+    timeout_s: float | None = None  # seconds that one call may take; None: no limit
+    skip_errors: bool = False  # a call that fails counts as missing values, with a warning, and not as an error
 
 
 @dataclass(frozen=True)
@@ -37,20 +45,46 @@ def score(
 
     prompts, completions: B entries each, message lists or plain strings, as TRL passes them. columns: the data
     set's other columns, B entries each; each function gets those that it can take.
-    Raises RewardError where a function raises, returns another number of values than rows, or gives no number.
+    Raises RewardError where a function raises, takes longer than its limit, returns another number of values than
+    rows, or gives no number, unless its component skips errors.
     """
-    scores = {c.name: _call(c, prompts, completions, columns) for c in components}
+    scores = {c.name: _score(c, prompts, completions, columns) for c in components}
     total = sum(c.weight * torch.nan_to_num(scores[c.name], nan=0.0) for c in components)
     return Rewards(scores, total)
 
 
-def _call(component: Component, prompts: list, completions: list, columns: Mapping[str, Sequence]) -> Tensor:
+def _score(component: Component, prompts: list, completions: list, columns: Mapping[str, Sequence]) -> Tensor:
+    missing = [math.nan] * len(completions)
+    try:
+        values = _call(component, prompts, completions, columns)
+    except RewardError as error:
+        values = _skipped(component, error, missing)
+    numbers = []
+    for value in values:
+        try:
+            numbers.append(_number(component.name, value))
+        except RewardError as error:
+            numbers += _skipped(component, error, [math.nan])
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def _skipped(component: Component, error: RewardError, missing: list[float]) -> list[float]:
+    if not component.skip_errors:
+        raise error
+    logger.warning("%s; skipped for %d completions", error, len(missing))
+    return missing
+
+
+def _call(component: Component, prompts: list, completions: list, columns: Mapping[str, Sequence]) -> Sequence:
     arguments = {**columns, "prompts": prompts, "completions": completions}
     parameters = inspect.signature(component.function).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         arguments = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
     try:
-        values = component.function(**arguments)
+        with _time_limit(component.timeout_s):
+            values = component.function(**arguments)
+    except _OutOfTime:
+        raise RewardError(f"reward component '{component.name}' took longer than {component.timeout_s:g} s") from None
     except Exception as error:
         raise RewardError(f"reward component '{component.name}' raised {type(error).__name__}: {error}") from error
     if not isinstance(values, Sequence) or len(values) != len(completions):
@@ -59,7 +93,33 @@ def _call(component: Component, prompts: list, completions: list, columns: Mappi
             f"reward component '{component.name}' returned {got} for {len(completions)} completions; "
             "it must return a list with one number, or None, for each"
         )
-    return torch.tensor([_number(component.name, value) for value in values], dtype=torch.float64)
+    return values
+
+
+class _OutOfTime(BaseException):
+    """Not an Exception, so that a function that catches those cannot swallow it."""
+
+
+@contextmanager
+def _time_limit(seconds: float | None) -> Iterator[None]:
+    """Raise _OutOfTime in the block after so many seconds.
+
+    By a signal, since it reaches what a thread could not end: sleeping, Python's own loops, and regular expressions.
+    """
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _OutOfTime
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
 
 
 def _number(name: str, value: object) -> float:
