@@ -6,11 +6,11 @@ import torch
 from transformers import PreTrainedModel
 
 from grpo.algorithm.reward import score
-from grpo.engine.rollout import rollout
+from grpo.engine.memory import Cut
 from grpo.setup import Setup, score_completions
 
 
-def evaluate(model: PreTrainedModel, setup: Setup, step: int) -> dict[str, Any]:
+def evaluate(model: PreTrainedModel, setup: Setup, cut: Cut, step: int) -> dict[str, Any]:
     """Accuracy and mean rewards of greedy completions of the held-out problems, and each problem's outcome.
 
     step: how many steps the model was trained for, for the record. The result is what eval/*.json holds: accuracy
@@ -21,13 +21,12 @@ def evaluate(model: PreTrainedModel, setup: Setup, step: int) -> dict[str, Any]:
     sampling = setup.sampling(model, temperature=0.0, max_new_tokens=length)
     # Problems of like length together, so that little of a batch is padding.
     problems = sorted(setup.problems.test[: config.eval.max_problems], key=lambda problem: len(problem.question))
-    rows_at_once = config.hardware.rollout_rows
+    rows_at_once = cut.rows("rollout")
     outcomes = []
     for start in range(0, len(problems), rows_at_once):
         some = problems[start : start + rows_at_once]
         prompts = setup.prompt_batch(setup.conversations(some))
-        with setup.autocast():
-            completions = rollout(model, prompts, 1, sampling, seed=config.seed, step=0, rows_at_once=rows_at_once)
+        completions = setup.complete(model, prompts, sampling, cut, group_size=1, step=0)
         scored = score_completions(setup, some, completions)
         correct = score([setup.accuracy], scored.prompts, scored.messages, scored.columns).total
         for row, problem in enumerate(some):

@@ -40,6 +40,13 @@ class Batch:
             cut(self.old_logps),
         )
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything by name, to be written to a file."""
+        nested = {"prompt": vars(self.prompts), "completion": vars(self.completions)}
+        tensors = {f"{part}_{name}": value for part, group in nested.items() for name, value in group.items()}
+        tensors |= {name: getattr(self, name) for name in ("advantages", "ref_logps", "old_logps")}
+        return {name: value.contiguous() for name, value in tensors.items() if value is not None}
+
     def micro_batches(self, size: int) -> list[tuple[int, int]]:
         """The ranges of rows that cut the batch into parts of at most `size`."""
         rows = len(self.completions.ids)
@@ -60,49 +67,56 @@ def batch_logps(model: PreTrainedModel, batch: Batch, start: int, stop: int, tem
 @torch.no_grad()
 def all_logps(model: PreTrainedModel, batch: Batch, temperature: float, micro_batch_size: int) -> Tensor:
     """Log-probabilities (B, T) of the whole batch without gradient, as for the reference model."""
-    result = torch.zeros(batch.completions.ids.shape, dtype=torch.float32, device=batch.completions.ids.device)
+    result = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)
     for start, stop in batch.micro_batches(micro_batch_size):
         logps = batch_logps(model, batch, start, stop, temperature).logps
         result[start:stop, : logps.shape[1]] = logps
     return result
 
 
-def update(
+def accumulate_gradient(
     model: PreTrainedModel,
-    optimizer: torch.optim.Optimizer,
     objective: Callable[..., LossOutput],
     batch: Batch,
     *,
     temperature: float,
     micro_batch_size: int,
-    max_grad_norm: float,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> tuple[dict[str, float], Tensor]:
-    """One optimizer step on the batch. Returns its metrics, and the log-probabilities (B, T) from before it.
+    """Put the gradient of the whole batch's loss into the parameters, in place of what they held.
 
-    Raises FloatingPointError, with nothing stepped, where the loss or the gradient is not finite.
+    Returns the metrics (loss, and means over the active tokens), and the log-probabilities (B, T).
     """
     counts = BatchCounts(rows=len(batch.completions.ids), tokens=int(batch.completions.mask.sum()))
-    logps_before = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)
+    logps = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)
     loss, sums = 0.0, {}
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     for start, stop in batch.micro_batches(micro_batch_size):
         part = batch.rows(start, stop)
         with autocast():
             policy = batch_logps(model, batch, start, stop, temperature)
         output = objective(policy.logps, part.old_logps, part.ref_logps, part.advantages, part.completions.mask, counts)
         output.loss.backward()
-        logps_before[start:stop, : policy.logps.shape[1]] = policy.logps.detach()
+        logps[start:stop, : policy.logps.shape[1]] = policy.logps.detach()
         loss += output.loss.detach()
         for name, value in {**output.sums, "entropy": policy.entropy.sum()}.items():
             sums[name] = sums.get(name, 0.0) + value
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    if not torch.isfinite(grad_norm) or not torch.isfinite(loss):
-        optimizer.zero_grad(set_to_none=True)
-        raise FloatingPointError(f"loss {float(loss)} and gradient norm {float(grad_norm)}: the update was not made")
-    optimizer.step()
-    means = {name: float(value) / counts.tokens for name, value in sums.items()}
-    return {"loss": float(loss), "grad_norm": float(grad_norm), **means}, logps_before
+    return {"loss": float(loss)} | {name: float(value) / counts.tokens for name, value in sums.items()}, logps
+
+
+def apply_gradient(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: float, max_grad_norm: float
+) -> tuple[float, bool]:
+    """Step the optimizer with the gradient clipped to `max_grad_norm`, unless it or the loss is not finite.
+
+    Returns the gradient's norm before clipping, and whether the step was made. The gradient is gone after it.
+    """
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
+    finite = math.isfinite(grad_norm) and math.isfinite(loss)
+    if finite:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return grad_norm, finite
 
 
 def learning_rate(peak: float, schedule: str, step: int, total_steps: int, warmup_steps: int) -> float:

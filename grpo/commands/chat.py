@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> None:
     """Answer one prompt, or each line that is typed until an empty one or the end of input."""
     own, overrides = own_arguments(arguments, ["prompt"])
     subject = find_subject(overrides)
-    setup, model = load_subject(subject)
+    setup, model = load_subject(subject, with_problems=False)
     sampled = any(argument.startswith("rollout.temperature=") for argument in overrides)
     sampling = setup.sampling(model) if sampled else setup.sampling(model, temperature=0.0)
     if "prompt" in own:
@@ -33,11 +33,9 @@ def main(arguments: list[str]) -> None:
 def answer(setup: Any, model: Any, sampling: Any, question: str, turn: int) -> str:
     """The model's completion of one question, asked as the training asks its problems."""
     from grpo.data.prompts import messages
-    from grpo.engine.rollout import rollout
 
     prompts = setup.prompt_batch([messages(question, setup.config.data)])
-    with setup.autocast():
-        completions = rollout(model, prompts, 1, sampling, seed=setup.config.seed, step=turn, rows_at_once=1)
+    completions = setup.complete(model, prompts, sampling, setup.cut(), group_size=1, step=turn)
     length = int(completions.mask.sum())
     return setup.tokenizer.decode(completions.ids[0, :length], skip_special_tokens=True)
 
@@ -45,5 +43,5 @@ def answer(setup: Any, model: Any, sampling: Any, question: str, turn: int) -> s
 def _read_line() -> str:
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         return ""

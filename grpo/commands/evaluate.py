@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
     setup, model = load_subject(subject)
     from grpo.evaluation import evaluate  # imports torch
 
-    result = {"model": subject.config.model.name, **evaluate(model, setup, subject.step)}
+    result = {"model": subject.config.model.name, **evaluate(model, setup, setup.cut(), subject.step)}
     console = Console()
     console.print(f"model: {subject.config.model.name}", highlight=False, soft_wrap=True)
     console.print(closing_table({"now": result}))

@@ -1,4 +1,5 @@
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grpo.algorithm.loss import grpo_loss
-from grpo.algorithm.step import Batch, all_logps, learning_rate, update
+from grpo.algorithm.step import Batch, accumulate_gradient, all_logps, apply_gradient, learning_rate
 from grpo.engine.model import CompletionBatch, PromptBatch, completion_logps_unshared
 from grpo.tiny import MODEL_DIR
 
@@ -31,26 +32,17 @@ def batch():
     )
 
 
-def updated(model, batch, micro_batch_size, lr=0.1):
-    model = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    metrics, _ = update(
-        model,
-        optimizer,
-        partial(grpo_loss, beta=0.04, epsilon=0.1),
-        batch,
-        temperature=1.0,
-        micro_batch_size=micro_batch_size,
-        max_grad_norm=1e9,
-    )
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-    return model, metrics, gradient
+def gradient_of(model, batch, micro_batch_size, beta=0.04):
+    """The metrics of the loss, and its gradient as one vector, which the model holds as well."""
+    objective = partial(grpo_loss, beta=beta, epsilon=0.1)
+    metrics, _ = accumulate_gradient(model, objective, batch, temperature=1.0, micro_batch_size=micro_batch_size)
+    return metrics, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 4])
 def test_cutting_the_batch_does_not_change_the_gradient(model, batch, micro_batch_size):
-    _, whole_metrics, whole = updated(model, batch, 8)
-    _, metrics, gradient = updated(model, batch, micro_batch_size)
+    whole_metrics, whole = gradient_of(model, batch, 8)
+    metrics, gradient = gradient_of(model, batch, micro_batch_size)
     assert (gradient - whole).norm() / whole.norm() < 1e-5
     assert metrics == pytest.approx(whole_metrics, rel=1e-4, abs=1e-6)
 
@@ -59,15 +51,11 @@ def test_an_update_makes_good_completions_likelier_and_bad_ones_less_likely(mode
     on_policy = Batch(batch.prompts, batch.completions, torch.tensor([1.0, -1.0] * 4))
     model_after = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model_after.parameters(), lr=1e-3)
-    update(
-        model_after,
-        optimizer,
-        partial(grpo_loss, beta=0.0, epsilon=0.1),
-        on_policy,
-        temperature=1.0,
-        micro_batch_size=8,
-        max_grad_norm=1e9,
-    )
+    metrics, _ = gradient_of(model_after, on_policy, 8, beta=0.0)
+    norm, made = apply_gradient(model_after, optimizer, metrics["loss"], max_grad_norm=1e9)
+    assert made
+    assert norm > 0
+    assert all(p.grad is None for p in model_after.parameters())
     change = all_logps(model_after, on_policy, 1.0, 8) - all_logps(model, on_policy, 1.0, 8)
     lengths = batch.completions.mask.sum(dim=1)
     change = (change.sum(dim=1) / lengths * on_policy.advantages).mean()
@@ -81,22 +69,33 @@ def test_logps_of_the_whole_batch_do_not_depend_on_the_cut(model, batch):
         torch.testing.assert_close(all_logps(model, batch, 0.8, size), plain.detach(), rtol=1e-5, atol=2e-5)
 
 
-def test_a_gradient_that_is_not_finite_changes_no_weight(model, batch):
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_changes_no_weight(model, batch, where):
     broken = copy.deepcopy(model)
-    bad = Batch(batch.prompts, batch.completions, torch.tensor([float("nan")] + [1.0] * 7))
     optimizer = torch.optim.AdamW(broken.parameters(), lr=0.1)
-    with pytest.raises(FloatingPointError, match="the update was not made"):
-        update(
-            broken,
-            optimizer,
-            partial(grpo_loss, beta=0.0, epsilon=0.1),
-            bad,
-            temperature=1.0,
-            micro_batch_size=4,
-            max_grad_norm=1.0,
-        )
+    if where == "loss":
+        bad = Batch(batch.prompts, batch.completions, torch.tensor([float("nan")] + [1.0] * 7))
+        loss = gradient_of(broken, bad, 4, beta=0.0)[0]["loss"]
+        assert math.isnan(loss)
+    else:
+        loss = gradient_of(broken, batch, 4)[0]["loss"]
+        next(broken.parameters()).grad[0] = float("inf")
+    norm, made = apply_gradient(broken, optimizer, loss, max_grad_norm=1.0)
+    assert not made
+    assert not math.isfinite(norm)
     assert all(torch.equal(a, b) for a, b in zip(broken.parameters(), model.parameters(), strict=True))
+    assert all(p.grad is None for p in broken.parameters())
     assert optimizer.state_dict()["state"] == {}
+
+
+def test_the_gradient_is_clipped_to_its_norm(model, batch):
+    clipped = copy.deepcopy(model)
+    _, gradient = gradient_of(clipped, batch, 8)
+    optimizer = torch.optim.SGD(clipped.parameters(), lr=1.0)
+    norm, _ = apply_gradient(clipped, optimizer, 0.0, max_grad_norm=0.01)
+    assert norm == pytest.approx(gradient.norm().item(), rel=1e-5)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), clipped.parameters(), strict=True)])
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_schedules_at_their_ends():

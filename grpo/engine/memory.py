@@ -1,0 +1,68 @@
+"""Running out of memory: recognised on every device, and answered by working on fewer rows at a time."""
+
+import gc
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+class Cut:
+    """How many rows go through the model at once in each part of a step; halved for good where memory runs out.
+
+    parts: the sizes as set, such as {"rollout": 128, "reference": 8, "update": 8}.
+    reduced: what was halved so far, as `TrainerState.reduced` keeps it; it holds only while the size set is the same.
+    """
+
+    def __init__(self, parts: dict[str, int], reduced: dict[str, dict[str, int]] | None = None) -> None:
+        self._set, self._reduced = parts, {} if reduced is None else reduced
+
+    def rows(self, part: str) -> int:
+        """The size in use."""
+        reduced = self._reduced.get(part)
+        return reduced["to"] if reduced and reduced["from"] == self._set[part] else self._set[part]
+
+    def run(self, part: str, work: Callable[[int], Result]) -> Result:
+        """`work(rows)`, again with half the rows whenever it runs out of memory.
+
+        Work must leave nothing behind that a second try would add to. Raises RuntimeError where one row is too much.
+        """
+        while True:
+            try:
+                return work(self.rows(part))
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                self._halve(part, error)
+            # Outside of the handler, since the exception holds on to the tensors of its frames.
+            _free()
+
+    def _halve(self, part: str, error: BaseException) -> None:
+        rows = self.rows(part)
+        if rows == 1:
+            raise RuntimeError(
+                f"out of memory in the {part} with one row at a time; lower grpo.max_completion_length, or choose a "
+                "smaller model or a lower model.dtype"
+            ) from error
+        self._reduced[part] = {"from": self._set[part], "to": rows // 2}
+        logger.warning("out of memory in the %s with %d rows at a time; trying %d from here on", part, rows, rows // 2)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device, or the machine, has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # Raised by the allocators of CPU and MPS as plain RuntimeErrors.
+    return "can't allocate memory" in str(error) or "out of memory" in str(error)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
