@@ -1,7 +1,8 @@
 """Checkpoints: complete or absent, checked by checksum, read without executing code.
 
-A checkpoint is a folder step_000050/ with model.safetensors, optimizer.safetensors, trainer_state.json, the reference
-where it is no longer the starting model, and manifest.json, which is written last.
+`checkpoints/step_000050/` holds model.safetensors, optimizer.safetensors, trainer_state.json and manifest.json, which
+is written last. `reference_000002/` holds the frozen reference of outer iteration 2, which all checkpoints of that
+iteration share (in iteration 1 it is the starting model), and `best/` the weights of the best held-out accuracy.
 """
 
 import hashlib
@@ -9,11 +10,13 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from grpo.run.folder import write_whole
@@ -31,53 +34,53 @@ class TrainerState:
     num_tokens: int = 0  # prompt and completion tokens seen so far
     best_reward: float | None = None  # highest mean reward of a step
     best_accuracy: float | None = None  # highest held-out accuracy
-    weights_digest: str = ""
+    evaluated_step: int = 0  # the last step that `eval.every` had evaluated
+    skipped_in_a_row: int = 0  # steps up to this one whose update was not finite and so not made
+    # What running out of memory made of the cut: hardware key -> {"from": size set, "to": size in use}
+    reduced: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, reference: nn.Module | None, state: TrainerState
-) -> Path:
-    """Write `folder/step_<n>/`, complete or not at all: a temporary folder, everything synced, then one rename.
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}"
 
-    reference: given where it is no longer the starting model.
+
+def reference_folder(folder: Path, iteration: int) -> Path:
+    return folder / f"reference_{iteration:06d}"
+
+
+def write_checkpoint(
+    target: Path,
+    tensors: Mapping[str, dict[str, Tensor]],
+    state: TrainerState | None = None,
+    reference: Path | None = None,
+) -> None:
+    """Write the folder `target`, complete or not at all: a temporary folder, everything synced, then one rename.
+
+    tensors: by file name without its ending. reference: the folder beside it without which it is not complete.
+    Raises OSError, before it starts where the disk has too little room.
     """
-    target = folder / f"step_{state.step:06d}"
-    temporary = _fresh_temporary(folder, target.name)
-    weights = weights_of(model)
-    state.weights_digest = digest(weights)
-    save_file(weights, temporary / "model.safetensors")
-    save_file(flatten_optimizer(optimizer), temporary / "optimizer.safetensors")
-    if reference is not None:
-        save_file(weights_of(reference), temporary / "reference.safetensors")
-    (temporary / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2))
-    _commit(temporary, target)
-    return target
-
-
-def save_best(folder: Path, model: nn.Module, state: TrainerState) -> None:
-    """Replace `folder/best/` by the present weights."""
-    temporary = _fresh_temporary(folder, "best")
-    save_file(weights_of(model), temporary / "model.safetensors")
-    (temporary / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2))
-    _commit(temporary, folder / "best")
-
-
-def keep_last(newest: Path, count: int) -> None:
-    """Delete checkpoints older than the last `count`, of which `newest`, just written, is the last.
-
-    What bears a later step is damaged, since the run would have gone on from there: it does not count as one to
-    keep. best/ stays. A failed delete is a warning, not an error.
-    """
-    for old in [path for path in step_folders(newest.parent) if path.name <= newest.name][:-count]:
-        try:
-            shutil.rmtree(old)
-        except OSError as error:
-            logger.warning("could not delete the old checkpoint %s: %s", old, error)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in target.parent.glob("*.tmp"):
+        shutil.rmtree(left_over)
+    _check_space(target.parent, sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()))
+    temporary = target.with_name(f"{target.name}.tmp")
+    temporary.mkdir()
+    try:
+        for name, group in tensors.items():
+            save_file(group, temporary / f"{name}.safetensors")
+        if state is not None:
+            (temporary / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2))
+        _commit(temporary, target, None if reference is None else reference.name)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
+        if isinstance(error, OSError):
+            raise
+        raise OSError(str(error)) from error  # safetensors has an exception of its own for a failed write
 
 
 def step_folders(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first; unfinished temporary folders are not among them."""
-    return sorted(p for p in folder.glob("step_*") if p.is_dir() and not p.name.endswith(".tmp"))
+    return sorted(p for p in folder.glob("step_*") if p.is_dir() and p.suffix != ".tmp")
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -97,7 +100,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def broken(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+    """What is wrong with a checkpoint's files, those of its reference included, or None."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
         for name, expected in manifest["files"].items():
@@ -107,36 +110,64 @@ def broken(checkpoint: Path) -> str | None:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error) or type(error).__name__
-    return None
+    reference = manifest.get("reference")
+    problem = broken(checkpoint.parent / reference) if reference else None
+    return f"its reference {reference}: {problem}" if problem else None
 
 
 def load_state(checkpoint: Path) -> TrainerState:
     return TrainerState(**json.loads((checkpoint / "trainer_state.json").read_text()))
 
 
-def load_weights(checkpoint: Path, model: nn.Module, name: str = "model") -> None:
-    """Put a checkpoint's weights into a model of the same shapes."""
-    missing, unexpected = model.load_state_dict(load_file(checkpoint / f"{name}.safetensors"), strict=False)
-    tied = {key for key, _ in model.named_parameters(remove_duplicate=False)} - {
-        key for key, _ in model.named_parameters()
-    }
-    if set(missing) - tied or unexpected:
-        raise RuntimeError(f"{checkpoint} does not fit the model: missing {missing}, unexpected {unexpected}")
+def reference_of(checkpoint: Path) -> Path | None:
+    """The folder of the reference that a checkpoint goes with; None where that is the starting model."""
+    name = json.loads((checkpoint / MANIFEST).read_text()).get("reference")
+    return checkpoint.parent / name if name else None
+
+
+@torch.no_grad()
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Put a checkpoint's weights into a model of the same shapes. Raises RuntimeError where they do not fit."""
+    parameters = dict(model.named_parameters())
+    names = set()
+    for name, value in stored_tensors(checkpoint / "model.safetensors"):
+        names.add(name)
+        if name in parameters and parameters[name].shape == value.shape:
+            parameters[name].copy_(value)
+        else:
+            raise RuntimeError(f"{checkpoint} does not fit the model: it has no {name} of shape {tuple(value.shape)}")
+    if missing := sorted(parameters.keys() - names):
+        raise RuntimeError(f"{checkpoint} does not fit the model: it lacks {', '.join(missing)}")
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors by `<parameter number>.<name>`. Its settings come from the config, not from here."""
-    state = optimizer.state_dict()["state"]
-    return {f"{number}.{key}": value.contiguous() for number, entry in state.items() for key, value in entry.items()}
+    entries = {f"{n}.{key}": v for n, entry in optimizer.state_dict()["state"].items() for key, v in entry.items()}
+    return {key: value.contiguous() for key, value in entries.items() if value is not None}
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Give an optimizer the state that a checkpoint holds; parameters must be in the same order."""
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(checkpoint / "optimizer.safetensors").items():
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, value in stored_tensors(checkpoint / "optimizer.safetensors"):
         number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
+        # To where it will be used at once, so that nothing of it is in memory twice.
+        place = parameters[int(number)].device if value.dim() else value.device
+        state.setdefault(int(number), {})[name] = value.to(place, copy=True)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """A file's tensors by name, one at a time; each is valid until the next is asked for.
+
+    The file is opened anew for each: it is mapped into memory, and its pages count until it is closed.
+    """
+    with safe_open(file, "pt") as stored:
+        names = list(stored.keys())
+    for name in names:
+        with safe_open(file, "pt") as stored:
+            yield name, stored.get_tensor(name)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
@@ -144,31 +175,18 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 (hex) over names, types, shapes and bytes of tensors, independent of their order."""
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.view(torch.uint8).numpy() if tensor.dim() else tensor.reshape(1).view(torch.uint8).numpy())
-    return sha.hexdigest()
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"it takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free in {folder}")
 
 
-def _fresh_temporary(folder: Path, name: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob("*.tmp"):
-        shutil.rmtree(left_over)
-    temporary = folder / f"{name}.tmp"
-    temporary.mkdir()
-    return temporary
-
-
-def _commit(temporary: Path, target: Path) -> None:
+def _commit(temporary: Path, target: Path, reference: str | None) -> None:
     """Write the manifest, sync every file, and move the folder to its name."""
     files = {
         file.name: {"size": file.stat().st_size, "sha256": _file_digest(file)} for file in sorted(temporary.iterdir())
     }
-    write_whole(temporary / MANIFEST, json.dumps({"files": files}, indent=2))
+    write_whole(temporary / MANIFEST, json.dumps({"files": files, "reference": reference}, indent=2))
     for path in [*temporary.iterdir(), temporary]:
         _sync(path)
     if target.exists():

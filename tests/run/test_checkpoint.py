@@ -3,33 +3,36 @@
 import json
 import logging
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
 import zipfile
+from contextlib import closing
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
 
-from grpo.config import ModelConfig
+from grpo.config import CheckpointConfig, ModelConfig
 from grpo.engine.model import load_model
 from grpo.run.checkpoint import (
     TrainerState,
     broken,
-    digest,
-    keep_last,
+    flatten_optimizer,
     latest_checkpoint,
     load_optimizer,
     load_state,
     load_weights,
-    save_best,
-    save_checkpoint,
+    reference_of,
+    step_folder,
     step_folders,
     weights_of,
 )
+from grpo.run.saver import Saver, retain
 
 FILES = ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "manifest.json"]
 
@@ -51,7 +54,22 @@ def train_a_step(model, optimizer, seed):
 
 
 def bits(tensors):
-    return {name: tensor.detach().contiguous().view(torch.uint8).tolist() for name, tensor in tensors.items()}
+    return {name: tensor.detach().reshape(-1).view(torch.uint8).tolist() for name, tensor in tensors.items()}
+
+
+def settings(keep_last=100, keep_every=0, overlap=False):
+    return CheckpointConfig(every=1, keep_last=keep_last, keep_every=keep_every, keep_best=True, overlap=overlap)
+
+
+def save_checkpoint(folder, model, optimizer, reference, state):
+    """What a run that has just begun would save."""
+    with closing(Saver(folder, settings(), TrainerState())) as saver:
+        saver.save(model, optimizer, reference, state)
+    return step_folder(folder, state.step)
+
+
+def save_best(folder, model, state):
+    Saver(folder, settings(), TrainerState()).save_best(model, state)
 
 
 def save_steps(folder, *steps):
@@ -75,10 +93,10 @@ def test_weights_and_optimizer_of_a_language_model_come_back_bitwise(tmp_path):
 
     fresh = load_model(config, torch.device("cpu"))
     fresh_optimizer = adamw(fresh)
-    assert digest(weights_of(fresh)) != digest(weights_of(model))
+    assert not torch.equal(fresh.model.norm.weight, model.model.norm.weight)
     load_weights(checkpoint, fresh)
     load_optimizer(checkpoint, fresh_optimizer)
-    assert digest(weights_of(fresh)) == digest(weights_of(model)) == load_state(checkpoint).weights_digest
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
     assert load_state(checkpoint) == state
 
     for one in (model, fresh):
@@ -107,21 +125,67 @@ def test_low_precision_weights_keep_their_dtype(tmp_path):
         assert file.get_tensor("weight").dtype == torch.bfloat16
 
 
-def test_the_reference_is_saved_only_where_it_is_given(tmp_path):
+def test_the_reference_is_stored_once_an_iteration_and_goes_with_the_last_checkpoint_that_needs_it(tmp_path):
     model, reference = small_model(), nn.Linear(3, 2)
-    without = save_checkpoint(tmp_path, model, adamw(model), None, TrainerState(step=1))
-    with_it = save_checkpoint(tmp_path, model, adamw(model), reference, TrainerState(step=2))
-    assert sorted(path.name for path in without.iterdir()) == sorted(FILES)
+    optimizer = adamw(model)
+    saver = Saver(tmp_path, settings(keep_last=2), TrainerState())
+    saver.save(model, optimizer, None, TrainerState(step=1, iteration=1))
+    saver.save(model, optimizer, reference, TrainerState(step=2, iteration=2))
+    assert sorted(path.name for path in step_folder(tmp_path, 1).iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in step_folder(tmp_path, 2).iterdir()) == sorted(FILES)
+    assert reference_of(step_folder(tmp_path, 1)) is None
+    stored = reference_of(step_folder(tmp_path, 2))
+    assert stored.name == "reference_000002"
+    written = (stored / "model.safetensors").stat()
+    saver.save(model, optimizer, reference, TrainerState(step=3, iteration=2))
+    assert (stored / "model.safetensors").stat() == written
+    assert reference_of(step_folder(tmp_path, 3)) == stored
     fresh = nn.Linear(3, 2)
-    load_weights(with_it, fresh, "reference")
+    load_weights(stored, fresh)
     assert bits(weights_of(fresh)) == bits(weights_of(reference))
+
+    saver.save(model, optimizer, reference, TrainerState(step=4, iteration=3))
+    assert stored.exists()  # step 3 needs it
+    saver.save(model, optimizer, reference, TrainerState(step=5, iteration=3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["reference_000003", "step_000004", "step_000005"]
+
+
+def test_a_checkpoint_whose_reference_is_damaged_is_damaged(tmp_path):
+    model = small_model()
+    checkpoint = save_checkpoint(tmp_path, model, adamw(model), model, TrainerState(step=2, iteration=2))
+    assert broken(checkpoint) is None
+    flip_a_bit(tmp_path / "reference_000002" / "model.safetensors")
+    assert broken(checkpoint) == "its reference reference_000002: model.safetensors does not match its checksum"
+
+
+def test_a_run_that_goes_on_does_not_write_its_reference_again(tmp_path):
+    model = small_model()
+    save_checkpoint(tmp_path, model, adamw(model), model, TrainerState(step=2, iteration=2))
+    written = (tmp_path / "reference_000002" / "model.safetensors").stat()
+    saver = Saver(tmp_path, settings(), TrainerState(step=2, iteration=2))
+    saver.save(model, adamw(model), model, TrainerState(step=3, iteration=2))
+    assert (tmp_path / "reference_000002" / "model.safetensors").stat() == written
+    assert broken(step_folder(tmp_path, 3)) is None
+
+
+def test_the_state_of_plain_gradient_descent_comes_back_too(tmp_path):
+    for momentum in (0.0, 0.9):
+        model = small_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+        train_a_step(model, optimizer, seed=1)
+        folder = tmp_path / str(momentum)
+        checkpoint = save_checkpoint(folder, model, optimizer, None, TrainerState(step=1))
+        fresh = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
+        load_optimizer(checkpoint, fresh)
+        assert bits(flatten_optimizer(fresh)) == bits(flatten_optimizer(optimizer))
+        assert bool(flatten_optimizer(fresh)) == (momentum > 0)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     with_bias, without = nn.Linear(3, 2), nn.Linear(3, 2, bias=False)
     for step, ours, theirs in ((1, with_bias, without), (2, without, with_bias)):
         checkpoint = save_checkpoint(tmp_path, ours, adamw(ours), None, TrainerState(step=step))
-        with pytest.raises(RuntimeError, match=r"does not fit the model: .*bias"):
+        with pytest.raises(RuntimeError, match=r"does not fit the model: it (lacks|has no) bias"):
             load_weights(checkpoint, theirs)
 
 
@@ -138,14 +202,6 @@ def test_a_checkpoint_holds_no_pickle(tmp_path):
                 assert list(tensors.keys())
         else:
             assert isinstance(json.loads(file.read_text()), dict)
-
-
-def test_the_digest_tells_names_types_shapes_and_values_apart_but_not_order():
-    a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0])
-    assert digest({"a": a, "b": b}) == digest({"b": b, "a": a})
-    others = [{"a": b, "b": a}, {"a": a, "c": b}, {"a": a.view(2, 1), "b": b}, {"a": a.view(torch.int32), "b": b}]
-    others += [{"a": torch.tensor([1.0, -2.0]), "b": b}, {"a": a}, {"a": a, "b": b.squeeze()}]
-    assert len({digest(each) for each in [{"a": a, "b": b}, *others]}) == 1 + len(others)
 
 
 # Damage.
@@ -224,45 +280,130 @@ def test_a_step_that_is_saved_again_replaces_the_damaged_one(tmp_path):
     assert latest_checkpoint(tmp_path).name == "step_000002"
 
 
-def test_a_save_killed_at_any_file_operation_leaves_the_one_before_or_the_new_one(tmp_path):
-    # Each child dies at its n-th event that touches files in the folder: opening, renaming, making a folder.
+@pytest.mark.parametrize("overlap", [False, True], ids=["in the way", "beside training"])
+def test_a_save_killed_at_any_file_operation_leaves_the_one_before_or_the_new_one(tmp_path, overlap):
+    # Each child dies at its n-th event that touches files in the folder: opening, renaming, deleting, making a folder.
     code = """
         import os, sys
         from pathlib import Path
         import torch
-        from grpo.run.checkpoint import TrainerState, save_checkpoint
-        folder = Path(sys.argv[1])
+        from grpo.config import CheckpointConfig
+        from grpo.run.checkpoint import TrainerState
+        from grpo.run.saver import Saver
+        folder, overlap = Path(sys.argv[1]), sys.argv[2] == "True"
+        settings = CheckpointConfig(every=1, keep_last=1, keep_every=0, keep_best=True, overlap=overlap)
+        torch.manual_seed(0)
         model = torch.nn.Linear(3, 2)
         optimizer = torch.optim.AdamW(model.parameters())
-        for n in range(1, 41):
+        events = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
+        for n in range(1, 81):
             child = os.fork()
             if child == 0:
                 count = 0
                 def die_at_the_nth(event, arguments):
                     global count
-                    if event in ("open", "os.rename", "os.mkdir") and str(folder) in str(arguments[0]):
+                    if event in events and (str(folder) in str(arguments[0]) or event in ("os.remove", "os.rmdir")):
                         count += 1
                         if count == n:
                             os._exit(9)
                 sys.addaudithook(die_at_the_nth)
-                save_checkpoint(folder / str(n), model, optimizer, None, TrainerState(step=2))
+                saver = Saver(folder / str(n), settings, TrainerState(step=1, iteration=1))
+                saver.save(model, optimizer, model, TrainerState(step=2, iteration=2))
+                saver.close()
                 os._exit(0)
             if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
                 break
         print(n)
     """
     save_steps(tmp_path / "first", 1)
-    for n in range(1, 41):
+    for n in range(1, 81):
         shutil.copytree(tmp_path / "first", tmp_path / "kills" / str(n))
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "kills")]
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "kills"), str(overlap)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
     complete = int(process.stdout)  # the first n beyond the operations of a save: that child was not killed
-    assert 5 < complete < 40
+    assert 15 < complete < 80
     newest = [latest_checkpoint(tmp_path / "kills" / str(n)).name for n in range(1, complete + 1)]
     assert newest[-1] == "step_000002"
     assert newest[0] == "step_000001"
-    assert set(newest) == {"step_000001", "step_000002"}
+    assert newest == sorted(newest)  # the new one from some operation on
+    for n in range(1, complete + 1):  # what the next save leaves is the same, whatever was left behind
+        folder = tmp_path / "kills" / str(n)
+        model = small_model()
+        saver = Saver(folder, settings(keep_last=1), load_state(latest_checkpoint(folder)))
+        saver.save(model, adamw(model), model, TrainerState(step=3, iteration=2))
+        assert sorted(path.name for path in folder.iterdir()) == ["reference_000002", "step_000003"]
+        assert broken(step_folder(folder, 3)) is None
+
+
+# What the disk refuses.
+
+
+def test_a_save_without_enough_room_is_refused_before_it_starts(tmp_path, caplog, monkeypatch):
+    model, optimizer = save_steps(tmp_path, 1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50))
+    save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=2))
+    assert "the checkpoint of step 2 could not be written (it takes 1.04e-07 GB and 5e-08 GB are free" in caplog.text
+    assert "training goes on, and the one before it stays" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["in the way", "beside training"])
+def test_a_write_that_fails_leaves_the_checkpoint_before_it_and_the_next_one_succeeds(tmp_path, caplog, overlap):
+    # The system itself refuses to write files beyond a size, which it would do on a full disk as well.
+    class Large(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(100_000))
+
+    model = Large()
+    optimizer = adamw(model)
+    saver = Saver(tmp_path, settings(keep_last=1, overlap=overlap), TrainerState())
+    saver.save(model, optimizer, None, TrainerState(step=1, iteration=1))
+    saver.close()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        saver.save(model, optimizer, None, TrainerState(step=2, iteration=1))
+        saver.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "the checkpoint of step 2 could not be written" in caplog.text
+    assert "File too large" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+    assert broken(step_folder(tmp_path, 1)) is None
+    saver.save(model, optimizer, None, TrainerState(step=2, iteration=1))
+    saver.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_warning(tmp_path, caplog):
+    model = small_model()
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    save_checkpoint(tmp_path / "checkpoints", model, adamw(model), None, TrainerState(step=1))
+    assert "the checkpoint of step 1 could not be written" in caplog.text
+
+
+def test_what_is_written_beside_training_is_what_was_there_when_it_began(tmp_path):
+    model = small_model()
+    optimizer = adamw(model)
+    train_a_step(model, optimizer, seed=1)
+    saver = Saver(tmp_path, settings(overlap=True), TrainerState())
+    state = TrainerState(step=1, iteration=1)
+    expected = bits(weights_of(model)), bits(flatten_optimizer(optimizer))
+    saver.save(model, optimizer, None, state)
+    train_a_step(model, optimizer, seed=2)
+    state.step = 2
+    saver.close()
+    fresh = nn.Linear(3, 2)
+    fresh_optimizer = adamw(fresh)
+    load_weights(step_folder(tmp_path, 1), fresh)
+    load_optimizer(step_folder(tmp_path, 1), fresh_optimizer)
+    assert (bits(weights_of(fresh)), bits(flatten_optimizer(fresh_optimizer))) == expected
+    assert load_state(step_folder(tmp_path, 1)).step == 1
 
 
 # What is kept.
@@ -271,16 +412,22 @@ def test_a_save_killed_at_any_file_operation_leaves_the_one_before_or_the_new_on
 def test_the_last_checkpoints_and_the_best_one_are_kept(tmp_path):
     model, _ = save_steps(tmp_path, 1, 2, 30, 100)
     save_best(tmp_path, model, TrainerState(step=2))
-    keep_last(tmp_path / "step_000100", 2)
+    retain(tmp_path / "step_000100", settings(keep_last=2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step_000030", "step_000100"]
-    keep_last(tmp_path / "step_000100", 5)
+    retain(tmp_path / "step_000100", settings(keep_last=5))
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_every_so_many_steps_a_checkpoint_stays(tmp_path):
+    save_steps(tmp_path, 10, 20, 25, 30, 40, 45)
+    retain(tmp_path / "step_000045", settings(keep_last=1, keep_every=20))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000020", "step_000040", "step_000045"]
 
 
 def test_the_last_intact_checkpoint_is_kept_where_a_later_one_is_damaged(tmp_path):
     save_steps(tmp_path, 50, 60, 100)
     truncate(tmp_path / "step_000100" / "model.safetensors")
-    keep_last(tmp_path / "step_000060", 1)  # written by a run that went on from step 50
+    retain(tmp_path / "step_000060", settings(keep_last=1))  # written by a run that went on from step 50
     assert not (tmp_path / "step_000050").exists()
     assert latest_checkpoint(tmp_path).name == "step_000060"
 
@@ -304,7 +451,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, caplog):
     save_steps(tmp_path, 1, 2, 3)
     (tmp_path / "step_000001").rename(tmp_path / "elsewhere")
     (tmp_path / "step_000001").symlink_to(tmp_path / "elsewhere")  # rmtree refuses links
-    keep_last(tmp_path / "step_000003", 1)
+    retain(tmp_path / "step_000003", settings(keep_last=1))
     assert "could not delete the old checkpoint" in caplog.text
     assert not (tmp_path / "step_000002").exists()
     assert latest_checkpoint(tmp_path).name == "step_000003"

@@ -1,0 +1,131 @@
+"""Saving a run's checkpoints, in the way of training or beside it in a thread, and which of them are kept."""
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from grpo.config import CheckpointConfig
+from grpo.run.checkpoint import (
+    TrainerState,
+    flatten_optimizer,
+    reference_folder,
+    reference_of,
+    step_folder,
+    step_folders,
+    weights_of,
+    write_checkpoint,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Writes the checkpoints of one run. What the disk refuses is a warning: the checkpoint before it stays."""
+
+    def __init__(self, folder: Path, settings: CheckpointConfig, state: TrainerState) -> None:
+        """state: where the run starts or goes on from, which is on the disk already."""
+        self._folder, self._settings = folder, settings
+        self._thread: threading.Thread | None = None
+        self._saved_step, self._reference_iteration = state.step, state.iteration
+
+    def save(
+        self, policy: nn.Module, optimizer: torch.optim.Optimizer, reference: nn.Module | None, state: TrainerState
+    ) -> None:
+        """Save the present step, unless it is saved already, and delete what is not to be kept.
+
+        reference: given where it is no longer the starting model. With `overlap`, what is saved is copied to host
+        memory at once and written while training goes on.
+        """
+        self.close()
+        if state.step == self._saved_step:
+            return
+        tensors = {"model": weights_of(policy), "optimizer": flatten_optimizer(optimizer)}
+        moved = weights_of(reference) if reference is not None and self._reference_iteration != state.iteration else {}
+        if self._settings.overlap:
+            tensors, moved = {name: _copied(group) for name, group in tensors.items()}, _copied(moved)
+        place = None if reference is None else reference_folder(self._folder, state.iteration)
+        # The thread must not see what the next steps make of it.
+        state = TrainerState(**vars(state) | {"reduced": dict(state.reduced)})
+
+        def write() -> None:
+            if moved:
+                write_checkpoint(place, {"model": moved})
+                self._reference_iteration = state.iteration
+            target = step_folder(self._folder, state.step)
+            write_checkpoint(target, tensors, state, place)
+            self._saved_step = state.step
+            retain(target, self._settings)
+
+        self._run(write, f"the checkpoint of step {state.step}")
+
+    def save_best(self, policy: nn.Module, state: TrainerState) -> None:
+        """Replace `best/` by the present weights."""
+        self.close()
+        if self._settings.keep_best:
+            self._write(lambda: write_checkpoint(self._folder / "best", {"model": weights_of(policy)}, state), "best/")
+
+    def close(self) -> None:
+        """Wait until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, write: Callable[[], None], what: str) -> None:
+        if self._settings.overlap:
+            self._thread = threading.Thread(target=self._write, args=(write, what), name="checkpoint")
+            self._thread.start()
+        else:
+            self._write(write, what)
+
+    def _write(self, write: Callable[[], None], what: str) -> None:
+        started = time.perf_counter()
+        try:
+            write()
+        except OSError as error:
+            logger.warning("%s could not be written (%s); training goes on, and the one before it stays", what, error)
+            return
+        logger.info("%s was written in %.3g s", what, time.perf_counter() - started)
+
+
+def retain(newest: Path, settings: CheckpointConfig) -> None:
+    """Delete what is not to be kept: all but the last `keep_last` checkpoints and those of every `keep_every` steps.
+
+    newest: just written, and so the last that counts: what bears a later step is damaged, since the run would have
+    gone on from there. A reference goes with the last checkpoint that needs it; best/ stays. A failed delete is a
+    warning, not an error.
+    """
+    folder = newest.parent
+    older = [path for path in step_folders(folder) if path.name <= newest.name][: -settings.keep_last]
+    for path in older:
+        step = int(path.name.removeprefix("step_"))
+        if not (settings.keep_every and step % settings.keep_every == 0):
+            _delete(path)
+    needed = {_reference_name(path) for path in step_folders(folder)}
+    for path in folder.glob("reference_*"):
+        if path.name not in needed:
+            _delete(path)
+
+
+def _reference_name(checkpoint: Path) -> str | None:
+    try:
+        reference = reference_of(checkpoint)
+    except (OSError, ValueError):  # damaged: nothing goes on from it
+        return None
+    return None if reference is None else reference.name
+
+
+def _delete(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("could not delete the old checkpoint %s: %s", path, error)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
