@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
@@ -10,10 +11,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import ConfigError, typed
 from grpo.run.folder import OUTPUTS, RunFolder, job_folder_name, newest_unfinished
+from grpo.targets import check_importable
 
 
-def run_folder(run_dir: str | None, resume: bool | str, name: str, now: str) -> str:
+def run_folder(
+    run_dir: str | None, resume: bool | str, fork: bool, name: str, overrides: Sequence[str], now: str
+) -> str:
     """The folder of this launch: the one given, the newest unfinished one where it resumes, else a new one."""
+    if fork:
+        parent = RunFolder(run_dir or "")
+        named = any(override.startswith("name=") for override in overrides) or not parent.started()
+        return str(OUTPUTS / (name if named else parent.frozen_config().name) / now)
     if run_dir:
         return run_dir
     # `auto` is for the same command again (a queue that restarts it), so it stays within the experiment's name.
@@ -47,6 +55,16 @@ def asks_for_more_steps(overrides: Sequence[str]) -> bool:
     return any(override.startswith(("grpo.num_steps=", "grpo.num_iterations=")) for override in overrides)
 
 
+def check_parent(parent: str | None, resume: bool | str) -> None:
+    """Raise ConfigError where there is nothing to fork from."""
+    if resume:
+        raise ConfigError("fork=true starts a new run: leave resume out; to go on with a fork, name its own run_dir")
+    if not parent:
+        raise ConfigError("fork=true needs the run to start from: run_dir=outputs/...")
+    if not RunFolder(parent).started():
+        raise ConfigError(f"fork=true: {parent} is not a run folder (it has no config.yaml)")
+
+
 def check_folder(run: RunFolder, resume: bool | str, overrides: Sequence[str]) -> None:
     """Raise ConfigError where this launch would spoil a folder, or has nothing to go on from."""
     path = run.path
@@ -67,7 +85,12 @@ def check_folder(run: RunFolder, resume: bool | str, overrides: Sequence[str]) -
     if not run.started():
         raise ConfigError(f"resume=true: {path} is not a run folder (it has no config.yaml)")
     if run.finished() and not asks_for_more_steps(overrides):
-        raise ConfigError(f"resume=true: {path} has finished already; to train it further, add a larger grpo.num_steps")
+        raise ConfigError(has_finished(run))
+
+
+def has_finished(run: RunFolder) -> str:
+    """What to say where a run is to go on that needs no more steps."""
+    return f"resume=true: {run.path} has finished already; to train it further, add a larger grpo.num_steps"
 
 
 class CheckBeforeStart(Callback):
@@ -76,18 +99,30 @@ class CheckBeforeStart(Callback):
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         try:
             settings = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-            typed(settings)
-            run = RunFolder(run_folder(config.run_dir, config.resume, config.name, config.name))
-            if config.run_dir or config.resume is True:
-                check_folder(run, config.resume, config.hydra.overrides.task)
-            if config.resume == "auto" and run.finished():
+            check_importable(typed(settings))
+            if config.fork:
+                check_parent(config.run_dir, config.resume)
+                return
+            overrides = config.hydra.overrides.task
+            run = RunFolder(config.hydra.run.dir)
+            check_folder(run, config.resume, overrides)
+            if config.resume == "auto" and run.finished() and not asks_for_more_steps(overrides):
                 print(f"{run.path} has finished already: nothing to do")
                 sys.exit(0)
         except (ConfigError, OmegaConfBaseException) as error:
-            from grpo.compose import explain  # here, since that module needs this one's resolvers
+            _refuse(error)
 
-            print(f"error: {explain(error)}", file=sys.stderr)
-            sys.exit(2)
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        jobs = Path(config.sweep_dir).glob("*/config.yaml") if config.sweep_dir else ()
+        if config.resume is True and not any(jobs):
+            _refuse(ConfigError("resume=true: there is no such sweep; name it with sweep_dir=outputs/sweeps/..."))
+
+
+def _refuse(error: Exception) -> None:
+    from grpo.compose import explain  # here, since that module needs this one's resolvers
+
+    print(f"error: {explain(error)}", file=sys.stderr)
+    sys.exit(2)
 
 
 register_resolvers()

@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -111,38 +108,6 @@ def test_samples_and_evaluations_are_files_of_their_own(tmp_path):
     assert (tmp_path / "eval" / "before.json").exists()
 
 
-# The lock.
-
-HOLD = "import sys; from grpo.run.folder import RunFolder\nwith RunFolder(sys.argv[1]).locked():\n"
-HOLD += "    print('held', flush=True)\n    sys.stdin.read()"
-
-
-def test_a_folder_held_by_another_process_is_refused_and_free_again_when_that_is_killed(tmp_path):
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match="in use by another process"), RunFolder(tmp_path).locked():
-            pass
-        holder.send_signal(signal.SIGKILL)
-        holder.wait(timeout=10)
-        with RunFolder(tmp_path).locked():
-            pass
-    finally:
-        holder.kill()
-        holder.communicate()
-
-
-def test_the_lock_is_free_after_the_block_and_after_an_error_in_it(tmp_path):
-    run = RunFolder(tmp_path)
-    with pytest.raises(RuntimeError, match="in the block"), run.locked():
-        raise RuntimeError("in the block")
-    with run.locked(), pytest.raises(ConfigError, match="in use"), RunFolder(tmp_path).locked():
-        pass
-    with run.locked():
-        pass
-
-
 # Which folder a launch takes.
 
 
@@ -167,18 +132,26 @@ def test_where_every_run_has_finished_there_is_none_to_go_on_with(tmp_path):
 
 def test_a_launch_takes_the_given_folder_or_the_newest_unfinished_or_a_new_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run_folder("here", False, "quickstart", "now") == "here"
-    assert run_folder(None, False, "quickstart", "now") == "outputs/quickstart/now"
-    assert run_folder(None, "auto", "quickstart", "now") == "outputs/quickstart/now"
+    assert run_folder("here", False, False, "quickstart", [], "now") == "here"
+    assert run_folder(None, False, False, "quickstart", [], "now") == "outputs/quickstart/now"
+    assert run_folder(None, "auto", False, "quickstart", [], "now") == "outputs/quickstart/now"
     with pytest.raises(ConfigError, match=r"resume=true: no unfinished run below outputs/; name one with run_dir="):
-        run_folder(None, True, "quickstart", "now")
+        run_folder(None, True, False, "quickstart", [], "now")
 
     make_run(tmp_path / "outputs" / "quickstart" / "1", "interrupted", 100)
     make_run(tmp_path / "outputs" / "other" / "1", "interrupted", 200)
-    assert run_folder(None, False, "quickstart", "now") == "outputs/quickstart/now"
-    assert run_folder(None, True, "quickstart", "now") == "outputs/other/1"
-    assert run_folder(None, "auto", "quickstart", "now") == "outputs/quickstart/1"
-    assert run_folder("here", True, "quickstart", "now") == "here"
+    assert run_folder(None, False, False, "quickstart", [], "now") == "outputs/quickstart/now"
+    assert run_folder(None, True, False, "quickstart", [], "now") == "outputs/other/1"
+    assert run_folder(None, "auto", False, "quickstart", [], "now") == "outputs/quickstart/1"
+    assert run_folder("here", True, False, "quickstart", [], "now") == "here"
+
+
+def test_a_fork_takes_a_new_folder_under_its_parents_name_or_the_name_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / "theirs", "finished", 100)
+    (tmp_path / "theirs" / "config.yaml").write_text("name: sums\n")
+    assert run_folder("theirs", False, True, "default", [], "now") == "outputs/sums/now"
+    assert run_folder("theirs", False, True, "mine", ["name=mine"], "now") == "outputs/mine/now"
 
 
 def test_a_sweep_takes_the_given_folder_or_a_new_one():

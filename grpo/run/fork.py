@@ -1,0 +1,105 @@
+"""Forks: a new run that goes on from a checkpoint of another one, with any other settings."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from grpo.compose import apply_overrides
+from grpo.config import Config, ConfigError, escape, load_frozen, typed
+from grpo.engine.hardware import resolve_hardware
+from grpo.run.checkpoint import (
+    MANIFEST,
+    TrainerState,
+    broken,
+    latest_checkpoint,
+    load_state,
+    reference_of,
+    step_folder,
+    step_folders,
+)
+from grpo.run.folder import RunFolder
+from grpo.targets import check_trusted
+
+
+def fork(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
+    """Make `folder` a run that stands where a checkpoint of the run in `cfg.run_dir` stands; returns its config.
+
+    It gets the parent's settings but for what the command line names, the checkpoint, and the metrics and evaluations
+    up to it. `parent` in its config.yaml says where it came from. Raises ConfigError where that cannot be.
+    """
+    parent = RunFolder(cfg.run_dir)
+    source = _checkpoint(parent, cfg.fork_step)
+    state = load_state(source)
+    frozen = apply_overrides(parent.frozen_config(), cfg, overrides)
+    check_trusted(frozen, cfg, parent.path)
+    manifest = json.loads((source / MANIFEST).read_text())
+    lineage = {"run_dir": str(parent.path), "step": state.step, "parent": load_frozen(parent.config_file).get("parent")}
+    frozen.parent = escape(lineage | {"weights_sha256": manifest["files"]["model.safetensors"]["sha256"]})
+    if cfg.tracking.group is not None:  # such as that of a sweep
+        frozen.tracking.group = cfg.tracking.group
+    frozen.run_dir, frozen.resume, frozen.fork, frozen.fork_step = None, False, False, None
+    resolve_hardware(frozen)
+    config = typed(frozen)
+    _check_steps(config, state)
+
+    best = parent.checkpoints / "best"
+    has_best = broken(best) is None and load_state(best).step <= state.step
+    for part in (source, reference_of(source), best if has_best else None):
+        if part is not None:
+            _link_or_copy(part, folder.checkpoints / part.name)
+    folder.write_metrics(parent.metrics(up_to_step=state.step))
+    for name, result in parent.evaluations().items():
+        if name.startswith(("before", "step_")) and result["step"] <= state.step:
+            folder.write_evaluation(name, result)
+    folder.write_config(config)  # last, since it makes the folder a run
+    folder.update_status(
+        state="running", iteration=state.iteration, step=state.step, best_reward=state.best_reward, error=None
+    )
+    return config
+
+
+def _checkpoint(parent: RunFolder, step: int | None) -> Path:
+    kept = ", ".join(str(int(path.name.removeprefix("step_"))) for path in step_folders(parent.checkpoints)) or "none"
+    if step is None:
+        checkpoint = latest_checkpoint(parent.checkpoints)
+        if checkpoint is None:
+            raise ConfigError(f"fork=true: {parent.path} has no checkpoint to start from yet")
+        return checkpoint
+    checkpoint = step_folder(parent.checkpoints, step)
+    if not checkpoint.exists():
+        raise ConfigError(f"fork_step={step}: {parent.path} keeps no checkpoint of that step, but of: {kept}")
+    problem = broken(checkpoint)
+    if problem is not None:
+        raise ConfigError(f"fork_step={step}: {checkpoint} is damaged ({problem}); kept are: {kept}")
+    return checkpoint
+
+
+def _check_steps(config: Config, state: TrainerState) -> None:
+    grpo = config.grpo
+    total = grpo.num_iterations * grpo.num_steps
+    if total <= state.step:
+        raise ConfigError(
+            f"the fork would start at step {state.step} of {total}: nothing is left to do; "
+            f"set a larger grpo.num_steps, or an earlier fork_step"
+        )
+    iteration = (state.step - 1) // grpo.num_steps + 1
+    if iteration != state.iteration:
+        raise ConfigError(
+            f"with grpo.num_steps={grpo.num_steps} step {state.step} would be of iteration {iteration}, but the "
+            f"checkpoint is of iteration {state.iteration}, with its reference; keep grpo.num_steps"
+        )
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Checkpoint files are never changed in place, so that two folders can share them."""
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copy2(one, other)
+
+    shutil.copytree(source, target, copy_function=link)
