@@ -55,36 +55,37 @@ def find_subject(arguments: Sequence[str]) -> Subject:
     _, overrides = own_arguments(arguments, ["run_dir"])
     composed = compose_config(overrides)
     if folder is None:
-        return Subject(_resolved(composed), None, None, 0)
+        return Subject(resolved(composed), None, None, 0)
     changed = apply_overrides(folder.frozen_config(), composed, overrides)
     check_trusted(changed, composed, folder.path)
     if any(argument.startswith(("model.name=", "model=")) for argument in overrides):
-        return Subject(_resolved(changed), folder, None, 0)
+        return Subject(resolved(changed), folder, None, 0)
     # Of a run that was given more steps and has not made them yet, final_model is from before.
     if folder.finished() and folder.final_model.exists():
         changed.model.name = str(folder.final_model)
-        return Subject(_resolved(changed), folder, None, folder.status()["step"])
+        return Subject(resolved(changed), folder, None, folder.status()["step"])
     from grpo.run.checkpoint import latest_checkpoint, load_state  # imports torch
 
     weights = latest_checkpoint(folder.checkpoints)
     if weights is None:
         raise ConfigError(f"{folder.path} holds no trained model yet; for the untrained one add model.name=...")
-    return Subject(_resolved(changed), folder, weights, load_state(weights).step)
+    return Subject(resolved(changed), folder, weights, load_state(weights).step)
 
 
-def _resolved(cfg: DictConfig) -> Config:
+def resolved(cfg: DictConfig) -> Config:
+    """The config as dataclasses, with what hardware=auto leaves open filled in."""
     from grpo.engine.hardware import resolve_hardware  # imports torch
 
     resolve_hardware(cfg)
     return typed(cfg)
 
 
-def load_subject(subject: Subject):
+def load_subject(subject: Subject, with_problems: bool = True):
     """The parts of the config and the model: (Setup, PreTrainedModel)."""
     from grpo.run.checkpoint import load_weights
     from grpo.setup import prepare
 
-    setup = prepare(subject.config)
+    setup = prepare(subject.config, with_problems)
     model = setup.load_policy()
     if subject.weights is not None:
         load_weights(subject.weights, model)

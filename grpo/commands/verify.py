@@ -1,0 +1,147 @@
+"""Certify a run folder: replay some of its steps and compare every number, and check every checksum.
+
+python -m grpo verify run_dir=outputs/...                from the last checkpoint that has steps after it
+python -m grpo verify run_dir=outputs/... step=N         up to step N, from the last checkpoint before it
+Prints "equal" and exits with 0, or the first difference and exits with 1. It changes nothing in the folder.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from grpo.commands._common import own_arguments, resolved, run_folder_of
+from grpo.compose import apply_overrides, compose_config
+from grpo.config import ConfigError
+from grpo.run.folder import RunFolder
+from grpo.targets import check_trusted
+
+NOT_COMPARED = ("step_time", "timing_s/", "perf/")  # times and memory: what a machine does, not what is computed
+
+
+def main(arguments: list[str]) -> None:
+    """Verify and print the verdict; SystemExit with 1 where something differs."""
+    own, overrides = own_arguments(arguments, ["run_dir", "step"])
+    folder = run_folder_of(arguments)
+    if folder is None:
+        raise ConfigError("verify needs a run folder: python -m grpo verify run_dir=outputs/...")
+    composed = compose_config(overrides)
+    config = apply_overrides(folder.frozen_config(), composed, overrides)
+    check_trusted(config, composed, folder.path)
+    broken = check_manifests(folder)
+    start, end = span(folder, own.get("step"))
+    seconds = sum(row["step_time"] for row in folder.metrics() if start < row["step"] <= end)
+    print(f"replaying steps {start + 1} to {end}, which took {seconds:.0f} s when they were made", flush=True)
+    difference = replay(folder, resolved(config), start, end)
+    if difference is not None:
+        print(f"different: {difference}")
+        for line in environment_changes(folder):
+            print(line)
+    if difference is not None or broken:
+        sys.exit(1)
+    print(f"equal: steps {start + 1} to {end}{weights_note(folder, end)}")
+
+
+def check_manifests(folder: RunFolder) -> int:
+    """Check every checkpoint against its manifest; prints what is damaged and returns how many are."""
+    from grpo.run.checkpoint import MANIFEST, broken
+
+    checked = sorted(path.parent for path in folder.checkpoints.glob(f"*/{MANIFEST}"))
+    problems = {path.name: broken(path) for path in checked}
+    damaged = {name: problem for name, problem in problems.items() if problem is not None}
+    for name, problem in damaged.items():
+        print(f"damaged: checkpoints/{name}: {problem}")
+    print(f"checksums: {len(checked) - len(damaged)} of {len(checked)} checkpoint folders are intact")
+    return len(damaged)
+
+
+def span(folder: RunFolder, step: str | None) -> tuple[int, int]:
+    """The steps to replay: after the first number (a checkpoint, or 0 for the start), up to the second."""
+    from grpo.run.checkpoint import broken, step_folders
+
+    rows = len(folder.metrics())
+    if rows == 0:
+        raise ConfigError(f"{folder.path} has no completed step to replay")
+    kept = [int(path.name.removeprefix("step_")) for path in step_folders(folder.checkpoints) if broken(path) is None]
+    if step is None:
+        start = max((s for s in kept if s < rows), default=_first(folder))
+        return start, min((s for s in kept if s > start), default=rows)
+    if not step.isdecimal() or not _first(folder) < int(step) <= rows:
+        raise ConfigError(f"step={step}: must be one of the completed steps, {_first(folder) + 1} to {rows}")
+    return max((s for s in kept if s < int(step)), default=_first(folder)), int(step)
+
+
+def _first(folder: RunFolder) -> int:
+    """Where the run itself began: 0, or for a fork the step of its parent's checkpoint."""
+    return (folder.frozen_config().get("parent") or {}).get("step", 0)
+
+
+def replay(folder: RunFolder, config: Any, start: int, end: int) -> str | None:
+    """Make the steps again and return the first difference in words, or None."""
+    from grpo.run.checkpoint import step_folder
+    from grpo.setup import prepare
+    from grpo.trainer import Trainer
+
+    trainer = Trainer(prepare(config))
+    if start > 0:
+        checkpoint = step_folder(folder.checkpoints, start)
+        if not checkpoint.exists():
+            raise ConfigError(f"the checkpoint of step {start}, where this fork began, is not kept; name a later step")
+        trainer.load(checkpoint)
+    recorded = {row["step"]: row for row in folder.metrics()}
+    for step in range(start + 1, end + 1):
+        row = json.loads(json.dumps(trainer.step(step).row))
+        for key in sorted(recorded[step].keys() | row.keys()):
+            before, now = recorded[step].get(key), row.get(key)
+            if before != now and not key.startswith(NOT_COMPARED):
+                return f"step {step}, {key}: {before} in the folder, {now} now"
+    return _compare_state(trainer, step_folder(folder.checkpoints, end))
+
+
+def _compare_state(trainer: Any, checkpoint: Path) -> str | None:
+    from grpo.run.checkpoint import broken, flatten_optimizer, reference_of, stored_tensors, weights_of
+
+    if not checkpoint.exists() or broken(checkpoint) is not None:
+        return None
+    present = {"model": weights_of(trainer.policy), "optimizer": flatten_optimizer(trainer.optimizer)}
+    files = {name: (checkpoint / f"{name}.safetensors", tensors) for name, tensors in present.items()}
+    if reference_of(checkpoint) is not None and trainer.reference is not None:
+        files["reference"] = (reference_of(checkpoint) / "model.safetensors", weights_of(trainer.reference))
+    for part, (file, tensors) in files.items():
+        for name, stored in stored_tensors(file):
+            if name not in tensors or not _same_bits(stored, tensors[name]):
+                return f"step {trainer.state.step}, {part}: {name}"
+    return None
+
+
+def _same_bits(one: Any, other: Any) -> bool:
+    import torch
+
+    other = other.detach().cpu()
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    # As bytes, since a NaN is equal to itself there.
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def weights_note(folder: RunFolder, end: int) -> str:
+    """What the verdict says of weights."""
+    from grpo.run.checkpoint import step_folder
+
+    if step_folder(folder.checkpoints, end).exists():
+        return ": every completion and metric, and the weights, optimizer and reference of the checkpoint"
+    return ": every completion and metric; no checkpoint of that step is kept, so weights were not compared"
+
+
+def environment_changes(folder: RunFolder) -> list[str]:
+    """What is not as it was when the folder was made: another machine or version may round differently."""
+    from grpo.run.environment import environment
+
+    launches, here = folder.launches(), environment(resolved(folder.frozen_config()).hardware.device)
+    made = launches[-1]["environment"] if launches else {}
+    lines = [f"here {name} is {here.get(name)}, there it was {value}" for name, value in made.items()]
+    lines = [line for line, name in zip(lines, made, strict=True) if here.get(name) != made[name]]
+    cut = [key for key in folder.changes() if key.startswith("hardware.")]
+    if cut:
+        lines.append(f"the work was cut otherwise by a later launch ({', '.join(cut)}): steps before that may differ")
+    return lines

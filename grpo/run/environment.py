@@ -1,0 +1,31 @@
+"""What a launch ran on, as far as it can change a result."""
+
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+
+def environment(device: str) -> dict[str, str]:
+    """Versions and hardware whose change can change rounding."""
+    result = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device == "cuda":
+        result["gpu"] = torch.cuda.get_device_name()
+        result["cuda"] = str(torch.version.cuda)
+    return result
+
+
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
