@@ -14,6 +14,7 @@ from grpo.config import CONF_DIR, Config, ConfigError
 
 logger = logging.getLogger(__name__)
 
+THREADS = torch.get_num_threads()  # as torch finds them, before any job of a sweep sets another number
 # The presets that `auto` chooses among: the first whose memory, in GB, the card has (a little is always reserved).
 CUDA_PRESETS = ((70, "a100_80gb"), (36, "a100_40gb"), (20, "rtx_24gb"), (0, "t4_16gb"))
 
@@ -26,10 +27,12 @@ def resolve_hardware(cfg: DictConfig) -> None:
     hardware = cfg.hardware
     wanted = cfg.model.device_map if cfg.model.device_map != "auto" else hardware.device
     device = find_device() if wanted == "auto" else wanted
+    asked = "hardware.device" if cfg.model.device_map == "auto" else "model.device_map"
+    mend = "hardware=auto or hardware=cpu" if cfg.model.device_map == "auto" else "model.device_map=auto"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("hardware.device=cuda: torch sees no CUDA device here; use hardware=auto or hardware=cpu")
+        raise ConfigError(f"{asked}={device}: torch sees no CUDA device here; use {mend}")
     if device == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("hardware.device=mps: torch sees no Apple GPU here; use hardware=auto or hardware=cpu")
+        raise ConfigError(f"{asked}=mps: torch sees no Apple GPU here; use {mend}")
     if hardware.device == "auto":
         name = preset(device)
         logger.info("hardware=auto: using the preset %s", name)
@@ -38,7 +41,7 @@ def resolve_hardware(cfg: DictConfig) -> None:
                 hardware[key] = value
     hardware.device = device.split(":")[0]
     if hardware.threads is None:
-        hardware.threads = torch.get_num_threads()
+        hardware.threads = THREADS
 
 
 def find_device() -> str:
@@ -58,15 +61,27 @@ def preset(device: str) -> str:
 
 def use_hardware(config: Config) -> torch.device:
     """Set torch up as the frozen config says, and return the device."""
-    torch.set_num_threads(config.hardware.threads or torch.get_num_threads())
+    torch.set_num_threads(config.hardware.threads or THREADS)
     device_map = config.model.device_map
     device = torch.device(config.hardware.device if device_map == "auto" else device_map)
-    if device.type == "cpu" or config.deterministic:
-        # On a CPU this only replaces atomic additions in the gradient of indexing, at no cost worth measuring.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+    # Set both ways, since the jobs of a sweep share a process. On a CPU this only replaces atomic additions in the
+    # gradient of indexing, at no cost worth measuring.
+    _use_deterministic_algorithms(device.type == "cpu" or config.deterministic)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     return device
+
+
+def _use_deterministic_algorithms(wanted: bool) -> None:
+    """What torch needs for equal bits from equal inputs, attention's backward pass included; or not."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False  # autotuning may choose another algorithm each time
+    torch.backends.cudnn.deterministic = wanted
+    torch.backends.cuda.enable_cudnn_sdp(not wanted)  # cuDNN's attention promises no equal gradients
 
 
 def autocast(config: Config) -> AbstractContextManager:
