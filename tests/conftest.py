@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import SETTINGS
+from tests.runs import launch as launch_run
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # The embedded model for two steps of 2 problems x 4 completions: seconds. One thread, so that a busy machine does not
@@ -57,3 +60,12 @@ def finished_launch(tmp_path_factory):
 def finished_run(finished_launch):
     """The run folder of `finished_launch`."""
     return finished_launch[1]
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory):
+    """The run of `tests.runs.SETTINGS` that nothing stops. Only to be read."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    result = launch_run(*SETTINGS, f"run_dir={run_dir}", cwd=run_dir.parent)
+    assert result.returncode == 0, result.stderr
+    return run_dir

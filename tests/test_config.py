@@ -331,7 +331,7 @@ def test_the_first_command_line_can_be_given_again(run_with):
 def test_the_first_command_line_does_not_undo_a_later_change_in_silence(run_with):
     run_with.record_changes({"checkpoint.every": 3, "grpo.num_steps": 9})
     assert resumed(run_with, "experiment=quickstart").grpo.num_steps == 9
-    with pytest.raises(ConfigError, match="grpo.num_steps: 9 -> 7"):
+    with pytest.raises(ConfigError, match=r"grpo\.num_steps: 9 -> 7"):
         resumed(run_with, *FIRST)
 
 
