@@ -4,6 +4,7 @@ Imports no torch: `--help`, `--cfg job` and every configuration error answer at 
 """
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ class GrpoConfig:
     max_grad_norm: float = MISSING
     lr_schedule: str = MISSING  # constant | linear | cosine
     warmup_steps: int = MISSING
+    max_skipped_steps: int = MISSING
 
 
 @dataclass
@@ -60,6 +62,8 @@ class HardwareConfig:
 class RewardConfig:
     # Each component: {_target_, weight, and the function's own settings}. A dict, since users add their own.
     components: dict[str, Any] = MISSING
+    timeout_s: float | None = MISSING
+    on_error: str = MISSING  # fail | skip
 
 
 @dataclass
@@ -84,6 +88,9 @@ class TrackingConfig:
 class CheckpointConfig:
     every: int = MISSING
     keep_last: int = MISSING
+    keep_every: int = MISSING
+    keep_best: bool = MISSING
+    overlap: bool = MISSING
 
 
 @dataclass
@@ -108,6 +115,9 @@ class Config:
     run_dir: str | None = MISSING
     resume: Any = MISSING  # false | true | auto
     sweep_dir: str | None = MISSING
+    fork: bool = MISSING
+    fork_step: int | None = MISSING
+    parent: dict[str, Any] | None = MISSING
     deterministic: bool = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
@@ -146,8 +156,10 @@ def check(config: Config) -> None:
         )
     if not 0 <= config.seed < 2**63:
         raise ConfigError(f"seed={config.seed}: must lie between 0 and 2**63 - 1")
-    if not isinstance(config.data.get("examples"), list):
-        raise ConfigError("data.examples must be a list of {question: ..., completion: ...}, [] for none")
+    _check_prompts(config.data)
+    for key in ("beta", "epsilon"):
+        if config.objective.get(key, getattr(g, key)) != getattr(g, key):
+            raise ConfigError(f"objective.{key}={config.objective[key]}: set grpo.{key}, which it follows")
     if not config.reward.components:
         raise ConfigError("reward.components is empty: give at least one component with a _target_")
     for name, component in config.reward.components.items():
@@ -155,6 +167,17 @@ def check(config: Config) -> None:
         if not isinstance(component, dict) or not component.get("_target_"):
             raise ConfigError(f"{key} needs a _target_: the dotted path of its function")
         _number(f"{key}.weight", component.get("weight", 1.0))
+
+
+def _check_prompts(data: dict[str, Any]) -> None:
+    examples, system_prompt = data.get("examples"), data.get("system_prompt")
+    if not isinstance(examples, list) or not all(
+        isinstance(each, dict) and all(isinstance(each.get(key), str) for key in ("question", "completion"))
+        for each in examples
+    ):
+        raise ConfigError("data.examples must be a list of {question: text, completion: text}, [] for none")
+    if system_prompt is not None and not isinstance(system_prompt, str):
+        raise ConfigError(f"data.system_prompt={system_prompt}: must be text, or null for none")
 
 
 def check_complete(config: Config) -> None:
@@ -174,7 +197,8 @@ def _check_numbers(config: Config) -> None:
     at_least_1 += ["hardware.micro_batch_size", "hardware.rollout_rows", "hardware.threads", "checkpoint.keep_last"]
     at_least_1 += ["eval.max_problems", "eval.max_completion_length"]
     at_least_0 = ["grpo.beta", "grpo.warmup_steps", "rollout.min_new_tokens", "optimizer.lr"]
-    at_least_0 += ["checkpoint.every", "samples.every", "eval.every", "tracking.completions_every"]
+    at_least_0 += ["checkpoint.every", "checkpoint.keep_every", "samples.every", "eval.every"]
+    at_least_0 += ["tracking.completions_every", "grpo.max_skipped_steps"]
     for key in ("optimizer.lr", "data.max_prompt_length"):
         _number(key, flat.get(key))
     for lowest, keys in ((1, at_least_1), (0, at_least_0)):
@@ -183,6 +207,8 @@ def _check_numbers(config: Config) -> None:
                 raise ConfigError(f"{key}={flat[key]}: must be {lowest} or more")
     if not 0 < config.grpo.epsilon < 1:
         raise ConfigError(f"grpo.epsilon={config.grpo.epsilon}: must lie between 0 and 1, usually 0.1 or 0.2")
+    if config.reward.timeout_s is not None and not config.reward.timeout_s > 0:
+        raise ConfigError(f"reward.timeout_s={config.reward.timeout_s}: must be above 0 seconds; null sets no limit")
     if not config.grpo.max_grad_norm > 0:
         raise ConfigError(f"grpo.max_grad_norm={config.grpo.max_grad_norm}: must be above 0; 1e9 never clips")
     if not config.rollout.temperature > 0:
@@ -195,6 +221,7 @@ def _check_numbers(config: Config) -> None:
 def _check_choices(config: Config) -> None:
     for key, allowed in {
         "resume": (True, False, "auto"),
+        "reward.on_error": ("fail", "skip"),
         "grpo.lr_schedule": ("constant", "linear", "cosine"),
         "tracking.mode": ("auto", "online", "offline", "disabled"),
         "hardware.device": ("auto", "cuda", "mps", "cpu"),
@@ -210,12 +237,17 @@ def _check_choices(config: Config) -> None:
 
 
 def _number(key: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConfigError(f"{key}={_yaml(value)}: must be a number")
 
 
 def _yaml(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a line of our own; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def load_frozen(path: Path) -> DictConfig:

@@ -1,6 +1,7 @@
 """A step's metrics row and its completions, under the field's names (TRL's where it has one)."""
 
 import hashlib
+import math
 from typing import Any
 
 import torch
@@ -53,11 +54,17 @@ def completions_digest(completions: CompletionBatch) -> str:
     return sha.hexdigest()[:16]
 
 
-def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the `mu` updates of a step."""
+def evaluation_metrics(result: dict[str, Any]) -> dict[str, float | None]:
+    """The numbers of an evaluation that are worth a curve."""
+    numbers = {key: result[key] for key in ("accuracy", "reward", "completions/mean_length")}
+    return numbers | {f"rewards/{key}": value for key, value in result["rewards"].items()}
+
+
+def update_metrics(updates: list[dict[str, float]]) -> dict[str, float | None]:
+    """Means over the `mu` updates of a step; None where one was not finite."""
     mean = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
     clip = {f"clip_ratio/{part}": mean.pop(key) for part, key in _CLIP_NAMES.items() if key in mean}
-    return {**mean, **clip}
+    return {name: value if math.isfinite(value) else None for name, value in {**mean, **clip}.items()}
 
 
 _CLIP_NAMES = {"low_mean": "clip_low", "high_mean": "clip_high", "region_mean": "clip_region"}

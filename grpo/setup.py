@@ -11,10 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.algorithm.loss import LossOutput
 from grpo.algorithm.reward import Component, Rewards, score
-from grpo.config import Config, check_complete
+from grpo.config import Config, ConfigError, check_complete
 from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import Messages, check_lengths, messages, render
 from grpo.engine.hardware import autocast, use_hardware
+from grpo.engine.memory import Cut
 from grpo.engine.model import (
     CompletionBatch,
     PromptBatch,
@@ -24,7 +25,7 @@ from grpo.engine.model import (
     stop_token_ids,
     tokenize_prompts,
 )
-from grpo.engine.rollout import Sampling
+from grpo.engine.rollout import Sampling, rollout
 from grpo.targets import bind, bind_reward
 
 DATA_KEYS = (
@@ -70,6 +71,25 @@ class Setup:
     def autocast(self) -> AbstractContextManager:
         return autocast(self.config)
 
+    def complete(
+        self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling, cut: Cut, *, group_size: int, step: int
+    ) -> CompletionBatch:
+        """`group_size` completions of each prompt, with as many rows at once as memory has room for."""
+
+        def sample(rows_at_once: int) -> CompletionBatch:
+            return rollout(
+                model, prompts, group_size, sampling, seed=self.config.seed, step=step, rows_at_once=rows_at_once
+            )
+
+        with self.autocast():
+            return cut.run("rollout", sample)
+
+    def cut(self, reduced: dict[str, dict[str, int]] | None = None) -> Cut:
+        """How the work is cut, with what earlier lacks of memory reduced."""
+        hardware = self.config.hardware
+        parts = {"rollout": hardware.rollout_rows, "reference": hardware.micro_batch_size}
+        return Cut(parts | {"update": hardware.micro_batch_size}, reduced)
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -83,21 +103,34 @@ class Scored:
     lengths: Tensor  # (B,) int64, tokens including the end of sequence
 
 
-def prepare(config: Config) -> Setup:
-    """Find and check every part: functions, data, model, tokenizer, prompt lengths. Raises ConfigError."""
+def prepare(config: Config, with_problems: bool = True) -> Setup:
+    """Find and check every part: functions, data, model, tokenizer, prompt lengths. Raises ConfigError.
+
+    with_problems: false where there is nothing to train on or to evaluate.
+    """
     check_complete(config)
+    limits = {"timeout_s": config.reward.timeout_s, "skip_errors": config.reward.on_error == "skip"}
     components = [
-        Component(name, bind_reward(f"reward.components.{name}", node), float(node.get("weight", 1.0)))
+        Component(name, bind_reward(f"reward.components.{name}", node), float(node.get("weight", 1.0)), **limits)
         for name, node in config.reward.components.items()
     ]
-    accuracy = Component("accuracy", bind_reward("eval.accuracy", config.eval.accuracy))
+    accuracy = Component("accuracy", bind_reward("eval.accuracy", config.eval.accuracy), **limits)
     objective, optimizer = bind("objective", config.objective), bind("optimizer", config.optimizer)
-    problems = bind("data", config.data, without=DATA_KEYS)()
+    _check_optimizer(optimizer)
+    problems = bind("data", config.data, without=DATA_KEYS)() if with_problems else Problems([], [])
     check_model(config.model)
     tokenizer = load_tokenizer(config.model)
-    check_lengths(tokenizer, problems.train + problems.test, config.data)
+    if with_problems:
+        check_lengths(tokenizer, problems.train + problems.test, config.data)
     device = use_hardware(config)
     return Setup(config, device, tokenizer, problems, components, accuracy, objective, optimizer)
+
+
+def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+    try:
+        optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"optimizer: {error}") from error
 
 
 def score_completions(setup: Setup, problems: Sequence[Problem], completions: CompletionBatch) -> Scored:

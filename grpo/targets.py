@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config import CONF_DIR, ConfigError, flatten
+from grpo.config import CONF_DIR, Config, ConfigError, first_line, flatten, to_dict
 
 OWN = ("grpo.algorithm.", "grpo.data.", "torch.optim.")  # where functions made to be named in a config live
 
@@ -34,6 +34,13 @@ def bind(key: str, node: Mapping[str, Any], without: tuple[str, ...] = ()) -> Ca
     return function
 
 
+def check_importable(config: Config) -> None:
+    """Raise ConfigError where a target from elsewhere cannot be run, at once: those of the suite import torch."""
+    for key, target in _targets(to_dict(config)):
+        if not str(target).startswith(OWN):
+            bind(key.removesuffix("._target_"), {"_target_": target})
+
+
 def bind_reward(key: str, node: Mapping[str, Any]) -> Callable[..., list[float | None]]:
     """A reward function in TRL's form, `f(prompts, completions, **columns)`. Raises ConfigError for another form."""
     function = bind(key, node, without=("weight",))
@@ -54,21 +61,27 @@ def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
 
     Allowed are functions defined under grpo. and torch.optim., and whatever the present conf/ or command line names.
     """
-    named = {target for _, target in _targets(composed)}
-    for file in CONF_DIR.rglob("*.yaml"):
-        named.update(re.findall(r"^\s*_target_:\s*(\S+)", file.read_text(), flags=re.MULTILINE))
-    for key, target in _targets(frozen):
-        if target not in named and not _is_own(str(target)):
-            known = "" if key in flatten(composed) else "+"
-            raise ConfigError(
-                f"{folder} asks to run {target} ({key}), which neither conf/ nor this command line names; "
-                f"if you trust it, add: {known}{key}={target}"
-            )
+    foreign = foreign_targets(frozen, {target for _, target in _targets(composed)})
+    if foreign:
+        known = flatten(composed)
+        arguments = " ".join(f"{'' if key in known else '+'}{key}={target}" for key, target in foreign.items())
+        raise ConfigError(
+            f"{folder} asks to run {', '.join(f'{target} ({key})' for key, target in foreign.items())}, which neither "
+            f"conf/ nor this command line names; if you trust it, add: {arguments}"
+        )
     if OmegaConf.select(frozen, "model.trust_remote_code") and not composed.model.trust_remote_code:
         raise ConfigError(
             f"{folder} asks to run code that comes with the model {frozen.model.name}; "
             "if you trust it, add: model.trust_remote_code=true"
         )
+
+
+def foreign_targets(config: Any, named: set[str] = frozenset()) -> dict[str, str]:
+    """Key -> target of what a config runs and neither the suite, torch.optim, conf/ nor `named` has."""
+    named = set(named)
+    for file in CONF_DIR.rglob("*.yaml"):
+        named.update(re.findall(r"^\s*_target_:\s*(\S+)", file.read_text(), flags=re.MULTILINE))
+    return {key: target for key, target in _targets(config) if target not in named and not _is_own(str(target))}
 
 
 def _targets(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -110,5 +123,4 @@ def _reason(error: BaseException) -> str:
         return "Hydra refuses to run this from a config; name a function made for this key"
     while error.__cause__ is not None:
         error = error.__cause__
-    reason = str(error).strip().splitlines()[0]
-    return f"{reason}; it must be the dotted path of a function that Python can import from here"
+    return f"{first_line(error)}; it must be the dotted path of a function that Python can import from here"

@@ -2,58 +2,77 @@
 
 import copy
 import logging
+import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.algorithm.advantage import group_advantages
-from grpo.algorithm.step import Batch, all_logps, learning_rate, update
+from grpo.algorithm.step import Batch, accumulate_gradient, all_logps, apply_gradient, learning_rate
 from grpo.config import to_dict
 from grpo.data.prompts import problems_of_step
 from grpo.engine.hardware import peak_memory_gb
-from grpo.engine.rollout import rollout
 from grpo.evaluation import evaluate
-from grpo.metrics import completion_metrics, reward_metrics, sample_rows, update_metrics
+from grpo.metrics import completion_metrics, evaluation_metrics, reward_metrics, sample_rows, update_metrics
 from grpo.run import checkpoint as checkpoints
 from grpo.run.checkpoint import TrainerState
 from grpo.run.console import StepDisplay, closing_table, next_commands
+from grpo.run.environment import environment
+from grpo.run.saver import Saver
 from grpo.run.session import Run
 from grpo.run.tracking import Tracker, tracking
 from grpo.setup import Setup, prepare, score_completions
+from grpo.targets import foreign_targets
 
 logger = logging.getLogger(__name__)
 
+WORTH_FINISHING_S = 10.0  # a stop waits for the step in progress where no more than this seems left of it
+
 
 def train(run: Run) -> None:
-    """Train from wherever the run folder stands to its end. SystemExit after SIGINT or SIGTERM, with all saved."""
+    """Train from wherever the run folder stands to its end. SystemExit after a stop signal, with all saved."""
     setup = prepare(run.config)
     trainer = Trainer(setup)
     rows = trainer.restore(run)
     if run.config.grpo.mu == 1:
         logger.info("mu=1: the ratio is 1 at every update, so the loss says little; its gradient is what counts")
+    run.folder.record_changes(run.changes)  # only now that they are known to work
+    run.folder.record_launch(
+        {
+            "time": datetime.now().isoformat(timespec="seconds"),
+            "from_step": trainer.state.step,
+            "overrides": run.overrides,
+            "changes": run.changes,
+            "environment": environment(setup.device.type),
+        }
+    )
     console = Console()
     print(f"{'going on in' if run.resumed else 'run folder'} {run.folder.path}")
-    with tracking(to_dict(run.config), run.folder.path, resumed=run.resumed, rows=rows) as tracker:
+    earlier = {"rows": rows, "evaluations": trainer.evaluations(run)}
+    with tracking(to_dict(run.config), run.folder.path, resumed=run.resumed, **earlier) as tracker:
         print("".join(f"{line}\n" for line in tracker.how_to_look), end="", flush=True)
         run.folder.update_status(total_steps=trainer.total_steps, step=trainer.state.step)
         if run.config.eval.before and trainer.state.step == 0 and run.folder.evaluation("before") is None:
             before = trainer.evaluate(run, tracker, "before")
             console.print(f"before training: {before['accuracy']:.1%} of {before['n']} held-out problems right")
         display = StepDisplay(console, trainer.total_steps, trainer.state.step + 1)
-        with display.shown():
+        saver = Saver(run.folder.checkpoints, run.config.checkpoint, trainer.state)
+        stop_with_care = run.stop.deferred(trainer.can_be_dropped, save=lambda: trainer.save(run, saver))
+        with display.shown(), closing(saver), stop_with_care:
+            trainer.evaluate_if_due(run, tracker, saver)  # where a stop cut that short
             for step in range(trainer.state.step + 1, trainer.total_steps + 1):
-                with run.stop.deferred():
-                    row, samples = trainer.step(step)
-                    trainer.record(run, tracker, row, samples)
-                    display.update(row)
-                    if run.stop.received:
-                        trainer.save(run)
-                        raise SystemExit(run.stop.exit_code)
+                done = trainer.step(step)
+                trainer.record(run, tracker, saver, done)
+                display.update(done.row)
+                run.stop.leave_if_asked()
         trainer.finish(run, tracker, console)
 
 
@@ -70,6 +89,15 @@ class Timer:
         self.seconds[f"timing_s/{part}"] = time.perf_counter() - started
 
 
+@dataclass(frozen=True)
+class Step:
+    """A completed step."""
+
+    row: dict[str, Any]  # of metrics.jsonl
+    samples: list[dict[str, Any]]  # every completion with what it earned
+    skipped: Batch | None  # the batch whose loss or gradient was not finite, so that no update was made
+
+
 class Trainer:
     """The policy with its optimizer, the frozen reference, and how far they have come."""
 
@@ -81,30 +109,26 @@ class Trainer:
         self.optimizer = setup.optimizer(self.policy.parameters())
         self.sampling = setup.sampling(self.policy)
         self.state = TrainerState()
-        self._saved_step = 0  # the step of the last checkpoint
-        self._saving_s = 0.0  # seconds that the last save took: reported by the step after it
+        self.cut = setup.cut(self.state.reduced)
+        self._step_started = 0.0
+        self._step_seconds = math.inf  # what the last step took; unknown before the first
+        self._policy_moved = False  # since the last completed step: no moment to save
+        self._at_rest = False  # between steps, evaluating
+        self._saving_s = 0.0  # seconds that the last save held up: reported by the step after it
 
-    def step(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """One step of the algorithm: sample a batch, score it, update the policy `mu` times.
-
-        Returns the metrics row, and every completion with what it earned.
-        """
-        grpo, setup, timer, started = self.config.grpo, self.setup, Timer(), time.perf_counter()
+    def step(self, step: int) -> Step:
+        """One step of the algorithm: sample a batch, score it, update the policy `mu` times."""
+        grpo, setup, timer = self.config.grpo, self.setup, Timer()
+        self._step_started = time.perf_counter()
         iteration = (step - 1) // grpo.num_steps + 1
         if iteration > 1 and (step - 1) % grpo.num_steps == 0 and self.reference is not None:
             self.reference.load_state_dict(self.policy.state_dict())  # a new outer iteration: Algorithm 1, line 3
 
         problems = problems_of_step(setup.problems.train, self.config.seed, step, grpo.batch_size)
         prompts = setup.prompt_batch(setup.conversations(problems))
-        with timer("rollout"), setup.autocast():
-            completions = rollout(
-                self.policy,
-                prompts,
-                grpo.num_generations,
-                self.sampling,
-                seed=self.config.seed,
-                step=step,
-                rows_at_once=self.config.hardware.rollout_rows,
+        with timer("rollout"):
+            completions = setup.complete(
+                self.policy, prompts, self.sampling, self.cut, group_size=grpo.num_generations, step=step
             )
         with timer("reward"):
             scored = score_completions(setup, problems, completions)
@@ -113,14 +137,15 @@ class Trainer:
         batch = Batch(prompts, completions, advantages.float().to(setup.device))
         with timer("reference"):
             if self.reference is not None:
-                batch = replace(batch, ref_logps=self._logps(self.reference, batch))
+                batch = replace(batch, ref_logps=self._reference_logps(batch))
         with timer("update"):
             rate = self._set_learning_rate(step)
-            updates = self._updates(batch)
+            updates, skipped = self._updates(batch)
 
-        step_time = time.perf_counter() - started
+        self._step_seconds = time.perf_counter() - self._step_started
         tokens = int(completions.mask.sum())
         self.state.num_tokens += tokens + int(prompts.mask.sum()) * grpo.num_generations
+        self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if skipped else 0
         row = {
             "step": step,
             "iteration": iteration,
@@ -129,39 +154,56 @@ class Trainer:
             **completion_metrics(completions, self.sampling.stop_ids),
             "learning_rate": rate,
             "num_tokens": self.state.num_tokens,
-            "step_time": step_time,
+            "step_time": self._step_seconds,
             **timer.seconds,
             "timing_s/checkpoint": self._saving_s,
-            "perf/tokens_per_s": tokens / step_time,
+            "perf/tokens_per_s": tokens / self._step_seconds,
             "perf/peak_memory_gb": peak_memory_gb(setup.device),
         }
         self._saving_s = 0.0
-        self.state.step, self.state.iteration = step, iteration
         best = self.state.best_reward
         self.state.best_reward = row["reward"] if best is None else max(best, row["reward"])
-        return row, sample_rows(step, problems, scored, advantages)
+        self.state.step, self.state.iteration, self._policy_moved = step, iteration, False
+        return Step(row, sample_rows(step, problems, scored, advantages), batch if skipped else None)
 
-    def _logps(self, model: PreTrainedModel, batch: Batch):
+    def can_be_dropped(self) -> bool:
+        """Whether a stop should not wait for what goes on: it takes long still, and the policy has not moved yet."""
+        if self._at_rest:
+            return True
+        left = self._step_seconds - (time.perf_counter() - self._step_started)
+        return not self._policy_moved and left > WORTH_FINISHING_S
+
+    def _reference_logps(self, batch: Batch) -> Tensor:
+        temperature = self.sampling.temperature
         with self.setup.autocast():
-            return all_logps(model, batch, self.sampling.temperature, self.config.hardware.micro_batch_size)
+            return self.cut.run("reference", lambda rows: all_logps(self.reference, batch, temperature, rows))
 
-    def _updates(self, batch: Batch) -> list[dict[str, float]]:
+    def _updates(self, batch: Batch) -> tuple[list[dict[str, float]], bool]:
+        """Update the policy `mu` times. Returns the metrics of each, and whether it stopped at one not finite."""
         results = []
         for _ in range(self.config.grpo.mu):
-            metrics, logps = update(
+            metrics, logps = self._gradient(batch)
+            self._policy_moved = True
+            norm, finite = apply_gradient(self.policy, self.optimizer, metrics["loss"], self.config.grpo.max_grad_norm)
+            results.append(metrics | {"grad_norm": norm})
+            if not finite:
+                return results, True
+            if batch.old_logps is None:  # those of the policy that sampled, for the updates after the first
+                batch = replace(batch, old_logps=logps)
+        return results, False
+
+    def _gradient(self, batch: Batch) -> tuple[dict[str, float], Tensor]:
+        def accumulate(micro_batch_size: int) -> tuple[dict[str, float], Tensor]:
+            return accumulate_gradient(
                 self.policy,
-                self.optimizer,
                 self.setup.objective,
                 batch,
                 temperature=self.sampling.temperature,
-                micro_batch_size=self.config.hardware.micro_batch_size,
-                max_grad_norm=self.config.grpo.max_grad_norm,
+                micro_batch_size=micro_batch_size,
                 autocast=self.setup.autocast,
             )
-            results.append(metrics)
-            if batch.old_logps is None:  # those of the policy that sampled, for the updates after the first
-                batch = replace(batch, old_logps=logps)
-        return results
+
+        return self.cut.run("update", accumulate)
 
     def _set_learning_rate(self, step: int) -> float:
         grpo = self.config.grpo
@@ -170,47 +212,62 @@ class Trainer:
             group["lr"] = rate
         return rate
 
-    def record(self, run: Run, tracker: Tracker, row: dict[str, Any], samples: list[dict[str, Any]]) -> None:
-        """Write down a completed step, evaluate and save where it is time."""
-        step, config = row["step"], self.config
+    def record(self, run: Run, tracker: Tracker, saver: Saver, done: Step) -> None:
+        """Write down a completed step, evaluate and save where it is time. RuntimeError where too many were skipped."""
+        row, step, config = done.row, done.row["step"], self.config
         run.folder.append_metrics(row)
         tracker.log(row)
         if due(step, config.samples.every):
-            run.folder.write_samples(step, samples)
+            run.folder.write_samples(step, done.samples)
         if due(step, config.tracking.completions_every):
-            tracker.log_completions(step, samples)
-        if due(step, config.eval.every):
-            accuracy = self.evaluate(run, tracker, f"step_{step:06d}")["accuracy"]
-            if self.state.best_accuracy is None or accuracy > self.state.best_accuracy:
-                self.state.best_accuracy = accuracy
-                checkpoints.save_best(run.folder.checkpoints, self.policy, self.state)
-        if due(step, config.checkpoint.every) or step == self.total_steps:
-            self.save(run)
+            tracker.log_completions(step, done.samples)
+        if done.skipped is not None:
+            self._note_skipped(run, done)
         run.folder.update_status(
             step=step, iteration=row["iteration"], total_steps=self.total_steps, best_reward=self.state.best_reward
         )
+        self.evaluate_if_due(run, tracker, saver)
+        if due(step, config.checkpoint.every) or step == self.total_steps:
+            self.save(run, saver)
 
-    def save(self, run: Run) -> None:
-        """A checkpoint of the present step, unless there is one; older ones go, as configured."""
-        if self._saved_step == self.state.step:
+    def evaluate_if_due(self, run: Run, tracker: Tracker, saver: Saver) -> None:
+        """Evaluate after the present step if `eval.every` says so, and keep the weights if they are the best so far."""
+        step = self.state.step
+        if self.state.evaluated_step == step or not due(step, self.config.eval.every):
             return
+        self._at_rest = True
+        accuracy = self.evaluate(run, tracker, f"step_{step:06d}")["accuracy"]
+        self._at_rest = False
+        self.state.evaluated_step = step
+        if self.state.best_accuracy is None or accuracy > self.state.best_accuracy:
+            self.state.best_accuracy = accuracy
+            saver.save_best(self.policy, self.state)
+
+    def _note_skipped(self, run: Run, done: Step) -> None:
+        """Keep the batch of a step that was not finite for inspection, and end the run after too many in a row."""
+        step, limit = self.state.step, self.config.grpo.max_skipped_steps
+        place = run.folder.write_skipped(step, done.skipped.tensors(), done.samples)
+        numbers = f"loss {done.row['loss']} and gradient norm {done.row['grad_norm']} (null: not finite)"
+        logger.warning("step %d: %s, so no update was made; its batch is in %s", step, numbers, place)
+        if self.state.skipped_in_a_row > limit:
+            raise RuntimeError(
+                f"loss or gradient was not finite in {self.state.skipped_in_a_row} steps in a row; their batches are "
+                f"in {place.parent}; usually optimizer.lr is too high or model.dtype too narrow"
+            )
+
+    def save(self, run: Run, saver: Saver) -> None:
+        """A checkpoint of the last completed step, unless there is one; older ones go, as configured."""
         started = time.perf_counter()
+        run.folder.sync_metrics()  # a checkpoint counts on the rows of all its steps
         moved = self.reference is not None and self.state.iteration > 1
-        folder = run.folder.checkpoints
-        reference = self.reference if moved else None
-        newest = checkpoints.save_checkpoint(folder, self.policy, self.optimizer, reference, self.state)
-        checkpoints.keep_last(newest, self.config.checkpoint.keep_last)
-        self._saving_s, self._saved_step = time.perf_counter() - started, self.state.step
+        saver.save(self.policy, self.optimizer, self.reference if moved else None, self.state)
+        self._saving_s = time.perf_counter() - started
 
     def restore(self, run: Run) -> list[dict[str, Any]]:
         """Take up the newest intact checkpoint, if there is one. Returns the metrics rows up to it."""
         latest = checkpoints.latest_checkpoint(run.folder.checkpoints) if run.resumed else None
         if latest is not None:
-            self.state = checkpoints.load_state(latest)
-            checkpoints.load_weights(latest, self.policy)
-            checkpoints.load_optimizer(latest, self.optimizer)
-            if self.reference is not None and self.state.iteration > 1:
-                checkpoints.load_weights(latest, self.reference, "reference")
+            self.load(latest)
         if run.resumed:
             logger.info("going on after step %d", self.state.step)
         rows = run.folder.cut_metrics(self.state.step)
@@ -218,17 +275,35 @@ class Trainer:
             raise RuntimeError(f"{run.folder.metrics_file} lacks rows of the {self.state.step} steps already made")
         return rows
 
+    def load(self, checkpoint: Path) -> None:
+        """Stand where a checkpoint stands. The optimizer comes last, so that memory peaks no higher than in training.
+
+        Raises RuntimeError where it does not fit the model.
+        """
+        self.state = checkpoints.load_state(checkpoint)
+        self.cut = self.setup.cut(self.state.reduced)
+        checkpoints.load_weights(checkpoint, self.policy)
+        reference = checkpoints.reference_of(checkpoint)
+        if self.reference is not None and reference is not None:
+            checkpoints.load_weights(reference, self.reference)
+        checkpoints.load_optimizer(checkpoint, self.optimizer)
+
     def evaluate(self, run: Run, tracker: Tracker, name: str) -> dict[str, Any]:
         """Evaluate the policy on the held-out problems and record it as eval/<name>.json."""
-        result = evaluate(self.policy, self.setup, self.state.step)
+        result = evaluate(self.policy, self.setup, self.cut, self.state.step)
         run.folder.write_evaluation(name, result)
-        tracker.log_evaluation(
-            name,
-            self.state.step,
-            {key: result[key] for key in ("accuracy", "reward", "completions/mean_length")}
-            | {f"rewards/{key}": value for key, value in result["rewards"].items()},
-        )
+        tracker.log_evaluation(name, self.state.step, evaluation_metrics(result))
         return result
+
+    def evaluations(self, run: Run) -> dict[str, dict[str, Any]]:
+        """The numbers of the evaluations made in training up to the present step, by name."""
+        made = run.folder.evaluations().items()
+        of_training = {name: result for name, result in made if name == "before" or name.startswith("step_")}
+        return {
+            name: evaluation_metrics(result) | {"step": result["step"]}
+            for name, result in of_training.items()
+            if result["step"] <= self.state.step
+        }
 
     def finish(self, run: Run, tracker: Tracker, console: Console) -> None:
         """Evaluate, save the model, draw the charts, and say what to do next."""
@@ -246,7 +321,8 @@ class Trainer:
         tracker.set_summary({f"{k}_accuracy": v["accuracy"] for k, v in evaluations.items() if v})
         grpo = self.config.grpo
         extensible = grpo.lr_schedule == "constant" and grpo.num_iterations == 1
-        print(next_commands(run.folder.path, f"grpo.num_steps={2 * grpo.num_steps}" if extensible else None))
+        foreign = foreign_targets(to_dict(self.config))
+        print(next_commands(run.folder.path, foreign, f"grpo.num_steps={2 * grpo.num_steps}" if extensible else None))
 
 
 def due(step: int, every: int) -> bool:

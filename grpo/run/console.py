@@ -1,8 +1,10 @@
 """What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
 
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -58,7 +60,7 @@ def live_numbers(row: dict[str, Any]) -> str:
     numbers = [
         f"reward {row['reward']:.2f} ({components})",
         f"length {row['completions/mean_length']:.0f}",
-        f"loss {row['loss']:+.4f}",
+        "loss -" if row["loss"] is None else f"loss {row['loss']:+.4f}",
     ]
     if row.get("kl") is not None:
         numbers.append(f"kl {row['kl']:.3f}")
@@ -81,21 +83,36 @@ def closing_table(evaluations: dict[str, dict[str, Any] | None]) -> Table:
     return table
 
 
-def next_commands(run_dir: object, more_steps: str | None) -> str:
-    """What to type after a run. more_steps: the override with which it could go on, if it can."""
+def next_commands(run_dir: Path, foreign: Mapping[str, str], more_steps: str | None) -> str:
+    """What to type after a run.
+
+    foreign: key -> target of the user's own functions, which only a command line can allow. more_steps: the override
+    with which the run could go on, if it can.
+    """
+    name, allow = _run_dir(run_dir), _allowing(foreign)
     lines = [
         f"run folder: {run_dir}",
-        f"  plot      python -m grpo plot run_dir={run_dir}",
-        f"  evaluate  python -m grpo evaluate run_dir={run_dir}",
-        f"  try it    python -m grpo chat run_dir={run_dir}",
+        f"  plot      python -m grpo plot {name}",
+        f"  evaluate  python -m grpo evaluate {name}{allow}",
+        f"  try it    python -m grpo chat {name}{allow}",
     ]
     if more_steps is not None:
-        lines.append(f"  go on     {resume_command(run_dir)} {more_steps}")
+        lines.append(f"  go on     {resume_command(run_dir, foreign)} {more_steps}")
     return "\n".join(lines)
 
 
-def resume_command(run_dir: object) -> str:
-    return f"python launch.py resume=true run_dir={run_dir}"
+def resume_command(run_dir: Path, foreign: Mapping[str, str]) -> str:
+    """The command that goes on with a run."""
+    return f"python launch.py resume=true {_run_dir(run_dir)}{_allowing(foreign)}"
+
+
+def _run_dir(run_dir: Path) -> str:
+    return shlex.quote(f"run_dir={run_dir}")
+
+
+def _allowing(foreign: Mapping[str, str]) -> str:
+    own = [f"++{key}={value}" for key, value in foreign.items()]  # ++: whether conf/ has the key or not
+    return "".join(f" {shlex.quote(argument)}" for argument in own)
 
 
 def _two_digits(value: float | None) -> str:

@@ -1,20 +1,18 @@
 """The run folder: what one experiment leaves on disk, and all that is needed to go on with it."""
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config import Config, ConfigError, escape, load_frozen, to_dict
+from grpo.config import Config, escape, load_frozen, to_dict
 
 OUTPUTS = Path("outputs")
 
@@ -80,6 +78,17 @@ class RunFolder:
         if changes:
             write_whole(self.path / "changes.yaml", yaml.safe_dump(self.changes() | changes, allow_unicode=True))
 
+    def record_launch(self, launch: dict[str, Any]) -> None:
+        """Add a line to launches.jsonl: what was asked for, from which step, and on what it runs."""
+        with (self.path / "launches.jsonl").open("a") as file:
+            file.write(json.dumps(launch) + "\n")
+
+    def launches(self) -> list[dict[str, Any]]:
+        """The launches of this run in order; a torn last line does not count."""
+        file = self.path / "launches.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
     def first_overrides(self) -> list[str]:
         """The command line of the first launch, as Hydra recorded it."""
         hydra = self.path / ".hydra"
@@ -99,20 +108,40 @@ class RunFolder:
     def cut_metrics(self, step: int) -> list[dict]:
         """Drop the rows after a step, which will be run again. Returns those that stay."""
         rows = self.metrics(up_to_step=step)
-        self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+        self.write_metrics(rows)
         return rows
+
+    def write_metrics(self, rows: Iterable[dict]) -> None:
+        """Write the whole file anew."""
+        self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.metrics_file, _json_lines(rows))
 
     def append_metrics(self, row: dict) -> None:
         """Add a row for one step."""
         with self.metrics_file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def sync_metrics(self) -> None:
+        """Make sure that the rows written so far would outlast a power cut."""
+        if self.metrics_file.exists():
+            with self.metrics_file.open("r+b") as file:
+                os.fsync(file.fileno())
+
     def write_samples(self, step: int, rows: Iterable[dict]) -> None:
         """Every completion of a step, one JSON object a line."""
         file = self.path / "samples" / f"step_{step:06d}.jsonl"
         file.parent.mkdir(exist_ok=True)
-        write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_whole(file, _json_lines(rows))
+
+    def write_skipped(self, step: int, tensors: dict[str, Any], rows: Iterable[dict]) -> Path:
+        """The batch of a step whose loss or gradient was not finite, as skipped/step_000012.{safetensors,jsonl}."""
+        from safetensors.torch import save_file  # here, since it imports torch
+
+        file = self.path / "skipped" / f"step_{step:06d}.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        save_file(tensors, file)
+        write_whole(file.with_suffix(".jsonl"), _json_lines(rows))
+        return file
 
     def write_evaluation(self, name: str, result: dict) -> Path:
         """An evaluation as eval/<name>.json."""
@@ -122,8 +151,11 @@ class RunFolder:
         return file
 
     def evaluation(self, name: str) -> dict | None:
-        file = self.path / "eval" / f"{name}.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return self.evaluations().get(name)
+
+    def evaluations(self) -> dict[str, dict]:
+        """The content of every eval/<name>.json by its name."""
+        return {file.stem: json.loads(file.read_text()) for file in sorted(self.path.glob("eval/*.json"))}
 
     def save_final_model(self, *parts: Any) -> None:
         """Write final_model/ from all that has `save_pretrained` (model, tokenizer), whole or not at all."""
@@ -133,21 +165,6 @@ class RunFolder:
             part.save_pretrained(temporary)
         shutil.rmtree(self.final_model, ignore_errors=True)
         temporary.rename(self.final_model)
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder for this process. The lock goes with the process, however it dies.
-
-        Raises ConfigError where another live process holds it.
-        """
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"{self.path} is in use by another process; wait for it, or choose another run_dir"
-                ) from None
-            yield
 
 
 def run_folders(root: Path) -> list[RunFolder]:
@@ -178,6 +195,10 @@ def write_whole(file: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+
+
+def _json_lines(rows: Iterable[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _is_run(folder: Path) -> bool:

@@ -4,7 +4,7 @@ import logging
 import shutil
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,27 +16,32 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from grpo.compose import apply_overrides
-from grpo.config import Config, ConfigError, flatten, typed
-from grpo.run.before_start import check_folder
+from grpo.config import Config, ConfigError, flatten, to_dict, typed
+from grpo.run.before_start import check_folder, check_parent, has_finished
 from grpo.run.console import resume_command
 from grpo.run.folder import OUTPUTS, RunFolder
-from grpo.targets import check_trusted
+from grpo.run.lock import locked
+from grpo.targets import check_trusted, foreign_targets
 
 logger = logging.getLogger(__name__)
 
 # What may change when a run goes on: how it is watched and kept, and how the work is cut.
-CHANGEABLE = ("tracking.", "checkpoint.", "samples.", "eval.every", "eval.after")
+CHANGEABLE = ("tracking.", "checkpoint.", "samples.", "eval.every", "eval.after", "grpo.max_skipped_steps")
+CHANGEABLE += ("reward.timeout_s", "reward.on_error")
 CUT = tuple(f"hardware.{key}" for key in ("micro_batch_size", "rollout_rows", "threads", "device", "autocast"))
 CUT += ("model.device_map",)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PRESET_SIZES = ("batch_size", "num_generations", "max_completion_length")
 MORE_STEPS = {"grpo.num_steps", "grpo.num_iterations"}
 
 
 class StopSignals:
-    """SIGINT and SIGTERM end the run at once, but within `deferred` only when its block is complete."""
+    """SIGINT, SIGTERM and SIGUSR1 (what SLURM can send ahead) end the run at once, but within `deferred` with care."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._deferring = False
+        self._can_be_dropped: Callable[[], bool] | None = None  # set within `deferred`
+        self._again = False
 
     @property
     def exit_code(self) -> int:
@@ -45,7 +50,7 @@ class StopSignals:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Handle the signals within the block, and restore the former handlers after it."""
-        former = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        former = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         try:
             yield
         finally:
@@ -53,18 +58,31 @@ class StopSignals:
                 signal.signal(number, handler)
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Let the block finish; the caller looks at `received` after it. A second signal does not wait."""
-        self._deferring = True
+    def deferred(self, can_be_dropped: Callable[[], bool], save: Callable[[], None]) -> Iterator[None]:
+        """Within the block a signal waits for `leave_if_asked`, unless what goes on can be dropped; then `save`.
+
+        A second signal neither waits nor saves.
+        """
+        self._can_be_dropped = can_be_dropped
         try:
             yield
+        except SystemExit:
+            self._can_be_dropped = None
+            if not self._again:
+                save()
+            raise
         finally:
-            self._deferring = False
+            self._can_be_dropped = None
+
+    def leave_if_asked(self) -> None:
+        """Raise SystemExit if a signal waits."""
+        if self.received is not None:
+            raise SystemExit(self.exit_code)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        wait = self._deferring and self.received is None
+        self._again = self.received is not None
         self.received = number
-        if not wait:
+        if self._again or self._can_be_dropped is None or self._can_be_dropped():
             raise SystemExit(self.exit_code)
 
 
@@ -74,9 +92,12 @@ class Run:
 
     folder: RunFolder
     config: Config
-    resumed: bool
+    resumed: bool  # goes on from what the folder holds
+    forked: bool  # which it took over from another run just now
     done: bool  # finished before, and no further steps are asked for
     stop: StopSignals
+    overrides: list[str]  # of this launch's command line
+    changes: dict[str, Any]  # what it changes in a run that it goes on with
 
     def objective(self) -> float | None:
         """What a sweep maximises: held-out accuracy after training, or else the mean reward of the last step."""
@@ -90,43 +111,72 @@ class Run:
 def open_run(cfg: DictConfig) -> Iterator[Run]:
     """Hold the launch's run folder: config.yaml written or read back, status.json true also after a failure."""
     folder = RunFolder(short_path(Path(HydraConfig.get().runtime.output_dir)))
-    resume = cfg.resume
-    if resume and HydraConfig.get().mode == RunMode.MULTIRUN:
-        resume = "auto"  # of a sweep's jobs, some may have finished and some never begun
-    overrides = list(HydraConfig.get().overrides.task)
-    check_folder(folder, resume, overrides)
-    with folder.locked():
-        resumed, changes = folder.started(), {}
-        if resumed:
-            config, changes = resumed_config(folder, cfg, overrides)
-            folder.record_changes(changes)
-        else:
-            try:
-                config = fresh_config(cfg)
-            except ConfigError:
-                _discard(folder)
-                raise
-            folder.write_config(config)
-        done = folder.finished() and not changes.keys() & MORE_STEPS
-        run = Run(folder, config, resumed, done, StopSignals())
-        if not done:
-            folder.update_status(state="running", error=None)
-        with run.stop.installed():
+    sweep, stop = HydraConfig.get().mode == RunMode.MULTIRUN, StopSignals()
+    # Of a sweep's jobs, some may have finished and some never begun.
+    resume = "auto" if cfg.resume and sweep else cfg.resume
+    try:
+        check_folder(folder, resume, HydraConfig.get().overrides.task)
+        with stop.installed(), locked(folder.path):
+            run = _open(folder, cfg, resume, stop)
             try:
                 yield run
             except BaseException as error:
                 _record_end(run, error)
                 raise
+    except ConfigError as error:
+        if sweep:  # said at once, and not only after all other jobs
+            logger.error("%s: %s", folder.path, error)
+        raise
 
 
-def fresh_config(cfg: DictConfig) -> Config:
-    """The config of a new run, with the hardware resolved and everything checked again."""
+def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSignals) -> Run:
+    overrides = list(HydraConfig.get().overrides.task)
+    changes: dict[str, Any] = {}
+    resumed = folder.started()
+    if resumed:
+        config, changes = resumed_config(folder, cfg, overrides)
+    else:
+        if resume:
+            _make_first_record(folder)
+        try:
+            config = fresh_config(folder, cfg, overrides)
+        except (ConfigError, SystemExit):
+            _discard(folder, cfg.fork)
+            raise
+    done = folder.finished() and not changes.keys() & MORE_STEPS
+    if done and resume is True:
+        raise ConfigError(has_finished(folder))
+    if done:
+        print(f"{folder.path} has finished already: nothing to do")
+    else:
+        folder.update_status(state="running", error=None)
+    return Run(folder, config, resumed or cfg.fork, cfg.fork, done, stop, overrides, changes)
+
+
+def _make_first_record(folder: RunFolder) -> None:
+    """What Hydra recorded as a later launch, for resume=auto, was the first."""
+    record = Path(HydraConfig.get().runtime.output_dir, HydraConfig.get().output_subdir)
+    for file in record.iterdir():
+        file.rename(folder.path / ".hydra" / file.name)
+    record.rmdir()
+    record.parent.rmdir()
+
+
+def fresh_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
+    """Freeze the config of a new run, with the hardware resolved and everything checked again."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.tracking.group is None:
+        cfg.tracking.group = Path(HydraConfig.get().sweep.dir).name  # the arms of a sweep are one group in W&B
+    if cfg.fork:
+        check_parent(cfg.run_dir, cfg.resume)
+        from grpo.run.fork import fork  # imports torch
+
+        return fork(folder, cfg, overrides)
     from grpo.engine.hardware import resolve_hardware  # imports torch
 
     resolve_hardware(cfg)
-    if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.tracking.group is None:
-        cfg.tracking.group = Path(HydraConfig.get().sweep.dir).name  # the arms of a sweep are one group in W&B
-    return typed(cfg)
+    config = typed(cfg)
+    folder.write_config(config)
+    return config
 
 
 def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> tuple[Config, dict[str, Any]]:
@@ -135,10 +185,16 @@ def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> 
     Raises ConfigError with the old and the new value where a change would make another experiment of it, and where
     the folder asks to run a function that nothing here names.
     """
+    from grpo.engine.hardware import resolve_hardware  # imports torch
+
     frozen = folder.frozen_config()
     # The first command line may be given again as it was; only what was changed since is compared by its value.
     again = {override for override in folder.first_overrides() if not _is_changed(override, folder.changes())}
     changed = apply_overrides(frozen, cfg, [override for override in overrides if override not in again])
+    check_trusted(changed, cfg, folder.path)
+    resolve_hardware(changed)
+    for size in PRESET_SIZES:  # only defaults of grpo.*, which is frozen: another preset cuts the same work otherwise
+        changed.hardware[size] = frozen.hardware[size]
     before, after = flatten(frozen), flatten(changed)
     differing = [key for key in before | after if before.get(key) != after.get(key)]
     refused = [key for key in differing if not key.startswith(CHANGEABLE + CUT) and not _is_longer(key, before, after)]
@@ -149,7 +205,6 @@ def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> 
         )
     if any(key.startswith(CUT) for key in differing):
         logger.warning("the work is cut in another way from here on: equal up to rounding, no longer bit for bit")
-    check_trusted(changed, cfg, folder.path)
     return typed(changed), {key: after.get(key) for key in differing}
 
 
@@ -173,13 +228,14 @@ def short_path(path: Path) -> Path:
 def _record_end(run: Run, error: BaseException) -> None:
     if isinstance(error, SystemExit):
         if not run.folder.finished():  # else it came while the charts were drawn
-            run.folder.update_status(state="interrupted", error=None)
-            print(f"interrupted; go on with: {resume_command(run.folder.path)}", flush=True)
+            _set_state(run.folder, "interrupted", None)
+            command = resume_command(run.folder.path, foreign_targets(to_dict(run.config)))
+            print(f"interrupted; go on with: {command}", flush=True)
         return
-    if isinstance(error, ConfigError) and not run.resumed:
-        _discard(run.folder)
+    if isinstance(error, ConfigError) and (not run.resumed or run.forked):
+        _discard(run.folder, run.forked)
         return
-    run.folder.update_status(state="failed", error=f"{type(error).__name__}: {error}")
+    _set_state(run.folder, "failed", f"{type(error).__name__}: {error}")
     logger.info("the run failed", exc_info=error)  # into launch.log; the console gets the one line below
     logger.error("%s failed: %s: %s", run.folder.path, type(error).__name__, error)
     error.logged = True
@@ -187,11 +243,19 @@ def _record_end(run: Run, error: BaseException) -> None:
     traceback.clear_frames(error.__traceback__)
 
 
-def _discard(folder: RunFolder) -> None:
+def _set_state(folder: RunFolder, state: str, error: str | None) -> None:
+    try:
+        folder.update_status(state=state, error=error)
+    except OSError as failure:  # a full disk must not hide what ended the run
+        logger.error("%s/status.json could not be written: %s", folder.path, failure)
+
+
+def _discard(folder: RunFolder, forked: bool) -> None:
     """Remove what a launch made that could not even start, so that no empty run stands in the way."""
     for name in ("config.yaml", "status.json", ".lock", "launch.log"):
         (folder.path / name).unlink(missing_ok=True)
-    shutil.rmtree(folder.path / ".hydra", ignore_errors=True)
+    for name in (".hydra", "checkpoints", "metrics", "eval") if forked else (".hydra",):
+        shutil.rmtree(folder.path / name, ignore_errors=True)
     for path in (folder.path, folder.path.parent):
         if not any(path.iterdir()) and (path == folder.path or path.is_relative_to(OUTPUTS)) and path != OUTPUTS:
             path.rmdir()

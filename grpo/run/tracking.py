@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -88,12 +89,22 @@ class Tracker:
         """Set values of the run as a whole."""
         self._do("writing the summary", lambda: self._run.summary.update(dict(values)))
 
-    def replay(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Log the rows of earlier launches that this run does not have: all in a fresh run, else those it missed."""
+    def replay(self, rows: Iterable[Mapping[str, Any]], evaluations: Mapping[str, Mapping[str, Any]]) -> None:
+        """Log what of earlier launches this run does not have: all in a fresh run, else what it missed.
+
+        evaluations: by name, as `log_evaluation` takes them, each with its "step".
+        """
         first = self._open_step
-        for row in rows:
-            if row["step"] >= first:
-                self.log(row)
+        of_step: dict[int, list[str]] = {}
+        for name, values in evaluations.items():
+            of_step.setdefault(values["step"], []).append(name)
+        by_step = {row["step"]: row for row in rows}
+        for step in sorted(by_step.keys() | of_step.keys()):
+            if step >= first:
+                if step in by_step:
+                    self.log(by_step[step])
+                for name in of_step.get(step, []):
+                    self.log_evaluation(name, step, {k: v for k, v in evaluations[name].items() if k != "step"})
 
     def close(self, exit_code: int) -> None:
         """Finish the run, failed if `exit_code` is not 0, and free what wandb holds in this process."""
@@ -118,19 +129,25 @@ class Tracker:
 
 @contextmanager
 def tracking(
-    cfg: Mapping[str, Any], run_dir: Path, *, resumed: bool, rows: Iterable[Mapping[str, Any]] = ()
+    cfg: Mapping[str, Any],
+    run_dir: Path,
+    *,
+    resumed: bool,
+    rows: Iterable[Mapping[str, Any]] = (),
+    evaluations: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Iterator[Tracker]:
     """Track one training run, as `cfg["tracking"]` says, with wandb's files under `run_dir`/wandb.
 
     `cfg` is the resolved config as plain dicts and is sent along. mode=auto is online for a user who is logged in,
-    else offline; an online run that cannot start goes on offline. `rows` are the metrics rows of earlier launches.
+    else offline; an online run that cannot start goes on offline. `rows` are the metrics rows of earlier launches,
+    `evaluations` theirs by name.
     Opening takes `init_timeout` seconds at most. An exception inside the block marks the run failed and propagates.
     """
     hooks = sys.exit, sys.excepthook
     tracker = _open(cfg, Path(run_dir).absolute(), resumed)
     exit_code = 0
     try:
-        tracker.replay(rows)
+        tracker.replay(rows, evaluations)
         yield tracker
     except BaseException as error:
         exit_code = _exit_code(error)
