@@ -61,10 +61,15 @@ def inject(place: str, count: str, fault: str) -> None:
     setattr(owner, name, faulty)
 
 
-if __name__ == "__main__":
-    place, count, fault, *arguments = sys.argv[1:]
-    sys.path.insert(0, str(ROOT))
+def main(arguments: list[str]) -> None:
+    """Run launch.py with the fault in place; leaves by SystemExit."""
+    place, count, fault, *rest = arguments
     if place != "none":
         inject(place, count, fault)
-    sys.argv = [str(ROOT / "launch.py"), *arguments]
+    sys.argv = [str(ROOT / "launch.py"), *rest]
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main(sys.argv[1:])

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+from tests import inject
 
 ROOT = Path(__file__).resolve().parent.parent
 # Two outer iterations of four steps with two updates each: the reference moves, and old and new policy differ. Nine
@@ -33,21 +36,56 @@ STEPS = 8
 NOT_COMPARED = ("step_time", "timing_s/", "perf/")
 
 
-def command(*arguments, fault=("none", "0", "none")):
-    """The command line of a launch; with a fault (place, count, what) as tests/inject.py takes it."""
-    return [sys.executable, str(ROOT / "tests" / "inject.py"), *fault, *map(str, arguments)]
+NO_FAULT = ("none", "0", "none")
+
+# Launches are processes of their own, but forked from one that has imported torch already: that takes five seconds.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["grpo.trainer", "grpo.analysis.charts", "transformers.models.qwen2.modeling_qwen2"])
 
 
-def launch(*arguments, cwd, fault=("none", "0", "none"), timeout=180, **environment):
-    """A launch that is waited for, its output captured."""
-    options = {"capture_output": True, "text": True, "timeout": timeout, "env": os.environ | environment}
-    return subprocess.run(command(*arguments, fault=fault), cwd=cwd, **options)
+class Launch:
+    """A launch that goes on by itself, its output in two files beside its working directory."""
+
+    def __init__(self, *arguments, cwd, fault=NO_FAULT, **environment):
+        self._files = [Path(tempfile.mkstemp(dir=cwd.parent, suffix=suffix)[1]) for suffix in (".out", ".err")]
+        arguments = [*fault, *map(str, arguments)]
+        self._process = processes.Process(target=_run, args=(arguments, cwd, self._files, environment))
+        self._process.start()
+
+    def send_signal(self, number):
+        os.kill(self._process.pid, number)
+
+    def kill(self):
+        self._process.kill()
+
+    def wait(self, timeout=120):
+        """Wait for its end and return it, with returncode, stdout and stderr."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self.kill()
+            raise TimeoutError(f"the launch still ran after {timeout} s: {self._files[1].read_text()}")
+        self.returncode = self._process.exitcode
+        self.stdout, self.stderr = (file.read_text() for file in self._files)
+        return self
 
 
-def start(run_dir, *arguments):
+def _run(arguments, cwd, files, environment):
+    os.chdir(cwd)
+    os.environ.update(environment)
+    for number, file in zip((1, 2), files, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    inject.main(arguments)
+
+
+def launch(*arguments, cwd, timeout=120, **options):
+    """A launch that is waited for."""
+    return Launch(*arguments, cwd=cwd, **options).wait(timeout)
+
+
+def start(run_dir, *arguments, **options):
     """A launch of SETTINGS that goes on by itself."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command(*SETTINGS, f"run_dir={run_dir}", *arguments), cwd=run_dir.parent, **pipes)
+    return Launch(*SETTINGS, f"run_dir={run_dir}", *arguments, cwd=run_dir.parent, **options)
 
 
 def status(run_dir):

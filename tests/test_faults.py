@@ -1,0 +1,500 @@
+"""What a run survives, each fault in a real process; tests/inject.py says how they are brought about."""
+
+import json
+import os
+import random
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grpo.run.checkpoint import broken, latest_checkpoint, load_state
+from tests.runs import SETTINGS, STEPS, assert_same_run, launch, rows, start, status, wait_for_step
+
+QUICK = [*SETTINGS, "grpo.num_iterations=1", "grpo.mu=1"]
+
+
+def go_on(run_dir, *arguments, **options):
+    return launch("resume=true", f"run_dir={run_dir}", *arguments, cwd=run_dir.parent, **options)
+
+
+def checkpoint_steps(run_dir):
+    return [int(path.name[-6:]) for path in sorted((run_dir / "checkpoints").glob("step_*"))]
+
+
+# Killed at any moment.
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "arguments"),
+    [
+        pytest.param("grpo.trainer.problems_of_step", "1", [], id="before the first step"),
+        pytest.param("grpo.trainer.Trainer.record", "1", [], id="before the first step is written down"),
+        pytest.param("grpo.trainer.apply_gradient", "6", [], id="between the updates of a batch"),
+        pytest.param("grpo.trainer.problems_of_step", "6", ["checkpoint.every=5"], id="in the middle of an epoch"),
+        pytest.param("grpo.trainer.problems_of_step", "7", ["checkpoint.every=3"], id="at the end of an epoch"),
+        pytest.param("grpo.trainer.problems_of_step", "5", [], id="at the end of an iteration"),
+        pytest.param("grpo.trainer.problems_of_step", "8", ["checkpoint.every=7"], id="before the last step"),
+        pytest.param("grpo.run.folder.RunFolder.save_final_model", "1", [], id="after the last step"),
+        pytest.param("grpo.analysis.charts.write_summary", "1", [], id="while the charts are drawn"),
+    ],
+)
+def test_killed_at_a_given_place_and_resumed_is_bitwise_equal(tmp_path, straight, place, call, arguments):
+    run_dir = tmp_path / "run"
+    killed = start(run_dir, *arguments, fault=(place, call, "kill")).wait()
+    assert killed.returncode == -9
+    if status(run_dir)["state"] == "finished":  # only the charts were missing
+        return
+    resumed = go_on(run_dir)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(run_dir, straight)
+
+
+def kill_at_random(run_dir, rng, kills, seconds):
+    """Start, kill after a random time, and start again with the same command, so many times; then let it finish."""
+    for _ in range(kills):
+        process = start(run_dir, "resume=auto", *EVEN_THE_CUT)
+        time.sleep(rng.uniform(0, seconds))
+        process.kill()
+        process.wait()
+    finished = start(run_dir, "resume=auto", *EVEN_THE_CUT).wait()
+    assert finished.returncode == 0, finished.stderr
+
+
+EVEN_THE_CUT = ["checkpoint.overlap=true", "checkpoint.every=1"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_random_moments_in_a_row_is_bitwise_equal(tmp_path, straight, seed):
+    kill_at_random(tmp_path / "run", random.Random(seed), kills=3, seconds=2.5)
+    assert_same_run(tmp_path / "run", straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 124))
+def test_killed_at_random_moments_in_a_long_row_is_bitwise_equal(tmp_path, straight, seed):
+    rng = random.Random(seed)
+    kill_at_random(tmp_path / "run", rng, kills=rng.randint(3, 10), seconds=2.5)
+    assert_same_run(tmp_path / "run", straight)
+
+
+# Damaged checkpoints.
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit-flipped", "missing"])
+def test_a_damaged_checkpoint_is_passed_over_and_the_outcome_is_the_same(tmp_path, straight, damage):
+    run_dir = tmp_path / "run"
+    fault = ("grpo.trainer.problems_of_step", "6", "kill")
+    start(run_dir, "checkpoint.every=1", "checkpoint.keep_last=3", fault=fault).wait()
+    file = run_dir / "checkpoints" / "step_000005" / "optimizer.safetensors"
+    if damage == "truncated":
+        os.truncate(file, 1000)
+    elif damage == "missing":
+        file.unlink()
+    else:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    resumed = go_on(run_dir)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "step_000005 is damaged (" in resumed.stderr + resumed.stdout
+    assert "trying the one before it" in resumed.stderr + resumed.stdout
+    assert_same_run(run_dir, straight)
+
+
+def test_without_an_intact_checkpoint_the_run_ends_and_nothing_is_deleted(tmp_path):
+    run_dir = tmp_path / "run"
+    start(run_dir, fault=("grpo.trainer.problems_of_step", "4", "kill")).wait()
+    os.truncate(run_dir / "checkpoints" / "step_000002" / "model.safetensors", 10)
+    before = sorted(run_dir.joinpath("checkpoints").rglob("*"))
+    resumed = go_on(run_dir)
+    assert resumed.returncode == 1
+    assert "none of the 1 checkpoints in" in resumed.stderr.splitlines()[-1]
+    assert sorted(run_dir.joinpath("checkpoints").rglob("*")) == before
+    assert len(rows(run_dir)) == 3
+
+
+# A disk that is full or read-only.
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Mount a small or read-only file system at a folder; skipped where that is not allowed."""
+    mounted = []
+
+    def make(folder, *options):
+        folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
+        mounted.append(folder)
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_on_a_full_disk_training_goes_on_and_the_checkpoint_before_stays(tmp_path, straight, mount):
+    run_dir = tmp_path / "run"
+    mount(run_dir / "checkpoints", "-t", "tmpfs", "-o", "size=2500k", "tmpfs")  # room for one checkpoint, not for two
+    run = start(run_dir).wait()
+    assert run.returncode == 0, run.stderr
+    assert "the checkpoint of step 4 could not be written (it takes" in run.stderr + run.stdout
+    assert "training goes on, and the one before it stays" in run.stderr + run.stdout
+    assert checkpoint_steps(run_dir) == [2]
+    assert broken(run_dir / "checkpoints" / "step_000002") is None
+    assert rows(run_dir) == rows(straight)
+
+
+def test_where_checkpoints_cannot_be_written_at_all_training_goes_on(tmp_path, straight, mount):
+    run_dir = tmp_path / "run"
+    mount(run_dir / "checkpoints", "-t", "tmpfs", "-o", "ro", "tmpfs")
+    run = start(run_dir).wait()
+    assert run.returncode == 0, run.stderr
+    assert "Read-only file system" in run.stderr + run.stdout
+    assert rows(run_dir) == rows(straight)
+
+
+def test_where_metrics_cannot_be_written_the_run_ends_with_the_reason_and_goes_on_later(tmp_path, straight, mount):
+    run_dir = tmp_path / "run"
+    mount(run_dir / "metrics", "-t", "tmpfs", "-o", "size=4k", "tmpfs")
+    run = start(run_dir).wait()
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("failed: OSError: [Errno 28] No space left on device")
+    assert status(run_dir)["state"] == "failed"
+    subprocess.run(["mount", "-o", "remount,size=1m", str(run_dir / "metrics")], check=True)
+    resumed = go_on(run_dir)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(run_dir, straight)
+
+
+# Signals.
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "signal", "code"),
+    [
+        ("grpo.engine.rollout._choose", "60", "term", 143),
+        ("grpo.algorithm.step.batch_logps", "8", "int", 130),
+        ("torch.Tensor.backward", "5", "term", 143),
+        ("torch.Tensor.backward", "6", "usr1", 138),
+        ("grpo.run.saver.write_checkpoint", "1", "int", 130),
+    ],
+    ids=["in sampling", "in the reference pass", "in backward", "in the second update", "in a save"],
+)
+def test_a_signal_saves_the_step_and_resume_is_bitwise_equal(tmp_path, straight, place, call, signal, code):
+    run_dir = tmp_path / "run"
+    stopped = start(run_dir, fault=(place, f"{call}x", signal)).wait()
+    assert stopped.returncode == code
+    assert f"go on with: python launch.py resume=true run_dir={run_dir.relative_to(tmp_path)}" in stopped.stdout
+    assert status(run_dir)["state"] == "interrupted"
+    step = status(run_dir)["step"]
+    assert 2 <= step < STEPS
+    assert [row["step"] for row in rows(run_dir)] == list(range(1, step + 1))
+    assert load_state(latest_checkpoint(run_dir / "checkpoints")).step == step  # of a whole step
+    resumed = go_on(run_dir)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(run_dir, straight)
+
+
+def test_a_step_that_would_take_long_is_dropped(tmp_path, straight):
+    # How long a step takes is not known in the first one, so that it counts as long.
+    run_dir = tmp_path / "run"
+    stopped = start(run_dir, fault=("grpo.engine.rollout._choose", "5x", "term")).wait()
+    assert stopped.returncode == 143
+    assert rows(run_dir) == []
+    assert checkpoint_steps(run_dir) == []
+    start(run_dir, "resume=true", fault=("grpo.trainer.problems_of_step", "4x", "term")).wait()
+    assert checkpoint_steps(run_dir) == [4]
+    again = go_on(run_dir, fault=("torch.Tensor.backward", "1x", "term"))
+    assert again.returncode == 143
+    assert [row["step"] for row in rows(run_dir)] == [1, 2, 3, 4]
+    assert go_on(run_dir).returncode == 0
+    assert_same_run(run_dir, straight)
+
+
+def test_a_step_whose_policy_has_moved_is_never_saved_half(tmp_path, straight):
+    run_dir = tmp_path / "run"
+    # The second gradient of the first step: the policy has moved once, so the step is finished before it is saved.
+    stopped = start(run_dir, fault=("grpo.trainer.accumulate_gradient", "2x", "term")).wait()
+    assert stopped.returncode == 143
+    assert [row["step"] for row in rows(run_dir)] == [1]
+    assert checkpoint_steps(run_dir) == [1]
+    assert go_on(run_dir).returncode == 0
+    assert_same_run(run_dir, straight)
+
+
+def test_an_evaluation_that_is_stopped_is_made_again(tmp_path):
+    settings = [*QUICK, "eval.every=2", "grpo.num_steps=4", "eval.max_problems=4"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert launch(*settings, f"run_dir={whole}", cwd=tmp_path).returncode == 0
+    fault = ("grpo.evaluation.score_completions", "2x", "term")
+    assert launch(*settings, f"run_dir={stopped}", cwd=tmp_path, fault=fault).returncode == 143
+    assert sorted(path.name for path in (stopped / "eval").iterdir()) == ["step_000002.json"]
+    assert checkpoint_steps(stopped) == [4]
+    assert go_on(stopped).returncode == 0
+    for name in ("step_000002.json", "step_000004.json"):
+        assert (stopped / "eval" / name).read_text() == (whole / "eval" / name).read_text()
+    state = "checkpoints/best/trainer_state.json"
+    assert (stopped / state).read_text() == (whole / state).read_text()
+
+
+def test_the_same_command_in_a_loop_with_resume_auto_ends(tmp_path, straight):
+    run_dir = tmp_path / "run"
+    codes = []
+    for call in ("2x", "2x", "2x", "99x"):
+        fault = ("grpo.trainer.problems_of_step", call, "usr1")
+        codes.append(start(run_dir, "resume=auto", fault=fault).wait().returncode)
+    assert codes == [138, 138, 138, 0]
+    again = start(run_dir, "resume=auto").wait()
+    assert (again.returncode, "nothing to do" in again.stdout) == (0, True)
+    assert_same_run(run_dir, straight)
+
+
+# Out of memory.
+
+
+CUT = ["hardware.rollout_rows=8", "hardware.micro_batch_size=8", "grpo.num_steps=3", "checkpoint.every=1"]
+
+
+@pytest.fixture(scope="module")
+def cut_run(tmp_path_factory):
+    """A run whose memory suffices. Only to be read."""
+    run_dir = tmp_path_factory.mktemp("cut") / "run"
+    assert launch(*QUICK, *CUT, f"run_dir={run_dir}", cwd=run_dir.parent).returncode == 0
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "part"),
+    [
+        ("grpo.engine.rollout._decode", "1x", "rollout"),
+        ("grpo.trainer.all_logps", "1x", "reference"),
+        ("grpo.trainer.accumulate_gradient", "1x", "update"),
+        ("torch.Tensor.backward", "2x", "update"),
+    ],
+    ids=["in sampling", "in the reference pass", "in forward", "in backward"],
+)
+def test_out_of_memory_halves_the_rows_and_the_size_is_remembered(tmp_path, cut_run, place, call, part):
+    run_dir = tmp_path / "run"
+    failing = launch(*QUICK, *CUT, f"run_dir={run_dir}", cwd=tmp_path, fault=(place, call, "memory"))
+    assert failing.returncode == 0, failing.stderr
+    said = failing.stderr + failing.stdout
+    assert f"out of memory in the {part} with 8 rows at a time; trying 4 from here on" in said
+    assert said.count("out of memory") == 1
+    assert load_state(run_dir / "checkpoints" / "step_000003").reduced == {part: {"from": 8, "to": 4}}
+    # Cut otherwise, the same problems, noise and, to rounding, the same numbers.
+    for ours, theirs in zip(rows(run_dir), rows(cut_run), strict=True):
+        assert ours["digest/completions"] == theirs["digest/completions"]
+        for name in ("loss", "grad_norm", "kl", "entropy"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-7)
+    weights, uncut = (load_file(folder / "final_model" / "model.safetensors") for folder in (run_dir, cut_run))
+    for name in weights:
+        torch.testing.assert_close(weights[name], uncut[name], rtol=1e-4, atol=1e-6)
+
+    fork = launch("fork=true", f"run_dir={run_dir}", "grpo.num_steps=4", cwd=tmp_path)  # goes on from that state
+    assert fork.returncode == 0, fork.stderr
+    (forked,) = (tmp_path / "outputs" / "quickstart").iterdir()
+    assert load_state(forked / "checkpoints" / "step_000004").reduced == {part: {"from": 8, "to": 4}}
+
+
+def test_out_of_memory_with_one_row_says_what_to_lower(tmp_path):
+    fault = ("grpo.trainer.accumulate_gradient", "1", "memory")
+    failed = launch(*QUICK, "hardware.micro_batch_size=4", f"run_dir={tmp_path / 'run'}", cwd=tmp_path, fault=fault)
+    assert failed.returncode == 1
+    last = failed.stderr.splitlines()[-1]
+    assert "out of memory in the update with one row at a time; lower grpo.max_completion_length" in last
+    assert "with 4 rows at a time; trying 2" in failed.stderr + failed.stdout
+    assert "with 2 rows at a time; trying 1" in failed.stderr + failed.stdout
+
+
+# Not a number.
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_and_its_batch_is_kept(tmp_path):
+    run_dir = tmp_path / "run"
+    settings = [*QUICK, "grpo.num_steps=4", "checkpoint.every=1", "checkpoint.keep_last=9"]
+    fault = ("grpo.algorithm.loss.grpo_loss", "2x", "nan")
+    run = launch(*settings, f"run_dir={run_dir}", cwd=tmp_path, fault=fault)
+    assert run.returncode == 0, run.stderr
+    assert [row["loss"] is None for row in rows(run_dir)] == [False, True, False, False]
+    assert "NaN" not in (run_dir / "metrics" / "metrics.jsonl").read_text()
+    for name in ("model", "optimizer"):
+        one, two, three = (
+            (run_dir / "checkpoints" / f"step_00000{step}" / f"{name}.safetensors").read_bytes() for step in (1, 2, 3)
+        )
+        assert one == two != three
+    batch = load_file(run_dir / "skipped" / "step_000002.safetensors")
+    assert batch["completion_ids"].shape == (12, batch["completion_mask"].shape[1])
+    samples = (run_dir / "skipped" / "step_000002.jsonl").read_text().splitlines()
+    assert [json.loads(line)["advantage"] for line in samples] == pytest.approx(batch["advantages"].tolist())
+    states = [load_state(run_dir / "checkpoints" / f"step_00000{step}").skipped_in_a_row for step in (1, 2, 3)]
+    assert states == [0, 1, 0]
+
+
+def test_after_too_many_in_a_row_the_run_fails_and_the_checkpoint_is_sound(tmp_path):
+    run_dir = tmp_path / "run"
+    settings = [*QUICK, "grpo.num_steps=6", "checkpoint.every=1", "grpo.max_skipped_steps=2"]
+    fault = ("grpo.algorithm.loss.grpo_loss", "3", "nan")
+    run = launch(*settings, f"run_dir={run_dir}", cwd=tmp_path, fault=fault)
+    assert run.returncode == 1
+    assert "loss or gradient was not finite in 3 steps in a row" in run.stderr.splitlines()[-1]
+    assert status(run_dir)["state"] == "failed"
+    kept = sorted(path.stem for path in (run_dir / "skipped").glob("*.jsonl"))
+    assert kept == ["step_000003", "step_000004", "step_000005"]
+    checkpoint = latest_checkpoint(run_dir / "checkpoints")
+    assert load_state(checkpoint).step == 4
+    assert all(value.isfinite().all() for value in load_file(checkpoint / "model.safetensors").values())
+
+
+# Two processes.
+
+
+def test_a_second_process_on_a_run_folder_is_refused(tmp_path, straight):
+    run_dir = tmp_path / "run"
+    first = start(run_dir, fault=("grpo.trainer.problems_of_step", "2x", "sleep:6"))
+    wait_for_step(run_dir, 1)
+    second = go_on(run_dir)
+    assert second.returncode == 2
+    assert f"{run_dir.name} is in use by another process" in second.stderr
+    assert first.wait().returncode == 0
+    assert_same_run(run_dir, straight)
+
+
+# Sweeps.
+
+REWARDS = """
+import gc
+from pathlib import Path
+
+from transformers import Qwen2ForCausalLM
+
+
+def count_models(completions, **columns):
+    alive = sum(isinstance(each, Qwen2ForCausalLM) for each in gc.get_objects())
+    with open("models", "a") as file:
+        file.write(f"{alive}\\n")
+    return [0.0] * len(completions)
+
+
+def fail_without_a_file(completions, **columns):
+    if Path("fail").exists() and Path("fail").read_text() == str(sum(1 for _ in Path("sweep").glob("*/config.yaml"))):
+        raise ValueError("as asked")
+    return [0.0] * len(completions)
+
+
+def hang(completions, **columns):
+    while True:
+        pass
+"""
+
+
+@pytest.fixture
+def my_rewards(tmp_path):
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    return tmp_path
+
+
+def test_a_failed_job_of_a_sweep_leaves_nothing_behind_and_is_tried_again(my_rewards):
+    sweep = my_rewards / "sweep"
+    command = [
+        "-m",
+        *QUICK,
+        "grpo.num_steps=2",
+        "grpo.beta=0.01,0.02,0.04",
+        "tracking=offline",
+        "sweep_dir=sweep",
+        "+reward.components.count={_target_: my_rewards.count_models, weight: 0}",
+        "+reward.components.fail={_target_: my_rewards.fail_without_a_file, weight: 0}",
+    ]
+    (my_rewards / "fail").write_text("2")  # the second job
+    failed = launch(*command, cwd=my_rewards)
+    assert failed.returncode == 1
+    jobs = sorted(path for path in sweep.iterdir() if path.is_dir())
+    assert [status(job)["state"] for job in jobs] == ["finished", "failed", "finished"]
+    alive = [int(line) for line in (my_rewards / "models").read_text().split()]
+    assert set(alive) == {2}  # policy and reference of the job itself, in the job after the failed one, too
+    wandb_runs = [path for job in jobs for path in job.glob("wandb/offline-run-*")]
+    assert len({path.name.rsplit("-", 1)[-1] for path in wandb_runs}) == len(jobs)
+    finished = {job: (job / "metrics" / "metrics.jsonl").stat().st_mtime_ns for job in (jobs[0], jobs[2])}
+
+    (my_rewards / "fail").unlink()
+    again = launch(*command, "resume=true", cwd=my_rewards)
+    assert again.returncode == 0, again.stderr
+    assert [status(job)["state"] for job in jobs] == ["finished"] * 3
+    assert sorted(path for path in sweep.iterdir() if path.is_dir()) == jobs
+    assert {job: (job / "metrics" / "metrics.jsonl").stat().st_mtime_ns for job in finished} == finished
+    assert [row["step"] for row in rows(jobs[1])] == [1, 2]
+
+
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
+    command = ["-m", *QUICK, "grpo.num_steps=3", "grpo.beta=0.01,0.04", "checkpoint.every=1"]
+    assert launch(*command, "sweep_dir=whole", cwd=tmp_path).returncode == 0
+    fault = ("grpo.trainer.problems_of_step", "5", "kill")  # the second step of the second job
+    assert launch(*command, "sweep_dir=sweep", cwd=tmp_path, fault=fault).returncode == -9
+    again = launch(*command, "sweep_dir=sweep", "resume=true", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    for job in (tmp_path / "whole").glob("[01]_*"):
+        twin = tmp_path / "sweep" / job.name
+        assert rows(twin) == rows(job)
+        assert (twin / "final_model" / "model.safetensors").read_bytes() == (
+            job / "final_model" / "model.safetensors"
+        ).read_bytes()
+
+
+def test_a_sweep_that_is_not_there_cannot_go_on(tmp_path):
+    refused = launch("-m", *QUICK, "grpo.beta=0.01,0.04", "resume=true", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "resume=true: there is no such sweep; name it with sweep_dir=outputs/sweeps/..." in refused.stderr
+
+
+# Rewards that hang.
+
+
+def test_a_reward_function_that_hangs_ends_the_run_by_its_time_out_or_is_skipped(my_rewards):
+    settings = [*QUICK, "grpo.num_steps=1", "reward.timeout_s=0.5"]
+    settings += ["+reward.components.hang={_target_: my_rewards.hang}"]
+    failed = launch(*settings, "run_dir=a", cwd=my_rewards)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1] == "failed: RewardError: reward component 'hang' took longer than 0.5 s"
+    skipped = launch(*settings, "run_dir=b", "reward.on_error=skip", cwd=my_rewards)
+    assert skipped.returncode == 0, skipped.stderr
+    said = skipped.stderr + skipped.stdout
+    assert "reward component 'hang' took longer than 0.5 s; skipped for 12 completions" in said
+    (row,) = rows(my_rewards / "b")
+    assert row["rewards/hang/mean"] is None
+    assert row["reward"] > 0
+
+
+# Memory.
+
+
+def test_resuming_needs_no_more_memory_than_training_did(tmp_path):
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from grpo.tiny import MODEL_DIR
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **sizes)
+    model = Qwen2ForCausalLM(config)  # 30 million parameters: their copies outweigh what one step needs beside them
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = [*QUICK, f"model.name={tmp_path / 'model'}", "grpo.batch_size=2", "grpo.num_generations=2"]
+    settings += ["grpo.max_completion_length=8", "grpo.num_steps=3", "checkpoint.every=2"]
+    run_dir = tmp_path / "run"
+    assert launch(*settings, f"run_dir={run_dir}", cwd=tmp_path).returncode == 0
+    stopped = tmp_path / "stopped"
+    fault = ("grpo.trainer.problems_of_step", "3", "kill")
+    assert launch(*settings, f"run_dir={stopped}", cwd=tmp_path, fault=fault).returncode == -9
+    assert go_on(stopped).returncode == 0
+    assert peaks(stopped)[2] < 1.02 * peaks(run_dir)[2]
+
+
+def peaks(run_dir):
+    lines = (run_dir / "metrics" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["perf/peak_memory_gb"] for line in lines]
