@@ -1,4 +1,8 @@
+import contextlib
 import math
+import re
+import signal
+import time
 
 import pytest
 
@@ -64,3 +68,62 @@ def test_rewards_written_for_trl_work_unchanged():
     rewards = score(components, ["p", "p"], replies, {"completion_ids": [[1] * 4, [1] * 12], "answer": ["18", "18"]})
     assert rewards.components["think"].tolist() == [1.0, 0.0]
     assert rewards.components["overlong"].tolist() == [0.0, -1.0]
+
+
+# Limits.
+
+
+def hangs_in_python(completions, **_):
+    while True:
+        pass
+
+
+def hangs_asleep(completions, **_):
+    time.sleep(60)
+
+
+def hangs_in_a_regular_expression(completions, **_):
+    re.match(r"(a+)+$", "a" * 40 + "b")
+
+
+def hangs_and_catches_errors(completions, **_):
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    "function", [hangs_in_python, hangs_asleep, hangs_in_a_regular_expression, hangs_and_catches_errors]
+)
+def test_a_function_that_hangs_is_ended_and_named(function):
+    started = time.monotonic()
+    with pytest.raises(RewardError, match=r"reward component 'slow' took longer than 0\.2 s"):
+        run(Component("slow", function, timeout_s=0.2))
+    assert time.monotonic() - started < 5
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_function_within_its_limit_is_left_alone():
+    rewards = run(Component("c", lambda completions, **_: [1.0] * len(completions), timeout_s=30))
+    assert rewards.total.tolist() == [1.0, 1.0]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_errors_can_be_skipped_and_count_as_missing(caplog):
+    def raises(completions, **_):
+        raise KeyError("x")
+
+    rewards = run(
+        Component("good", lambda completions, **_: [1.0, 2.0], weight=2.0),
+        Component("raises", raises, skip_errors=True),
+        Component("short", lambda completions, **_: [5.0], skip_errors=True),
+        Component("one", lambda completions, **_: [float("nan"), 3.0], skip_errors=True),
+        Component("slow", hangs_asleep, timeout_s=0.1, skip_errors=True),
+    )
+    assert rewards.total.tolist() == [2.0, 7.0]
+    for name in ("raises", "short", "slow"):
+        assert rewards.components[name].isnan().all()
+    assert rewards.components["one"].isnan().tolist() == [True, False]
+    assert "reward component 'raises' raised KeyError: 'x'; skipped for 2 completions" in caplog.text
+    assert "reward component 'one' returned nan; it must be a finite number or None; skipped for 1 comp" in caplog.text

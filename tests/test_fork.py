@@ -1,0 +1,98 @@
+"""fork=true: a new run from a checkpoint of another one."""
+
+import json
+import shutil
+
+import pytest
+
+from grpo.config import load_frozen
+from tests.runs import SETTINGS, launch, rows, status
+
+TWIN = [*SETTINGS, "checkpoint.every=2", "checkpoint.keep_last=9"]
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory):
+    """The usual run with all of its checkpoints. Only to be read."""
+    run_dir = tmp_path_factory.mktemp("parent") / "run"
+    assert launch(*TWIN, f"run_dir={run_dir}", cwd=run_dir.parent).returncode == 0
+    return run_dir
+
+
+def fork(parent, cwd, *arguments, **options):
+    result = launch("fork=true", f"run_dir={parent}", *arguments, cwd=cwd, **options)
+    folders = sorted((cwd / "outputs" / "quickstart").glob("*"))
+    return result, folders[-1] if folders else None
+
+
+@pytest.mark.parametrize("step", [2, 6], ids=["first iteration", "second iteration"])
+def test_a_fork_without_changes_is_its_parent_bit_for_bit(parent, tmp_path, step):
+    result, run = fork(parent, tmp_path, f"fork_step={step}")
+    assert result.returncode == 0, result.stderr
+    assert rows(run) == rows(parent)
+    for file in ("checkpoints/step_000008/model.safetensors", "checkpoints/reference_000002/model.safetensors"):
+        assert (run / file).read_bytes() == (parent / file).read_bytes()
+    assert status(run)["state"] == "finished"
+
+
+def test_a_fork_with_another_learning_rate_starts_from_the_same_weights_and_noise(parent, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in parent.rglob("*")}
+    result, run = fork(parent, tmp_path, "fork_step=4", "optimizer.lr=0.01", "tracking.tags=[forked]")
+    assert result.returncode == 0, result.stderr
+    ours, theirs = rows(run), rows(parent)
+    assert ours[:4] == theirs[:4]
+    assert ours[4]["digest/completions"] == theirs[4]["digest/completions"]
+    assert ours[4]["learning_rate"] != theirs[4]["learning_rate"]
+    assert ours[6]["digest/completions"] != theirs[6]["digest/completions"]
+    config, parents = load_frozen(run / "config.yaml"), load_frozen(parent / "config.yaml")
+    manifest = json.loads((parent / "checkpoints" / "step_000004" / "manifest.json").read_text())
+    assert config.parent == {
+        "run_dir": str(parent),
+        "step": 4,
+        "weights_sha256": manifest["files"]["model.safetensors"]["sha256"],
+        "parent": None,
+    }
+    assert (config.optimizer.lr, config.grpo) == (0.01, parents.grpo)
+    assert {path: path.stat().st_mtime_ns for path in parent.rglob("*")} == before
+
+
+def test_a_fork_that_is_killed_at_once_goes_on_and_does_not_need_its_parent(parent, tmp_path):
+    copy = shutil.copytree(parent, tmp_path / "copy")
+    killed, run = fork(copy, tmp_path, "fork_step=4", fault=("grpo.trainer.problems_of_step", "1", "kill"))
+    assert killed.returncode == -9
+    shutil.rmtree(copy)
+    resumed = launch("resume=true", f"run_dir={run}", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert rows(run) == rows(parent)
+
+
+def test_a_sweep_of_forks(parent, tmp_path):
+    sweep = ["-m", "fork=true", f"run_dir={parent}", "fork_step=6", "optimizer.lr=0.0002,0.01", "sweep_dir=sweep"]
+    result = launch(*sweep, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    same, other = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    assert (same.name, other.name) == ("0_optimizer.lr_0.0002", "1_optimizer.lr_0.01")
+    assert rows(same) == rows(parent)
+    assert rows(other)[:6] == rows(parent)[:6]
+    assert rows(other)[7] != rows(parent)[7]
+    assert load_frozen(other / "config.yaml").tracking.group == "sweep"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["fork=true"], "fork=true needs the run to start from: run_dir=outputs/..."),
+        (["fork=true", "run_dir=nowhere"], "fork=true: nowhere is not a run folder"),
+        (["fork=true", "run_dir=PARENT", "resume=true"], "fork=true starts a new run: leave resume out"),
+        (["fork=true", "run_dir=PARENT", "fork_step=5"], "keeps no checkpoint of that step, but of: 2, 4, 6, 8"),
+        (["fork=true", "run_dir=PARENT"], "the fork would start at step 8 of 8: nothing is left to do"),
+        (["fork=true", "run_dir=PARENT", "fork_step=6", "grpo.num_steps=8"], "keep grpo.num_steps"),
+        (["fork=true", "run_dir=PARENT", "fork_step=6", "grpo.num_generations=1"], "use 2 or more"),
+        (["fork=true", "run_dir=PARENT", "fork_step=6", "data.max_prompt_length=3"], "prompts are longer"),
+    ],
+)
+def test_what_cannot_be_forked_is_refused_and_leaves_no_run(parent, tmp_path, arguments, said):
+    result = launch(*(argument.replace("PARENT", str(parent)) for argument in arguments), cwd=tmp_path)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert said in result.stderr.splitlines()[-1]
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("config.yaml", "checkpoints")]
