@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import SETTINGS
-from tests.runs import launch as launch_run
+from tests.runs import launch as warm_launch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,16 +25,22 @@ SMALL_RUN = (
 )
 
 
-def run_launch(*arguments, cwd, timeout=120):
-    """`python launch.py` in a process of its own, its output captured."""
+def cold_launch(*arguments, cwd):
+    """`python launch.py` as a person starts it, in an interpreter of its own."""
     command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def cold():
+    """Run launch.py in a fresh interpreter: `cold("experiment=quickstart", cwd=tmp_path)`."""
+    return cold_launch
 
 
 @pytest.fixture(scope="session")
 def launch():
-    """Run launch.py with these arguments in a folder: `launch("experiment=quickstart", cwd=tmp_path)`."""
-    return run_launch
+    """The same, forked from a process that has imported torch: `launch("experiment=quickstart", cwd=tmp_path)`."""
+    return warm_launch
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +56,7 @@ def finished_launch(tmp_path_factory):
     It learns fast enough for its answers to change within two steps.
     """
     cwd = tmp_path_factory.mktemp("finished")
-    process = run_launch(*SMALL_RUN, "optimizer.lr=0.001", "eval.every=1", cwd=cwd)
+    process = cold_launch(*SMALL_RUN, "optimizer.lr=0.001", "eval.every=1", cwd=cwd)
     assert process.returncode == 0, process.stderr
     (folder,) = cwd.glob("outputs/quickstart/*")
     return process, folder
@@ -66,6 +72,6 @@ def finished_run(finished_launch):
 def straight(tmp_path_factory):
     """The run of `tests.runs.SETTINGS` that nothing stops. Only to be read."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
-    result = launch_run(*SETTINGS, f"run_dir={run_dir}", cwd=run_dir.parent)
+    result = warm_launch(*SETTINGS, f"run_dir={run_dir}", cwd=run_dir.parent)
     assert result.returncode == 0, result.stderr
     return run_dir

@@ -69,7 +69,9 @@ def test_all_groups_of_the_layout_have_choices():
         ("optimizer.lr", 5e-6),
         ("reward.components.correctness.weight", 1.0),
         ("reward.components.format.weight", 1.0),
+        ("checkpoint.every", 50),
         ("checkpoint.keep_last", 1),
+        ("samples.every", 10),
         ("rollout.temperature", 1.0),
         ("tracking.mode", "auto"),
         ("resume", False),
@@ -179,6 +181,24 @@ def test_an_unknown_preset_is_answered_with_the_choices_and_the_nearest():
         assert preset in text
     assert text.endswith("Did you mean hardware=a100_80gb?")
     assert "quickstart" in complaint("experiment=nonsense")
+
+
+@pytest.mark.parametrize(
+    ("override", "mend"),
+    [
+        ("model=Qwen/Qwen2.5-0.5B-Instruct", "give model.name=Qwen/Qwen2.5-0.5B-Instruct"),
+        ("model=./final_model", "give model.name=./final_model"),
+        ("data=openai/gsm8k", "give data.path=openai/gsm8k"),
+    ],
+)
+def test_a_hub_name_or_folder_given_to_a_group_is_pointed_to_its_key(override, mend):
+    assert complaint(override).endswith(mend)
+
+
+def test_several_values_without_m_are_answered_with_both_mends():
+    assert complaint("grpo.beta=0.01,0.04") == (
+        "grpo.beta=0.01,0.04 names several values: for one run of each add -m, for a list write key=[a,b]"
+    )
 
 
 @pytest.mark.parametrize(

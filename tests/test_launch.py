@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -17,11 +18,13 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from wandb.util import get_core_path
 
 from grpo.compose import compose_config
 from grpo.config import ConfigError, load_frozen, typed
 from grpo.run.console import closing_table, live_numbers
 from grpo.setup import prepare
+from tests.runs import SETTINGS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,11 +51,11 @@ def folders_below(path):
 @pytest.mark.parametrize(
     ("arguments", "code"), [(["--help"], 0), (["--cfg", "job"], 0), (["learning_rate=1e-5"], 2), (["seed=x"], 2)]
 )
-def test_help_config_and_config_errors_answer_within_two_seconds(launch, tmp_path, arguments, code):
+def test_help_config_and_config_errors_answer_within_two_seconds(cold, tmp_path, arguments, code):
     seconds = []
     for _ in range(3):
         started = time.monotonic()
-        assert launch(*arguments, cwd=tmp_path).returncode == code
+        assert cold(*arguments, cwd=tmp_path).returncode == code
         seconds.append(time.monotonic() - started)
         if seconds[-1] < 2:
             break
@@ -329,6 +332,20 @@ def test_a_bad_command_ends_with_2_a_mend_and_no_folder(launch, bad_inputs, argu
         (["eval.accuracy._target_=grpo.nope"], "eval.accuracy._target_=grpo.nope: "),
         (["+optimizer.momentum=0.9"], "optimizer: "),
         (["+data.shuffle=true"], "data: "),
+        (["data.path=/no/such/data"], "data=arithmetic makes its own problems; for a folder add data=jsonl"),
+        (["data=gsm8k", "data.path=null"], "data.path=null: give a data set's hub name, or a folder"),
+        (["data.examples=[1]"], "data.examples must be a list of {question: text, completion: text}"),
+        (["data.examples=[{question: x}]"], "data.examples must be a list of {question: text, completion: text}"),
+        (["data.system_prompt=5"], "data.system_prompt=5: must be text"),
+        (["optimizer.betas=[2,3]"], "optimizer: Invalid beta parameter"),
+        (["reward.components.format.weight=nan"], "reward.components.format.weight=nan: must be a number"),
+        (["objective.beta=0.5"], "objective.beta=0.5: set grpo.beta, which it follows"),
+        (["objective.epsilon=-1"], "objective.epsilon=-1: set grpo.epsilon"),
+        (["grpo.batch_size=null"], "grpo.batch_size=null: must be a number"),
+        (["seed=-1"], "seed=-1: must lie between"),
+        (["reward.timeout_s=0"], "reward.timeout_s=0.0: must be above 0 seconds"),
+        (["reward.on_error=ignore"], "reward.on_error=ignore: must be one of fail, skip"),
+        (["reward.components.format._target_=tests.empty_failure.f"], "AssertionError; it must be the dotted path"),
     ],
 )
 def test_what_cannot_be_found_is_refused_before_any_weight_is_loaded(overrides, said):
@@ -338,7 +355,113 @@ def test_what_cannot_be_found_is_refused_before_any_weight_is_loaded(overrides, 
     assert str(refused.value).count("\n") <= 1
 
 
+def test_a_model_folder_that_is_not_whole_is_refused(tmp_path):
+    whole = ROOT / "grpo" / "tiny" / "model"
+    for broken in ("no_tokenizer", "cut"):
+        shutil.copytree(whole, tmp_path / broken)
+    for file in (tmp_path / "no_tokenizer").glob("tokenizer*"):
+        file.unlink()
+    os.truncate(tmp_path / "cut" / "model.safetensors", 1000)
+    for broken, said in (("no_tokenizer", "without its tokenizer"), ("cut", "could not be loaded")):
+        with pytest.raises(ConfigError, match=said):
+            overrides = ["experiment=quickstart", f"model.name={tmp_path / broken}", "hardware.threads=1"]
+            prepare(typed(compose_config(overrides))).load_policy()
+
+
+def test_a_template_that_takes_no_system_message_is_refused_with_the_mend(tmp_path):
+    shutil.copytree(ROOT / "grpo" / "tiny" / "model", tmp_path / "model")
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}hello"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    overrides = ["experiment=quickstart", f"model.name={tmp_path / 'model'}", "data.system_prompt=Be brief."]
+    with pytest.raises(
+        ConfigError, match=r"\(no system role\); if it takes no system message, set data\.system_prompt"
+    ):
+        prepare(typed(compose_config(overrides)))
+
+
+# Going on with other hardware, and with what does not work.
+
+
+@pytest.fixture
+def stopped_run(launch, small_run, tmp_path):
+    """A run of which one step is still to be made."""
+    assert launch(*small_run, "run_dir=run", "grpo.num_steps=1", "checkpoint.every=1", cwd=tmp_path).returncode == 0
+    return tmp_path / "run"
+
+
+def test_a_change_that_does_not_work_leaves_the_run_as_it_was(launch, stopped_run):
+    more = ["resume=true", f"run_dir={stopped_run}", "grpo.num_steps=2"]
+    refused = launch(*more, "hardware=rtx_24gb", cwd=stopped_run.parent)
+    assert refused.returncode == 2
+    assert "torch sees no CUDA device here" in refused.stderr
+    assert not (stopped_run / "changes.yaml").exists()
+    moved = launch(*more, "hardware=auto", cwd=stopped_run.parent)
+    assert moved.returncode == 0, moved.stderr
+    assert "equal up to rounding, no longer bit for bit" in moved.stderr + moved.stdout
+    changes = yaml.safe_load((stopped_run / "changes.yaml").read_text())
+    assert changes["hardware.rollout_rows"] == 64  # as the preset has it
+    assert not set(changes) & {"hardware.batch_size", "grpo.batch_size", "hardware.device"}
+    again = launch(*more, cwd=stopped_run.parent)
+    assert again.returncode == 2
+    assert "has finished already" in again.stderr
+
+
+# Weights & Biases.
+
+
+def test_a_launch_is_tracked_with_every_row_the_evaluations_and_completions(launch, small_run, tmp_path):
+    settings = ["tracking=offline", "tracking.completions_every=1", "eval.every=1", "run_dir=run"]
+    result = launch(*small_run, *settings, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "run"
+    (folder,) = (run / "wandb").glob("offline-run-*")
+    assert f"look at the run: wandb leet {folder}" in result.stdout
+    assert_tracked(run, folder)
+
+
+def test_after_any_number_of_kills_the_tracked_history_is_that_of_the_metrics(launch, tmp_path):
+    settings = [*SETTINGS, "tracking=offline", "eval.every=3", "eval.before=true", "eval.max_problems=2", "run_dir=run"]
+    for call in ("3", "2", "4"):
+        fault = ("grpo.trainer.Trainer.record", call, "kill")
+        assert launch(*settings, "resume=auto", cwd=tmp_path, fault=fault).returncode == -9
+    assert launch(*settings, "resume=auto", cwd=tmp_path).returncode == 0
+    folders = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)
+    assert len(folders) == 4
+    assert_tracked(tmp_path / "run", folders[-1])
+
+
+def assert_tracked(run, folder):
+    """The run's own wandb file has every metrics row, and every evaluation in the row of its step."""
+    (file,) = folder.glob("run-*.wandb")
+    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", file, folder.parent]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
+    records = [json.loads(line) for line in lines]
+    history = {
+        record["history"]["item"]["step"]: record["history"]["item"] for record in records if "history" in record
+    }
+    steps = [record["history"]["item"]["step"] for record in records if "history" in record]
+    assert steps == sorted(set(steps))
+    for row in metrics(run):
+        tracked = history[row["step"]]
+        for key, value in row.items():
+            assert tracked.get(key) == value, (row["step"], key)
+    made = {path.stem: json.loads(path.read_text()) for path in (run / "eval").glob("*.json")}
+    assert len(made) >= 3
+    for name, evaluation in made.items():
+        if name != "after":
+            assert history[evaluation["step"]]["eval/accuracy"] == evaluation["accuracy"], name
+
+
 # Sweeps.
+
+
+def test_a_bad_value_of_a_sweep_is_said_at_once(launch, small_run, tmp_path):
+    settings = ["eval.before=false", "eval.after=false", "grpo.num_generations=1,2", "sweep_dir=sweep"]
+    result = launch("-m", *small_run, *settings, cwd=tmp_path)
+    assert result.returncode == 2
+    said = (result.stdout + result.stderr).splitlines()
+    first = next(number for number, line in enumerate(said) if "use 2 or more" in line)
+    assert first < next(number for number, line in enumerate(said) if line.startswith("step 1/"))
 
 
 def test_a_sweep_makes_a_folder_for_each_job_that_see_the_same_problems_and_noise(launch, small_run, tmp_path):
@@ -435,6 +558,19 @@ def test_reward_functions_of_the_user_and_of_trl_are_scored_under_their_names(la
         cwd=my_rewards,
     )
     assert result.returncode == 0, result.stderr
+    allowing = (
+        "++reward.components.brief._target_=my_rewards.brief ++reward.components.digits._target_=my_rewards.digits"
+    )
+    assert f"python -m grpo evaluate run_dir=run {allowing}" in result.stdout
+    command = [*allowing.split(), "++reward.components.think._target_=trl.rewards.think_format_reward"]
+    again = subprocess.run(
+        [sys.executable, "-m", "grpo", "evaluate", "run_dir=run", *command],
+        cwd=my_rewards,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0, again.stderr
     run = my_rewards / "run"
     samples = read_lines(run / "samples" / "step_000001.jsonl")
     for sample in samples:

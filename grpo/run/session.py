@@ -189,7 +189,8 @@ def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> 
 
     frozen = folder.frozen_config()
     # The first command line may be given again as it was; only what was changed since is compared by its value.
-    again = {override for override in folder.first_overrides() if not _is_changed(override, folder.changes())}
+    first = {override.partition("=")[0]: override for override in folder.first_overrides()}  # the last of a key counts
+    again = {override for override in first.values() if not _is_changed(override, folder.changes())}
     changed = apply_overrides(frozen, cfg, [override for override in overrides if override not in again])
     check_trusted(changed, cfg, folder.path)
     resolve_hardware(changed)

@@ -1,0 +1,3 @@
+"""A module whose import fails without a word."""
+
+raise AssertionError
