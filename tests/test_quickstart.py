@@ -43,16 +43,21 @@ def test_quickstart_learns_to_add(tmp_path, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_nothing_is_learnt_from_rewards_shuffled_within_the_batch(tmp_path, seed):
+def test_nothing_is_learnt_from_rewards_shuffled_within_the_batch(tmp_path):
+    # By the completions sampled in training: greedy answers flip as soon as one option passes another in probability,
+    # so that chance alone moves their accuracy far (0.15 to 0.58 over eight seeds, from 0.35). A run with its own
+    # rewards gains 1.0.
     targets = [
         f"reward.components.{component}._target_=tests.shuffled_rewards.{function}"
         for component, function in (("correctness", "correctness"), ("format", "tag_format"))
     ]
-    summary, _, _ = quickstart(tmp_path / "run", f"seed={seed}", *targets)
-    before, after = summary["eval"]["before"], summary["eval"]["after"]
-    # Noise may move the model, but not by more than chance towards the answers.
-    assert after["accuracy"] <= before["accuracy_interval"][1]
+    gains = []
+    for seed in (1, 2, 3, 4):
+        _, rows, _ = quickstart(tmp_path / str(seed), f"seed={seed}", "eval.before=false", "eval.after=false", *targets)
+        correctness = [row["rewards/correctness/mean"] for row in rows]
+        gains.append(sum(correctness[-10:]) / 10 - sum(correctness[:10]) / 10)
+    assert len(set(gains)) == 4
+    assert sum(gains) / 4 < 0.2
 
 
 def test_with_a_learning_rate_of_zero_nothing_moves(tmp_path):
