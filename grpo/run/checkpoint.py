@@ -8,7 +8,7 @@ iteration share (in iteration 1 it is the starting model), and `best/` the weigh
 import hashlib
 import json
 import logging
-import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from grpo.run.folder import write_whole
+from grpo.run.folder import move_whole, write_whole
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -36,7 +36,7 @@ class TrainerState:
     best_accuracy: float | None = None  # highest held-out accuracy
     evaluated_step: int = 0  # the last step that `eval.every` had evaluated
     skipped_in_a_row: int = 0  # steps up to this one whose update was not finite and so not made
-    # What running out of memory made of the cut: hardware key -> {"from": size set, "to": size in use}
+    # What running out of memory made of the cut: part of a step -> {"from": rows set, "to": rows in use}
     reduced: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
@@ -79,8 +79,8 @@ def write_checkpoint(
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first; unfinished temporary folders are not among them."""
-    return sorted(p for p in folder.glob("step_*") if p.is_dir() and p.suffix != ".tmp")
+    """The checkpoints in a folder, oldest first; unfinished temporary folders and copies are not among them."""
+    return sorted(p for p in folder.glob("step_*") if p.is_dir() and re.fullmatch(r"step_\d{6,}", p.name))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -187,20 +187,7 @@ def _commit(temporary: Path, target: Path, reference: str | None) -> None:
         file.name: {"size": file.stat().st_size, "sha256": _file_digest(file)} for file in sorted(temporary.iterdir())
     }
     write_whole(temporary / MANIFEST, json.dumps({"files": files, "reference": reference}, indent=2))
-    for path in [*temporary.iterdir(), temporary]:
-        _sync(path)
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    move_whole(temporary, target)
 
 
 def _file_digest(file: Path) -> str:

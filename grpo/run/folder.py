@@ -85,9 +85,7 @@ class RunFolder:
 
     def launches(self) -> list[dict[str, Any]]:
         """The launches of this run in order; a torn last line does not count."""
-        file = self.path / "launches.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return _whole_lines(self.path / "launches.jsonl")
 
     def first_overrides(self) -> list[str]:
         """The command line of the first launch, as Hydra recorded it."""
@@ -97,12 +95,8 @@ class RunFolder:
         return next((yaml.safe_load(record.read_text()) for record in records if record.exists()), [])
 
     def metrics(self, up_to_step: int | None = None) -> list[dict]:
-        """The metrics rows, in order, up to a step. A torn last line, as a crash may leave, does not count."""
-        if not self.metrics_file.exists():
-            return []
-        rows = [
-            json.loads(line) for line in self.metrics_file.read_text().splitlines(keepends=True) if line.endswith("\n")
-        ]
+        """The metrics rows, in order, up to a step. What comes after a torn line, as a crash may leave, is left out."""
+        rows = _whole_lines(self.metrics_file)
         return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
 
     def cut_metrics(self, step: int) -> list[dict]:
@@ -124,8 +118,7 @@ class RunFolder:
     def sync_metrics(self) -> None:
         """Make sure that the rows written so far would outlast a power cut."""
         if self.metrics_file.exists():
-            with self.metrics_file.open("r+b") as file:
-                os.fsync(file.fileno())
+            sync(self.metrics_file)
 
     def write_samples(self, step: int, rows: Iterable[dict]) -> None:
         """Every completion of a step, one JSON object a line."""
@@ -163,8 +156,7 @@ class RunFolder:
         shutil.rmtree(temporary, ignore_errors=True)
         for part in parts:
             part.save_pretrained(temporary)
-        shutil.rmtree(self.final_model, ignore_errors=True)
-        temporary.rename(self.final_model)
+        move_whole(temporary, self.final_model)
 
 
 def run_folders(root: Path) -> list[RunFolder]:
@@ -195,6 +187,40 @@ def write_whole(file: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+    sync(file.parent)
+
+
+def move_whole(folder: Path, target: Path) -> None:
+    """Give a complete folder its name, in place of what has it, such that it would outlast a power cut."""
+    for path in [*folder.iterdir(), folder]:
+        sync(path)
+    if target.exists():
+        shutil.rmtree(target)
+    folder.rename(target)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Make sure that a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _whole_lines(file: Path) -> list[dict]:
+    """The JSON objects of a file up to its first line that is not whole."""
+    rows = []
+    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(row, dict) or not line.endswith(b"\n"):
+            break
+        rows.append(row)
+    return rows
 
 
 def _json_lines(rows: Iterable[dict]) -> str:

@@ -31,8 +31,11 @@ class Saver:
     def __init__(self, folder: Path, settings: CheckpointConfig, state: TrainerState) -> None:
         """state: where the run starts or goes on from, which is on the disk already."""
         self._folder, self._settings = folder, settings
-        self._thread: threading.Thread | None = None
-        self._saved_step, self._reference_iteration = state.step, state.iteration
+        self._idle = threading.Event()
+        self._idle.set()
+        self._saved_step = state.step
+        has_reference = reference_folder(folder, state.iteration).exists()
+        self._reference_iteration = state.iteration if has_reference else 0  # whose reference is on the disk
 
     def save(
         self, policy: nn.Module, optimizer: torch.optim.Optimizer, reference: nn.Module | None, state: TrainerState
@@ -71,17 +74,26 @@ class Saver:
             self._write(lambda: write_checkpoint(self._folder / "best", {"model": weights_of(policy)}, state), "best/")
 
     def close(self) -> None:
-        """Wait until nothing is being written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        """Wait until nothing is being written, also where a signal comes meanwhile."""
+        try:
+            self._idle.wait()
+        except BaseException:
+            self._idle.wait()
+            raise
 
     def _run(self, write: Callable[[], None], what: str) -> None:
-        if self._settings.overlap:
-            self._thread = threading.Thread(target=self._write, args=(write, what), name="checkpoint")
-            self._thread.start()
-        else:
+        if not self._settings.overlap:
             self._write(write, what)
+            return
+
+        def beside() -> None:
+            try:
+                self._write(write, what)
+            finally:
+                self._idle.set()
+
+        self._idle.clear()
+        threading.Thread(target=beside, name="checkpoint").start()
 
     def _write(self, write: Callable[[], None], what: str) -> None:
         started = time.perf_counter()

@@ -237,6 +237,14 @@ def test_a_manifest_that_says_nothing_is_damage(tmp_path, content):
     assert latest_checkpoint(tmp_path).name == "step_000001"
 
 
+def test_a_copy_made_by_hand_is_no_checkpoint_and_stays(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    shutil.copytree(tmp_path / "step_000001", tmp_path / "step_000001_mine")
+    retain(tmp_path / "step_000002", settings(keep_last=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001_mine", "step_000002"]
+    assert latest_checkpoint(tmp_path).name == "step_000002"
+
+
 def test_where_none_is_intact_that_is_said_and_nothing_is_deleted(tmp_path):
     save_steps(tmp_path, 1, 2)
     for step in (1, 2):

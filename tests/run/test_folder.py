@@ -108,6 +108,14 @@ def test_samples_and_evaluations_are_files_of_their_own(tmp_path):
     assert (tmp_path / "eval" / "before.json").exists()
 
 
+def test_what_follows_a_line_of_rubbish_is_left_out(tmp_path):
+    run = RunFolder(tmp_path)
+    run.write_metrics([{"step": 1}, {"step": 2}])
+    with run.metrics_file.open("ab") as file:
+        file.write(b"\0" * 30 + b'\n{"step": 4}\n')
+    assert run.metrics() == [{"step": 1}, {"step": 2}]
+
+
 # Which folder a launch takes.
 
 
