@@ -11,12 +11,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from grpo.config import ConfigError
 
 logger = logging.getLogger(__name__)
 RENEW_S = 10.0
+LINE = 512  # bytes
 
 
 @contextmanager
@@ -26,14 +27,14 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[None]:
     On one machine the system's lock of `.lock` decides, which goes with its process however that dies. Other machines
     may not see that lock, or see it still after its machine died; so the holder also renews a line in the file every
     `renew_s` seconds. A line of another machine that is not renewed for 2.5 times as long belongs to a dead process.
-    No clocks are compared.
+    No clocks are compared. Where the file system has no locks, the line alone decides.
     """
-    with (folder / ".lock").open("a+") as file:
-        holder = _read(file)
-        foreign = bool(holder) and holder.get("machine") != _machine()
-        if not _lock(file) and not foreign:
+    with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0) as file:
+        holder, taken = _read(folder), _lock(file)
+        unsure = bool(holder) and (taken is None or holder.get("machine") != _machine())
+        if taken and not unsure:
             raise ConfigError(f"{folder} is in use by another process; wait for it, or choose another run_dir")
-        if foreign and _is_renewed(file, holder, 2.5 * renew_s):
+        if unsure and _is_renewed(folder, holder, 2.5 * renew_s):
             raise ConfigError(
                 f"{folder} is in use on {holder.get('host')} (process {holder.get('pid')}); wait for it, or choose "
                 "another run_dir"
@@ -47,34 +48,37 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[None]:
         finally:
             stop.set()
             thread.join()
-            file.truncate(0)
+            with suppress(OSError):
+                os.ftruncate(file.fileno(), 0)
 
 
-def _lock(file: TextIO) -> bool:
+def _lock(file: BinaryIO) -> bool | None:
+    """Whether another process has the system's lock; None where the file system has none."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
-    except OSError as error:  # a file system without locks: the renewed line alone must do
-        logger.info("no lock on %s: %s", file.name, error)
-    return True
+        return True
+    except OSError as error:
+        logger.warning("no lock on %s (%s): two launches here at the same moment would not notice", file.name, error)
+        return None
+    return False
 
 
-def _is_renewed(file: TextIO, holder: dict, seconds: float) -> bool:
+def _is_renewed(folder: Path, holder: dict, seconds: float) -> bool:
     """Watch whether a line changes within so many seconds."""
     print(f"waiting {seconds:.0f} s to see whether the process on {holder.get('host')} is alive", flush=True)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         time.sleep(min(1.0, seconds / 10))
-        if _read(file) != holder:
+        if _read(folder) != holder:
             return True
     return False
 
 
-def _renew(file: TextIO, folder: Path, token: str, stop: threading.Event, seconds: float) -> None:
+def _renew(file: BinaryIO, folder: Path, token: str, stop: threading.Event, seconds: float) -> None:
     beat = 0
     while not stop.wait(seconds):
-        holder = _read(file)
+        holder = _read(folder)
         if holder and holder.get("token") != token:
             # This process stood still for so long that another machine took it for dead and went on.
             print(
@@ -86,19 +90,17 @@ def _renew(file: TextIO, folder: Path, token: str, stop: threading.Event, second
             _write(file, token, beat)
 
 
-def _read(file: TextIO) -> dict:
+def _read(folder: Path) -> dict:
     try:
-        return json.loads(Path(file.name).read_text() or "{}")
-    except (OSError, ValueError):  # between truncating and writing
+        return json.loads((folder / ".lock").read_text().strip() or "{}")
+    except (OSError, ValueError):  # while it is written
         return {}
 
 
-def _write(file: TextIO, token: str, beat: int) -> None:
+def _write(file: BinaryIO, token: str, beat: int) -> None:
     holder = {"machine": _machine(), "host": platform.node(), "pid": os.getpid(), "token": token, "beat": beat}
-    file.seek(0)
-    file.truncate(0)
-    file.write(json.dumps(holder))
-    file.flush()
+    # Over what stands there, at one length, so that a full disk cannot leave half a line.
+    os.pwrite(file.fileno(), json.dumps(holder).ljust(LINE).encode(), 0)
     os.fsync(file.fileno())
 
 

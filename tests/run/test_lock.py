@@ -1,6 +1,9 @@
 """One process at a time in a run folder, on one machine and between machines."""
 
+import errno
+import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -108,6 +111,32 @@ def test_a_process_that_lives_on_another_machine_does(tmp_path):
         stop.set()
         thread.join()
     assert line(tmp_path)["token"] == "theirs"
+
+
+def test_without_locks_of_the_file_system_the_line_decides_on_one_machine_too(tmp_path, monkeypatch, caplog):
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with locked(tmp_path, 0.1):
+        with pytest.raises(ConfigError, match="is in use on "), locked(tmp_path, 0.4):
+            pass
+        assert line(tmp_path)["token"]
+    with locked(tmp_path, 0.1):
+        pass
+    assert "would not notice" in caplog.text
+
+
+def test_a_full_disk_neither_breaks_the_line_nor_ends_the_run(tmp_path, monkeypatch):
+    with locked(tmp_path, 0.05):
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "pwrite", full)
+        monkeypatch.setattr(os, "ftruncate", full)
+        time.sleep(0.3)
+        assert line(tmp_path)["pid"] == os.getpid()
 
 
 def test_a_process_whose_folder_another_machine_took_over_ends_at_once(tmp_path, hold):
