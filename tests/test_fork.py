@@ -78,6 +78,56 @@ def test_a_sweep_of_forks(parent, tmp_path):
     assert load_frozen(other / "config.yaml").tracking.group == "sweep"
 
 
+def test_another_beta_reaches_the_objective(parent, tmp_path):
+    result, run = fork(parent, tmp_path, "fork_step=6", "grpo.beta=0.5", "grpo.epsilon=0.2")
+    assert result.returncode == 0, result.stderr
+    config = load_frozen(run / "config.yaml")
+    assert (config.objective.beta, config.objective.epsilon) == (0.5, 0.2)
+    assert rows(run)[6]["digest/completions"] == rows(parent)[6]["digest/completions"]
+    assert rows(run)[6]["loss"] != rows(parent)[6]["loss"]
+
+
+def test_a_penalty_can_be_added_only_where_its_reference_is_known(tmp_path):
+    run_dir = tmp_path / "run"
+    assert launch(*TWIN, "grpo.beta=0", f"run_dir={run_dir}", cwd=tmp_path).returncode == 0
+    refused, _ = fork(run_dir, tmp_path, "fork_step=6", "grpo.beta=0.04")
+    assert refused.returncode == 2
+    assert "the checkpoint has no reference of its iteration 2, since beta was 0" in refused.stderr
+    killed, run = fork(
+        run_dir,
+        tmp_path,
+        "fork_step=4",
+        "grpo.beta=0.04",
+        "checkpoint.every=1",
+        "checkpoint.keep_last=1",
+        fault=("grpo.trainer.problems_of_step", "3", "kill"),
+    )
+    assert killed.returncode == -9
+    assert launch("resume=true", f"run_dir={run}", cwd=tmp_path).returncode == 0
+    assert rows(run)[4]["kl"] == pytest.approx(0, abs=1e-2)
+    assert [row.get("kl") is None for row in rows(run)] == [True] * 4 + [False] * 4
+
+
+def test_a_fork_that_lost_its_checkpoints_does_not_start_from_another_model(parent, tmp_path):
+    _, run = fork(parent, tmp_path, "fork_step=4", fault=("grpo.trainer.problems_of_step", "1", "kill"))
+    shutil.rmtree(run / "checkpoints")
+    resumed = launch("resume=true", f"run_dir={run}", cwd=tmp_path)
+    assert resumed.returncode == 1
+    assert "the fork has lost where it began; fork anew" in resumed.stderr.splitlines()[-1]
+    assert len(rows(run)) == 4
+
+
+def test_a_sweep_of_forks_that_was_killed_goes_on(parent, tmp_path):
+    sweep = ["-m", "fork=true", f"run_dir={parent}", "fork_step=6", "optimizer.lr=0.0002,0.01", "sweep_dir=sweep"]
+    killed = launch(*sweep, cwd=tmp_path, fault=("grpo.trainer.problems_of_step", "2", "kill"))
+    assert killed.returncode == -9
+    again = launch(*sweep, "resume=true", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    same, other = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    assert rows(same) == rows(parent)
+    assert status(other)["state"] == "finished"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -20,7 +20,7 @@ from grpo.run.checkpoint import (
     step_folder,
     step_folders,
 )
-from grpo.run.folder import RunFolder
+from grpo.run.folder import RunFolder, sync
 from grpo.targets import check_trusted
 
 
@@ -33,7 +33,11 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
     parent = RunFolder(cfg.run_dir)
     source = _checkpoint(parent, cfg.fork_step)
     state = load_state(source)
-    frozen = apply_overrides(parent.frozen_config(), cfg, overrides)
+    before = parent.frozen_config()
+    frozen = apply_overrides(before, cfg, overrides)
+    for key in ("beta", "epsilon"):  # the objective's follow those of grpo.*, unless they were set apart
+        if before.objective.get(key) == before.grpo[key] == frozen.objective.get(key):
+            frozen.objective[key] = frozen.grpo[key]
     check_trusted(frozen, cfg, parent.path)
     manifest = json.loads((source / MANIFEST).read_text())
     lineage = {"run_dir": str(parent.path), "step": state.step, "parent": load_frozen(parent.config_file).get("parent")}
@@ -43,10 +47,11 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
     frozen.run_dir, frozen.resume, frozen.fork, frozen.fork_step = None, False, False, None
     resolve_hardware(frozen)
     config = typed(frozen)
-    _check_steps(config, state)
+    _check_steps(config, state, reference_of(source))
 
     best = parent.checkpoints / "best"
     has_best = broken(best) is None and load_state(best).step <= state.step
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)  # of a fork that was killed before it was one
     for part in (source, reference_of(source), best if has_best else None):
         if part is not None:
             _link_or_copy(part, folder.checkpoints / part.name)
@@ -77,13 +82,19 @@ def _checkpoint(parent: RunFolder, step: int | None) -> Path:
     return checkpoint
 
 
-def _check_steps(config: Config, state: TrainerState) -> None:
+def _check_steps(config: Config, state: TrainerState, reference: Path | None) -> None:
     grpo = config.grpo
     total = grpo.num_iterations * grpo.num_steps
     if total <= state.step:
         raise ConfigError(
             f"the fork would start at step {state.step} of {total}: nothing is left to do; "
             f"set a larger grpo.num_steps, or an earlier fork_step"
+        )
+    within = state.step % grpo.num_steps != 0
+    if grpo.beta > 0 and state.iteration > 1 and within and reference is None:
+        raise ConfigError(
+            f"grpo.beta={grpo.beta}: the checkpoint has no reference of its iteration {state.iteration}, since beta "
+            "was 0; take a fork_step at the end of an iteration"
         )
     iteration = (state.step - 1) // grpo.num_steps + 1
     if iteration != state.iteration:
@@ -103,3 +114,5 @@ def _link_or_copy(source: Path, target: Path) -> None:
             shutil.copy2(one, other)
 
     shutil.copytree(source, target, copy_function=link)
+    for path in [*target.iterdir(), target, target.parent]:
+        sync(path)
