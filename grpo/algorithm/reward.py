@@ -54,25 +54,24 @@ def score(
 
 
 def _score(component: Component, prompts: list, completions: list, columns: Mapping[str, Sequence]) -> Tensor:
-    missing = [math.nan] * len(completions)
     try:
         values = _call(component, prompts, completions, columns)
     except RewardError as error:
-        values = _skipped(component, error, missing)
+        return torch.tensor(_skipped(component, error, len(completions)), dtype=torch.float64)
     numbers = []
     for value in values:
         try:
             numbers.append(_number(component.name, value))
         except RewardError as error:
-            numbers += _skipped(component, error, [math.nan])
+            numbers += _skipped(component, error, 1)
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def _skipped(component: Component, error: RewardError, missing: list[float]) -> list[float]:
+def _skipped(component: Component, error: RewardError, count: int) -> list[float]:
     if not component.skip_errors:
         raise error
-    logger.warning("%s; skipped for %d completions", error, len(missing))
-    return missing
+    logger.warning("%s; skipped for %d completions", error, count)
+    return [math.nan] * count
 
 
 def _call(component: Component, prompts: list, completions: list, columns: Mapping[str, Sequence]) -> Sequence:
@@ -102,7 +101,7 @@ class _OutOfTime(BaseException):
 
 @contextmanager
 def _time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise _OutOfTime in the block after so many seconds.
+    """Raise _OutOfTime in the block after so many seconds, and each second again where the block caught it.
 
     By a signal, since it reaches what a thread could not end: sleeping, Python's own loops, and regular expressions.
     """
@@ -110,16 +109,22 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
         yield
         return
 
+    out_of_time = False
+
     def stop(*_: object) -> None:
+        nonlocal out_of_time
+        out_of_time = True
         raise _OutOfTime
 
     former = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, former)
+    if out_of_time:  # and the block went on
+        raise _OutOfTime
 
 
 def _number(name: str, value: object) -> float:

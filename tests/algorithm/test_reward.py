@@ -92,8 +92,22 @@ def hangs_and_catches_errors(completions, **_):
             time.sleep(60)
 
 
+def hangs_and_catches_everything(completions, **_):
+    for _ in completions:
+        with contextlib.suppress(BaseException):  # as a bare `except:` would
+            time.sleep(60)
+    return [0.0] * len(completions)
+
+
 @pytest.mark.parametrize(
-    "function", [hangs_in_python, hangs_asleep, hangs_in_a_regular_expression, hangs_and_catches_errors]
+    "function",
+    [
+        hangs_in_python,
+        hangs_asleep,
+        hangs_in_a_regular_expression,
+        hangs_and_catches_errors,
+        hangs_and_catches_everything,
+    ],
 )
 def test_a_function_that_hangs_is_ended_and_named(function):
     started = time.monotonic()
@@ -122,6 +136,7 @@ def test_errors_can_be_skipped_and_count_as_missing(caplog):
         Component("slow", hangs_asleep, timeout_s=0.1, skip_errors=True),
     )
     assert rewards.total.tolist() == [2.0, 7.0]
+    assert len(caplog.records) == 4
     for name in ("raises", "short", "slow"):
         assert rewards.components[name].isnan().all()
     assert rewards.components["one"].isnan().tolist() == [True, False]
