@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from tests.runs import ROOT, STEPS
+from grpo.run.checkpoint import TrainerState, load_state, stored_tensors, write_checkpoint
+from tests.runs import ROOT, SETTINGS, STEPS, launch
 
 
 @pytest.fixture
@@ -34,12 +36,12 @@ def test_a_sound_folder_is_certified_from_the_start_to_its_checkpoint_and_left_a
     before = everything(run)
     result = verify(f"run_dir={run}")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "checksums: 2 of 2 checkpoint folders are intact" in result.stdout
+    assert "checksums: 1 of 1 checkpoint folders are intact" in result.stdout
     assert f"replaying steps 1 to {STEPS}" in result.stdout
     verdict = result.stdout.splitlines()[-1]
     assert verdict == (
-        f"equal: steps 1 to {STEPS}: every completion and metric, and the weights, optimizer and reference of the "
-        "checkpoint"
+        f"equal: steps 1 to {STEPS}: every completion and metric, and the checkpoint of step {STEPS}: model, "
+        "optimizer, progress"
     )
     assert everything(run) == before
 
@@ -58,8 +60,8 @@ def test_a_row_that_was_changed_is_named(run, verify):
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("different: ")]
     assert line.startswith("different: step 2, reward: 2.8 in the folder, ")
     assert verify(f"run_dir={run}", "step=1").stdout.splitlines()[-1] == (
-        "equal: steps 1 to 1: every completion and metric; no checkpoint of that step is kept, so weights were not "
-        "compared"
+        "equal: steps 1 to 1: every completion and metric; no sound checkpoint of that step is kept, so weights were "
+        "not compared"
     )
 
 
@@ -68,11 +70,7 @@ def test_times_may_differ(run, verify):
     assert verify(f"run_dir={run}", "step=1").returncode == 0
 
 
-def test_weights_that_are_others_under_a_sound_manifest_are_named(run, verify, tmp_path):
-    import torch
-
-    from grpo.run.checkpoint import TrainerState, load_state, stored_tensors, write_checkpoint
-
+def test_weights_that_are_others_under_a_sound_manifest_are_named(run, verify):
     checkpoint = run / "checkpoints" / f"step_{STEPS:06d}"
     tensors = {
         name: {key: value.clone() for key, value in stored_tensors(checkpoint / f"{name}.safetensors")}
@@ -81,10 +79,42 @@ def test_weights_that_are_others_under_a_sound_manifest_are_named(run, verify, t
     with torch.no_grad():
         tensors["model"]["model.norm.weight"][3] += 1e-6
     state: TrainerState = load_state(checkpoint)
-    write_checkpoint(checkpoint, tensors, state, run / "checkpoints" / "reference_000002")
+    write_checkpoint(checkpoint, tensors, state)
     result = verify(f"run_dir={run}")
     assert result.returncode == 1
     assert f"different: step {STEPS}, model: model.norm.weight" in result.stdout
+
+
+def test_progress_and_optimizer_of_a_checkpoint_are_compared_too(verify, tmp_path):
+    run = tmp_path / "small"
+    settings = [*SETTINGS, "checkpoint.every=1", "checkpoint.keep_last=9", "grpo.num_iterations=1", "grpo.num_steps=3"]
+    assert launch(*settings, f"run_dir={run}", cwd=tmp_path).returncode == 0
+    assert "equal: steps 2 to 2" in verify(f"run_dir={run}", "step=2").stdout
+    checkpoint = run / "checkpoints" / "step_000002"
+    tensors = {
+        name: {key: value.clone() for key, value in stored_tensors(checkpoint / f"{name}.safetensors")}
+        for name in ("model", "optimizer")
+    }
+    state = load_state(checkpoint)
+    write_checkpoint(checkpoint, tensors, TrainerState(**vars(state) | {"num_tokens": 5}))
+    assert "different: step 2, num_tokens: 5 in the folder" in verify(f"run_dir={run}", "step=2").stdout
+    del tensors["optimizer"]["0.exp_avg"]
+    write_checkpoint(checkpoint, tensors, state)
+    assert "different: step 2, optimizer: the checkpoint lacks 0.exp_avg" in verify(f"run_dir={run}", "step=2").stdout
+    (checkpoint / "manifest.json").unlink()
+    result = verify(f"run_dir={run}", "step=2")
+    assert result.returncode == 1
+    assert "damaged: checkpoints/step_000002: " in result.stdout
+    assert "no sound checkpoint of that step is kept, so weights were not compared" in result.stdout
+
+
+def test_a_missing_row_is_said(run, verify):
+    file = run / "metrics" / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:2] + lines[3:]))
+    result = verify(f"run_dir={run}", "step=2")
+    assert result.returncode == 2
+    assert "has gaps or repetitions" in result.stderr
 
 
 def test_a_damaged_checkpoint_is_named_and_the_rest_still_replayed(run, verify):

@@ -28,25 +28,27 @@ def main(arguments: list[str]) -> None:
     composed = compose_config(overrides)
     config = apply_overrides(folder.frozen_config(), composed, overrides)
     check_trusted(config, composed, folder.path)
-    broken = check_manifests(folder)
+    damaged = check_manifests(folder)
     start, end = span(folder, own.get("step"))
     seconds = sum(row["step_time"] for row in folder.metrics() if start < row["step"] <= end)
     print(f"replaying steps {start + 1} to {end}, which took {seconds:.0f} s when they were made", flush=True)
-    difference = replay(folder, resolved(config), start, end)
+    difference, compared = replay(folder, resolved(config), start, end)
     if difference is not None:
         print(f"different: {difference}")
         for line in environment_changes(folder):
             print(line)
-    if difference is not None or broken:
+    else:
+        print(f"equal: steps {start + 1} to {end}: every completion and metric{compared}")
+    if difference is not None or damaged:
         sys.exit(1)
-    print(f"equal: steps {start + 1} to {end}{weights_note(folder, end)}")
 
 
 def check_manifests(folder: RunFolder) -> int:
     """Check every checkpoint against its manifest; prints what is damaged and returns how many are."""
-    from grpo.run.checkpoint import MANIFEST, broken
+    from grpo.run.checkpoint import broken, step_folders
 
-    checked = sorted(path.parent for path in folder.checkpoints.glob(f"*/{MANIFEST}"))
+    others = [*folder.checkpoints.glob("reference_*"), folder.checkpoints / "best"]
+    checked = [*step_folders(folder.checkpoints), *(p for p in others if p.is_dir() and p.suffix != ".tmp")]
     problems = {path.name: broken(path) for path in checked}
     damaged = {name: problem for name, problem in problems.items() if problem is not None}
     for name, problem in damaged.items():
@@ -59,9 +61,12 @@ def span(folder: RunFolder, step: str | None) -> tuple[int, int]:
     """The steps to replay: after the first number (a checkpoint, or 0 for the start), up to the second."""
     from grpo.run.checkpoint import broken, step_folders
 
-    rows = len(folder.metrics())
+    steps = [row["step"] for row in folder.metrics()]
+    rows = len(steps)
     if rows == 0:
         raise ConfigError(f"{folder.path} has no completed step to replay")
+    if steps != list(range(1, rows + 1)):
+        raise ConfigError(f"{folder.metrics_file} has gaps or repetitions: it must have one row for each step")
     kept = [int(path.name.removeprefix("step_")) for path in step_folders(folder.checkpoints) if broken(path) is None]
     if step is None:
         start = max((s for s in kept if s < rows), default=_first(folder))
@@ -76,8 +81,8 @@ def _first(folder: RunFolder) -> int:
     return (folder.frozen_config().get("parent") or {}).get("step", 0)
 
 
-def replay(folder: RunFolder, config: Any, start: int, end: int) -> str | None:
-    """Make the steps again and return the first difference in words, or None."""
+def replay(folder: RunFolder, config: Any, start: int, end: int) -> tuple[str | None, str]:
+    """Make the steps again. Returns the first difference in words, or None, and what was compared beside the rows."""
     from grpo.run.checkpoint import step_folder
     from grpo.setup import prepare
     from grpo.trainer import Trainer
@@ -94,24 +99,32 @@ def replay(folder: RunFolder, config: Any, start: int, end: int) -> str | None:
         for key in sorted(recorded[step].keys() | row.keys()):
             before, now = recorded[step].get(key), row.get(key)
             if before != now and not key.startswith(NOT_COMPARED):
-                return f"step {step}, {key}: {before} in the folder, {now} now"
+                return f"step {step}, {key}: {before} in the folder, {now} now", ""
     return _compare_state(trainer, step_folder(folder.checkpoints, end))
 
 
-def _compare_state(trainer: Any, checkpoint: Path) -> str | None:
-    from grpo.run.checkpoint import broken, flatten_optimizer, reference_of, stored_tensors, weights_of
+def _compare_state(trainer: Any, checkpoint: Path) -> tuple[str | None, str]:
+    from grpo.run.checkpoint import broken, flatten_optimizer, load_state, reference_of, stored_tensors, weights_of
 
     if not checkpoint.exists() or broken(checkpoint) is not None:
-        return None
+        return None, "; no sound checkpoint of that step is kept, so weights were not compared"
+    stored_state, state = vars(load_state(checkpoint)), vars(trainer.state)
+    for name in ("step", "iteration", "num_tokens", "best_reward", "skipped_in_a_row"):
+        if stored_state[name] != state[name]:
+            return f"step {trainer.state.step}, {name}: {stored_state[name]} in the folder, {state[name]} now", ""
     present = {"model": weights_of(trainer.policy), "optimizer": flatten_optimizer(trainer.optimizer)}
     files = {name: (checkpoint / f"{name}.safetensors", tensors) for name, tensors in present.items()}
     if reference_of(checkpoint) is not None and trainer.reference is not None:
         files["reference"] = (reference_of(checkpoint) / "model.safetensors", weights_of(trainer.reference))
     for part, (file, tensors) in files.items():
+        missing = set(tensors)
         for name, stored in stored_tensors(file):
             if name not in tensors or not _same_bits(stored, tensors[name]):
-                return f"step {trainer.state.step}, {part}: {name}"
-    return None
+                return f"step {trainer.state.step}, {part}: {name}", ""
+            missing.remove(name)
+        if missing:
+            return f"step {trainer.state.step}, {part}: the checkpoint lacks {min(missing)}", ""
+    return None, f", and the checkpoint of step {trainer.state.step}: {', '.join(files)}, progress"
 
 
 def _same_bits(one: Any, other: Any) -> bool:
@@ -122,15 +135,6 @@ def _same_bits(one: Any, other: Any) -> bool:
         return False
     # As bytes, since a NaN is equal to itself there.
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
-
-
-def weights_note(folder: RunFolder, end: int) -> str:
-    """What the verdict says of weights."""
-    from grpo.run.checkpoint import step_folder
-
-    if step_folder(folder.checkpoints, end).exists():
-        return ": every completion and metric, and the weights, optimizer and reference of the checkpoint"
-    return ": every completion and metric; no checkpoint of that step is kept, so weights were not compared"
 
 
 def environment_changes(folder: RunFolder) -> list[str]:
@@ -144,4 +148,7 @@ def environment_changes(folder: RunFolder) -> list[str]:
     cut = [key for key in folder.changes() if key.startswith("hardware.")]
     if cut:
         lines.append(f"the work was cut otherwise by a later launch ({', '.join(cut)}): steps before that may differ")
+    states = [json.loads(file.read_text()) for file in folder.checkpoints.glob("step_*/trainer_state.json")]
+    if any(state.get("reduced") for state in states):
+        lines.append("memory ran out in the run, and from then on fewer rows were worked on at once")
     return lines
