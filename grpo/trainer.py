@@ -65,14 +65,16 @@ def train(run: Run) -> None:
             console.print(f"before training: {before['accuracy']:.1%} of {before['n']} held-out problems right")
         display = StepDisplay(console, trainer.total_steps, trainer.state.step + 1)
         saver = Saver(run.folder.checkpoints, run.config.checkpoint, trainer.state)
-        stop_with_care = run.stop.deferred(trainer.can_be_dropped, save=lambda: trainer.save(run, saver))
-        with display.shown(), closing(saver), stop_with_care:
+        stop_with_care = run.stop.deferred(trainer.can_be_dropped, save=lambda: trainer.save_and_wait(run, saver))
+        with display.shown(), stop_with_care, closing(saver):
             trainer.evaluate_if_due(run, tracker, saver)  # where a stop cut that short
             for step in range(trainer.state.step + 1, trainer.total_steps + 1):
                 done = trainer.step(step)
                 trainer.record(run, tracker, saver, done)
                 display.update(done.row)
                 run.stop.leave_if_asked()
+            saver.close()
+            run.stop.leave_if_asked()
         trainer.finish(run, tracker, console)
 
 
@@ -112,18 +114,14 @@ class Trainer:
         self.cut = setup.cut(self.state.reduced)
         self._step_started = 0.0
         self._step_seconds = math.inf  # what the last step took; unknown before the first
-        self._policy_moved = False  # since the last completed step: no moment to save
-        self._at_rest = False  # between steps, evaluating
+        self._interruptible = False  # whether what goes on could be dropped, since the policy has not moved in it
         self._saving_s = 0.0  # seconds that the last save held up: reported by the step after it
 
     def step(self, step: int) -> Step:
         """One step of the algorithm: sample a batch, score it, update the policy `mu` times."""
         grpo, setup, timer = self.config.grpo, self.setup, Timer()
-        self._step_started = time.perf_counter()
+        self._step_started, self._interruptible = time.perf_counter(), True
         iteration = (step - 1) // grpo.num_steps + 1
-        if iteration > 1 and (step - 1) % grpo.num_steps == 0 and self.reference is not None:
-            self.reference.load_state_dict(self.policy.state_dict())  # a new outer iteration: Algorithm 1, line 3
-
         problems = problems_of_step(setup.problems.train, self.config.seed, step, grpo.batch_size)
         prompts = setup.prompt_batch(setup.conversations(problems))
         with timer("rollout"):
@@ -137,6 +135,8 @@ class Trainer:
         batch = Batch(prompts, completions, advantages.float().to(setup.device))
         with timer("reference"):
             if self.reference is not None:
+                if iteration > 1 and (step - 1) % grpo.num_steps == 0:  # a new outer iteration: Algorithm 1, line 3
+                    self.reference.load_state_dict(self.policy.state_dict())
                 batch = replace(batch, ref_logps=self._reference_logps(batch))
         with timer("update"):
             rate = self._set_learning_rate(step)
@@ -163,15 +163,13 @@ class Trainer:
         self._saving_s = 0.0
         best = self.state.best_reward
         self.state.best_reward = row["reward"] if best is None else max(best, row["reward"])
-        self.state.step, self.state.iteration, self._policy_moved = step, iteration, False
+        self.state.step, self.state.iteration = step, iteration
         return Step(row, sample_rows(step, problems, scored, advantages), batch if skipped else None)
 
     def can_be_dropped(self) -> bool:
-        """Whether a stop should not wait for what goes on: it takes long still, and the policy has not moved yet."""
-        if self._at_rest:
-            return True
+        """Whether a stop should not wait for what goes on: it takes long still or nobody knows, and can be dropped."""
         left = self._step_seconds - (time.perf_counter() - self._step_started)
-        return not self._policy_moved and left > WORTH_FINISHING_S
+        return self._interruptible and not 0 <= left <= WORTH_FINISHING_S
 
     def _reference_logps(self, batch: Batch) -> Tensor:
         temperature = self.sampling.temperature
@@ -183,7 +181,7 @@ class Trainer:
         results = []
         for _ in range(self.config.grpo.mu):
             metrics, logps = self._gradient(batch)
-            self._policy_moved = True
+            self._interruptible = False
             norm, finite = apply_gradient(self.policy, self.optimizer, metrics["loss"], self.config.grpo.max_grad_norm)
             results.append(metrics | {"grad_norm": norm})
             if not finite:
@@ -235,9 +233,9 @@ class Trainer:
         step = self.state.step
         if self.state.evaluated_step == step or not due(step, self.config.eval.every):
             return
-        self._at_rest = True
+        self._interruptible = True
         accuracy = self.evaluate(run, tracker, f"step_{step:06d}")["accuracy"]
-        self._at_rest = False
+        self._interruptible = False
         self.state.evaluated_step = step
         if self.state.best_accuracy is None or accuracy > self.state.best_accuracy:
             self.state.best_accuracy = accuracy
@@ -259,20 +257,31 @@ class Trainer:
         """A checkpoint of the last completed step, unless there is one; older ones go, as configured."""
         started = time.perf_counter()
         run.folder.sync_metrics()  # a checkpoint counts on the rows of all its steps
-        moved = self.reference is not None and self.state.iteration > 1
-        saver.save(self.policy, self.optimizer, self.reference if moved else None, self.state)
+        # At the end of an iteration the policy becomes the next reference, and that of the iteration is done with.
+        needed = self.state.iteration > 1 and self.state.step % self.config.grpo.num_steps != 0
+        saver.save(self.policy, self.optimizer, self.reference if needed else None, self.state)
         self._saving_s = time.perf_counter() - started
+
+    def save_and_wait(self, run: Run, saver: Saver) -> None:
+        """The same before leaving."""
+        self.save(run, saver)
+        saver.close()
 
     def restore(self, run: Run) -> list[dict[str, Any]]:
         """Take up the newest intact checkpoint, if there is one. Returns the metrics rows up to it."""
         latest = checkpoints.latest_checkpoint(run.folder.checkpoints) if run.resumed else None
         if latest is not None:
             self.load(latest)
+        elif run.config.parent is not None and run.resumed:
+            raise RuntimeError(f"{run.folder.checkpoints} is empty, so the fork has lost where it began; fork anew")
         if run.resumed:
             logger.info("going on after step %d", self.state.step)
         rows = run.folder.cut_metrics(self.state.step)
         if [row["step"] for row in rows] != list(range(1, self.state.step + 1)):
-            raise RuntimeError(f"{run.folder.metrics_file} lacks rows of the {self.state.step} steps already made")
+            raise RuntimeError(
+                f"{run.folder.metrics_file} lacks rows of the {self.state.step} steps that {latest} stands for; to "
+                "make steps again, move that checkpoint away"
+            )
         return rows
 
     def load(self, checkpoint: Path) -> None:
@@ -314,6 +323,7 @@ class Trainer:
             self.evaluate(run, tracker, "after")
         run.folder.save_final_model(self.policy, self.setup.tokenizer)
         run.folder.update_status(state="finished")
+        run.stop.ignored_from_here()
         write_charts(run.folder.path)
         evaluations = {name: run.folder.evaluation(name) for name in ("before", "after")}
         if any(evaluations.values()):

@@ -110,10 +110,10 @@ def wait_for_step(run_dir, step):
 
 
 def digests(run_dir):
-    """Of every file that must come out the same: the last checkpoint, its reference, the final model, the samples."""
+    """Of every file that must come out the same: the last checkpoint, the final model, the samples."""
     files = [*run_dir.glob(f"checkpoints/step_{STEPS:06d}/*.safetensors"), *run_dir.glob("final_model/*.safetensors")]
-    files += [*run_dir.glob("checkpoints/reference_000002/*.safetensors"), *run_dir.glob("samples/*.jsonl")]
-    assert len(files) == 2 + 1 + 1 + STEPS
+    files += run_dir.glob("samples/*.jsonl")
+    assert len(files) == 2 + 1 + STEPS
     return {str(file.relative_to(run_dir)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

@@ -1,8 +1,11 @@
 """What a run survives, each fault in a real process; tests/inject.py says how they are brought about."""
 
 import json
+import math
 import os
 import random
+import shutil
+import signal
 import subprocess
 import time
 
@@ -10,7 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grpo.config import load_frozen, typed
 from grpo.run.checkpoint import broken, latest_checkpoint, load_state
+from grpo.run.session import STOP_SIGNALS, StopSignals
+from grpo.setup import prepare
+from grpo.trainer import Trainer
 from tests.runs import SETTINGS, STEPS, assert_same_run, launch, rows, start, status, wait_for_step
 
 QUICK = [*SETTINGS, "grpo.num_iterations=1", "grpo.mu=1"]
@@ -45,10 +52,9 @@ def test_killed_at_a_given_place_and_resumed_is_bitwise_equal(tmp_path, straight
     run_dir = tmp_path / "run"
     killed = start(run_dir, *arguments, fault=(place, call, "kill")).wait()
     assert killed.returncode == -9
-    if status(run_dir)["state"] == "finished":  # only the charts were missing
-        return
-    resumed = go_on(run_dir)
-    assert resumed.returncode == 0, resumed.stderr
+    if place != "grpo.analysis.charts.write_summary":
+        resumed = go_on(run_dir)
+        assert resumed.returncode == 0, resumed.stderr
     assert_same_run(run_dir, straight)
 
 
@@ -174,7 +180,7 @@ def test_where_metrics_cannot_be_written_the_run_ends_with_the_reason_and_goes_o
 
 
 @pytest.mark.parametrize(
-    ("place", "call", "signal", "code"),
+    ("place", "call", "name", "code"),
     [
         ("grpo.engine.rollout._choose", "60", "term", 143),
         ("grpo.algorithm.step.batch_logps", "8", "int", 130),
@@ -184,9 +190,9 @@ def test_where_metrics_cannot_be_written_the_run_ends_with_the_reason_and_goes_o
     ],
     ids=["in sampling", "in the reference pass", "in backward", "in the second update", "in a save"],
 )
-def test_a_signal_saves_the_step_and_resume_is_bitwise_equal(tmp_path, straight, place, call, signal, code):
+def test_a_signal_saves_the_step_and_resume_is_bitwise_equal(tmp_path, straight, place, call, name, code):
     run_dir = tmp_path / "run"
-    stopped = start(run_dir, fault=(place, f"{call}x", signal)).wait()
+    stopped = start(run_dir, fault=(place, f"{call}x", name)).wait()
     assert stopped.returncode == code
     assert f"go on with: python launch.py resume=true run_dir={run_dir.relative_to(tmp_path)}" in stopped.stdout
     assert status(run_dir)["state"] == "interrupted"
@@ -226,6 +232,71 @@ def test_a_step_whose_policy_has_moved_is_never_saved_half(tmp_path, straight):
     assert_same_run(run_dir, straight)
 
 
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_stop_waits_for_the_checkpoint_that_is_written_beside_training(tmp_path, straight, signals):
+    run_dir = tmp_path / "run"
+    fault = ("grpo.run.saver.write_checkpoint", "1x", "sleep:3")
+    process = start(run_dir, "checkpoint.overlap=true", "checkpoint.every=3", "resume=auto", fault=fault)
+    wait_for_step(run_dir, 3)
+    for _ in range(signals):
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+    assert process.wait().returncode == 143
+    assert 3 in checkpoint_steps(run_dir) or checkpoint_steps(run_dir)[-1] > 3
+    assert broken(latest_checkpoint(run_dir / "checkpoints")) is None
+    assert go_on(run_dir).returncode == 0
+    assert_same_run(run_dir, straight)
+
+
+def test_a_signal_once_all_is_done_changes_nothing(tmp_path, straight):
+    run_dir = tmp_path / "run"
+    done = start(run_dir, "resume=auto", fault=("grpo.analysis.charts.write_summary", "1x", "term")).wait()
+    assert done.returncode == 0, done.stderr
+    assert (run_dir / "summary.json").exists()
+    assert_same_run(run_dir, straight)
+
+
+def test_the_handlers_are_those_of_before_when_a_run_ends():
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    stop = StopSignals()
+    with stop.installed():
+        assert all(signal.getsignal(number) != before[number] for number in STOP_SIGNALS)
+        stop.ignored_from_here()
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+    with pytest.raises(SystemExit) as left, stop.installed():
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert left.value.code == 138
+    assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+
+
+def test_a_step_is_dropped_where_it_takes_long_or_longer_than_known(monkeypatch):
+    trainer = object.__new__(Trainer)
+    trainer._step_started = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: 50.0)
+    for last_step_took, dropped in ((55.0, False), (59.0, False), (70.0, True), (40.0, True), (math.inf, True)):
+        trainer._step_seconds = last_step_took
+        trainer._interruptible = True
+        assert trainer.can_be_dropped() is dropped
+        trainer._interruptible = False
+        assert trainer.can_be_dropped() is False
+
+
+def test_what_killed_launches_left_does_not_stand_in_the_way(tmp_path, straight):
+    run_dir = tmp_path / "run"
+    for name in ("1", "2"):
+        (run_dir / ".hydra" / "resumes" / name).mkdir(parents=True)
+        (run_dir / ".hydra" / "resumes" / name / "overrides.yaml").write_text("[]\n")
+    run = start(run_dir, "resume=auto").wait()
+    assert run.returncode == 0, run.stderr
+    assert sorted(path.name for path in (run_dir / ".hydra").iterdir()) == [
+        "config.yaml",
+        "hydra.yaml",
+        "overrides.yaml",
+    ]
+    assert_same_run(run_dir, straight)
+
+
 def test_an_evaluation_that_is_stopped_is_made_again(tmp_path):
     settings = [*QUICK, "eval.every=2", "grpo.num_steps=4", "eval.max_problems=4"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -257,6 +328,7 @@ def test_the_same_command_in_a_loop_with_resume_auto_ends(tmp_path, straight):
 
 
 CUT = ["hardware.rollout_rows=8", "hardware.micro_batch_size=8", "grpo.num_steps=3", "checkpoint.every=1"]
+CUT += ["checkpoint.keep_last=2"]
 
 
 @pytest.fixture(scope="module")
@@ -294,10 +366,20 @@ def test_out_of_memory_halves_the_rows_and_the_size_is_remembered(tmp_path, cut_
     for name in weights:
         torch.testing.assert_close(weights[name], uncut[name], rtol=1e-4, atol=1e-6)
 
-    fork = launch("fork=true", f"run_dir={run_dir}", "grpo.num_steps=4", cwd=tmp_path)  # goes on from that state
-    assert fork.returncode == 0, fork.stderr
-    (forked,) = (tmp_path / "outputs" / "quickstart").iterdir()
-    assert load_state(forked / "checkpoints" / "step_000004").reduced == {part: {"from": 8, "to": 4}}
+    more = ["resume=true", f"run_dir={run_dir}", "grpo.lr_schedule=linear", "grpo.num_steps=3"]
+    (run_dir / "status.json").write_text(json.dumps(status(run_dir) | {"state": "interrupted"}))
+    shutil.rmtree(run_dir / "checkpoints" / "step_000003")
+    never_again = ("grpo.engine.memory.Cut._halve", "1", "kill")
+    assert part_rows(run_dir, part) == 4
+    assert launch(*more, cwd=tmp_path, fault=never_again).returncode == 0
+    assert load_state(run_dir / "checkpoints" / "step_000003").reduced == {part: {"from": 8, "to": 4}}
+
+
+def part_rows(run_dir, part):
+    """How many rows a run that goes on from its newest checkpoint works on at once."""
+    trainer = Trainer(prepare(typed(load_frozen(run_dir / "config.yaml"))))
+    trainer.load(latest_checkpoint(run_dir / "checkpoints"))
+    return trainer.cut.rows(part)
 
 
 def test_out_of_memory_with_one_row_says_what_to_lower(tmp_path):

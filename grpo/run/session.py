@@ -74,6 +74,11 @@ class StopSignals:
         finally:
             self._can_be_dropped = None
 
+    def ignored_from_here(self) -> None:
+        """All is done and saved: a signal that comes now changes nothing."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def leave_if_asked(self) -> None:
         """Raise SystemExit if a signal waits."""
         if self.received is not None:
@@ -157,9 +162,8 @@ def _make_first_record(folder: RunFolder) -> None:
     """What Hydra recorded as a later launch, for resume=auto, was the first."""
     record = Path(HydraConfig.get().runtime.output_dir, HydraConfig.get().output_subdir)
     for file in record.iterdir():
-        file.rename(folder.path / ".hydra" / file.name)
-    record.rmdir()
-    record.parent.rmdir()
+        file.replace(folder.path / ".hydra" / file.name)
+    shutil.rmtree(record.parent)  # with what launches left that were killed before they began
 
 
 def fresh_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
@@ -167,7 +171,7 @@ def fresh_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Co
     if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.tracking.group is None:
         cfg.tracking.group = Path(HydraConfig.get().sweep.dir).name  # the arms of a sweep are one group in W&B
     if cfg.fork:
-        check_parent(cfg.run_dir, cfg.resume)
+        check_parent(cfg.run_dir, False)  # a job of a sweep that goes on may not have begun
         from grpo.run.fork import fork  # imports torch
 
         return fork(folder, cfg, overrides)
@@ -228,10 +232,11 @@ def short_path(path: Path) -> Path:
 
 def _record_end(run: Run, error: BaseException) -> None:
     if isinstance(error, SystemExit):
-        if not run.folder.finished():  # else it came while the charts were drawn
-            _set_state(run.folder, "interrupted", None)
-            command = resume_command(run.folder.path, foreign_targets(to_dict(run.config)))
-            print(f"interrupted; go on with: {command}", flush=True)
+        _set_state(run.folder, "interrupted", None)
+        command = resume_command(run.folder.path, foreign_targets(to_dict(run.config)))
+        recorded = run.folder.changes()
+        pending = [f"{key}={value}" for key, value in run.changes.items() if recorded.get(key) != value]
+        print(f"interrupted; go on with: {' '.join([command, *pending])}", flush=True)
         return
     if isinstance(error, ConfigError) and (not run.resumed or run.forked):
         _discard(run.folder, run.forked)
