@@ -1,5 +1,7 @@
 """Loading causal language models, and the log-probabilities of completions under them."""
 
+import functools
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,14 +111,25 @@ def prefill(model: PreTrainedModel, prompts: PromptBatch) -> tuple[Tensor, Dynam
     With gradient enabled the cache carries it, so a whole group can share its prompt's forward pass in training.
     """
     cache = DynamicCache(config=model.config)
-    output = model.get_decoder()(
-        input_ids=prompts.ids,
-        attention_mask=prompts.mask,
-        position_ids=positions(prompts.mask),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    return output.last_hidden_state[:, -1], cache
+    hidden = extend(model, cache, prompts.ids, prompts.mask, positions(prompts.mask))
+    return hidden[:, -1], cache
+
+
+def extend(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
+    """Read more tokens. Returns their hidden states (rows, L, H) and adds their keys and values to the cache.
+
+    ids, position_ids: (rows, L); mask: (rows, length of the cache + L).
+    """
+    decoder = model.get_decoder()
+    cached = {_cache_argument(type(decoder)): cache}
+    output = decoder(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=True, **cached)
+    return output.last_hidden_state
+
+
+@functools.cache
+def _cache_argument(decoder: type[nn.Module]) -> str:
+    """transformers renamed it in 5.24; a model that comes with its own code may have the older name in any version."""
+    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
 
 
 def select_cache_rows(cache: DynamicCache, rows: Tensor) -> None:
@@ -147,14 +160,8 @@ def completion_logps(
     mask = torch.cat([prompt_mask, completions.mask[:, :-1]], dim=1)
     hidden = last_hidden.index_select(0, prompt_of_row)[:, None]
     if completions.ids.shape[1] > 1:
-        output = model.get_decoder()(
-            input_ids=completions.ids[:, :-1],
-            attention_mask=mask,
-            position_ids=positions(mask)[:, prompt_mask.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        hidden = torch.cat([hidden, output.last_hidden_state], dim=1)
+        new_positions = positions(mask)[:, prompt_mask.shape[1] :]
+        hidden = torch.cat([hidden, extend(model, cache, completions.ids[:, :-1], mask, new_positions)], dim=1)
     return head_logps(model.get_output_embeddings(), hidden, completions, temperature)
 
 

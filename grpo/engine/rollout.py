@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.engine.model import CompletionBatch, PromptBatch, positions, prefill, select_cache_rows
+from grpo.engine.model import CompletionBatch, PromptBatch, extend, positions, prefill, select_cache_rows
 from grpo.engine.noise import gumbel_noise, row_keys
 
 COMPACT_BELOW = 0.75  # finished rows are dropped once fewer than this share of the rows is still running
@@ -83,7 +83,7 @@ def _decode(
     # Looking at `ended` makes an accelerator wait for its queue; there it is worth it only now and then.
     look_every = 1 if device.type == "cpu" else 16
 
-    head, decoder = model.get_output_embeddings(), model.get_decoder()
+    head = model.get_output_embeddings()
     for t in range(sampling.max_new_tokens):
         tokens = _choose(head(hidden).float(), keys, t, sampling, stop_ids)
         tokens = torch.where(ended, sampling.pad_id, tokens)
@@ -99,13 +99,7 @@ def _decode(
                 select_cache_rows(cache, alive)
                 running, ended, keys, mask = running[alive], ended[alive], keys[alive], mask[alive]
                 tokens, next_position = tokens[alive], next_position[alive]
-        hidden = decoder(
-            input_ids=tokens[:, None],
-            attention_mask=mask[:, : width + t + 1],
-            position_ids=next_position + t,
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
+        hidden = extend(model, cache, tokens[:, None], mask[:, : width + t + 1], next_position + t)[:, -1]
     return ids
 
 

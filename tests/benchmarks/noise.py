@@ -9,13 +9,21 @@ import time
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from grpo.engine.model import model_source
+from grpo.engine.model import extend, model_source
 from grpo.engine.noise import gumbel_noise, row_keys
 
 PROMPT_TOKENS, ROUNDS = 80, 15
+
+
+def read(model: PreTrainedModel, cache: DynamicCache, ids: torch.Tensor) -> torch.Tensor:
+    """The hidden states (rows, H) of the last of these tokens."""
+    start = cache.get_seq_length()
+    mask = torch.ones(len(ids), start + ids.shape[1], dtype=torch.long)
+    position_ids = torch.arange(start, start + ids.shape[1]).expand_as(ids)
+    return extend(model, cache, ids, mask, position_ids)[:, -1]
 
 
 @torch.no_grad()
@@ -27,11 +35,11 @@ def main(name: str) -> None:
     for rows in (1, 8, 16, 32):
         keys = row_keys(1, 1, np.arange(rows), np.arange(rows))
         cache = DynamicCache(config=model.config)
-        model(torch.full((rows, PROMPT_TOKENS), 5), past_key_values=cache, use_cache=True)
+        read(model, cache, torch.full((rows, PROMPT_TOKENS), 5))
         seconds = {"decode": [], "noise": [], "multinomial": []}
         for token in range(ROUNDS):
             started = time.perf_counter()
-            logits = model(torch.full((rows, 1), 7), past_key_values=cache, use_cache=True).logits[:, -1]
+            logits = model.get_output_embeddings()(read(model, cache, torch.full((rows, 1), 7)))
             decoded = time.perf_counter()
             (logits + gumbel_noise(keys, token, vocab_size)).argmax(dim=1)
             drawn = time.perf_counter()
