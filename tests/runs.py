@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from grpo.__main__ import main as grpo_main
 from tests import inject
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,10 +47,10 @@ processes.set_forkserver_preload(["grpo.trainer", "grpo.analysis.charts", "trans
 class Launch:
     """A launch that goes on by itself, its output in two files beside its working directory."""
 
-    def __init__(self, *arguments, cwd, fault=NO_FAULT, **environment):
+    def __init__(self, *arguments, cwd, fault=NO_FAULT, main=inject.main, **environment):
         self._files = [Path(tempfile.mkstemp(dir=cwd.parent, suffix=suffix)[1]) for suffix in (".out", ".err")]
-        arguments = [*fault, *map(str, arguments)]
-        self._process = processes.Process(target=_run, args=(arguments, cwd, self._files, environment))
+        arguments = [*fault, *map(str, arguments)] if main is inject.main else [str(each) for each in arguments]
+        self._process = processes.Process(target=_run, args=(main, arguments, cwd, self._files, environment))
         self._process.start()
 
     def send_signal(self, number):
@@ -69,18 +70,23 @@ class Launch:
         return self
 
 
-def _run(arguments, cwd, files, environment):
+def _run(main, arguments, cwd, files, environment):
     os.chdir(cwd)
     os.environ.update(environment)
     for number, file in zip((1, 2), files, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    inject.main(arguments)
+    sys.exit(main(arguments))
 
 
 def launch(*arguments, cwd, timeout=120, **options):
     """A launch that is waited for."""
     return Launch(*arguments, cwd=cwd, **options).wait(timeout)
+
+
+def grpo(*arguments, cwd):
+    """`python -m grpo ...`, waited for."""
+    return Launch(*arguments, cwd=cwd, main=grpo_main).wait()
 
 
 def start(run_dir, *arguments, **options):

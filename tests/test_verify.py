@@ -3,14 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from grpo.run.checkpoint import TrainerState, load_state, stored_tensors, write_checkpoint
-from tests.runs import ROOT, SETTINGS, STEPS, launch
+from tests.runs import SETTINGS, STEPS, grpo, launch
 
 
 @pytest.fixture
@@ -19,13 +17,9 @@ def run(tmp_path, straight):
     return shutil.copytree(straight, tmp_path / "run")
 
 
-@pytest.fixture(scope="module")
-def verify():
-    def run(*arguments):
-        command = [sys.executable, "-m", "grpo", "verify", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-    return run
+@pytest.fixture
+def verify(tmp_path):
+    return lambda *arguments: grpo("verify", *arguments, cwd=tmp_path)
 
 
 def everything(folder):

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.algorithm.loss import grpo_loss
-from grpo.algorithm.step import Batch, accumulate_gradient, all_logps, apply_gradient, learning_rate
+from grpo.algorithm.loss import BatchCounts, grpo_loss
+from grpo.algorithm.step import Batch, accumulate_gradient, all_logps, apply_gradient, batch_logps, learning_rate
 from grpo.engine.model import CompletionBatch, PromptBatch, completion_logps_unshared
 from grpo.tiny import MODEL_DIR
+from tests.runs import processes
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +40,41 @@ def gradient_of(model, batch, micro_batch_size, beta=0.04):
     return metrics, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 4, 5])
 def test_cutting_the_batch_does_not_change_the_gradient(model, batch, micro_batch_size):
     whole_metrics, whole = gradient_of(model, batch, 8)
     metrics, gradient = gradient_of(model, batch, micro_batch_size)
     assert (gradient - whole).norm() / whole.norm() < 1e-5
     assert metrics == pytest.approx(whole_metrics, rel=1e-4, abs=1e-6)
+
+
+def gradient_of_rows(batch, start, stop, file):
+    """What one of several processes does: the gradient of its rows, divided by the counts of the whole batch."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+    part = batch.rows(start, stop)
+    counts = BatchCounts(rows=len(batch.completions.ids), tokens=int(batch.completions.mask.sum()))
+    logps = batch_logps(model, batch, start, stop, temperature=1.0).logps
+    mask, advantages = part.completions.mask, part.advantages
+    settings = {"beta": 0.04, "epsilon": 0.1}
+    grpo_loss(logps, part.old_logps, part.ref_logps, advantages, mask, counts, **settings).loss.backward()
+    torch.save(torch.cat([p.grad.flatten() for p in model.parameters()]), file)
+
+
+def test_the_gradients_of_two_processes_add_up_to_that_of_the_batch(model, batch, tmp_path):
+    _, whole = gradient_of(model, batch, 8)
+    files = [tmp_path / "0", tmp_path / "1"]
+    halves = [
+        processes.Process(target=gradient_of_rows, args=(batch, start, stop, file))
+        for (start, stop), file in zip(((0, 3), (3, 8)), files, strict=True)
+    ]
+    for half in halves:
+        half.start()
+    for half in halves:
+        half.join(60)
+        assert half.exitcode == 0
+    first, second = (torch.load(file, weights_only=True) for file in files)
+    assert first.norm() > 0.01 * whole.norm()
+    assert (first + second - whole).norm() / whole.norm() < 1e-5
 
 
 def test_an_update_makes_good_completions_likelier_and_bad_ones_less_likely(model, batch):
