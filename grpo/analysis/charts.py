@@ -102,7 +102,7 @@ def write_charts(run_dir: str | Path, output_dir: str | Path | None = None) -> l
         "training_progress.png": _training_progress,
     }
     for name, draw in figures.items():
-        draw(run).savefig(plots_dir / name)
+        _save(draw(run), plots_dir / name)
     return [*(plots_dir / name for name in figures), write_summary(run_dir, output_dir)]
 
 
@@ -126,6 +126,13 @@ def _read_run(run_dir: Path) -> _Run:
 
 
 # Whole figures
+
+
+def _save(figure: Figure, file: Path) -> None:
+    # What savefig would do, which lays a figure out twice; that is most of its time.
+    figure.get_layout_engine().execute(figure)
+    figure.set_layout_engine("none")
+    figure.canvas.print_png(file)
 
 
 def _figure(run: _Run, width: float, height: float, note: bool = True) -> Figure:
