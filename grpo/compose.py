@@ -33,6 +33,10 @@ OTHER_NAMES = {
     "clip_eps": "grpo.epsilon",
     "temperature": "rollout.temperature",
     "dataset": "data",
+    "bf16": "hardware.compute_dtype",
+    "autocast": "hardware.compute_dtype",
+    "micro_batch_size": "hardware.micro_batch_tokens",
+    "gradient_accumulation_steps": "hardware.micro_batch_tokens",
 }
 LAUNCH_KEYS = {"resume", "run_dir", "sweep_dir", "fork", "fork_step"}  # about this launch, not about the experiment
 

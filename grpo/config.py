@@ -25,7 +25,7 @@ class ConfigError(Exception):
 class ModelConfig:
     name: str = MISSING  # hub name, local folder, or `tiny` for the embedded model
     attn_implementation: str = MISSING  # eager | sdpa | flash_attention_2 | ..., passed to transformers
-    dtype: str = MISSING  # of the weights and their optimizer state; hardware.autocast sets that of the arithmetic
+    dtype: str = MISSING  # of the weights and their optimizer state; hardware.compute_dtype is that of the arithmetic
     device_map: str = MISSING  # auto: hardware.device decides; else one device: cpu | mps | cuda | cuda:N
     trust_remote_code: bool = MISSING
 
@@ -49,12 +49,12 @@ class GrpoConfig:
 @dataclass
 class HardwareConfig:
     device: str = MISSING  # auto | cuda | mps | cpu
-    autocast: str | None = MISSING  # None | bfloat16 | float16
+    compute_dtype: str | None = MISSING  # None: as model.dtype | float32 | bfloat16
     batch_size: int | None = MISSING
     num_generations: int | None = MISSING
     max_completion_length: int | None = MISSING
-    micro_batch_size: int | None = MISSING
-    rollout_rows: int | None = MISSING
+    micro_batch_tokens: int | None = MISSING
+    rollout_tokens: int | None = MISSING
     threads: int | None = MISSING
 
 
@@ -184,7 +184,7 @@ def check_complete(config: Config) -> None:
     """Raise ConfigError where a size is still open after the hardware was resolved."""
     for group, keys in {
         "grpo": ("batch_size", "num_generations", "max_completion_length"),
-        "hardware": ("micro_batch_size", "rollout_rows"),
+        "hardware": ("micro_batch_tokens", "rollout_tokens"),
     }.items():
         for key in keys:
             if getattr(getattr(config, group), key) is None:
@@ -194,7 +194,7 @@ def check_complete(config: Config) -> None:
 def _check_numbers(config: Config) -> None:
     flat = flatten(to_dict(config))
     at_least_1 = ["grpo.num_iterations", "grpo.num_steps", "grpo.batch_size", "grpo.mu", "grpo.max_completion_length"]
-    at_least_1 += ["hardware.micro_batch_size", "hardware.rollout_rows", "hardware.threads", "checkpoint.keep_last"]
+    at_least_1 += ["hardware.micro_batch_tokens", "hardware.rollout_tokens", "hardware.threads", "checkpoint.keep_last"]
     at_least_1 += ["eval.max_problems", "eval.max_completion_length"]
     at_least_0 = ["grpo.beta", "grpo.warmup_steps", "rollout.min_new_tokens", "optimizer.lr"]
     at_least_0 += ["checkpoint.every", "checkpoint.keep_every", "samples.every", "eval.every"]
@@ -225,7 +225,7 @@ def _check_choices(config: Config) -> None:
         "grpo.lr_schedule": ("constant", "linear", "cosine"),
         "tracking.mode": ("auto", "online", "offline", "disabled"),
         "hardware.device": ("auto", "cuda", "mps", "cpu"),
-        "hardware.autocast": (None, "bfloat16", "float16"),
+        "hardware.compute_dtype": (None, "float32", "bfloat16"),
         "model.dtype": ("float32", "bfloat16", "float16"),
     }.items():
         value = flatten(to_dict(config))[key]

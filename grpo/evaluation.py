@@ -21,26 +21,22 @@ def evaluate(model: PreTrainedModel, setup: Setup, cut: Cut, step: int) -> dict[
     sampling = setup.sampling(model, temperature=0.0, max_new_tokens=length)
     # Problems of like length together, so that little of a batch is padding.
     problems = sorted(setup.problems.test[: config.eval.max_problems], key=lambda problem: len(problem.question))
-    rows_at_once = cut.rows("rollout")
-    outcomes = []
-    for start in range(0, len(problems), rows_at_once):
-        some = problems[start : start + rows_at_once]
-        prompts = setup.prompt_batch(setup.conversations(some))
-        completions = setup.complete(model, prompts, sampling, cut, group_size=1, step=0)
-        scored = score_completions(setup, some, completions)
-        correct = score([setup.accuracy], scored.prompts, scored.messages, scored.columns).total
-        for row, problem in enumerate(some):
-            outcomes.append(
-                {
-                    "id": problem.id,
-                    "correct": bool(correct[row]),
-                    "reward": scored.rewards.total[row].item(),
-                    "rewards": {name: _value(scores[row]) for name, scores in scored.rewards.components.items()},
-                    "length": int(scored.lengths[row]),
-                    "answer": problem.answer,
-                    "completion": scored.texts[row],
-                }
-            )
+    prompts = setup.prompt_batch(setup.conversations(problems))
+    completions = setup.complete(model, prompts, sampling, cut, group_size=1, step=0)
+    scored = score_completions(setup, problems, completions)
+    correct = score([setup.accuracy], scored.prompts, scored.messages, scored.columns).total
+    outcomes = [
+        {
+            "id": problem.id,
+            "correct": bool(correct[row]),
+            "reward": scored.rewards.total[row].item(),
+            "rewards": {name: _value(scores[row]) for name, scores in scored.rewards.components.items()},
+            "length": int(scored.lengths[row]),
+            "answer": problem.answer,
+            "completion": scored.texts[row],
+        }
+        for row, problem in enumerate(problems)
+    ]
     return {
         "step": step,
         "n": len(outcomes),

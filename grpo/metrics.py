@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grpo.algorithm.advantage import equal_groups
 from grpo.data.problems import Problem
-from grpo.engine.model import CompletionBatch
+from grpo.engine.batch import CompletionBatch
 from grpo.setup import Scored
 
 
@@ -60,11 +60,25 @@ def evaluation_metrics(result: dict[str, Any]) -> dict[str, float | None]:
     return numbers | {f"rewards/{key}": value for key, value in result["rewards"].items()}
 
 
+def sampling_metrics(completions: CompletionBatch, logps: Tensor) -> dict[str, float | None]:
+    """How far sampling and training are apart in what they think of the same tokens, in nats of log-probability.
+
+    logps: (B, T), as the training pass found them before the first update.
+    """
+    difference = ((logps - completions.sampling_logps) * completions.mask).abs()
+    values = {"mean": difference.sum() / completions.mask.sum(), "max": difference.max()}
+    return {f"sampling/logp_difference/{name}": _finite(value.item()) for name, value in values.items()}
+
+
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float | None]:
     """Means over the `mu` updates of a step; None where one was not finite."""
     mean = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
     clip = {f"clip_ratio/{part}": mean.pop(key) for part, key in _CLIP_NAMES.items() if key in mean}
-    return {name: value if math.isfinite(value) else None for name, value in {**mean, **clip}.items()}
+    return {name: _finite(value) for name, value in {**mean, **clip}.items()}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 _CLIP_NAMES = {"low_mean": "clip_low", "high_mean": "clip_high", "region_mean": "clip_region"}

@@ -1,7 +1,6 @@
 """From a config to the parts of a run. Everything that can be checked is checked before any weight is loaded."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +13,10 @@ from grpo.algorithm.reward import Component, Rewards, score
 from grpo.config import Config, ConfigError, check_complete
 from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import Messages, check_lengths, messages, render
-from grpo.engine.hardware import autocast, use_hardware
+from grpo.engine.batch import CompletionBatch, PromptBatch, tokenize_prompts
+from grpo.engine.hardware import use_hardware
 from grpo.engine.memory import Cut
-from grpo.engine.model import (
-    CompletionBatch,
-    PromptBatch,
-    check_model,
-    load_model,
-    load_tokenizer,
-    stop_token_ids,
-    tokenize_prompts,
-)
+from grpo.engine.model import check_model, copy_in_dtype, load_model, load_tokenizer, stop_token_ids
 from grpo.engine.rollout import Sampling, rollout
 from grpo.targets import bind, bind_reward
 
@@ -68,27 +60,33 @@ class Setup:
         }
         return Sampling(**settings | changes)
 
-    def autocast(self) -> AbstractContextManager:
-        return autocast(self.config)
+    def compute_dtype(self) -> torch.dtype:
+        """What the arithmetic is done in; weights and their updates keep model.dtype."""
+        return getattr(torch, self.config.hardware.compute_dtype or self.config.model.dtype)
+
+    def for_sampling(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model as it computes in training: itself, or a copy in the dtype of the arithmetic."""
+        return model if model.dtype == self.compute_dtype() else copy_in_dtype(model, self.compute_dtype())
 
     def complete(
         self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling, cut: Cut, *, group_size: int, step: int
     ) -> CompletionBatch:
-        """`group_size` completions of each prompt, with as many rows at once as memory has room for."""
+        """`group_size` completions of each prompt, with as many tokens at once as memory has room for."""
 
-        def sample(rows_at_once: int) -> CompletionBatch:
+        def sample(token_budget: int) -> CompletionBatch:
             return rollout(
-                model, prompts, group_size, sampling, seed=self.config.seed, step=step, rows_at_once=rows_at_once
+                model, prompts, group_size, sampling, seed=self.config.seed, step=step, token_budget=token_budget
             )
 
-        with self.autocast():
-            return cut.run("rollout", sample)
+        lengths, longest = prompts.mask.sum(dim=1), sampling.max_new_tokens
+        least, most = int(lengths.max()) + longest, int(lengths.sum()) + len(lengths) * group_size * longest
+        return cut.run("rollout", sample, least, most)
 
     def cut(self, reduced: dict[str, dict[str, int]] | None = None) -> Cut:
         """How the work is cut, with what earlier lacks of memory reduced."""
         hardware = self.config.hardware
-        parts = {"rollout": hardware.rollout_rows, "reference": hardware.micro_batch_size}
-        return Cut(parts | {"update": hardware.micro_batch_size}, reduced)
+        parts = {"rollout": hardware.rollout_tokens, "reference": hardware.micro_batch_tokens}
+        return Cut(parts | {"update": hardware.micro_batch_tokens}, reduced)
 
 
 @dataclass(frozen=True)

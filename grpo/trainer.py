@@ -1,6 +1,5 @@
 """The training loop: GRPO as Algorithm 1 of DeepSeekMath (arXiv 2402.03300) has it."""
 
-import copy
 import logging
 import math
 import time
@@ -13,15 +12,22 @@ from typing import Any
 
 from rich.console import Console
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from grpo.algorithm.advantage import group_advantages
 from grpo.algorithm.step import Batch, accumulate_gradient, all_logps, apply_gradient, learning_rate
 from grpo.config import to_dict
 from grpo.data.prompts import problems_of_step
 from grpo.engine.hardware import peak_memory_gb
+from grpo.engine.model import copy_in_dtype, refresh, working_copy
 from grpo.evaluation import evaluate
-from grpo.metrics import completion_metrics, evaluation_metrics, reward_metrics, sample_rows, update_metrics
+from grpo.metrics import (
+    completion_metrics,
+    evaluation_metrics,
+    reward_metrics,
+    sample_rows,
+    sampling_metrics,
+    update_metrics,
+)
 from grpo.run import checkpoint as checkpoints
 from grpo.run.checkpoint import TrainerState
 from grpo.run.console import StepDisplay, closing_table, next_commands
@@ -107,7 +113,10 @@ class Trainer:
         self.setup, self.config = setup, setup.config
         self.total_steps = setup.config.grpo.num_iterations * setup.config.grpo.num_steps
         self.policy = setup.load_policy()
-        self.reference = frozen_copy(self.policy) if setup.config.grpo.beta > 0 else None
+        dtype = setup.compute_dtype()
+        # What reads and writes tokens: the policy itself, or a copy in a narrower dtype that follows its updates.
+        self.worker = self.policy if self.policy.dtype == dtype else working_copy(self.policy, dtype)
+        self.reference = copy_in_dtype(self.policy, dtype) if setup.config.grpo.beta > 0 else None
         self.optimizer = setup.optimizer(self.policy.parameters())
         self.sampling = setup.sampling(self.policy)
         self.state = TrainerState()
@@ -126,7 +135,7 @@ class Trainer:
         prompts = setup.prompt_batch(setup.conversations(problems))
         with timer("rollout"):
             completions = setup.complete(
-                self.policy, prompts, self.sampling, self.cut, group_size=grpo.num_generations, step=step
+                self.worker, prompts, self.sampling, self.cut, group_size=grpo.num_generations, step=step
             )
         with timer("reward"):
             scored = score_completions(setup, problems, completions)
@@ -136,11 +145,11 @@ class Trainer:
         with timer("reference"):
             if self.reference is not None:
                 if iteration > 1 and (step - 1) % grpo.num_steps == 0:  # a new outer iteration: Algorithm 1, line 3
-                    self.reference.load_state_dict(self.policy.state_dict())
+                    refresh(self.reference, self.policy)
                 batch = replace(batch, ref_logps=self._reference_logps(batch))
         with timer("update"):
             rate = self._set_learning_rate(step)
-            updates, skipped = self._updates(batch)
+            updates, logps, skipped = self._updates(batch)
 
         self._step_seconds = time.perf_counter() - self._step_started
         tokens = int(completions.mask.sum())
@@ -152,6 +161,7 @@ class Trainer:
             **update_metrics(updates),
             **reward_metrics(scored, grpo.num_generations),
             **completion_metrics(completions, self.sampling.stop_ids),
+            **sampling_metrics(completions, logps),
             "learning_rate": rate,
             "num_tokens": self.state.num_tokens,
             "step_time": self._step_seconds,
@@ -172,36 +182,43 @@ class Trainer:
         return self._interruptible and not 0 <= left <= WORTH_FINISHING_S
 
     def _reference_logps(self, batch: Batch) -> Tensor:
-        temperature = self.sampling.temperature
-        with self.setup.autocast():
-            return self.cut.run("reference", lambda rows: all_logps(self.reference, batch, temperature, rows))
+        def read(token_budget: int) -> Tensor:
+            return all_logps(self.reference, batch, self.sampling.temperature, token_budget)
 
-    def _updates(self, batch: Batch) -> tuple[list[dict[str, float]], bool]:
-        """Update the policy `mu` times. Returns the metrics of each, and whether it stopped at one not finite."""
-        results = []
+        return self.cut.run("reference", read, *batch.token_range())
+
+    def _updates(self, batch: Batch) -> tuple[list[dict[str, float]], Tensor, bool]:
+        """Update the policy `mu` times.
+
+        Returns the metrics of each, the log-probabilities (B, T) before the first, and whether one was not finite.
+        """
+        results, first = [], None
         for _ in range(self.config.grpo.mu):
             metrics, logps = self._gradient(batch)
+            first = logps if first is None else first
             self._interruptible = False
             norm, finite = apply_gradient(self.policy, self.optimizer, metrics["loss"], self.config.grpo.max_grad_norm)
+            if self.worker is not self.policy:
+                refresh(self.worker, self.policy)
             results.append(metrics | {"grad_norm": norm})
             if not finite:
-                return results, True
+                return results, first, True
             if batch.old_logps is None:  # those of the policy that sampled, for the updates after the first
                 batch = replace(batch, old_logps=logps)
-        return results, False
+        return results, first, False
 
     def _gradient(self, batch: Batch) -> tuple[dict[str, float], Tensor]:
-        def accumulate(micro_batch_size: int) -> tuple[dict[str, float], Tensor]:
+        def accumulate(token_budget: int) -> tuple[dict[str, float], Tensor]:
+            self.policy.zero_grad(set_to_none=True)  # of a try that ran out of memory
             return accumulate_gradient(
-                self.policy,
+                self.worker,
                 self.setup.objective,
                 batch,
                 temperature=self.sampling.temperature,
-                micro_batch_size=micro_batch_size,
-                autocast=self.setup.autocast,
+                token_budget=token_budget,
             )
 
-        return self.cut.run("update", accumulate)
+        return self.cut.run("update", accumulate, *batch.token_range())
 
     def _set_learning_rate(self, step: int) -> float:
         grpo = self.config.grpo
@@ -295,11 +312,13 @@ class Trainer:
         reference = checkpoints.reference_of(checkpoint)
         if self.reference is not None and reference is not None:
             checkpoints.load_weights(reference, self.reference)
+        if self.worker is not self.policy:
+            refresh(self.worker, self.policy)
         checkpoints.load_optimizer(checkpoint, self.optimizer)
 
     def evaluate(self, run: Run, tracker: Tracker, name: str) -> dict[str, Any]:
         """Evaluate the policy on the held-out problems and record it as eval/<name>.json."""
-        result = evaluate(self.policy, self.setup, self.cut, self.state.step)
+        result = evaluate(self.worker, self.setup, self.cut, self.state.step)
         run.folder.write_evaluation(name, result)
         tracker.log_evaluation(name, self.state.step, evaluation_metrics(result))
         return result
@@ -338,8 +357,3 @@ class Trainer:
 def due(step: int, every: int) -> bool:
     """Whether something that happens every so many steps (0: never) happens after this one."""
     return every > 0 and step % every == 0
-
-
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that takes no gradient."""
-    return copy.deepcopy(model).requires_grad_(False)

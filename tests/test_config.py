@@ -243,7 +243,7 @@ def test_a_value_of_the_wrong_type_is_named_with_its_key(override, reason):
         ("model.dtype=fp16", "must be one of float32, bfloat16, float16"),
         ("model.device_map=balanced", "auto, cpu, mps, cuda or cuda:N"),
         ("hardware.device=tpu", "must be one of auto, cuda, mps, cpu"),
-        ("hardware.autocast=float8", "must be one of null, bfloat16, float16"),
+        ("hardware.compute_dtype=float8", "must be one of null, float32, bfloat16"),
         ("tracking.mode=on", "must be one of auto, online, offline, disabled"),
         ("resume=maybe", "must be one of true, false, auto"),
         ("data.max_prompt_length=long", "data.max_prompt_length=long"),
@@ -335,7 +335,7 @@ def test_resume_accepts_a_change_of_how_the_run_is_watched_and_kept(run_with):
 
 
 def test_resume_accepts_another_cut_and_says_what_that_costs(run_with, caplog):
-    assert resumed(run_with, "hardware.micro_batch_size=2").hardware.micro_batch_size == 2
+    assert resumed(run_with, "hardware.micro_batch_tokens=2").hardware.micro_batch_tokens == 2
     assert "no longer bit for bit" in caplog.text
 
 

@@ -190,7 +190,7 @@ def test_where_metrics_cannot_be_written_the_run_ends_with_the_reason_and_goes_o
     ("place", "call", "name", "code"),
     [
         ("grpo.engine.rollout._choose", "60", "term", 143),
-        ("grpo.algorithm.step.batch_logps", "8", "int", 130),
+        ("grpo.algorithm.step.completion_logps", "8", "int", 130),
         ("torch.Tensor.backward", "5", "term", 143),
         ("torch.Tensor.backward", "6", "usr1", 138),
         ("grpo.run.saver.write_checkpoint", "1", "int", 130),
@@ -334,7 +334,7 @@ def test_the_same_command_in_a_loop_with_resume_auto_ends(tmp_path, straight):
 # Out of memory.
 
 
-CUT = ["hardware.rollout_rows=8", "hardware.micro_batch_size=8", "grpo.num_steps=3", "checkpoint.every=1"]
+CUT = ["hardware.rollout_tokens=400", "hardware.micro_batch_tokens=200", "grpo.num_steps=3", "checkpoint.every=1"]
 CUT += ["checkpoint.keep_last=2"]
 
 
@@ -356,14 +356,15 @@ def cut_run(tmp_path_factory):
     ],
     ids=["in sampling", "in the reference pass", "in forward", "in backward"],
 )
-def test_out_of_memory_halves_the_rows_and_the_size_is_remembered(tmp_path, cut_run, place, call, part):
+def test_out_of_memory_halves_the_tokens_and_the_size_is_remembered(tmp_path, cut_run, place, call, part):
+    budget = 400 if part == "rollout" else 200
     run_dir = tmp_path / "run"
     failing = launch(*QUICK, *CUT, f"run_dir={run_dir}", cwd=tmp_path, fault=(place, call, "memory"))
     assert failing.returncode == 0, failing.stderr
     said = failing.stderr + failing.stdout
-    assert f"out of memory in the {part} with 8 rows at a time; trying 4 from here on" in said
+    assert f"out of memory in the {part} with {budget} tokens at a time; trying {budget // 2} from here on" in said
     assert said.count("out of memory") == 1
-    assert load_state(run_dir / "checkpoints" / "step_000003").reduced == {part: {"from": 8, "to": 4}}
+    assert load_state(run_dir / "checkpoints" / "step_000003").reduced == {part: {"from": budget, "to": budget // 2}}
     # Cut otherwise, the same problems, noise and, to rounding, the same numbers.
     for ours, theirs in zip(rows(run_dir), rows(cut_run), strict=True):
         assert ours["digest/completions"] == theirs["digest/completions"]
@@ -377,26 +378,25 @@ def test_out_of_memory_halves_the_rows_and_the_size_is_remembered(tmp_path, cut_
     (run_dir / "status.json").write_text(json.dumps(status(run_dir) | {"state": "interrupted"}))
     shutil.rmtree(run_dir / "checkpoints" / "step_000003")
     never_again = ("grpo.engine.memory.Cut._halve", "1", "kill")
-    assert part_rows(run_dir, part) == 4
+    assert part_tokens(run_dir, part) == budget // 2
     assert launch(*more, cwd=tmp_path, fault=never_again).returncode == 0
-    assert load_state(run_dir / "checkpoints" / "step_000003").reduced == {part: {"from": 8, "to": 4}}
+    assert load_state(run_dir / "checkpoints" / "step_000003").reduced == {part: {"from": budget, "to": budget // 2}}
 
 
-def part_rows(run_dir, part):
-    """How many rows a run that goes on from its newest checkpoint works on at once."""
+def part_tokens(run_dir, part):
+    """How many tokens a run that goes on from its newest checkpoint works on at once."""
     trainer = Trainer(prepare(typed(load_frozen(run_dir / "config.yaml"))))
     trainer.load(latest_checkpoint(run_dir / "checkpoints"))
-    return trainer.cut.rows(part)
+    return trainer.cut.tokens(part)
 
 
-def test_out_of_memory_with_one_row_says_what_to_lower(tmp_path):
+def test_out_of_memory_with_one_completion_says_what_to_lower(tmp_path):
     fault = ("grpo.trainer.accumulate_gradient", "1", "memory")
-    failed = launch(*QUICK, "hardware.micro_batch_size=4", f"run_dir={tmp_path / 'run'}", cwd=tmp_path, fault=fault)
+    failed = launch(*QUICK, "hardware.micro_batch_tokens=150", f"run_dir={tmp_path / 'run'}", cwd=tmp_path, fault=fault)
     assert failed.returncode == 1
     last = failed.stderr.splitlines()[-1]
-    assert "out of memory in the update with one row at a time; lower grpo.max_completion_length" in last
-    assert "with 4 rows at a time; trying 2" in failed.stderr + failed.stdout
-    assert "with 2 rows at a time; trying 1" in failed.stderr + failed.stdout
+    assert "out of memory in the update with one completion at a time; lower grpo.max_completion_length" in last
+    assert "with 150 tokens at a time; trying 75" in failed.stderr + failed.stdout
 
 
 # Not a number.

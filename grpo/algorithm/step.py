@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.algorithm.loss import BatchCounts, LossOutput
-from grpo.engine.model import CompletionBatch, PromptBatch, TokenLogps, completion_logps
+from grpo.engine.batch import CompletionBatch, PromptBatch, split_rows
+from grpo.engine.logps import TokenLogps, completion_logps
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,39 @@ class Batch:
     ref_logps: Tensor | None = None  # (B, T); None where beta is 0
     old_logps: Tensor | None = None  # (B, T); None while the policy has not moved since it sampled
 
-    def rows(self, start: int, stop: int) -> "Batch":
-        """The micro-batch of completions start..stop, with the prompts that they answer."""
-        group_size = len(self.completions.ids) // len(self.prompts.ids)
-        prompts = slice(start // group_size, (stop - 1) // group_size + 1)
-        width = int(self.completions.mask[start:stop].sum(dim=1).max())  # the others' length is not paid for
+    def prompt_of_row(self) -> Tensor:
+        """Which prompt each completion answers, (B,) int64."""
+        rows, prompts = len(self.completions.ids), len(self.prompts.ids)
+        return torch.arange(rows, device=self.completions.ids.device) // (rows // prompts)
+
+    def token_range(self) -> tuple[int, int]:
+        """Tokens of the longest completion with its prompt, and of all completions with each prompt once."""
+        lengths, prompts = self.completions.mask.sum(dim=1), self.prompts.mask.sum(dim=1)
+        return int((lengths + prompts[self.prompt_of_row()]).max()), int(lengths.sum() + prompts.sum())
+
+    def micro_batches(self, token_budget: int) -> list[Tensor]:
+        """The rows (m,) of each part of at most so many tokens, those of like length together.
+
+        A prompt counts once in each part that has completions of it, so a group stays together as far as it can.
+        """
+        lengths, prompt_of_row = self.completions.mask.sum(dim=1), self.prompt_of_row()
+        order = (prompt_of_row * (lengths.max() + 1) - lengths).argsort(stable=True)
+        parts = split_rows(self.prompts.mask.sum(dim=1), prompt_of_row[order], lengths[order], token_budget)
+        return [order[part] for part in parts]
+
+    def part(self, rows: Tensor) -> "MicroBatch":
+        """The completions of these rows (m,), with the prompts that they answer."""
+        prompts, prompt_of_row = self.prompt_of_row()[rows].unique(return_inverse=True)
+        width = int(self.completions.mask[rows].sum(dim=1).max())  # the others' length is not paid for
 
         def cut(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[start:stop, :width]
+            return None if tensor is None else tensor[rows, :width]
 
-        return Batch(
+        return MicroBatch(
             PromptBatch(self.prompts.ids[prompts], self.prompts.mask[prompts]),
             CompletionBatch(cut(self.completions.ids), cut(self.completions.mask)),
-            self.advantages[start:stop],
+            prompt_of_row,
+            self.advantages[rows],
             cut(self.ref_logps),
             cut(self.old_logps),
         )
@@ -47,30 +67,30 @@ class Batch:
         tensors |= {name: getattr(self, name) for name in ("advantages", "ref_logps", "old_logps")}
         return {name: value.contiguous() for name, value in tensors.items() if value is not None}
 
-    def micro_batches(self, size: int) -> list[tuple[int, int]]:
-        """The ranges of rows that cut the batch into parts of at most `size`."""
-        rows = len(self.completions.ids)
-        return [(start, min(start + size, rows)) for start in range(0, rows, size)]
 
-    def prompt_of_row(self, start: int, stop: int) -> Tensor:
-        """For the micro-batch start..stop: which of its prompts each row answers, (stop - start,) int64."""
-        group_size = len(self.completions.ids) // len(self.prompts.ids)
-        return torch.arange(start, stop, device=self.completions.ids.device) // group_size - start // group_size
+@dataclass(frozen=True)
+class MicroBatch:
+    """m of a batch's completions, cut to the longest of them, t tokens."""
 
+    prompts: PromptBatch  # those that are answered
+    completions: CompletionBatch  # m rows
+    prompt_of_row: Tensor  # (m,) int64
+    advantages: Tensor  # (m,)
+    ref_logps: Tensor | None  # (m, t)
+    old_logps: Tensor | None  # (m, t)
 
-def batch_logps(model: PreTrainedModel, batch: Batch, start: int, stop: int, temperature: float) -> TokenLogps:
-    """Log-probabilities of the completions start..stop, with gradient where it is enabled."""
-    part = batch.rows(start, stop)
-    return completion_logps(model, part.prompts, part.completions, batch.prompt_of_row(start, stop), temperature)
+    def logps(self, model: PreTrainedModel, temperature: float) -> TokenLogps:
+        """Log-probabilities of these completions, with gradient where it is enabled."""
+        return completion_logps(model, self.prompts, self.completions, self.prompt_of_row, temperature)
 
 
 @torch.no_grad()
-def all_logps(model: PreTrainedModel, batch: Batch, temperature: float, micro_batch_size: int) -> Tensor:
+def all_logps(model: PreTrainedModel, batch: Batch, temperature: float, token_budget: int) -> Tensor:
     """Log-probabilities (B, T) of the whole batch without gradient, as for the reference model."""
     result = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)
-    for start, stop in batch.micro_batches(micro_batch_size):
-        logps = batch_logps(model, batch, start, stop, temperature).logps
-        result[start:stop, : logps.shape[1]] = logps
+    for rows in batch.micro_batches(token_budget):
+        logps = batch.part(rows).logps(model, temperature).logps
+        result[rows, : logps.shape[1]] = logps
     return result
 
 
@@ -80,24 +100,21 @@ def accumulate_gradient(
     batch: Batch,
     *,
     temperature: float,
-    micro_batch_size: int,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    token_budget: int,
 ) -> tuple[dict[str, float], Tensor]:
-    """Put the gradient of the whole batch's loss into the parameters, in place of what they held.
+    """Add the gradient of the whole batch's loss to what the parameters hold, a part of the batch at a time.
 
     Returns the metrics (loss, and means over the active tokens), and the log-probabilities (B, T).
     """
     counts = BatchCounts(rows=len(batch.completions.ids), tokens=int(batch.completions.mask.sum()))
     logps = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)
     loss, sums = 0.0, {}
-    model.zero_grad(set_to_none=True)
-    for start, stop in batch.micro_batches(micro_batch_size):
-        part = batch.rows(start, stop)
-        with autocast():
-            policy = batch_logps(model, batch, start, stop, temperature)
+    for rows in batch.micro_batches(token_budget):
+        part = batch.part(rows)
+        policy = part.logps(model, temperature)
         output = objective(policy.logps, part.old_logps, part.ref_logps, part.advantages, part.completions.mask, counts)
         output.loss.backward()
-        logps[start:stop, : policy.logps.shape[1]] = policy.logps.detach()
+        logps[rows, : policy.logps.shape[1]] = policy.logps.detach()
         loss += output.loss.detach()
         for name, value in {**output.sums, "entropy": policy.entropy.sum()}.items():
             sums[name] = sums.get(name, 0.0) + value

@@ -86,7 +86,7 @@ def load_subject(subject: Subject, with_problems: bool = True):
     from grpo.setup import prepare
 
     setup = prepare(subject.config, with_problems)
-    model = setup.load_policy()
+    model = setup.for_sampling(setup.load_policy())
     if subject.weights is not None:
         load_weights(subject.weights, model)
     return setup, model

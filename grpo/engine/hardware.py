@@ -1,10 +1,10 @@
 """Which device a run uses, and how: resolved once when it starts, then frozen in its config."""
 
+import ctypes
 import logging
 import os
 import resource
 import sys
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import yaml
@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 THREADS = torch.get_num_threads()  # as torch finds them, before any job of a sweep sets another number
 # The presets that `auto` chooses among: the first whose memory, in GB, the card has (a little is always reserved).
 CUDA_PRESETS = ((70, "a100_80gb"), (36, "a100_40gb"), (20, "rtx_24gb"), (0, "t4_16gb"))
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def resolve_hardware(cfg: DictConfig) -> None:
@@ -34,11 +36,13 @@ def resolve_hardware(cfg: DictConfig) -> None:
     if device == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"{asked}=mps: torch sees no Apple GPU here; use {mend}")
     if hardware.device == "auto":
-        name = preset(device)
+        name, asked_dtype = preset(device), hardware.compute_dtype
         logger.info("hardware=auto: using the preset %s", name)
         for key, value in yaml.safe_load((CONF_DIR / "hardware" / f"{name}.yaml").read_text()).items():
             if hardware[key] is None:
                 hardware[key] = value
+        if hardware.compute_dtype == "float32" and device == "cpu" and not asked_dtype and cpu_multiplies_bfloat16():
+            hardware.compute_dtype = "bfloat16"
     hardware.device = device.split(":")[0]
     if hardware.threads is None:
         hardware.threads = THREADS
@@ -49,6 +53,11 @@ def find_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware; emulated, it is slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def preset(device: str) -> str:
@@ -67,9 +76,21 @@ def use_hardware(config: Config) -> torch.device:
     # Set both ways, since the jobs of a sweep share a process. On a CPU this only replaces atomic additions in the
     # gradient of indexing, at no cost worth measuring.
     _use_deterministic_algorithms(device.type == "cpu" or config.deterministic)
+    if device.type == "cpu":
+        _keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what tensors on a CPU free, where it otherwise gives the large ones back at once.
+
+    Each page that it asks for again is cleared by the system first: a seventh of a training step's time.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _use_deterministic_algorithms(wanted: bool) -> None:
@@ -82,13 +103,6 @@ def _use_deterministic_algorithms(wanted: bool) -> None:
     torch.backends.cudnn.benchmark = False  # autotuning may choose another algorithm each time
     torch.backends.cudnn.deterministic = wanted
     torch.backends.cuda.enable_cudnn_sdp(not wanted)  # cuDNN's attention promises no equal gradients
-
-
-def autocast(config: Config) -> AbstractContextManager:
-    """The arithmetic's dtype: hardware.autocast where one is set; weights and their updates keep model.dtype."""
-    if config.hardware.autocast is None:
-        return nullcontext()
-    return torch.autocast(config.hardware.device, dtype=getattr(torch, config.hardware.autocast))
 
 
 def peak_memory_gb(device: torch.device) -> float:

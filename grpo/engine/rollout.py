@@ -1,16 +1,23 @@
 """Sampling completions: each prompt is read once for its whole group, finished rows leave the batch."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.engine.model import CompletionBatch, PromptBatch, extend, positions, prefill, select_cache_rows
+from grpo.engine.batch import CompletionBatch, PromptBatch, positions, split_rows
+from grpo.engine.cache import extend, prefill, select_cache_rows
+from grpo.engine.lean import LeanDecoder, is_lean
 from grpo.engine.noise import gumbel_noise, row_keys
 
-COMPACT_BELOW = 0.75  # finished rows are dropped once fewer than this share of the rows is still running
+# Finished rows are dropped once fewer than this share of the rows is still running. A processor's time goes by the row;
+# an accelerator's hardly does, and there each look at which rows have ended waits for its queue.
+COMPACT_BELOW = {"cpu": 1.0}
+COMPACT_BELOW_ELSEWHERE = 0.75
+LOOK_EVERY_ELSEWHERE = 16  # tokens
 
 
 @dataclass(frozen=True)
@@ -33,23 +40,27 @@ def rollout(
     *,
     seed: int,
     step: int,
-    rows_at_once: int,
+    token_budget: int,
 ) -> CompletionBatch:
     """Sample `num_generations` completions for each of P prompts -> B = P * num_generations rows.
 
     The noise of every token comes from the counter (seed, step, slot of the prompt in the batch, completion,
-    token, vocabulary index), so a completion does not depend on which rows are decoded together (`rows_at_once`
-    at most, to bound memory) beyond the rounding of the model itself.
+    token, vocabulary index), so a completion does not depend on which rows are decoded together beyond the rounding
+    of the model itself. token_budget: how many tokens' keys and values there is memory for.
     """
     slots, members = np.divmod(np.arange(len(prompts.ids) * num_generations), num_generations)
     keys = row_keys(seed, step, slots, members).to(prompts.ids.device)
     prompt_of_row = torch.from_numpy(slots).to(prompts.ids.device)
-    chunks = zip(prompt_of_row.split(rows_at_once), keys.split(rows_at_once), strict=True)
-    parts = [_decode(model, *_take_prompts(prompts, chunk), chunk_keys, sampling) for chunk, chunk_keys in chunks]
-
-    longest = max(ids.shape[1] for ids in parts)
-    ids = torch.cat([torch.nn.functional.pad(p, (0, longest - p.shape[1]), value=sampling.pad_id) for p in parts])
-    return CompletionBatch(ids, completion_mask(ids, sampling.stop_ids))
+    parts = []
+    for rows in split_rows(prompts.mask.sum(dim=1), prompt_of_row, sampling.max_new_tokens, token_budget):
+        parts.append(_decode(model, *_take_prompts(prompts, prompt_of_row[rows]), keys[rows], sampling))
+    longest = max(ids.shape[1] for ids, _ in parts)
+    ids, logps = (
+        torch.cat([torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=padding) for x in values])
+        for values, padding in zip(zip(*parts, strict=True), (sampling.pad_id, 0.0), strict=True)
+    )
+    mask = completion_mask(ids, sampling.stop_ids)
+    return CompletionBatch(ids, mask, logps * mask)
 
 
 def completion_mask(ids: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
@@ -66,47 +77,82 @@ def _take_prompts(prompts: PromptBatch, prompt_of_row: Tensor) -> tuple[PromptBa
 
 def _decode(
     model: PreTrainedModel, prompts: PromptBatch, prompt_of_row: Tensor, keys: Tensor, sampling: Sampling
-) -> Tensor:
-    """Decode one chunk of rows together. Returns token ids (rows, T), padded after each row's end."""
-    hidden, cache = prefill(model, prompts)
-    select_cache_rows(cache, prompt_of_row)
-    hidden = hidden.index_select(0, prompt_of_row)
-    prompt_mask = prompts.mask.index_select(0, prompt_of_row)
-    width, device = prompt_mask.shape[1], prompt_mask.device
-    mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(keys), sampling.max_new_tokens)], dim=1)
-    next_position = positions(prompt_mask)[:, -1:] + 1
-
+) -> tuple[Tensor, Tensor]:
+    """Decode some rows together. Returns token ids and their log-probabilities, (rows, T), padded after each end."""
+    rows, device = len(keys), keys.device
     stop_ids = torch.tensor(sampling.stop_ids, device=device)
-    ids = torch.full((len(keys), sampling.max_new_tokens), sampling.pad_id, device=device)
-    running = torch.arange(len(keys), device=device)  # the rows of `ids` that this batch still works on
-    ended = torch.zeros(len(keys), dtype=torch.bool, device=device)
-    # Looking at `ended` makes an accelerator wait for its queue; there it is worth it only now and then.
-    look_every = 1 if device.type == "cpu" else 16
-
-    head = model.get_output_embeddings()
+    ids = torch.full((rows, sampling.max_new_tokens), sampling.pad_id, device=device)
+    logps = torch.zeros(ids.shape, device=device)
+    running = torch.arange(rows, device=device)  # the rows of `ids` that this batch still works on
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    on_cpu = device.type == "cpu"
+    kind = LeanDecoder if is_lean(model) else CachedDecoder
+    decoder = kind(model, prompts, prompt_of_row, sampling.max_new_tokens)
     for t in range(sampling.max_new_tokens):
-        tokens = _choose(head(hidden).float(), keys, t, sampling, stop_ids)
+        tokens, logps[running, t] = _choose(decoder.logits.float(), keys, t, sampling, stop_ids)
         tokens = torch.where(ended, sampling.pad_id, tokens)
         ids[running, t] = tokens
         ended = ended | torch.isin(tokens, stop_ids)
         if t + 1 == sampling.max_new_tokens:
             break
-        if (t + 1) % look_every == 0:
+        if on_cpu or (t + 1) % LOOK_EVERY_ELSEWHERE == 0:
             alive = (~ended).nonzero().squeeze(1)
             if len(alive) == 0:
-                return ids[:, : t + 1]
-            if len(alive) < COMPACT_BELOW * len(ended):
-                select_cache_rows(cache, alive)
-                running, ended, keys, mask = running[alive], ended[alive], keys[alive], mask[alive]
-                tokens, next_position = tokens[alive], next_position[alive]
-        hidden = extend(model, cache, tokens[:, None], mask[:, : width + t + 1], next_position + t)[:, -1]
-    return ids
+                return ids[:, : t + 1], logps[:, : t + 1]
+            if len(alive) < COMPACT_BELOW.get(device.type, COMPACT_BELOW_ELSEWHERE) * len(ended):
+                decoder.keep(alive)
+                running, ended, keys, tokens = running[alive], ended[alive], keys[alive], tokens[alive]
+        decoder.read(tokens)
+    return ids, logps
 
 
-def _choose(logits: Tensor, keys: Tensor, t: int, sampling: Sampling, stop_ids: Tensor) -> Tensor:
-    """The next token (rows,) from float32 logits (rows, vocabulary): greedy, or Gumbel-max with counter noise."""
-    if t < sampling.min_new_tokens:
-        logits = logits.index_fill(1, stop_ids, -torch.inf)
+class Decoder(Protocol):
+    """The model at the end of R rows, which it reads on token by token."""
+
+    logits: Tensor  # (R, V) of the next token
+
+    def read(self, tokens: Tensor) -> None:
+        """One more token of each row, (R,)."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these, (n,) int64 ascending."""
+
+
+class CachedDecoder:
+    """The plain way, with transformers' own cache and prompts padded on the left."""
+
+    def __init__(self, model: PreTrainedModel, prompts: PromptBatch, prompt_of_row: Tensor, max_tokens: int) -> None:
+        hidden, self._cache = prefill(model, prompts)
+        select_cache_rows(self._cache, prompt_of_row)
+        mask = prompts.mask[prompt_of_row]
+        self._model, self._length = model, mask.shape[1]
+        self._mask = torch.cat([mask, mask.new_ones(len(mask), max_tokens)], dim=1)
+        self._next_position = positions(mask)[:, -1:] + 1
+        self.logits = model.get_output_embeddings()(hidden[prompt_of_row])
+
+    def read(self, tokens: Tensor) -> None:
+        self._length += 1
+        hidden = extend(self._model, self._cache, tokens[:, None], self._mask[:, : self._length], self._next_position)
+        self._next_position = self._next_position + 1
+        self.logits = self._model.get_output_embeddings()(hidden[:, -1])
+
+    def keep(self, rows: Tensor) -> None:
+        select_cache_rows(self._cache, rows)
+        self._mask, self._next_position = self._mask[rows], self._next_position[rows]
+
+
+def _choose(logits: Tensor, keys: Tensor, t: int, sampling: Sampling, stop_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The next token (rows,) from float32 logits (rows, vocabulary): greedy, or Gumbel-max with counter noise.
+
+    And its log-probability (rows,), as the training pass is to find it again: nothing held back; 0 where greedy.
+    """
     if sampling.temperature == 0:
-        return logits.argmax(dim=1)
-    return (logits / sampling.temperature + gumbel_noise(keys, t, logits.shape[1])).argmax(dim=1)
+        return _without_early_stop(logits, t, sampling, stop_ids).argmax(dim=1), logits.new_zeros(len(logits))
+    logits = logits / sampling.temperature
+    allowed = _without_early_stop(logits, t, sampling, stop_ids)
+    tokens = (allowed + gumbel_noise(keys, t, logits.shape[1])).argmax(dim=1)
+    return tokens, logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+
+
+def _without_early_stop(logits: Tensor, t: int, sampling: Sampling, stop_ids: Tensor) -> Tensor:
+    return logits.index_fill(1, stop_ids, -torch.inf) if t < sampling.min_new_tokens else logits

@@ -7,15 +7,22 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grpo.algorithm.loss import BatchCounts, grpo_loss
-from grpo.algorithm.step import Batch, accumulate_gradient, all_logps, apply_gradient, batch_logps, learning_rate
-from grpo.engine.model import CompletionBatch, PromptBatch, completion_logps_unshared
+from grpo.algorithm.step import Batch, accumulate_gradient, all_logps, apply_gradient, learning_rate
+from grpo.engine.batch import CompletionBatch, PromptBatch
+from grpo.engine.linear import use_onednn
+from grpo.engine.logps import completion_logps_unshared
+from grpo.engine.packed import try_packing
 from grpo.tiny import MODEL_DIR
 from tests.runs import processes
 
 
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+@pytest.fixture(scope="module", params=["padded", "packed"])
+def model(request):
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+    if request.param == "packed":
+        assert try_packing(model)
+        use_onednn(model)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -33,27 +40,40 @@ def batch():
     )
 
 
-def gradient_of(model, batch, micro_batch_size, beta=0.04):
+WHOLE = 1000  # tokens: more than the batch has
+
+
+def gradient_of(model, batch, token_budget, beta=0.04):
     """The metrics of the loss, and its gradient as one vector, which the model holds as well."""
     objective = partial(grpo_loss, beta=beta, epsilon=0.1)
-    metrics, _ = accumulate_gradient(model, objective, batch, temperature=1.0, micro_batch_size=micro_batch_size)
+    model.zero_grad()
+    metrics, _ = accumulate_gradient(model, objective, batch, temperature=1.0, token_budget=token_budget)
     return metrics, torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 4, 5])
-def test_cutting_the_batch_does_not_change_the_gradient(model, batch, micro_batch_size):
-    whole_metrics, whole = gradient_of(model, batch, 8)
-    metrics, gradient = gradient_of(model, batch, micro_batch_size)
+@pytest.mark.parametrize("token_budget", [1, 10, 17, 25, 40])
+def test_cutting_the_batch_does_not_change_the_gradient(model, batch, token_budget):
+    whole_metrics, whole = gradient_of(model, batch, WHOLE)
+    metrics, gradient = gradient_of(model, batch, token_budget)
     assert (gradient - whole).norm() / whole.norm() < 1e-5
     assert metrics == pytest.approx(whole_metrics, rel=1e-4, abs=1e-6)
+
+
+def test_completions_of_like_length_are_together_and_a_prompt_is_not_read_more_often_than_needed(batch):
+    lengths = batch.completions.mask.sum(dim=1)
+    parts = [part.tolist() for part in batch.micro_batches(28)]
+    assert [lengths[part].tolist() for part in parts] == [[12, 7, 3, 1], [11, 5, 4, 2]]
+    assert batch.micro_batches(WHOLE)[0].tolist() == [0, 2, 3, 1, 6, 5, 7, 4]
+    assert sorted(int(row) for part in batch.micro_batches(15) for row in part) == list(range(8))
+    assert batch.token_range() == (16, 45 + 8)
 
 
 def gradient_of_rows(batch, start, stop, file):
     """What one of several processes does: the gradient of its rows, divided by the counts of the whole batch."""
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
-    part = batch.rows(start, stop)
+    part = batch.part(torch.arange(start, stop))
     counts = BatchCounts(rows=len(batch.completions.ids), tokens=int(batch.completions.mask.sum()))
-    logps = batch_logps(model, batch, start, stop, temperature=1.0).logps
+    logps = part.logps(model, temperature=1.0).logps
     mask, advantages = part.completions.mask, part.advantages
     settings = {"beta": 0.04, "epsilon": 0.1}
     grpo_loss(logps, part.old_logps, part.ref_logps, advantages, mask, counts, **settings).loss.backward()
@@ -61,7 +81,7 @@ def gradient_of_rows(batch, start, stop, file):
 
 
 def test_the_gradients_of_two_processes_add_up_to_that_of_the_batch(model, batch, tmp_path):
-    _, whole = gradient_of(model, batch, 8)
+    _, whole = gradient_of(model, batch, WHOLE)
     files = [tmp_path / "0", tmp_path / "1"]
     halves = [
         processes.Process(target=gradient_of_rows, args=(batch, start, stop, file))
@@ -81,12 +101,12 @@ def test_an_update_makes_good_completions_likelier_and_bad_ones_less_likely(mode
     on_policy = Batch(batch.prompts, batch.completions, torch.tensor([1.0, -1.0] * 4))
     model_after = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model_after.parameters(), lr=1e-3)
-    metrics, _ = gradient_of(model_after, on_policy, 8, beta=0.0)
+    metrics, _ = gradient_of(model_after, on_policy, WHOLE, beta=0.0)
     norm, made = apply_gradient(model_after, optimizer, metrics["loss"], max_grad_norm=1e9)
     assert made
     assert norm > 0
     assert all(p.grad is None for p in model_after.parameters())
-    change = all_logps(model_after, on_policy, 1.0, 8) - all_logps(model, on_policy, 1.0, 8)
+    change = all_logps(model_after, on_policy, 1.0, WHOLE) - all_logps(model, on_policy, 1.0, WHOLE)
     lengths = batch.completions.mask.sum(dim=1)
     change = (change.sum(dim=1) / lengths * on_policy.advantages).mean()
     assert change > 0
@@ -95,7 +115,7 @@ def test_an_update_makes_good_completions_likelier_and_bad_ones_less_likely(mode
 def test_logps_of_the_whole_batch_do_not_depend_on_the_cut(model, batch):
     prompt_of_row = torch.arange(8) // 4
     plain = completion_logps_unshared(model, batch.prompts, batch.completions, prompt_of_row, 0.8).logps
-    for size in (1, 3, 8):
+    for size in (1, 20, WHOLE):
         torch.testing.assert_close(all_logps(model, batch, 0.8, size), plain.detach(), rtol=1e-5, atol=2e-5)
 
 
@@ -105,10 +125,10 @@ def test_what_is_not_finite_changes_no_weight(model, batch, where):
     optimizer = torch.optim.AdamW(broken.parameters(), lr=0.1)
     if where == "loss":
         bad = Batch(batch.prompts, batch.completions, torch.tensor([float("nan")] + [1.0] * 7))
-        loss = gradient_of(broken, bad, 4, beta=0.0)[0]["loss"]
+        loss = gradient_of(broken, bad, 20, beta=0.0)[0]["loss"]
         assert math.isnan(loss)
     else:
-        loss = gradient_of(broken, batch, 4)[0]["loss"]
+        loss = gradient_of(broken, batch, 20)[0]["loss"]
         next(broken.parameters()).grad[0] = float("inf")
     norm, made = apply_gradient(broken, optimizer, loss, max_grad_norm=1.0)
     assert not made
@@ -120,7 +140,7 @@ def test_what_is_not_finite_changes_no_weight(model, batch, where):
 
 def test_the_gradient_is_clipped_to_its_norm(model, batch):
     clipped = copy.deepcopy(model)
-    _, gradient = gradient_of(clipped, batch, 8)
+    _, gradient = gradient_of(clipped, batch, WHOLE)
     optimizer = torch.optim.SGD(clipped.parameters(), lr=1.0)
     norm, _ = apply_gradient(clipped, optimizer, 0.0, max_grad_norm=0.01)
     assert norm == pytest.approx(gradient.norm().item(), rel=1e-5)

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from grpo.engine.model import extend, model_source
+from grpo.engine.cache import extend
+from grpo.engine.model import model_source
 from grpo.engine.noise import gumbel_noise, row_keys
 
 PROMPT_TOKENS, ROUNDS = 80, 15

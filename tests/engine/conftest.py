@@ -2,7 +2,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.engine.model import tokenize_prompts
+from grpo.config import ModelConfig
+from grpo.engine.batch import tokenize_prompts
+from grpo.engine.lean import is_lean
+from grpo.engine.model import load_model
+from grpo.engine.packed import packs
 from grpo.tiny import MODEL_DIR
 
 
@@ -12,8 +16,29 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def model():
+def plain_model():
+    """As transformers loads it: read padded, with transformers' cache."""
     return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def fast_model():
+    """As the suite loads it: read packed, decoded by `LeanDecoder`, multiplied by oneDNN."""
+    model = load_model(tiny_config(), torch.device("cpu"))
+    assert packs(model)
+    assert is_lean(model)
+    return model
+
+
+@pytest.fixture(scope="session", params=["plain", "fast"])
+def model(request, plain_model, fast_model):
+    """Either of them: what holds of one holds of the other."""
+    return {"plain": plain_model, "fast": fast_model}[request.param]
+
+
+def tiny_config(**changes):
+    settings = {"name": "tiny", "attn_implementation": "sdpa", "dtype": "float32", "device_map": "auto"}
+    return ModelConfig(**settings | {"trust_remote_code": False} | changes)
 
 
 @pytest.fixture(scope="session")

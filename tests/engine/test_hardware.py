@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from grpo.compose import compose_config
 from grpo.config import CONF_DIR, ConfigError
 from grpo.engine import hardware
-from grpo.engine.hardware import preset, resolve_hardware, use_hardware
+from grpo.engine.hardware import cpu_multiplies_bfloat16, preset, resolve_hardware, use_hardware
 
 
 @pytest.mark.parametrize(
@@ -29,12 +29,27 @@ def test_a_card_gets_the_preset_of_its_memory(monkeypatch, gigabytes, name):
 
 @pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="needs a bare processor")
 def test_auto_takes_the_cpu_preset_where_there_is_no_gpu_and_keys_set_by_hand_stay():
-    cfg = compose_config(["hardware.rollout_rows=7", "grpo.batch_size=3"])
+    cfg = compose_config(["hardware.rollout_tokens=7", "grpo.batch_size=3"])
     resolve_hardware(cfg)
-    expected = yaml.safe_load((CONF_DIR / "hardware" / "cpu.yaml").read_text()) | {"rollout_rows": 7}
+    expected = yaml.safe_load((CONF_DIR / "hardware" / "cpu.yaml").read_text()) | {"rollout_tokens": 7}
     expected |= {"threads": hardware.THREADS}
+    expected |= {"compute_dtype": "bfloat16" if cpu_multiplies_bfloat16() else "float32"}
     assert OmegaConf.to_container(cfg.hardware) == expected
     assert (cfg.grpo.batch_size, cfg.grpo.num_generations) == (3, expected["num_generations"])
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_auto_takes_bfloat16_where_the_processor_multiplies_it_unless_told_otherwise(monkeypatch, able):
+    monkeypatch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: able)
+    monkeypatch.setattr(hardware, "find_device", lambda: "cpu")
+    for overrides, expected in (
+        ([], "bfloat16" if able else "float32"),
+        (["hardware.compute_dtype=float32"], "float32"),
+        (["hardware=cpu"], "float32"),
+    ):
+        cfg = compose_config(overrides)
+        resolve_hardware(cfg)
+        assert cfg.hardware.compute_dtype == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -2,9 +2,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo.engine.model import PromptBatch, completion_logps_unshared
-from grpo.engine.rollout import Sampling, completion_mask, rollout
+from grpo.engine.batch import PromptBatch, split_rows
+from grpo.engine.lean import LeanDecoder, is_lean
+from grpo.engine.linear import use_onednn
+from grpo.engine.logps import completion_logps_unshared
+from grpo.engine.packed import try_packing
+from grpo.engine.rollout import CachedDecoder, Sampling, completion_mask, rollout
 
 
 @pytest.fixture
@@ -12,8 +17,8 @@ def sampling(tokenizer):
     return Sampling(32, 1.0, (tokenizer.eos_token_id,), tokenizer.pad_token_id)
 
 
-def sample(model, prompts, sampling, generations=4, seed=1, step=1, rows_at_once=64):
-    return rollout(model, prompts, generations, sampling, seed=seed, step=step, rows_at_once=rows_at_once)
+def sample(model, prompts, sampling, generations=4, seed=1, step=1, token_budget=10**6):
+    return rollout(model, prompts, generations, sampling, seed=seed, step=step, token_budget=token_budget)
 
 
 def test_greedy_decoding_is_that_of_transformers(model, tokenizer, prompts, sampling):
@@ -35,10 +40,10 @@ def test_a_group_holds_different_completions(model, prompts, sampling):
     assert len({tuple(row.tolist()) for row in completions.ids[:8]}) > 1
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 3, 5])
-def test_decoding_fewer_rows_at_once_gives_the_same_completions(model, prompts, sampling, rows_at_once):
+@pytest.mark.parametrize("token_budget", [1, 200, 350])
+def test_decoding_fewer_rows_at_once_gives_the_same_completions(model, prompts, sampling, token_budget):
     whole = sample(model, prompts, sampling)
-    parts = sample(model, prompts, sampling, rows_at_once=rows_at_once)
+    parts = sample(model, prompts, sampling, token_budget=token_budget)
     # Rows that differ by rounding do so only where two tokens nearly tie, which these do not.
     assert torch.equal(whole.ids * whole.mask, parts.ids * parts.mask)
 
@@ -54,7 +59,7 @@ def test_tokens_are_drawn_from_the_models_distribution(model, prompts, sampling)
     """The first token of many completions of one prompt, against the model's own probabilities."""
     one = PromptBatch(prompts.ids[:1], prompts.mask[:1])
     first = replace(sampling, max_new_tokens=1, temperature=1.7)
-    drawn = rollout(model, one, 4000, first, seed=3, step=1, rows_at_once=4000).ids[:, 0]
+    drawn = rollout(model, one, 4000, first, seed=3, step=1, token_budget=10**6).ids[:, 0]
     probabilities = (model(one.ids, attention_mask=one.mask).logits[0, -1].double() / 1.7).softmax(0)
     common = probabilities * 4000 >= 5
     expected = torch.cat([probabilities[common], probabilities[~common].sum()[None]]) * 4000
@@ -79,13 +84,11 @@ def test_no_completion_ends_before_min_new_tokens(model, prompts, sampling):
 def test_rows_that_ended_leave_the_batch(model, prompts, sampling, monkeypatch):
     """The model must not be run on finished rows; counted by a hook on the real model."""
     rows = []
-    hook = model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda module, args: rows.append(args[0].numel()))
     completions = sample(model, prompts, sampling, generations=16)
     hook.remove()
     lengths = completions.mask.sum(dim=1)
-    assert rows[0] == 3  # the prompts, once each
+    assert rows[0] in (prompts.ids.numel(), prompts.mask.sum())  # the prompts, once each
     assert rows[1] == 48
     assert rows[-1] < 48
     assert len(rows) == lengths.max()  # and nothing after the last row has ended
@@ -100,3 +103,62 @@ def test_completions_are_as_likely_as_their_temperature_says(model, prompts, sam
         logps = completion_logps_unshared(model, prompts, completions, prompt_of_row, 1.0).logps
         means.append((logps.sum() / completions.mask.sum()).item())
     assert means[0] > means[1] > means[2]
+
+
+def test_sampling_finds_the_log_probabilities_that_the_training_pass_finds(model, prompts, sampling):
+    warm = replace(sampling, temperature=0.7, min_new_tokens=3)
+    completions = sample(model, prompts, warm)
+    expected = completion_logps_unshared(model, prompts, completions, torch.arange(3).repeat_interleave(4), 0.7).logps
+    torch.testing.assert_close(completions.sampling_logps, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_lean_decoding_gives_the_tokens_of_the_plain_way(plain_model, fast_model, prompts, sampling, temperature):
+    lean, plain = (
+        sample(each, prompts, replace(sampling, temperature=temperature), 8) for each in (fast_model, plain_model)
+    )
+    assert lean.ids.shape[1] == plain.ids.shape[1]
+    assert torch.equal(lean.ids * lean.mask, plain.ids * plain.mask)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_each_model_of_the_family_is_decoded_lean_as_plainly(kind, tied, prompts, sampling):
+    """Biases (Qwen2), norms of heads (Qwen3), none (Llama); logits step by step, with rows that leave on the way."""
+    settings = {"vocab_size": 600, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "head_dim": 16}
+    if kind == "mistral":
+        settings["sliding_window"] = None
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings, tie_word_embeddings=tied)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # biases and norms too
+    assert try_packing(model)
+    use_onednn(model)
+    assert is_lean(model)
+    prompt_of_row = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    tokens = torch.randint(5, 600, (8, 6), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        lean, plain = (Decoder(model, prompts, prompt_of_row, 6) for Decoder in (LeanDecoder, CachedDecoder))
+    torch.testing.assert_close(lean.logits, plain.logits, rtol=1e-4, atol=1e-4)
+    before = list(range(8))
+    with torch.no_grad():
+        for t, rows in enumerate([range(8), range(8), [0, 2, 3, 4, 6], [0, 3, 4], [3, 4], [4]]):
+            for decoder in (lean, plain):
+                decoder.keep(torch.tensor([before.index(row) for row in rows]))
+                decoder.read(tokens[list(rows), t])
+            before = list(rows)
+            torch.testing.assert_close(lean.logits, plain.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_split_rows_counts_each_prompt_once_in_a_part_and_never_cuts_below_a_row():
+    lengths, prompt_of_row = torch.tensor([10, 20]), torch.tensor([0, 0, 0, 1, 1])
+
+    def parts(row_lengths, budget):
+        return [part.tolist() for part in split_rows(lengths, prompt_of_row, row_lengths, budget)]
+
+    assert parts(5, 55) == [[0, 1, 2, 3, 4]]  # 10 + 3 * 5 + 20 + 2 * 5
+    assert parts(5, 54) == [[0, 1, 2, 3], [4]]
+    assert parts(5, 25) == [[0, 1, 2], [3], [4]]
+    assert parts(torch.tensor([15, 1, 1, 1, 1]), 27) == [[0, 1, 2], [3, 4]]
+    assert parts(5, 1) == [[0], [1], [2], [3], [4]]
