@@ -17,10 +17,10 @@ def main(arguments: list[str]) -> None:
     if own:
         raise ConfigError("download works on a config, not on a run folder: leave run_dir out")
     config = typed(compose_config(overrides))
-    from grpo.engine.model import EMBEDDED_MODELS, model_not_found
+    from grpo.engine.model import EMBEDDED_MODELS, RANDOM_MODELS, model_not_found
     from grpo.targets import bind
 
-    if config.model.name in EMBEDDED_MODELS or Path(config.model.name).is_dir():
+    if config.model.name in EMBEDDED_MODELS | RANDOM_MODELS or Path(config.model.name).is_dir():
         print(f"model: {config.model.name} is here already")
     else:
         from huggingface_hub import snapshot_download

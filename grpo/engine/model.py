@@ -2,14 +2,23 @@
 
 import copy
 import functools
+import json
 import logging
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
+from grpo.architectures import ARCHITECTURES_DIR
 from grpo.config import ConfigError, ModelConfig, first_line
 from grpo.engine.linear import use_onednn
 from grpo.engine.packed import try_packing
@@ -18,6 +27,7 @@ from grpo.tiny import MODEL_DIR as TINY_MODEL_DIR
 logger = logging.getLogger(__name__)
 
 EMBEDDED_MODELS = {"tiny": TINY_MODEL_DIR}
+RANDOM_MODELS = {"qwen2_5_1_5b_random": ARCHITECTURES_DIR / "qwen2_5_1_5b.json"}  # read with the tiny model's tokenizer
 
 
 def model_source(name: str) -> str:
@@ -25,11 +35,20 @@ def model_source(name: str) -> str:
     return str(EMBEDDED_MODELS.get(name, name))
 
 
+def architecture(name: str, trust_remote_code: bool) -> PretrainedConfig:
+    """A model's own config. Raises OSError or ValueError where it cannot be had."""
+    if name in RANDOM_MODELS:
+        return AutoConfig.for_model(**json.loads(RANDOM_MODELS[name].read_text()))
+    return AutoConfig.from_pretrained(model_source(name), trust_remote_code=trust_remote_code)
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token. Raises ConfigError where the model cannot be found or reached."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            model_source(config.name), trust_remote_code=config.trust_remote_code, padding_side="left"
+            TINY_MODEL_DIR if config.name in RANDOM_MODELS else model_source(config.name),
+            trust_remote_code=config.trust_remote_code,
+            padding_side="left",
         )
     except (OSError, ValueError) as error:
         raise model_not_found(config.name, error) from error
@@ -41,7 +60,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def check_model(config: ModelConfig) -> None:
     """Raise ConfigError unless the model's own config can be read, which takes no weights."""
     try:
-        AutoConfig.from_pretrained(model_source(config.name), trust_remote_code=config.trust_remote_code)
+        architecture(config.name, config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise model_not_found(config.name, error) from error
 
@@ -49,13 +68,18 @@ def check_model(config: ModelConfig) -> None:
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     """The model on `device`, in evaluation mode (GRPO's ratios need the same network to sample and to train)."""
     transformers_logging.disable_progress_bar()
+    settings = {
+        "dtype": getattr(torch, config.dtype),
+        "attn_implementation": config.attn_implementation,
+        "trust_remote_code": config.trust_remote_code,
+    }
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_source(config.name),
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        )
+        if config.name in RANDOM_MODELS:
+            with torch.random.fork_rng(), device:
+                torch.manual_seed(0)  # the same weights each time, since they are where a run begins
+                model = AutoModelForCausalLM.from_config(architecture(config.name, False), **settings)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(model_source(config.name), **settings)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise ConfigError(f"model.name={config.name} could not be loaded: {first_line(error)}") from error
     model.to(device).eval()
