@@ -34,11 +34,19 @@ OTHER_NAMES = {
     "temperature": "rollout.temperature",
     "dataset": "data",
     "bf16": "hardware.compute_dtype",
+    "gradient_checkpointing": "hardware.activation_checkpointing",
     "autocast": "hardware.compute_dtype",
     "micro_batch_size": "hardware.micro_batch_tokens",
     "gradient_accumulation_steps": "hardware.micro_batch_tokens",
 }
-LAUNCH_KEYS = {"resume", "run_dir", "sweep_dir", "fork", "fork_step"}  # about this launch, not about the experiment
+LAUNCH_KEYS = {
+    "resume",
+    "run_dir",
+    "sweep_dir",
+    "fork",
+    "fork_step",
+    "plan",
+}  # about this launch, not about the experiment
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:

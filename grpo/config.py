@@ -54,8 +54,10 @@ class HardwareConfig:
     num_generations: int | None = MISSING
     max_completion_length: int | None = MISSING
     micro_batch_tokens: int | None = MISSING
+    activation_checkpointing: bool | None = MISSING
     rollout_tokens: int | None = MISSING
     threads: int | None = MISSING
+    card: dict[str, float] | None = MISSING  # memory_gb, tflops (of compute_dtype), bandwidth_gb_s; for plan=true
 
 
 @dataclass
@@ -118,6 +120,7 @@ class Config:
     fork: bool = MISSING
     fork_step: int | None = MISSING
     parent: dict[str, Any] | None = MISSING
+    plan: bool = MISSING
     deterministic: bool = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)

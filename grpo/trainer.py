@@ -15,10 +15,11 @@ from torch import Tensor
 
 from grpo.algorithm.advantage import group_advantages
 from grpo.algorithm.step import Batch, accumulate_gradient, all_logps, apply_gradient, learning_rate
-from grpo.config import to_dict
+from grpo.config import ConfigError, to_dict
 from grpo.data.prompts import problems_of_step
 from grpo.engine.hardware import peak_memory_gb
 from grpo.engine.model import copy_in_dtype, refresh, working_copy
+from grpo.engine.packed import checkpoint_layers, packs
 from grpo.evaluation import evaluate
 from grpo.metrics import (
     completion_metrics,
@@ -35,7 +36,7 @@ from grpo.run.environment import environment
 from grpo.run.saver import Saver
 from grpo.run.session import Run
 from grpo.run.tracking import Tracker, tracking
-from grpo.setup import Setup, prepare, score_completions
+from grpo.setup import Setup, compute_dtype, prepare, score_completions
 from grpo.targets import foreign_targets
 
 logger = logging.getLogger(__name__)
@@ -113,10 +114,18 @@ class Trainer:
         self.setup, self.config = setup, setup.config
         self.total_steps = setup.config.grpo.num_iterations * setup.config.grpo.num_steps
         self.policy = setup.load_policy()
-        dtype = setup.compute_dtype()
+        dtype = compute_dtype(setup.config)
         # What reads and writes tokens: the policy itself, or a copy in a narrower dtype that follows its updates.
         self.worker = self.policy if self.policy.dtype == dtype else working_copy(self.policy, dtype)
         self.reference = copy_in_dtype(self.policy, dtype) if setup.config.grpo.beta > 0 else None
+        if setup.config.hardware.activation_checkpointing:
+            if not packs(self.worker):
+                raise ConfigError(
+                    f"hardware.activation_checkpointing=true: {type(self.worker).__name__} with "
+                    f"model.attn_implementation={setup.config.model.attn_implementation} cannot be read in packed "
+                    "rows, which this needs; set it to false"
+                )
+            checkpoint_layers(self.worker)
         self.optimizer = setup.optimizer(self.policy.parameters())
         self.sampling = setup.sampling(self.policy)
         self.state = TrainerState()

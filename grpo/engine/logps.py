@@ -34,7 +34,7 @@ def completion_logps(
     logps carry it, through the shared prompt as well. `completion_logps_unshared` is the plain form of the same.
     """
     if packs(model):
-        ids, position_ids, packing, source = pack(prompts, completions, prompt_of_row)
+        ids, position_ids, packing, source = pack(prompts, completions, prompt_of_row, model.dtype)
         hidden = read(model, ids, position_ids, packing).index_select(0, source)
     else:
         hidden = _hidden_by_cache(model, prompts, completions, prompt_of_row)[completions.mask.bool()]

@@ -5,19 +5,35 @@ belong together. It is replaced, through the interface that transformers has for
 serves prefill, decoding and the training pass; `grpo/engine/model.py` has the plain forms, which give the same numbers.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo.engine.batch import CompletionBatch, PromptBatch, positions
 
 NAME = "grpo_packed"
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Of padded sequences, (S, tokens, heads, d); causal where no mask is given."""
+    grouped = query.shape[2] != key.shape[2]
+    if grouped and mask is not None and query.device.type == "cuda":  # whose fast kernels take no mask with it
+        key, value = (x.repeat_interleave(query.shape[2] // key.shape[2], dim=2) for x in (key, value))
+        grouped = False
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    attended = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+    return attended.transpose(1, 2)
 
 
 class Packing(Protocol):
@@ -75,31 +91,20 @@ class PackedGroups:
     prompts: Ragged
     completions: Ragged
     prompt_of_row: Tensor  # (n,) int64
-    mask: Tensor  # (n, 1, width, prompt width + width) bool, of the completions' tokens
+    mask: Tensor  # (n, 1, width, prompt width + width), 0 where a completion's token sees another and -inf elsewhere
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         sizes = [self.prompts.count * self.prompts.width if self.prompts.slots is None else len(self.prompts.slots)]
         sizes.append(len(query) - sizes[0])
         (query, new_query), (key, new_key), (value, new_value) = (x.split(sizes) for x in (query, key, value))
         key, value = self.prompts.pad(key), self.prompts.pad(value)
-        of_prompts = self.prompts.unpad(_attention(self.prompts.pad(query), key, value, scale))
+        of_prompts = self.prompts.unpad(self.attention(self.prompts.pad(query), key, value, scale))
         key = torch.cat([key.index_select(0, self.prompt_of_row), self.completions.pad(new_key)], dim=1)
         value = torch.cat([value.index_select(0, self.prompt_of_row), self.completions.pad(new_value)], dim=1)
-        new = _attention(self.completions.pad(new_query), key, value, scale, self.mask)
+        new = self.attention(self.completions.pad(new_query), key, value, scale, self.mask)
         return torch.cat([of_prompts, self.completions.unpad(new)])
 
-
-def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """Of padded sequences, (S, tokens, heads, d); causal where no mask is given."""
-    grouped = query.shape[2] != key.shape[2]
-    if grouped and mask is not None and query.device.type == "cuda":  # whose fast kernels take no mask with it
-        key, value = (x.repeat_interleave(query.shape[2] // key.shape[2], dim=2) for x in (key, value))
-        grouped = False
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    attended = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
-    )
-    return attended.transpose(1, 2)
+    attention = staticmethod(_attention)
 
 
 def _forward(
@@ -121,8 +126,10 @@ def _forward(
 ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)
 
 
-def pack(prompts: PromptBatch, completions: CompletionBatch, prompt_of_row: Tensor) -> tuple[Tensor, ...]:
-    """P prompts and n completions as one packed row.
+def pack(
+    prompts: PromptBatch, completions: CompletionBatch, prompt_of_row: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, PackedGroups, Tensor]:
+    """P prompts and n completions as one packed row, for a model of this dtype.
 
     Returns ids (N,), position_ids (N,), their `PackedGroups`, and for each active token of the completions, in order,
     the place in the row (A,) whose hidden state predicts it. The last token of a completion predicts nothing, so it is
@@ -139,6 +146,7 @@ def pack(prompts: PromptBatch, completions: CompletionBatch, prompt_of_row: Tens
     causal = torch.ones(rows.width, rows.width, dtype=torch.bool, device=ids.device).tril()
     n, t = inputs.shape
     mask = torch.cat([of_prompt[:, None].expand(n, t, width), causal.expand(n, t, t)], dim=2)[:, None]
+    mask = torch.zeros(mask.shape, dtype=dtype, device=ids.device).masked_fill(~mask, -torch.inf)
 
     last = lengths.cumsum(dim=0) - 1
     later = int(lengths.sum()) + inputs.flatten().cumsum(dim=0).view(n, t) - 1
@@ -154,6 +162,27 @@ def _packed_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.config._attn_implementation = former
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Keep only each layer's input for the backward pass, which computes the layer again.
+
+    Safe for packed rows, whose attention changes nothing; a layer that writes to a cache would write twice. Not by
+    transformers' own switch, which works in training mode only, where some layers would drop out.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = functools.partial(_checkpointed, model, layer.forward)
+
+
+def _checkpointed(model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _packed_attention(model):  # the second time comes when `read` has returned
+            return forward(*args, **kwargs)
+
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def packs(model: PreTrainedModel) -> bool:
@@ -174,7 +203,9 @@ def try_packing(model: PreTrainedModel) -> bool:
     mask = (torch.arange(5) < lengths).long().to(device)
     ids = (torch.arange(10).view(2, 5) + 1).to(device)
     prompts, first = PromptBatch(ids[:, :2], mask[:, :2]), mask[:, 2:]
-    packed_ids, position_ids, packing, _ = pack(prompts, CompletionBatch(ids[:, 2:], first), torch.arange(2).to(device))
+    packed_ids, position_ids, packing, _ = pack(
+        prompts, CompletionBatch(ids[:, 2:], first), torch.arange(2).to(device), model.dtype
+    )
     plain = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     expected = torch.cat([plain[:, :2].flatten(0, 1), plain[0, 2:4]])
     try:

@@ -28,7 +28,17 @@ logger = logging.getLogger(__name__)
 # What may change when a run goes on: how it is watched and kept, and how the work is cut.
 CHANGEABLE = ("tracking.", "checkpoint.", "samples.", "eval.every", "eval.after", "grpo.max_skipped_steps")
 CHANGEABLE += ("reward.timeout_s", "reward.on_error")
-CUT = tuple(f"hardware.{key}" for key in ("micro_batch_tokens", "rollout_tokens", "threads", "device", "compute_dtype"))
+CUT = tuple(
+    f"hardware.{key}"
+    for key in (
+        "micro_batch_tokens",
+        "rollout_tokens",
+        "activation_checkpointing",
+        "threads",
+        "device",
+        "compute_dtype",
+    )
+)
 CUT += ("model.device_map",)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PRESET_SIZES = ("batch_size", "num_generations", "max_completion_length")

@@ -11,7 +11,9 @@ from grpo.engine.batch import CompletionBatch
 from grpo.engine.head import HeadLogps
 from grpo.engine.linear import OneDnnLinear, use_onednn
 from grpo.engine.logps import completion_logps, completion_logps_unshared, head_logps
-from grpo.engine.packed import try_packing
+from grpo.engine.model import load_model
+from grpo.engine.packed import checkpoint_layers, try_packing
+from tests.engine.conftest import tiny_config
 
 
 @pytest.fixture
@@ -72,6 +74,22 @@ def test_every_parameter_gets_the_gradient_of_the_plain_pass(plain_model, fast_m
         (function(model, prompts, completions, PROMPT_OF_ROW, 1.3).logps * weights).sum().backward()
     for (name, ours), theirs in zip(fast_model.named_parameters(), plain_model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3 * theirs.grad.abs().max(), msg=name)
+
+
+def test_computing_layers_twice_changes_no_bit(prompts, completions):
+    """Activation checkpointing, through the shared prompts as well."""
+    gradients = []
+    for twice in (False, True):
+        model = load_model(tiny_config(), torch.device("cpu"))
+        calls = []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(1))
+        if twice:
+            checkpoint_layers(model)
+        result = completion_logps(model, prompts, completions, PROMPT_OF_ROW, 0.7)
+        gradients.append((result.logps.detach(), gradient(model, result.logps.sum())))
+        assert len(calls) == 1 + twice
+    for once, again in zip(*gradients, strict=True):
+        assert torch.equal(once, again)
 
 
 def test_the_head_gives_what_log_softmax_gives_and_its_gradients(monkeypatch):
