@@ -60,13 +60,10 @@ class Setup:
         }
         return Sampling(**settings | changes)
 
-    def compute_dtype(self) -> torch.dtype:
-        """What the arithmetic is done in; weights and their updates keep model.dtype."""
-        return getattr(torch, self.config.hardware.compute_dtype or self.config.model.dtype)
-
     def for_sampling(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model as it computes in training: itself, or a copy in the dtype of the arithmetic."""
-        return model if model.dtype == self.compute_dtype() else copy_in_dtype(model, self.compute_dtype())
+        dtype = compute_dtype(self.config)
+        return model if model.dtype == dtype else copy_in_dtype(model, dtype)
 
     def complete(
         self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling, cut: Cut, *, group_size: int, step: int
@@ -101,10 +98,16 @@ class Scored:
     lengths: Tensor  # (B,) int64, tokens including the end of sequence
 
 
-def prepare(config: Config, with_problems: bool = True) -> Setup:
+def compute_dtype(config: Config) -> torch.dtype:
+    """What the arithmetic is done in; weights and their updates keep model.dtype."""
+    return getattr(torch, config.hardware.compute_dtype or config.model.dtype)
+
+
+def prepare(config: Config, with_problems: bool = True, use: bool = True) -> Setup:
     """Find and check every part: functions, data, model, tokenizer, prompt lengths. Raises ConfigError.
 
-    with_problems: false where there is nothing to train on or to evaluate.
+    with_problems: false where there is nothing to train on or to evaluate. use: false where nothing will be computed
+    on the config's device, which may not be here.
     """
     check_complete(config)
     limits = {"timeout_s": config.reward.timeout_s, "skip_errors": config.reward.on_error == "skip"}
@@ -120,7 +123,7 @@ def prepare(config: Config, with_problems: bool = True) -> Setup:
     tokenizer = load_tokenizer(config.model)
     if with_problems:
         check_lengths(tokenizer, problems.train + problems.test, config.data)
-    device = use_hardware(config)
+    device = use_hardware(config) if use else torch.device("cpu")
     return Setup(config, device, tokenizer, problems, components, accuracy, objective, optimizer)
 
 

@@ -100,6 +100,11 @@ class CheckBeforeStart(Callback):
         try:
             settings = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
             check_importable(typed(settings))
+            if config.plan:
+                from grpo.plan import print_plans  # imports torch
+
+                print_plans([("the run", settings)])
+                sys.exit(0)
             if config.fork:
                 check_parent(config.run_dir, config.resume)
                 return
@@ -113,6 +118,14 @@ class CheckBeforeStart(Callback):
             _refuse(error)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        if config.plan:
+            try:
+                from grpo.plan import print_plans, sweep_points  # imports torch
+
+                print_plans(sweep_points(config.hydra.overrides.task))
+            except (ConfigError, OmegaConfBaseException) as error:
+                _refuse(error)
+            sys.exit(0)
         jobs = Path(config.sweep_dir).glob("*/config.yaml") if config.sweep_dir else ()
         if config.resume is True and not any(jobs):
             _refuse(ConfigError("resume=true: there is no such sweep; name it with sweep_dir=outputs/sweeps/..."))

@@ -1,0 +1,267 @@
+"""`plan=true`: what a launch, or every point of a sweep, would take in memory, on disk and in time. Loads no weight."""
+
+import functools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Column, Table
+
+from grpo.algorithm.step import Batch
+from grpo.config import Config, ConfigError, typed
+from grpo.engine import cost
+from grpo.engine.batch import CompletionBatch, PromptBatch
+from grpo.engine.hardware import peak_memory_gb, resolve_hardware
+from grpo.engine.packed import checkpoint_layers
+from grpo.setup import compute_dtype, prepare
+from grpo.targets import bind
+
+GB = 1e9
+# Measured step time over the time of its products alone (tests/benchmarks/NOTES.md); a card's is an expectation.
+OVER_FLOOR = {"cpu": 1.3, "cuda": 2.0, "mps": 2.0}
+OPERATION_S = 5e-4  # that starting a layer's operations takes for each token decoded
+BYTES_PER_SAMPLE = 1500  # of a completion in samples/, its prompt and rewards included
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run takes. Memory and disk in bytes."""
+
+    parameters: int
+    memory: dict[str, float]  # by part; they are not all there at once
+    peak: float
+    available: float  # of the device: the preset's card, else this machine
+    disk: dict[str, float]
+    steps: int
+    tokens: float  # a step: each prompt once a completion, as num_tokens counts, completions at their limit
+    seconds: float | None  # a step; None where nothing is known of the device
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.available
+
+
+def plan(config: Config) -> Plan:
+    """Count what a run of this config takes. Raises ConfigError for what could not start."""
+    setup = prepare(config, use=False)
+    _program()  # now, since what follows takes memory
+    grpo, hardware = config.grpo, config.hardware
+    dtype, compute = getattr(torch, config.model.dtype), compute_dtype(config)
+    model = cost.meta_model(config.model.name, compute, config.model.trust_remote_code)
+    prompts = [int(setup.prompt_batch([c]).mask.sum()) for c in setup.conversations(setup.problems.train[:200])]
+    prompt_tokens, rows = math.ceil(sum(prompts) / len(prompts)), grpo.batch_size * grpo.num_generations
+    work = cost.Work(grpo.batch_size, grpo.num_generations, prompt_tokens, [grpo.max_completion_length] * rows)
+
+    count = cost.parameters(model)
+    memory = _memory(config, model, work, count, dtype, compute)
+    resident = sum(memory[part] for part in ("program", "weights", "working copy", "reference", "optimizer"))
+    sampling = memory["keys and values"] + memory["packed weights"]
+    # Activations go while gradients come, unless a micro-batch before has brought all of them.
+    several = len(_micro_batches(work, hardware.micro_batch_tokens)) > 1
+    kept, grown = memory["activations"] + memory["output head"], memory["gradients"]
+    update = kept + grown if several else max(kept, grown) + min(kept, grown) / 2
+    peak = resident + memory["checkpoint copy"] + max(sampling, update)
+    return Plan(
+        parameters=count,
+        memory=memory,
+        peak=peak,
+        available=_available(config),
+        disk=_disk(config, count * dtype.itemsize, memory["optimizer"], rows),
+        steps=grpo.num_iterations * grpo.num_steps,
+        tokens=rows * (prompt_tokens + grpo.max_completion_length),
+        seconds=_seconds(config, model, work, compute),
+    )
+
+
+def _memory(
+    config: Config, model: Any, work: cost.Work, count: int, dtype: torch.dtype, compute: torch.dtype
+) -> dict[str, float]:
+    on_cpu, budget = config.hardware.device == "cpu", config.hardware.micro_batch_tokens
+    largest = max(_micro_batches(work, budget), key=len)
+    prompts = len({int(row) // work.group for row in largest})
+    token = math.ceil(work.prompt_tokens), config.grpo.max_completion_length
+    optimizer = _optimizer_values(config) * count * dtype.itemsize
+    rows = min(len(work.lengths), max(1, config.hardware.rollout_tokens // token[1]))
+    vocabulary = model.config.vocab_size
+    return {
+        "program": _program() if on_cpu else 0.0,
+        "weights": count * dtype.itemsize,
+        "working copy": count * compute.itemsize if compute != dtype else 0.0,
+        "reference": count * compute.itemsize if config.grpo.beta > 0 else 0.0,
+        "optimizer": optimizer,
+        "gradients": count * dtype.itemsize,
+        "activations": _activations(config, model, prompts, token[0], len(largest), token[1]),
+        "output head": max(cost.head_bytes(model), 4 * 4 * rows * vocabulary),
+        "keys and values": cost.cache_bytes(model, work.prompts * token[0] + rows * token[1], compute.itemsize),
+        "packed weights": sum(cost.products(model)) * compute.itemsize if on_cpu else 0.0,
+        "checkpoint copy": count * dtype.itemsize + optimizer if config.checkpoint.overlap and on_cpu else 0.0,
+    }
+
+
+def _activations(config: Config, model: Any, *shape: int) -> float:
+    everything = cost.activation_bytes(model, *shape)
+    if not config.hardware.activation_checkpointing:
+        return everything
+    checkpoint_layers(model)
+    return cost.activation_bytes(model, *shape) + everything / model.config.num_hidden_layers
+
+
+@functools.cache
+def _program() -> float:
+    """Bytes of this process with its libraries, before it has worked."""
+    return peak_memory_gb(torch.device("cpu")) * GB
+
+
+def _micro_batches(work: cost.Work, token_budget: int) -> list[torch.Tensor]:
+    """How the training would cut this work."""
+    rows, longest = len(work.lengths), max(work.lengths)
+    prompts = torch.ones(work.prompts, math.ceil(work.prompt_tokens), dtype=torch.long)
+    completions = torch.ones(rows, longest, dtype=torch.long)
+    batch = Batch(PromptBatch(prompts, prompts), CompletionBatch(completions, completions), torch.zeros(rows))
+    return batch.micro_batches(token_budget)
+
+
+def _optimizer_values(config: Config) -> float:
+    """How many numbers the optimizer keeps for each parameter, found by letting it make a step."""
+    parameter = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = bind("optimizer", config.optimizer)([parameter])
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = optimizer.state_dict()["state"].get(0, {})
+    kept = [value.numel() for value in state.values() if isinstance(value, torch.Tensor) and value.dim()]
+    return sum(kept) / parameter.numel()
+
+
+def _disk(config: Config, weights: float, optimizer: float, rows: int) -> dict[str, float]:
+    """What the finished run's folder holds, and what one more checkpoint needs while it is written."""
+    keep, grpo = config.checkpoint, config.grpo
+    steps = grpo.num_iterations * grpo.num_steps
+    kept = min(keep.keep_last, math.ceil(steps / keep.every) if keep.every else 1)
+    kept += steps // keep.keep_every if keep.keep_every else 0
+    reference = weights if grpo.num_iterations > 1 and grpo.beta > 0 else 0.0
+    samples = steps // config.samples.every * rows * BYTES_PER_SAMPLE if config.samples.every else 0.0
+    return {
+        "checkpoints": kept * (weights + optimizer) + reference,
+        "best": weights if keep.keep_best and config.eval.every else 0.0,
+        "final model": weights,
+        "samples": samples,
+        "while saving": weights + optimizer,
+    }
+
+
+def _available(config: Config) -> float:
+    """Bytes of memory that there are: of the preset's card, else of the device found here."""
+    if config.hardware.card is not None:
+        return config.hardware.card["memory_gb"] * GB
+    if config.hardware.device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) -> float | None:
+    """A step's time: its products at the device's rate and the reading of weights in decoding, times what is usual."""
+    device, card = config.hardware.device, config.hardware.card
+    if device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
+        if device == "cpu":
+            torch.set_num_threads(config.hardware.threads or torch.get_num_threads())
+        flops, read = cost.machine_rates(compute, torch.device(device))
+    elif card is not None:
+        flops, read = card["tflops"] * 1e12, card["bandwidth_gb_s"] * GB
+    else:
+        return None
+    forward = cost.forward_flops(model, work)
+    decoding = max(forward / flops, cost.decode_bytes(model, work, compute.itemsize) / read)
+    starting = OPERATION_S * model.config.num_hidden_layers * max(work.lengths)
+    rest = cost.step_flops(model, work, config.grpo.beta > 0, config.grpo.mu) - forward
+    return OVER_FLOOR[device] * (decoding + rest / flops) + starting
+
+
+def resolved(cfg: DictConfig) -> Config:
+    """The config with the hardware filled in, a preset's also where its card is not here."""
+    device = cfg.hardware.device
+    if device == "auto" or cfg.hardware.card is None or torch.cuda.is_available():
+        resolve_hardware(cfg)
+    return typed(cfg)
+
+
+def print_plans(points: Sequence[tuple[str, DictConfig]]) -> None:
+    """Print the plan of each (name, composed config): of one in full, of several as a table and their disk together."""
+    plans = [(name, plan(resolved(cfg))) for name, cfg in points]
+    console = Console()
+    largest = max((each for _, each in plans), key=lambda each: each.peak)
+    if len(plans) > 1:
+        print(
+            f"{'parameters':>12} {'peak GB':>8} {'disk GB':>8} {'tokens/step':>11} {'s/step':>7} {'hours':>7} fits  run"
+        )
+        for name, each in plans:
+            hours, fits = each.seconds and each.seconds * each.steps / 3600, "yes" if each.fits else "no"
+            print(
+                f"{each.parameters / 1e6:>10,.1f} M {each.peak / GB:>8.3g} {_folder(each) / GB:>8.3g} "
+                f"{each.tokens:>11,.0f} {_about(each.seconds):>7} {_about(hours):>7} {fits:4}  {name}"
+            )
+        total = sum(_folder(each) for _, each in plans) + largest.disk["while saving"]
+        console.print(
+            f"disk of all {len(plans)} runs: {_gb(total)}; the parts of the largest in memory:", soft_wrap=True
+        )
+    _print_parts(console, largest, alone=len(plans) == 1)
+
+
+def _print_parts(console: Console, one: Plan, alone: bool) -> None:
+    table = Table("memory", Column("GB", justify="right"), box=SIMPLE)
+    for part, size in one.memory.items():
+        if size:
+            table.add_row(part, f"{size / GB:.3g}")
+    table.add_row("peak", f"{one.peak / GB:.3g}")
+    console.print(table)
+    console.print("not all at once: activations come when keys, values and packed weights are gone", soft_wrap=True)
+    console.print(
+        f"{one.parameters / 1e6:,.1f} million parameters; peak memory {_gb(one.peak)} of {_gb(one.available)}: "
+        + ("fits" if one.fits else "does not fit; lower hardware.micro_batch_tokens or choose a smaller model.name"),
+        soft_wrap=True,
+    )
+    if alone:
+        disk = ", ".join(f"{part} {_gb(size)}" for part, size in one.disk.items() if size)
+        console.print(f"disk: {_gb(sum(one.disk.values()))} ({disk})", soft_wrap=True)
+        hours = _about(one.seconds and one.seconds * one.steps / 3600)
+        console.print(
+            f"{one.tokens:,.0f} tokens a step at most, {_about(one.seconds)} seconds a step (an estimate), {one.steps} "
+            f"steps: {hours} hours, evaluations not counted",
+            soft_wrap=True,
+        )
+
+
+def _folder(one: Plan) -> float:
+    return sum(size for part, size in one.disk.items() if part != "while saving")
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.3g} GB"
+
+
+def _about(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2g}" if value < 10 else f"{value:,.0f}"
+
+
+def sweep_points(overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
+    """Every point of a sweep by Hydra's basic sweeper, named by its overrides, and its composed config."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from grpo.compose import compose_config
+
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    swept = {o.get_key_element() for o in parsed if o.is_sweep_override()}
+    points = []
+    for job in (job for batch in batches for job in batch):
+        name = " ".join(o for o in job if o.partition("=")[0] in swept)
+        points.append((name or "the run", compose_config(job)))
+    if not points:
+        raise ConfigError("plan=true: this sweep has no points")
+    return points

@@ -1,0 +1,109 @@
+import re
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from grpo import plan as planning
+from grpo.compose import compose_config
+from grpo.config import load_frozen
+from grpo.engine import cost
+from grpo.engine.batch import CompletionBatch, PromptBatch
+from grpo.engine.logps import completion_logps
+from grpo.engine.model import load_model
+from grpo.tiny import MODEL_DIR
+from tests.engine.conftest import tiny_config
+
+QUICK = ["experiment=quickstart"]
+
+
+def plan(*overrides):
+    return planning.plan(planning.resolved(compose_config([*QUICK, *overrides])))
+
+
+def test_it_says_what_a_launch_takes_and_leaves_nothing_behind(launch, tmp_path):
+    done = launch(*QUICK, "plan=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for part in ("weights", "optimizer", "reference", "gradients", "activations", "keys and values", "peak"):
+        assert re.search(rf"{part} +[\d.]+", done.stdout), part
+    assert ": fits" in done.stdout
+    assert "seconds a step" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_point_of_a_sweep_has_a_line_and_no_folder_is_made(launch, tmp_path):
+    done = launch("-m", *QUICK, "grpo.beta=0,0.04", "grpo.num_steps=5,10", "plan=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for beta in ("0", "0.04"):
+        for steps in (5, 10):
+            assert f"grpo.beta={beta} grpo.num_steps={steps}" in " ".join(done.stdout.split())
+    assert "disk of all 4 runs" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_value_is_refused_as_in_a_launch(launch, tmp_path):
+    for arguments in ([*QUICK, "grpo.mu=0"], ["-m", *QUICK, "grpo.mu=0,1"]):
+        refused = launch(*arguments, "plan=true", cwd=tmp_path)
+        assert (refused.returncode, list(tmp_path.iterdir())) == (2, [])
+        assert "grpo.mu=0: must be 1 or more" in refused.stderr
+
+
+def test_no_weights_are_needed(tmp_path):
+    for file in MODEL_DIR.iterdir():
+        if file.name != "model.safetensors":
+            shutil.copy(file, tmp_path)
+    expected = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(MODEL_DIR).parameters())
+    assert plan(f"model.name={tmp_path}").parameters == expected
+
+
+def test_a_preset_whose_card_is_not_here_is_judged_by_its_card():
+    big = ["model=qwen2_5_1_5b_random", "data=arithmetic"]
+    fits, tight = plan(*big, "hardware=a100_80gb"), plan(*big, "hardware=rtx_24gb")
+    assert fits.parameters == tight.parameters == 1_543_714_304
+    assert fits.available == 80e9
+    assert fits.fits
+    assert not tight.fits  # weights, their gradient and two optimizer states alone are 24.7 GB
+    assert fits.memory["weights"] == 4 * fits.parameters
+    assert fits.memory["optimizer"] == 8 * fits.parameters
+    assert fits.memory["working copy"] == fits.memory["reference"] == 2 * fits.parameters
+
+
+def test_what_a_setting_adds_is_counted():
+    base = plan()
+    assert plan("grpo.beta=0").memory["reference"] == 0 < base.memory["reference"]
+    assert plan("optimizer._target_=torch.optim.SGD", "~optimizer.betas").memory["optimizer"] == 0
+    assert plan("checkpoint.overlap=true").memory["checkpoint copy"] == pytest.approx(3 * 4 * base.parameters, rel=0.01)
+    assert plan("hardware.activation_checkpointing=true").memory["activations"] < 0.7 * base.memory["activations"]
+    assert plan("grpo.num_steps=120").steps == 2 * base.steps
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_activations_are_counted_as_the_real_pass_keeps_them(monkeypatch, twice):
+    """Saved tensors of a real forward pass, by storage, without the parameters."""
+    model, prompts, rows, tokens = load_model(tiny_config(), torch.device("cpu")), 2, 6, 20
+    counted = cost.meta_model("tiny", torch.float32, False)
+    if twice:
+        planning.checkpoint_layers(model), planning.checkpoint_layers(counted)
+    held, weights = {}, {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def keep(tensor):
+        if tensor.untyped_storage()._cdata not in weights:
+            held[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    ids = torch.randint(5, 200, (prompts, 15))
+    completions = CompletionBatch(torch.randint(5, 200, (rows, tokens)), torch.ones(rows, tokens, dtype=torch.long))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        completion_logps(model, PromptBatch(ids, torch.ones_like(ids)), completions, torch.arange(rows) // 3, 0.9)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    assert cost.activation_bytes(counted, prompts, 15, rows, tokens) == pytest.approx(real, rel=0.05)
+
+
+def test_disk_is_what_a_run_leaves(finished_run):
+    frozen = planning.typed(load_frozen(finished_run / "config.yaml"))
+    count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(MODEL_DIR).parameters())
+    disk = planning._disk(frozen, 4 * count, 8 * count, rows=1)
+    for parts, folder in ((("checkpoints", "best"), "checkpoints"), (("final model",), "final_model")):
+        real = sum(f.stat().st_size for f in (finished_run / folder).rglob("*.safetensors"))
+        assert sum(disk[part] for part in parts) == pytest.approx(real, rel=0.05)
