@@ -1,0 +1,123 @@
+"""Sampling: tokens a second of this suite, of transformers' generate and, where it is installed, of vLLM.
+
+python tests/benchmarks/rollout.py [MODEL] [--shape 2x8x64] [--prompt-tokens 80] [--third] [--dtype float32]
+
+MODEL is a hub name or local folder; default: the embedded one. All read the same prompts of random tokens, sample at
+temperature 1 and end each completion at the same length: all at the limit, or with --third a third of them by a
+quarter of it (not for vLLM, which is asked for one length). Turns, medians. Counted are the tokens up to each end.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+
+import torch
+from transformers import AutoModelForCausalLM, LogitsProcessor
+
+import grpo.engine.rollout as engine
+from grpo.config import ModelConfig
+from grpo.engine.batch import PromptBatch
+from grpo.engine.model import load_model, model_source
+from grpo.engine.noise import row_keys
+
+STOP, PAD = 2, 0
+
+
+class ForceLengths(LogitsProcessor):
+    """What makes `generate` end each row where it should."""
+
+    def __init__(self, ends: torch.Tensor, prompt_tokens: int) -> None:
+        self.ends, self.prompt_tokens = ends, prompt_tokens
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        ending = self.ends == ids.shape[1] - self.prompt_tokens + 1
+        scores[ending] = -torch.inf
+        scores[:, STOP] = torch.where(ending, 0.0, -torch.inf)
+        return scores
+
+
+def force_lengths(ends: torch.Tensor, keys: torch.Tensor) -> None:
+    """Make `rollout` end the row of each key where it should."""
+    choose, end_of = engine._choose, {tuple(key): end for key, end in zip(keys.tolist(), ends.tolist(), strict=True)}
+
+    def forced(logits, keys, t, sampling, stop_ids):  # type: ignore[no-untyped-def]
+        tokens, logps = choose(logits.index_fill(1, stop_ids, -torch.inf), keys, t, sampling, stop_ids)
+        ending = torch.tensor([end_of[tuple(key)] == t + 1 for key in keys.tolist()], device=tokens.device)
+        return torch.where(ending, stop_ids[0], tokens), logps
+
+    engine._choose = forced
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", nargs="?", default="tiny")
+    parser.add_argument("--shape", default="2x8x64", help="prompts x completions of each x tokens")
+    parser.add_argument("--prompt-tokens", type=int, default=80)
+    parser.add_argument("--third", action="store_true")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    prompts, group, tokens = map(int, args.shape.split("x"))
+    rows, device = prompts * group, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(ModelConfig(args.model, "sdpa", args.dtype, "auto", False), device)
+
+    plain = AutoModelForCausalLM.from_pretrained(model_source(args.model), dtype=model.dtype).to(device).eval()
+    ids = torch.randint(5, model.config.vocab_size, (prompts, args.prompt_tokens), device=device)
+    batch = PromptBatch(ids, torch.ones_like(ids))
+    ends = torch.full((rows,), tokens, device=device)
+    if args.third:
+        ends[::3] = torch.linspace(tokens / 8, tokens / 4, len(ends[::3]), device=device).long()
+    slots, members = torch.arange(rows) // group, torch.arange(rows) % group
+    force_lengths(ends, row_keys(1, 1, slots.numpy(), members.numpy()))
+    sampling = engine.Sampling(tokens, 1.0, (STOP,), PAD)
+    repeated = ids.repeat_interleave(group, dim=0)
+
+    def ours() -> None:
+        completions = engine.rollout(model, batch, group, sampling, seed=1, step=1, token_budget=2**40)
+        assert completions.mask.sum(dim=1).tolist() == ends.tolist()
+
+    def generate() -> None:
+        result = plain.generate(
+            repeated,
+            attention_mask=torch.ones_like(repeated),
+            max_new_tokens=tokens,
+            do_sample=True,
+            top_k=0,
+            eos_token_id=STOP,
+            pad_token_id=PAD,
+            logits_processor=[ForceLengths(ends, args.prompt_tokens)],
+        )
+        assert result.shape == (rows, args.prompt_tokens + tokens)
+
+    contestants = {"ours": ours, "generate": generate}
+    if not args.third and (vllm := vllm_contestant(args, ids, group, tokens)):
+        contestants["vLLM"] = vllm
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(args.rounds + 1):
+        for name, run in contestants.items():
+            started = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    rates = {name: int(ends.sum()) / statistics.median(times[1:]) for name, times in seconds.items()}
+    print(f"{args.model} {args.dtype} on {device}, {args.shape}{', a third early' if args.third else ''}")
+    for name, rate in rates.items():
+        print(f"{name:>9} {rate:8.1f} tokens/s; ours is {rates['ours'] / rate:.2f} times as fast")
+
+
+def vllm_contestant(args, ids, group, tokens):  # type: ignore[no-untyped-def]
+    """vLLM on the same prompts, or None where it is not installed."""
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError:
+        return None
+    llm = LLM(model_source(args.model), dtype=args.dtype, max_model_len=args.prompt_tokens + tokens + 8)
+    params = SamplingParams(n=group, temperature=1.0, max_tokens=tokens, ignore_eos=True)
+    prompts = [{"prompt_token_ids": row} for row in ids.tolist()]
+    return functools.partial(llm.generate, prompts, params, use_tqdm=False)
+
+
+if __name__ == "__main__":
+    main()

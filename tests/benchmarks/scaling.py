@@ -1,0 +1,116 @@
+"""How the time and the memory of the parts of a step grow: with the group, the tokens, the prompt and the vocabulary.
+
+python tests/benchmarks/scaling.py [--hidden 256] [--layers 8]
+
+A Llama of random weights, 2 prompts, float32 on a CPU. `sample` and `update` are seconds (medians of turns through all
+shapes, so that a slow moment of the machine does not fall on one); `memory` is what an update takes above the weights
+and their gradients, in a process of its own for each shape. `linear` is the time over that of the shape before,
+divided by how much the work grew: 1.00 is linear.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from grpo.algorithm.loss import grpo_loss
+from grpo.algorithm.step import Batch, accumulate_gradient
+from grpo.engine.batch import CompletionBatch, PromptBatch
+from grpo.engine.linear import use_onednn
+from grpo.engine.packed import try_packing
+from grpo.engine.rollout import Sampling, rollout
+
+BASE = {"group": 8, "tokens": 64, "prompt": 64, "vocabulary": 8192}
+SERIES = {"group": (8, 16, 32), "tokens": (64, 128, 256), "prompt": (64, 128, 256), "vocabulary": (32768, 151936)}
+BUDGET = 1024  # tokens in a micro-batch
+ROUNDS = 3
+
+
+class Shape:
+    """A model and a batch of one shape."""
+
+    def __init__(self, args: argparse.Namespace, group: int, tokens: int, prompt: int, vocabulary: int) -> None:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(
+            "llama",
+            vocab_size=vocabulary,
+            hidden_size=args.hidden,
+            intermediate_size=4 * args.hidden,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.hidden // 64,
+            num_key_value_heads=max(1, args.hidden // 128),
+        )
+        self.model = AutoModelForCausalLM.from_config(config).eval()
+        assert try_packing(self.model)
+        use_onednn(self.model)
+        self.group, self.tokens, rows = group, tokens, 2 * group
+        ids = torch.randint(5, vocabulary, (2, prompt))
+        self.prompts = PromptBatch(ids, torch.ones_like(ids))
+        completions = torch.randint(5, vocabulary, (rows, tokens))
+        self.batch = Batch(self.prompts, CompletionBatch(completions, torch.ones_like(completions)), torch.randn(rows))
+
+    def sample(self) -> None:
+        sampling = Sampling(self.tokens, 1.0, (2,), 0, min_new_tokens=self.tokens)
+        rollout(self.model, self.prompts, self.group, sampling, seed=1, step=1, token_budget=2**40)
+
+    def update(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+        accumulate_gradient(self.model, objective, self.batch, temperature=1.0, token_budget=BUDGET)
+
+
+def objective(*args):  # type: ignore[no-untyped-def]
+    return grpo_loss(*args, beta=0.0, epsilon=0.1)
+
+
+def update_memory(args: argparse.Namespace, values: dict[str, int]) -> float:
+    """GB that an update took above what stood before it and its gradients, of this fresh process."""
+    shape = Shape(args, **values)
+    small = Shape(args, **values | {"group": 2, "tokens": 4, "prompt": 4})
+    small.model = shape.model
+    small.update()  # loads what is loaded at first use, and makes the gradients
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    shape.update()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        print(update_memory(args, json.loads(args.memory_of)))
+        return
+    print(f"hidden {args.hidden}, {args.layers} layers, {torch.get_num_threads()} threads, {BASE} but for one of them")
+    print(f"{'':>10} {'':>7} {'sample s':>9} {'linear':>7} {'update s':>9} {'linear':>7} {'memory GB':>10}")
+    for name, sizes in SERIES.items():
+        shapes = [Shape(args, **BASE | {name: size}) for size in sizes]
+        times = {part: [[] for _ in shapes] for part in ("sample", "update")}
+        for _ in range(ROUNDS + 1):
+            for number, shape in enumerate(shapes):
+                for part, results in times.items():
+                    started = time.perf_counter()
+                    getattr(shape, part)()
+                    results[number].append(time.perf_counter() - started)
+        medians = {part: [statistics.median(each[1:]) for each in results] for part, results in times.items()}
+        for number, size in enumerate(sizes):
+            columns = []
+            for part in medians:
+                seconds = medians[part][number]
+                grown = seconds / medians[part][number - 1] / (size / sizes[number - 1]) if number else None
+                columns.append(f"{seconds:>9.2f} {'' if grown is None else f'{grown:.2f}':>7}")
+            shape = json.dumps(BASE | {name: size})
+            command = [sys.executable, __file__, "--hidden", str(args.hidden), "--layers", str(args.layers)]
+            done = subprocess.run([*command, "--memory-of", shape], capture_output=True, text=True, check=True)
+            print(f"{name:>10} {size:>7} {' '.join(columns)} {float(done.stdout):>10.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
