@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 import yaml
@@ -109,5 +110,8 @@ def peak_memory_gb(device: torch.device) -> float:
     """The most memory used so far, in GB: of the card by tensors on CUDA, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "linux":  # whose getrusage counts what the process that started this one held
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

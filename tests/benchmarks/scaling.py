@@ -10,7 +10,6 @@ divided by how much the work grew: 1.00 is linear.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo.algorithm.loss import grpo_loss
 from grpo.algorithm.step import Batch, accumulate_gradient
 from grpo.engine.batch import CompletionBatch, PromptBatch
+from grpo.engine.hardware import peak_memory_gb
 from grpo.engine.linear import use_onednn
 from grpo.engine.packed import try_packing
 from grpo.engine.rollout import Sampling, rollout
@@ -74,9 +74,9 @@ def update_memory(args: argparse.Namespace, values: dict[str, int]) -> float:
     small = Shape(args, **values | {"group": 2, "tokens": 4, "prompt": 4})
     small.model = shape.model
     small.update()  # loads what is loaded at first use, and makes the gradients
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory_gb(torch.device("cpu"))
     shape.update()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
+    return peak_memory_gb(torch.device("cpu")) - before
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ import contextlib
 import itertools
 import json
 import os
-import resource
 import runpy
 import statistics
 import subprocess
@@ -266,12 +265,14 @@ def machine_rates(dtype) -> tuple[float, float]:  # type: ignore[no-untyped-def]
 def child(args: argparse.Namespace) -> None:
     import torch
 
+    from grpo.engine.hardware import peak_memory_gb
+
     torch.manual_seed(SEED)
     if args.child == "floor":
         print(json.dumps(count_floor(args)))
         return
     times = (run_ours if args.child == "ours" else run_trl)(args)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    peak = peak_memory_gb(torch.device("cpu"))
     print(json.dumps({"seconds": times[WARM_UP:], "peak_gb": peak}))
 
 
