@@ -1,15 +1,11 @@
-import copy
-
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.engine import head
 from grpo.engine.batch import CompletionBatch
 from grpo.engine.head import HeadLogps
-from grpo.engine.linear import OneDnnLinear, use_onednn
 from grpo.engine.logps import completion_logps, completion_logps_unshared, head_logps
 from grpo.engine.model import load_model
 from grpo.engine.packed import checkpoint_layers, try_packing
@@ -118,28 +114,6 @@ def test_a_head_with_a_bias_takes_the_general_way():
     layer, hidden, targets = nn.Linear(5, 11), torch.randn(4, 5), torch.tensor([0, 10, 3, 3])
     logps, _ = head_logps(layer, hidden, targets, 0.7)
     torch.testing.assert_close(logps, torch.log_softmax(layer(hidden) / 0.7, dim=1).gather(1, targets[:, None])[:, 0])
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_product_by_onednn_is_that_of_a_linear_layer_with_its_gradients(bias):
-    torch.manual_seed(0)
-    plain = nn.Linear(6, 4, bias=bias)
-    ours = copy.deepcopy(plain)
-    use_onednn(ours)
-    assert type(ours) is OneDnnLinear
-    assert list(ours.state_dict()) == list(plain.state_dict())
-    inputs = torch.randn(2, 3, 6, requires_grad=True), torch.randn(2, 3, 6, requires_grad=True)
-    inputs[1].data.copy_(inputs[0])
-    factors = torch.randn(2, 3, 4)
-    outputs = [layer(x) for layer, x in zip((ours, plain), inputs, strict=True)]
-    for output in outputs:
-        (output * factors).sum().backward()
-    torch.testing.assert_close(*outputs)
-    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
-    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-    with torch.no_grad():
-        torch.testing.assert_close(ours(inputs[0]), F.linear(inputs[0], plain.weight, plain.bias))
 
 
 def test_a_model_that_looks_at_a_window_or_has_other_attention_is_read_padded():
