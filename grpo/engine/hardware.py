@@ -37,12 +37,12 @@ def resolve_hardware(cfg: DictConfig) -> None:
     if device == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"{asked}=mps: torch sees no Apple GPU here; use {mend}")
     if hardware.device == "auto":
-        name, asked_dtype = preset(device), hardware.compute_dtype
+        name = preset(device)
         logger.info("hardware=auto: using the preset %s", name)
         for key, value in yaml.safe_load((CONF_DIR / "hardware" / f"{name}.yaml").read_text()).items():
             if hardware[key] is None:
                 hardware[key] = value
-        if hardware.compute_dtype == "float32" and device == "cpu" and not asked_dtype and cpu_multiplies_bfloat16():
+        if device == "cpu" and hardware.compute_dtype is None and cpu_multiplies_bfloat16():
             hardware.compute_dtype = "bfloat16"
     hardware.device = device.split(":")[0]
     if hardware.threads is None:

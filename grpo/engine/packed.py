@@ -2,7 +2,8 @@
 
 All of a transformer but its attention works on each token by itself, so only attention needs to know which tokens
 belong together. It is replaced, through the interface that transformers has for that, by one that is told so. This
-serves prefill, decoding and the training pass; `grpo/engine/model.py` has the plain forms, which give the same numbers.
+serves prefill and the training pass; `grpo/engine/cache.py` and `completion_logps_unshared` are the plain forms, which
+give the same numbers.
 """
 
 import functools
@@ -51,6 +52,10 @@ class Ragged:
     width: int  # tokens of the longest
     slots: Tensor | None  # (tokens,) int64, each token's place in S * width padded ones; None where all are as long
 
+    @property
+    def tokens(self) -> int:
+        return self.count * self.width if self.slots is None else len(self.slots)
+
     def pad(self, x: Tensor) -> Tensor:
         """(tokens, ...) -> (S, width, ...), zero on the right of each sequence."""
         if self.slots is not None:
@@ -94,8 +99,7 @@ class PackedGroups:
     mask: Tensor  # (n, 1, width, prompt width + width), 0 where a completion's token sees another and -inf elsewhere
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        sizes = [self.prompts.count * self.prompts.width if self.prompts.slots is None else len(self.prompts.slots)]
-        sizes.append(len(query) - sizes[0])
+        sizes = [self.prompts.tokens, self.completions.tokens]
         (query, new_query), (key, new_key), (value, new_value) = (x.split(sizes) for x in (query, key, value))
         key, value = self.prompts.pad(key), self.prompts.pad(value)
         of_prompts = self.prompts.unpad(self.attention(self.prompts.pad(query), key, value, scale))

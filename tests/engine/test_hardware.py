@@ -33,7 +33,7 @@ def test_auto_takes_the_cpu_preset_where_there_is_no_gpu_and_keys_set_by_hand_st
     resolve_hardware(cfg)
     expected = yaml.safe_load((CONF_DIR / "hardware" / "cpu.yaml").read_text()) | {"rollout_tokens": 7}
     expected |= {"threads": hardware.THREADS}
-    expected |= {"compute_dtype": "bfloat16" if cpu_multiplies_bfloat16() else "float32"}
+    expected |= {"compute_dtype": "bfloat16" if cpu_multiplies_bfloat16() else None}
     assert OmegaConf.to_container(cfg.hardware) == expected
     assert (cfg.grpo.batch_size, cfg.grpo.num_generations) == (3, expected["num_generations"])
 
@@ -43,9 +43,9 @@ def test_auto_takes_bfloat16_where_the_processor_multiplies_it_unless_told_other
     monkeypatch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: able)
     monkeypatch.setattr(hardware, "find_device", lambda: "cpu")
     for overrides, expected in (
-        ([], "bfloat16" if able else "float32"),
+        ([], "bfloat16" if able else None),
         (["hardware.compute_dtype=float32"], "float32"),
-        (["hardware=cpu"], "float32"),
+        (["hardware=cpu"], None),
     ):
         cfg = compose_config(overrides)
         resolve_hardware(cfg)
