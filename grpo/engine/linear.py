@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from grpo.engine.hardware import cpu_multiplies_bfloat16
+
 
 class OneDnnLinear(nn.Linear):
     """An `nn.Linear` that multiplies with oneDNN."""
@@ -40,9 +42,9 @@ class _Product(torch.autograd.Function):
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Let every linear layer of a model multiply with oneDNN, where this torch has it for the model's device."""
+    """Let every linear layer of a model multiply with oneDNN, where it can."""
     for module in model.modules():
-        if type(module) is nn.Linear and available(module.weight.device):
+        if type(module) is nn.Linear and available(module.weight):
             module.__class__ = OneDnnLinear  # the same parameters under the same names
 
 
@@ -51,19 +53,21 @@ def packed(weight: Tensor, rows: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
 
 
-def available(device: torch.device) -> bool:
-    """Whether this torch has the products of oneDNN for this device."""
-    return device.type == "cpu" and _has_onednn()
+def available(tensor: Tensor) -> bool:
+    """Whether this torch and this processor have the products of oneDNN for such tensors."""
+    return tensor.device.type == "cpu" and tensor.dtype in _onednn_dtypes()
 
 
 @functools.cache
-def _has_onednn() -> bool:
+def _onednn_dtypes() -> tuple[torch.dtype, ...]:
     # Made for torch's compiler, so not promised to stay.
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return ()
+    return (torch.float32, torch.bfloat16) if cpu_multiplies_bfloat16() else (torch.float32,)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` without gradient, by oneDNN on a CPU that has it; weight may be `packed` there."""
-    if not available(x.device):
+    if not available(x):
         return nn.functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
