@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from grpo.algorithm.loss import BatchCounts, LossOutput
 from grpo.engine.batch import CompletionBatch, PromptBatch, split_rows
 from grpo.engine.logps import TokenLogps, completion_logps
+from grpo.engine.packed import packs
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Batch:
         lengths, prompts = self.completions.mask.sum(dim=1), self.prompts.mask.sum(dim=1)
         return int((lengths + prompts[self.prompt_of_row()]).max()), int(lengths.sum() + prompts.sum())
 
-    def micro_batches(self, token_budget: int) -> list[Tensor]:
-        """The rows (m,) of each part of at most so many tokens, those of like length together.
+    def micro_batches(self, token_budget: int, shared: bool = True) -> list[Tensor]:
+        """The rows (m,) of each part of at most so many tokens, within a group those of like length together.
 
-        A prompt counts once in each part that has completions of it, so a group stays together as far as it can.
+        shared: whether a part reads each of its prompts once, and not once for every row.
         """
         lengths, prompt_of_row = self.completions.mask.sum(dim=1), self.prompt_of_row()
         order = (prompt_of_row * (lengths.max() + 1) - lengths).argsort(stable=True)
-        parts = split_rows(self.prompts.mask.sum(dim=1), prompt_of_row[order], lengths[order], token_budget)
+        parts = split_rows(self.prompts.mask.sum(dim=1), prompt_of_row[order], lengths[order], token_budget, shared)
         return [order[part] for part in parts]
 
     def part(self, rows: Tensor) -> "MicroBatch":
@@ -52,7 +53,7 @@ class Batch:
             return None if tensor is None else tensor[rows, :width]
 
         return MicroBatch(
-            PromptBatch(self.prompts.ids[prompts], self.prompts.mask[prompts]),
+            self.prompts.take(prompts),
             CompletionBatch(cut(self.completions.ids), cut(self.completions.mask)),
             prompt_of_row,
             self.advantages[rows],
@@ -79,17 +80,17 @@ class MicroBatch:
     ref_logps: Tensor | None  # (m, t)
     old_logps: Tensor | None  # (m, t)
 
-    def logps(self, model: PreTrainedModel, temperature: float) -> TokenLogps:
+    def logps(self, model: PreTrainedModel, temperature: float, entropy: bool = True) -> TokenLogps:
         """Log-probabilities of these completions, with gradient where it is enabled."""
-        return completion_logps(model, self.prompts, self.completions, self.prompt_of_row, temperature)
+        return completion_logps(model, self.prompts, self.completions, self.prompt_of_row, temperature, entropy)
 
 
 @torch.no_grad()
 def all_logps(model: PreTrainedModel, batch: Batch, temperature: float, token_budget: int) -> Tensor:
     """Log-probabilities (B, T) of the whole batch without gradient, as for the reference model."""
     result = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)
-    for rows in batch.micro_batches(token_budget):
-        logps = batch.part(rows).logps(model, temperature).logps
+    for rows in batch.micro_batches(token_budget, packs(model)):
+        logps = batch.part(rows).logps(model, temperature, entropy=False).logps
         result[rows, : logps.shape[1]] = logps
     return result
 
@@ -109,7 +110,7 @@ def accumulate_gradient(
     counts = BatchCounts(rows=len(batch.completions.ids), tokens=int(batch.completions.mask.sum()))
     logps = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)
     loss, sums = 0.0, {}
-    for rows in batch.micro_batches(token_budget):
+    for rows in batch.micro_batches(token_budget, packs(model)):
         part = batch.part(rows)
         policy = part.logps(model, temperature)
         output = objective(policy.logps, part.old_logps, part.ref_logps, part.advantages, part.completions.mask, counts)

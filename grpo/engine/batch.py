@@ -14,6 +14,11 @@ class PromptBatch:
     ids: Tensor  # (P, L) int64
     mask: Tensor  # (P, L) int64, 1 where a token is
 
+    def take(self, rows: Tensor) -> "PromptBatch":
+        """These prompts alone, padded no further than to the longest of them."""
+        start = self.ids.shape[1] - int(self.mask[rows].sum(dim=1).max())
+        return PromptBatch(self.ids[rows, start:], self.mask[rows, start:])
+
 
 @dataclass(frozen=True)
 class CompletionBatch:
@@ -35,21 +40,26 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def split_rows(prompt_lengths: Tensor, prompt_of_row: Tensor, row_lengths: Tensor | int, budget: int) -> list[Tensor]:
+def split_rows(
+    prompt_lengths: Tensor, prompt_of_row: Tensor, row_lengths: Tensor | int, budget: int, shared: bool
+) -> list[Tensor]:
     """Cut n rows, ordered by prompt, into parts of at most `budget` tokens; a part is never less than one row.
 
     prompt_lengths (P,), prompt_of_row (n,); row_lengths (n,), or one for all. A prompt counts once in each part that
-    has a row of it. Returns the rows of each part, (m,) int64.
+    has a row of it where it is shared, else for every row. Rows padded to the longest of their part hold at most twice
+    the budget: so much attention may take, whose share is small. Returns the rows of each part, (m,) int64.
     """
     lengths = row_lengths.tolist() if isinstance(row_lengths, Tensor) else [row_lengths] * len(prompt_of_row)
     prompts, prompt_lengths = prompt_of_row.tolist(), prompt_lengths.tolist()
-    starts, used = [0], 0
+    starts, used, widest = [0], 0, 0
     for row, length in enumerate(lengths):
-        needed = length + (prompt_lengths[prompts[row]] if row == starts[-1] or prompts[row] != prompts[row - 1] else 0)
-        if used + needed > budget and row > starts[-1]:
+        new = row == starts[-1] or not shared or prompts[row] != prompts[row - 1]
+        needed = length + (prompt_lengths[prompts[row]] if new else 0)
+        padded = (row + 1 - starts[-1]) * max(widest, length)
+        if row > starts[-1] and (used + needed > budget or padded > 2 * budget):
             starts.append(row)
-            used, needed = 0, length + prompt_lengths[prompts[row]]
-        used += needed
+            used, widest, needed = 0, 0, length + prompt_lengths[prompts[row]]
+        used, widest = used + needed, max(widest, length)
     return [
         torch.arange(start, stop, device=prompt_of_row.device)
         for start, stop in zip(starts, [*starts[1:], len(lengths)], strict=True)

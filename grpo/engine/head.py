@@ -12,21 +12,24 @@ LOGITS_PER_CHUNK = 2**23  # 32 MB of float32: about what the cache of a processo
 
 
 class HeadLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature) at the targets, and its entropy, which takes no gradient.
+    """log softmax(hidden @ weight.T / temperature) at the targets, and its entropy where asked for, without gradient.
 
     hidden (A, H), weight (V, H), targets (A,) -> logps (A,) and entropy (A,), float32. The backward pass computes the
     logits again, so that never more than a chunk of them exists.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logps, entropy, normalizers = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        logps, entropy, normalizers = (hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(3))
         for part in _chunks(len(hidden), weight):
             logits = _logits(hidden[part], weight, temperature)
             normalizers[part] = logits.logsumexp(dim=1)
             logits -= normalizers[part, None]
             logps[part] = logits.gather(1, targets[part, None])[:, 0]
-            entropy[part] = -torch.linalg.vecdot(logits.exp(), logits)
+            if with_entropy:
+                entropy[part] = -torch.linalg.vecdot(logits.exp(), logits)
         ctx.save_for_backward(hidden, weight, targets, normalizers)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -47,7 +50,7 @@ class HeadLogps(torch.autograd.Function):
             grad_hidden[part] = multiply(logits, weight.t())
             if grad_weight is not None:
                 grad_weight.addmm_(logits.t(), hidden[part])
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _chunks(tokens: int, weight: Tensor) -> list[slice]:

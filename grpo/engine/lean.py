@@ -40,7 +40,7 @@ class Product:
 
     def __init__(self, rows: int, *layers: nn.Linear) -> None:
         self._layers, self._packed, self._bias = layers, None, None
-        if available(layers[0].weight.device):
+        if available(layers[0].weight):
             self._packed = packed(torch.cat([layer.weight for layer in layers]), rows)
             if layers[0].bias is not None:
                 self._bias = torch.cat([layer.bias for layer in layers])

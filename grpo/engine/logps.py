@@ -18,7 +18,9 @@ class TokenLogps:
     """What the policy thinks of B completions' tokens, at the sampling temperature; 0 outside the mask."""
 
     logps: Tensor  # (B, T) float32, log-probability of each token
-    entropy: Tensor  # (B, T) float32, entropy in nats of the distribution that it was drawn from; no gradient
+    entropy: (
+        Tensor  # (B, T) float32, in nats, of the distribution that it was drawn from; no gradient; 0 unless asked for
+    )
 
 
 def completion_logps(
@@ -27,6 +29,7 @@ def completion_logps(
     completions: CompletionBatch,
     prompt_of_row: Tensor,
     temperature: float,
+    entropy: bool = True,
 ) -> TokenLogps:
     """Log-probabilities of B completions' tokens, each prompt read once for all of its completions.
 
@@ -41,11 +44,8 @@ def completion_logps(
     active = completions.mask.flatten().nonzero().squeeze(1)
     targets = completions.ids.flatten().index_select(0, active)
     empty = torch.zeros(completions.mask.numel(), dtype=torch.float32, device=hidden.device)
-    logps, entropy = (
-        empty.index_copy(0, active, values).view(completions.mask.shape)
-        for values in head_logps(model.get_output_embeddings(), hidden, targets, temperature)
-    )
-    return TokenLogps(logps, entropy)
+    found = head_logps(model.get_output_embeddings(), hidden, targets, temperature, entropy)
+    return TokenLogps(*(empty.index_copy(0, active, values).view(completions.mask.shape) for values in found))
 
 
 def completion_logps_unshared(
@@ -80,20 +80,22 @@ def _hidden_by_cache(
     return torch.cat([hidden, extend(model, cache, completions.ids[:, :-1], mask, new_positions)], dim=1)
 
 
-def head_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def head_logps(
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool = True
+) -> tuple[Tensor, Tensor]:
     """Log-probabilities (A,) of the target tokens, and entropies (A,), from the hidden states (A, H) before them.
 
     The head runs again in the backward pass, so (A, vocabulary) logits never exist.
     """
     if isinstance(head, nn.Linear) and head.bias is None:
-        return HeadLogps.apply(hidden, head.weight, targets, temperature)
+        return HeadLogps.apply(hidden, head.weight, targets, temperature, entropy)
     chunk = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
     parts = [
         checkpoint(_chunk_logps, head, h, t, temperature, use_reentrant=False, preserve_rng_state=False)
         for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
     ]
-    logps, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
-    return logps, entropy
+    logps, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logps, entropies
 
 
 def _chunk_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -75,9 +75,12 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     }
     try:
         if config.name in RANDOM_MODELS:
-            with torch.random.fork_rng(), device:
-                torch.manual_seed(0)  # the same weights each time, since they are where a run begins
-                model = AutoModelForCausalLM.from_config(architecture(config.name, False), **settings)
+            # The same weights each time and on every device, since they are where a run begins.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                model = AutoModelForCausalLM.from_config(
+                    architecture(config.name, False), **settings | {"dtype": torch.float32}
+                ).to(settings["dtype"])
         else:
             model = AutoModelForCausalLM.from_pretrained(model_source(config.name), **settings)
     except (OSError, ValueError, ImportError, SafetensorError) as error:

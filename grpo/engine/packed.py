@@ -19,9 +19,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from grpo.config import ConfigError
 from grpo.engine.batch import CompletionBatch, PromptBatch, positions
 
 NAME = "grpo_packed"
+# What an architecture raises that has another attention; the plain way serves it.
+OF_ITS_OWN_KIND = (TypeError, AttributeError, KeyError, RuntimeError)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -172,11 +175,17 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     """Keep only each layer's input for the backward pass, which computes the layer again.
 
     Safe for packed rows, whose attention changes nothing; a layer that writes to a cache would write twice. Not by
-    transformers' own switch, which works in training mode only, where some layers would drop out.
+    transformers' own switch, which works in training mode only, where some layers would drop out. Raises ConfigError
+    where rows are not packed.
     """
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = functools.partial(_checkpointed, model, layer.forward)
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers or not packs(model):
+        raise ConfigError(
+            f"hardware.activation_checkpointing=true: {type(model).__name__} with model.attn_implementation="
+            f"{model.config._attn_implementation} cannot be read in packed rows, which this needs; set it to false"
+        )
+    for layer in layers:
+        layer.forward = functools.partial(_checkpointed, model, layer.forward)
 
 
 def _checkpointed(model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -201,7 +210,7 @@ def try_packing(model: PreTrainedModel) -> bool:
     It does not where attention is not sdpa's of all earlier tokens, or not called through transformers' interface.
     """
     model.reads_packed_rows = False
-    if model.config._attn_implementation != "sdpa" or _looks_at_a_window(model):
+    if not may_pack(model):
         return False
     lengths, device = torch.tensor([[5], [3]]), model.device
     mask = (torch.arange(5) < lengths).long().to(device)
@@ -214,18 +223,21 @@ def try_packing(model: PreTrainedModel) -> bool:
     expected = torch.cat([plain[:, :2].flatten(0, 1), plain[0, 2:4]])
     try:
         found = read(model, packed_ids, position_ids, packing)
-    except (TypeError, AttributeError, KeyError, RuntimeError):
-        return False  # an architecture of its own kind; the plain way serves it
+    except OF_ITS_OWN_KIND:
+        return False
     rounding = 1e-4 if model.dtype == torch.float32 else 5e-2
     model.reads_packed_rows = bool((found - expected).abs().max() <= rounding * expected.abs().max())
     return model.reads_packed_rows
 
 
-def _looks_at_a_window(model: PreTrainedModel) -> bool:
+def may_pack(model: PreTrainedModel) -> bool:
+    """What its config says of it: attention by sdpa, of all earlier tokens and not of a window."""
+    if model.config._attn_implementation != "sdpa":
+        return False
     kinds = getattr(model.config, "layer_types", None)
     if kinds is not None:
-        return any(kind != "full_attention" for kind in kinds)
-    return getattr(model.config, "sliding_window", None) is not None
+        return all(kind == "full_attention" for kind in kinds)
+    return getattr(model.config, "sliding_window", None) is None
 
 
 def read(model: PreTrainedModel, ids: Tensor, position_ids: Tensor, packing: Packing) -> Tensor:

@@ -13,11 +13,9 @@ from grpo.engine.cache import extend, prefill, select_cache_rows
 from grpo.engine.lean import LeanDecoder, is_lean
 from grpo.engine.noise import gumbel_noise, row_keys
 
-# Finished rows are dropped once fewer than this share of the rows is still running. A processor's time goes by the row;
-# an accelerator's hardly does, and there each look at which rows have ended waits for its queue.
-COMPACT_BELOW = {"cpu": 1.0}
-COMPACT_BELOW_ELSEWHERE = 0.75
-LOOK_EVERY_ELSEWHERE = 16  # tokens
+# After how many tokens to look which rows have ended, and below which share of running rows to drop the others. A
+# processor's time goes by the row; an accelerator's hardly does, and each look waits for its queue.
+ON_CPU, ELSEWHERE = (1, 1.0), (16, 0.75)
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,8 @@ def rollout(
     keys = row_keys(seed, step, slots, members).to(prompts.ids.device)
     prompt_of_row = torch.from_numpy(slots).to(prompts.ids.device)
     parts = []
-    for rows in split_rows(prompts.mask.sum(dim=1), prompt_of_row, sampling.max_new_tokens, token_budget):
+    lengths, lean = prompts.mask.sum(dim=1), is_lean(model)
+    for rows in split_rows(lengths, prompt_of_row, sampling.max_new_tokens, token_budget, shared=lean):
         parts.append(_decode(model, *_take_prompts(prompts, prompt_of_row[rows]), keys[rows], sampling))
     longest = max(ids.shape[1] for ids, _ in parts)
     ids, logps = (
@@ -72,7 +71,7 @@ def completion_mask(ids: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
 def _take_prompts(prompts: PromptBatch, prompt_of_row: Tensor) -> tuple[PromptBatch, Tensor]:
     """Only the prompts that these rows answer, and each row's place among them."""
     used, place = prompt_of_row.unique(return_inverse=True)
-    return PromptBatch(prompts.ids[used], prompts.mask[used]), place
+    return prompts.take(used), place
 
 
 def _decode(
@@ -85,7 +84,7 @@ def _decode(
     logps = torch.zeros(ids.shape, device=device)
     running = torch.arange(rows, device=device)  # the rows of `ids` that this batch still works on
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
-    on_cpu = device.type == "cpu"
+    look_every, compact_below = ON_CPU if device.type == "cpu" else ELSEWHERE
     kind = LeanDecoder if is_lean(model) else CachedDecoder
     decoder = kind(model, prompts, prompt_of_row, sampling.max_new_tokens)
     for t in range(sampling.max_new_tokens):
@@ -95,11 +94,11 @@ def _decode(
         ended = ended | torch.isin(tokens, stop_ids)
         if t + 1 == sampling.max_new_tokens:
             break
-        if on_cpu or (t + 1) % LOOK_EVERY_ELSEWHERE == 0:
+        if (t + 1) % look_every == 0:
             alive = (~ended).nonzero().squeeze(1)
             if len(alive) == 0:
                 return ids[:, : t + 1], logps[:, : t + 1]
-            if len(alive) < COMPACT_BELOW.get(device.type, COMPACT_BELOW_ELSEWHERE) * len(ended):
+            if len(alive) < compact_below * len(ended):
                 decoder.keep(alive)
                 running, ended, keys, tokens = running[alive], ended[alive], keys[alive], tokens[alive]
         decoder.read(tokens)

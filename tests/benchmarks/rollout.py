@@ -83,7 +83,10 @@ def main() -> None:
             attention_mask=torch.ones_like(repeated),
             max_new_tokens=tokens,
             do_sample=True,
+            temperature=1.0,  # these four as the sampling of ours, whatever the model's own generation config has
             top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
             eos_token_id=STOP,
             pad_token_id=PAD,
             logits_processor=[ForceLengths(ends, args.prompt_tokens)],

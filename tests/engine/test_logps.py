@@ -101,7 +101,7 @@ def test_the_head_gives_what_log_softmax_gives_and_its_gradients(monkeypatch):
             logps = distribution.gather(1, targets[:, None])[:, 0]
             entropy = -(distribution.exp() * distribution).sum(dim=1)
         else:
-            logps, entropy = HeadLogps.apply(h, w, targets, 0.7)
+            logps, entropy = HeadLogps.apply(h, w, targets, 0.7, True)
             assert not entropy.requires_grad
         (logps * factors).sum().backward()
         results.append((logps.detach(), entropy.detach(), h.grad, w.grad))
@@ -112,8 +112,12 @@ def test_the_head_gives_what_log_softmax_gives_and_its_gradients(monkeypatch):
 def test_a_head_with_a_bias_takes_the_general_way():
     torch.manual_seed(0)
     layer, hidden, targets = nn.Linear(5, 11), torch.randn(4, 5), torch.tensor([0, 10, 3, 3])
-    logps, _ = head_logps(layer, hidden, targets, 0.7)
-    torch.testing.assert_close(logps, torch.log_softmax(layer(hidden) / 0.7, dim=1).gather(1, targets[:, None])[:, 0])
+    ours, _ = head_logps(layer, hidden, targets, 0.7)
+    plain = torch.log_softmax(layer(hidden) / 0.7, dim=1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(ours, plain)
+    gradients = [torch.autograd.grad((x * x).sum(), list(layer.parameters())) for x in (ours, plain)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_model_that_looks_at_a_window_or_has_other_attention_is_read_padded():

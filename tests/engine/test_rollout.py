@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from grpo.engine import rollout as engine
 from grpo.engine.batch import PromptBatch, split_rows
 from grpo.engine.lean import LeanDecoder, is_lean
 from grpo.engine.linear import use_onednn
@@ -154,11 +155,25 @@ def test_each_model_of_the_family_is_decoded_lean_as_plainly(kind, tied, prompts
 def test_split_rows_counts_each_prompt_once_in_a_part_and_never_cuts_below_a_row():
     lengths, prompt_of_row = torch.tensor([10, 20]), torch.tensor([0, 0, 0, 1, 1])
 
-    def parts(row_lengths, budget):
-        return [part.tolist() for part in split_rows(lengths, prompt_of_row, row_lengths, budget)]
+    def parts(row_lengths, budget, shared=True):
+        return [part.tolist() for part in split_rows(lengths, prompt_of_row, row_lengths, budget, shared)]
 
     assert parts(5, 55) == [[0, 1, 2, 3, 4]]  # 10 + 3 * 5 + 20 + 2 * 5
     assert parts(5, 54) == [[0, 1, 2, 3], [4]]
     assert parts(5, 25) == [[0, 1, 2], [3], [4]]
     assert parts(torch.tensor([15, 1, 1, 1, 1]), 27) == [[0, 1, 2], [3, 4]]
     assert parts(5, 1) == [[0], [1], [2], [3], [4]]
+    assert parts(5, 30, shared=False) == [[0, 1], [2], [3], [4]]  # 2 * (10 + 5); then 10 + 5 + 20 + 5 is too much
+    assert parts(torch.tensor([30, 1, 1, 1, 1]), 65) == [[0, 1, 2, 3], [4]]  # padded, 5 * 30 is over twice 65
+
+
+@pytest.mark.parametrize("habits", [(4, 0.75), (16, 0.75), (1, 0.5)])
+def test_when_finished_rows_are_looked_for_and_dropped_changes_nothing(model, prompts, sampling, monkeypatch, habits):
+    """As on accelerators, where looking at every token would wait for the queue."""
+    expected = sample(model, prompts, sampling, generations=8)
+    monkeypatch.setattr(engine, "ON_CPU", habits)
+    seldom = sample(model, prompts, sampling, generations=8)
+    width = expected.ids.shape[1]
+    assert torch.equal(seldom.ids[:, :width] * expected.mask, expected.ids * expected.mask)
+    assert torch.equal(seldom.mask.sum(dim=1), expected.mask.sum(dim=1))
+    torch.testing.assert_close(seldom.sampling_logps[:, :width], expected.sampling_logps, rtol=1e-4, atol=1e-5)
