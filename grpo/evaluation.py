@@ -6,6 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from grpo.algorithm.reward import score
+from grpo.data.problems import Problem
+from grpo.engine.batch import CompletionBatch
 from grpo.engine.memory import Cut
 from grpo.setup import Setup, score_completions
 
@@ -23,9 +25,26 @@ def evaluate(model: PreTrainedModel, setup: Setup, cut: Cut, step: int) -> dict[
     problems = sorted(setup.problems.test[: config.eval.max_problems], key=lambda problem: len(problem.question))
     prompts = setup.prompt_batch(setup.conversations(problems))
     completions = setup.complete(model, prompts, sampling, cut, group_size=1, step=0)
+    outcomes = []
+    # Scored by as many as in a step, since that is what reward.timeout_s is meant for.
+    for rows in torch.arange(len(problems)).split(config.grpo.batch_size * config.grpo.num_generations):
+        some = [problems[row] for row in rows]
+        outcomes += _outcomes(setup, some, CompletionBatch(completions.ids[rows], completions.mask[rows]))
+    return {
+        "step": step,
+        "n": len(outcomes),
+        "accuracy": _mean([o["correct"] for o in outcomes]),
+        "reward": _mean([o["reward"] for o in outcomes]),
+        "rewards": {c.name: _mean([o["rewards"][c.name] for o in outcomes]) for c in setup.components},
+        "completions/mean_length": _mean([o["length"] for o in outcomes]),
+        "problems": outcomes,
+    }
+
+
+def _outcomes(setup: Setup, problems: list[Problem], completions: CompletionBatch) -> list[dict[str, Any]]:
     scored = score_completions(setup, problems, completions)
     correct = score([setup.accuracy], scored.prompts, scored.messages, scored.columns).total
-    outcomes = [
+    return [
         {
             "id": problem.id,
             "correct": bool(correct[row]),
@@ -37,15 +56,6 @@ def evaluate(model: PreTrainedModel, setup: Setup, cut: Cut, step: int) -> dict[
         }
         for row, problem in enumerate(problems)
     ]
-    return {
-        "step": step,
-        "n": len(outcomes),
-        "accuracy": _mean([o["correct"] for o in outcomes]),
-        "reward": _mean([o["reward"] for o in outcomes]),
-        "rewards": {c.name: _mean([o["rewards"][c.name] for o in outcomes]) for c in setup.components},
-        "completions/mean_length": _mean([o["length"] for o in outcomes]),
-        "problems": outcomes,
-    }
 
 
 def _mean(values: list[float | None]) -> float | None:

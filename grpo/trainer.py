@@ -15,11 +15,11 @@ from torch import Tensor
 
 from grpo.algorithm.advantage import group_advantages
 from grpo.algorithm.step import Batch, accumulate_gradient, all_logps, apply_gradient, learning_rate
-from grpo.config import ConfigError, to_dict
+from grpo.config import to_dict
 from grpo.data.prompts import problems_of_step
 from grpo.engine.hardware import peak_memory_gb
 from grpo.engine.model import copy_in_dtype, refresh, working_copy
-from grpo.engine.packed import checkpoint_layers, packs
+from grpo.engine.packed import checkpoint_layers
 from grpo.evaluation import evaluate
 from grpo.metrics import (
     completion_metrics,
@@ -119,12 +119,6 @@ class Trainer:
         self.worker = self.policy if self.policy.dtype == dtype else working_copy(self.policy, dtype)
         self.reference = copy_in_dtype(self.policy, dtype) if setup.config.grpo.beta > 0 else None
         if setup.config.hardware.activation_checkpointing:
-            if not packs(self.worker):
-                raise ConfigError(
-                    f"hardware.activation_checkpointing=true: {type(self.worker).__name__} with "
-                    f"model.attn_implementation={setup.config.model.attn_implementation} cannot be read in packed "
-                    "rows, which this needs; set it to false"
-                )
             checkpoint_layers(self.worker)
         self.optimizer = setup.optimizer(self.policy.parameters())
         self.sampling = setup.sampling(self.policy)
@@ -218,7 +212,8 @@ class Trainer:
 
     def _gradient(self, batch: Batch) -> tuple[dict[str, float], Tensor]:
         def accumulate(token_budget: int) -> tuple[dict[str, float], Tensor]:
-            self.policy.zero_grad(set_to_none=True)  # of a try that ran out of memory
+            for model in (self.policy, self.worker):  # of a try that ran out of memory
+                model.zero_grad(set_to_none=True)
             return accumulate_gradient(
                 self.worker,
                 self.setup.objective,
