@@ -47,6 +47,15 @@ class GrpoConfig:
 
 
 @dataclass
+class CardConfig:
+    """What plan=true counts on; all None: this machine, looked at."""
+
+    memory_gb: float | None = MISSING
+    tflops: float | None = MISSING  # in compute_dtype
+    bandwidth_gb_s: float | None = MISSING
+
+
+@dataclass
 class HardwareConfig:
     device: str = MISSING  # auto | cuda | mps | cpu
     compute_dtype: str | None = MISSING  # None: as model.dtype | float32 | bfloat16
@@ -57,7 +66,7 @@ class HardwareConfig:
     activation_checkpointing: bool | None = MISSING
     rollout_tokens: int | None = MISSING
     threads: int | None = MISSING
-    card: dict[str, float] | None = MISSING  # memory_gb, tflops (of compute_dtype), bandwidth_gb_s; for plan=true
+    card: CardConfig = field(default_factory=CardConfig)
 
 
 @dataclass
@@ -159,6 +168,11 @@ def check(config: Config) -> None:
         )
     if not 0 <= config.seed < 2**63:
         raise ConfigError(f"seed={config.seed}: must lie between 0 and 2**63 - 1")
+    if config.hardware.compute_dtype == "float32" and config.model.dtype != "float32":
+        raise ConfigError(
+            f"hardware.compute_dtype=float32 is wider than model.dtype={config.model.dtype}: what it gains is rounded "
+            "away from the weights; set model.dtype=float32, or hardware.compute_dtype=null"
+        )
     _check_prompts(config.data)
     for key in ("beta", "epsilon"):
         if config.objective.get(key, getattr(g, key)) != getattr(g, key):

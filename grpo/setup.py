@@ -1,5 +1,6 @@
 """From a config to the parts of a run. Everything that can be checked is checked before any weight is loaded."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,7 +132,9 @@ def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
     try:
         optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"optimizer: {error}") from error
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        mend = f"; leave it out with ~optimizer.{unknown[1]}" if unknown else ""
+        raise ConfigError(f"optimizer: {error}{mend}") from error
 
 
 def score_completions(setup: Setup, problems: Sequence[Problem], completions: CompletionBatch) -> Scored:

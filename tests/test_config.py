@@ -218,6 +218,11 @@ def test_a_value_of_the_wrong_type_is_named_with_its_key(override, reason):
     assert reason in text
 
 
+def test_arithmetic_wider_than_the_weights_is_refused():
+    said = complaint("model.dtype=bfloat16", "hardware.compute_dtype=float32")
+    assert said.startswith("hardware.compute_dtype=float32 is wider than model.dtype=bfloat16")
+
+
 @pytest.mark.parametrize(
     ("override", "mend"),
     [
@@ -336,6 +341,11 @@ def test_resume_accepts_a_change_of_how_the_run_is_watched_and_kept(run_with):
 
 def test_resume_accepts_another_cut_and_says_what_that_costs(run_with, caplog):
     assert resumed(run_with, "hardware.micro_batch_tokens=2").hardware.micro_batch_tokens == 2
+    # Another card's preset cuts otherwise; other digits are asked for by their name.
+    moved = resumed(run_with, "hardware=a100_80gb", "hardware.device=cpu")
+    assert (moved.hardware.micro_batch_tokens, moved.hardware.compute_dtype) == (4096, None)
+    assert resumed(run_with, "hardware=auto").hardware.compute_dtype is None
+    assert resumed(run_with, "hardware.compute_dtype=bfloat16").hardware.compute_dtype == "bfloat16"
     assert "no longer bit for bit" in caplog.text
 
 

@@ -27,6 +27,20 @@ def test_resume_after_kill_is_bitwise_equal(tmp_path, straight, step):
     assert_same_run(run_dir, straight)
 
 
+def test_resume_in_bfloat16_over_float32_weights_is_bitwise_equal(tmp_path):
+    """Through two updates a step, a second iteration with its own reference, and layers computed twice."""
+    settings = [*SETTINGS, "hardware.compute_dtype=bfloat16", "hardware.activation_checkpointing=true"]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert launch(*settings, f"run_dir={straight}", cwd=tmp_path).returncode == 0
+    fault = ("grpo.trainer.refresh", "12", "kill")  # two a step, and one as the reference moves: in step 6
+    assert launch(*settings, f"run_dir={killed}", cwd=tmp_path, fault=fault).returncode != 0
+    assert [row["step"] for row in rows(killed)] == [1, 2, 3, 4, 5]
+    result = launch("resume=true", f"run_dir={killed}", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(killed, straight)
+    assert all(0 < row["sampling/logp_difference/mean"] < 0.1 for row in rows(straight))
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_step_in_progress_and_resume_is_bitwise_equal(tmp_path, straight, number, code):
     run_dir = tmp_path / "run"

@@ -3,6 +3,7 @@
 import ctypes
 import logging
 import os
+import re
 import resource
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ def resolve_hardware(cfg: DictConfig) -> None:
         name = preset(device)
         logger.info("hardware=auto: using the preset %s", name)
         for key, value in yaml.safe_load((CONF_DIR / "hardware" / f"{name}.yaml").read_text()).items():
-            if hardware[key] is None:
+            if hardware[key] is None:  # and so not `card`: this machine's is looked at instead
                 hardware[key] = value
         if device == "cpu" and hardware.compute_dtype is None and cpu_multiplies_bfloat16():
             hardware.compute_dtype = "bfloat16"
@@ -110,8 +111,8 @@ def peak_memory_gb(device: torch.device) -> float:
     """The most memory used so far, in GB: of the card by tensors on CUDA, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "linux":  # whose getrusage counts what the process that started this one held
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(found[1]) * 1024 / 1e9  # Linux's getrusage counts what the process that started this one held, too
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

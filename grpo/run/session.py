@@ -37,6 +37,7 @@ CUT = tuple(
         "threads",
         "device",
         "compute_dtype",
+        "card",
     )
 )
 CUT += ("model.device_map",)
@@ -210,6 +211,8 @@ def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> 
     resolve_hardware(changed)
     for size in PRESET_SIZES:  # only defaults of grpo.*, which is frozen: another preset cuts the same work otherwise
         changed.hardware[size] = frozen.hardware[size]
+    if not any(override.startswith("hardware.compute_dtype=") for override in overrides):
+        changed.hardware.compute_dtype = frozen.hardware.compute_dtype  # other digits are asked for by their name
     before, after = flatten(frozen), flatten(changed)
     differing = [key for key in before | after if before.get(key) != after.get(key)]
     refused = [key for key in differing if not key.startswith(CHANGEABLE + CUT) and not _is_longer(key, before, after)]
