@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from grpo.algorithm.step import Batch
-from grpo.config import Config, ConfigError, typed
+from grpo.config import Config, typed
 from grpo.engine import cost
 from grpo.engine.batch import CompletionBatch, PromptBatch
 from grpo.engine.hardware import peak_memory_gb, resolve_hardware
@@ -53,7 +53,7 @@ def plan(config: Config) -> Plan:
     _program()  # now, since what follows takes memory
     grpo, hardware = config.grpo, config.hardware
     dtype, compute = getattr(torch, config.model.dtype), compute_dtype(config)
-    model = cost.meta_model(config.model.name, compute, config.model.trust_remote_code)
+    model = cost.meta_model(config.model, compute)
     prompts = [int(setup.prompt_batch([c]).mask.sum()) for c in setup.conversations(setup.problems.train[:200])]
     prompt_tokens, rows = math.ceil(sum(prompts) / len(prompts)), grpo.batch_size * grpo.num_generations
     work = cost.Work(grpo.batch_size, grpo.num_generations, prompt_tokens, [grpo.max_completion_length] * rows)
@@ -84,10 +84,9 @@ def _memory(
 ) -> dict[str, float]:
     on_cpu, budget = config.hardware.device == "cpu", config.hardware.micro_batch_tokens
     largest = max(_micro_batches(work, budget), key=len)
-    prompts = len({int(row) // work.group for row in largest})
-    token = math.ceil(work.prompt_tokens), config.grpo.max_completion_length
+    prompts, length = len({int(row) // work.group for row in largest}), max(work.lengths)
     optimizer = _optimizer_values(config) * count * dtype.itemsize
-    rows = min(len(work.lengths), max(1, config.hardware.rollout_tokens // token[1]))
+    rows = min(len(work.lengths), max(1, config.hardware.rollout_tokens // length))
     vocabulary = model.config.vocab_size
     return {
         "program": _program() if on_cpu else 0.0,
@@ -96,9 +95,9 @@ def _memory(
         "reference": count * compute.itemsize if config.grpo.beta > 0 else 0.0,
         "optimizer": optimizer,
         "gradients": count * dtype.itemsize,
-        "activations": _activations(config, model, prompts, token[0], len(largest), token[1]),
+        "activations": _activations(config, model, prompts, work.prompt_tokens, len(largest), length),
         "output head": max(cost.head_bytes(model), 4 * 4 * rows * vocabulary),
-        "keys and values": cost.cache_bytes(model, work.prompts * token[0] + rows * token[1], compute.itemsize),
+        "keys and values": cost.cache_bytes(model, work.prompts * work.prompt_tokens + rows * length, compute.itemsize),
         "packed weights": sum(cost.products(model)) * compute.itemsize if on_cpu else 0.0,
         "checkpoint copy": count * dtype.itemsize + optimizer if config.checkpoint.overlap and on_cpu else 0.0,
     }
@@ -121,7 +120,7 @@ def _program() -> float:
 def _micro_batches(work: cost.Work, token_budget: int) -> list[torch.Tensor]:
     """How the training would cut this work."""
     rows, longest = len(work.lengths), max(work.lengths)
-    prompts = torch.ones(work.prompts, math.ceil(work.prompt_tokens), dtype=torch.long)
+    prompts = torch.ones(work.prompts, work.prompt_tokens, dtype=torch.long)
     completions = torch.ones(rows, longest, dtype=torch.long)
     batch = Batch(PromptBatch(prompts, prompts), CompletionBatch(completions, completions), torch.zeros(rows))
     return batch.micro_batches(token_budget)
@@ -157,8 +156,8 @@ def _disk(config: Config, weights: float, optimizer: float, rows: int) -> dict[s
 
 def _available(config: Config) -> float:
     """Bytes of memory that there are: of the preset's card, else of the device found here."""
-    if config.hardware.card is not None:
-        return config.hardware.card["memory_gb"] * GB
+    if config.hardware.card.memory_gb is not None:
+        return config.hardware.card.memory_gb * GB
     if config.hardware.device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -167,12 +166,11 @@ def _available(config: Config) -> float:
 def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) -> float | None:
     """A step's time: its products at the device's rate and the reading of weights in decoding, times what is usual."""
     device, card = config.hardware.device, config.hardware.card
-    if device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
-        if device == "cpu":
-            torch.set_num_threads(config.hardware.threads or torch.get_num_threads())
+    if card.tflops is not None and card.bandwidth_gb_s is not None:
+        flops, read = card.tflops * 1e12, card.bandwidth_gb_s * GB
+    elif device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
+        torch.set_num_threads(config.hardware.threads or torch.get_num_threads())
         flops, read = cost.machine_rates(compute, torch.device(device))
-    elif card is not None:
-        flops, read = card["tflops"] * 1e12, card["bandwidth_gb_s"] * GB
     else:
         return None
     forward = cost.forward_flops(model, work)
@@ -184,8 +182,7 @@ def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) 
 
 def resolved(cfg: DictConfig) -> Config:
     """The config with the hardware filled in, a preset's also where its card is not here."""
-    device = cfg.hardware.device
-    if device == "auto" or cfg.hardware.card is None or torch.cuda.is_available():
+    if cfg.hardware.device == "auto" or cfg.hardware.card.memory_gb is None or torch.cuda.is_available():
         resolve_hardware(cfg)
     return typed(cfg)
 
@@ -246,22 +243,3 @@ def _gb(size: float) -> str:
 
 def _about(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2g}" if value < 10 else f"{value:,.0f}"
-
-
-def sweep_points(overrides: Sequence[str]) -> list[tuple[str, DictConfig]]:
-    """Every point of a sweep by Hydra's basic sweeper, named by its overrides, and its composed config."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    from grpo.compose import compose_config
-
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    swept = {o.get_key_element() for o in parsed if o.is_sweep_override()}
-    points = []
-    for job in (job for batch in batches for job in batch):
-        name = " ".join(o for o in job if o.partition("=")[0] in swept)
-        points.append((name or "the run", compose_config(job)))
-    if not points:
-        raise ConfigError("plan=true: this sweep has no points")
-    return points

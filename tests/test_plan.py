@@ -3,11 +3,11 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo import plan as planning
 from grpo.compose import compose_config
-from grpo.config import load_frozen
+from grpo.config import ConfigError, load_frozen
 from grpo.engine import cost
 from grpo.engine.batch import CompletionBatch, PromptBatch
 from grpo.engine.logps import completion_logps
@@ -49,6 +49,40 @@ def test_a_bad_value_is_refused_as_in_a_launch(launch, tmp_path):
         assert "grpo.mu=0: must be 1 or more" in refused.stderr
 
 
+def test_what_the_plan_cannot_count_ends_it_and_starts_nothing(launch, tmp_path, monkeypatch):
+    """Of an error in a callback Hydra would only warn, and train."""
+    for extra in ([], ["-m", "seed=1,2"]):
+        failed = launch(*extra, *QUICK, "plan=true", cwd=tmp_path, fault=("grpo.engine.cost.parameters", "1", "memory"))
+        assert failed.returncode == 1
+        assert failed.stderr.splitlines()[-1].startswith("failed: plan=true: ")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_it_is_for_new_runs(launch, tmp_path, finished_run):
+    for key in ("resume", "fork"):
+        refused = launch(f"{key}=true", f"run_dir={finished_run}", "plan=true", cwd=tmp_path)
+        assert refused.returncode == 2
+        assert "plan=true is for a new run" in refused.stderr
+
+
+def test_a_model_that_is_read_padded_is_planned_so(tmp_path):
+    sizes = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    for kind, extra in (("falcon", {}), ("mistral", {"sliding_window": 8, "num_key_value_heads": 2})):
+        AutoConfig.for_model(kind, **sizes, num_attention_heads=4, **extra).save_pretrained(tmp_path)
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(MODEL_DIR / file, tmp_path)
+        padded = plan(f"model.name={tmp_path}")
+        assert padded.memory["activations"] > 0
+        with pytest.raises(ConfigError, match="cannot be read in packed rows"):
+            plan(f"model.name={tmp_path}", "hardware.activation_checkpointing=true", "model.attn_implementation=eager")
+
+
+def test_a_card_of_ones_own_is_judged_by_what_is_said_of_it():
+    assert plan("hardware.card.memory_gb=0.1").available == 0.1e9
+    assert not plan("hardware.card.memory_gb=0.1").fits
+    assert plan("hardware.card={tflops: 1.0, bandwidth_gb_s: 10.0}").available > 1e9
+
+
 def test_no_weights_are_needed(tmp_path):
     for file in MODEL_DIR.iterdir():
         if file.name != "model.safetensors":
@@ -82,7 +116,7 @@ def test_what_a_setting_adds_is_counted():
 def test_activations_are_counted_as_the_real_pass_keeps_them(monkeypatch, twice):
     """Saved tensors of a real forward pass, by storage, without the parameters."""
     model, prompts, rows, tokens = load_model(tiny_config(), torch.device("cpu")), 2, 6, 20
-    counted = cost.meta_model("tiny", torch.float32, False)
+    counted = cost.meta_model(tiny_config(), torch.float32)
     if twice:
         planning.checkpoint_layers(model), planning.checkpoint_layers(counted)
     held, weights = {}, {p.untyped_storage()._cdata for p in model.parameters()}

@@ -13,27 +13,32 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from grpo.config import ModelConfig
 from grpo.engine.head import LOGITS_PER_CHUNK
+from grpo.engine.linear import multiply
 from grpo.engine.logps import head_logps
 from grpo.engine.model import architecture
-from grpo.engine.packed import PackedGroups, Ragged, read
+from grpo.engine.packed import OF_ITS_OWN_KIND, PackedGroups, Ragged, may_pack, packs, read
 
 
 @dataclass(frozen=True)
 class Work:
-    """The completions of a step: P prompts with G completions each, all at their limit of tokens."""
+    """The completions of a step: P prompts with G completions each."""
 
     prompts: int
     group: int
-    prompt_tokens: float  # of each prompt, on average
+    prompt_tokens: int  # of each prompt, on average
     lengths: list[int]  # tokens of each of the P * G completions
 
 
-def meta_model(name: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def meta_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The architecture of a model without its weights."""
-    config = architecture(name, trust_remote_code)
+    remote = config.trust_remote_code
+    settings = {"dtype": dtype, "attn_implementation": config.attn_implementation, "trust_remote_code": remote}
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        model = AutoModelForCausalLM.from_config(architecture(config.name, remote), **settings).eval()
+    model.reads_packed_rows = may_pack(model)  # found out by its numbers once they are there
+    return model
 
 
 def parameters(model: nn.Module) -> int:
@@ -94,10 +99,24 @@ def activation_bytes(model: PreTrainedModel, prompts: int, prompt_tokens: int, r
     packing = _Counted(Ragged(prompts, prompt_tokens, None), Ragged(rows, tokens - 1, None))
     active = torch.zeros(rows * tokens, dtype=torch.long, device=meta)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = read(model, ids, ids, packing).index_select(0, active)
+        hidden = _hidden_packed(model, ids, packing) if packs(model) else None
+        if hidden is None:
+            held.clear()
+            width = prompt_tokens + tokens
+            padded = torch.zeros(rows, width, dtype=torch.long, device=meta)
+            mask = torch.zeros(rows, 1, width, width, dtype=model.dtype, device=meta)  # to make one, numbers are needed
+            hidden = model.get_decoder()(input_ids=padded, attention_mask=mask, use_cache=False)[0].flatten(0, 1)
+        hidden = hidden.index_select(0, active)
         logps, _ = head_logps(model.get_output_embeddings(), hidden, active, 0.9)
     assert logps.requires_grad  # else nothing would have been kept
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+def _hidden_packed(model: PreTrainedModel, ids: Tensor, packing: PackedGroups) -> Tensor | None:
+    try:
+        return read(model, ids, ids, packing)
+    except OF_ITS_OWN_KIND:
+        return None
 
 
 def head_bytes(model: PreTrainedModel) -> int:
@@ -144,7 +163,8 @@ def machine_rates(dtype: torch.dtype, device: torch.device) -> tuple[float, floa
             seconds.append(time.perf_counter() - started)
         return min(seconds)
 
-    return 2 * size**3 / best(lambda: (a @ b)[0]), big.numel() * 4 / best(lambda: big.sum()[None])
+    product = min(best(lambda: (a @ b)[0]), best(lambda: multiply(a, b)[0]))
+    return 2 * size**3 / product, big.numel() * 4 / best(lambda: big.sum()[None])
 
 
 def _head_size(config: Any) -> int:

@@ -1,15 +1,18 @@
 """Which folder a launch uses, decided and checked before Hydra creates or overwrites anything in it."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config import ConfigError, typed
+from grpo.config import ConfigError, first_line, typed
 from grpo.run.folder import OUTPUTS, RunFolder, job_folder_name, newest_unfinished
 from grpo.targets import check_importable
 
@@ -101,10 +104,7 @@ class CheckBeforeStart(Callback):
             settings = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
             check_importable(typed(settings))
             if config.plan:
-                from grpo.plan import print_plans  # imports torch
-
-                print_plans([("the run", settings)])
-                sys.exit(0)
+                _plan(config, lambda: [("the run", settings)])
             if config.fork:
                 check_parent(config.run_dir, config.resume)
                 return
@@ -119,16 +119,40 @@ class CheckBeforeStart(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         if config.plan:
-            try:
-                from grpo.plan import print_plans, sweep_points  # imports torch
-
-                print_plans(sweep_points(config.hydra.overrides.task))
-            except (ConfigError, OmegaConfBaseException) as error:
-                _refuse(error)
-            sys.exit(0)
+            _plan(config, lambda: sweep_points(config.hydra.overrides.task, config.hydra.sweeper))
         jobs = Path(config.sweep_dir).glob("*/config.yaml") if config.sweep_dir else ()
         if config.resume is True and not any(jobs):
             _refuse(ConfigError("resume=true: there is no such sweep; name it with sweep_dir=outputs/sweeps/..."))
+
+
+def _plan(config: DictConfig, points: Callable[[], list[tuple[str, DictConfig]]]) -> NoReturn:
+    """Print the plan and exit, whatever happens: of any other error Hydra would only warn, and start."""
+    try:
+        if config.resume or config.fork:
+            raise ConfigError("plan=true is for a new run: leave resume and fork out")
+        from grpo.plan import print_plans  # imports torch
+
+        print_plans(points())
+    except (ConfigError, OmegaConfBaseException, HydraException) as error:
+        _refuse(error)
+    except Exception as error:
+        print(f"failed: plan=true: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def sweep_points(overrides: Sequence[str], sweeper: DictConfig) -> list[tuple[str, DictConfig]]:
+    """Every point of a sweep by Hydra's basic sweeper: its overrides as its name, and its composed config."""
+    if not sweeper._target_.endswith("BasicSweeper"):
+        raise ConfigError("plan=true knows the points of Hydra's basic sweeper only: add hydra/sweeper=basic")
+    from grpo.compose import compose_config  # here, since that module needs this one's resolvers
+
+    given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    parsed = OverridesParser.create().parse_overrides([*given, *overrides])
+    jobs = (job for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch)
+    swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
+    named = [(" ".join(each for each in job if each.partition("=")[0] in swept), job) for job in jobs]
+    return [(name or "the run", compose_config(job)) for name, job in named]
 
 
 def _refuse(error: Exception) -> None:
