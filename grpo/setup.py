@@ -73,7 +73,14 @@ class Setup:
 
         def sample(token_budget: int) -> CompletionBatch:
             return rollout(
-                model, prompts, group_size, sampling, seed=self.config.seed, step=step, token_budget=token_budget
+                model,
+                prompts,
+                group_size,
+                sampling,
+                seed=self.config.seed,
+                step=step,
+                token_budget=token_budget,
+                cuda_graphs=self.config.hardware.cuda_graphs,
             )
 
         lengths, longest = prompts.mask.sum(dim=1), sampling.max_new_tokens

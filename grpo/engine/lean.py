@@ -2,8 +2,8 @@
 
 With one token a row the time goes into starting operations and into reading weights. So here a layer is some twenty
 operations instead of seventy, its products are made by as few and on packed weights, and a prompt's keys and values
-are held and read once for its whole group. `PackedDecoder` and `CachedDecoder` in `grpo/engine/rollout.py` are the
-plain forms of the same.
+are held and read once for its whole group. On CUDA they may be started together, as a graph: then attention looks at
+places that no token has taken yet, which are hidden. `CachedDecoder` in `grpo/engine/rollout.py` is the plain form.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from grpo.engine.batch import PromptBatch, positions
+from grpo.engine.graph import recorded
 from grpo.engine.linear import available, multiply, packed
 from grpo.engine.packed import PackedPrompts, Ragged, packs, ragged, read
 
 # Their layers are: norm, attention with rotary positions, norm, gated SiLU. Biases and norms of heads may be there.
 FAMILY = {"LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel"}
+GRAPH_WIDTH = 128  # a graph serves until a row's own tokens are so many more
 
 
 def is_lean(model: PreTrainedModel) -> bool:
@@ -67,14 +69,23 @@ class Layer:
 class LeanDecoder:
     """The model at the end of R rows, which are ordered by prompt; `logits` (R, V) are those of the next token."""
 
-    def __init__(self, model: PreTrainedModel, prompts: PromptBatch, prompt_of_row: Tensor, max_tokens: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: PromptBatch,
+        prompt_of_row: Tensor,
+        max_tokens: int,
+        *,
+        cuda_graphs: bool = False,
+    ) -> None:
         lengths, real = prompts.mask.sum(dim=1), prompts.mask.bool()
         packing = PackedPrompts(ragged(torch.arange(int(lengths.max()), device=real.device) < lengths[:, None]))
         hidden = read(model, prompts.ids[real], positions(prompts.mask)[real], packing)
         hidden = hidden[lengths.cumsum(dim=0) - 1][prompt_of_row]
         rows, self._decoder, config = len(prompt_of_row), model.get_decoder(), model.config
         self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
-        self._length, self._next_position = 0, lengths[prompt_of_row]
+        self._first_position, self._max_tokens = lengths[prompt_of_row], max_tokens
+        self._length, self._width, self._cuda_graphs = 0, 0, cuda_graphs
         self._prompt_of_row, self._groups = prompt_of_row, rows_by_prompt(prompt_of_row, len(lengths))
         self._head = Product(rows, model.get_output_embeddings())
         self._layers = [
@@ -85,21 +96,34 @@ class LeanDecoder:
             beyond = torch.arange(packing.prompts.width, device=real.device) >= lengths[:, None]
             bias = hidden.new_zeros(beyond.shape).masked_fill(beyond, -torch.inf)
             self._bias = bias.repeat_interleave(self._key_heads, dim=0)[:, None]
-        self._none = hidden.new_zeros(1, 1, 1)
+        self._own_bias = hidden.new_full((1, 1, max_tokens), -torch.inf)  # hides places that no token has taken
+        self._place = torch.zeros(1, dtype=torch.long, device=real.device)  # of the token that is read
+        self._tokens, self._step = torch.zeros_like(prompt_of_row), self._read
         self.logits = self._head(hidden)
 
     def read(self, tokens: Tensor) -> None:
         """One more token of each row, (R,)."""
-        x = self._decoder.embed_tokens(tokens)
-        cos, sin = (a[0, :, None] for a in self._decoder.rotary_emb(x, (self._next_position + self._length)[None]))
+        self._tokens.copy_(tokens)
+        self._place.fill_(self._length)
+        self._length += 1
+        if self._length > self._width:
+            self._width = min(self._width + (GRAPH_WIDTH if self._cuda_graphs else 1), self._max_tokens)
+            self._step = None  # gives back the memory of a graph before the next is recorded
+            self._step = recorded(self._read, self._tokens.device) if self._cuda_graphs else self._read
+        self.logits = self._step()
+
+    def _read(self) -> Tensor:
+        """The logits after `_tokens` at `_place` of each row. Nothing but these two changes from token to token."""
+        self._own_bias.index_fill_(2, self._place, 0.0)
+        x = self._decoder.embed_tokens(self._tokens)
+        cos, sin = (a[0, :, None] for a in self._decoder.rotary_emb(x, (self._first_position + self._place)[None]))
         first, second = sin.chunk(2, dim=-1)
         rotation = cos, torch.cat([-first, second], dim=-1)
         for layer in self._layers:
             x = x + layer.output(self._attend(layer, _norm(layer.module.input_layernorm, x), rotation))
             gate, up = layer.gate_up(_norm(layer.module.post_attention_layernorm, x)).chunk(2, dim=-1)
             x = x + layer.down(F.silu(gate) * up)
-        self._length += 1
-        self.logits = self._head(_norm(self._decoder.norm, x))
+        return self._head(_norm(self._decoder.norm, x))
 
     def _attend(self, layer: Layer, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """(R, H) -> (R, heads * d)."""
@@ -111,16 +135,17 @@ class LeanDecoder:
             rotated = torch.cat(parts, dim=1)
         cos, sin = rotation
         rotated = torch.addcmul(rotated * cos, rotated.roll(rotated.shape[2] // 2, dims=2), sin)
-        end, size = self._length + 1, rotated.shape[2]
-        layer.keys[:, :, self._length], layer.values[:, :, self._length] = rotated[:, heads:], value
+        end, size = self._width, rotated.shape[2]
+        layer.keys.index_copy_(2, self._place, rotated[:, heads:, None])
+        layer.values.index_copy_(2, self._place, value[:, :, None])
         keys, values = layer.keys[:, :, :end].flatten(0, 1), layer.values[:, :, :end].flatten(0, 1)
 
         query = rotated[:, :heads].unflatten(1, (key_heads, -1))  # (R, key heads, queries that share a key, d)
         grouped = self._by_prompt(query)
         of_prompt = torch.baddbmm(self._bias, grouped, layer.prompt_keys.transpose(1, 2), alpha=attention.scaling)
-        own = torch.baddbmm(
-            self._none, query.reshape(rows * key_heads, -1, size), keys.transpose(1, 2), beta=0, alpha=attention.scaling
-        )
+        query, bias = query.reshape(rows * key_heads, -1, size), self._own_bias[:, :, :end]
+        hide = int(self._cuda_graphs)  # else every place is taken
+        own = torch.baddbmm(bias, query, keys.transpose(1, 2), beta=hide, alpha=attention.scaling)
         own = own.view(rows, key_heads, -1, end)
         weights = torch.cat([self._by_row(of_prompt), own], dim=3).softmax(dim=3, dtype=torch.float32).to(x.dtype)
         of_prompt, own = weights.split([layer.prompt_keys.shape[1], end], dim=3)
@@ -137,7 +162,8 @@ class LeanDecoder:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these (ascending), within the memory that there is."""
-        self._next_position, self._prompt_of_row = self._next_position[rows], self._prompt_of_row[rows]
+        self._first_position, self._prompt_of_row = self._first_position[rows], self._prompt_of_row[rows]
+        self._tokens, self._width = self._tokens[rows], self._length  # so that the next token is recorded anew
         self._groups = rows_by_prompt(self._prompt_of_row, self._groups.count)
         for layer in self._layers:
             for x in (layer.keys, layer.values):
@@ -154,7 +180,7 @@ def rows_by_prompt(prompt_of_row: Tensor, prompts: int) -> Ragged:
 def _layer(module: Any, kept: tuple[Tensor, Tensor], rows: int, new_tokens: int) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     prompt_keys, prompt_values = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in kept)
-    keys, values = (x.new_empty(rows, x.shape[2], new_tokens, x.shape[3]) for x in kept)
+    keys, values = (x.new_zeros(rows, x.shape[2], new_tokens, x.shape[3]) for x in kept)  # hidden ones are multiplied
     return Layer(
         module,
         Product(rows, attention.q_proj, attention.k_proj, attention.v_proj),

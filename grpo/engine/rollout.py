@@ -1,5 +1,7 @@
 """Sampling completions: each prompt is read once for its whole group, finished rows leave the batch."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,20 +41,24 @@ def rollout(
     seed: int,
     step: int,
     token_budget: int,
+    cuda_graphs: bool = False,
 ) -> CompletionBatch:
     """Sample `num_generations` completions for each of P prompts -> B = P * num_generations rows.
 
     The noise of every token comes from the counter (seed, step, slot of the prompt in the batch, completion,
     token, vocabulary index), so a completion does not depend on which rows are decoded together beyond the rounding
-    of the model itself. token_budget: how many tokens' keys and values there is memory for.
+    of the model itself. token_budget: how many tokens' keys and values there is memory for. cuda_graphs: whether to
+    record the operations of a token on CUDA, where `LeanDecoder` serves the model.
     """
     slots, members = np.divmod(np.arange(len(prompts.ids) * num_generations), num_generations)
     keys = row_keys(seed, step, slots, members).to(prompts.ids.device)
     prompt_of_row = torch.from_numpy(slots).to(prompts.ids.device)
     parts = []
     lengths, lean = prompts.mask.sum(dim=1), is_lean(model)
+    kind = functools.partial(LeanDecoder, cuda_graphs=cuda_graphs) if lean else CachedDecoder
     for rows in split_rows(lengths, prompt_of_row, sampling.max_new_tokens, token_budget, shared=lean):
-        parts.append(_decode(model, *_take_prompts(prompts, prompt_of_row[rows]), keys[rows], sampling))
+        start = functools.partial(kind, model, *_take_prompts(prompts, prompt_of_row[rows]), sampling.max_new_tokens)
+        parts.append(_decode(start, keys[rows], sampling))
     longest = max(ids.shape[1] for ids, _ in parts)
     ids, logps = (
         torch.cat([torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=padding) for x in values])
@@ -74,9 +80,7 @@ def _take_prompts(prompts: PromptBatch, prompt_of_row: Tensor) -> tuple[PromptBa
     return prompts.take(used), place
 
 
-def _decode(
-    model: PreTrainedModel, prompts: PromptBatch, prompt_of_row: Tensor, keys: Tensor, sampling: Sampling
-) -> tuple[Tensor, Tensor]:
+def _decode(start: Callable[[], "Decoder"], keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Decode some rows together. Returns token ids and their log-probabilities, (rows, T), padded after each end."""
     rows, device = len(keys), keys.device
     stop_ids = torch.tensor(sampling.stop_ids, device=device)
@@ -84,9 +88,8 @@ def _decode(
     logps = torch.zeros(ids.shape, device=device)
     running = torch.arange(rows, device=device)  # the rows of `ids` that this batch still works on
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    decoder = start()
     look_every, compact_below = ON_CPU if device.type == "cpu" else ELSEWHERE
-    kind = LeanDecoder if is_lean(model) else CachedDecoder
-    decoder = kind(model, prompts, prompt_of_row, sampling.max_new_tokens)
     for t in range(sampling.max_new_tokens):
         tokens, logps[running, t] = _choose(decoder.logits.float(), keys, t, sampling, stop_ids)
         tokens = torch.where(ended, sampling.pad_id, tokens)

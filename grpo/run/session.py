@@ -34,6 +34,7 @@ CUT = tuple(
         "micro_batch_tokens",
         "rollout_tokens",
         "activation_checkpointing",
+        "cuda_graphs",
         "threads",
         "device",
         "compute_dtype",

@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=80)
     parser.add_argument("--third", action="store_true")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--cuda-graphs", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     prompts, group, tokens = map(int, args.shape.split("x"))
@@ -74,7 +75,9 @@ def main() -> None:
     repeated = ids.repeat_interleave(group, dim=0)
 
     def ours() -> None:
-        completions = engine.rollout(model, batch, group, sampling, seed=1, step=1, token_budget=2**40)
+        completions = engine.rollout(
+            model, batch, group, sampling, seed=1, step=1, token_budget=2**40, cuda_graphs=args.cuda_graphs
+        )
         assert completions.mask.sum(dim=1).tolist() == ends.tolist()
 
     def generate() -> None:

@@ -2,8 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from grpo.engine import lean as lean_module
 from grpo.engine import rollout as engine
 from grpo.engine.batch import PromptBatch, split_rows
 from grpo.engine.lean import LeanDecoder, is_lean
@@ -18,8 +20,8 @@ def sampling(tokenizer):
     return Sampling(32, 1.0, (tokenizer.eos_token_id,), tokenizer.pad_token_id)
 
 
-def sample(model, prompts, sampling, generations=4, seed=1, step=1, token_budget=10**6):
-    return rollout(model, prompts, generations, sampling, seed=seed, step=step, token_budget=token_budget)
+def sample(model, prompts, sampling, generations=4, seed=1, step=1, token_budget=10**6, **how):
+    return rollout(model, prompts, generations, sampling, seed=seed, step=step, token_budget=token_budget, **how)
 
 
 def test_greedy_decoding_is_that_of_transformers(model, tokenizer, prompts, sampling):
@@ -122,10 +124,7 @@ def test_lean_decoding_gives_the_tokens_of_the_plain_way(plain_model, fast_model
     assert torch.equal(lean.ids * lean.mask, plain.ids * plain.mask)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
-def test_each_model_of_the_family_is_decoded_lean_as_plainly(kind, tied, prompts, sampling):
-    """Biases (Qwen2), norms of heads (Qwen3), none (Llama); logits step by step, with rows that leave on the way."""
+def model_of_the_family(kind, tied):
     settings = {"vocab_size": 600, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "head_dim": 16}
     if kind == "mistral":
         settings["sliding_window"] = None
@@ -136,20 +135,62 @@ def test_each_model_of_the_family_is_decoded_lean_as_plainly(kind, tied, prompts
         torch.nn.init.normal_(parameter, std=0.2)  # biases and norms too
     assert try_packing(model)
     use_onednn(model)
+    return model
+
+
+def check_lean_decoding(model, prompts, **how):
+    """Logits step by step, with rows that leave on the way."""
     assert is_lean(model)
     prompt_of_row = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
-    tokens = torch.randint(5, 600, (8, 6), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(5, 600, (8, 8), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        lean, plain = (Decoder(model, prompts, prompt_of_row, 6) for Decoder in (LeanDecoder, CachedDecoder))
+        plain, lean = (
+            CachedDecoder(model, prompts, prompt_of_row, 8),
+            LeanDecoder(model, prompts, prompt_of_row, 8, **how),
+        )
     torch.testing.assert_close(lean.logits, plain.logits, rtol=1e-4, atol=1e-4)
     before = list(range(8))
     with torch.no_grad():
-        for t, rows in enumerate([range(8), range(8), [0, 2, 3, 4, 6], [0, 3, 4], [3, 4], [4]]):
+        for t, rows in enumerate([before] * 4 + [[0, 2, 3, 4, 6], [0, 2, 3, 4, 6], [0, 3, 4], [4]]):
             for decoder in (lean, plain):
-                decoder.keep(torch.tensor([before.index(row) for row in rows]))
-                decoder.read(tokens[list(rows), t])
-            before = list(rows)
+                if rows != before:
+                    decoder.keep(torch.tensor([before.index(row) for row in rows]))
+                decoder.read(tokens[rows, t])
+            before = rows
             torch.testing.assert_close(lean.logits, plain.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_each_model_of_the_family_is_decoded_lean_as_plainly(kind, tied, prompts):
+    """Biases (Qwen2), norms of heads (Qwen3), none (Llama)."""
+    check_lean_decoding(model_of_the_family(kind, tied), prompts)
+
+
+@pytest.mark.parametrize(("width", "needed"), [(1, 8), (2, 5), (3, 5), (100, 4)])
+def test_a_token_decoded_from_a_recording_is_the_same(prompts, monkeypatch, width, needed):
+    """Recorded by torch's tracer: as in a CUDA graph, the operations with the tensors they had, and no Python."""
+    recordings = []
+
+    def recorded(step, _):
+        recordings.append(make_fx(lambda: step())())
+        return recordings[-1]
+
+    monkeypatch.setattr(lean_module, "recorded", recorded)
+    monkeypatch.setattr(lean_module, "GRAPH_WIDTH", width)
+    monkeypatch.setattr(lean_module, "available", lambda _: False)  # oneDNN's packed weights cannot be traced
+    check_lean_decoding(model_of_the_family("qwen3", True), prompts, cuda_graphs=True)
+    assert len(recordings) == needed  # one for every width, and for every number of rows
+
+
+@pytest.mark.gpu
+def test_a_token_decoded_from_a_cuda_graph_is_the_same(prompts, sampling, monkeypatch, caplog):
+    monkeypatch.setattr(lean_module, "GRAPH_WIDTH", 3)
+    model = model_of_the_family("qwen2", True).cuda()
+    on_card = PromptBatch(prompts.ids.cuda(), prompts.mask.cuda())
+    eager, graph = (sample(model, on_card, sampling, generations=8, cuda_graphs=graphs) for graphs in (False, True))
+    assert torch.equal(eager.ids, graph.ids)
+    assert "without CUDA graphs" not in caplog.text
 
 
 def test_split_rows_counts_each_prompt_once_in_a_part_and_never_cuts_below_a_row():
