@@ -24,7 +24,8 @@ from grpo.targets import bind
 
 GB = 1e9
 # Measured step time over the time of its products alone (tests/benchmarks/NOTES.md); a card's is an expectation.
-OVER_FLOOR = {"cpu": 1.3, "cuda": 2.0, "mps": 2.0}
+OVER_FLOOR = {("cpu", torch.float32): 1.7, ("cpu", torch.bfloat16): 2.3}
+EXPECTED_OVER_FLOOR = 2.0
 OPERATION_S = 5e-4  # that starting a layer's operations takes for each token decoded
 BYTES_PER_SAMPLE = 1500  # of a completion in samples/, its prompt and rewards included
 
@@ -177,7 +178,7 @@ def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) 
     decoding = max(forward / flops, cost.decode_bytes(model, work, compute.itemsize) / read)
     starting = OPERATION_S * model.config.num_hidden_layers * max(work.lengths)
     rest = cost.step_flops(model, work, config.grpo.beta > 0, config.grpo.mu) - forward
-    return OVER_FLOOR[device] * (decoding + rest / flops) + starting
+    return OVER_FLOOR.get((device, compute), EXPECTED_OVER_FLOOR) * (decoding + rest / flops) + starting
 
 
 def resolved(cfg: DictConfig) -> Config:

@@ -3,9 +3,10 @@
 python tests/benchmarks/scaling.py [--hidden 256] [--layers 8]
 
 A Llama of random weights, 2 prompts, float32 on a CPU. `sample` and `update` are seconds (medians of turns through all
-shapes, so that a slow moment of the machine does not fall on one); `memory` is what an update takes above the weights
-and their gradients, in a process of its own for each shape. `linear` is the time over that of the shape before,
-divided by how much the work grew: 1.00 is linear.
+shapes, so that a slow moment of the machine does not fall on one). `linear` is the time over that of the shape before,
+divided by how much the work grew: 1.00 is linear. `memory` is what an update takes above the weights and their
+gradients, in a process of its own for each shape, cut to the same budget of tokens. `activations` is the same without
+the head's gradient and the embedding's, each of which exists a second time before it is added.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from grpo.engine.packed import try_packing
 from grpo.engine.rollout import Sampling, rollout
 
 BASE = {"group": 8, "tokens": 64, "prompt": 64, "vocabulary": 8192}
-SERIES = {"group": (8, 16, 32), "tokens": (64, 128, 256), "prompt": (64, 128, 256), "vocabulary": (32768, 151936)}
+SERIES = {"group": (16, 32, 64), "tokens": (64, 128, 256), "prompt": (64, 128, 256), "vocabulary": (32768, 151936)}
 BUDGET = 1024  # tokens in a micro-batch
 ROUNDS = 3
 
@@ -60,7 +61,7 @@ class Shape:
         rollout(self.model, self.prompts, self.group, sampling, seed=1, step=1, token_budget=2**40)
 
     def update(self) -> None:
-        self.model.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=False)
         accumulate_gradient(self.model, objective, self.batch, temperature=1.0, token_budget=BUDGET)
 
 
@@ -89,7 +90,8 @@ def main() -> None:
         print(update_memory(args, json.loads(args.memory_of)))
         return
     print(f"hidden {args.hidden}, {args.layers} layers, {torch.get_num_threads()} threads, {BASE} but for one of them")
-    print(f"{'':>10} {'':>7} {'sample s':>9} {'linear':>7} {'update s':>9} {'linear':>7} {'memory GB':>10}")
+    times = f"{'sample s':>9} {'linear':>7} {'update s':>9} {'linear':>7}"
+    print(f"{'':>10} {'':>7} {times} {'memory GB':>10} {'activations GB':>15}")
     for name, sizes in SERIES.items():
         shapes = [Shape(args, **BASE | {name: size}) for size in sizes]
         times = {part: [[] for _ in shapes] for part in ("sample", "update")}
@@ -109,7 +111,8 @@ def main() -> None:
             shape = json.dumps(BASE | {name: size})
             command = [sys.executable, __file__, "--hidden", str(args.hidden), "--layers", str(args.layers)]
             done = subprocess.run([*command, "--memory-of", shape], capture_output=True, text=True, check=True)
-            print(f"{name:>10} {size:>7} {' '.join(columns)} {float(done.stdout):>10.3f}", flush=True)
+            memory, gradients = float(done.stdout), 2 * 4 * args.hidden * (BASE | {name: size})["vocabulary"] / 1e9
+            print(f"{name:>10} {size:>7} {' '.join(columns)} {memory:>10.3f} {memory - gradients:>15.3f}", flush=True)
 
 
 if __name__ == "__main__":
