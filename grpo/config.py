@@ -65,7 +65,7 @@ class HardwareConfig:
     micro_batch_tokens: int | None = MISSING
     activation_checkpointing: bool | None = MISSING
     rollout_tokens: int | None = MISSING
-    cuda_graphs: bool | None = MISSING
+    cuda_graphs: bool | None = None
     threads: int | None = MISSING
     card: CardConfig = field(default_factory=CardConfig)
 

@@ -80,7 +80,7 @@ class Setup:
                 seed=self.config.seed,
                 step=step,
                 token_budget=token_budget,
-                cuda_graphs=self.config.hardware.cuda_graphs,
+                cuda_graphs=bool(self.config.hardware.cuda_graphs),
             )
 
         lengths, longest = prompts.mask.sum(dim=1), sampling.max_new_tokens

@@ -1,4 +1,4 @@
-"""Operations recorded once and started together: a token's thousand small ones take longer to start than to run."""
+"""Operations on CUDA recorded once and started together: a thousand small ones take longer to start than to run."""
 
 import functools
 import logging
@@ -10,33 +10,43 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-def recorded(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """What computes `step()` again, into the tensor that it returned first: on CUDA a graph, elsewhere step itself.
+def recorded(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor] | None:
+    """A CUDA graph that computes `step()` again, into the tensor that it returned first; None where there can be none.
 
     step: reads and writes tensors that stay where they are, has no shape or number that changes, and does the same
-    when it is run again. What cannot be recorded (it waits for the device) is run as it is, with a warning.
+    when it is run again. One that waits for the device cannot be recorded: that is found out in a run before, since a
+    recording that fails leaves torch's allocator in disorder.
     """
-    if device.type != "cuda":
-        return step
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        step()  # what is prepared at the first use of an operation cannot be recorded
-    torch.cuda.current_stream(device).wait_stream(stream)
-    try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a checkpoint may be copied meanwhile
+    stream, current = _stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.device(device):
+        stream.wait_stream(current)
+        watch = torch.cuda.get_sync_debug_mode()
+        try:
+            with torch.cuda.stream(stream):
+                torch.cuda.set_sync_debug_mode("error")
+                step()  # also since what is prepared at the first use of an operation cannot be recorded
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            _warn(str(error).splitlines()[0])
+            return None
+        finally:
+            torch.cuda.set_sync_debug_mode(watch)
+            current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
             result = step()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        _warn(str(error).splitlines()[0])
-        return step
 
     def replay() -> Tensor:
         graph.replay()
         return result
 
     return replay
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # one, since cuBLAS holds its working memory for each
 
 
 @functools.cache

@@ -89,7 +89,8 @@ class LeanDecoder:
         self._prompt_of_row, self._groups = prompt_of_row, rows_by_prompt(prompt_of_row, len(lengths))
         self._head = Product(rows, model.get_output_embeddings())
         self._layers = [
-            _layer(module, packing.kept[number], rows, max_tokens) for number, module in enumerate(self._decoder.layers)
+            _layer(module, packing.kept[number], rows, max_tokens, clear=cuda_graphs)
+            for number, module in enumerate(self._decoder.layers)
         ]
         self._bias = hidden.new_zeros(1, 1, 1)
         if packing.prompts.slots is not None:  # hides the padding of the shorter prompts
@@ -98,7 +99,7 @@ class LeanDecoder:
             self._bias = bias.repeat_interleave(self._key_heads, dim=0)[:, None]
         self._own_bias = hidden.new_full((1, 1, max_tokens), -torch.inf)  # hides places that no token has taken
         self._place = torch.zeros(1, dtype=torch.long, device=real.device)  # of the token that is read
-        self._tokens, self._step = torch.zeros_like(prompt_of_row), self._read
+        self._tokens, self._replay = torch.zeros_like(prompt_of_row), None
         self.logits = self._head(hidden)
 
     def read(self, tokens: Tensor) -> None:
@@ -107,10 +108,14 @@ class LeanDecoder:
         self._place.fill_(self._length)
         self._length += 1
         if self._length > self._width:
-            self._width = min(self._width + (GRAPH_WIDTH if self._cuda_graphs else 1), self._max_tokens)
-            self._step = None  # gives back the memory of a graph before the next is recorded
-            self._step = recorded(self._read, self._tokens.device) if self._cuda_graphs else self._read
-        self.logits = self._step()
+            self._replay = self.logits = None  # give back the memory of a graph before the next is recorded
+            if self._cuda_graphs:
+                self._width = min(self._length - 1 + GRAPH_WIDTH, self._max_tokens)
+                self._replay = recorded(self._read, self._tokens.device)
+                self._cuda_graphs = self._replay is not None
+            if not self._cuda_graphs:
+                self._width = self._length
+        self.logits = self._read() if self._replay is None else self._replay()
 
     def _read(self) -> Tensor:
         """The logits after `_tokens` at `_place` of each row. Nothing but these two changes from token to token."""
@@ -150,7 +155,7 @@ class LeanDecoder:
         weights = torch.cat([self._by_row(of_prompt), own], dim=3).softmax(dim=3, dtype=torch.float32).to(x.dtype)
         of_prompt, own = weights.split([layer.prompt_keys.shape[1], end], dim=3)
         attended = self._by_row(torch.bmm(self._by_prompt(of_prompt), layer.prompt_values))
-        return (attended + torch.bmm(own.flatten(0, 1), values).view(attended.shape)).view(rows, -1)
+        return (attended + torch.bmm(own.flatten(0, 1), values).view(attended.shape)).reshape(rows, -1)
 
     def _by_prompt(self, x: Tensor) -> Tensor:
         """(R, key heads, queries, n) -> (P * key heads, group * queries, n), so that a prompt's keys are read once."""
@@ -177,10 +182,13 @@ def rows_by_prompt(prompt_of_row: Tensor, prompts: int) -> Ragged:
     return ragged(torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None])
 
 
-def _layer(module: Any, kept: tuple[Tensor, Tensor], rows: int, new_tokens: int) -> Layer:
+def _layer(module: Any, kept: tuple[Tensor, Tensor], rows: int, new_tokens: int, clear: bool) -> Layer:
+    """clear: whether places without a token are multiplied, with weights of 0."""
     attention, mlp = module.self_attn, module.mlp
     prompt_keys, prompt_values = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in kept)
-    keys, values = (x.new_zeros(rows, x.shape[2], new_tokens, x.shape[3]) for x in kept)  # hidden ones are multiplied
+    keys, values = (x.new_empty(rows, x.shape[2], new_tokens, x.shape[3]) for x in kept)
+    if clear:
+        keys.zero_(), values.zero_()
     return Layer(
         module,
         Product(rows, attention.q_proj, attention.k_proj, attention.v_proj),

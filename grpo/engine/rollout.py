@@ -55,7 +55,7 @@ def rollout(
     prompt_of_row = torch.from_numpy(slots).to(prompts.ids.device)
     parts = []
     lengths, lean = prompts.mask.sum(dim=1), is_lean(model)
-    kind = functools.partial(LeanDecoder, cuda_graphs=cuda_graphs) if lean else CachedDecoder
+    kind = functools.partial(LeanDecoder, cuda_graphs=cuda_graphs and keys.is_cuda) if lean else CachedDecoder
     for rows in split_rows(lengths, prompt_of_row, sampling.max_new_tokens, token_budget, shared=lean):
         start = functools.partial(kind, model, *_take_prompts(prompts, prompt_of_row[rows]), sampling.max_new_tokens)
         parts.append(_decode(start, keys[rows], sampling))

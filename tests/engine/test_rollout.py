@@ -1,3 +1,4 @@
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo.engine import lean as lean_module
 from grpo.engine import rollout as engine
 from grpo.engine.batch import PromptBatch, split_rows
+from grpo.engine.graph import recorded
 from grpo.engine.lean import LeanDecoder, is_lean
 from grpo.engine.linear import use_onednn
 from grpo.engine.logps import completion_logps_unshared
@@ -138,10 +140,27 @@ def model_of_the_family(kind, tied):
     return model
 
 
-def check_lean_decoding(model, prompts, **how):
+def test_rows_of_one_prompt_alone_are_decoded(prompts, sampling):
+    model = model_of_the_family("qwen2", True)
+    one = PromptBatch(prompts.ids[:1], prompts.mask[:1])
+    check_lean_decoding(model, one, torch.zeros(8, dtype=torch.long))
+
+
+def test_a_decoder_is_gone_when_nobody_holds_it(prompts):
+    """It holds the keys and values of its rows, and on a CPU another copy of the weights."""
+    with torch.no_grad():
+        decoder = LeanDecoder(model_of_the_family("llama", True), prompts, torch.arange(3), 4)
+        for _ in range(2):
+            decoder.read(torch.tensor([5, 6, 7]))
+    held = weakref.ref(decoder)
+    del decoder
+    assert held() is None
+
+
+def check_lean_decoding(model, prompts, prompt_of_row=None, **how):
     """Logits step by step, with rows that leave on the way."""
     assert is_lean(model)
-    prompt_of_row = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    prompt_of_row = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2]) if prompt_of_row is None else prompt_of_row
     tokens = torch.randint(5, 600, (8, 8), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         plain, lean = (
@@ -184,13 +203,27 @@ def test_a_token_decoded_from_a_recording_is_the_same(prompts, monkeypatch, widt
 
 
 @pytest.mark.gpu
-def test_a_token_decoded_from_a_cuda_graph_is_the_same(prompts, sampling, monkeypatch, caplog):
+def test_a_token_decoded_from_a_cuda_graph_is_the_same(prompts, sampling, monkeypatch):
     monkeypatch.setattr(lean_module, "GRAPH_WIDTH", 3)
+    recordings = []
+
+    def counted(*arguments):
+        recordings.append(recorded(*arguments))
+        return recordings[-1]
+
+    monkeypatch.setattr(lean_module, "recorded", counted)
     model = model_of_the_family("qwen2", True).cuda()
     on_card = PromptBatch(prompts.ids.cuda(), prompts.mask.cuda())
     eager, graph = (sample(model, on_card, sampling, generations=8, cuda_graphs=graphs) for graphs in (False, True))
     assert torch.equal(eager.ids, graph.ids)
-    assert "without CUDA graphs" not in caplog.text
+    assert recordings and None not in recordings
+
+
+def test_a_step_that_cannot_be_recorded_is_run_as_it_is(prompts, monkeypatch):
+    asked = []
+    monkeypatch.setattr(lean_module, "recorded", lambda *_: asked.append(1))
+    check_lean_decoding(model_of_the_family("llama", True), prompts, cuda_graphs=True)
+    assert len(asked) == 1
 
 
 def test_split_rows_counts_each_prompt_once_in_a_part_and_never_cuts_below_a_row():
