@@ -6,7 +6,7 @@ A Llama of random weights, 2 prompts, float32 on a CPU. `sample` and `update` ar
 shapes, so that a slow moment of the machine does not fall on one). `linear` is the time over that of the shape before,
 divided by how much the work grew: 1.00 is linear. `memory` is what an update takes above the weights and their
 gradients, in a process of its own for each shape, cut to the same budget of tokens. `activations` is the same without
-the head's gradient and the embedding's, each of which exists a second time before it is added.
+the head's gradient or the embedding's, one of which at a time exists a second time before it is added.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sys
 import time
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from grpo.algorithm.loss import grpo_loss
 from grpo.algorithm.step import Batch, accumulate_gradient
@@ -38,6 +38,10 @@ class Shape:
 
     def __init__(self, args: argparse.Namespace, group: int, tokens: int, prompt: int, vocabulary: int) -> None:
         torch.manual_seed(0)
+        self.model = self.make_model(args, vocabulary)
+        self.set_batch(group, tokens, prompt, vocabulary)
+
+    def make_model(self, args: argparse.Namespace, vocabulary: int) -> PreTrainedModel:
         config = AutoConfig.for_model(
             "llama",
             vocab_size=vocabulary,
@@ -47,9 +51,12 @@ class Shape:
             num_attention_heads=args.hidden // 64,
             num_key_value_heads=max(1, args.hidden // 128),
         )
-        self.model = AutoModelForCausalLM.from_config(config).eval()
-        assert try_packing(self.model)
-        use_onednn(self.model)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        assert try_packing(model)
+        use_onednn(model)
+        return model
+
+    def set_batch(self, group: int, tokens: int, prompt: int, vocabulary: int) -> None:
         self.group, self.tokens, rows = group, tokens, 2 * group
         ids = torch.randint(5, vocabulary, (2, prompt))
         self.prompts = PromptBatch(ids, torch.ones_like(ids))
@@ -71,10 +78,9 @@ def objective(*args):  # type: ignore[no-untyped-def]
 
 def update_memory(args: argparse.Namespace, values: dict[str, int]) -> float:
     """GB that an update took above what stood before it and its gradients, of this fresh process."""
-    shape = Shape(args, **values)
-    small = Shape(args, **values | {"group": 2, "tokens": 4, "prompt": 4})
-    small.model = shape.model
-    small.update()  # loads what is loaded at first use, and makes the gradients
+    shape = Shape(args, **values | {"group": 2, "tokens": 4, "prompt": 4})
+    shape.update()  # loads what is loaded at first use, and makes the gradients
+    shape.set_batch(**values)
     before = peak_memory_gb(torch.device("cpu"))
     shape.update()
     return peak_memory_gb(torch.device("cpu")) - before
@@ -111,7 +117,7 @@ def main() -> None:
             shape = json.dumps(BASE | {name: size})
             command = [sys.executable, __file__, "--hidden", str(args.hidden), "--layers", str(args.layers)]
             done = subprocess.run([*command, "--memory-of", shape], capture_output=True, text=True, check=True)
-            memory, gradients = float(done.stdout), 2 * 4 * args.hidden * (BASE | {name: size})["vocabulary"] / 1e9
+            memory, gradients = float(done.stdout), 4 * args.hidden * (BASE | {name: size})["vocabulary"] / 1e9
             print(f"{name:>10} {size:>7} {' '.join(columns)} {memory:>10.3f} {memory - gradients:>15.3f}", flush=True)
 
 

@@ -9,15 +9,14 @@ step of each is left out. A step is all that passes from the start of one to the
 logging are in it, checkpoints and evaluations are not.
 
 TRL trains without gradient checkpointing, which would slow it, unless --trl-checkpointing asks for what is its default;
-in passes of as many completions as ours, at least the 8 that are its default; with torch's own number of threads unless
---trl-threads is given.
+in passes of as many completions as fit ours when padded, at least the 8 that are its default; with torch's own number
+of threads unless --trl-threads is given.
 
 The floor is the time that the matrix products of the work would take at the rate of a large product measured here, and
 the reading of the weights, once a decode step, at the rate of reading memory measured here.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -123,8 +122,11 @@ def run_ours(args: argparse.Namespace) -> list[float]:
     Trainer.save = lambda *_: None
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = ["launch.py", *settings(args), f"run_dir={folder}/run"]
-        with contextlib.suppress(SystemExit):
+        try:
             runpy.run_path(str(ROOT / "launch.py"), run_name="__main__")
+        except SystemExit as error:
+            if error.code:
+                raise
         rows = [json.loads(line) for line in (Path(folder) / "run/metrics/metrics.jsonl").read_text().splitlines()]
     parts = {key.removeprefix("timing_s/"): round(value, 3) for key, value in rows[-1].items() if "timing" in key}
     print("last step of ours by part:", parts, file=sys.stderr)
@@ -265,6 +267,7 @@ def child(args: argparse.Namespace, folder: str) -> None:
         return
     work = json.loads(Path(folder, "work.json").read_text())
     times = run_ours(args) if args.child == "ours" else run_trl(args, work)
+    assert len(times) == WARM_UP + args.steps
     Path(folder, "result.json").write_text(json.dumps({"seconds": times[WARM_UP:], "peak_gb": peak_gb()}))
 
 
