@@ -18,9 +18,7 @@ class TokenLogps:
     """What the policy thinks of B completions' tokens, at the sampling temperature; 0 outside the mask."""
 
     logps: Tensor  # (B, T) float32, log-probability of each token
-    entropy: (
-        Tensor  # (B, T) float32, in nats, of the distribution that it was drawn from; no gradient; 0 unless asked for
-    )
+    entropy: Tensor  # (B, T) float32, in nats, of the distribution it was drawn from; no gradient; 0 unless asked for
 
 
 def completion_logps(
