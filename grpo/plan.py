@@ -18,7 +18,7 @@ from grpo.config import Config, typed
 from grpo.engine import cost
 from grpo.engine.batch import CompletionBatch, PromptBatch
 from grpo.engine.hardware import peak_memory_gb, resolve_hardware
-from grpo.engine.packed import checkpoint_layers
+from grpo.engine.packed import checkpoint_layers, packs
 from grpo.setup import compute_dtype, prepare
 from grpo.targets import bind
 
@@ -64,7 +64,7 @@ def plan(config: Config) -> Plan:
     resident = sum(memory[part] for part in ("program", "weights", "working copy", "reference", "optimizer"))
     sampling = memory["keys and values"] + memory["packed weights"]
     # Activations go while gradients come, unless a micro-batch before has brought all of them.
-    several = len(_micro_batches(work, hardware.micro_batch_tokens)) > 1
+    several = len(_micro_batches(work, hardware.micro_batch_tokens, packs(model))) > 1
     kept, grown = memory["activations"] + memory["output head"], memory["gradients"]
     update = kept + grown if several else max(kept, grown) + min(kept, grown) / 2
     peak = resident + memory["checkpoint copy"] + max(sampling, update)
@@ -84,7 +84,7 @@ def _memory(
     config: Config, model: Any, work: cost.Work, count: int, dtype: torch.dtype, compute: torch.dtype
 ) -> dict[str, float]:
     on_cpu, budget = config.hardware.device == "cpu", config.hardware.micro_batch_tokens
-    largest = max(_micro_batches(work, budget), key=len)
+    largest = max(_micro_batches(work, budget, packs(model)), key=len)
     prompts, length = len({int(row) // work.group for row in largest}), max(work.lengths)
     optimizer = _optimizer_values(config) * count * dtype.itemsize
     rows = min(len(work.lengths), max(1, config.hardware.rollout_tokens // length))
@@ -118,13 +118,13 @@ def _program() -> float:
     return peak_memory_gb(torch.device("cpu")) * GB
 
 
-def _micro_batches(work: cost.Work, token_budget: int) -> list[torch.Tensor]:
+def _micro_batches(work: cost.Work, token_budget: int, shared: bool) -> list[torch.Tensor]:
     """How the training would cut this work."""
     rows, longest = len(work.lengths), max(work.lengths)
     prompts = torch.ones(work.prompts, work.prompt_tokens, dtype=torch.long)
     completions = torch.ones(rows, longest, dtype=torch.long)
     batch = Batch(PromptBatch(prompts, prompts), CompletionBatch(completions, completions), torch.zeros(rows))
-    return batch.micro_batches(token_budget)
+    return batch.micro_batches(token_budget, shared)
 
 
 def _optimizer_values(config: Config) -> float:

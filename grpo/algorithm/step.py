@@ -34,7 +34,7 @@ class Batch:
         lengths, prompts = self.completions.mask.sum(dim=1), self.prompts.mask.sum(dim=1)
         return int((lengths + prompts[self.prompt_of_row()]).max()), int(lengths.sum() + prompts.sum())
 
-    def micro_batches(self, token_budget: int, shared: bool = True) -> list[Tensor]:
+    def micro_batches(self, token_budget: int, shared: bool) -> list[Tensor]:
         """The rows (m,) of each part of at most so many tokens, within a group those of like length together.
 
         shared: whether a part reads each of its prompts once, and not once for every row.

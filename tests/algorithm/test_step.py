@@ -61,10 +61,10 @@ def test_cutting_the_batch_does_not_change_the_gradient(model, batch, token_budg
 
 def test_completions_of_like_length_are_together_and_a_prompt_is_not_read_more_often_than_needed(batch):
     lengths = batch.completions.mask.sum(dim=1)
-    parts = [part.tolist() for part in batch.micro_batches(28)]
+    parts = [part.tolist() for part in batch.micro_batches(28, shared=True)]
     assert [lengths[part].tolist() for part in parts] == [[12, 7, 3, 1], [11, 5, 4, 2]]
-    assert batch.micro_batches(WHOLE)[0].tolist() == [0, 2, 3, 1, 6, 5, 7, 4]
-    assert sorted(int(row) for part in batch.micro_batches(15) for row in part) == list(range(8))
+    assert batch.micro_batches(WHOLE, shared=True)[0].tolist() == [0, 2, 3, 1, 6, 5, 7, 4]
+    assert sorted(int(row) for part in batch.micro_batches(15, shared=True) for row in part) == list(range(8))
     assert batch.token_range() == (16, 45 + 8)
 
 
