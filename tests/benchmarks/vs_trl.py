@@ -128,9 +128,15 @@ def run_ours(args: argparse.Namespace) -> list[float]:
             if error.code:
                 raise
         rows = [json.loads(line) for line in (Path(folder) / "run/metrics/metrics.jsonl").read_text().splitlines()]
-    parts = {key.removeprefix("timing_s/"): round(value, 3) for key, value in rows[-1].items() if "timing" in key}
-    print("last step of ours by part:", parts, file=sys.stderr)
-    return [after - before for before, after in itertools.pairwise(times)]
+    seconds = [after - before for before, after in itertools.pairwise(times)]
+    parts = {part: rows[-1][f"timing_s/{part}"] for part in ("rollout", "reference", "update")}
+    outside = seconds[-1] - sum(parts.values())
+    print(
+        f"ours, last step: {', '.join(f'{part} {s:.2f}' for part, s in parts.items())}; outside the model "
+        f"{outside:.3f} s = {outside / seconds[-1]:.2%}",
+        file=sys.stderr,
+    )
+    return seconds
 
 
 def run_trl(args: argparse.Namespace, work: dict) -> list[float]:
