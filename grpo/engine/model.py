@@ -78,9 +78,11 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
             # The same weights each time and on every device, since they are where a run begins.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                model = AutoModelForCausalLM.from_config(
-                    architecture(config.name, False), **settings | {"dtype": torch.float32}
-                ).to(settings["dtype"])
+                drawn = settings | {"dtype": torch.float32}
+                model = AutoModelForCausalLM.from_config(architecture(config.name, False), **drawn)
+            model.config.dtype = settings["dtype"]
+            for parameter in model.parameters():  # and no buffer, as from_pretrained does
+                parameter.data = parameter.data.to(settings["dtype"])
         else:
             model = AutoModelForCausalLM.from_pretrained(model_source(config.name), **settings)
     except (OSError, ValueError, ImportError, SafetensorError) as error:

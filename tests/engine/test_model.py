@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from grpo.config import ConfigError
+from grpo.engine import model as model_module
 from grpo.engine.model import copy_in_dtype, load_model, load_tokenizer, refresh, stop_token_ids, working_copy
+from grpo.tiny import MODEL_DIR
 from tests.engine.conftest import tiny_config
 
 
@@ -13,6 +15,22 @@ def test_the_embedded_model_is_found_by_its_name():
     assert tokenizer.padding_side == "left"
     assert not model.training
     assert tokenizer.eos_token_id in stop_token_ids(model, tokenizer)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_of_random_weights_is_what_its_saved_weights_say(tmp_path, monkeypatch, dtype):
+    """Buffers too: positions rounded to bfloat16 would make another function of it."""
+    (tmp_path / "small.json").write_text((MODEL_DIR / "config.json").read_text())
+    monkeypatch.setattr(model_module, "RANDOM_MODELS", {"small_random": tmp_path / "small.json"})
+    state = torch.random.get_rng_state()
+    model, again = (load_model(tiny_config(name="small_random", dtype=dtype), torch.device("cpu")) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tiny_config(name=str(tmp_path), dtype=dtype), torch.device("cpu"))
+    ids = torch.arange(5, 305)[None]
+    for other in (again, loaded):
+        assert other.dtype == model.dtype == getattr(torch, dtype)
+        assert torch.equal(model(ids).logits, other(ids).logits)
 
 
 def test_an_architecture_that_scales_its_logits_is_refused(tmp_path):
