@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -56,6 +57,16 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         return compose("config", list(overrides))
 
 
+def named_keys(overrides: Sequence[str]) -> set[str]:
+    """The dotted keys and groups that overrides name, however they are spelt (`+`, `++`, `~`)."""
+    return {key for key, _ in _by_key(overrides)}
+
+
+def _by_key(overrides: Sequence[str]) -> list[tuple[str, Override]]:
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [(override.key_or_group.replace("/", "."), override) for override in parsed]
+
+
 def apply_overrides(frozen: DictConfig, composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """A frozen config with exactly what these overrides name replaced by its value in `composed`.
 
@@ -63,8 +74,7 @@ def apply_overrides(frozen: DictConfig, composed: DictConfig, overrides: Sequenc
     an experiment: it would silently change many.
     """
     result = frozen.copy()
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key = override.key_or_group.replace("/", ".")
+    for key, override in _by_key(overrides):
         if key in LAUNCH_KEYS:
             continue
         if OmegaConf.select(composed, key, default=None) is None and key not in flatten(composed):

@@ -270,7 +270,10 @@ def first_line(error: BaseException) -> str:
 
 def load_frozen(path: Path) -> DictConfig:
     """A run folder's config.yaml. Its values are data: nothing in them is interpolated again."""
-    return OmegaConf.create(escape(yaml.safe_load(path.read_text())))
+    values = yaml.safe_load(path.read_text())
+    if "card" in (values.get("hardware") or {}) and values["hardware"]["card"] is None:  # as it once was written
+        values["hardware"]["card"] = dict.fromkeys(("memory_gb", "tflops", "bandwidth_gb_s"))
+    return OmegaConf.create(escape(values))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

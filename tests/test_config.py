@@ -1,6 +1,7 @@
 """Composing conf/, the checks on its values, and what is said of bad ones."""
 
 import pytest
+import yaml
 
 from grpo.compose import compose_config, explain, run_command
 from grpo.config import CONF_DIR, Config, ConfigError, flatten, load_frozen, to_dict, typed
@@ -345,8 +346,22 @@ def test_resume_accepts_another_cut_and_says_what_that_costs(run_with, caplog):
     moved = resumed(run_with, "hardware=a100_80gb", "hardware.device=cpu")
     assert (moved.hardware.micro_batch_tokens, moved.hardware.compute_dtype) == (4096, None)
     assert resumed(run_with, "hardware=auto").hardware.compute_dtype is None
-    assert resumed(run_with, "hardware.compute_dtype=bfloat16").hardware.compute_dtype == "bfloat16"
+    for spelt in ("hardware.compute_dtype", "++hardware.compute_dtype"):
+        assert resumed(run_with, f"{spelt}=bfloat16").hardware.compute_dtype == "bfloat16"
     assert "no longer bit for bit" in caplog.text
+
+
+def test_a_card_for_the_plan_changes_nothing_of_a_run(run_with, caplog):
+    assert resumed(run_with, "hardware.card.memory_gb=5").hardware.card.memory_gb == 5
+    assert caplog.text == ""
+
+
+def test_a_folder_frozen_with_no_card_and_no_word_of_graphs_is_read(run_with):
+    values = yaml.safe_load(run_with.config_file.read_text())
+    values["hardware"]["card"] = None
+    del values["hardware"]["cuda_graphs"]
+    run_with.config_file.write_text(yaml.safe_dump(values))
+    assert resumed(run_with).hardware.card.memory_gb is None
 
 
 def test_resume_takes_nothing_from_conf_that_the_command_line_does_not_name(run_with):

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from grpo.compose import apply_overrides
+from grpo.compose import apply_overrides, named_keys
 from grpo.config import Config, ConfigError, flatten, to_dict, typed
 from grpo.run.before_start import check_folder, check_parent, has_finished
 from grpo.run.console import resume_command
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # What may change when a run goes on: how it is watched and kept, and how the work is cut.
 CHANGEABLE = ("tracking.", "checkpoint.", "samples.", "eval.every", "eval.after", "grpo.max_skipped_steps")
-CHANGEABLE += ("reward.timeout_s", "reward.on_error")
+CHANGEABLE += ("reward.timeout_s", "reward.on_error", "hardware.card.")  # a card is for the plan
 CUT = tuple(
     f"hardware.{key}"
     for key in (
@@ -38,7 +38,6 @@ CUT = tuple(
         "threads",
         "device",
         "compute_dtype",
-        "card",
     )
 )
 CUT += ("model.device_map",)
@@ -207,12 +206,13 @@ def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> 
     # The first command line may be given again as it was; only what was changed since is compared by its value.
     first = {override.partition("=")[0]: override for override in folder.first_overrides()}  # the last of a key counts
     again = {override for override in first.values() if not _is_changed(override, folder.changes())}
-    changed = apply_overrides(frozen, cfg, [override for override in overrides if override not in again])
+    new = [override for override in overrides if override not in again]
+    changed = apply_overrides(frozen, cfg, new)
     check_trusted(changed, cfg, folder.path)
     resolve_hardware(changed)
     for size in PRESET_SIZES:  # only defaults of grpo.*, which is frozen: another preset cuts the same work otherwise
         changed.hardware[size] = frozen.hardware[size]
-    if not any(override.startswith("hardware.compute_dtype=") for override in overrides):
+    if "hardware.compute_dtype" not in named_keys(new):
         changed.hardware.compute_dtype = frozen.hardware.compute_dtype  # other digits are asked for by their name
     before, after = flatten(frozen), flatten(changed)
     differing = [key for key in before | after if before.get(key) != after.get(key)]
