@@ -89,15 +89,17 @@ def head_logps(
         return HeadLogps.apply(hidden, head.weight, targets, temperature, entropy)
     chunk = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
     parts = [
-        checkpoint(_chunk_logps, head, h, t, temperature, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(_chunk_logps, head, h, t, temperature, entropy, use_reentrant=False, preserve_rng_state=False)
         for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
     ]
     logps, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
     return logps, entropies
 
 
-def _chunk_logps(head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _chunk_logps(
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
     logps = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
     with torch.no_grad():
-        entropy = -(logps.exp() * logps).sum(dim=-1)
+        entropy = -(logps.exp() * logps).sum(dim=-1) if with_entropy else logps.new_zeros(len(logps))
     return logps.gather(1, targets[:, None]).squeeze(1), entropy
