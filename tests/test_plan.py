@@ -12,6 +12,7 @@ from grpo.engine import cost
 from grpo.engine.batch import CompletionBatch, PromptBatch
 from grpo.engine.logps import completion_logps
 from grpo.engine.model import load_model
+from grpo.engine.packed import packs
 from grpo.tiny import MODEL_DIR
 from tests.engine.conftest import tiny_config
 
@@ -71,10 +72,17 @@ def test_a_model_that_is_read_padded_is_planned_so(tmp_path):
         AutoConfig.for_model(kind, **sizes, num_attention_heads=4, **extra).save_pretrained(tmp_path)
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(MODEL_DIR / file, tmp_path)
-        padded = plan(f"model.name={tmp_path}")
-        assert padded.memory["activations"] > 0
+        config = tiny_config(name=str(tmp_path))
+        model = cost.meta_model(config, torch.float32)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+        assert not packs(model) and not packs(load_model(config, torch.device("cpu")))
+        assert cost.activation_bytes(model, 2, 10, 6, 20) > cost.activation_bytes(model, 1, 10, 3, 20) > 0
+        padded, packed = (
+            planning._micro_batches(cost.Work(2, 4, 50, [10] * 8), 130, shared) for shared in (False, True)
+        )
+        assert max(map(len, padded)) == 2 < max(map(len, packed))
         with pytest.raises(ConfigError, match="cannot be read in packed rows"):
-            plan(f"model.name={tmp_path}", "hardware.activation_checkpointing=true", "model.attn_implementation=eager")
+            plan(f"model.name={tmp_path}", "hardware.activation_checkpointing=true")
 
 
 def test_a_card_of_ones_own_is_judged_by_what_is_said_of_it():

@@ -37,8 +37,17 @@ def meta_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     settings = {"dtype": dtype, "attn_implementation": config.attn_implementation, "trust_remote_code": remote}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture(config.name, remote), **settings).eval()
-    model.reads_packed_rows = may_pack(model)  # found out by its numbers once they are there
+    model.reads_packed_rows = may_pack(model) and _reads_packed(model)  # its numbers are looked at once they are there
     return model
+
+
+def _reads_packed(model: PreTrainedModel) -> bool:
+    ids = torch.zeros(4, dtype=torch.long, device="meta")
+    try:
+        read(model, ids, ids, _Counted(Ragged(1, 2, None), Ragged(1, 2, None)))
+    except OF_ITS_OWN_KIND:
+        return False
+    return True
 
 
 def parameters(model: nn.Module) -> int:
@@ -99,9 +108,9 @@ def activation_bytes(model: PreTrainedModel, prompts: int, prompt_tokens: int, r
     packing = _Counted(Ragged(prompts, prompt_tokens, None), Ragged(rows, tokens - 1, None))
     active = torch.zeros(rows * tokens, dtype=torch.long, device=meta)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = _hidden_packed(model, ids, packing) if packs(model) else None
-        if hidden is None:
-            held.clear()
+        if packs(model):
+            hidden = read(model, ids, ids, packing)
+        else:
             width = prompt_tokens + tokens
             padded = torch.zeros(rows, width, dtype=torch.long, device=meta)
             mask = torch.zeros(rows, 1, width, width, dtype=model.dtype, device=meta)  # to make one, numbers are needed
@@ -110,13 +119,6 @@ def activation_bytes(model: PreTrainedModel, prompts: int, prompt_tokens: int, r
         logps, _ = head_logps(model.get_output_embeddings(), hidden, active, 0.9)
     assert logps.requires_grad  # else nothing would have been kept
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
-
-
-def _hidden_packed(model: PreTrainedModel, ids: Tensor, packing: PackedGroups) -> Tensor | None:
-    try:
-        return read(model, ids, ids, packing)
-    except OF_ITS_OWN_KIND:
-        return None
 
 
 def head_bytes(model: PreTrainedModel) -> int:
