@@ -16,6 +16,7 @@ from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import Messages, check_lengths, messages, render
 from grpo.engine.batch import CompletionBatch, PromptBatch, tokenize_prompts
 from grpo.engine.hardware import use_hardware
+from grpo.engine.lean import is_lean
 from grpo.engine.memory import Cut
 from grpo.engine.model import check_model, copy_in_dtype, load_model, load_tokenizer, stop_token_ids
 from grpo.engine.rollout import Sampling, rollout
@@ -84,8 +85,9 @@ class Setup:
             )
 
         lengths, longest = prompts.mask.sum(dim=1), sampling.max_new_tokens
-        least, most = int(lengths.max()) + longest, int(lengths.sum()) + len(lengths) * group_size * longest
-        return cut.run("rollout", sample, least, most)
+        times_read = 1 if is_lean(model) else group_size
+        most = int(lengths.sum()) * times_read + len(lengths) * group_size * longest
+        return cut.run("rollout", sample, int(lengths.max()) + longest, most)
 
     def cut(self, reduced: dict[str, dict[str, int]] | None = None) -> Cut:
         """How the work is cut, with what earlier lacks of memory reduced."""

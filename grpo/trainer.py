@@ -19,7 +19,7 @@ from grpo.config import to_dict
 from grpo.data.prompts import problems_of_step
 from grpo.engine.hardware import peak_memory_gb
 from grpo.engine.model import copy_in_dtype, refresh, working_copy
-from grpo.engine.packed import checkpoint_layers
+from grpo.engine.packed import checkpoint_layers, packs
 from grpo.evaluation import evaluate
 from grpo.metrics import (
     completion_metrics,
@@ -188,7 +188,7 @@ class Trainer:
         def read(token_budget: int) -> Tensor:
             return all_logps(self.reference, batch, self.sampling.temperature, token_budget)
 
-        return self.cut.run("reference", read, *batch.token_range())
+        return self.cut.run("reference", read, *batch.token_range(packs(self.reference)))
 
     def _updates(self, batch: Batch) -> tuple[list[dict[str, float]], Tensor, bool]:
         """Update the policy `mu` times.
@@ -222,7 +222,7 @@ class Trainer:
                 token_budget=token_budget,
             )
 
-        return self.cut.run("update", accumulate, *batch.token_range())
+        return self.cut.run("update", accumulate, *batch.token_range(packs(self.worker)))
 
     def _set_learning_rate(self, step: int) -> float:
         grpo = self.config.grpo

@@ -29,10 +29,11 @@ class Batch:
         rows, prompts = len(self.completions.ids), len(self.prompts.ids)
         return torch.arange(rows, device=self.completions.ids.device) // (rows // prompts)
 
-    def token_range(self) -> tuple[int, int]:
-        """Tokens of the longest completion with its prompt, and of all completions with each prompt once."""
+    def token_range(self, shared: bool) -> tuple[int, int]:
+        """Tokens of the longest completion with its prompt, and of all, counted as `micro_batches` counts them."""
         lengths, prompts = self.completions.mask.sum(dim=1), self.prompts.mask.sum(dim=1)
-        return int((lengths + prompts[self.prompt_of_row()]).max()), int(lengths.sum() + prompts.sum())
+        rows = lengths + prompts[self.prompt_of_row()]
+        return int(rows.max()), int(lengths.sum() + prompts.sum() if shared else rows.sum())
 
     def micro_batches(self, token_budget: int, shared: bool) -> list[Tensor]:
         """The rows (m,) of each part of at most so many tokens, within a group those of like length together.

@@ -46,20 +46,23 @@ def split_rows(
     """Cut n rows, ordered by prompt, into parts of at most `budget` tokens; a part is never less than one row.
 
     prompt_lengths (P,), prompt_of_row (n,); row_lengths (n,), or one for all. A prompt counts once in each part that
-    has a row of it where it is shared, else for every row. Rows padded to the longest of their part hold at most twice
-    the budget: so much attention may take, whose share is small. Returns the rows of each part, (m,) int64.
+    has a row of it where it is shared, else for every row. Returns the rows of each part, (m,) int64.
+
+    Padded to the longest prompt and row of their part, its rows take no more than a few budgets: two where all of a
+    model works on padding, eight where only attention does, which holds a small part of what a token holds.
     """
     lengths = row_lengths.tolist() if isinstance(row_lengths, Tensor) else [row_lengths] * len(prompt_of_row)
     prompts, prompt_lengths = prompt_of_row.tolist(), prompt_lengths.tolist()
-    starts, used, widest = [0], 0, 0
+    starts, used, longest, longest_prompt = [0], 0, 0, 0
     for row, length in enumerate(lengths):
         new = row == starts[-1] or not shared or prompts[row] != prompts[row - 1]
-        needed = length + (prompt_lengths[prompts[row]] if new else 0)
-        padded = (row + 1 - starts[-1]) * max(widest, length)
-        if row > starts[-1] and (used + needed > budget or padded > 2 * budget):
+        prompt = prompt_lengths[prompts[row]]
+        needed = length + (prompt if new else 0)
+        padded = (row + 1 - starts[-1]) * (max(longest, length) + max(longest_prompt, prompt))
+        if row > starts[-1] and (used + needed > budget or padded > (8 if shared else 2) * budget):
             starts.append(row)
-            used, widest, needed = 0, 0, length + prompt_lengths[prompts[row]]
-        used, widest = used + needed, max(widest, length)
+            used, longest, longest_prompt, needed = 0, 0, 0, length + prompt
+        used, longest, longest_prompt = used + needed, max(longest, length), max(longest_prompt, prompt)
     return [
         torch.arange(start, stop, device=prompt_of_row.device)
         for start, stop in zip(starts, [*starts[1:], len(lengths)], strict=True)

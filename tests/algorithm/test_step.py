@@ -65,7 +65,10 @@ def test_completions_of_like_length_are_together_and_a_prompt_is_not_read_more_o
     assert [lengths[part].tolist() for part in parts] == [[12, 7, 3, 1], [11, 5, 4, 2]]
     assert batch.micro_batches(WHOLE, shared=True)[0].tolist() == [0, 2, 3, 1, 6, 5, 7, 4]
     assert sorted(int(row) for part in batch.micro_batches(15, shared=True) for row in part) == list(range(8))
-    assert batch.token_range() == (16, 45 + 8)
+    assert batch.token_range(shared=True) == (16, 45 + 8)
+    for shared in (True, False):  # all of it fits into a part of as many tokens as are said to be all
+        _, most = batch.token_range(shared)
+        assert [len(batch.micro_batches(budget, shared)) for budget in (most, most - 1)] == [1, 2]
 
 
 def gradient_of_rows(batch, start, stop, file):

@@ -238,7 +238,11 @@ def test_split_rows_counts_each_prompt_once_in_a_part_and_never_cuts_below_a_row
     assert parts(torch.tensor([15, 1, 1, 1, 1]), 27) == [[0, 1, 2], [3, 4]]
     assert parts(5, 1) == [[0], [1], [2], [3], [4]]
     assert parts(5, 30, shared=False) == [[0, 1], [2], [3], [4]]  # 2 * (10 + 5); then 10 + 5 + 20 + 5 is too much
-    assert parts(torch.tensor([30, 1, 1, 1, 1]), 65) == [[0, 1, 2, 3], [4]]  # padded, 5 * 30 is over twice 65
+    # Padded, 9 * (100 + 1) is over eight times 110, and 4 * (2 + 15) over twice 26.
+    ten = torch.zeros(10, dtype=torch.long)
+    assert [len(part) for part in split_rows(torch.tensor([100]), ten, 1, 110, shared=True)] == [8, 2]
+    lengths = torch.tensor([2, 2])
+    assert parts(torch.tensor([15, 1, 1, 1, 1]), 26, shared=False) == [[0, 1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize("habits", [(4, 0.75), (16, 0.75), (1, 0.5)])
