@@ -34,8 +34,14 @@ def recorded(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
             torch.cuda.set_sync_debug_mode(watch)
             current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            result = step()
+        try:
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                result = step()
+        except RuntimeError as error:
+            torch.cuda.set_stream(current)  # which torch does not where ending the recording fails, too
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None
+            raise
 
     def replay() -> Tensor:
         graph.replay()
