@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo import plan as planning
@@ -13,6 +14,7 @@ from grpo.engine.batch import CompletionBatch, PromptBatch
 from grpo.engine.logps import completion_logps
 from grpo.engine.model import load_model
 from grpo.engine.packed import packs
+from grpo.run.before_start import sweep_points
 from grpo.tiny import MODEL_DIR
 from tests.engine.conftest import tiny_config
 
@@ -41,6 +43,15 @@ def test_every_point_of_a_sweep_has_a_line_and_no_folder_is_made(launch, tmp_pat
             assert f"grpo.beta={beta} grpo.num_steps={steps}" in " ".join(done.stdout.split())
     assert "disk of all 4 runs" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_points_may_be_named_by_the_sweeper_and_another_sweeper_is_refused():
+    basic = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": {"grpo.beta": "0,0.04"}}
+    points = sweep_points([*QUICK, "seed=1,2"], OmegaConf.create(basic))
+    assert [name for name, _ in points] == [f"grpo.beta={b} seed={s}" for b in ("0", "0.04") for s in (1, 2)]
+    assert {(cfg.grpo.beta, cfg.seed) for _, cfg in points} == {(b, s) for b in (0, 0.04) for s in (1, 2)}
+    with pytest.raises(ConfigError, match="basic sweeper only"):
+        sweep_points(QUICK, OmegaConf.create({"_target_": "hydra_plugins.hydra_optuna_sweeper.OptunaSweeper"}))
 
 
 def test_a_bad_value_is_refused_as_in_a_launch(launch, tmp_path):
