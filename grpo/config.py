@@ -22,12 +22,21 @@ class ConfigError(Exception):
 
 
 @dataclass
+class LoraSettings:
+    rank: int = MISSING
+    alpha: float = MISSING  # what the adapter adds is scaled by alpha / rank
+    target_modules: Any = MISSING  # all-linear, or a list of the last parts of layers' names
+    init_from: str | None = MISSING  # folder of an adapter to begin with; None: one that adds nothing
+
+
+@dataclass
 class ModelConfig:
     name: str = MISSING  # hub name, local folder, or `tiny` for the embedded model
     attn_implementation: str = MISSING  # eager | sdpa | flash_attention_2 | ..., passed to transformers
     dtype: str = MISSING  # of the weights and their optimizer state; hardware.compute_dtype is that of the arithmetic
     device_map: str = MISSING  # auto: hardware.device decides; else one device: cpu | mps | cuda | cuda:N
     trust_remote_code: bool = MISSING
+    lora: LoraSettings | None = None  # None: all weights are trained
 
 
 @dataclass

@@ -1,8 +1,10 @@
 """From a config to the parts of a run. Everything that can be checked is checked before any weight is loaded."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from grpo.data.prompts import Messages, check_lengths, messages, render
 from grpo.engine.batch import CompletionBatch, PromptBatch, tokenize_prompts
 from grpo.engine.hardware import use_hardware
 from grpo.engine.lean import is_lean
+from grpo.engine.lora import add_adapter, check_adapter, save_adapter, switch_adapter
 from grpo.engine.memory import Cut
 from grpo.engine.model import check_model, copy_in_dtype, load_model, load_tokenizer, stop_token_ids
 from grpo.engine.rollout import Sampling, rollout
@@ -49,7 +52,26 @@ class Setup:
         return tokenize_prompts(self.tokenizer, [render(self.tokenizer, c) for c in conversations], self.device)
 
     def load_policy(self) -> PreTrainedModel:
-        return load_model(self.config.model, self.device)
+        """The model to train. What LoRA leaves as it is needs no more digits than the arithmetic has."""
+        model = self.config.model
+        if model.lora is None:
+            return load_model(model, self.device)
+        compute = str(compute_dtype(self.config)).removeprefix("torch.")
+        policy = load_model(replace(model, dtype=compute), self.device)
+        add_adapter(policy, model.lora, getattr(torch, model.dtype), self.config.seed)
+        return policy
+
+    def reference(self, policy: PreTrainedModel) -> PreTrainedModel:
+        """The starting model, frozen. With LoRA it shares the policy's weights, and its adapter is off or a copy."""
+        reference = copy_in_dtype(policy, compute_dtype(self.config))
+        lora = self.config.model.lora
+        if lora is not None and lora.init_from is None:
+            switch_adapter(reference, on=False)
+        return reference
+
+    def save_policy(self, policy: PreTrainedModel) -> Callable[[Path], object]:
+        """What writes the trained model, or with LoRA its adapter, into a folder."""
+        return policy.save_pretrained if self.config.model.lora is None else functools.partial(save_adapter, policy)
 
     def sampling(self, model: PreTrainedModel, **changes: Any) -> Sampling:
         """How the training samples, with these fields changed."""
@@ -130,6 +152,8 @@ def prepare(config: Config, with_problems: bool = True, use: bool = True) -> Set
     _check_optimizer(optimizer)
     problems = bind("data", config.data, without=DATA_KEYS)() if with_problems else Problems([], [])
     check_model(config.model)
+    if config.model.lora is not None:
+        check_adapter(config.model.lora)
     tokenizer = load_tokenizer(config.model)
     if with_problems:
         check_lengths(tokenizer, problems.train + problems.test, config.data)

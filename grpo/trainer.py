@@ -18,7 +18,8 @@ from grpo.algorithm.step import Batch, accumulate_gradient, all_logps, apply_gra
 from grpo.config import to_dict
 from grpo.data.prompts import problems_of_step
 from grpo.engine.hardware import peak_memory_gb
-from grpo.engine.model import copy_in_dtype, refresh, working_copy
+from grpo.engine.lora import switch_adapter
+from grpo.engine.model import refresh, working_copy
 from grpo.engine.packed import checkpoint_layers, packs
 from grpo.evaluation import evaluate
 from grpo.metrics import (
@@ -117,10 +118,10 @@ class Trainer:
         dtype = compute_dtype(setup.config)
         # What reads and writes tokens: the policy itself, or a copy in a narrower dtype that follows its updates.
         self.worker = self.policy if self.policy.dtype == dtype else working_copy(self.policy, dtype)
-        self.reference = copy_in_dtype(self.policy, dtype) if setup.config.grpo.beta > 0 else None
+        self.reference = setup.reference(self.policy) if setup.config.grpo.beta > 0 else None
         if setup.config.hardware.activation_checkpointing:
             checkpoint_layers(self.worker)
-        self.optimizer = setup.optimizer(self.policy.parameters())
+        self.optimizer = setup.optimizer([p for p in self.policy.parameters() if p.requires_grad])
         self.sampling = setup.sampling(self.policy)
         self.state = TrainerState()
         self.cut = setup.cut(self.state.reduced)
@@ -148,6 +149,7 @@ class Trainer:
         with timer("reference"):
             if self.reference is not None:
                 if iteration > 1 and (step - 1) % grpo.num_steps == 0:  # a new outer iteration: Algorithm 1, line 3
+                    switch_adapter(self.reference, on=True)
                     refresh(self.reference, self.policy)
                 batch = replace(batch, ref_logps=self._reference_logps(batch))
         with timer("update"):
@@ -315,6 +317,7 @@ class Trainer:
         checkpoints.load_weights(checkpoint, self.policy)
         reference = checkpoints.reference_of(checkpoint)
         if self.reference is not None and reference is not None:
+            switch_adapter(self.reference, on=True)
             checkpoints.load_weights(reference, self.reference)
         if self.worker is not self.policy:
             refresh(self.worker, self.policy)
@@ -344,7 +347,7 @@ class Trainer:
         after = run.folder.evaluation("after")
         if self.config.eval.after and (after is None or after["step"] != self.state.step):
             self.evaluate(run, tracker, "after")
-        run.folder.save_final_model(self.policy, self.setup.tokenizer)
+        run.folder.save_final_model(self.setup.save_policy(self.policy), self.setup.tokenizer.save_pretrained)
         run.folder.update_status(state="finished")
         run.stop.ignored_from_here()
         write_charts(run.folder.path)

@@ -239,3 +239,58 @@ def test_download_has_nothing_to_fetch_for_the_embedded_model_and_data(command):
     assert code == 0
     train, test = len(arithmetic.problems("train")), len(arithmetic.problems("test"))
     assert out == f"model: tiny is here already\ndata: {train} problems to train on, {test} held out\n"
+
+
+@pytest.fixture(scope="module")
+def adapter_run(tmp_path_factory, small_run, launch):
+    """A finished run of LoRA that learned something, and one that was not finished. Only to be read."""
+    cwd = tmp_path_factory.mktemp("adapter")
+    settings = [*small_run, "tuning=lora", "optimizer.lr=0.01", "checkpoint.every=1", "run_dir=run"]
+    result = launch(*settings, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    return cwd / "run"
+
+
+def test_a_run_of_lora_is_evaluated_with_its_adapter_and_without(command, adapter_run, tmp_path):
+    run = shutil.copytree(adapter_run, tmp_path / "run")
+    before, after = evaluation(run, "before"), evaluation(run, "after")
+    assert before["problems"] != after["problems"]
+    for extra, expected in (([], after), (["model.name=tiny"], before)):
+        code, out, err = command("evaluate", f"run_dir={run}", *extra)
+        assert code == 0, err
+        assert newest_evaluation(run)["problems"] == expected["problems"]
+        shutil.rmtree(run / "eval")
+    shutil.rmtree(run / "final_model")  # as where it was interrupted: the last checkpoint
+    code, out, err = command("evaluate", f"run_dir={run}")
+    assert code == 0, err
+    assert newest_evaluation(run)["problems"] == after["problems"]
+
+
+def test_merge_makes_one_model_of_a_run_of_lora(command, adapter_run, tmp_path):
+    run = shutil.copytree(adapter_run, tmp_path / "run")
+    code, out, err = command("merge", f"run_dir={run}")
+    assert (code, out) == (0, f"{run / 'merged_model'}\n"), err
+    code, _, err = command("evaluate", f"run_dir={run}", f"model.name={run / 'merged_model'}")
+    assert code == 0, err
+    assert newest_evaluation(run)["problems"] == evaluation(run, "after")["problems"]
+    code, _, err = command("merge", f"run_dir={run}")
+    assert (code, "exists already" in err) == (2, True)
+    shutil.rmtree(run / "final_model")
+    code, _, err = command("merge", f"run_dir={run}", f"output_dir={tmp_path / 'other'}")
+    assert (code, "has no final_model/ with its adapter yet" in err) == (2, True)
+
+
+def test_merge_has_nothing_to_do_without_an_adapter(command, finished_run):
+    code, _, err = command("merge", f"run_dir={finished_run}")
+    assert (code, err) == (2, f"error: nothing to merge: {finished_run} has no adapter\n")
+
+
+def test_an_adapter_given_as_a_model_is_answered_with_the_whole_command(command, adapter_run, tmp_path):
+    data = ["data=arithmetic", "data.system_prompt=null", "eval.max_problems=8", "hardware=cpu"]
+    code, _, err = command("evaluate", f"model.name={adapter_run / 'final_model'}", *data)
+    assert code == 2
+    mend = err.strip().partition(": set ")[2].split()
+    assert "tuning=lora" in mend
+    code, out, err = command("evaluate", *mend, *data, "grpo.max_completion_length=40")
+    assert code == 0, err
+    assert f"{evaluation(adapter_run, 'after')['accuracy']:.1%}" in out

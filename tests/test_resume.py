@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from grpo.run.checkpoint import stored_tensors
 from tests.runs import SETTINGS, assert_same_run, launch, rows, start, status, wait_for_step
 
 
@@ -39,6 +40,24 @@ def test_resume_in_bfloat16_over_float32_weights_is_bitwise_equal(tmp_path):
     assert result.returncode == 0, result.stderr
     assert_same_run(killed, straight)
     assert all(0 < row["sampling/logp_difference/mean"] < 0.1 for row in rows(straight))
+
+
+def test_resume_with_lora_is_bitwise_equal(tmp_path):
+    """Through a second iteration, whose reference is a frozen copy of the adapter; only the adapter is saved."""
+    settings = [*SETTINGS, "tuning=lora", "optimizer.lr=2e-3", "grpo.beta=0.1", "hardware.compute_dtype=bfloat16"]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert launch(*settings, f"run_dir={straight}", cwd=tmp_path).returncode == 0
+    fault = ("grpo.trainer.apply_gradient", "12", "kill")  # two a step: in step 6
+    assert launch(*settings, f"run_dir={killed}", cwd=tmp_path, fault=fault).returncode != 0
+    assert [row["step"] for row in rows(killed)] == [1, 2, 3, 4, 5]
+    names = {name for name, _ in stored_tensors(killed / "checkpoints" / "step_000004" / "model.safetensors")}
+    assert names
+    assert all("lora_" in name for name in names)
+    result = launch("resume=true", f"run_dir={killed}", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(killed, straight)
+    kl = [row["kl"] for row in rows(straight)]
+    assert kl[3] > kl[4] < kl[7]  # the reference is renewed before step 5
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -21,6 +21,13 @@ class Subject:
     weights: Path | None  # a checkpoint folder to load on top of the model, where a run has no final_model yet
     step: int  # how many steps the model was trained for
 
+    @property
+    def model(self) -> str:
+        """The model in words."""
+        lora = self.config.model.lora
+        adapter = f" with the adapter {lora.init_from}" if lora is not None and lora.init_from is not None else ""
+        return f"{self.config.model.name}{adapter}"
+
 
 def own_arguments(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Split a command's own `name=value` arguments, taken literally, from the overrides of the config."""
@@ -59,10 +66,15 @@ def find_subject(arguments: Sequence[str]) -> Subject:
     changed = apply_overrides(folder.frozen_config(), composed, overrides)
     check_trusted(changed, composed, folder.path)
     if any(argument.startswith(("model.name=", "model=")) for argument in overrides):
+        if not any(argument.lstrip("+").startswith("model.lora") for argument in overrides):
+            changed.model.lora = None
         return Subject(resolved(changed), folder, None, 0)
     # Of a run that was given more steps and has not made them yet, final_model is from before.
     if folder.finished() and folder.final_model.exists():
-        changed.model.name = str(folder.final_model)
+        if changed.model.get("lora") is None:
+            changed.model.name = str(folder.final_model)
+        else:
+            changed.model.lora.init_from = str(folder.final_model)
         return Subject(resolved(changed), folder, None, folder.status()["step"])
     from grpo.run.checkpoint import latest_checkpoint, load_state  # imports torch
 

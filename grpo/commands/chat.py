@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
     if "prompt" in own:
         print(answer(setup, model, sampling, own["prompt"], turn=1))
         return
-    Console().print(f"{subject.config.model.name}: each line is a new problem; an empty line ends", highlight=False)
+    Console().print(f"{subject.model}: each line is a new problem; an empty line ends", highlight=False)
     turn = 0
     while line := _read_line():
         turn += 1

@@ -19,9 +19,9 @@ def main(arguments: list[str]) -> None:
     setup, model = load_subject(subject)
     from grpo.evaluation import evaluate  # imports torch
 
-    result = {"model": subject.config.model.name, **evaluate(model, setup, setup.cut(), subject.step)}
+    result = {"model": subject.model, **evaluate(model, setup, setup.cut(), subject.step)}
     console = Console()
-    console.print(f"model: {subject.config.model.name}", highlight=False, soft_wrap=True)
+    console.print(f"model: {subject.model}", highlight=False, soft_wrap=True)
     console.print(closing_table({"now": result}))
     if subject.folder is not None:
         file = subject.folder.write_evaluation(f"evaluate_{datetime.now():%Y-%m-%d_%H-%M-%S}", result)

@@ -6,6 +6,7 @@ are held and read once for its whole group. On CUDA they may be started together
 places that no token has taken yet, which are hidden. `CachedDecoder` in `grpo/engine/rollout.py` is the plain form.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from grpo.engine.batch import PromptBatch, positions
 from grpo.engine.graph import recorded
 from grpo.engine.linear import available, multiply, packed
+from grpo.engine.lora import low_rank
 from grpo.engine.packed import PackedPrompts, Ragged, packs, ragged, read
 
 # Their layers are: norm, attention with rotary positions, norm, gated SiLU. Biases and norms of heads may be there.
@@ -33,15 +35,17 @@ def is_lean(model: PreTrainedModel) -> bool:
         and type(decoder).__name__ in FAMILY
         and decoder.config.hidden_act == "silu"
         and isinstance(head, nn.Linear)
-        and all(isinstance(m, nn.Linear) for m in linear)
+        and all(isinstance(getattr(m, "base_layer", m), nn.Linear) for m in linear)
     )
 
 
 class Product:
     """The outputs of linear layers that read the same input, side by side, for a few rows at a time."""
 
-    def __init__(self, rows: int, *layers: nn.Linear) -> None:
-        self._layers, self._packed, self._bias = layers, None, None
+    def __init__(self, rows: int, *layers: nn.Module) -> None:
+        self._added = _side_by_side(layers)
+        self._layers = layers = [getattr(layer, "base_layer", layer) for layer in layers]
+        self._packed, self._bias = None, None
         if available(layers[0].weight):
             self._packed = packed(torch.cat([layer.weight for layer in layers]), rows)
             if layers[0].bias is not None:
@@ -49,8 +53,23 @@ class Product:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._packed is not None:
-            return multiply(x, self._packed, self._bias)
-        return torch.cat([F.linear(x, layer.weight, layer.bias) for layer in self._layers], dim=-1)
+            y = multiply(x, self._packed, self._bias)
+        else:
+            y = torch.cat([F.linear(x, layer.weight, layer.bias) for layer in self._layers], dim=-1)
+        if self._added is None:
+            return y
+        down, up = self._added
+        return torch.addmm(y.to(up.dtype), x.to(down.dtype) @ down.t(), up.t()).to(y.dtype)
+
+
+def _side_by_side(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
+    """What LoRA adds to these layers, as the two factors (ranks, inputs) and (outputs, ranks) for all of them."""
+    factors = [low_rank(layer) for layer in layers]
+    if not any(factors):
+        return None
+    empty = [layer.weight.new_zeros(layer.out_features, 0) for layer in layers]
+    ups = [factor[1] if factor else none for factor, none in zip(factors, empty, strict=True)]
+    return torch.cat([factor[0] for factor in factors if factor]), torch.block_diag(*ups)
 
 
 @dataclass

@@ -59,6 +59,14 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def check_model(config: ModelConfig) -> None:
     """Raise ConfigError unless the model's own config can be read, which takes no weights."""
+    folder = Path(config.name)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        adapter = json.loads((folder / "adapter_config.json").read_text())
+        raise ConfigError(
+            f"model.name={config.name} is a LoRA adapter, and goes on top of its model: set tuning=lora "
+            f"model.name={adapter.get('base_model_name_or_path')} model.lora.init_from={config.name} "
+            f"model.lora.rank={adapter.get('r')} model.lora.alpha={adapter.get('lora_alpha')}"
+        )
     try:
         architecture(config.name, config.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -96,10 +104,19 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
 
 
 def copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy whose parameters have this dtype and take no gradient; what is no parameter stays as it is."""
+    """A copy whose trained parameters have this dtype, or their own where the model has it already.
+
+    Parameters that take no gradient never change, so they are shared. What is no parameter stays as it is.
+    """
+
+    def copied(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        if not parameter.requires_grad:
+            return parameter
+        narrowed = parameter.dtype if model.dtype == dtype else dtype
+        return torch.nn.Parameter(parameter.detach().to(narrowed, copy=True))
+
     # Told beforehand what the parameters become, deepcopy does not copy them first.
-    memo = {id(p): torch.nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, memo)
+    return copy.deepcopy(model, {id(parameter): copied(parameter) for parameter in model.parameters()})
 
 
 def working_copy(master: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -109,7 +126,6 @@ def working_copy(master: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel
     """
     work = copy_in_dtype(master, dtype)
     for parameter, original in zip(work.parameters(), master.parameters(), strict=True):
-        parameter.requires_grad_(original.requires_grad)
         if original.requires_grad:
             parameter.register_post_accumulate_grad_hook(functools.partial(_hand_on, original))
     return work
@@ -124,7 +140,8 @@ def _hand_on(original: torch.nn.Parameter, parameter: torch.nn.Parameter) -> Non
 def refresh(model: PreTrainedModel, master: PreTrainedModel) -> None:
     """Give a copy the master's present parameters, rounded to its own dtype."""
     for parameter, original in zip(model.parameters(), master.parameters(), strict=True):
-        parameter.copy_(original)
+        if parameter is not original:
+            parameter.copy_(original)
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -128,7 +128,7 @@ def reference_of(checkpoint: Path) -> Path | None:
 @torch.no_grad()
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Put a checkpoint's weights into a model of the same shapes. Raises RuntimeError where they do not fit."""
-    parameters = dict(model.named_parameters())
+    parameters = _trained(model)
     names = set()
     for name, value in stored_tensors(checkpoint / "model.safetensors"):
         names.add(name)
@@ -171,8 +171,12 @@ def stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """A model's weights by name, each once: tied ones appear under their first name."""
-    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    """A model's trained weights by name, each once: tied ones appear under their first name."""
+    return {name: parameter.detach().contiguous() for name, parameter in _trained(model).items()}
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _check_space(folder: Path, needed: int) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +150,12 @@ class RunFolder:
         """The content of every eval/<name>.json by its name."""
         return {file.stem: json.loads(file.read_text()) for file in sorted(self.path.glob("eval/*.json"))}
 
-    def save_final_model(self, *parts: Any) -> None:
-        """Write final_model/ from all that has `save_pretrained` (model, tokenizer), whole or not at all."""
+    def save_final_model(self, *writers: Callable[[Path], object]) -> None:
+        """Write final_model/ by all that write a part of it into a folder (model, tokenizer), whole or not at all."""
         temporary = self.path / "final_model.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        for part in parts:
-            part.save_pretrained(temporary)
+        for write in writers:
+            write(temporary)
         move_whole(temporary, self.final_model)
 
 

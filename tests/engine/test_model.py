@@ -80,7 +80,7 @@ def test_a_copy_shares_nothing_keeps_tied_weights_tied_and_its_buffers_whole():
     for dtype in (torch.float32, torch.bfloat16):
         other = copy_in_dtype(model, dtype)
         assert {p.dtype for p in other.parameters()} == {dtype}
-        assert not any(p.requires_grad for p in other.parameters())
+        assert all(p.requires_grad for p in other.parameters())  # trained, so to be saved with a checkpoint
         assert len(list(other.parameters())) == len(list(model.parameters()))
         assert not {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in model.parameters()}
         assert other.model.rotary_emb.inv_freq.dtype == torch.float32  # rounded, positions would blur
