@@ -1,0 +1,39 @@
+"""One model out of a run's LoRA adapter and the model below it, for what cannot load adapters.
+
+python -m grpo merge run_dir=outputs/...                 into its merged_model/
+python -m grpo merge run_dir=outputs/... output_dir=DIR model.dtype=bfloat16
+Small changes of a weight are lost in bfloat16; in float32, the default, the model is the trained one to rounding.
+"""
+
+import shutil
+from pathlib import Path
+
+from grpo.commands._common import find_subject, own_arguments
+from grpo.config import ConfigError
+from grpo.run.folder import move_whole
+
+
+def main(arguments: list[str]) -> None:
+    """Merge and print where the model is."""
+    own, rest = own_arguments(arguments, ["output_dir"])
+    subject = find_subject(rest)
+    model = subject.config.model
+    if model.lora is None or model.lora.init_from is None:
+        what = "has no adapter" if model.lora is None else "has no final_model/ with its adapter yet"
+        raise ConfigError(f"nothing to merge: {subject.folder.path if subject.folder else model.name} {what}")
+    import torch
+    from peft import PeftModel
+
+    from grpo.engine.model import load_model, load_tokenizer
+
+    target = Path(own["output_dir"]) if "output_dir" in own else subject.folder.path / "merged_model"
+    if target.exists():
+        raise ConfigError(f"{target} exists already; remove it, or give another output_dir=DIR")
+    merged = PeftModel.from_pretrained(load_model(model, torch.device("cpu")), model.lora.init_from).merge_and_unload()
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    merged.save_pretrained(temporary)
+    load_tokenizer(model).save_pretrained(temporary)
+    move_whole(temporary, target)
+    print(target)
