@@ -163,7 +163,7 @@ def prepare(config: Config, with_problems: bool = True, use: bool = True) -> Set
 
 def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
     try:
-        optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
+        optimizer([("weight", torch.nn.Parameter(torch.zeros(2, 2)))])
     except (TypeError, ValueError, RuntimeError) as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         mend = f"; leave it out with ~optimizer.{unknown[1]}" if unknown else ""

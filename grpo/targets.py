@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from grpo.config import CONF_DIR, Config, ConfigError, first_line, flatten, to_dict
 
+EXTRAS = {"bitsandbytes": "8bit"}  # what is installed on demand, by the extra of pyproject.toml that has it
 OWN = ("grpo.algorithm.", "grpo.data.", "torch.optim.")  # where functions made to be named in a config live
 
 
@@ -123,4 +124,7 @@ def _reason(error: BaseException) -> str:
         return "Hydra refuses to run this from a config; name a function made for this key"
     while error.__cause__ is not None:
         error = error.__cause__
+    extra = EXTRAS.get(getattr(error, "name", None))
+    if extra is not None:
+        return f'{error.name} is not installed; add it with: pip install -e ".[{extra}]"'
     return f"{first_line(error)}; it must be the dotted path of a function that Python can import from here"

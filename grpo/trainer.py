@@ -121,7 +121,7 @@ class Trainer:
         self.reference = setup.reference(self.policy) if setup.config.grpo.beta > 0 else None
         if setup.config.hardware.activation_checkpointing:
             checkpoint_layers(self.worker)
-        self.optimizer = setup.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        self.optimizer = setup.optimizer([(name, p) for name, p in self.policy.named_parameters() if p.requires_grad])
         self.sampling = setup.sampling(self.policy)
         self.state = TrainerState()
         self.cut = setup.cut(self.state.reduced)

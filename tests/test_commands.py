@@ -256,12 +256,12 @@ def test_a_run_of_lora_is_evaluated_with_its_adapter_and_without(command, adapte
     before, after = evaluation(run, "before"), evaluation(run, "after")
     assert before["problems"] != after["problems"]
     for extra, expected in (([], after), (["model.name=tiny"], before)):
-        code, out, err = command("evaluate", f"run_dir={run}", *extra)
+        code, _, err = command("evaluate", f"run_dir={run}", *extra)
         assert code == 0, err
         assert newest_evaluation(run)["problems"] == expected["problems"]
         shutil.rmtree(run / "eval")
     shutil.rmtree(run / "final_model")  # as where it was interrupted: the last checkpoint
-    code, out, err = command("evaluate", f"run_dir={run}")
+    code, _, err = command("evaluate", f"run_dir={run}")
     assert code == 0, err
     assert newest_evaluation(run)["problems"] == after["problems"]
 

@@ -60,6 +60,19 @@ def test_resume_with_lora_is_bitwise_equal(tmp_path):
     assert kl[3] > kl[4] < kl[7]  # the reference is renewed before step 5
 
 
+@pytest.mark.parametrize("optimizer", ["tuning=full_bf16", "optimizer=adamw_8bit", "optimizer=muon"])
+def test_resume_with_any_optimizer_is_bitwise_equal(tmp_path, optimizer):
+    settings = [*SETTINGS, optimizer]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert launch(*settings, f"run_dir={straight}", cwd=tmp_path).returncode == 0
+    fault = ("grpo.trainer.apply_gradient", "10", "kill")  # two a step: in step 5
+    assert launch(*settings, f"run_dir={killed}", cwd=tmp_path, fault=fault).returncode != 0
+    assert [row["step"] for row in rows(killed)] == [1, 2, 3, 4]
+    result = launch("resume=true", f"run_dir={killed}", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(killed, straight)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_the_step_in_progress_and_resume_is_bitwise_equal(tmp_path, straight, number, code):
     run_dir = tmp_path / "run"

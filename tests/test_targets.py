@@ -1,5 +1,6 @@
 """From a `_target_` to its function, and which targets a run folder may name."""
 
+import sys
 import textwrap
 
 import pytest
@@ -167,3 +168,10 @@ def test_code_of_a_model_runs_only_if_the_command_line_asks_for_it(composed):
     with pytest.raises(ConfigError, match=r"model\.trust_remote_code"):
         check_trusted(theirs, composed, "outputs/theirs")
     check_trusted(theirs, compose_config(["model.trust_remote_code=true"]), "outputs/theirs")
+
+
+def test_what_an_extra_would_bring_is_answered_with_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.delitem(sys.modules, "bitsandbytes.optim", raising=False)
+    with pytest.raises(ConfigError, match=r'bitsandbytes is not installed; add it with: pip install -e "\.\[8bit\]"'):
+        bind("optimizer", {"_target_": "bitsandbytes.optim.AdamW8bit", "lr": 1e-3})

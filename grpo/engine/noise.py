@@ -48,6 +48,13 @@ def gumbel_noise(keys: Tensor, token: int, vocab_size: int) -> Tensor:
     return exponential.log_().neg_()
 
 
+def random_bits(counters: tuple[int, ...], start: int, count: int, device: torch.device) -> Tensor:
+    """Random bits (count,) int32 for the elements from `start` on of what the counters name."""
+    first, second = hash64(*counters).reshape(1).view(np.int32).tolist()
+    index = torch.arange(start, start + count, dtype=torch.int32, device=device)
+    return _mix32(index.mul_(_GOLDEN32).bitwise_xor_(first), second)
+
+
 def _mix32(x: Tensor, second_key: Tensor | int = 0) -> Tensor:
     """lowbias32 in wrapping int32 arithmetic, with a second key added half way. In place but for its first step."""
     x = x ^ _shift_right(x, 16)

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -142,20 +143,37 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors by `<parameter number>.<name>`. Its settings come from the config, not from here."""
-    entries = {f"{n}.{key}": v for n, entry in optimizer.state_dict()["state"].items() for key, v in entry.items()}
-    return {key: value.contiguous() for key, value in entries.items() if value is not None}
+    entries = {
+        f"{number}.{key}": torch.as_tensor(value).contiguous()
+        for number, (parameter, _) in enumerate(_parameters(optimizer))
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if value is not None
+    }
+    seen: set[int] = set()
+    for key, value in entries.items():  # a table that all parameters share is written for each: one has no two names
+        if value.data_ptr() in seen:
+            entries[key] = value.clone()
+        seen.add(value.data_ptr())
+    return entries
 
 
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Give an optimizer the state that a checkpoint holds; parameters must be in the same order."""
-    state: dict[int, dict[str, Tensor]] = {}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = _parameters(optimizer)
+    optimizer.state.clear()
     for key, value in stored_tensors(checkpoint / "optimizer.safetensors"):
         number, name = key.split(".", 1)
-        # To where it will be used at once, so that nothing of it is in memory twice.
-        place = parameters[int(number)].device if value.dim() else value.device
-        state.setdefault(int(number), {})[name] = value.to(place, copy=True)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        parameter, group = parameters[int(number)]
+        # By hand, since `load_state_dict` would give it the parameter's dtype, and have it in memory twice meanwhile.
+        on_device = value.dim() > 0 or group.get("fused") or group.get("capturable")  # where these want even the step
+        value = value.to(parameter.device if on_device else value.device, copy=True)
+        whole = value.dim() == 0 and value.dtype == torch.int64  # a counter that is a plain number
+        optimizer.state[parameter][name] = value.item() if whole else value
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+    """Every parameter with its group, in the order that numbers them."""
+    return [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:

@@ -140,5 +140,5 @@ def test_what_cannot_be_begun_with_is_refused_with_the_mend(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
     with pytest.raises(ConfigError, match="not trained here: use_dora=True"):
         check_adapter(settings)
-    with pytest.raises(ConfigError, match="model.lora.target_modules="):
+    with pytest.raises(ConfigError, match=r"model\.lora\.target_modules="):
         adapted(replace(SETTINGS, target_modules=["no_such_layer"]), trained=False)

@@ -1,0 +1,125 @@
+"""Optimizers that torch has not: AdamW on bfloat16 weights, and Muon with AdamW for what it cannot take."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo.engine.noise import random_bits
+
+CHUNK = 2**24  # values worked on at once, so that their float32 copies stay small beside the weights
+NOT_FOR_MUON = ("embed", "lm_head", "wte", "wpe")  # in the names of embeddings and output heads
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) whose weights and states are both bfloat16: 6 bytes a parameter.
+
+    A step is computed in float32 and rounded up or down with the probability that keeps its mean (as in Zamirai et
+    al., arXiv 2010.06192): rounded to the nearest, a step of less than 0.2 % of a weight would always be lost. The
+    random bits come from a counter (seed, step, parameter, element), so that a resumed run rounds as it would have.
+    Parameters of another dtype keep states of theirs and are not rounded.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._seed = seed
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """One update of every parameter that has a gradient. No closure is called."""
+        groups = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
+        for number, (group, parameter) in enumerate(groups):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            state["step"] += 1
+            step = int(state["step"])
+            flat = [x.view(-1) for x in (parameter.data, state["exp_avg"], state["exp_avg_sq"])]
+            grad = parameter.grad.reshape(-1)
+            for start in range(0, len(grad), CHUNK):
+                parts = [x[start : start + CHUNK] for x in (*flat, grad)]
+                bits = None
+                if parameter.dtype == torch.bfloat16:
+                    bits = random_bits((self._seed, step, number), start, len(parts[0]), parameter.device)
+                _adamw(group, step, *parts, bits)
+
+
+def _adamw(
+    group: dict[str, Any],
+    step: int,
+    weight: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    grad: Tensor,
+    bits: Tensor | None,
+) -> None:
+    """Update values (n,) and their states in place. bits: (n,) int32 to round to bfloat16 by; None: no rounding."""
+    beta1, beta2 = group["betas"]
+    grad = grad.float()
+    new_mean = mean.float().lerp_(grad, 1 - beta1)
+    new_square = square.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    new = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
+    scale = (new_square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+    new.addcdiv_(new_mean, scale, value=-group["lr"] / (1 - beta1**step))
+    mean.copy_(new_mean)  # moves by a tenth of a gradient, which no rounding stops
+    if bits is not None:
+        new, new_square = round_stochastically(new, bits), round_stochastically(new_square, bits >> 16)
+    weight.copy_(new)
+    square.copy_(new_square)
+
+
+def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """Round float32 values, in place, to one of the two bfloat16 numbers around each, with their mean in mind.
+
+    bits: int32 of the same shape, of which the lower 16 decide.
+    """
+    x.view(torch.int32).add_(bits & 0xFFFF).bitwise_and_(-0x10000)
+    return x
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) for the matrices within the layers, AdamW for embeddings, the head, norms and biases.
+
+    params: pairs of name and parameter. Muon's updates are scaled to the size of AdamW's (Liu et al., arXiv
+    2502.16982), so that one learning rate serves both.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[tuple[str, torch.nn.Parameter]],
+        lr: float,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        matrices, rest = [], []
+        for name, parameter in params:
+            embeds = any(part in name for part in NOT_FOR_MUON)
+            (matrices if parameter.dim() == 2 and not embeds else rest).append((name, parameter))
+        shared = {"lr": lr, "weight_decay": weight_decay}
+        self._parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self._parts.append(torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw", **shared))
+        if rest:
+            self._parts.append(torch.optim.AdamW(rest, betas=betas, eps=eps, fused=True, **shared))
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        for part in self._parts:
+            part.state = self.state
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """One update of every parameter that has a gradient. No closure is called."""
+        for part in self._parts:
+            part.step()

@@ -1,0 +1,110 @@
+import pytest
+import torch
+
+from grpo.algorithm import optimizer as module
+from grpo.algorithm.optimizer import MuonWithAdamW, StochasticAdamW, round_stochastically
+from grpo.engine.noise import random_bits
+
+CPU = torch.device("cpu")
+
+
+def train(optimizer_of, start, grads):
+    parameter = torch.nn.Parameter(start.clone())
+    optimizer = optimizer_of([parameter])
+    for grad in grads:
+        parameter.grad = grad.to(parameter.dtype)
+        optimizer.step()
+    return parameter.detach()
+
+
+def test_on_float32_it_is_adamw():
+    settings = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(7, 5, generator=generator)
+    grads = torch.randn(20, 7, 5, generator=generator)
+    ours = train(lambda p: StochasticAdamW(p, **settings), start, grads)
+    theirs = train(lambda p: torch.optim.AdamW(p, **settings), start, grads)
+    assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(ours, start, atol=1e-2)
+
+
+def test_steps_too_small_for_bfloat16_add_up_on_average_and_are_lost_when_rounded_to_the_nearest():
+    start, steps, lr = torch.ones(20_000, dtype=torch.bfloat16), 200, 1e-5
+    grads = torch.ones(steps, 20_000)
+    nearest = train(lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.0), start, grads)
+    assert torch.equal(nearest, start)
+    stochastic = train(lambda p: StochasticAdamW(p, lr=lr), start, grads)
+    moved = (start - stochastic).float().mean().item()
+    # Just below 1 the numbers lie 2**-8 apart: a binomial whose mean is known.
+    deviation = (steps * lr * 2**-8 / 20_000) ** 0.5
+    assert moved == pytest.approx(steps * lr, abs=4 * deviation)
+
+
+def test_a_value_is_rounded_to_a_neighbour_with_the_probability_that_keeps_its_mean():
+    x = torch.tensor([1.001, -1.001, 3.3e-5, 2.0, 0.0]).repeat(40_000, 1)
+    rounded = round_stochastically(x.clone(), random_bits((1, 2), 0, x.numel(), CPU).view_as(x))
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    below = (x.view(torch.int32) & -0x10000).view(torch.float32)  # towards zero
+    above = torch.where(below == x, x, (below.view(torch.int32) + 0x10000).view(torch.float32))
+    assert ((rounded == below) | (rounded == above)).all()
+    spacing = (above - below).abs()[0]
+    assert torch.all((rounded.mean(dim=0) - x[0]).abs() <= 4 * 0.5 * spacing / 200)
+    assert torch.equal(rounded[:, 3:], x[:, 3:])
+
+
+def test_the_rounding_follows_from_seed_step_and_element_and_from_no_running_state(monkeypatch):
+    start, grads = torch.rand(300).bfloat16(), torch.rand(5, 300)
+
+    def run(seed):
+        return train(lambda p: StochasticAdamW(p, lr=1e-4, seed=seed), start, grads)
+
+    expected, state = run(1), torch.random.get_rng_state()
+    assert torch.equal(run(1), expected)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not torch.equal(run(2), expected)
+    monkeypatch.setattr(module, "CHUNK", 64)
+    assert torch.equal(run(1), expected)
+
+
+def test_parameters_of_equal_content_are_rounded_apart():
+    parameters = [torch.nn.Parameter(torch.full((500,), 0.7).bfloat16()) for _ in range(2)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    StochasticAdamW(parameters, lr=1e-4).step()
+    assert not torch.equal(*parameters)
+
+
+def test_muon_takes_the_matrices_within_the_layers_and_adamw_the_rest():
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"model.embed_tokens.weight": (10, 4), "layers.0.q_proj.weight": (6, 4), "norm.weight": (4,)}
+    start = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    grads = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+    def step(of, names):
+        parameters = {name: torch.nn.Parameter(start[name].clone()) for name in names}
+        for name, parameter in parameters.items():
+            parameter.grad = grads[name].clone()
+        optimizer = of(parameters)
+        for group in optimizer.param_groups:  # as the trainer's schedule does
+            group["lr"] = 0.02
+        for _ in range(3):
+            optimizer.step()
+        return {name: parameter.detach() for name, parameter in parameters.items()}
+
+    settings = {"lr": 0.5, "weight_decay": 0.1}
+    ours = step(lambda p: MuonWithAdamW(p.items(), **settings), shapes)
+    matrices = {"layers.0.q_proj.weight"}
+    muon = step(lambda p: torch.optim.Muon(p.values(), adjust_lr_fn="match_rms_adamw", **settings), matrices)
+    adamw = step(lambda p: torch.optim.AdamW(p.values(), **settings), shapes.keys() - matrices)
+    for name, expected in (muon | adamw).items():
+        assert torch.allclose(ours[name], expected, atol=1e-6), name
+        assert not torch.allclose(ours[name], start[name], atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4,)])
+def test_muon_serves_a_model_that_has_one_kind_only(shape):
+    parameter = torch.nn.Parameter(torch.ones(shape))
+    optimizer = MuonWithAdamW([("weight", parameter)], lr=0.1)
+    parameter.grad = torch.ones(shape)
+    optimizer.step()
+    assert not torch.equal(parameter, torch.ones(shape))
