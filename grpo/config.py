@@ -67,7 +67,7 @@ class CardConfig:
 @dataclass
 class HardwareConfig:
     device: str = MISSING  # auto | cuda | mps | cpu
-    compute_dtype: str | None = MISSING  # None: as model.dtype | float32 | bfloat16
+    compute_dtype: str | None = MISSING  # None: as model.dtype | float32 | bfloat16 | float16 (its loss is scaled)
     batch_size: int | None = MISSING
     num_generations: int | None = MISSING
     max_completion_length: int | None = MISSING
@@ -178,9 +178,10 @@ def check(config: Config) -> None:
         )
     if not 0 <= config.seed < 2**63:
         raise ConfigError(f"seed={config.seed}: must lie between 0 and 2**63 - 1")
-    if config.hardware.compute_dtype == "float32" and config.model.dtype != "float32":
+    compute = config.hardware.compute_dtype
+    if config.model.dtype == "bfloat16" and compute not in (None, "bfloat16") and config.model.lora is None:
         raise ConfigError(
-            f"hardware.compute_dtype=float32 is wider than model.dtype={config.model.dtype}: what it gains is rounded "
+            f"hardware.compute_dtype={compute} has digits that model.dtype=bfloat16 has not: what they gain is rounded "
             "away from the weights; set model.dtype=float32, or hardware.compute_dtype=null"
         )
     _check_prompts(config.data)
@@ -252,8 +253,8 @@ def _check_choices(config: Config) -> None:
         "grpo.lr_schedule": ("constant", "linear", "cosine"),
         "tracking.mode": ("auto", "online", "offline", "disabled"),
         "hardware.device": ("auto", "cuda", "mps", "cpu"),
-        "hardware.compute_dtype": (None, "float32", "bfloat16"),
-        "model.dtype": ("float32", "bfloat16", "float16"),
+        "hardware.compute_dtype": (None, "float32", "bfloat16", "float16"),
+        "model.dtype": ("float32", "bfloat16"),
     }.items():
         value = flatten(to_dict(config))[key]
         if value not in allowed:

@@ -5,16 +5,24 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
 from grpo.algorithm.advantage import group_advantages
-from grpo.algorithm.step import Batch, accumulate_gradient, all_logps, apply_gradient, learning_rate
+from grpo.algorithm.step import (
+    Batch,
+    LossScale,
+    accumulate_gradient,
+    all_logps,
+    apply_gradient,
+    learning_rate,
+)
 from grpo.config import to_dict
 from grpo.data.prompts import problems_of_step
 from grpo.engine.hardware import peak_memory_gb
@@ -124,6 +132,7 @@ class Trainer:
         self.optimizer = setup.optimizer([(name, p) for name, p in self.policy.named_parameters() if p.requires_grad])
         self.sampling = setup.sampling(self.policy)
         self.state = TrainerState()
+        self.loss_scale = LossScale() if dtype == torch.float16 else None
         self.cut = setup.cut(self.state.reduced)
         self._step_started = 0.0
         self._step_seconds = math.inf  # what the last step took; unknown before the first
@@ -176,6 +185,8 @@ class Trainer:
             "perf/peak_memory_gb": peak_memory_gb(setup.device),
         }
         self._saving_s = 0.0
+        if self.loss_scale is not None:
+            row["loss_scale"], self.state.loss_scale = self.loss_scale.value, asdict(self.loss_scale)
         best = self.state.best_reward
         self.state.best_reward = row["reward"] if best is None else max(best, row["reward"])
         self.state.step, self.state.iteration = step, iteration
@@ -199,18 +210,35 @@ class Trainer:
         """
         results, first = [], None
         for _ in range(self.config.grpo.mu):
-            metrics, logps = self._gradient(batch)
+            metrics, logps, finite = self._update(batch)
             first = logps if first is None else first
-            self._interruptible = False
-            norm, finite = apply_gradient(self.policy, self.optimizer, metrics["loss"], self.config.grpo.max_grad_norm)
             if self.worker is not self.policy:
                 refresh(self.worker, self.policy)
-            results.append(metrics | {"grad_norm": norm})
+            results.append(metrics)
             if not finite:
                 return results, first, True
             if batch.old_logps is None:  # those of the policy that sampled, for the updates after the first
                 batch = replace(batch, old_logps=logps)
         return results, first, False
+
+    def _update(self, batch: Batch) -> tuple[dict[str, float], Tensor, bool]:
+        """One update: its metrics, the log-probabilities (B, T) before it, and whether it was finite and so made."""
+        scale = self.loss_scale
+        while True:
+            metrics, logps = self._gradient(batch)
+            self._interruptible = False
+            norm, finite = apply_gradient(
+                self.policy,
+                self.optimizer,
+                metrics["loss"],
+                self.config.grpo.max_grad_norm,
+                1.0 if scale is None else scale.value,
+            )
+            if finite and scale is not None:
+                scale.updated()
+            if finite or scale is None or not math.isfinite(metrics["loss"]) or not scale.again():
+                return metrics | {"grad_norm": norm}, logps, finite
+            logger.info("a gradient was too large for float16; again with the loss times %g", scale.value)
 
     def _gradient(self, batch: Batch) -> tuple[dict[str, float], Tensor]:
         def accumulate(token_budget: int) -> tuple[dict[str, float], Tensor]:
@@ -222,6 +250,7 @@ class Trainer:
                 batch,
                 temperature=self.sampling.temperature,
                 token_budget=token_budget,
+                loss_scale=1.0 if self.loss_scale is None else self.loss_scale.value,
             )
 
         return self.cut.run("update", accumulate, *batch.token_range(packs(self.worker)))
@@ -314,6 +343,8 @@ class Trainer:
         """
         self.state = checkpoints.load_state(checkpoint)
         self.cut = self.setup.cut(self.state.reduced)
+        if self.loss_scale is not None and self.state.loss_scale is not None:
+            self.loss_scale = LossScale(**self.state.loss_scale)
         checkpoints.load_weights(checkpoint, self.policy)
         reference = checkpoints.reference_of(checkpoint)
         if self.reference is not None and reference is not None:

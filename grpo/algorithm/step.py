@@ -103,9 +103,11 @@ def accumulate_gradient(
     *,
     temperature: float,
     token_budget: int,
+    loss_scale: float = 1.0,
 ) -> tuple[dict[str, float], Tensor]:
     """Add the gradient of the whole batch's loss to what the parameters hold, a part of the batch at a time.
 
+    loss_scale: what the gradient, and not the metrics, is multiplied by.
     Returns the metrics (loss, and means over the active tokens), and the log-probabilities (B, T).
     """
     counts = BatchCounts(rows=len(batch.completions.ids), tokens=int(batch.completions.mask.sum()))
@@ -115,7 +117,7 @@ def accumulate_gradient(
         part = batch.part(rows)
         policy = part.logps(model, temperature)
         output = objective(policy.logps, part.old_logps, part.ref_logps, part.advantages, part.completions.mask, counts)
-        output.loss.backward()
+        (output.loss * loss_scale).backward()
         logps[rows, : policy.logps.shape[1]] = policy.logps.detach()
         loss += output.loss.detach()
         for name, value in {**output.sums, "entropy": policy.entropy.sum()}.items():
@@ -124,18 +126,50 @@ def accumulate_gradient(
 
 
 def apply_gradient(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, loss: float, max_grad_norm: float
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    loss: float,
+    max_grad_norm: float,
+    loss_scale: float = 1.0,
 ) -> tuple[float, bool]:
     """Step the optimizer with the gradient clipped to `max_grad_norm`, unless it or the loss is not finite.
 
-    Returns the gradient's norm before clipping, and whether the step was made. The gradient is gone after it.
+    loss_scale: what the gradient was multiplied by. Returns the gradient's norm before clipping, and whether the step
+    was made. The gradient is gone after it.
     """
+    if loss_scale != 1.0:
+        torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], loss_scale)
     grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     if finite:
         optimizer.step()
     model.zero_grad(set_to_none=True)
     return grad_norm, finite
+
+
+@dataclass
+class LossScale:
+    """What the loss is multiplied by before its backward pass in float16, where small gradients would vanish.
+
+    Half as much where a gradient was too large for float16, twice as much after 2000 updates in which none was
+    (Micikevicius et al., arXiv 1710.03740, with the numbers of torch.amp.GradScaler).
+    """
+
+    value: float = 2.0**16
+    updates: int = 0  # since it last changed
+
+    def again(self) -> bool:
+        """After an update that was not finite: whether another try is worth it, with what is set for it then."""
+        if self.value <= 1:
+            return False
+        self.value, self.updates = self.value / 2, 0
+        return True
+
+    def updated(self) -> None:
+        """Count an update that was made."""
+        self.updates += 1
+        if self.updates == 2000:
+            self.value, self.updates = self.value * 2, 0
 
 
 def learning_rate(peak: float, schedule: str, step: int, total_steps: int, warmup_steps: int) -> float:

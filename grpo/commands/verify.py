@@ -109,7 +109,7 @@ def _compare_state(trainer: Any, checkpoint: Path) -> tuple[str | None, str]:
     if not checkpoint.exists() or broken(checkpoint) is not None:
         return None, "; no sound checkpoint of that step is kept, so weights were not compared"
     stored_state, state = vars(load_state(checkpoint)), vars(trainer.state)
-    for name in ("step", "iteration", "num_tokens", "best_reward", "skipped_in_a_row"):
+    for name in ("step", "iteration", "num_tokens", "best_reward", "skipped_in_a_row", "loss_scale"):
         if stored_state[name] != state[name]:
             return f"step {trainer.state.step}, {name}: {stored_state[name]} in the folder, {state[name]} now", ""
     present = {"model": weights_of(trainer.policy), "optimizer": flatten_optimizer(trainer.optimizer)}
