@@ -38,6 +38,7 @@ from grpo.metrics import (
     sampling_metrics,
     update_metrics,
 )
+from grpo.preflight import lines, preflight
 from grpo.run import checkpoint as checkpoints
 from grpo.run.checkpoint import TrainerState
 from grpo.run.console import StepDisplay, closing_table, next_commands
@@ -76,6 +77,7 @@ def train(run: Run) -> None:
     with tracking(to_dict(run.config), run.folder.path, resumed=run.resumed, **earlier) as tracker:
         print("".join(f"{line}\n" for line in tracker.how_to_look), end="", flush=True)
         run.folder.update_status(total_steps=trainer.total_steps, step=trainer.state.step)
+        trainer.preflight_if_due(run)
         if run.config.eval.before and trainer.state.step == 0 and run.folder.evaluation("before") is None:
             before = trainer.evaluate(run, tracker, "before")
             console.print(f"before training: {before['accuracy']:.1%} of {before['n']} held-out problems right")
@@ -279,6 +281,16 @@ class Trainer:
         self.evaluate_if_due(run, tracker, saver)
         if due(step, config.checkpoint.every) or step == self.total_steps:
             self.save(run, saver)
+
+    def preflight_if_due(self, run: Run) -> None:
+        """Before the first step, say whether there is anything to learn from."""
+        if not self.config.preflight or self.state.step > 0 or run.folder.preflight_file.exists():
+            return
+        found = preflight(self.worker, self.setup, self.cut)
+        run.folder.write_preflight(found)
+        for text in found["warnings"]:
+            logger.info("pre-flight: %s", text)
+        print("\n".join(lines(found, self.config.grpo.max_completion_length)), flush=True)
 
     def evaluate_if_due(self, run: Run, tracker: Tracker, saver: Saver) -> None:
         """Evaluate after the present step if `eval.every` says so, and keep the weights if they are the best so far."""

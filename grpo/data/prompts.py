@@ -32,8 +32,10 @@ def render(tokenizer: PreTrainedTokenizerBase, conversation: Messages) -> str:
     return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
 
 
-def check_lengths(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], data: Mapping[str, Any]) -> None:
-    """Raise ConfigError naming the longest prompt where one has more than data.max_prompt_length tokens."""
+def prompt_lengths(
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], data: Mapping[str, Any]
+) -> list[int]:
+    """Tokens of each prompt. Raises ConfigError naming the longest where it has more than data.max_prompt_length."""
     limit = data["max_prompt_length"]
     try:
         texts = [render(tokenizer, messages(problem.question, data)) for problem in problems]
@@ -52,6 +54,7 @@ def check_lengths(tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem
             f"{len(too_long)} of {len(problems)} prompts are longer than data.max_prompt_length={limit} tokens, the "
             f"longest ({name}) {longest}; set data.max_prompt_length={longest} or shorten them"
         )
+    return lengths
 
 
 def problems_of_step(problems: Sequence[Problem], seed: int, step: int, batch_size: int) -> list[Problem]:

@@ -136,6 +136,14 @@ class RunFolder:
         write_whole(file.with_suffix(".jsonl"), _json_lines(rows))
         return file
 
+    @property
+    def preflight_file(self) -> Path:
+        return self.path / "preflight.json"
+
+    def write_preflight(self, found: dict) -> None:
+        """What the pre-flight found, as preflight.json."""
+        write_whole(self.preflight_file, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
     def write_evaluation(self, name: str, result: dict) -> Path:
         """An evaluation as eval/<name>.json."""
         file = self.path / "eval" / f"{name}.json"

@@ -4,7 +4,7 @@ import pytest
 
 from grpo.config import ConfigError, ModelConfig
 from grpo.data.problems import Problem
-from grpo.data.prompts import check_lengths, epoch_order, messages, problems_of_step, render
+from grpo.data.prompts import epoch_order, messages, problems_of_step, prompt_lengths, render
 from grpo.engine.model import load_tokenizer
 
 SUM = Problem("1", "What is 27 + 35?", "62")
@@ -54,9 +54,9 @@ def test_without_a_chat_template_a_prompt_is_its_plain_contents(tokenizer, monke
 def test_prompts_that_are_too_long_are_refused_with_the_longest_and_the_mend(tokenizer):
     longer = Problem("the long one", "What is 27 + 35? How much is 10 + 10?", "62")
     longest = len(tokenizer.encode(render(tokenizer, messages(longer.question, data())), add_special_tokens=False))
-    check_lengths(tokenizer, [SUM, longer], data(max_prompt_length=longest))
+    prompt_lengths(tokenizer, [SUM, longer], data(max_prompt_length=longest))
     with pytest.raises(ConfigError) as refused:
-        check_lengths(tokenizer, [SUM, longer, SUM], data(max_prompt_length=longest - 1))
+        prompt_lengths(tokenizer, [SUM, longer, SUM], data(max_prompt_length=longest - 1))
     assert str(refused.value) == (
         f"1 of 3 prompts are longer than data.max_prompt_length={longest - 1} tokens, the longest (the long one) "
         f"{longest}; set data.max_prompt_length={longest} or shorten them"
@@ -65,9 +65,9 @@ def test_prompts_that_are_too_long_are_refused_with_the_longest_and_the_mend(tok
 
 def test_the_system_prompt_counts_for_the_length(tokenizer):
     alone = len(tokenizer.encode(render(tokenizer, messages(SUM.question, data())), add_special_tokens=False))
-    check_lengths(tokenizer, [SUM], data(max_prompt_length=alone))
+    prompt_lengths(tokenizer, [SUM], data(max_prompt_length=alone))
     with pytest.raises(ConfigError, match="1 of 1 prompts are longer"):
-        check_lengths(tokenizer, [SUM], data("How much is it?", max_prompt_length=alone))
+        prompt_lengths(tokenizer, [SUM], data("How much is it?", max_prompt_length=alone))
 
 
 def problems(count):
