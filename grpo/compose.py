@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -55,6 +56,14 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return compose("config", list(overrides))
+
+
+def recompose(overrides: Sequence[str]) -> DictConfig:
+    """The same within a launch with other overrides, from wherever its own config came."""
+    if not GlobalHydra.instance().is_initialized():
+        return compose_config(overrides)
+    job = HydraConfig.get().job if HydraConfig.initialized() else None
+    return compose(job.config_name if job else "config", list(overrides))
 
 
 def named_keys(overrides: Sequence[str]) -> set[str]:

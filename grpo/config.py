@@ -140,6 +140,7 @@ class Config:
     fork_step: int | None = MISSING
     parent: dict[str, Any] | None = MISSING
     plan: bool = MISSING
+    preflight: bool = True
     deterministic: bool = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)

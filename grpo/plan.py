@@ -34,7 +34,8 @@ BYTES_PER_SAMPLE = 1500  # of a completion in samples/, its prompt and rewards i
 class Plan:
     """What one run takes. Memory and disk in bytes."""
 
-    parameters: int
+    parameters: int  # of the model
+    trained: int  # of them, or of the adapter
     memory: dict[str, float]  # by part; they are not all there at once
     peak: float
     available: float  # of the device: the preset's card, else this machine
@@ -55,12 +56,12 @@ def plan(config: Config) -> Plan:
     grpo, hardware = config.grpo, config.hardware
     dtype, compute = getattr(torch, config.model.dtype), compute_dtype(config)
     model = cost.meta_model(config.model, compute)
-    prompts = [int(setup.prompt_batch([c]).mask.sum()) for c in setup.conversations(setup.problems.train[:200])]
-    prompt_tokens, rows = math.ceil(sum(prompts) / len(prompts)), grpo.batch_size * grpo.num_generations
+    prompt_tokens = math.ceil(sum(setup.prompt_lengths) / len(setup.prompt_lengths))
+    rows = grpo.batch_size * grpo.num_generations
     work = cost.Work(grpo.batch_size, grpo.num_generations, prompt_tokens, [grpo.max_completion_length] * rows)
 
-    count = cost.parameters(model)
-    memory = _memory(config, model, work, count, dtype, compute)
+    trained, frozen = cost.parameters(model)
+    memory = _memory(config, model, work)
     resident = sum(memory[part] for part in ("program", "weights", "working copy", "reference", "optimizer"))
     sampling = memory["keys and values"] + memory["packed weights"]
     # Activations go while gradients come, unless a micro-batch before has brought all of them.
@@ -69,38 +70,39 @@ def plan(config: Config) -> Plan:
     update = kept + grown if several else max(kept, grown) + min(kept, grown) / 2
     peak = resident + memory["checkpoint copy"] + max(sampling, update)
     return Plan(
-        parameters=count,
+        parameters=frozen or trained,
+        trained=trained,
         memory=memory,
         peak=peak,
         available=_available(config),
-        disk=_disk(config, count * dtype.itemsize, memory["optimizer"], rows),
+        disk=_disk(config, trained * dtype.itemsize, memory["optimizer"], rows),
         steps=grpo.num_iterations * grpo.num_steps,
         tokens=rows * (prompt_tokens + grpo.max_completion_length),
         seconds=_seconds(config, model, work, compute),
     )
 
 
-def _memory(
-    config: Config, model: Any, work: cost.Work, count: int, dtype: torch.dtype, compute: torch.dtype
-) -> dict[str, float]:
+def _memory(config: Config, model: Any, work: cost.Work) -> dict[str, float]:
     on_cpu, budget = config.hardware.device == "cpu", config.hardware.micro_batch_tokens
     largest = max(_micro_batches(work, budget, packs(model)), key=len)
     prompts, length = len({int(row) // work.group for row in largest}), max(work.lengths)
-    optimizer = _optimizer_values(config) * count * dtype.itemsize
     rows = min(len(work.lengths), max(1, config.hardware.rollout_tokens // length))
-    vocabulary = model.config.vocab_size
+    vocabulary, dtype, compute = model.config.vocab_size, getattr(torch, config.model.dtype), compute_dtype(config)
+    (trained, frozen), whole = cost.parameters(model), config.model.lora is None
+    weights, optimizer = trained * dtype.itemsize, _optimizer_bytes(config, model, dtype)
+    copied = trained * (compute if whole else dtype).itemsize  # of a second model, which shares what is frozen
     return {
         "program": _program() if on_cpu else 0.0,
-        "weights": count * dtype.itemsize,
-        "working copy": count * compute.itemsize if compute != dtype else 0.0,
-        "reference": count * compute.itemsize if config.grpo.beta > 0 else 0.0,
+        "weights": weights + frozen * compute.itemsize,
+        "working copy": copied if whole and compute != dtype else 0.0,
+        "reference": copied if config.grpo.beta > 0 else 0.0,
         "optimizer": optimizer,
-        "gradients": count * dtype.itemsize,
+        "gradients": weights,
         "activations": _activations(config, model, prompts, work.prompt_tokens, len(largest), length),
         "output head": max(cost.head_bytes(model), 4 * 4 * rows * vocabulary),
         "keys and values": cost.cache_bytes(model, work.prompts * work.prompt_tokens + rows * length, compute.itemsize),
         "packed weights": sum(cost.products(model)) * compute.itemsize if on_cpu else 0.0,
-        "checkpoint copy": count * dtype.itemsize + optimizer if config.checkpoint.overlap and on_cpu else 0.0,
+        "checkpoint copy": weights + optimizer if config.checkpoint.overlap and on_cpu else 0.0,
     }
 
 
@@ -127,15 +129,23 @@ def _micro_batches(work: cost.Work, token_budget: int, shared: bool) -> list[tor
     return batch.micro_batches(token_budget, shared)
 
 
-def _optimizer_values(config: Config) -> float:
-    """How many numbers the optimizer keeps for each parameter, found by letting it make a step."""
-    parameter = torch.nn.Parameter(torch.zeros(64, 64))
-    optimizer = bind("optimizer", config.optimizer)([parameter])
-    parameter.grad = torch.zeros_like(parameter)
+def _optimizer_bytes(config: Config, model: Any, dtype: torch.dtype) -> float:
+    """What the optimizer keeps, found by letting it make a step on small parameters that stand for the model's."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    small = {
+        name: torch.nn.Parameter(torch.zeros([min(size, 256) for size in parameter.shape], dtype=dtype))
+        for name, parameter in trained.items()
+    }
+    optimizer = bind("optimizer", config.optimizer)(list(small.items()))
+    for parameter in small.values():
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    state = optimizer.state_dict()["state"].get(0, {})
-    kept = [value.numel() for value in state.values() if isinstance(value, torch.Tensor) and value.dim()]
-    return sum(kept) / parameter.numel()
+    total = 0.0
+    for name, parameter in small.items():
+        kept = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+        kept = sum(value.numel() * value.itemsize for value in kept if value.dim())
+        total += kept / parameter.numel() * trained[name].numel()
+    return total
 
 
 def _disk(config: Config, weights: float, optimizer: float, rows: int) -> dict[str, float]:
@@ -183,7 +193,7 @@ def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) 
 
 def resolved(cfg: DictConfig) -> Config:
     """The config with the hardware filled in, a preset's also where its card is not here."""
-    if cfg.hardware.device == "auto" or cfg.hardware.card.memory_gb is None or torch.cuda.is_available():
+    if cfg.hardware.device == "cpu" or cfg.hardware.card.memory_gb is None:
         resolve_hardware(cfg)
     return typed(cfg)
 
@@ -219,7 +229,8 @@ def _print_parts(console: Console, one: Plan, alone: bool) -> None:
     console.print(table)
     console.print("not all at once: activations come when keys, values and packed weights are gone", soft_wrap=True)
     console.print(
-        f"{one.parameters / 1e6:,.1f} million parameters; peak memory {_gb(one.peak)} of {_gb(one.available)}: "
+        f"{one.parameters / 1e6:,.1f} million parameters{_adapter(one)}; "
+        f"peak memory {_gb(one.peak)} of {_gb(one.available)}: "
         + ("fits" if one.fits else "does not fit; lower hardware.micro_batch_tokens or choose a smaller model.name"),
         soft_wrap=True,
     )
@@ -232,6 +243,10 @@ def _print_parts(console: Console, one: Plan, alone: bool) -> None:
             f"steps: {hours} hours, evaluations not counted",
             soft_wrap=True,
         )
+
+
+def _adapter(one: Plan) -> str:
+    return "" if one.trained == one.parameters else f" and an adapter of {one.trained / 1e6:,.1f} million"
 
 
 def _folder(one: Plan) -> float:

@@ -15,7 +15,7 @@ from grpo.algorithm.loss import LossOutput
 from grpo.algorithm.reward import Component, Rewards, score
 from grpo.config import Config, ConfigError, check_complete
 from grpo.data.problems import Problem, Problems
-from grpo.data.prompts import Messages, check_lengths, messages, render
+from grpo.data.prompts import Messages, messages, prompt_lengths, render
 from grpo.engine.batch import CompletionBatch, PromptBatch, tokenize_prompts
 from grpo.engine.hardware import use_hardware
 from grpo.engine.lean import is_lean
@@ -40,6 +40,7 @@ class Setup:
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     problems: Problems
+    prompt_lengths: list[int]  # tokens of each training problem's prompt
     components: list[Component]
     accuracy: Component  # 1.0 or 0.0 a completion
     objective: Callable[..., LossOutput]
@@ -155,10 +156,10 @@ def prepare(config: Config, with_problems: bool = True, use: bool = True) -> Set
     if config.model.lora is not None:
         check_adapter(config.model.lora)
     tokenizer = load_tokenizer(config.model)
-    if with_problems:
-        check_lengths(tokenizer, problems.train + problems.test, config.data)
+    lengths = prompt_lengths(tokenizer, problems.train + problems.test, config.data) if with_problems else []
     device = use_hardware(config) if use else torch.device("cpu")
-    return Setup(config, device, tokenizer, problems, components, accuracy, objective, optimizer)
+    lengths = lengths[: len(problems.train)]
+    return Setup(config, device, tokenizer, problems, lengths, components, accuracy, objective, optimizer)
 
 
 def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:

@@ -48,8 +48,8 @@ def test_every_point_of_a_sweep_has_a_line_and_no_folder_is_made(launch, tmp_pat
 def test_points_may_be_named_by_the_sweeper_and_another_sweeper_is_refused():
     basic = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": {"grpo.beta": "0,0.04"}}
     points = sweep_points([*QUICK, "seed=1,2"], OmegaConf.create(basic))
-    assert [name for name, _ in points] == [f"grpo.beta={b} seed={s}" for b in ("0", "0.04") for s in (1, 2)]
-    assert {(cfg.grpo.beta, cfg.seed) for _, cfg in points} == {(b, s) for b in (0, 0.04) for s in (1, 2)}
+    assert [name for name, _, _ in points] == [f"grpo.beta={b} seed={s}" for b in ("0", "0.04") for s in (1, 2)]
+    assert {(cfg.grpo.beta, cfg.seed) for _, cfg, _ in points} == {(b, s) for b in (0, 0.04) for s in (1, 2)}
     with pytest.raises(ConfigError, match="basic sweeper only"):
         sweep_points(QUICK, OmegaConf.create({"_target_": "hydra_plugins.hydra_optuna_sweeper.OptunaSweeper"}))
 

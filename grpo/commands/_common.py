@@ -60,7 +60,9 @@ def find_subject(arguments: Sequence[str]) -> Subject:
     """
     folder = run_folder_of(arguments)
     _, overrides = own_arguments(arguments, ["run_dir"])
-    composed = compose_config(overrides)
+    from grpo.engine.hardware import hardware_found  # imports torch
+
+    composed = hardware_found(compose_config(overrides), overrides)
     if folder is None:
         return Subject(resolved(composed), None, None, 0)
     changed = apply_overrides(folder.frozen_config(), composed, overrides)
@@ -85,7 +87,7 @@ def find_subject(arguments: Sequence[str]) -> Subject:
 
 
 def resolved(cfg: DictConfig) -> Config:
-    """The config as dataclasses, with what hardware=auto leaves open filled in."""
+    """The config as dataclasses, with what its hardware leaves open filled in and the device checked."""
     from grpo.engine.hardware import resolve_hardware  # imports torch
 
     resolve_hardware(cfg)

@@ -6,7 +6,7 @@ the real layers would keep, whatever the architecture.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from grpo.config import ModelConfig
 from grpo.engine.head import LOGITS_PER_CHUNK
 from grpo.engine.linear import multiply
 from grpo.engine.logps import head_logps
+from grpo.engine.lora import add_adapter
 from grpo.engine.model import architecture
 from grpo.engine.packed import OF_ITS_OWN_KIND, PackedGroups, Ragged, may_pack, packs, read
 
@@ -32,11 +33,13 @@ class Work:
 
 
 def meta_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The architecture of a model without its weights."""
+    """The architecture of a model in the dtype of its arithmetic, with its adapter, without its weights."""
     remote = config.trust_remote_code
     settings = {"dtype": dtype, "attn_implementation": config.attn_implementation, "trust_remote_code": remote}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture(config.name, remote), **settings).eval()
+        if config.lora is not None:
+            add_adapter(model, replace(config.lora, init_from=None), getattr(torch, config.dtype), seed=0)
     model.reads_packed_rows = may_pack(model) and _reads_packed(model)  # its numbers are looked at once they are there
     return model
 
@@ -50,9 +53,10 @@ def _reads_packed(model: PreTrainedModel) -> bool:
     return True
 
 
-def parameters(model: nn.Module) -> int:
-    """How many parameters there are, tied ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def parameters(model: nn.Module) -> tuple[int, int]:
+    """How many parameters are trained, and how many stay as they are, tied ones once."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trained, sum(parameter.numel() for parameter in model.parameters()) - trained
 
 
 def products(model: PreTrainedModel) -> tuple[int, int]:
@@ -73,7 +77,8 @@ def forward_flops(model: PreTrainedModel, work: Work) -> float:
 
 def step_flops(model: PreTrainedModel, work: Work, reference: bool, updates: int) -> float:
     """Operations of a step's matrix products: sampling, the reference pass where there is one, and the updates."""
-    return forward_flops(model, work) * (1 + reference + 3 * updates)
+    frozen = parameters(model)[1] > 0  # whose gradient nobody computes
+    return forward_flops(model, work) * (1 + reference + (2 if frozen else 3) * updates)
 
 
 def decode_bytes(model: PreTrainedModel, work: Work, itemsize: int) -> float:
@@ -127,7 +132,7 @@ def head_bytes(model: PreTrainedModel) -> int:
     Where its weights are those of the embedding, the gradients of both exist before they are added up.
     """
     weight = model.get_output_embeddings().weight
-    gradients = 2 if weight is model.get_input_embeddings().weight else 1
+    gradients = 0 if not weight.requires_grad else 2 if weight is model.get_input_embeddings().weight else 1
     return 3 * 4 * max(LOGITS_PER_CHUNK, len(weight)) + gradients * weight.numel() * weight.itemsize
 
 

@@ -6,13 +6,14 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from omegaconf import DictConfig
 
-from grpo.config import CONF_DIR, Config, ConfigError
+from grpo.compose import recompose
+from grpo.config import Config, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -23,31 +24,68 @@ CUDA_PRESETS = ((70, "a100_80gb"), (36, "a100_40gb"), (20, "rtx_24gb"), (0, "t4_
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def resolve_hardware(cfg: DictConfig) -> None:
-    """Fill, in place, what the hardware group leaves open: the device, the preset's sizes, the threads.
+def hardware_found(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """With hardware=auto what `hardware=<preset>` would have composed, for the device found here; else cfg itself.
 
-    Keys that are set stay. Raises ConfigError where the device asked for is not there.
+    overrides: the command line that composed cfg. What it says of a preset's keys stays.
+    """
+    if cfg.hardware.device != "auto":
+        return cfg
+    wanted = cfg.model.device_map if cfg.model.device_map != "auto" else find_device()
+    chosen = preset_overrides(wanted)
+    logger.info("hardware=auto: %s", " ".join(chosen))
+    # Of the card, plan=true looks at this machine's instead of at the preset's.
+    own = [f"hardware.card.{key}=null" for key in cfg.hardware.card]
+    kept = [override for override in overrides if override.partition("=")[0] != "hardware"]
+    return recompose([*chosen, *own, *kept])
+
+
+def preset_overrides(device: str) -> list[str]:
+    """The preset for a device, by its memory, and what it lacks or has beyond the preset's card."""
+    if not device.startswith("cuda"):
+        narrow = device == "cpu" and cpu_multiplies_bfloat16()
+        return [f"hardware={device}", *(["hardware.compute_dtype=bfloat16"] if narrow else [])]
+    memory = torch.cuda.get_device_properties(device).total_memory / 1e9
+    name = next(name for least, name in CUDA_PRESETS if memory >= least)
+    if name == "t4_16gb" or cuda_multiplies_bfloat16():
+        return [f"hardware={name}"]
+    return [f"hardware={name}", "hardware.compute_dtype=float16"] if memory >= 36 else ["hardware=t4_16gb"]
+
+
+def resolve_hardware(cfg: DictConfig) -> None:
+    """Fill, in place, what the hardware group leaves open, the threads, and check that the device can do its part.
+
+    Raises ConfigError where the device asked for is not there, is smaller than the preset's, or lacks its arithmetic.
     """
     hardware = cfg.hardware
-    wanted = cfg.model.device_map if cfg.model.device_map != "auto" else hardware.device
-    device = find_device() if wanted == "auto" else wanted
-    asked = "hardware.device" if cfg.model.device_map == "auto" else "model.device_map"
-    mend = "hardware=auto or hardware=cpu" if cfg.model.device_map == "auto" else "model.device_map=auto"
+    by_map = cfg.model.device_map != "auto"
+    device = cfg.model.device_map if by_map else hardware.device
+    asked = f"model.device_map={device}" if by_map else f"hardware.device={device}"
+    mend = "model.device_map=auto" if by_map else "hardware=auto or hardware=cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"{asked}={device}: torch sees no CUDA device here; use {mend}")
+        raise ConfigError(f"{asked}: torch sees no CUDA device here; use {mend}")
     if device == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"{asked}=mps: torch sees no Apple GPU here; use {mend}")
-    if hardware.device == "auto":
-        name = preset(device)
-        logger.info("hardware=auto: using the preset %s", name)
-        for key, value in yaml.safe_load((CONF_DIR / "hardware" / f"{name}.yaml").read_text()).items():
-            if hardware[key] is None:  # and so not `card`: this machine's is looked at instead
-                hardware[key] = value
-        if device == "cpu" and hardware.compute_dtype is None and cpu_multiplies_bfloat16():
-            hardware.compute_dtype = "bfloat16"
+        raise ConfigError(f"{asked}: torch sees no Apple GPU here; use {mend}")
+    if device.startswith("cuda"):
+        _check_card(hardware, device)
     hardware.device = device.split(":")[0]
     if hardware.threads is None:
         hardware.threads = THREADS
+
+
+def _check_card(hardware: DictConfig, device: str) -> None:
+    card = torch.cuda.get_device_properties(device)
+    memory, expected = card.total_memory / 1e9, hardware.card.memory_gb
+    if expected is not None and memory < 0.9 * expected:  # a little is always reserved
+        raise ConfigError(
+            f"the preset is for a card of {expected:g} GB, and {card.name} has {memory:.1f} GB: use hardware=auto, or "
+            f"hardware.card.memory_gb={memory:.0f} to try it as it is"
+        )
+    if hardware.compute_dtype == "bfloat16" and not cuda_multiplies_bfloat16():
+        raise ConfigError(
+            f"hardware.compute_dtype=bfloat16: {card.name} has no bfloat16; use hardware=auto, or "
+            "hardware.compute_dtype=float16"
+        )
 
 
 def find_device() -> str:
@@ -62,12 +100,9 @@ def cpu_multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def preset(device: str) -> str:
-    """The name of the hardware preset for a device, by its memory."""
-    if not device.startswith("cuda"):
-        return device
-    memory = torch.cuda.get_device_properties(device).total_memory / 1e9
-    return next(name for least, name in CUDA_PRESETS if memory >= least)
+def cuda_multiplies_bfloat16() -> bool:
+    """Whether the CUDA device multiplies bfloat16 in hardware."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def use_hardware(config: Config) -> torch.device:

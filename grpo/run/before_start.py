@@ -104,7 +104,7 @@ class CheckBeforeStart(Callback):
             settings = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
             check_importable(typed(settings))
             if config.plan:
-                _plan(config, lambda: [("the run", settings)])
+                _plan(config, lambda: [("the run", settings, config.hydra.overrides.task)])
             if config.fork:
                 check_parent(config.run_dir, config.resume)
                 return
@@ -125,14 +125,15 @@ class CheckBeforeStart(Callback):
             _refuse(ConfigError("resume=true: there is no such sweep; name it with sweep_dir=outputs/sweeps/..."))
 
 
-def _plan(config: DictConfig, points: Callable[[], list[tuple[str, DictConfig]]]) -> NoReturn:
+def _plan(config: DictConfig, points: Callable[[], list[tuple[str, DictConfig, Sequence[str]]]]) -> NoReturn:
     """Print the plan and exit, whatever happens: of any other error Hydra would only warn, and start."""
     try:
         if config.resume or config.fork:
             raise ConfigError("plan=true is for a new run: leave resume and fork out")
-        from grpo.plan import print_plans  # imports torch
+        from grpo.engine.hardware import hardware_found  # imports torch
+        from grpo.plan import print_plans
 
-        print_plans(points())
+        print_plans([(name, hardware_found(cfg, overrides)) for name, cfg, overrides in points()])
     except (ConfigError, OmegaConfBaseException, HydraException) as error:
         _refuse(error)
     except Exception as error:
@@ -141,8 +142,8 @@ def _plan(config: DictConfig, points: Callable[[], list[tuple[str, DictConfig]]]
     sys.exit(0)
 
 
-def sweep_points(overrides: Sequence[str], sweeper: DictConfig) -> list[tuple[str, DictConfig]]:
-    """Every point of a sweep by Hydra's basic sweeper: its overrides as its name, and its composed config."""
+def sweep_points(overrides: Sequence[str], sweeper: DictConfig) -> list[tuple[str, DictConfig, list[str]]]:
+    """Every point of a sweep by Hydra's basic sweeper: its name, its composed config, and its overrides."""
     if not sweeper._target_.endswith("BasicSweeper"):
         raise ConfigError("plan=true knows the points of Hydra's basic sweeper only: add hydra/sweeper=basic")
     from grpo.compose import compose_config  # here, since that module needs this one's resolvers
@@ -152,7 +153,7 @@ def sweep_points(overrides: Sequence[str], sweeper: DictConfig) -> list[tuple[st
     jobs = (job for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch)
     swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
     named = [(" ".join(each for each in job if each.partition("=")[0] in swept), job) for job in jobs]
-    return [(name or "the run", compose_config(job)) for name, job in named]
+    return [(name or "the run", compose_config(job), job) for name, job in named]
 
 
 def _refuse(error: Exception) -> None:

@@ -26,7 +26,7 @@ from grpo.targets import check_trusted, foreign_targets
 logger = logging.getLogger(__name__)
 
 # What may change when a run goes on: how it is watched and kept, and how the work is cut.
-CHANGEABLE = ("tracking.", "checkpoint.", "samples.", "eval.every", "eval.after", "grpo.max_skipped_steps")
+CHANGEABLE = ("preflight", "tracking.", "checkpoint.", "samples.", "eval.every", "eval.after", "grpo.max_skipped_steps")
 CHANGEABLE += ("reward.timeout_s", "reward.on_error", "hardware.card.")  # a card is for the plan
 CUT = tuple(
     f"hardware.{key}"
@@ -146,7 +146,10 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
 
 
 def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSignals) -> Run:
+    from grpo.engine.hardware import hardware_found  # imports torch
+
     overrides = list(HydraConfig.get().overrides.task)
+    cfg = hardware_found(cfg, overrides)
     changes: dict[str, Any] = {}
     resumed = folder.started()
     if resumed:

@@ -1,41 +1,58 @@
 import pytest
 import torch
-import yaml
-from omegaconf import OmegaConf
 
 from grpo.compose import compose_config
-from grpo.config import CONF_DIR, ConfigError
+from grpo.config import ConfigError
 from grpo.engine import hardware
-from grpo.engine.hardware import cpu_multiplies_bfloat16, preset, resolve_hardware, use_hardware
+from grpo.engine.hardware import hardware_found, preset_overrides, resolve_hardware, use_hardware
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Let torch say that there is a CUDA card: `card(gigabytes, bfloat16=True)`."""
+
+    def pretend(gigabytes, bfloat16=True):
+        properties = type("Card", (), {"total_memory": int(gigabytes * 1e9), "name": "NVIDIA Something"})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
+
+    return pretend
+
+
+def found(*overrides):
+    return hardware_found(compose_config(overrides), overrides)
 
 
 @pytest.mark.parametrize(
-    ("gigabytes", "name"),
+    ("gigabytes", "bfloat16", "expected"),
     [
-        (85.1, "a100_80gb"),
-        (79.6, "a100_80gb"),
-        (42.4, "a100_40gb"),
-        (25.3, "rtx_24gb"),
-        (15.8, "t4_16gb"),
-        (8, "t4_16gb"),
+        (85.1, True, ["hardware=a100_80gb"]),
+        (79.6, True, ["hardware=a100_80gb"]),
+        (42.4, True, ["hardware=a100_40gb"]),
+        (51.0, False, ["hardware=a100_40gb", "hardware.compute_dtype=float16"]),
+        (25.3, True, ["hardware=rtx_24gb"]),
+        (34.1, False, ["hardware=t4_16gb"]),
+        (15.8, False, ["hardware=t4_16gb"]),
+        (8, True, ["hardware=t4_16gb"]),
     ],
 )
-def test_a_card_gets_the_preset_of_its_memory(monkeypatch, gigabytes, name):
-    card = type("Card", (), {"total_memory": int(gigabytes * 1e9)})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    assert preset("cuda") == name
-    assert (CONF_DIR / "hardware" / f"{name}.yaml").exists()
+def test_a_card_gets_the_preset_of_its_memory_in_the_arithmetic_that_it_has(card, gigabytes, bfloat16, expected):
+    card(gigabytes, bfloat16)
+    assert preset_overrides("cuda") == expected
+    cfg = found()
+    assert cfg.hardware.compute_dtype == ("bfloat16" if bfloat16 and gigabytes > 20 else "float16")
 
 
-@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="needs a bare processor")
-def test_auto_takes_the_cpu_preset_where_there_is_no_gpu_and_keys_set_by_hand_stay():
-    cfg = compose_config(["hardware.rollout_tokens=7", "grpo.batch_size=3"])
-    resolve_hardware(cfg)
-    expected = yaml.safe_load((CONF_DIR / "hardware" / "cpu.yaml").read_text()) | {"rollout_tokens": 7}
-    expected |= {"threads": hardware.THREADS}
-    expected |= {"compute_dtype": "bfloat16" if cpu_multiplies_bfloat16() else None}
-    assert OmegaConf.to_container(cfg.hardware) == expected
-    assert (cfg.grpo.batch_size, cfg.grpo.num_generations) == (3, expected["num_generations"])
+def test_auto_is_the_preset_found_with_all_that_it_chooses_and_what_is_set_by_hand_stays(card):
+    card(25.3)
+    chosen = found("hardware.rollout_tokens=7", "grpo.batch_size=3")
+    no_card = [f"hardware.card.{key}=null" for key in chosen.hardware.card]
+    expected = compose_config(["hardware=rtx_24gb", "hardware.rollout_tokens=7", "grpo.batch_size=3", *no_card])
+    assert chosen == expected
+    assert (chosen.model.dtype, chosen.optimizer._target_.rpartition(".")[2]) == ("bfloat16", "StochasticAdamW")
+    assert found("hardware=auto", "tuning=full").model.dtype == "float32"
+    assert found("hardware=cpu").hardware.device == "cpu"
 
 
 @pytest.mark.parametrize("able", [True, False])
@@ -47,9 +64,25 @@ def test_auto_takes_bfloat16_where_the_processor_multiplies_it_unless_told_other
         (["hardware.compute_dtype=float32"], "float32"),
         (["hardware=cpu"], None),
     ):
-        cfg = compose_config(overrides)
+        cfg = found(*overrides)
         resolve_hardware(cfg)
-        assert cfg.hardware.compute_dtype == expected
+        assert (cfg.hardware.compute_dtype, cfg.hardware.threads) == (expected, hardware.THREADS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gigabytes", "said"),
+    [
+        (["hardware=a100_80gb"], 25.3, "for a card of 80 GB, and NVIDIA Something has 25.3 GB: use hardware=auto, or"),
+        (["hardware=rtx_24gb"], 25.3, "hardware.compute_dtype=bfloat16: NVIDIA Something has no bfloat16; use"),
+    ],
+)
+def test_a_card_that_cannot_do_what_the_preset_asks_is_refused_with_the_mend(card, overrides, gigabytes, said):
+    card(gigabytes, bfloat16=False)
+    with pytest.raises(ConfigError) as refused:
+        resolve_hardware(compose_config(overrides))
+    assert said in str(refused.value)
+    resolve_hardware(compose_config(["hardware=t4_16gb"]))
+    resolve_hardware(compose_config([*overrides, "hardware.card.memory_gb=25", "hardware.compute_dtype=float16"]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
