@@ -220,6 +220,18 @@ def check_complete(config: Config) -> None:
                 raise ConfigError(f"{group}.{key}=null: must be a number, unless hardware=auto chooses it")
 
 
+def check_training(config: Config) -> None:
+    """Raise ConfigError where training would go on and change nothing: for evaluating, the same config is sound."""
+    target = str(config.optimizer["_target_"])
+    nearest = target.startswith(("torch.optim.", "bitsandbytes.")) or target.endswith(".MuonWithAdamW")
+    if config.model.dtype == "bfloat16" and nearest:
+        raise ConfigError(
+            f"optimizer._target_={target} with model.dtype=bfloat16: steps below 0.2 % of a weight are rounded away, "
+            f"at optimizer.lr={config.optimizer['lr']} nearly all; use tuning=full_bf16, whose optimizer rounds "
+            "stochastically, or model.dtype=float32 with hardware.compute_dtype=bfloat16"
+        )
+
+
 def _check_numbers(config: Config) -> None:
     flat = flatten(to_dict(config))
     at_least_1 = ["grpo.num_iterations", "grpo.num_steps", "grpo.batch_size", "grpo.mu", "grpo.max_completion_length"]

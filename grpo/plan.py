@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from grpo.algorithm.step import Batch
-from grpo.config import Config, typed
+from grpo.config import Config, check_training, typed
 from grpo.engine import cost
 from grpo.engine.batch import CompletionBatch, PromptBatch
 from grpo.engine.hardware import peak_memory_gb, resolve_hardware
@@ -51,6 +51,7 @@ class Plan:
 
 def plan(config: Config) -> Plan:
     """Count what a run of this config takes. Raises ConfigError for what could not start."""
+    check_training(config)
     setup = prepare(config, use=False)
     _program()  # now, since what follows takes memory
     grpo, hardware = config.grpo, config.hardware

@@ -1,10 +1,12 @@
 """Composing conf/, the checks on its values, and what is said of bad ones."""
 
+import dataclasses
+
 import pytest
 import yaml
 
 from grpo.compose import compose_config, explain, run_command
-from grpo.config import CONF_DIR, Config, ConfigError, flatten, load_frozen, to_dict, typed
+from grpo.config import CONF_DIR, Config, ConfigError, check_training, flatten, load_frozen, to_dict, typed
 from grpo.run.folder import RunFolder
 from grpo.run.session import resumed_config
 
@@ -116,6 +118,37 @@ def test_an_experiment_gives_the_same_learning_problem_on_every_machine():
 
 def test_the_experiment_gsm8k_qwen_is_the_default_by_name():
     assert compose_typed("experiment=gsm8k_qwen") == compose_typed()
+
+
+@pytest.mark.parametrize(
+    ("experiment", "model", "rank", "lr"),
+    [
+        ("gsm8k_qwen_lora", "Qwen/Qwen2.5-1.5B-Instruct", 32, 5e-5),
+        ("gsm8k_qwen_0_5b", "Qwen/Qwen2.5-0.5B-Instruct", None, 5e-6),
+    ],
+)
+def test_a_variant_of_the_recipe_differs_in_what_its_name_says(experiment, model, rank, lr):
+    variant, default = compose_typed(f"experiment={experiment}"), compose_typed()
+    assert variant.model.name == model
+    assert (variant.model.lora.rank if rank else variant.model.lora) == rank
+    assert variant.optimizer == default.optimizer | {"lr": lr}
+    same = {"name": default.name, "model": default.model, "optimizer": default.optimizer}
+    assert dataclasses.replace(variant, **same) == default
+
+
+def test_lora_takes_ten_times_the_learning_rate_and_an_experiment_or_the_command_line_still_sets_it():
+    assert compose_typed("tuning=lora").optimizer["lr"] == pytest.approx(10 * compose_typed().optimizer["lr"])
+    assert compose_typed("tuning=lora", "optimizer.lr=1e-4").optimizer["lr"] == 1e-4
+    assert compose_typed("tuning=lora", "experiment=quickstart").optimizer["lr"] == 2e-4
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "muon"])
+def test_weights_that_would_not_move_are_refused(optimizer):
+    config = compose_typed("tuning=full_bf16", f"optimizer={optimizer}")
+    with pytest.raises(ConfigError, match="use tuning=full_bf16, whose optimizer rounds stochastically"):
+        check_training(config)
+    for sound in (["tuning=full_bf16"], [f"optimizer={optimizer}", "hardware=a100_80gb"], ["tuning=lora"]):
+        check_training(compose_typed(*sound))
 
 
 def test_the_objective_follows_beta_and_epsilon():

@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from grpo.compose import apply_overrides
-from grpo.config import Config, ConfigError, escape, load_frozen, typed
+from grpo.config import Config, ConfigError, check_training, escape, load_frozen, typed
 from grpo.engine.hardware import resolve_hardware
 from grpo.run.checkpoint import (
     MANIFEST,
@@ -47,6 +47,7 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
     frozen.run_dir, frozen.resume, frozen.fork, frozen.fork_step = None, False, False, None
     resolve_hardware(frozen)
     config = typed(frozen)
+    check_training(config)
     _check_steps(config, state, reference_of(source))
 
     best = parent.checkpoints / "best"

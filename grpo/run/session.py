@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from grpo.compose import apply_overrides, named_keys
-from grpo.config import Config, ConfigError, flatten, to_dict, typed
+from grpo.config import Config, ConfigError, check_training, flatten, to_dict, typed
 from grpo.run.before_start import check_folder, check_parent, has_finished
 from grpo.run.console import resume_command
 from grpo.run.folder import OUTPUTS, RunFolder
@@ -193,6 +193,7 @@ def fresh_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Co
 
     resolve_hardware(cfg)
     config = typed(cfg)
+    check_training(config)
     folder.write_config(config)
     return config
 
