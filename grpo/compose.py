@@ -38,6 +38,11 @@ OTHER_NAMES = {
     "bf16": "hardware.compute_dtype",
     "gradient_checkpointing": "hardware.activation_checkpointing",
     "autocast": "hardware.compute_dtype",
+    "fp16": "hardware.compute_dtype",
+    "lora_r": "model.lora.rank",
+    "lora_alpha": "model.lora.alpha",
+    "lora_target_modules": "model.lora.target_modules",
+    "use_peft": "tuning",
     "micro_batch_size": "hardware.micro_batch_tokens",
     "gradient_accumulation_steps": "hardware.micro_batch_tokens",
 }
@@ -101,6 +106,8 @@ def run_command(command: Callable[[], object]) -> int:
     """Run a command and return its exit code: 0, 2 for bad input (said in a line), 1 for a failure (likewise)."""
     # Retries while the network is away would bury the one line that says so; read when huggingface_hub is imported.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # What Apple's GPU lacks is done by the processor instead of failing; read when torch is imported.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     # A user's reward functions are found from where the command is given; last, so that nothing there can stand in
     # for a library's module.
     sys.path.append(os.getcwd())
@@ -115,6 +122,11 @@ def run_command(command: Callable[[], object]) -> int:
     except Exception as error:
         if "Config group override must be" in str(error):  # Hydra's ValueError for `data=null`
             print("error: a config group cannot be null; choose one of its files", file=sys.stderr)
+            return 2
+        if "Unexpected type for root: NoneType" in str(error):  # its AssertionError for a key below a null one
+            print(
+                "error: a key below one that is null cannot be set; for model.lora.* add tuning=lora", file=sys.stderr
+            )
             return 2
         if not getattr(error, "logged", False):  # what fails within a run is in its launch.log
             traceback.print_exc()

@@ -34,7 +34,7 @@ class ModelConfig:
     name: str = MISSING  # hub name, local folder, or `tiny` for the embedded model
     attn_implementation: str = MISSING  # eager | sdpa | flash_attention_2 | ..., passed to transformers
     dtype: str = MISSING  # of the weights and their optimizer state; hardware.compute_dtype is that of the arithmetic
-    device_map: str = MISSING  # auto: hardware.device decides; else one device: cpu | mps | cuda | cuda:N
+    device_map: Any = MISSING  # auto: hardware.device decides; else one device: cpu | mps | cuda | cuda:N
     trust_remote_code: bool = MISSING
     lora: LoraSettings | None = None  # None: all weights are trained
 
@@ -273,8 +273,20 @@ def _check_choices(config: Config) -> None:
         if value not in allowed:
             raise ConfigError(f"{key}={_yaml(value)}: must be one of {', '.join(map(_yaml, allowed))}")
     device_map = config.model.device_map
-    if device_map not in ("auto", "cpu", "mps", "cuda") and not device_map.startswith("cuda:"):
-        raise ConfigError(f"model.device_map={device_map}: training runs on one device: auto, cpu, mps, cuda or cuda:N")
+    if device_map not in ("auto", "cpu", "mps", "cuda") and not str(device_map).startswith("cuda:"):
+        raise ConfigError(
+            f"model.device_map={device_map}: a model spread over devices cannot be trained here, which takes one: "
+            "auto, cpu, mps, cuda or cuda:N"
+        )
+    lora = config.model.lora
+    if lora is not None and (lora.rank < 1 or not lora.alpha > 0):
+        raise ConfigError(f"model.lora.rank={lora.rank} and model.lora.alpha={lora.alpha:g}: must be above 0")
+    modules = lora.target_modules if lora is not None else []
+    if not modules == "all-linear" and not (isinstance(modules, list) and all(isinstance(m, str) for m in modules)):
+        raise ConfigError(
+            f"model.lora.target_modules={modules}: must be all-linear, or a list of layers' names such as "
+            "[q_proj,v_proj]"
+        )
 
 
 def _number(key: str, value: object) -> None:

@@ -232,7 +232,11 @@ def _print_parts(console: Console, one: Plan, alone: bool) -> None:
     console.print(
         f"{one.parameters / 1e6:,.1f} million parameters{_adapter(one)}; "
         f"peak memory {_gb(one.peak)} of {_gb(one.available)}: "
-        + ("fits" if one.fits else "does not fit; lower hardware.micro_batch_tokens or choose a smaller model.name"),
+        + (
+            "fits"
+            if one.fits
+            else "does not fit; take tuning=full_bf16 or tuning=lora, or lower hardware.micro_batch_tokens"
+        ),
         soft_wrap=True,
     )
     if alone:

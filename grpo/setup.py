@@ -22,6 +22,7 @@ from grpo.engine.lean import is_lean
 from grpo.engine.lora import add_adapter, check_adapter, save_adapter, switch_adapter
 from grpo.engine.memory import Cut
 from grpo.engine.model import check_model, copy_in_dtype, load_model, load_tokenizer, stop_token_ids
+from grpo.engine.mps import check_decoding, check_device
 from grpo.engine.rollout import Sampling, rollout
 from grpo.targets import bind, bind_reward
 
@@ -55,11 +56,12 @@ class Setup:
     def load_policy(self) -> PreTrainedModel:
         """The model to train. What LoRA leaves as it is needs no more digits than the arithmetic has."""
         model = self.config.model
-        if model.lora is None:
-            return load_model(model, self.device)
         compute = str(compute_dtype(self.config)).removeprefix("torch.")
-        policy = load_model(replace(model, dtype=compute), self.device)
-        add_adapter(policy, model.lora, getattr(torch, model.dtype), self.config.seed)
+        policy = load_model(model if model.lora is None else replace(model, dtype=compute), self.device)
+        if self.device.type == "mps":
+            check_decoding(policy)
+        if model.lora is not None:
+            add_adapter(policy, model.lora, getattr(torch, model.dtype), self.config.seed)
         return policy
 
     def reference(self, policy: PreTrainedModel) -> PreTrainedModel:
@@ -158,6 +160,8 @@ def prepare(config: Config, with_problems: bool = True, use: bool = True) -> Set
     tokenizer = load_tokenizer(config.model)
     lengths = prompt_lengths(tokenizer, problems.train + problems.test, config.data) if with_problems else []
     device = use_hardware(config) if use else torch.device("cpu")
+    if device.type == "mps":
+        check_device(device)
     lengths = lengths[: len(problems.train)]
     return Setup(config, device, tokenizer, problems, lengths, components, accuracy, objective, optimizer)
 

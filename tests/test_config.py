@@ -281,6 +281,7 @@ def test_arithmetic_wider_than_the_weights_is_refused():
         ("eval.max_problems=0", "eval.max_problems=0: must be 1 or more"),
         ("model.dtype=float16", "must be one of float32, bfloat16"),
         ("model.device_map=balanced", "auto, cpu, mps, cuda or cuda:N"),
+        ("model.device_map={lm_head: 0}", "a model spread over devices cannot be trained here"),
         ("hardware.device=tpu", "must be one of auto, cuda, mps, cpu"),
         ("hardware.compute_dtype=float8", "must be one of null, float32, bfloat16, float16"),
         ("tracking.mode=on", "must be one of auto, online, offline, disabled"),
@@ -292,6 +293,24 @@ def test_arithmetic_wider_than_the_weights_is_refused():
 )
 def test_a_value_that_cannot_work_is_refused_with_the_mend(override, mend):
     assert mend in complaint(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "mend"),
+    [
+        ("model.lora.rank=0", "model.lora.rank=0 and model.lora.alpha=32: must be above 0"),
+        ("model.lora.alpha=-1", "model.lora.rank=32 and model.lora.alpha=-1: must be above 0"),
+        ("model.lora.target_modules=7", "must be all-linear, or a list"),
+        ("model.lora.target_modules=[1]", "must be all-linear, or a list"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused(override, mend):
+    assert mend in complaint("tuning=lora", override)
+
+
+def test_an_adapters_keys_without_an_adapter_are_answered_with_what_makes_one(capsys):
+    assert run_command(lambda: compose_typed("model.lora.rank=8")) == 2
+    assert capsys.readouterr().err.endswith("for model.lora.* add tuning=lora\n")
 
 
 def test_what_is_said_fits_in_two_lines():

@@ -327,6 +327,8 @@ def test_a_bad_command_ends_with_2_a_mend_and_no_folder(launch, bad_inputs, argu
         (["data=jsonl", "data.path=/no/such/data"], "data.path=/no/such/data: there is no train.jsonl"),
         (["data=jsonl"], "data=jsonl needs data.path=DIR"),
         (["data.max_prompt_length=3"], "prompts are longer than data.max_prompt_length=3 tokens"),
+        (["model.attn_implementation=flash_attention_2"], "use model.attn_implementation=sdpa, torch's own"),
+        (["tuning=lora", "model.lora.init_from=/nowhere"], "model.lora.init_from=/nowhere is not the folder of an"),
         (["objective._target_=os.system"], "objective._target_=os.system: Hydra refuses"),
         (["reward.components.format._target_=nope.f"], "reward.components.format._target_=nope.f: No module named"),
         (["eval.accuracy._target_=grpo.nope"], "eval.accuracy._target_=grpo.nope: "),

@@ -6,6 +6,7 @@ gradient.
 """
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.config import ConfigError, LoraSettings, first_line
+
+# peft imports it where it is installed, and it warns of kernels that nothing here uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 PLAIN = {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
 
@@ -32,7 +36,7 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings, dtype: torch.dty
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
-        target_modules=modules if isinstance(modules, str) else list(modules),
+        target_modules=modules,
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.name_or_path,
     )

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
 
 from grpo.architectures import ARCHITECTURES_DIR
@@ -71,6 +72,15 @@ def check_model(config: ModelConfig) -> None:
         architecture(config.name, config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise model_not_found(config.name, error) from error
+    available = {
+        "flash_attention_2": import_utils.is_flash_attn_2_available,
+        "flash_attention_3": import_utils.is_flash_attn_3_available,
+    }.get(config.attn_implementation)
+    if available is not None and not available():
+        raise ConfigError(
+            f"model.attn_implementation={config.attn_implementation}: its package is not installed, or there is no "
+            "CUDA device for it; use model.attn_implementation=sdpa, torch's own"
+        )
 
 
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:

@@ -30,7 +30,7 @@ OF_ITS_OWN_KIND = (TypeError, AttributeError, KeyError, RuntimeError)
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """Of padded sequences, (S, tokens, heads, d); causal where no mask is given."""
     grouped = query.shape[2] != key.shape[2]
-    if grouped and mask is not None and query.device.type == "cuda":  # whose fast kernels take no mask with it
+    if grouped and not _takes_groups(query.device.type, mask is not None):
         key, value = (x.repeat_interleave(query.shape[2] // key.shape[2], dim=2) for x in (key, value))
         grouped = False
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -38,6 +38,11 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Te
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
     return attended.transpose(1, 2)
+
+
+def _takes_groups(device: str, masked: bool) -> bool:
+    """Whether torch's attention is to be given fewer keys than queries: CUDA's fast kernels take no mask with it."""
+    return device == "cpu" or (device == "cuda" and not masked)
 
 
 class Packing(Protocol):
