@@ -1,6 +1,7 @@
 """Composing conf/ outside a launch, putting command lines on top of frozen configs, and wording the errors."""
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -108,6 +109,7 @@ def run_command(command: Callable[[], object]) -> int:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # What Apple's GPU lacks is done by the processor instead of failing; read when torch is imported.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns of kernels not used here
     # A user's reward functions are found from where the command is given; last, so that nothing there can stand in
     # for a library's module.
     sys.path.append(os.getcwd())

@@ -6,7 +6,6 @@ gradient.
 """
 
 import json
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.config import ConfigError, LoraSettings, first_line
-
-# peft imports it where it is installed, and it warns of kernels that nothing here uses.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 PLAIN = {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
 

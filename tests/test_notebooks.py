@@ -1,0 +1,66 @@
+"""The notebooks, run from top to bottom as a person runs them, on the embedded model."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "grpo.batch_size=4 grpo.num_generations=4 eval.max_problems=8 tracking=disabled"
+
+
+def outputs(notebook):
+    """All that the cells printed or showed."""
+    texts = []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            texts.append(output.get("text") or str(output.get("data", {}).get("text/plain", "")))
+    return "\n".join(texts)
+
+
+@pytest.fixture
+def working_copy(tmp_path):
+    """The project as it lies there, so that what a notebook writes stays outside of it."""
+    for name in ("conf", "grpo", "notebooks", "launch.py", "pyproject.toml"):
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    return tmp_path
+
+
+def test_the_notebook_for_a_free_gpu_runs(working_copy, monkeypatch):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(working_copy))
+    notebook = nbformat.read(working_copy / "notebooks" / "colab.ipynb", as_version=4)
+    settings = next(cell for cell in notebook.cells if cell.source.startswith("REPOSITORY"))
+    settings.source = (
+        f'REPOSITORY = ""\nQUICKSTART = "experiment=quickstart grpo.num_steps=2 {SMALL}"\n'
+        f'SETTINGS = "experiment=quickstart tuning=lora grpo.num_steps=2 {SMALL}"'
+    )
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": working_copy / "notebooks"}}).execute()
+
+    said = outputs(notebook)
+    assert "error" not in said.lower()
+    assert "failed" not in said.lower()
+    for expected in ("peak memory", "pre-flight", "held-out problems", "rewards/format/mean", "merged_model"):
+        assert expected in said, expected
+    images = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert len(images) == 2
+    for run in ("notebook_quickstart", "notebook"):
+        assert (working_copy / "outputs" / run / "final_model").exists()
+    assert (working_copy / "outputs" / "notebook" / "merged_model" / "model.safetensors").exists()
+
+
+def test_what_the_notebook_asks_for_by_default_composes_to_qwen_with_lora():
+    from grpo.compose import compose_config
+
+    notebook = nbformat.read(ROOT / "notebooks" / "colab.ipynb", as_version=4)
+    values = {}
+    exec(next(cell.source for cell in notebook.cells if cell.source.startswith("REPOSITORY")), values)
+    config = compose_config(values["SETTINGS"].split())
+    assert (config.model.name, config.model.lora.rank) == ("Qwen/Qwen2.5-0.5B-Instruct", 32)
+    assert compose_config(values["QUICKSTART"].split()).model.name == "tiny"
+    assert all(not cell.get("outputs") for cell in notebook.cells)  # kept without what a run of it showed
