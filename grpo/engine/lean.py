@@ -47,7 +47,11 @@ class Product:
         self._layers = layers = [getattr(layer, "base_layer", layer) for layer in layers]
         self._packed, self._bias = None, None
         if available(layers[0].weight):
-            self._packed = packed(torch.cat([layer.weight for layer in layers]), rows)
+            weight = torch.cat([layer.weight for layer in layers])
+            if self._added is not None and weight.dtype == self._added[1].dtype:  # else it would lose digits
+                down, up = self._added
+                weight, self._added = weight.addmm_(up, down), None
+            self._packed = packed(weight, rows)
             if layers[0].bias is not None:
                 self._bias = torch.cat([layer.bias for layer in layers])
 
