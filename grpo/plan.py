@@ -27,6 +27,8 @@ GB = 1e9
 OVER_FLOOR = {("cpu", torch.float32): 1.7, ("cpu", torch.bfloat16): 2.3}
 EXPECTED_OVER_FLOOR = 2.0
 OPERATION_S = 5e-4  # that starting a layer's operations takes for each token decoded
+# Of the activations, what the C library keeps beside them in pieces, where no gradients of whole weights take those up.
+HOLES = 0.5
 BYTES_PER_SAMPLE = 1500  # of a completion in samples/, its prompt and rewards included
 
 
@@ -67,7 +69,7 @@ def plan(config: Config) -> Plan:
     sampling = memory["keys and values"] + memory["packed weights"]
     # Activations go while gradients come, unless a micro-batch before has brought all of them.
     several = len(_micro_batches(work, hardware.micro_batch_tokens, packs(model))) > 1
-    kept, grown = memory["activations"] + memory["output head"], memory["gradients"]
+    kept, grown = memory["activations"] + memory["holes"] + memory["output head"], memory["gradients"]
     update = kept + grown if several else max(kept, grown) + min(kept, grown) / 2
     peak = resident + memory["checkpoint copy"] + max(sampling, update)
     return Plan(
@@ -92,6 +94,7 @@ def _memory(config: Config, model: Any, work: cost.Work) -> dict[str, float]:
     (trained, frozen), whole = cost.parameters(model), config.model.lora is None
     weights, optimizer = trained * dtype.itemsize, _optimizer_bytes(config, model, dtype)
     copied = trained * (compute if whole else dtype).itemsize  # of a second model, which shares what is frozen
+    activations = _activations(config, model, prompts, work.prompt_tokens, len(largest), length)
     return {
         "program": _program() if on_cpu else 0.0,
         "weights": weights + frozen * compute.itemsize,
@@ -99,7 +102,8 @@ def _memory(config: Config, model: Any, work: cost.Work) -> dict[str, float]:
         "reference": copied if config.grpo.beta > 0 else 0.0,
         "optimizer": optimizer,
         "gradients": weights,
-        "activations": _activations(config, model, prompts, work.prompt_tokens, len(largest), length),
+        "activations": activations,
+        "holes": HOLES * activations if on_cpu and not whole else 0.0,
         "output head": max(cost.head_bytes(model), 4 * 4 * rows * vocabulary),
         "keys and values": cost.cache_bytes(model, work.prompts * work.prompt_tokens + rows * length, compute.itemsize),
         "packed weights": sum(cost.products(model)) * compute.itemsize if on_cpu else 0.0,

@@ -1,6 +1,7 @@
 """Before the first step: a few groups sampled and scored, to see whether there is anything to learn from."""
 
 import statistics
+import time
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ def preflight(model: PreTrainedModel, setup: Setup, cut: Cut) -> dict[str, Any]:
 
     Returns what preflight.json holds: prompts, completions (how many), components (of each the share of completions
     where it is not 0, its mean, and the share where it gave none), reward, frac_reward_zero_std,
-    completions/mean_length and clipped_ratio, prompt_lengths of all training problems, warnings.
+    completions/mean_length and clipped_ratio, prompt_lengths of all training problems, warnings, seconds.
     """
-    grpo = setup.config.grpo
+    grpo, started = setup.config.grpo, time.perf_counter()
     problems = problems_of_step(setup.problems.train, setup.config.seed, 1, min(grpo.batch_size, MOST_GROUPS))
     prompts, sampling = setup.prompt_batch(setup.conversations(problems)), setup.sampling(model)
     # Step 0 has noise of its own, so that this tells of the step to come without being it.
@@ -41,7 +42,8 @@ def preflight(model: PreTrainedModel, setup: Setup, cut: Cut) -> dict[str, Any]:
         "completions/clipped_ratio": 1.0 - ended(completions, sampling.stop_ids).float().mean().item(),
         "prompt_lengths": {"min": min(lengths), "median": statistics.median(lengths), "max": max(lengths)},
     }
-    return found | {"warnings": warnings(found, grpo.max_completion_length)}
+    said = warnings(found, grpo.max_completion_length)
+    return found | {"warnings": said, "seconds": time.perf_counter() - started}
 
 
 def warnings(found: dict[str, Any], max_completion_length: int) -> list[str]:
@@ -71,7 +73,10 @@ def warnings(found: dict[str, Any], max_completion_length: int) -> list[str]:
 
 def lines(found: dict[str, Any], max_completion_length: int) -> list[str]:
     """What a person reads of it."""
-    shown = [f"pre-flight: {found['prompts']} problems, {found['completions']} completions (preflight=false skips it)"]
+    shown = [
+        f"pre-flight: {found['prompts']} problems, {found['completions']} completions in {found['seconds']:.1f} s "
+        "(preflight=false skips it)"
+    ]
     for name, component in found["components"].items():
         mean = "none" if component["mean"] is None else f"{component['mean']:.2f}"
         shown.append(f"  {name:<14} mean {mean}, not 0 in {component['nonzero']:.0%}")

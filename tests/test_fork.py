@@ -133,6 +133,10 @@ def test_a_sweep_of_forks_that_was_killed_goes_on(parent, tmp_path):
     [
         (["fork=true"], "fork=true needs the run to start from: run_dir=outputs/..."),
         (["fork=true", "run_dir=nowhere"], "fork=true: nowhere is not a run folder"),
+        (
+            ["fork=true", "run_dir=PARENT", "optimizer=muon"],
+            "MuonWithAdamW: the checkpoint holds the states of torch.optim.AdamW; keep that, or start a new run with",
+        ),
         (["fork=true", "run_dir=PARENT", "resume=true"], "fork=true starts a new run: leave resume out"),
         (["fork=true", "run_dir=PARENT", "fork_step=5"], "keeps no checkpoint of that step, but of: 2, 4, 6, 8"),
         (["fork=true", "run_dir=PARENT"], "the fork would start at step 8 of 8: nothing is left to do"),

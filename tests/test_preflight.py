@@ -23,6 +23,7 @@ FINE = {
     "completions/mean_length": 80.0,
     "completions/clipped_ratio": 0.1,
     "prompt_lengths": {"min": 20, "median": 50.5, "max": 99},
+    "seconds": 1.0,
 }
 
 

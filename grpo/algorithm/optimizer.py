@@ -8,7 +8,7 @@ from torch import Tensor
 
 from grpo.engine.noise import random_bits
 
-CHUNK = 2**24  # values worked on at once, so that their float32 copies stay small beside the weights
+CHUNK = 2**22  # values worked on at once: some ten float32 copies of them exist for a moment
 NOT_FOR_MUON = ("embed", "lm_head", "wte", "wpe")  # in the names of embeddings and output heads
 
 

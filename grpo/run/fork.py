@@ -49,6 +49,11 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
     config = typed(frozen)
     check_training(config)
     _check_steps(config, state, reference_of(source))
+    if config.optimizer["_target_"] != before.optimizer._target_:
+        raise ConfigError(
+            f"optimizer._target_={config.optimizer['_target_']}: the checkpoint holds the states of "
+            f"{before.optimizer._target_}; keep that, or start a new run with model.name={parent.final_model}"
+        )
 
     best = parent.checkpoints / "best"
     has_best = broken(best) is None and load_state(best).step <= state.step

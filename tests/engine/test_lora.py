@@ -11,6 +11,7 @@ from grpo.engine.lean import is_lean
 from grpo.engine.logps import completion_logps, completion_logps_unshared
 from grpo.engine.lora import add_adapter, check_adapter, save_adapter, switch_adapter
 from grpo.engine.model import copy_in_dtype, load_model, refresh
+from grpo.engine.packed import checkpoint_layers
 from grpo.engine.rollout import CachedDecoder, LeanDecoder, Sampling, completion_mask, rollout
 from tests.engine.conftest import tiny_config
 
@@ -93,6 +94,19 @@ def test_gradients_reach_the_adapter_alone_and_are_those_of_the_plain_pass(promp
         model.zero_grad()
     assert (grads[0] - grads[1]).norm() < 1e-4 * grads[1].norm()
     assert grads[1].norm() > 0
+
+
+def test_layers_computed_twice_give_the_adapter_the_same_gradient(prompts):
+    """Nothing that enters the first layer takes a gradient then."""
+    completions = CompletionBatch(torch.randint(5, 200, (6, 9)), torch.ones(6, 9, dtype=torch.long))
+    grads = []
+    for twice in (False, True):
+        model = adapted()
+        if twice:
+            checkpoint_layers(model)
+        completion_logps(model, prompts, completions, torch.arange(6) // 2, 0.9).logps.sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in trained(model).values()]))
+    assert torch.equal(*grads)
 
 
 def test_a_reference_shares_the_weights_and_has_an_adapter_of_its_own(prompts):
