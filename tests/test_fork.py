@@ -134,7 +134,7 @@ def test_a_sweep_of_forks_that_was_killed_goes_on(parent, tmp_path):
         (["fork=true"], "fork=true needs the run to start from: run_dir=outputs/..."),
         (["fork=true", "run_dir=nowhere"], "fork=true: nowhere is not a run folder"),
         (
-            ["fork=true", "run_dir=PARENT", "optimizer=muon"],
+            ["fork=true", "run_dir=PARENT", "fork_step=4", "optimizer=muon"],
             "MuonWithAdamW: the checkpoint holds the states of torch.optim.AdamW; keep that, or start a new run with",
         ),
         (["fork=true", "run_dir=PARENT", "resume=true"], "fork=true starts a new run: leave resume out"),
