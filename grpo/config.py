@@ -232,6 +232,15 @@ def check_training(config: Config) -> None:
         )
 
 
+def check_device_map(device_map: object) -> None:
+    """Raise ConfigError where it is not one device."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(device_map)):
+        raise ConfigError(
+            f"model.device_map={device_map}: a model spread over devices cannot be trained here, which takes one: "
+            "auto, cpu, mps, cuda or cuda:N"
+        )
+
+
 def _check_numbers(config: Config) -> None:
     flat = flatten(to_dict(config))
     at_least_1 = ["grpo.num_iterations", "grpo.num_steps", "grpo.batch_size", "grpo.mu", "grpo.max_completion_length"]
@@ -272,12 +281,7 @@ def _check_choices(config: Config) -> None:
         value = flatten(to_dict(config))[key]
         if value not in allowed:
             raise ConfigError(f"{key}={_yaml(value)}: must be one of {', '.join(map(_yaml, allowed))}")
-    device_map = config.model.device_map
-    if device_map not in ("auto", "cpu", "mps", "cuda") and not str(device_map).startswith("cuda:"):
-        raise ConfigError(
-            f"model.device_map={device_map}: a model spread over devices cannot be trained here, which takes one: "
-            "auto, cpu, mps, cuda or cuda:N"
-        )
+    check_device_map(config.model.device_map)
     lora = config.model.lora
     if lora is not None and (lora.rank < 1 or not lora.alpha > 0):
         raise ConfigError(f"model.lora.rank={lora.rank} and model.lora.alpha={lora.alpha:g}: must be above 0")

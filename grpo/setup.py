@@ -58,10 +58,10 @@ class Setup:
         model = self.config.model
         compute = str(compute_dtype(self.config)).removeprefix("torch.")
         policy = load_model(model if model.lora is None else replace(model, dtype=compute), self.device)
-        if self.device.type == "mps":
-            check_decoding(policy)
         if model.lora is not None:
             add_adapter(policy, model.lora, getattr(torch, model.dtype), self.config.seed)
+        if self.device.type == "mps":
+            check_decoding(policy)
         return policy
 
     def reference(self, policy: PreTrainedModel) -> PreTrainedModel:
@@ -169,6 +169,8 @@ def prepare(config: Config, with_problems: bool = True, use: bool = True) -> Set
 def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
     try:
         optimizer([("weight", torch.nn.Parameter(torch.zeros(2, 2)))])
+    except AttributeError as error:
+        raise ConfigError(f"optimizer: it must take pairs of name and parameter, and fails with: {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         mend = f"; leave it out with ~optimizer.{unknown[1]}" if unknown else ""

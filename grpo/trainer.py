@@ -226,6 +226,7 @@ class Trainer:
     def _update(self, batch: Batch) -> tuple[dict[str, float], Tensor, bool]:
         """One update: its metrics, the log-probabilities (B, T) before it, and whether it was finite and so made."""
         scale = self.loss_scale
+        before = 1.0 if scale is None else scale.value
         while True:
             metrics, logps = self._gradient(batch)
             self._interruptible = False
@@ -238,7 +239,10 @@ class Trainer:
             )
             if finite and scale is not None:
                 scale.updated()
-            if finite or scale is None or not math.isfinite(metrics["loss"]) or not scale.again():
+            if finite or scale is None or not math.isfinite(metrics["loss"]):
+                return metrics | {"grad_norm": norm}, logps, finite
+            if not scale.again():
+                scale.value = before / 2  # it is this batch that no scale helps
                 return metrics | {"grad_norm": norm}, logps, finite
             logger.info("a gradient was too large for float16; again with the loss times %g", scale.value)
 

@@ -9,6 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from grpo.__main__ import main as grpo_main
 from tests import inject
 
@@ -42,6 +44,13 @@ NO_FAULT = ("none", "0", "none")
 # Launches are processes of their own, but forked from one that has imported torch already: that takes five seconds.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["grpo.trainer", "grpo.analysis.charts", "transformers.models.qwen2.modeling_qwen2"])
+
+
+class OptimizerWithoutNames(torch.optim.SGD):
+    """One that cannot take parameters with their names."""
+
+    def __init__(self, params, **settings):
+        super().__init__([each for each in params if each.requires_grad], **settings)
 
 
 class Launch:

@@ -280,6 +280,28 @@ def test_merge_makes_one_model_of_a_run_of_lora(command, adapter_run, tmp_path):
     assert (code, "has no final_model/ with its adapter yet" in err) == (2, True)
 
 
+def test_merge_takes_no_adapter_that_a_run_only_began_with(command, launch, small_run, adapter_run, tmp_path):
+    adapter = adapter_run / "final_model"
+    settings = [*small_run, "tuning=lora", f"model.lora.init_from={adapter}", "checkpoint.every=1", "run_dir=run"]
+    stopped = launch(*settings, cwd=tmp_path, fault=("grpo.trainer.apply_gradient", "2", "kill"))
+    assert stopped.returncode == -9
+    code, _, err = command("merge", f"run_dir={tmp_path / 'run'}")
+    assert (code, "has no final_model/ with its adapter yet" in err) == (2, True)
+    code, _, err = command("merge", "model=tiny", "tuning=lora", f"model.lora.init_from={adapter}")
+    assert (code, err) == (2, "error: merge needs output_dir=DIR where no run folder is named\n")
+    code, _, err = command("merge", "model=tiny", "tuning=lora", "model.lora.init_from=nowhere", "output_dir=out")
+    assert (code, "is not the folder of an adapter" in err) == (2, True)
+
+
+def test_a_run_of_another_device_is_merged_all_the_same(command, adapter_run, tmp_path):
+    run = shutil.copytree(adapter_run, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["hardware"]["device"], config["model"]["device_map"] = "cuda", "cuda:1"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    code, out, err = command("merge", f"run_dir={run}")
+    assert (code, out) == (0, f"{run / 'merged_model'}\n"), err
+
+
 def test_merge_has_nothing_to_do_without_an_adapter(command, finished_run):
     code, _, err = command("merge", f"run_dir={finished_run}")
     assert (code, err) == (2, f"error: nothing to merge: {finished_run} has no adapter\n")

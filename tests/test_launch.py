@@ -340,6 +340,7 @@ def test_a_bad_command_ends_with_2_a_mend_and_no_folder(launch, bad_inputs, argu
         (["data.examples=[{question: x}]"], "data.examples must be a list of {question: text, completion: text}"),
         (["data.system_prompt=5"], "data.system_prompt=5: must be text"),
         (["optimizer.betas=[2,3]"], "optimizer: Invalid beta parameter"),
+        (["optimizer._target_=tests.runs.OptimizerWithoutNames"], "optimizer: it must take pairs of name and"),
         (["reward.components.format.weight=nan"], "reward.components.format.weight=nan: must be a number"),
         (["objective.beta=0.5"], "objective.beta=0.5: set grpo.beta, which it follows"),
         (["objective.epsilon=-1"], "objective.epsilon=-1: set grpo.epsilon"),

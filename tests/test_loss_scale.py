@@ -68,10 +68,11 @@ def test_a_gradient_that_overflows_is_computed_again_with_half_the_scale(trainer
     assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in weights)
 
 
-def test_what_no_scale_makes_finite_is_a_skipped_step():
-    scale = LossScale(4.0, updates=7)
-    assert [scale.again() for _ in range(4)] == [True, True, False, False]
-    assert scale == LossScale(1.0, 0)
+def test_what_no_scale_makes_finite_is_a_skipped_step_and_costs_the_next_ones_a_half(trainer, monkeypatch):
+    skipping = trainer()
+    monkeypatch.setattr("grpo.trainer.apply_gradient", lambda *_: (float("inf"), False))
+    assert skipping.step(1).skipped is not None
+    assert skipping.state.loss_scale == {"value": 2.0**15, "updates": 0}
 
 
 def test_the_scale_grows_after_many_updates():

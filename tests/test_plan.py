@@ -45,6 +45,14 @@ def test_every_point_of_a_sweep_has_a_line_and_no_folder_is_made(launch, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sweep_of_an_experiment_of_ones_own_is_planned(launch, tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text("# @package _global_\ngrpo: {num_steps: 7}\n")
+    mine = ["--config-dir", "own", "experiment=mine", "model=tiny", "data=arithmetic", "data.system_prompt=null"]
+    done = launch("-m", *mine, "grpo.beta=0,0.04", "plan=true", cwd=tmp_path)
+    assert (done.returncode, "disk of all 2 runs" in done.stdout) == (0, True), done.stderr
+
+
 def test_points_may_be_named_by_the_sweeper_and_another_sweeper_is_refused():
     basic = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": {"grpo.beta": "0,0.04"}}
     points = sweep_points([*QUICK, "seed=1,2"], OmegaConf.create(basic))

@@ -16,16 +16,20 @@ from grpo.run.folder import move_whole
 def main(arguments: list[str]) -> None:
     """Merge and print where the model is."""
     own, rest = own_arguments(arguments, ["output_dir"])
-    subject = find_subject(rest)
+    subject = find_subject([*rest, "hardware.device=cpu", "model.device_map=cpu"])  # wherever the run was made
     model = subject.config.model
-    if model.lora is None or model.lora.init_from is None:
+    if model.lora is None or model.lora.init_from is None or subject.weights is not None:
         what = "has no adapter" if model.lora is None else "has no final_model/ with its adapter yet"
         raise ConfigError(f"nothing to merge: {subject.folder.path if subject.folder else model.name} {what}")
+    if "output_dir" not in own and subject.folder is None:
+        raise ConfigError("merge needs output_dir=DIR where no run folder is named")
     import torch
     from peft import PeftModel
 
+    from grpo.engine.lora import check_adapter
     from grpo.engine.model import load_model, load_tokenizer
 
+    check_adapter(model.lora)
     target = Path(own["output_dir"]) if "output_dir" in own else subject.folder.path / "merged_model"
     if target.exists():
         raise ConfigError(f"{target} exists already; remove it, or give another output_dir=DIR")

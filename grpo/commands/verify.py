@@ -25,7 +25,9 @@ def main(arguments: list[str]) -> None:
     folder = run_folder_of(arguments)
     if folder is None:
         raise ConfigError("verify needs a run folder: python -m grpo verify run_dir=outputs/...")
-    composed = compose_config(overrides)
+    from grpo.engine.hardware import hardware_found  # imports torch
+
+    composed = hardware_found(compose_config(overrides), overrides)
     config = apply_overrides(folder.frozen_config(), composed, overrides)
     check_trusted(config, composed, folder.path)
     damaged = check_manifests(folder)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from grpo.compose import recompose
-from grpo.config import Config, ConfigError
+from grpo.config import Config, ConfigError, check_device_map
 
 logger = logging.getLogger(__name__)
 
@@ -31,17 +31,19 @@ def hardware_found(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
     """
     if cfg.hardware.device != "auto":
         return cfg
-    wanted = cfg.model.device_map if cfg.model.device_map != "auto" else find_device()
-    chosen = preset_overrides(wanted)
+    _check_there(cfg)
+    chosen = preset_overrides(cfg.model.device_map if cfg.model.device_map != "auto" else find_device())
     logger.info("hardware=auto: %s", " ".join(chosen))
     # Of the card, plan=true looks at this machine's instead of at the preset's.
-    own = [f"hardware.card.{key}=null" for key in cfg.hardware.card]
-    kept = [override for override in overrides if override.partition("=")[0] != "hardware"]
-    return recompose([*chosen, *own, *kept])
+    chosen += [f"hardware.card.{key}=null" for key in cfg.hardware.card]
+    # What an experiment sets itself is in cfg already, since `auto` leaves it open.
+    chosen = [each for each in chosen if OmegaConf.select(cfg, each.partition("=")[0]) is None or each in chosen[:1]]
+    kept = [override for override in overrides if override.partition("=")[0] not in ("hardware", "hardware.device")]
+    return recompose([*chosen, *kept])
 
 
 def preset_overrides(device: str) -> list[str]:
-    """The preset for a device, by its memory, and what it lacks or has beyond the preset's card."""
+    """The preset for a device, by its memory, and then what it lacks or has beyond the preset's card."""
     if not device.startswith("cuda"):
         narrow = device == "cpu" and cpu_multiplies_bfloat16()
         return [f"hardware={device}", *(["hardware.compute_dtype=bfloat16"] if narrow else [])]
@@ -57,23 +59,31 @@ def resolve_hardware(cfg: DictConfig) -> None:
 
     Raises ConfigError where the device asked for is not there, is smaller than the preset's, or lacks its arithmetic.
     """
-    hardware = cfg.hardware
+    device = _check_there(cfg)
+    if device.startswith("cuda"):
+        _check_card(cfg, device)
+    cfg.hardware.device = device.split(":")[0]
+    if cfg.hardware.threads is None:
+        cfg.hardware.threads = THREADS
+
+
+def _check_there(cfg: DictConfig) -> str:
+    """The device that the config asks for. Raises ConfigError where torch does not see it."""
+    check_device_map(cfg.model.device_map)
     by_map = cfg.model.device_map != "auto"
-    device = cfg.model.device_map if by_map else hardware.device
+    device = cfg.model.device_map if by_map else cfg.hardware.device
     asked = f"model.device_map={device}" if by_map else f"hardware.device={device}"
     mend = "model.device_map=auto" if by_map else "hardware=auto or hardware=cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"{asked}: torch sees no CUDA device here; use {mend}")
+    number = int(device.partition(":")[2] or 0)
+    if device.startswith("cuda") and number >= (seen := torch.cuda.device_count()):
+        raise ConfigError(f"{asked}: torch sees {seen or 'no'} CUDA device{'s' * (seen > 1)} here; use {mend}")
     if device == "mps" and not torch.backends.mps.is_available():
         raise ConfigError(f"{asked}: torch sees no Apple GPU here; use {mend}")
-    if device.startswith("cuda"):
-        _check_card(hardware, device)
-    hardware.device = device.split(":")[0]
-    if hardware.threads is None:
-        hardware.threads = THREADS
+    return device
 
 
-def _check_card(hardware: DictConfig, device: str) -> None:
+def _check_card(cfg: DictConfig, device: str) -> None:
+    hardware = cfg.hardware
     card = torch.cuda.get_device_properties(device)
     memory, expected = card.total_memory / 1e9, hardware.card.memory_gb
     if expected is not None and memory < 0.9 * expected:  # a little is always reserved
@@ -81,11 +91,10 @@ def _check_card(hardware: DictConfig, device: str) -> None:
             f"the preset is for a card of {expected:g} GB, and {card.name} has {memory:.1f} GB: use hardware=auto, or "
             f"hardware.card.memory_gb={memory:.0f} to try it as it is"
         )
-    if hardware.compute_dtype == "bfloat16" and not cuda_multiplies_bfloat16():
-        raise ConfigError(
-            f"hardware.compute_dtype=bfloat16: {card.name} has no bfloat16; use hardware=auto, or "
-            "hardware.compute_dtype=float16"
-        )
+    if "bfloat16" in (hardware.compute_dtype or cfg.model.dtype) and not cuda_multiplies_bfloat16():
+        asked = "hardware.compute_dtype" if hardware.compute_dtype else "model.dtype"
+        mend = "hardware.compute_dtype=float16" if cfg.model.dtype == "float32" else "tuning=lora"
+        raise ConfigError(f"{asked}=bfloat16: {card.name} has no bfloat16; use hardware=auto, or {mend}")
 
 
 def find_device() -> str:

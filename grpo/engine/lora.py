@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -37,16 +38,19 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings, dtype: torch.dty
         base_model_name_or_path=model.name_or_path,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
         try:
             inject_adapter_in_model(config, model)
         except ValueError as error:
             raise ConfigError(f"model.lora.target_modules={modules}: {first_line(error)}") from error
+        _check_tied(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        torch.manual_seed(seed)
+        for layer in adapted_layers(model):  # again, since peft drew in the dtype of the weights, which may be narrower
+            layer.reset_lora_parameters("default", init_lora_weights=True)
     if settings.init_from is not None:
         _begin_with(model, settings.init_from)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
 
 
 def check_adapter(settings: LoraSettings) -> None:
@@ -54,6 +58,8 @@ def check_adapter(settings: LoraSettings) -> None:
     if settings.init_from is None:
         return
     stored = adapter_config(settings.init_from)
+    if stored is not None and stored.get("peft_type") != "LORA":
+        raise ConfigError(f"model.lora.init_from={settings.init_from} is not LoRA but {stored.get('peft_type')}")
     if stored is None or not (Path(settings.init_from) / "adapter_model.safetensors").exists():
         raise ConfigError(
             f"model.lora.init_from={settings.init_from} is not the folder of an adapter, which holds "
@@ -85,11 +91,32 @@ def _begin_with(model: PreTrainedModel, folder: str) -> None:
     found = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
     lacking = [key for key in found.missing_keys if "lora_" in key]
     if lacking or found.unexpected_keys:
-        modules = ",".join(sorted(adapter_config(folder)["target_modules"]))
         raise ConfigError(
-            f"model.lora.init_from={folder} adapts other layers; set model.lora.target_modules=[{modules}], and "
-            "model.name to the model that it was trained on"
+            f"model.lora.init_from={folder} adapts other layers; set model.lora.target_modules to "
+            f"[{','.join(_modules_in(folder))}], and model.name to the model that it was trained on"
         )
+
+
+def _modules_in(folder: str) -> list[str]:
+    """The last parts of the names of the layers that an adapter's file is for."""
+    with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as stored:
+        return sorted({key.split(".lora_")[0].rpartition(".")[2] for key in stored.keys()})  # noqa: SIM118
+
+
+def _check_tied(model: PreTrainedModel) -> None:
+    """Raise ConfigError where a weight that the model uses twice is adapted in one place: merging would change both."""
+    ends = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
+    weights = {getattr(layer, "base_layer", layer).weight.data_ptr() for layer in ends.values()}
+    if len(weights) == 1 and any(hasattr(layer, "base_layer") for layer in ends.values()):
+        raise ConfigError(
+            "model.lora.target_modules: the input and output embeddings of this model are one weight, which an "
+            "adapter of one of them cannot be merged into; leave them out, as all-linear does"
+        )
+
+
+def adapted_layers(model: PreTrainedModel) -> list[Any]:
+    """The layers that have an adapter."""
+    return [layer for layer in model.modules() if hasattr(layer, "lora_A")]
 
 
 def low_rank(layer: Any) -> tuple[Tensor, Tensor] | None:
@@ -102,9 +129,8 @@ def low_rank(layer: Any) -> tuple[Tensor, Tensor] | None:
 
 def switch_adapter(model: PreTrainedModel, on: bool) -> None:
     """Let a model's adapter count, or be as if it was not there. Nothing for a model without one."""
-    for layer in model.modules():
-        if hasattr(layer, "lora_A"):
-            layer.enable_adapters(on)
+    for layer in adapted_layers(model):
+        layer.enable_adapters(on)
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:

@@ -146,14 +146,14 @@ def sweep_points(overrides: Sequence[str], sweeper: DictConfig) -> list[tuple[st
     """Every point of a sweep by Hydra's basic sweeper: its name, its composed config, and its overrides."""
     if not sweeper._target_.endswith("BasicSweeper"):
         raise ConfigError("plan=true knows the points of Hydra's basic sweeper only: add hydra/sweeper=basic")
-    from grpo.compose import compose_config  # here, since that module needs this one's resolvers
+    from grpo.compose import recompose  # here, since that module needs this one's resolvers
 
     given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*given, *overrides])
     jobs = (job for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch)
     swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
     named = [(" ".join(each for each in job if each.partition("=")[0] in swept), job) for job in jobs]
-    return [(name or "the run", compose_config(job), job) for name, job in named]
+    return [(name or "the run", recompose(job), job) for name, job in named]
 
 
 def _refuse(error: Exception) -> None:

@@ -166,7 +166,7 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
         number, name = key.split(".", 1)
         parameter, group = parameters[int(number)]
         # By hand, since `load_state_dict` would give it the parameter's dtype, and have it in memory twice meanwhile.
-        on_device = value.dim() > 0 or group.get("fused") or group.get("capturable")  # where these want even the step
+        on_device = name != "step" or group.get("fused") or group.get("capturable")  # where these want even the step
         value = value.to(parameter.device if on_device else value.device, copy=True)
         whole = value.dim() == 0 and value.dtype == torch.int64  # a counter that is a plain number
         optimizer.state[parameter][name] = value.item() if whole else value

@@ -1,8 +1,11 @@
+import shutil
+
 import pytest
 import torch
+import yaml
 
 from grpo.compose import compose_config
-from grpo.config import ConfigError
+from grpo.config import CONF_DIR, ConfigError
 from grpo.engine import hardware
 from grpo.engine.hardware import hardware_found, preset_overrides, resolve_hardware, use_hardware
 
@@ -14,6 +17,7 @@ def card(monkeypatch):
     def pretend(gigabytes, bfloat16=True):
         properties = type("Card", (), {"total_memory": int(gigabytes * 1e9), "name": "NVIDIA Something"})
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
 
@@ -53,6 +57,19 @@ def test_auto_is_the_preset_found_with_all_that_it_chooses_and_what_is_set_by_ha
     assert (chosen.model.dtype, chosen.optimizer._target_.rpartition(".")[2]) == ("bfloat16", "StochasticAdamW")
     assert found("hardware=auto", "tuning=full").model.dtype == "float32"
     assert found("hardware=cpu").hardware.device == "cpu"
+    assert found("hardware=cpu", "hardware.device=auto") == found()
+
+
+def test_auto_leaves_what_an_experiment_sets(card, monkeypatch, tmp_path):
+    shutil.copytree(CONF_DIR, tmp_path / "conf")
+    mine = {"compute_dtype": "float32", "rollout_tokens": 333, "card": {"tflops": 5}}
+    file = tmp_path / "conf" / "experiment" / "mine.yaml"
+    file.write_text("# @package _global_\n" + yaml.safe_dump({"hardware": mine}))
+    monkeypatch.setattr("grpo.compose.CONF_DIR", tmp_path / "conf")
+    card(85)
+    cfg = found("experiment=mine")
+    assert (cfg.hardware.compute_dtype, cfg.hardware.rollout_tokens, cfg.hardware.card.tflops) == ("float32", 333, 5)
+    assert (cfg.hardware.device, cfg.hardware.card.memory_gb) == ("cuda", None)
 
 
 @pytest.mark.parametrize("able", [True, False])
@@ -74,6 +91,7 @@ def test_auto_takes_bfloat16_where_the_processor_multiplies_it_unless_told_other
     [
         (["hardware=a100_80gb"], 25.3, "for a card of 80 GB, and NVIDIA Something has 25.3 GB: use hardware=auto, or"),
         (["hardware=rtx_24gb"], 25.3, "hardware.compute_dtype=bfloat16: NVIDIA Something has no bfloat16; use"),
+        (["hardware=t4_16gb", "tuning=full_bf16", "hardware.compute_dtype=null"], 16, "model.dtype=bfloat16: NVIDIA"),
     ],
 )
 def test_a_card_that_cannot_do_what_the_preset_asks_is_refused_with_the_mend(card, overrides, gigabytes, said):
@@ -82,7 +100,14 @@ def test_a_card_that_cannot_do_what_the_preset_asks_is_refused_with_the_mend(car
         resolve_hardware(compose_config(overrides))
     assert said in str(refused.value)
     resolve_hardware(compose_config(["hardware=t4_16gb"]))
-    resolve_hardware(compose_config([*overrides, "hardware.card.memory_gb=25", "hardware.compute_dtype=float16"]))
+    resolve_hardware(compose_config([*overrides, "hardware.card.memory_gb=16", "hardware.compute_dtype=float16"]))
+
+
+def test_a_card_of_a_number_that_is_not_there_is_refused(card):
+    card(85)
+    for way in (found, lambda *overrides: resolve_hardware(compose_config(overrides))):
+        with pytest.raises(ConfigError, match=r"device_map=cuda:9: torch sees 2 CUDA devices here"):
+            way("model.device_map=cuda:9")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
@@ -91,12 +116,15 @@ def test_a_card_that_cannot_do_what_the_preset_asks_is_refused_with_the_mend(car
     [
         (["hardware=a100_80gb"], "hardware.device=cuda: torch sees no CUDA device here; use hardware=auto"),
         (["model.device_map=cuda:1"], "model.device_map=cuda:1: torch sees no CUDA device here; use model.device_map"),
+        (["model.device_map=foo"], "model.device_map=foo: a model spread over devices cannot be trained here"),
     ],
 )
 def test_a_device_that_is_not_there_is_said_of_the_key_that_asks_for_it(overrides, said):
-    with pytest.raises(ConfigError) as refused:
-        resolve_hardware(compose_config(overrides))
-    assert str(refused.value).startswith(said)
+    for way in (found, lambda *overrides: resolve_hardware(compose_config(overrides))):
+        with pytest.raises(ConfigError) as refused:
+            way(*overrides)
+            resolve_hardware(found(*overrides))
+        assert str(refused.value).startswith(said)
 
 
 def test_threads_left_open_are_those_that_torch_found_whatever_an_earlier_job_set(tmp_path):

@@ -47,6 +47,17 @@ def test_an_adapter_begins_as_nothing_and_follows_from_the_seed(plain_model, pro
         assert "lora_B" in name or not torch.equal(parameter, trained(other)[name])
 
 
+def test_where_it_begins_does_not_depend_on_the_digits_of_the_weights_below():
+    narrow, wide = trained(adapted(trained=False, dtype="bfloat16")), trained(adapted(trained=False))
+    assert all(torch.equal(parameter, wide[name]) for name, parameter in narrow.items())
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_one_use_of_a_weight_that_is_used_twice_is_not_adapted(module):
+    with pytest.raises(ConfigError, match="are one weight"):
+        adapted(replace(SETTINGS, target_modules=["q_proj", module]), trained=False)
+
+
 def test_the_adapter_keeps_its_dtype_over_narrower_weights():
     model = adapted(dtype="bfloat16")
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
@@ -127,6 +138,13 @@ def test_a_reference_shares_the_weights_and_has_an_adapter_of_its_own(prompts):
     assert torch.equal(reference(prompts.ids).logits, policy(prompts.ids).logits)
 
 
+def test_an_adapter_is_begun_with_in_its_own_digits(tmp_path):
+    model = adapted(dtype="bfloat16")
+    save_adapter(model, tmp_path)
+    again = trained(adapted(replace(SETTINGS, init_from=str(tmp_path)), seed=9, trained=False, dtype="bfloat16"))
+    assert all(torch.equal(parameter, again[name]) for name, parameter in trained(model).items())
+
+
 def test_an_adapter_is_written_as_peft_reads_it_and_begun_with_again(tmp_path, prompts):
     model = adapted()
     save_adapter(model, tmp_path)
@@ -144,7 +162,7 @@ def test_what_cannot_be_begun_with_is_refused_with_the_mend(tmp_path):
     save_adapter(adapted(replace(SETTINGS, target_modules=["q_proj", "v_proj"])), tmp_path)
     settings = replace(SETTINGS, init_from=str(tmp_path))
     check_adapter(settings)
-    with pytest.raises(ConfigError, match=r"set model.lora.target_modules=\[q_proj,v_proj\]"):
+    with pytest.raises(ConfigError, match=r"set model.lora.target_modules to \[q_proj,v_proj\]"):
         adapted(settings, trained=False)
     with pytest.raises(ConfigError, match=r"set model.lora.rank=4 model.lora.alpha=8"):
         check_adapter(replace(settings, rank=16))
@@ -153,6 +171,9 @@ def test_what_cannot_be_begun_with_is_refused_with_the_mend(tmp_path):
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
     with pytest.raises(ConfigError, match="not trained here: use_dora=True"):
+        check_adapter(settings)
+    file.write_text(json.dumps({"peft_type": "IA3"}))
+    with pytest.raises(ConfigError, match="is not LoRA but IA3"):
         check_adapter(settings)
     with pytest.raises(ConfigError, match=r"model\.lora\.target_modules="):
         adapted(replace(SETTINGS, target_modules=["no_such_layer"]), trained=False)
