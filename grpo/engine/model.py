@@ -64,8 +64,8 @@ def check_model(config: ModelConfig) -> None:
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         adapter = json.loads((folder / "adapter_config.json").read_text())
         raise ConfigError(
-            f"model.name={config.name} is a LoRA adapter, and goes on top of its model; without run_dir: set tuning=lora "
-            f"model.name={adapter.get('base_model_name_or_path')} model.lora.init_from={config.name} "
+            f"model.name={config.name} is a LoRA adapter, and goes on top of its model; without run_dir: set "
+            f"tuning=lora model.name={adapter.get('base_model_name_or_path')} model.lora.init_from={config.name} "
             f"model.lora.rank={adapter.get('r')} model.lora.alpha={adapter.get('lora_alpha')}"
         )
     try:
