@@ -99,6 +99,7 @@ class TrackingConfig:
     project: str = MISSING
     entity: str | None = MISSING
     group: str | None = MISSING
+    name: str | None = None
     job_type: str = MISSING
     tags: list[str] = MISSING
     init_timeout: float = MISSING

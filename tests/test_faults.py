@@ -511,6 +511,7 @@ def test_a_failed_job_of_a_sweep_leaves_nothing_behind_and_is_tried_again(my_rew
     command = [
         "-m",
         *QUICK,
+        "hydra/launcher=basic",  # all jobs in one process
         "grpo.num_steps=2",
         "grpo.beta=0.01,0.02,0.04",
         "tracking=offline",
@@ -539,7 +540,7 @@ def test_a_failed_job_of_a_sweep_leaves_nothing_behind_and_is_tried_again(my_rew
 
 
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
-    command = ["-m", *QUICK, "grpo.num_steps=3", "grpo.beta=0.01,0.04", "checkpoint.every=1"]
+    command = ["-m", *QUICK, "hydra/launcher=basic", "grpo.num_steps=3", "grpo.beta=0.01,0.04", "checkpoint.every=1"]
     assert launch(*command, "sweep_dir=whole", cwd=tmp_path).returncode == 0
     fault = ("grpo.trainer.problems_of_step", "5", "kill")  # the second step of the second job
     assert launch(*command, "sweep_dir=sweep", cwd=tmp_path, fault=fault).returncode == -9
@@ -556,7 +557,10 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
 def test_a_sweep_that_is_not_there_cannot_go_on(tmp_path):
     refused = launch("-m", *QUICK, "grpo.beta=0.01,0.04", "resume=true", cwd=tmp_path)
     assert refused.returncode == 2
-    assert "resume=true: there is no such sweep; name it with sweep_dir=outputs/sweeps/..." in refused.stderr
+    assert (
+        "resume=true: there is no such sweep; give the overrides that it had, or name it with sweep_dir"
+        in refused.stderr
+    )
 
 
 # Rewards that hang.

@@ -119,6 +119,7 @@ def test_a_fork_that_lost_its_checkpoints_does_not_start_from_another_model(pare
 
 def test_a_sweep_of_forks_that_was_killed_goes_on(parent, tmp_path):
     sweep = ["-m", "fork=true", f"run_dir={parent}", "fork_step=6", "optimizer.lr=0.0002,0.01", "sweep_dir=sweep"]
+    sweep.append("hydra/launcher=basic")
     killed = launch(*sweep, cwd=tmp_path, fault=("grpo.trainer.problems_of_step", "2", "kill"))
     assert killed.returncode == -9
     again = launch(*sweep, "resume=true", cwd=tmp_path)

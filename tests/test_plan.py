@@ -58,7 +58,7 @@ def test_points_may_be_named_by_the_sweeper_and_another_sweeper_is_refused():
     points = sweep_points([*QUICK, "seed=1,2"], OmegaConf.create(basic))
     assert [name for name, _, _ in points] == [f"grpo.beta={b} seed={s}" for b in ("0", "0.04") for s in (1, 2)]
     assert {(cfg.grpo.beta, cfg.seed) for _, cfg, _ in points} == {(b, s) for b in (0, 0.04) for s in (1, 2)}
-    with pytest.raises(ConfigError, match="basic sweeper only"):
+    with pytest.raises(ConfigError, match="points of a grid only"):
         sweep_points(QUICK, OmegaConf.create({"_target_": "hydra_plugins.hydra_optuna_sweeper.OptunaSweeper"}))
 
 

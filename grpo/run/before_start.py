@@ -2,17 +2,15 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import ConfigError, first_line, typed
+from grpo.run import sweep
 from grpo.run.folder import OUTPUTS, RunFolder, job_folder_name, newest_unfinished
 from grpo.targets import check_importable
 
@@ -118,11 +116,40 @@ class CheckBeforeStart(Callback):
             _refuse(error)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        overrides, sweeper = config.hydra.overrides.task, config.hydra.sweeper
         if config.plan:
-            _plan(config, lambda: sweep_points(config.hydra.overrides.task, config.hydra.sweeper))
-        jobs = Path(config.sweep_dir).glob("*/config.yaml") if config.sweep_dir else ()
-        if config.resume is True and not any(jobs):
-            _refuse(ConfigError("resume=true: there is no such sweep; name it with sweep_dir=outputs/sweeps/..."))
+            _plan(config, lambda: sweep_points(overrides, sweeper))
+        try:
+            open_sweep(config, overrides, sweeper)
+        except (ConfigError, HydraException, OmegaConfBaseException) as error:
+            _refuse(error)
+        except Exception as error:
+            print(f"failed: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+            sys.exit(1)
+
+
+def open_sweep(config: DictConfig, overrides: Sequence[str], sweeper: DictConfig) -> None:
+    """Settle which folder a sweep has and what its jobs' folders are called, and begin its sweep.json."""
+    keys = sweep.swept_keys(overrides, sweeper)
+    found = sweep.newest_sweep(overrides) if config.resume and not config.sweep_dir else None
+    folder = sweep.SweepFolder(found or config.hydra.sweep.dir)
+    if config.resume is True and not folder.record() and not any(folder.path.glob("*/config.yaml")):
+        raise ConfigError(
+            "resume=true: there is no such sweep; give the overrides that it had, or name it with "
+            "sweep_dir=outputs/sweeps/..."
+        )
+    folder.check_same(overrides, keys, config.resume)
+    # The config of each job is composed anew with these, in whichever process it is.
+    own = [f"hydra.sweep.dir='{folder.path}'"]
+    fixed = [each for each in sweep.named(overrides) if each not in keys]
+    if keys:
+        left_out = sorted({*config.hydra.job.config.override_dirname.exclude_keys, *fixed})
+        own.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(left_out)}]")
+    with open_dict(config):
+        config.hydra.sweep.dir = str(folder.path)
+        config.hydra.overrides.hydra.extend(own)
+    folder.begin(overrides, keys, sweep.grid(overrides, sweeper))
+    sweep.opened = folder
 
 
 def _plan(config: DictConfig, points: Callable[[], list[tuple[str, DictConfig, Sequence[str]]]]) -> NoReturn:
@@ -143,17 +170,14 @@ def _plan(config: DictConfig, points: Callable[[], list[tuple[str, DictConfig, S
 
 
 def sweep_points(overrides: Sequence[str], sweeper: DictConfig) -> list[tuple[str, DictConfig, list[str]]]:
-    """Every point of a sweep by Hydra's basic sweeper: its name, its composed config, and its overrides."""
-    if not sweeper._target_.endswith("BasicSweeper"):
-        raise ConfigError("plan=true knows the points of Hydra's basic sweeper only: add hydra/sweeper=basic")
+    """Every point of a sweep over a grid: its name, its composed config, and its overrides."""
+    jobs = sweep.grid(overrides, sweeper)
+    if jobs is None:
+        raise ConfigError("plan=true knows the points of a grid only: add hydra/sweeper=basic")
     from grpo.compose import recompose  # here, since that module needs this one's resolvers
 
-    given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*given, *overrides])
-    jobs = (job for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch)
-    swept = {override.get_key_element() for override in parsed if override.is_sweep_override()}
-    named = [(" ".join(each for each in job if each.partition("=")[0] in swept), job) for job in jobs]
-    return [(name or "the run", recompose(job), job) for name, job in named]
+    keys = sweep.swept_keys(overrides, sweeper)
+    return [(" ".join(sweep.of_keys(job, keys)) or "the run", recompose(job), job) for job in jobs]
 
 
 def _refuse(error: Exception) -> None:

@@ -43,7 +43,8 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
     lineage = {"run_dir": str(parent.path), "step": state.step, "parent": load_frozen(parent.config_file).get("parent")}
     frozen.parent = escape(lineage | {"weights_sha256": manifest["files"]["model.safetensors"]["sha256"]})
     if cfg.tracking.group is not None:  # such as that of a sweep
-        frozen.tracking.group = cfg.tracking.group
+        frozen.tracking.group, frozen.tracking.tags = cfg.tracking.group, cfg.tracking.tags
+    frozen.tracking.name = cfg.tracking.name
     frozen.run_dir, frozen.resume, frozen.fork, frozen.fork_step = None, False, False, None
     resolve_hardware(frozen)
     config = typed(frozen)

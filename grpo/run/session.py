@@ -20,7 +20,9 @@ from grpo.config import Config, ConfigError, check_training, flatten, to_dict, t
 from grpo.run.before_start import check_folder, check_parent, has_finished
 from grpo.run.console import resume_command
 from grpo.run.folder import OUTPUTS, RunFolder
+from grpo.run.gpus import claim_gpu
 from grpo.run.lock import locked
+from grpo.run.sweep import SweepFolder, of_keys
 from grpo.targets import check_trusted, foreign_targets
 
 logger = logging.getLogger(__name__)
@@ -142,13 +144,23 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
     except ConfigError as error:
         if sweep:  # said at once, and not only after all other jobs
             logger.error("%s: %s", folder.path, error)
+            if not folder.started():
+                folder.path.mkdir(parents=True, exist_ok=True)
+                _set_state(folder, "failed", str(error))
         raise
+    finally:
+        if sweep:
+            SweepFolder(HydraConfig.get().sweep.dir).update()
 
 
 def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSignals) -> Run:
-    from grpo.engine.hardware import hardware_found  # imports torch
+    import torch  # here, since it takes seconds
+
+    from grpo.engine.hardware import hardware_found
 
     overrides = list(HydraConfig.get().overrides.task)
+    if HydraConfig.get().mode == RunMode.MULTIRUN and {cfg.hardware.device, cfg.model.device_map} <= {"auto", "cuda"}:
+        claim_gpu(torch.cuda.device_count())
     cfg = hardware_found(cfg, overrides)
     changes: dict[str, Any] = {}
     resumed = folder.started()
@@ -182,8 +194,14 @@ def _make_first_record(folder: RunFolder) -> None:
 
 def fresh_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
     """Freeze the config of a new run, with the hardware resolved and everything checked again."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.tracking.group is None:
-        cfg.tracking.group = Path(HydraConfig.get().sweep.dir).name  # the arms of a sweep are one group in W&B
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        sweep = SweepFolder(HydraConfig.get().sweep.dir)
+        own = of_keys(overrides, sweep.keys())
+        cfg.tracking.tags = list(dict.fromkeys([*cfg.tracking.tags, *(tag[:64] for tag in own)]))  # W&B's longest
+        if cfg.tracking.group is None:
+            cfg.tracking.group = sweep.path.name  # the arms of a sweep are one group in W&B
+        if cfg.tracking.name is None:
+            cfg.tracking.name = " ".join(own) or None
     if cfg.fork:
         check_parent(cfg.run_dir, False)  # a job of a sweep that goes on may not have begun
         from grpo.run.fork import fork  # imports torch

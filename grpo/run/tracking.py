@@ -221,7 +221,7 @@ def _init(cfg: Mapping[str, Any], run_dir: Path, mode: str, seconds: float, **id
     )
     run = wandb.init(
         **{key: cfg["tracking"][key] for key in ("project", "entity", "group", "job_type", "tags")},
-        name=f"{cfg['name']}/{run_dir.name}",
+        name=cfg["tracking"].get("name") or f"{cfg['name']}/{run_dir.name}",
         config=dict(cfg),
         dir=str(run_dir),
         mode=mode,

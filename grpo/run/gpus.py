@@ -1,0 +1,44 @@
+"""A queue for the GPUs of one machine: each job of a sweep takes one that is free, or waits for it."""
+
+import fcntl
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+POLL_S = 1.0
+
+_held: BinaryIO | None = None  # the lock of this process's GPU, which goes with the process however that ends
+
+
+def claim_gpu(count: int, folder: Path | None = None) -> str | None:
+    """Let this process see one of the GPUs that it sees now, `count` in number, and no other process of ours take it.
+
+    For before torch touches them. Waits while all are taken. Whichever launcher starts the jobs, and however many
+    sweeps, each GPU has one job at a time. Returns the GPU's name in CUDA_VISIBLE_DEVICES; None where there is no
+    choice to make.
+    """
+    global _held
+    if _held is not None or count < 2:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in visible.split(",")] if visible else [str(number) for number in range(count)]
+    folder = folder or Path(tempfile.gettempdir(), f"grpo-gpus-{os.getuid()}")
+    folder.mkdir(exist_ok=True)
+    told = False
+    while True:
+        for name in names:
+            file = (folder / name.replace("/", "_")).open("ab", buffering=0)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                continue
+            _held = file
+            os.environ["CUDA_VISIBLE_DEVICES"] = name
+            return name
+        if not told:
+            print(f"waiting for one of the GPUs {', '.join(names)}", flush=True)
+            told = True
+        time.sleep(POLL_S)

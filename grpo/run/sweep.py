@@ -1,0 +1,180 @@
+"""A sweep's folder: what was asked for, how far each job is, and what is said of them at the end."""
+
+import json
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from grpo.config import ConfigError
+from grpo.run.folder import OUTPUTS, RunFolder, write_whole
+
+SWEEPS = OUTPUTS / "sweeps"
+# Of a command line, what is about this launch and not about the sweep.
+LAUNCH_KEYS = ("resume", "sweep_dir", "plan")
+
+opened: "SweepFolder | None" = None  # the sweep of this process's launch; Hydra has no place for it after a failure
+
+
+class SweepFolder:
+    """Names and small files of one sweep's folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def check_same(self, overrides: Sequence[str], keys: Sequence[str], resume: bool | str) -> None:
+        """Raise ConfigError where the folder holds a sweep that this command line would not go on with."""
+        recorded = self.record()
+        if not recorded:
+            return
+        if not resume:
+            raise ConfigError(f"{self.path} holds a sweep already; add resume=true, or choose another sweep_dir")
+        if sorted(of_keys(overrides, keys)) != sorted(of_keys(recorded["overrides"], recorded["keys"])):
+            given = shlex.join(recorded["overrides"])
+            raise ConfigError(f"{self.path} is a sweep of other values; go on with it by the same overrides: {given}")
+
+    def begin(self, overrides: Sequence[str], keys: Sequence[str], points: Sequence[Sequence[str]] | None) -> None:
+        """Record the overrides, the keys that are swept, and the overrides of each job (None: not known yet)."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        record = {"overrides": own_overrides(overrides), "keys": list(keys)}
+        planned = [of_keys(point, keys) for point in points] if points is not None else None
+        self._write(record | {"planned": planned, "state": "running", "jobs": []})
+        self.update()
+
+    def record(self) -> dict[str, Any]:
+        """The content of sweep.json; `{}` where there is none."""
+        file = self.path / "sweep.json"
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def keys(self) -> list[str]:
+        """The keys that are swept."""
+        return self.record().get("keys", [])
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Each job by its number, with its folder, its overrides of the swept keys, and how far it is.
+
+        Those that have not begun are there too, as pending, where it is known what they will be.
+        """
+        record = self.record()
+        planned = record.get("planned") or []
+        folders = {int(path.name.split("_")[0]): path for path in self.path.glob("[0-9]*") if path.is_dir()}
+        jobs = []
+        for number in sorted(folders.keys() | set(range(len(planned)))):
+            run = RunFolder(folders[number]) if number in folders else None
+            status = run.status() if run else {}
+            given = planned[number] if number < len(planned) else of_keys(run.first_overrides(), record.get("keys"))
+            after = run.evaluation("after") if run else None
+            jobs.append(
+                {
+                    "job": number,
+                    "folder": run.path.name if run else None,
+                    "overrides": given,
+                    "state": status.get("state", "pending"),
+                    "step": status.get("step", 0),
+                    "total_steps": status.get("total_steps"),
+                    "accuracy": after["accuracy"] if after else None,
+                    "error": status.get("error"),
+                }
+            )
+        return jobs
+
+    def update(self, state: str | None = None) -> None:
+        """Write sweep.json anew from what the jobs' folders say; `state` is the sweep's where it changes."""
+        record = self.record()
+        if record:
+            self._write(record | {"state": state or record["state"], "jobs": self.jobs()})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        # Several jobs may do so at once; each writes the truth, in a file of its own before it gets its name.
+        file = self.path / f"sweep.json.{os.getpid()}"
+        write_whole(file, json.dumps(record, indent=1) + "\n")
+        file.replace(self.path / "sweep.json")
+
+    def conclude(self) -> None:
+        """At the end of a launch: what became of each job, and how to go on."""
+        jobs = self.jobs()
+        if not jobs:
+            return
+        states = {job["state"] for job in jobs}
+        state = next((each for each in ("failed", "interrupted") if each in states), "interrupted")
+        self.update("finished" if states == {"finished"} else state)
+        Console().print(_table(jobs, self.keys()))
+        for job in jobs:
+            if job["state"] == "failed":
+                print(f"job {job['job']} failed: {job['error']}")
+        print(f"sweep folder: {self.path}")
+        if states != {"finished"}:
+            again = shlex.join([*self.record()["overrides"], "resume=true", f"sweep_dir={self.path}"])
+            print(f"  go on     python launch.py -m {again}")
+
+
+@contextmanager
+def concluded() -> Iterator[None]:
+    """After a command that may be a sweep, however it ends, say what became of its jobs."""
+    try:
+        yield
+    finally:
+        if opened is not None:
+            opened.conclude()
+
+
+def own_overrides(overrides: Sequence[str]) -> list[str]:
+    """A sweep's command line without what is only about the launch; sorted, since the order says nothing."""
+    return sorted(each for each in overrides if each.partition("=")[0] not in LAUNCH_KEYS)
+
+
+def swept_keys(overrides: Sequence[str], sweeper: DictConfig) -> list[str]:
+    """The keys that take several values, in the order given: of the sweeper's own params first."""
+    parsed = _parsed(overrides, sweeper)
+    return list(dict.fromkeys(each.get_key_element().lstrip("+") for each in parsed if each.is_sweep_override()))
+
+
+def grid(overrides: Sequence[str], sweeper: DictConfig) -> list[list[str]] | None:
+    """The overrides of each job of a sweep over all combinations; None where the sweeper finds its points itself."""
+    if not sweeper._target_.endswith(("BasicSweeper", "HalvingSweeper")):
+        return None
+    batches = BasicSweeper.split_arguments(_parsed(overrides, sweeper), max_batch_size=None)
+    return [job for batch in batches for job in batch]
+
+
+def _parsed(overrides: Sequence[str], sweeper: DictConfig) -> list[Override]:
+    given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    return OverridesParser.create().parse_overrides([*given, *overrides])
+
+
+def named(overrides: Sequence[str]) -> list[str]:
+    """The keys that overrides name, as Hydra's override_dirname spells them."""
+    return [each.key_or_group for each in OverridesParser.create().parse_overrides(list(overrides))]
+
+
+def of_keys(overrides: Sequence[str], keys: Sequence[str] | None) -> list[str]:
+    """Those of the overrides that are of these keys; None: all."""
+    return [each for each in overrides if keys is None or each.partition("=")[0].lstrip("+") in keys]
+
+
+def newest_sweep(overrides: Sequence[str]) -> Path | None:
+    """The folder of the sweep started last with these overrides."""
+    wanted = own_overrides(overrides)
+    folders = sorted((file.parent for file in SWEEPS.glob("*/sweep.json")), reverse=True)  # named by their time
+    return next((path for path in folders if SweepFolder(path).record().get("overrides") == wanted), None)
+
+
+def _table(jobs: list[dict[str, Any]], keys: Sequence[str]) -> Table:
+    table = Table(title="jobs of the sweep")
+    for column in ("job", *keys, "state", "step", "held-out accuracy"):
+        table.add_column(column, justify="left" if column == "state" else "right")
+    for job in jobs:
+        values = dict(each.lstrip("+").split("=", 1) for each in job["overrides"])
+        steps = f"{job['step']}/{job['total_steps']}" if job["total_steps"] else "-"
+        accuracy = "-" if job["accuracy"] is None else f"{job['accuracy']:.1%}"
+        table.add_row(str(job["job"]), *(values.get(key, "-") for key in keys), job["state"], steps, accuracy)
+    return table

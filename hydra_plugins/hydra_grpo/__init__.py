@@ -1,0 +1,1 @@
+"""Launchers and sweepers of this project, where Hydra looks for them."""

@@ -1,0 +1,186 @@
+"""Hydra's launcher for one machine: every job of a sweep in a process of its own, one on each GPU at a time."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import cloudpickle
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+from grpo.config import ConfigError
+from grpo.run.folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass
+class _Job:
+    place: int  # in the list of this launch
+    number: int
+    name: str  # its overrides
+    folder: Path
+    process: multiprocessing.process.BaseProcess
+    result: Connection
+    started: float
+
+
+class LocalLauncher(Launcher):
+    """Whatever a job does to its process, up to being killed for its memory, the others neither see nor pay for.
+
+    jobs_at_once: None for as many as there are GPUs, or one. More than one write what they print to console.log in
+    their folders. A stop signal is passed on to the jobs, which save what they have, and waits for them.
+    """
+
+    def __init__(self, jobs_at_once: int | None = None) -> None:
+        self.jobs_at_once = jobs_at_once
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.function, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run these jobs and return what each returned or raised, in their order. SystemExit after a stop signal."""
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        at_once = self.jobs_at_once or _gpus() or 1
+        waiting = deque((place, initial_job_idx + place, list(each)) for place, each in enumerate(job_overrides))
+        running: dict[int, _Job] = {}  # by what says that its process has ended
+        returns: list[JobReturn | None] = [None] * len(job_overrides)
+        with _Forwarding(running) as stop:
+            while (waiting and not stop.received) or running:
+                while waiting and len(running) < at_once and not stop.received:
+                    job = self._start(*waiting.popleft(), quiet=at_once > 1)
+                    running[job.process.sentinel] = job
+                for sentinel in wait(list(running)):
+                    job = running.pop(sentinel)
+                    returns[job.place] = _outcome(job)
+                    if at_once > 1:
+                        state, minutes = returns[job.place].status.name.lower(), (time.monotonic() - job.started) / 60
+                        print(f"job {job.number} ({job.name}): {state}, {minutes:.1f} minutes", flush=True)
+        if stop.received:
+            raise SystemExit(128 + stop.received)
+        return returns
+
+    def _start(self, place: int, number: int, overrides: list[str], quiet: bool) -> _Job:
+        name = " ".join(filter_overrides(overrides))
+        config = self.context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = number
+        folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"job {number}: {name}" + (f", printing to {folder / 'console.log'}" if quiet else ""), flush=True)
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        call = cloudpickle.dumps((self.context, self.function, config, Singleton.get_state()))
+        # A new interpreter, since a copy of this process would have no use of a GPU that this one has touched.
+        process = multiprocessing.get_context("spawn").Process(
+            target=_run, args=(call, sender, folder / "console.log" if quiet else None), name=f"job {number}"
+        )
+        process.start()
+        sender.close()
+        return _Job(place, number, name, folder, process, receiver, time.monotonic())
+
+
+def _run(call: bytes, sender: Connection, console: Path | None) -> None:
+    """In the job's process: run it and send what it returned, or what it failed with."""
+    os.setpgrp()  # so that Ctrl-C comes from the launcher alone: a job takes a second signal for impatience
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if console is not None:
+        file = os.open(console, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        sys.stdout.flush()
+        for stream in (1, 2):
+            os.dup2(file, stream)
+    sys.path.append(os.getcwd())  # as in run_command
+    context, function, config, singletons = cloudpickle.loads(call)
+    setup_globals()
+    Singleton.set_state(singletons)
+    done = run_job(
+        hydra_context=context,
+        task_function=function,
+        config=config,
+        job_dir_key="hydra.sweep.dir",
+        job_subdir_key="hydra.sweep.subdir",
+    )
+    if done.status == JobStatus.COMPLETED:
+        sender.send((done.return_value, None))
+        return
+    failure = done._return_value  # whose own type may be known in this process only
+    refused = isinstance(failure, ConfigError)
+    sender.send((None, failure if refused else JobFailed(f"{type(failure).__name__}: {failure}")))
+
+
+def _end_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _outcome(job: _Job) -> JobReturn:
+    """What an ended job left."""
+    job.process.join()
+    try:
+        value, error = job.result.recv()
+    except EOFError:  # it was ended, and had no time to say anything
+        value, error = None, JobFailed(f"its process ended with {_in_words(job.process.exitcode)}")
+        run = RunFolder(job.folder)
+        if run.status().get("state") == "running":
+            run.update_status(state="failed", error=str(error))
+            logger.error("%s failed: %s", job.folder, error)
+    done = JobReturn(status=JobStatus.FAILED if error else JobStatus.COMPLETED)
+    done.return_value = error or value
+    return done
+
+
+def _in_words(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    hint = ", as where memory runs out" if -code == signal.SIGKILL else ""
+    return f"{signal.Signals(-code).name}{hint}"
+
+
+class JobFailed(Exception):
+    """A job of the sweep failed; it said so itself, and its launch.log has the traceback."""
+
+    logged = True
+
+
+class _Forwarding:
+    """Passes stop signals on to the jobs that run."""
+
+    def __init__(self, running: dict[int, _Job]) -> None:
+        self.running, self.received = running, 0
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Forwarding":
+        self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+        for job in self.running.values():
+            if job.process.pid is not None:
+                os.kill(job.process.pid, number)
+
+
+def _gpus() -> int:
+    import torch  # here, since it takes seconds; counting GPUs leaves them untouched
+
+    return torch.cuda.device_count()

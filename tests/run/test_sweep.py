@@ -1,0 +1,214 @@
+"""Sweeps on one machine: jobs that die alone, stop signals, going on, and the queue for GPUs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from omegaconf import OmegaConf
+
+from grpo.config import ConfigError
+from grpo.run.gpus import claim_gpu
+from grpo.run.sweep import SweepFolder, grid, newest_sweep, own_overrides, swept_keys
+from tests.runs import ROOT, Launch, launch, rows
+
+QUICK = [
+    "experiment=quickstart",
+    "grpo.batch_size=2",
+    "grpo.num_generations=4",
+    "eval.before=false",
+    "eval.after=false",
+    "tracking=disabled",
+    "preflight=false",
+]
+REWARDS = """
+import os
+import signal
+import time
+from pathlib import Path
+
+
+def die(completions, at, **columns):
+    if Path("armed").exists() and Path("armed").read_text() == str(at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [0.0] * len(completions)
+
+
+def slow(completions, **columns):
+    Path("begun").touch()
+    time.sleep(0.3)
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.fixture
+def cwd(tmp_path):
+    (tmp_path / "mine.py").write_text(REWARDS)
+    return tmp_path
+
+
+def begun(cwd):
+    return [file for file in cwd.glob("outputs/sweeps/*/*/metrics/metrics.jsonl") if file.stat().st_size]
+
+
+def sweep_of(cwd):
+    (folder,) = (cwd / "outputs" / "sweeps").iterdir()
+    return SweepFolder(folder)
+
+
+def test_a_job_that_is_killed_ends_alone_and_the_same_command_with_resume_makes_it_good(cwd):
+    (cwd / "armed").write_text("2")
+    component = "+reward.components.die={_target_: mine.die, weight: 0}"
+    command = ["-m", *QUICK, component, "grpo.num_steps=2", "+reward.components.die.at=1,2,3"]
+    failed = launch(*command, cwd=cwd)
+    assert failed.returncode == 1
+    sweep = sweep_of(cwd)
+    assert [job["state"] for job in sweep.jobs()] == ["finished", "failed", "finished"]
+    assert sweep.record()["state"] == "failed"
+    assert "SIGKILL, as where memory runs out" in sweep.jobs()[1]["error"]
+    assert "Traceback" not in failed.stdout + failed.stderr
+    assert "job 1 failed: its process ended with SIGKILL" in failed.stdout
+    written = {job["folder"]: (sweep.path / job["folder"] / "status.json").stat().st_mtime_ns for job in sweep.jobs()}
+
+    (cwd / "armed").unlink()
+    again = launch(*command, "resume=true", cwd=cwd)
+    assert again.returncode == 0, again.stderr
+    assert sweep_of(cwd).record()["state"] == "finished"
+    changed = {name for name, at in written.items() if (sweep.path / name / "status.json").stat().st_mtime_ns != at}
+    assert changed == {sweep.jobs()[1]["folder"]}
+    assert [row["step"] for row in rows(sweep.path / sweep.jobs()[1]["folder"])] == [1, 2]
+
+
+def test_a_stop_reaches_the_jobs_which_save_and_go_on_later(cwd):
+    component = "+reward.components.slow={_target_: mine.slow, weight: 0}"
+    command = ["-m", *QUICK, component, "grpo.num_steps=6", "seed=1,2", "hydra.launcher.jobs_at_once=2"]
+    process = Launch(*command, cwd=cwd)
+    wait_for(lambda: len(begun(cwd)) == 2)
+    process.send_signal(signal.SIGTERM)
+    stopped = process.wait()
+    assert stopped.returncode == 143
+    sweep = sweep_of(cwd)
+    assert [job["state"] for job in sweep.jobs()] == ["interrupted"] * 2
+    assert "go on     python launch.py -m" in stopped.stdout
+    done = [rows(sweep.path / job["folder"]) for job in sweep.jobs()]
+    assert all(1 <= len(each) < 6 for each in done)
+    again = launch(*command, "resume=true", cwd=cwd)
+    assert again.returncode == 0, again.stderr
+    for job, before in zip(sweep.jobs(), done, strict=True):
+        assert rows(sweep.path / job["folder"])[: len(before)] == before
+        assert len(rows(sweep.path / job["folder"])) == 6
+        assert "going on in" in (sweep.path / job["folder"] / "console.log").read_text()
+
+
+def test_jobs_do_not_outlive_a_launcher_that_is_killed(cwd):
+    component = "+reward.components.slow={_target_: mine.slow, weight: 0}"
+    process = Launch("-m", *QUICK, component, "grpo.num_steps=50", "seed=1,2", cwd=cwd)
+    wait_for(lambda: begun(cwd))
+    process.kill()
+    wait_for(lambda: sweep_of(cwd).jobs()[0]["state"] == "interrupted")
+
+
+def test_a_job_that_is_refused_is_recorded_and_its_folder_can_begin_anew(cwd):
+    command = ["-m", *QUICK, "grpo.num_steps=1", "grpo.epsilon=0.1,2"]
+    refused = launch(*command, cwd=cwd)
+    assert refused.returncode == 2
+    jobs = sweep_of(cwd).jobs()
+    assert [job["state"] for job in jobs] == ["finished", "failed"]
+    assert "must lie between 0 and 1" in jobs[1]["error"]
+    assert not (sweep_of(cwd).path / jobs[1]["folder"] / "config.yaml").exists()
+
+
+def test_another_sweep_is_not_taken_for_this_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    basic = OmegaConf.create({"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": None})
+    for name, overrides in (("1", ["seed=1,2", "grpo.mu=1"]), ("2", ["grpo.mu=1", "seed=1,2"]), ("3", ["seed=1,3"])):
+        keys = swept_keys(overrides, basic)
+        SweepFolder(tmp_path / "outputs" / "sweeps" / name).begin(overrides, keys, grid(overrides, basic))
+    assert newest_sweep(["seed=1,2", "resume=true", "grpo.mu=1"]).name == "2"
+    assert newest_sweep(["seed=1,2"]) is None
+    sweep = SweepFolder(tmp_path / "outputs" / "sweeps" / "2")
+    sweep.check_same(["seed=1,2", "grpo.mu=2"], ["seed"], True)
+    with pytest.raises(ConfigError, match=r"is a sweep of other values; .* the same overrides: grpo\.mu=1"):
+        sweep.check_same(["seed=1,2,3"], ["seed"], True)
+    with pytest.raises(ConfigError, match="holds a sweep already; add resume=true"):
+        sweep.check_same(["seed=1,2", "grpo.mu=1"], ["seed"], False)
+
+
+def test_swept_keys_are_those_with_several_values():
+    overrides = ["grpo.mu=1", "+x.y=1,2", "seed=range(1,4)", "data.examples=[1,2]"]
+    sweeper = OmegaConf.create({"params": {"grpo.beta": "0,0.1"}})
+    assert swept_keys(overrides, sweeper) == ["grpo.beta", "x.y", "seed"]
+    assert own_overrides(["b=1", "resume=true", "a=2", "plan=true", "sweep_dir=x"]) == ["a=2", "b=1"]
+
+
+CLAIM = """
+import sys, time
+from pathlib import Path
+from grpo.run.gpus import claim_gpu
+name = claim_gpu(2, Path(sys.argv[1]))
+assert claim_gpu(2, Path(sys.argv[1])) == name  # once taken, it stays
+print(name, flush=True)
+time.sleep(60)
+"""
+
+
+def test_each_gpu_goes_to_one_process_and_is_free_when_that_ends(tmp_path):
+    def claim(**environment):
+        return subprocess.Popen(
+            [sys.executable, "-c", CLAIM, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **environment},
+        )
+
+    first, second = claim(CUDA_VISIBLE_DEVICES="3,GPU-7"), claim(CUDA_VISIBLE_DEVICES="3,GPU-7")
+    got = {first.stdout.readline().strip(): first, second.stdout.readline().strip(): second}
+    assert set(got) == {"3", "GPU-7"}
+    third = claim(CUDA_VISIBLE_DEVICES="3,GPU-7")
+    assert third.stdout.readline() == "waiting for one of the GPUs 3, GPU-7\n"
+    got["GPU-7"].kill()
+    assert third.stdout.readline() == "GPU-7\n"
+    for process in (first, second, third):
+        process.kill()
+        process.wait()
+
+
+def test_with_one_gpu_or_none_there_is_nothing_to_choose(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert claim_gpu(1, tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_w_and_b_shows_a_job_by_what_it_sets(cwd):
+    command = ["-m", *QUICK[:-2], "tracking=offline", "preflight=false", "grpo.num_steps=1", "grpo.beta=0,0.04"]
+    done = launch(*command, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    for job in sweep_of(cwd).jobs():
+        tracking = OmegaConf.load(sweep_of(cwd).path / job["folder"] / "config.yaml").tracking
+        assert (tracking.name, tracking.tags, tracking.group) == (
+            job["overrides"][0],
+            job["overrides"],
+            sweep_of(cwd).path.name,
+        )
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_the_status_of_a_sweep_is_json_that_a_script_can_read(cwd):
+    done = launch("-m", *QUICK, "grpo.num_steps=1", "seed=4,5", "sweep_dir=s", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((cwd / "s" / "sweep.json").read_text())
+    assert (record["state"], record["keys"], record["planned"]) == ("finished", ["seed"], [["seed=4"], ["seed=5"]])
+    assert [(job["job"], job["folder"], job["step"]) for job in record["jobs"]] == [
+        (0, "0_seed_4", 1),
+        (1, "1_seed_5", 1),
+    ]
