@@ -1,6 +1,7 @@
 """A sweep's folder: what was asked for, how far each job is, and what is said of them at the end."""
 
 import json
+import logging
 import os
 import shlex
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,8 @@ from rich.table import Table
 
 from grpo.config import ConfigError
 from grpo.run.folder import OUTPUTS, RunFolder, write_whole
+
+logger = logging.getLogger(__name__)
 
 SWEEPS = OUTPUTS / "sweeps"
 # Of a command line, what is about this launch and not about the sweep.
@@ -99,6 +102,21 @@ class SweepFolder:
         write_whole(file, json.dumps(record, indent=1) + "\n")
         file.replace(self.path / "sweep.json")
 
+    def _report(self) -> None:
+        from grpo.analysis.sweep_report import write_sweep_report  # here, since it takes a second to import
+
+        try:
+            files, headline = write_sweep_report(self.path)
+        except Exception as error:  # a report can be made again, and must not hide how the sweep ended
+            logger.warning(
+                "no report (%s: %s); make it: python -m grpo report sweep_dir=%s",
+                type(error).__name__,
+                error,
+                self.path,
+            )
+            return
+        print(f"{headline}\n  report    {files[0]}")
+
     def conclude(self) -> None:
         """At the end of a launch: what became of each job, and how to go on."""
         jobs = self.jobs()
@@ -112,6 +130,7 @@ class SweepFolder:
             if job["state"] == "failed":
                 print(f"job {job['job']} failed: {job['error']}")
         print(f"sweep folder: {self.path}")
+        self._report()
         if states != {"finished"}:
             again = shlex.join([*self.record()["overrides"], "resume=true", f"sweep_dir={self.path}"])
             print(f"  go on     python launch.py -m {again}")

@@ -1,0 +1,196 @@
+"""What a sweep shows: its jobs as a table, its arms, and what each swept key changes."""
+
+import shlex
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from grpo.analysis.effects import Estimate, crossed_mean
+from grpo.analysis.load import component_columns, finite_values, load_metrics, read_evaluations
+from grpo.analysis.summary import wilson_interval
+from grpo.run.sweep import SweepFolder
+
+SEED = "seed"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one value of a swept key changes against another, all else and the seed being equal."""
+
+    key: str
+    base: str
+    value: str
+    pairs: int  # of jobs
+    difference: Estimate
+
+    @property
+    def verdict(self) -> str:
+        if not self.difference.shown:
+            return "no difference shown"
+        return "higher" if self.difference.mean > 0 else "lower"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """The jobs that differ in their seed only."""
+
+    values: tuple[str, ...]  # of the swept keys but the seed
+    jobs: tuple[int, ...]  # finished ones
+    outcome: Estimate
+
+
+class Sweep:
+    """A sweep folder, read. Arms are what differs in more than the seed; only finished jobs are compared.
+
+    Arms are ranked by held-out accuracy after training, problem by problem; where not all finished jobs have it, by
+    the mean reward of the last tenth of the steps. Raises FileNotFoundError where `path` is no sweep folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = SweepFolder(path)
+        record = self.folder.record()
+        if not record:
+            raise FileNotFoundError(f"{path} is not the folder of a sweep: it has no sweep.json")
+        self.overrides: list[str] = record["overrides"]
+        self.swept: list[str] = record["keys"]
+        self.keys = [key for key in self.swept if key != SEED]  # those that make arms
+        self.jobs = _job_table(self.folder, self.swept)
+        finished = self.jobs[self.jobs["state"] == "finished"]
+        self.by_accuracy = bool(len(finished)) and bool(finished["accuracy"].notna().all())
+        # Of each finished job: its reward, and 1 or 0 by problem.
+        self._rewards = {job: pd.Series({"reward": reward}) for job, reward in finished["reward"].items()}
+        self._outcomes = self._rewards
+        if self.by_accuracy:
+            self._outcomes = {job: _correct(self.folder.path / name) for job, name in finished["folder"].items()}
+        self.arms = self._rank_arms()
+
+    def metrics(self, job: int) -> pd.DataFrame:
+        """The metrics of a job, one row a step."""
+        return load_metrics(self.folder.path / self.jobs.loc[job, "folder"])
+
+    def label(self, arm: Arm) -> str:
+        """An arm as its overrides."""
+        return " ".join(f"{key}={value}" for key, value in zip(self.keys, arm.values, strict=True)) or "the run"
+
+    def effects(self, in_reward: bool = False) -> list[Effect]:
+        """For each swept key but the seed, each value against the first, over all pairs of jobs otherwise equal.
+
+        in_reward: in the mean reward of the last tenth of the steps, instead of in what arms are ranked by.
+        """
+        outcomes = self._rewards if in_reward else self._outcomes
+        finished = self.jobs.loc[list(self._outcomes)]
+        effects = []
+        for key in self.keys:
+            base, *others = list(dict.fromkeys(self.jobs[key].dropna()))
+            rest = [other for other in self.swept if other != key]
+            for value in others:
+                pairs = self._pairs(finished, key, base, value, rest)
+                if pairs:
+                    effects.append(Effect(key, base, value, len(pairs), self._difference(pairs, outcomes)))
+        return effects
+
+    def against_best(self) -> list[tuple[Arm, Estimate]]:
+        """Each other arm with by how much the best is above it, over the seeds that both have."""
+        best, *others = self.arms
+        compared = []
+        for arm in others:
+            seeds = [{self.jobs.loc[job].get(SEED): job for job in each.jobs} for each in (best, arm)]
+            pairs = [(seeds[1][seed], seeds[0][seed]) for seed in seeds[0] if seed in seeds[1]]
+            if pairs:
+                compared.append((arm, self._difference(pairs, self._outcomes)))
+        return compared
+
+    def commands(self, fresh_seeds: int = 3) -> dict[str, str]:
+        """`reproduce`: the best arm again as it was; `confirm`: on seeds that no job had."""
+        fixed = [each for each in self.overrides if each.partition("=")[0].lstrip("+") not in self.swept]
+        arm = [f"{key}={value}" for key, value in zip(self._spelt(self.keys), self.arms[0].values, strict=True)]
+        used = self.jobs[SEED].dropna().astype(int) if SEED in self.swept else pd.Series([1])
+        again = ",".join(map(str, sorted(used.reindex(self.arms[0].jobs)))) if SEED in self.swept else ""
+        fresh = ",".join(str(used.max() + number) for number in range(1, fresh_seeds + 1))
+        reproduce = ["python", "launch.py", *(["-m"] if "," in again else []), *fixed, *arm]
+        return {
+            "reproduce": shlex.join(reproduce + ([f"seed={again}"] if again else [])),
+            "confirm": shlex.join(["python", "launch.py", "-m", *fixed, *arm, f"seed={fresh}"]),
+        }
+
+    def _spelt(self, keys: list[str]) -> list[str]:
+        """The keys as the command line has them, with their `+` where there is one."""
+        given = {each.partition("=")[0].lstrip("+"): each.partition("=")[0] for each in self.overrides}
+        return [given.get(key, key) for key in keys]
+
+    def _rank_arms(self) -> list[Arm]:
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for job in self._outcomes:
+            groups.setdefault(tuple(self.jobs.loc[job, self.keys]), []).append(job)
+        arms = [Arm(values, tuple(jobs), self._outcome(jobs)) for values, jobs in groups.items()]
+        return sorted(arms, key=lambda arm: arm.outcome.mean, reverse=True)
+
+    def _outcome(self, jobs: list[int]) -> Estimate:
+        estimate = crossed_mean(pd.DataFrame([self._outcomes[job] for job in jobs]).dropna(axis=1))
+        if not self.by_accuracy or estimate.low is None:
+            return estimate
+        if estimate.low == estimate.high:  # every job right in the same problems, usually in all: no sign of certainty
+            low, high = wilson_interval(estimate.mean, estimate.problems)
+            return replace(estimate, low=low, high=high)
+        return replace(estimate, low=max(0.0, estimate.low), high=min(1.0, estimate.high))
+
+    def _pairs(self, finished: pd.DataFrame, key: str, base: str, value: str, rest: list[str]) -> list[tuple[int, int]]:
+        def by_rest(of: str) -> dict[Hashable, int]:
+            chosen = finished[finished[key] == of]
+            return {tuple(row[rest]): job for job, row in chosen.iterrows()}
+
+        before, after = by_rest(base), by_rest(value)
+        return [(before[setting], after[setting]) for setting in before if setting in after]
+
+    def _difference(self, pairs: list[tuple[int, int]], outcomes: dict[int, pd.Series]) -> Estimate:
+        """The mean of second minus first; of the pairs of one seed, which are no random draw, the mean is taken."""
+        rows = pd.DataFrame([outcomes[after] - outcomes[before] for before, after in pairs])
+        seeds = [self.jobs.loc[before].get(SEED, "") for before, _ in pairs]
+        return crossed_mean(rows.dropna(axis=1).groupby(seeds).mean())
+
+
+def _job_table(folder: SweepFolder, keys: list[str]) -> pd.DataFrame:
+    """One row a job, indexed by its number: values of the swept keys, state, and where it came to.
+
+    accuracy and best_accuracy: held out, 0 to 1, after training and at best, with the 95 % Wilson interval of the
+    first; reward, rewards/<component>, completions/mean_length, kl: means of the last tenth of the steps; num_tokens;
+    seconds in steps.
+    """
+    rows = []
+    for job in folder.jobs():
+        row = {"job": job["job"], "folder": job["folder"], "state": job["state"]}
+        row |= {key: None for key in keys} | dict(each.lstrip("+").split("=", 1) for each in job["overrides"])
+        row |= {"step": job["step"], "total_steps": job["total_steps"]}
+        if job["folder"] is not None and (folder.path / job["folder"] / "config.yaml").exists():
+            row |= _results(folder.path / job["folder"])
+        rows.append(row | {"error": job["error"]})
+    columns = ["accuracy", "accuracy_low", "accuracy_high", "best_accuracy", "reward", "num_tokens", "seconds"]
+    frame = pd.DataFrame(rows).set_index("job")
+    return frame.reindex(columns=[*frame, *(column for column in columns if column not in frame)])
+
+
+def _correct(run_dir: Path) -> pd.Series:
+    """1 for right and 0 for wrong by problem, after training."""
+    problems = read_evaluations(run_dir)["after"]["problems"]
+    return pd.Series({problem["id"]: float(problem["correct"]) for problem in problems})
+
+
+def _results(run_dir: Path) -> dict[str, float | None]:
+    metrics, evaluations = load_metrics(run_dir), read_evaluations(run_dir)
+    tenth = metrics.tail(-(-len(metrics) // 10))
+    after = evaluations.get("after")
+    made = [each["accuracy"] for name, each in evaluations.items() if name == "after" or name.startswith("step_")]
+    low, high = wilson_interval(after["accuracy"], after["n"]) if after else (None, None)
+    names = {f"rewards/{name}": column for name, column in component_columns(metrics).items()}
+    names = {"reward": "reward", **names, "completions/mean_length": "completions/mean_length", "kl": "kl"}
+    return {
+        "accuracy": after["accuracy"] if after else None,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "best_accuracy": max(made, default=None),
+        **{name: finite_values(tenth, column).mean() for name, column in names.items()},
+        "num_tokens": finite_values(metrics, "num_tokens").max(),
+        "seconds": finite_values(metrics, "step_time").sum(),
+    }

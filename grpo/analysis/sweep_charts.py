@@ -1,0 +1,118 @@
+"""The charts of a sweep, as matplotlib figures."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from grpo.analysis.load import finite_values
+from grpo.analysis.sweep import Arm, Sweep
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4fa3", "#767676")
+MOST_ARMS = len(COLORS)  # whose curves can be told apart
+
+
+def curves(sweep: Sweep, column: str, title: str) -> Figure | None:
+    """A metric by step, a line an arm: the mean over its seeds, within the band from the lowest to the highest."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for color, arm in zip(COLORS, sweep.arms, strict=False):
+        table = _by_step(sweep, arm, column)
+        if table.empty or not table.notna().any(axis=None):
+            continue
+        smooth = table.rolling(max(1, len(table) // 20), center=True, min_periods=1).mean()
+        axes.plot(smooth.index, smooth.mean(axis=1), color=color, label=f"{sweep.label(arm)} ({len(arm.jobs)})")
+        if len(arm.jobs) > 1:
+            axes.fill_between(smooth.index, smooth.min(axis=1), smooth.max(axis=1), color=color, alpha=0.15, lw=0)
+    if not axes.lines:
+        return None
+    axes.set(xlabel="step", title=title)
+    axes.grid(color="#e3e3e3")
+    axes.legend(fontsize="small", title="arm (jobs)" if len(sweep.arms) <= MOST_ARMS else f"the best {MOST_ARMS} arms")
+    return figure
+
+
+def cost(sweep: Sweep) -> Figure:
+    """The outcome of each job against the tokens that it took, and of each arm with its interval."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    outcome = "accuracy" if sweep.by_accuracy else "reward"
+    for number, arm in enumerate(sweep.arms):
+        color = COLORS[min(number, MOST_ARMS - 1)]
+        jobs = sweep.jobs.loc[list(arm.jobs)]
+        axes.scatter(jobs["num_tokens"], jobs[outcome], color=color, alpha=0.4, s=18)
+        estimate, center = arm.outcome, jobs["num_tokens"].mean()
+        if estimate.low is not None:
+            axes.plot([center, center], [estimate.low, estimate.high], color=color)
+        label = sweep.label(arm) if number < MOST_ARMS else None
+        axes.scatter([center], [estimate.mean], color=color, marker="D", s=36, label=label)
+    axes.set(xlabel="tokens seen in training", ylabel=_outcome(sweep), title="outcome against cost")
+    _percent(sweep, axes.yaxis)
+    axes.grid(color="#e3e3e3")
+    axes.legend(fontsize="small", title="diamond: arm with its interval; dots: jobs")
+    return figure
+
+
+def heat_map(sweep: Sweep) -> Figure:
+    """The mean outcome for each pair of values of the two swept keys."""
+    rows, columns = sweep.keys
+    frame = pd.DataFrame([(*arm.values, arm.outcome.mean) for arm in sweep.arms], columns=[rows, columns, "outcome"])
+    table = frame.pivot(index=rows, columns=columns, values="outcome")
+    table = table.reindex(index=_in_order(sweep, rows), columns=_in_order(sweep, columns))
+    figure = Figure(figsize=(1.6 * len(table.columns) + 2.5, 0.8 * len(table) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(table.to_numpy(float), cmap="Blues", aspect="auto")
+    middle = np.nanmean([table.min(axis=None), table.max(axis=None)])
+    for i, j in np.argwhere(table.notna().to_numpy()):
+        value = table.iat[i, j]
+        text = f"{value:.1%}" if sweep.by_accuracy else f"{value:.3g}"
+        axes.text(j, i, text, ha="center", va="center", color="white" if value > middle else "#2b2b2b")
+    axes.set_xticks(range(len(table.columns)), table.columns)
+    axes.set_yticks(range(len(table)), table.index)
+    axes.set(xlabel=columns, ylabel=rows, title=f"mean {_outcome(sweep)}")
+    return figure
+
+
+def parallel_coordinates(sweep: Sweep) -> Figure:
+    """Each arm as a line through its values, the better the darker."""
+    figure = Figure(figsize=(1.8 * (len(sweep.keys) + 1) + 1, 4), layout="constrained")
+    axes = figure.subplots()
+    outcomes = np.array([arm.outcome.mean for arm in sweep.arms])
+    share = (outcomes - outcomes.min()) / (np.ptp(outcomes) or 1)
+    orders = [_in_order(sweep, key) for key in sweep.keys]
+    for arm, height in sorted(zip(sweep.arms, share, strict=True), key=lambda pair: pair[1]):
+        heights = [order.index(v) / max(1, len(order) - 1) for order, v in zip(orders, arm.values, strict=True)]
+        axes.plot([*heights, height], color="#0072b2", alpha=0.15 + 0.85 * height, lw=1 + 1.5 * height)
+    for position, order in enumerate(orders):
+        for number, value in enumerate(order):
+            axes.text(position - 0.04, number / max(1, len(order) - 1), value, ha="right", va="center", fontsize=8)
+    form = "{:.1%}" if sweep.by_accuracy else "{:.3g}"
+    for height, value in ((0, outcomes.min()), (1, outcomes.max())):
+        axes.text(len(orders) + 0.04, height, form.format(value), ha="left", va="center", fontsize=8)
+    axes.set_xticks(range(len(orders) + 1), [*sweep.keys, _outcome(sweep)])
+    axes.set(yticks=[], xlim=(-0.6, len(orders) + 0.6), title="every arm")
+    for position in range(len(orders) + 1):
+        axes.axvline(position, color="#c9c9c9", lw=1, zorder=0)
+    return figure
+
+
+def _by_step(sweep: Sweep, arm: Arm, column: str) -> pd.DataFrame:
+    columns = {}
+    for job in arm.jobs:
+        metrics = sweep.metrics(job)
+        columns[job] = finite_values(metrics, column).set_axis(metrics["step"])
+    return pd.DataFrame(columns)
+
+
+def _in_order(sweep: Sweep, key: str) -> list[str]:
+    """The values of a swept key as they were given."""
+    return list(dict.fromkeys(sweep.jobs[key].dropna()))
+
+
+def _outcome(sweep: Sweep) -> str:
+    return "held-out accuracy" if sweep.by_accuracy else "reward of the last tenth"
+
+
+def _percent(sweep: Sweep, axis) -> None:
+    if sweep.by_accuracy:
+        axis.set_major_formatter(PercentFormatter(1.0))

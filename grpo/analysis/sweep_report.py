@@ -1,0 +1,126 @@
+"""The report of a sweep: report.html, one file that needs no network, and sweep.csv."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from grpo.analysis import sweep_charts
+from grpo.analysis.page import embedded, render
+from grpo.analysis.sweep import SEED, Sweep
+
+FEW_SEEDS = 3
+
+
+def write_sweep_report(path: str | Path) -> tuple[list[Path], str]:
+    """Write report.html and sweep.csv into a sweep's folder and return their paths, and the answer in a sentence.
+
+    Raises FileNotFoundError where it is no sweep's folder.
+    """
+    sweep = Sweep(path)
+    folder = sweep.folder.path
+    sweep.jobs.to_csv(folder / "sweep.csv")
+    page = render("sweep.html", **content(sweep))
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    return [folder / "report.html", folder / "sweep.csv"], headline(sweep)
+
+
+def content(sweep: Sweep) -> dict[str, Any]:
+    """All that the page shows, by the names that its template uses."""
+    form = (lambda value: f"{value:.1%}") if sweep.by_accuracy else (lambda value: f"{value:.3f}")
+    change = (lambda value: f"{100 * value:+.1f} points") if sweep.by_accuracy else (lambda value: f"{value:+.3f}")
+    behind = {arm.values: estimate for arm, estimate in sweep.against_best()} if sweep.arms else {}
+    unfinished = sweep.jobs[sweep.jobs["state"] != "finished"]
+    states = sweep.jobs["state"].value_counts()
+    return {
+        "title": f"Sweep {sweep.folder.path.resolve().name}",
+        "counts": ", ".join(f"{count} jobs {state}" for state, count in states.items()),
+        "outcome": "held-out accuracy" if sweep.by_accuracy else "mean reward of the last tenth of the steps",
+        "headline": headline(sweep),
+        "warnings": warnings(sweep),
+        "commands": sweep.commands() if sweep.arms else None,
+        "budget": None,
+        "effects": sweep.effects(),
+        "reward_effects": sweep.effects(in_reward=True) if sweep.by_accuracy else [],
+        "arms": [
+            {"label": sweep.label(arm), "jobs": len(arm.jobs), "outcome": arm.outcome, "behind": behind.get(arm.values)}
+            for arm in sweep.arms
+        ],
+        "charts": {name: embedded(figure) for name, figure in _charts(sweep).items()},
+        "table": {"columns": ["job", *sweep.jobs.columns.drop(["folder", "error"])], "rows": _rows(sweep.jobs)},
+        "failed": [{"job": job, **row} for job, row in unfinished[["folder", "state", "error"]].iterrows()],
+        "form": form,
+        "change": change,
+        "reward_change": lambda value: f"{value:+.3f}",
+    }
+
+
+def headline(sweep: Sweep) -> str:
+    """The answer in a sentence or two."""
+    if not sweep.arms:
+        return "No job has finished, so there is nothing to compare."
+    best = sweep.arms[0]
+    unit = (lambda v: f"{v:.1%}") if sweep.by_accuracy else (lambda v: f"{v:.3f}")
+    outcome = best.outcome
+    interval = f", 95 % interval {unit(outcome.low)} to {unit(outcome.high)}" if outcome.low is not None else ""
+    text = f"Best: {sweep.label(best)} with {unit(outcome.mean)}{interval}."
+    compared = sweep.against_best()
+    if not compared:
+        return text
+    even = [sweep.label(arm) for arm, difference in compared if not difference.shown]
+    if not even:
+        return f"{text} It is above every other arm by more than chance would explain."
+    count = f"{len(even)} of the {len(compared)} other arms" if len(compared) > 1 else "the other arm"
+    which = f" ({'; '.join(even[:4])}{'; ...' if len(even) > 4 else ''})"
+    return f"{text} No difference shown to {count}{which}."
+
+
+def warnings(sweep: Sweep) -> list[str]:
+    """What to keep in mind before believing the headline."""
+    said = []
+    seeds = sweep.jobs[SEED].nunique() if SEED in sweep.jobs else 1
+    if len(sweep.arms) > 1:
+        said.append(
+            f"The best of {len(sweep.arms)} arms looks better than it is, since it was chosen by the same numbers that "
+            "it is shown with. The command on fresh seeds gives a fair one."
+        )
+    if sweep.arms and seeds == 1:
+        said.append("One seed: the intervals speak of other problems, not of other trainings. Add seed=1,2,3.")
+    elif sweep.arms and seeds < FEW_SEEDS:
+        said.append(f"{seeds} seeds say little of how trainings vary; three is the least that is worth trusting.")
+    unfinished = int((sweep.jobs["state"] != "finished").sum())
+    if unfinished and sweep.arms:
+        said.append(f"{unfinished} of {len(sweep.jobs)} jobs did not finish and are left out.")
+    if sweep.arms and not sweep.by_accuracy:
+        said.append(
+            "Not every finished job has a held-out evaluation (eval.after), so rewards in training are compared."
+        )
+    return said
+
+
+def _charts(sweep: Sweep) -> dict[str, Any]:
+    if not sweep.arms:
+        return {}
+    figures = {
+        "Reward by step": sweep_charts.curves(sweep, "reward", "mean reward of a step, band: lowest to highest seed"),
+        "Completion length by step": sweep_charts.curves(sweep, "completions/mean_length", "tokens a completion"),
+        "Outcome against cost": sweep_charts.cost(sweep),
+    }
+    if len(sweep.keys) == 2:
+        figures["Both keys"] = sweep_charts.heat_map(sweep)
+    elif len(sweep.keys) > 2:
+        figures["All keys"] = sweep_charts.parallel_coordinates(sweep)
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def _rows(jobs: pd.DataFrame) -> list[list[str]]:
+    shown = jobs.drop(columns=["folder", "error"])
+    return [[str(job), *(_cell(value) for value in row)] for job, *row in shown.itertuples()]
+
+
+def _cell(value: object) -> str:
+    if value is None or value != value:  # not a number
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -1,0 +1,173 @@
+"""A sweep's report, from folders such as launches leave; tests/run/test_sweep.py has the launches."""
+
+import itertools
+import json
+import re
+import shlex
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from grpo.analysis.sweep import Sweep
+from grpo.analysis.sweep_report import headline, warnings, write_sweep_report
+from grpo.compose import compose_config
+from grpo.run.folder import RunFolder
+from grpo.run.sweep import SweepFolder
+
+
+def make_sweep(folder, swept, right, accuracy=True, states=None, fixed=("experiment=quickstart",)):
+    """A sweep over `swept` (key -> values), each job right in the problems that `right(values, seed)` says."""
+    points = [
+        [f"{key}={value}" for key, value in zip(swept, values, strict=True)]
+        for values in itertools.product(*swept.values())
+    ]
+    overrides = [*fixed, *(f"{key}={','.join(values)}" for key, values in swept.items())]
+    SweepFolder(folder).begin(overrides, list(swept), points)
+    for number, point in enumerate(points):
+        state = (states or {}).get(number, "finished")
+        values = dict(each.split("=") for each in point)
+        run = RunFolder(folder / f"{number}_job")
+        if state != "pending":
+            run.path.mkdir(parents=True)
+            (run.path / "config.yaml").write_text(yaml.safe_dump({"name": "made"}))
+            (run.path / ".hydra").mkdir()
+            (run.path / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump([*fixed, *point]))
+            error = "ValueError: as it was" if state == "failed" else None
+            run.update_status(state=state, step=20, total_steps=20, error=error)
+            outcome = right(values)
+            reward = float(np.mean(outcome)) + 1
+            run.write_metrics(
+                {"step": step, "iteration": 1, "reward": reward * step / 20, "rewards/format/mean": 0.5, "kl": 0.01}
+                | {"completions/mean_length": 20.0, "num_tokens": 100 * step, "step_time": 0.5}
+                for step in range(1, 21)
+            )
+            problems = [{"id": f"p{i}", "correct": bool(each)} for i, each in enumerate(outcome)]
+            if accuracy:
+                run.write_evaluation(
+                    "after", {"step": 20, "n": len(problems), "accuracy": float(np.mean(outcome)), "problems": problems}
+                )
+    SweepFolder(folder).update("finished")
+    return folder
+
+
+def drawn(shares):
+    """Problems right with the share that an arm has, the same problems and the same luck for all."""
+
+    def right(values):
+        luck = np.random.default_rng(int(values.get("seed", 1))).uniform(size=200)
+        return luck < shares(values)
+
+    return right
+
+
+KEYS = {"grpo.beta": ["0", "0.04"], "optimizer.lr": ["1e-6", "5e-6"], "seed": ["1", "2", "3"]}
+
+
+@pytest.fixture
+def better_rate(tmp_path):
+    """One key matters, the other does nothing."""
+    return make_sweep(tmp_path / "sweep", KEYS, drawn(lambda values: 0.8 if values["optimizer.lr"] == "5e-6" else 0.5))
+
+
+def test_the_effect_of_a_key_is_the_mean_over_pairs_that_are_equal_in_all_else(better_rate):
+    sweep = Sweep(better_rate)
+    by_key = {effect.key: effect for effect in sweep.effects()}
+    assert list(by_key) == ["grpo.beta", "optimizer.lr"]
+    accuracy = sweep.jobs["accuracy"].astype(float)
+    rates = accuracy.groupby(sweep.jobs["optimizer.lr"]).mean()
+    assert by_key["optimizer.lr"].difference.mean == pytest.approx(rates["5e-6"] - rates["1e-6"])
+    assert (by_key["optimizer.lr"].pairs, by_key["optimizer.lr"].verdict) == (6, "higher")
+    assert (by_key["grpo.beta"].difference.mean, by_key["grpo.beta"].verdict) == (0, "no difference shown")
+    assert by_key["optimizer.lr"].difference.seeds == 3  # two pairs of one seed are no two draws of it
+    assert [effect.verdict for effect in sweep.effects(in_reward=True)] == ["no difference shown", "higher"]
+
+
+def test_equal_arms_are_called_equal_and_the_better_ones_better(better_rate):
+    text = headline(Sweep(better_rate))
+    assert text.startswith("Best: grpo.beta=0 optimizer.lr=5e-6 with ")
+    assert "No difference shown to 1 of the 3 other arms (grpo.beta=0.04 optimizer.lr=5e-6)." in text
+    (chosen,) = warnings(Sweep(better_rate))
+    assert "The best of 4 arms looks better than it is" in chosen
+
+
+def test_the_commands_are_of_the_best_arm_as_it_was_and_on_seeds_that_no_job_had(better_rate):
+    commands = {name: shlex.split(line) for name, line in Sweep(better_rate).commands().items()}
+    arm = ["experiment=quickstart", "grpo.beta=0", "optimizer.lr=5e-6"]
+    assert commands["reproduce"] == ["python", "launch.py", "-m", *arm, "seed=1,2,3"]
+    assert commands["confirm"] == ["python", "launch.py", "-m", *arm, "seed=4,5,6"]
+    assert compose_config([*arm, "seed=4"]).optimizer.lr == 5e-6
+
+
+def test_the_page_needs_nothing_else_and_the_table_has_every_job(better_rate):
+    (page, table), answer = write_sweep_report(better_rate)
+    text = page.read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)|@import|url\(""", text)
+    assert answer.split(".")[0] in text
+    for name in ("Reward by step", "Outcome against cost", "Both keys", "What each key changes"):
+        assert name in text
+    frame = pd.read_csv(table, dtype={"optimizer.lr": str})
+    assert (len(frame), frame["state"].unique().tolist()) == (12, ["finished"])
+    assert {"accuracy", "accuracy_low", "accuracy_high", "best_accuracy", "reward", "rewards/format"} < set(frame)
+    assert {"completions/mean_length", "kl", "num_tokens", "seconds", "grpo.beta", "seed"} < set(frame)
+    assert frame["seconds"].tolist() == [10.0] * 12
+
+
+def test_three_keys_are_drawn_side_by_side(tmp_path):
+    keys = {"grpo.beta": ["0", "0.1"], "grpo.mu": ["1", "2"], "optimizer.lr": ["1e-6", "2e-6"]}
+    folder = make_sweep(tmp_path / "s", keys, drawn(lambda values: 0.5 if values["grpo.mu"] == "1" else 0.6))
+    (page, _), answer = write_sweep_report(folder)
+    assert "All keys" in page.read_text()
+    assert any("One seed" in each for each in warnings(Sweep(folder)))
+    assert "grpo.mu=2" in answer.split(" with ")[0]
+
+
+def test_jobs_that_did_not_finish_are_named_with_their_reason_and_left_out(tmp_path):
+    states = {1: "failed", 4: "interrupted", 7: "pending"}
+    folder = make_sweep(tmp_path / "s", KEYS, drawn(lambda values: 0.5), states=states)
+    (page, _), _ = write_sweep_report(folder)
+    assert "ValueError: as it was" in page.read_text()
+    sweep = Sweep(folder)
+    assert sorted(job for arm in sweep.arms for job in arm.jobs) == [j for j in range(12) if j not in states]
+    assert {effect.pairs for effect in sweep.effects()} <= {3, 4}
+    assert any("3 of 12 jobs did not finish" in each for each in warnings(sweep))
+
+
+def test_without_evaluations_rewards_are_compared_and_it_is_said(tmp_path):
+    keys = {"grpo.beta": ["0", "0.1"], "seed": ["1", "2", "3"]}
+    right = drawn(lambda values: 0.2 if values["grpo.beta"] == "0" else 0.9)
+    folder = make_sweep(tmp_path / "s", keys, right, accuracy=False)
+    sweep = Sweep(folder)
+    assert not sweep.by_accuracy
+    assert [effect.verdict for effect in sweep.effects()] == ["higher"]
+    assert any("rewards in training are compared" in each for each in warnings(sweep))
+    (page, _), _ = write_sweep_report(folder)
+    assert "mean reward of the last tenth" in page.read_text()
+
+
+def test_a_sweep_in_which_nothing_finished_has_a_page_too(tmp_path):
+    folder = make_sweep(tmp_path / "s", {"seed": ["1", "2"]}, drawn(lambda _: 1), states={0: "failed", 1: "pending"})
+    (page, table), answer = write_sweep_report(folder)
+    assert answer == "No job has finished, so there is nothing to compare."
+    assert "as it was" in page.read_text() and len(table.read_text().splitlines()) == 3
+
+
+def test_an_arm_that_is_always_right_is_not_called_certain(tmp_path):
+    folder = make_sweep(tmp_path / "s", {"seed": ["1", "2", "3"]}, drawn(lambda _: 1.1))
+    outcome = Sweep(folder).arms[0].outcome
+    assert (outcome.mean, outcome.high) == (1, 1)
+    assert 0.97 < outcome.low < 0.99  # Wilson's for 200 of 200
+
+
+def test_text_from_a_run_is_text_in_the_page(tmp_path):
+    folder = make_sweep(tmp_path / "s", {"seed": ["1", "2"]}, drawn(lambda _: 1), states={0: "failed"})
+    status = folder / "0_job" / "status.json"
+    status.write_text(json.dumps(json.loads(status.read_text()) | {"error": "<script>alert(1)</script>"}))
+    (page, _), _ = write_sweep_report(folder)
+    assert "<script>" not in page.read_text()
+
+
+def test_a_folder_that_is_no_sweep_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"it has no sweep\.json"):
+        Sweep(tmp_path)
