@@ -54,6 +54,9 @@ LAUNCH_KEYS = {
     "fork",
     "fork_step",
     "plan",
+    "until_step",
+    "sweep.budget_hours",
+    "sweep.eta",
 }  # about this launch, not about the experiment
 
 

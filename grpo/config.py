@@ -131,6 +131,12 @@ class EvalConfig:
 
 
 @dataclass
+class SweepConfig:
+    budget_hours: float | None = None
+    eta: int = 3
+
+
+@dataclass
 class Config:
     name: str = MISSING
     seed: int = MISSING
@@ -142,6 +148,8 @@ class Config:
     parent: dict[str, Any] | None = MISSING
     plan: bool = MISSING
     preflight: bool = True
+    until_step: int | None = None
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     deterministic: bool = MISSING
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)

@@ -41,7 +41,7 @@ from grpo.metrics import (
 from grpo.preflight import lines, preflight
 from grpo.run import checkpoint as checkpoints
 from grpo.run.checkpoint import TrainerState
-from grpo.run.console import StepDisplay, closing_table, next_commands
+from grpo.run.console import StepDisplay, closing_table, next_commands, resume_command
 from grpo.run.environment import environment
 from grpo.run.saver import Saver
 from grpo.run.session import Run
@@ -86,14 +86,20 @@ def train(run: Run) -> None:
         stop_with_care = run.stop.deferred(trainer.can_be_dropped, save=lambda: trainer.save_and_wait(run, saver))
         with display.shown(), stop_with_care, closing(saver):
             trainer.evaluate_if_due(run, tracker, saver)  # where a stop cut that short
-            for step in range(trainer.state.step + 1, trainer.total_steps + 1):
+            until = min(trainer.total_steps, run.until_step or trainer.total_steps)
+            for step in range(trainer.state.step + 1, until + 1):
                 done = trainer.step(step)
                 trainer.record(run, tracker, saver, done)
                 display.update(done.row)
                 run.stop.leave_if_asked()
+            if until < trainer.total_steps:
+                trainer.save(run, saver)
             saver.close()
             run.stop.leave_if_asked()
-        trainer.finish(run, tracker, console)
+        if until < trainer.total_steps:
+            trainer.pause(run, tracker)
+        else:
+            trainer.finish(run, tracker, console)
 
 
 class Timer:
@@ -386,6 +392,15 @@ class Trainer:
             for name, result in of_training.items()
             if result["step"] <= self.state.step
         }
+
+    def pause(self, run: Run, tracker: Tracker) -> None:
+        """Evaluate where the run stands, and leave it to go on later as the run that it would have been."""
+        name = f"step_{self.state.step:06d}"
+        if self.config.eval.after and run.folder.evaluation(name) is None:
+            self.evaluate(run, tracker, name)
+        run.folder.update_status(state="interrupted")
+        resume = resume_command(run.folder.path, foreign_targets(to_dict(self.config)))
+        print(f"stopped after step {self.state.step}, as asked; go on with: {resume}")
 
     def finish(self, run: Run, tracker: Tracker, console: Console) -> None:
         """Evaluate, save the model, draw the charts, and say what to do next."""

@@ -8,6 +8,7 @@ import pandas as pd
 from grpo.analysis import sweep_charts
 from grpo.analysis.page import embedded, render
 from grpo.analysis.sweep import SEED, Sweep
+from grpo.run.halving import Record
 
 FEW_SEEDS = 3
 
@@ -30,7 +31,7 @@ def content(sweep: Sweep) -> dict[str, Any]:
     form = (lambda value: f"{value:.1%}") if sweep.by_accuracy else (lambda value: f"{value:.3f}")
     change = (lambda value: f"{100 * value:+.1f} points") if sweep.by_accuracy else (lambda value: f"{value:+.3f}")
     behind = {arm.values: estimate for arm, estimate in sweep.against_best()} if sweep.arms else {}
-    unfinished = sweep.jobs[sweep.jobs["state"] != "finished"]
+    unfinished = sweep.jobs[~sweep.jobs["state"].isin(["finished", "stopped early"])]
     states = sweep.jobs["state"].value_counts()
     return {
         "title": f"Sweep {sweep.folder.path.resolve().name}",
@@ -39,7 +40,7 @@ def content(sweep: Sweep) -> dict[str, Any]:
         "headline": headline(sweep),
         "warnings": warnings(sweep),
         "commands": sweep.commands() if sweep.arms else None,
-        "budget": None,
+        "budget": _budget(sweep),
         "effects": sweep.effects(),
         "reward_effects": sweep.effects(in_reward=True) if sweep.by_accuracy else [],
         "arms": [
@@ -88,7 +89,7 @@ def warnings(sweep: Sweep) -> list[str]:
         said.append("One seed: the intervals speak of other problems, not of other trainings. Add seed=1,2,3.")
     elif sweep.arms and seeds < FEW_SEEDS:
         said.append(f"{seeds} seeds say little of how trainings vary; three is the least that is worth trusting.")
-    unfinished = int((sweep.jobs["state"] != "finished").sum())
+    unfinished = int((~sweep.jobs["state"].isin(["finished", "stopped early"])).sum())
     if unfinished and sweep.arms:
         said.append(f"{unfinished} of {len(sweep.jobs)} jobs did not finish and are left out.")
     if sweep.arms and not sweep.by_accuracy:
@@ -96,6 +97,16 @@ def warnings(sweep: Sweep) -> list[str]:
             "Not every finished job has a held-out evaluation (eval.after), so rewards in training are compared."
         )
     return said
+
+
+def _budget(sweep: Sweep) -> dict[str, Any] | None:
+    """Of a sweep by halving what its time bought, with each arm in words."""
+    record = Record.read(sweep.folder.path)
+    if record is None:
+        return None
+    values = sweep.jobs.loc[[jobs[0] for jobs in record.arms], sweep.keys]
+    labels = [" ".join(f"{key}={value}" for key, value in row.items()) for _, row in values.iterrows()]
+    return record.in_words() | {"labels": labels}
 
 
 def _charts(sweep: Sweep) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -130,6 +131,11 @@ class CheckBeforeStart(Callback):
 
 def open_sweep(config: DictConfig, overrides: Sequence[str], sweeper: DictConfig) -> None:
     """Settle which folder a sweep has and what its jobs' folders are called, and begin its sweep.json."""
+    for part in ("launcher", "sweeper"):
+        if config.hydra[part]._target_ not in Plugins.instance().class_name_to_class:
+            raise ConfigError(
+                f"hydra/{part}={config.hydra.runtime.choices[f'hydra/{part}']} needs: pip install -e '.[sweeps]'"
+            )
     keys = sweep.swept_keys(overrides, sweeper)
     found = sweep.newest_sweep(overrides) if config.resume and not config.sweep_dir else None
     folder = sweep.SweepFolder(found or config.hydra.sweep.dir)
@@ -139,6 +145,7 @@ def open_sweep(config: DictConfig, overrides: Sequence[str], sweeper: DictConfig
             "sweep_dir=outputs/sweeps/..."
         )
     folder.check_same(overrides, keys, config.resume)
+    given = [each for each in config.hydra.overrides.hydra if not each.startswith("hydra.mode=")]
     # The config of each job is composed anew with these, in whichever process it is.
     own = [f"hydra.sweep.dir='{folder.path}'"]
     fixed = [each for each in sweep.named(overrides) if each not in keys]
@@ -148,7 +155,7 @@ def open_sweep(config: DictConfig, overrides: Sequence[str], sweeper: DictConfig
     with open_dict(config):
         config.hydra.sweep.dir = str(folder.path)
         config.hydra.overrides.hydra.extend(own)
-    folder.begin(overrides, keys, sweep.grid(overrides, sweeper))
+    folder.begin(overrides, keys, sweep.grid(overrides, sweeper), given)
     sweep.opened = folder
 
 

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -116,13 +117,17 @@ class Run:
     stop: StopSignals
     overrides: list[str]  # of this launch's command line
     changes: dict[str, Any]  # what it changes in a run that it goes on with
+    until_step: int | None  # where this launch stops, if before the end
 
     def objective(self) -> float | None:
-        """What a sweep maximises: held-out accuracy after training, or else the mean reward of the last step."""
-        after, rows = self.folder.evaluation("after"), self.folder.metrics()
-        if after is not None and rows and after["step"] == rows[-1]["step"]:
-            return after["accuracy"]
-        return rows[-1]["reward"] if rows else None
+        """What a sweep maximises: held-out accuracy after the last step, or else that step's mean reward."""
+        rows = self.folder.metrics()
+        if not rows:
+            return None
+        step, made = rows[-1]["step"], self.folder.evaluations()
+        names = ("after", f"step_{step:06d}")
+        accuracies = (made[name]["accuracy"] for name in names if name in made and made[name]["step"] == step)
+        return next(accuracies, rows[-1]["reward"])
 
 
 @contextmanager
@@ -135,12 +140,16 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
     try:
         check_folder(folder, resume, HydraConfig.get().overrides.task)
         with stop.installed(), locked(folder.path):
-            run = _open(folder, cfg, resume, stop)
+            run, started = _open(folder, cfg, resume, stop), time.monotonic()
             try:
                 yield run
             except BaseException as error:
                 _record_end(run, error)
                 raise
+            finally:
+                if folder.started() and not run.done:  # how long all launches took together, for who pays by the hour
+                    before = folder.status().get("seconds", 0.0)
+                    folder.update_status(seconds=round(before + time.monotonic() - started, 3))
     except ConfigError as error:
         if sweep:  # said at once, and not only after all other jobs
             logger.error("%s: %s", folder.path, error)
@@ -181,7 +190,7 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
         print(f"{folder.path} has finished already: nothing to do")
     else:
         folder.update_status(state="running", error=None)
-    return Run(folder, config, resumed or cfg.fork, cfg.fork, done, stop, overrides, changes)
+    return Run(folder, config, resumed or cfg.fork, cfg.fork, done, stop, overrides, changes, cfg.until_step)
 
 
 def _make_first_record(folder: RunFolder) -> None:
@@ -212,6 +221,7 @@ def fresh_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Co
     resolve_hardware(cfg)
     config = typed(cfg)
     check_training(config)
+    config.until_step = None  # this launch's alone
     folder.write_config(config)
     return config
 

@@ -18,12 +18,13 @@ from rich.table import Table
 
 from grpo.config import ConfigError
 from grpo.run.folder import OUTPUTS, RunFolder, write_whole
+from grpo.run.halving import Record
 
 logger = logging.getLogger(__name__)
 
 SWEEPS = OUTPUTS / "sweeps"
 # Of a command line, what is about this launch and not about the sweep.
-LAUNCH_KEYS = ("resume", "sweep_dir", "plan")
+LAUNCH_KEYS = ("resume", "sweep_dir", "plan", "sweep.budget_hours")
 
 opened: "SweepFolder | None" = None  # the sweep of this process's launch; Hydra has no place for it after a failure
 
@@ -45,10 +46,19 @@ class SweepFolder:
             given = shlex.join(recorded["overrides"])
             raise ConfigError(f"{self.path} is a sweep of other values; go on with it by the same overrides: {given}")
 
-    def begin(self, overrides: Sequence[str], keys: Sequence[str], points: Sequence[Sequence[str]] | None) -> None:
-        """Record the overrides, the keys that are swept, and the overrides of each job (None: not known yet)."""
+    def begin(
+        self,
+        overrides: Sequence[str],
+        keys: Sequence[str],
+        points: Sequence[Sequence[str]] | None,
+        hydra: Sequence[str] = (),
+    ) -> None:
+        """Record the overrides, the keys that are swept, and the overrides of each job (None: not known yet).
+
+        hydra: the overrides of Hydra's own keys, such as the launcher.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        record = {"overrides": own_overrides(overrides), "keys": list(keys)}
+        record = {"overrides": own_overrides(overrides), "keys": list(keys), "hydra": list(hydra)}
         planned = [of_keys(point, keys) for point in points] if points is not None else None
         self._write(record | {"planned": planned, "state": "running", "jobs": []})
         self.update()
@@ -69,11 +79,16 @@ class SweepFolder:
         """
         record = self.record()
         planned = record.get("planned") or []
+        halving = Record.read(self.path)
+        halved = halving is not None and halving.state == "finished"
         folders = {int(path.name.split("_")[0]): path for path in self.path.glob("[0-9]*") if path.is_dir()}
         jobs = []
         for number in sorted(folders.keys() | set(range(len(planned)))):
             run = RunFolder(folders[number]) if number in folders else None
             status = run.status() if run else {}
+            state = status.get("state", "pending")
+            if halved and state == "interrupted":
+                state = "stopped early"
             given = planned[number] if number < len(planned) else of_keys(run.first_overrides(), record.get("keys"))
             after = run.evaluation("after") if run else None
             jobs.append(
@@ -81,7 +96,7 @@ class SweepFolder:
                     "job": number,
                     "folder": run.path.name if run else None,
                     "overrides": given,
-                    "state": status.get("state", "pending"),
+                    "state": state,
                     "step": status.get("step", 0),
                     "total_steps": status.get("total_steps"),
                     "accuracy": after["accuracy"] if after else None,
@@ -122,7 +137,7 @@ class SweepFolder:
         jobs = self.jobs()
         if not jobs:
             return
-        states = {job["state"] for job in jobs}
+        states = {job["state"] for job in jobs} - {"stopped early"}
         state = next((each for each in ("failed", "interrupted") if each in states), "interrupted")
         self.update("finished" if states == {"finished"} else state)
         Console().print(_table(jobs, self.keys()))
@@ -132,7 +147,8 @@ class SweepFolder:
         print(f"sweep folder: {self.path}")
         self._report()
         if states != {"finished"}:
-            again = shlex.join([*self.record()["overrides"], "resume=true", f"sweep_dir={self.path}"])
+            record = self.record()
+            again = shlex.join([*record["hydra"], *record["overrides"], "resume=true", f"sweep_dir={self.path}"])
             print(f"  go on     python launch.py -m {again}")
 
 

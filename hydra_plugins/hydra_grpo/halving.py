@@ -1,0 +1,182 @@
+"""Hydra's sweeper that gives most of the time to the arms that do best: `hydra/sweeper=halving`."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from grpo.config import ConfigError
+from grpo.run.folder import RunFolder
+from grpo.run.halving import Record, best_arms, choose_ladder
+from grpo.run.sweep import grid, of_keys, swept_keys
+
+SEED = "seed"
+
+
+class HalvingSweeper(Sweeper):
+    """Successive halving over a grid; arms are what differs in more than the seed.
+
+    eta: the best 1/eta of the arms go on from each rung, to eta times the steps. budget_hours: of jobs, added up;
+    None for rungs that leave one arm for the last. What is decided is in halving.json in the sweep's folder.
+    """
+
+    def __init__(self, eta: int, budget_hours: float | None, params: DictConfig | None = None) -> None:
+        self.eta, self.budget_hours = eta, budget_hours
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> list[JobReturn]:
+        """Climb the ladder; raises what the first job that failed raised, after all others are done."""
+        if self.eta < 2 or (self.budget_hours is not None and not self.budget_hours > 0):
+            raise ConfigError(f"sweep.eta={self.eta} must be 2 or more, sweep.budget_hours={self.budget_hours} above 0")
+        self.points = [list(point) for point in grid(arguments, self.config.hydra.sweeper)]
+        self.validate_batch_is_legal(self.points)
+        self.folder = Path(self.config.hydra.sweep.dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, self.folder / "multirun.yaml")
+        self.returns: dict[int, JobReturn] = {}
+        self.folders = [self._job_folder(number) for number in range(len(self.points))]
+        self.record = self._record(arguments)
+        self._climb()
+        for done in self.returns.values():
+            if done.status == JobStatus.FAILED:
+                _ = done.return_value  # raises
+        return list(self.returns.values())
+
+    def _record(self, arguments: Sequence[str]) -> Record:
+        """What was decided before, with this launch's budget; or a new one."""
+        keys = [key for key in swept_keys(arguments, self.config.hydra.sweeper) if key != SEED]
+        arms: dict[tuple[str, ...], list[int]] = {}
+        for number, point in enumerate(self.points):
+            arms.setdefault(tuple(of_keys(point, keys)), []).append(number)
+        configs = [self._composed(jobs[0]) for jobs in arms.values()]
+        steps = {config.grpo.num_iterations * config.grpo.num_steps for config in configs}
+        if len(steps) > 1:
+            raise ConfigError("hydra/sweeper=halving compares arms after equal steps: leave grpo.num_steps out")
+        known = Record.read(self.folder)
+        if known is None:
+            return Record(steps.pop(), list(arms.values()), self.eta, self.budget_hours)
+        if known.state == "out of budget":  # which may have become larger
+            known.state = "running"
+        known.budget_hours = self.budget_hours
+        return known
+
+    def _climb(self) -> None:
+        record = self.record
+        if record.step_s is None and record.budget_hours is not None:
+            self._launch([record.arms[0][0]], record.least_steps)
+            self._measure()
+        if not record.ladder:
+            self._choose()
+        alive = record.rungs[-1]["kept"] if record.rungs else list(range(len(record.arms)))
+        for place in range(len(record.rungs), len(record.ladder)):
+            steps, _ = record.ladder[place]
+            alive = self._affordable(alive, place)
+            if not alive:
+                record.state = "out of budget"
+                break
+            self._launch([job for arm in alive for job in record.arms[arm]], steps)
+            self._measure()
+            scores = [self._score(arm, steps) if arm in alive else None for arm in range(len(record.arms))]
+            keep = record.ladder[place + 1][1] if place + 1 < len(record.ladder) else len(alive)
+            alive = best_arms(scores, keep)
+            by_arm = {str(arm): score for arm, score in enumerate(scores) if score is not None}
+            record.rungs.append({"steps": steps, "scores": by_arm, "kept": alive, "spent_hours": self._spent() / 3600})
+            record.write(self.folder)
+            print(f"rung {place + 1} of {len(record.ladder)}, step {steps}: arms {alive} go on", flush=True)
+            if not alive:
+                break
+        else:
+            record.state = "finished"
+        record.write(self.folder)
+
+    def _choose(self) -> None:
+        record = self.record
+        try:
+            record.ladder = choose_ladder(record)
+        except ValueError as least:
+            raise ConfigError(
+                f"sweep.budget_hours={self.budget_hours}: with {record.step_s:.3g} s a step and {record.start_s:.3g} s "
+                f"beside them a job, {len(record.arms)} arms need {least} hours; raise it, or sweep fewer values"
+            ) from None
+        record.write(self.folder)
+        rungs = ", ".join(f"{arms} arms to step {steps}" for steps, arms in record.ladder)
+        about = f", about {record.seconds(record.ladder) / 3600:.2f} hours of jobs" if record.step_s is not None else ""
+        print(f"halving: {rungs}{about}", flush=True)
+
+    def _affordable(self, alive: list[int], place: int) -> list[int]:
+        """Those of the arms that the rest of the budget pays for in a rung; without a budget all."""
+        record = self.record
+        if record.budget_hours is None or place == 0:
+            return alive
+        made = record.ladder[place - 1][0]
+        one = record.seconds([(record.ladder[place][0] - made, 1)])
+        return alive[: int((3600 * record.budget_hours - self._spent()) / one)]
+
+    def _launch(self, jobs: list[int], steps: int) -> None:
+        """Let jobs go on up to a step, but for those that stand there already."""
+        jobs = [job for job in jobs if not self._stands_at(job, steps)]
+        if not jobs:
+            return
+        own = [f"until_step={steps}", "resume=auto"]
+        # The folder by its name, since the launcher numbers the jobs of each rung anew.
+        points = [[*self.points[job], *own, f"hydra.sweep.subdir='{self.folders[job].name}'"] for job in jobs]
+        for job, done in zip(jobs, self.launcher.launch(points, initial_job_idx=0), strict=True):
+            self.returns[job] = done
+
+    def _stands_at(self, job: int, steps: int) -> bool:
+        run = RunFolder(self.folders[job])
+        if steps == self.record.total_steps:
+            return run.finished()
+        return run.status().get("step") == steps and self._accuracy(run, steps) is not None
+
+    def _accuracy(self, run: RunFolder, steps: int) -> float | None:
+        return next((each["accuracy"] for each in run.evaluations().values() if each["step"] == steps), None)
+
+    def _score(self, arm: int, steps: int) -> float | None:
+        """Held-out accuracy, or else the reward of the last tenth of the steps: a mean over the jobs that got there."""
+        scores = []
+        for job in self.record.arms[arm]:
+            run = RunFolder(self.folders[job])
+            rows = run.metrics(up_to_step=steps)
+            if len(rows) == steps:
+                accuracy = self._accuracy(run, steps)
+                tenth = rows[-max(1, steps // 10) :]
+                scores.append(accuracy if accuracy is not None else statistics.fmean(row["reward"] for row in tenth))
+        return statistics.fmean(scores) if scores else None
+
+    def _measure(self) -> None:
+        """What a step and the rest of a job take, from all that has run."""
+        steps, rest = [], []
+        for folder in self.folders:
+            run = RunFolder(folder)
+            times = [row["step_time"] for row in run.metrics()]
+            if times and run.status().get("seconds"):
+                steps += times
+                rest.append((run.status()["seconds"] - sum(times)) / max(1, len(run.launches())))
+        if steps:
+            self.record.step_s, self.record.start_s = statistics.fmean(steps), max(0.0, statistics.fmean(rest))
+            self.record.write(self.folder)
+
+    def _spent(self) -> float:
+        """Seconds that jobs have taken so far."""
+        return sum(RunFolder(folder).status().get("seconds", 0.0) for folder in self.folders)
+
+    def _composed(self, number: int) -> Any:
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, self.points[number])
+        with open_dict(config):
+            config.hydra.job.num = config.hydra.job.id = number
+        return config
+
+    def _job_folder(self, number: int) -> Path:
+        return self.folder / self._composed(number).hydra.sweep.subdir

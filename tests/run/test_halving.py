@@ -1,0 +1,124 @@
+"""The sweep with a budget: its arithmetic, and that its runs are those that never stopped."""
+
+import json
+
+import pytest
+
+from grpo.run.halving import Record, best_arms, choose_ladder, ladder, seconds
+from grpo.run.sweep import SweepFolder
+from tests.run.test_sweep import QUICK
+from tests.runs import launch, rows
+
+
+def test_ladders_worked_out_by_hand():
+    assert ladder(90, 9, 3, 10) == [(10, 9), (30, 3), (90, 1)]
+    assert ladder(100, 4, 3, 20) == [(20, 4), (100, 1)]  # one arm is left: it makes all that remain
+    assert ladder(100, 9, 3, 50) == [(50, 9), (100, 3)]
+    assert ladder(100, 9, 3, 100) == [(100, 9)]  # the full sweep
+    # 9 jobs of 10 steps, 3 of 20 more, 1 of 60 more, two seconds a step, and thirteen starts of five.
+    assert seconds(ladder(90, 9, 3, 10), 1, 2.0, 5.0) == 2 * (90 + 60 + 60) + 13 * 5
+    assert seconds([(10, 2)], 3, 2.0, 5.0) == 2 * 3 * 25
+
+
+def record(budget_hours, arms=9):
+    return Record(90, [[n] for n in range(arms)], 3, budget_hours, step_s=36.0, start_s=0.0)
+
+
+def test_the_first_rung_is_as_long_as_the_budget_pays_for():
+    assert choose_ladder(record(None)) == [(10, 9), (30, 3), (90, 1)]
+    assert choose_ladder(record(8.1)) == [(90, 9)]  # 9 * 90 steps of 36 s
+    chosen = choose_ladder(record(3.0))
+    longer = ladder(90, 9, 3, chosen[0][0] + 1)
+    assert record(3.0).seconds(chosen) <= 3 * 3600 < record(3.0).seconds(longer)
+    with pytest.raises(ValueError, match=r"^\d"):
+        choose_ladder(record(0.2))
+
+
+def test_the_best_arms_are_kept_and_those_without_a_score_are_out():
+    assert best_arms([0.2, None, 0.7, 0.7, 0.1], 2) == [2, 3]
+    assert best_arms([None, 0.5], 2) == [1]
+
+
+HALVING = [
+    "hydra/sweeper=halving",
+    "hydra/launcher=basic",
+    *(each for each in QUICK if each != "eval.after=false"),
+    "eval.max_problems=60",
+    "grpo.num_steps=4",
+    "grpo.batch_size=8",
+    "grpo.num_generations=8",
+    "sweep.eta=2",
+    "optimizer.lr=0,0.00001,0.0005,0.0001",
+]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A sweep by halving that nothing stopped, and its jobs as runs of their own."""
+    cwd = tmp_path_factory.mktemp("halving")
+    done = launch("-m", *HALVING, "sweep_dir=sweep", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd, done
+
+
+def assert_equal(run_dir, other):
+    """Every metric, and every byte of what is saved last, the checkpoint and the final model."""
+    assert rows(run_dir) == rows(other)
+    for pattern in ("checkpoints/*/*.safetensors", "final_model/*.safetensors"):
+        files = sorted(run_dir.glob(pattern))
+        assert [file.relative_to(run_dir) for file in files] == [
+            f.relative_to(other) for f in sorted(other.glob(pattern))
+        ]
+        assert all(file.read_bytes() == (other / file.relative_to(run_dir)).read_bytes() for file in files)
+    assert list(run_dir.glob("checkpoints/*/model.safetensors"))
+
+
+def test_arms_stop_early_and_the_best_one_is_the_run_that_it_would_have_been(straight):
+    cwd, done = straight
+    halving = json.loads((cwd / "sweep" / "halving.json").read_text())
+    assert halving["ladder"] == [[1, 4], [2, 2], [4, 1]]
+    assert [len(rung["kept"]) for rung in halving["rungs"]] == [2, 1, 1]
+    (best,) = halving["rungs"][-1]["kept"]
+    jobs = SweepFolder(cwd / "sweep").jobs()
+    assert [job["state"] for job in jobs].count("stopped early") == 3
+    assert jobs[best]["state"] == "finished"
+    assert sorted(len(rows(cwd / "sweep" / job["folder"])) for job in jobs) == [1, 1, 2, 4]
+    assert SweepFolder(cwd / "sweep").record()["state"] == "finished"
+    whole = [each for each in HALVING if not each.startswith(("hydra/", "optimizer.lr"))]
+    alone = launch(*whole, jobs[best]["overrides"][0], "run_dir=alone", cwd=cwd)
+    assert alone.returncode == 0, alone.stderr
+    assert_equal(cwd / "sweep" / jobs[best]["folder"], cwd / "alone")
+    assert (cwd / "alone" / "final_model").exists()
+    page = (cwd / "sweep" / "report.html").read_text()
+    assert "What the budget bought" in page
+    assert "go on     python launch.py -m" not in done.stdout
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_decisions(straight):
+    cwd, _ = straight
+    fault = ("grpo.trainer.problems_of_step", "6", "kill")  # of 8 steps in all: in the second rung
+    assert launch("-m", *HALVING, "sweep_dir=killed", cwd=cwd, fault=fault).returncode == -9
+    again = launch("-m", *HALVING, "sweep_dir=killed", "resume=true", cwd=cwd)
+    assert again.returncode == 0, again.stderr
+    one, other = (json.loads((cwd / name / "halving.json").read_text())["rungs"] for name in ("sweep", "killed"))
+    assert [(rung["steps"], rung["scores"], rung["kept"]) for rung in one] == [
+        (rung["steps"], rung["scores"], rung["kept"]) for rung in other
+    ]
+    for job in SweepFolder(cwd / "sweep").jobs():
+        assert_equal(cwd / "killed" / job["folder"], cwd / "sweep" / job["folder"])
+
+
+def test_a_budget_that_is_too_small_is_refused_with_the_least_one_and_a_larger_one_goes_on(tmp_path):
+    command = ["-m", *HALVING, "sweep_dir=sweep", "grpo.batch_size=2", "grpo.num_generations=4"]
+    refused = launch(*command, "sweep.budget_hours=0.0001", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "hours; raise it, or sweep fewer values" in refused.stderr
+    more = launch(*command, "sweep.budget_hours=1", "resume=true", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    halving = json.loads((tmp_path / "sweep" / "halving.json").read_text())
+    assert (halving["ladder"], halving["state"]) == ([[4, 4]], "finished")  # enough for all to the end
+
+
+def test_arms_of_unequal_steps_are_not_compared(tmp_path):
+    refused = launch("-m", *HALVING, "grpo.num_steps=2,4", cwd=tmp_path)
+    assert (refused.returncode, "leave grpo.num_steps out" in refused.stderr) == (2, True)
