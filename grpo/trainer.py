@@ -23,6 +23,7 @@ from grpo.algorithm.step import (
     apply_gradient,
     learning_rate,
 )
+from grpo.analysis.doctor import Doctor
 from grpo.config import to_dict
 from grpo.data.prompts import problems_of_step
 from grpo.engine.hardware import peak_memory_gb
@@ -90,6 +91,9 @@ def train(run: Run) -> None:
             for step in range(trainer.state.step + 1, until + 1):
                 done = trainer.step(step)
                 trainer.record(run, tracker, saver, done)
+                for finding in trainer.doctor.look(done.row):
+                    console.print(f"doctor: {finding.text}", style="yellow", soft_wrap=True)
+                    tracker.alert(finding.rule, f"step {finding.step}: {finding.text}")
                 display.update(done.row)
                 run.stop.leave_if_asked()
             if until < trainer.total_steps:
@@ -142,6 +146,7 @@ class Trainer:
         self.state = TrainerState()
         self.loss_scale = LossScale() if dtype == torch.float16 else None
         self.cut = setup.cut(self.state.reduced)
+        self.doctor = Doctor()
         self._step_started = 0.0
         self._step_seconds = math.inf  # what the last step took; unknown before the first
         self._interruptible = False  # whether what goes on could be dropped, since the policy has not moved in it
@@ -356,6 +361,11 @@ class Trainer:
                 f"{run.folder.metrics_file} lacks rows of the {self.state.step} steps that {latest} stands for; to "
                 "make steps again, move that checkpoint away"
             )
+        made = run.folder.evaluations()
+        for result in sorted((made[name] for name in self.evaluations(run)), key=lambda each: each["step"]):
+            self.doctor.evaluated(result["step"], result["accuracy"], result["n"])
+        for row in rows:  # what there was to say of these has been said
+            self.doctor.look(row)
         return rows
 
     def load(self, checkpoint: Path) -> None:
@@ -381,6 +391,7 @@ class Trainer:
         result = evaluate(self.worker, self.setup, self.cut, self.state.step)
         run.folder.write_evaluation(name, result)
         tracker.log_evaluation(name, self.state.step, evaluation_metrics(result))
+        self.doctor.evaluated(result["step"], result["accuracy"], result["n"])
         return result
 
     def evaluations(self, run: Run) -> dict[str, dict[str, Any]]:

@@ -85,6 +85,10 @@ class Tracker:
         self.log({**history, "step": max(step, self._open_step)})
         self.set_summary({f"eval/{name}/{key}": value for key, value in values.items()})
 
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert, which W&B passes on by mail or chat as the user has set it up there."""
+        self._do("an alert", lambda: self._run.alert(title=title, text=text, level="WARN"))
+
     def set_summary(self, values: Mapping[str, Any]) -> None:
         """Set values of the run as a whole."""
         self._do("writing the summary", lambda: self._run.summary.update(dict(values)))

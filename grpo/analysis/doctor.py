@@ -1,0 +1,200 @@
+"""The run doctor: plain rules over a run's metrics that say what is wrong and what to change.
+
+Each rule is a function of the rows so far that returns a sentence where it applies, else None. Names are those of the
+default components where a rule is about correctness and format; for other rewards those rules keep still.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median, stdev
+from typing import Any
+
+Row = Mapping[str, Any]
+MAXIMA = {"correctness": 2.0, "format": 0.8}  # of the default components
+MOST_ROWS = 200  # that a rule looks back over
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a rule found, at the step where it first applied."""
+
+    rule: str
+    step: int
+    text: str  # what is wrong, and what to change
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A held-out evaluation in training."""
+
+    step: int
+    accuracy: float  # 0 to 1
+    n: int  # problems
+
+
+class Doctor:
+    """Looks at a run row by row, and says each thing once."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.first: list[Row] = []  # the first ten rows, for what falls
+        self.evaluations: list[Evaluation] = []
+        self._said: set[str] = set()
+
+    def evaluated(self, step: int, accuracy: float, n: int) -> None:
+        """Take note of an evaluation in training."""
+        self.evaluations.append(Evaluation(step, accuracy, n))
+
+    def look(self, row: Row) -> list[Finding]:
+        """What is new with this row."""
+        self.rows = [*self.rows[1 - MOST_ROWS :], row]
+        self.first = [*self.first, row][:10]
+        found = []
+        for rule in RULES:
+            text = rule(self) if rule.__name__ not in self._said else None
+            if text is not None:
+                self._said.add(rule.__name__)
+                found.append(Finding(rule.__name__, row["step"], text))
+        return found
+
+    def last(self, name: str, count: int, before: int = 0) -> list[float]:
+        """The finite values of a metric in the last `count` rows, or in those that end `before` rows ago."""
+        return _values(self.rows[: len(self.rows) - before][-count:], name)
+
+
+def examine(rows: Sequence[Row], evaluations: Sequence[Evaluation] = ()) -> list[Finding]:
+    """Everything that the doctor would have said in the course of a run."""
+    doctor, found = Doctor(), []
+    for row in rows:
+        for evaluation in evaluations:
+            if evaluation.step == row["step"]:
+                doctor.evaluated(evaluation.step, evaluation.accuracy, evaluation.n)
+        found += doctor.look(row)
+    return found
+
+
+def equal_groups(doctor: Doctor) -> str | None:
+    """Every group of ten steps has equal rewards, so every advantage is zero; unless all is right already."""
+    shares = doctor.last("frac_reward_zero_std", 10)
+    if len(shares) < 10 or min(shares) < 1 or _at_the_top(doctor):
+        return None
+    return (
+        "all completions of each group have earned the same for 10 steps, so nothing is learned: take problems of "
+        "medium difficulty, raise grpo.num_generations or rollout.temperature"
+    )
+
+
+def cut_completions(doctor: Doctor) -> str | None:
+    """Most completions of ten steps were cut at the limit."""
+    shares = doctor.last("completions/clipped_ratio", 10)
+    if len(shares) < 10 or fmean(shares) <= 0.5:
+        return None
+    return (
+        f"{fmean(shares):.0%} of the completions of 10 steps were cut before their end, and earn what a beginning "
+        "earns: raise grpo.max_completion_length, or ask for shorter ones in data.system_prompt"
+    )
+
+
+def format_without_correctness(doctor: Doctor) -> str | None:
+    """The format is nearly always right for twenty steps, and correctness has not moved since the twenty before."""
+    formats = doctor.last("rewards/format/mean", 20)
+    now, before = (doctor.last("rewards/correctness/mean", 20, gap) for gap in (0, 20))
+    if min(len(formats), len(now), len(before)) < 20 or fmean(formats) < 0.9 * MAXIMA["format"] or _at_the_top(doctor):
+        return None
+    if fmean(now) - fmean(before) > 2 * math.hypot(stdev(now), stdev(before)) / math.sqrt(20):
+        return None
+    return (
+        "format is full and correctness has stood still for 40 steps: the easy reward is learned and the other is "
+        "not; lower reward.components.format.weight, raise optimizer.lr, or take easier problems"
+    )
+
+
+def kl_runaway(doctor: Doctor) -> str | None:
+    """The policy is far from the reference and moves away fast."""
+    now, before = doctor.last("kl", 5), doctor.last("kl", 20, 5)
+    if len(now) < 5 or len(before) < 10 or fmean(now) < 0.5 or fmean(now) < 3 * fmean(before):
+        return None
+    return (
+        f"KL to the reference is {fmean(now):.2g} nats a token, three times and more what it was 20 steps before: "
+        "lower optimizer.lr or grpo.max_grad_norm, or raise grpo.beta"
+    )
+
+
+def entropy_collapse(doctor: Doctor) -> str | None:
+    """Sampling has hardly any choice left, and groups hardly differ, while rewards are not at their top."""
+    now, start = doctor.last("entropy", 10), _values(doctor.first, "entropy")
+    equal = doctor.last("frac_reward_zero_std", 10)
+    if len(doctor.rows) < 20 or min(len(now), len(start), len(equal)) < 10 or _at_the_top(doctor):
+        return None
+    if fmean(now) > 0.1 * fmean(start) or fmean(equal) < 0.5:
+        return None
+    return (
+        f"entropy fell from {fmean(start):.2g} to {fmean(now):.2g} nats a token and {fmean(equal):.0%} of the groups "
+        "are equal: nothing new is tried; go back to an earlier checkpoint with a lower optimizer.lr, or raise "
+        "grpo.beta or rollout.temperature"
+    )
+
+
+def gradient_spikes(doctor: Doctor) -> str | None:
+    """Three of twenty gradients were ten times the usual."""
+    norms, usual = doctor.last("grad_norm", 20), doctor.last("grad_norm", 100)
+    if len(usual) < 20:
+        return None
+    spikes = sum(norm > 10 * median(usual) for norm in norms)
+    if spikes < 3:
+        return None
+    return (
+        f"{spikes} of the last 20 gradients were over ten times the usual {median(usual):.2g}: lower "
+        "grpo.max_grad_norm towards the usual, or optimizer.lr"
+    )
+
+
+def held_out_falls(doctor: Doctor) -> str | None:
+    """Reward goes up while held-out accuracy is below its best by more than its noise."""
+    if len(doctor.evaluations) < 2:
+        return None
+    last, best = doctor.evaluations[-1], max(doctor.evaluations[:-1], key=lambda each: each.accuracy)
+    noise = math.sqrt(sum(each.accuracy * (1 - each.accuracy) / each.n for each in (last, best)))
+    if best.accuracy - last.accuracy <= 2 * noise:
+        return None
+    at_best = _values([row for row in doctor.rows if best.step - 10 < row["step"] <= best.step], "reward")
+    now = doctor.last("reward", 10)
+    if not at_best or not now or fmean(now) <= fmean(at_best):
+        return None
+    return (
+        f"reward is higher than at step {best.step}, but held-out accuracy fell from {best.accuracy:.1%} to "
+        f"{last.accuracy:.1%}: the reward is gamed or the training problems are learned by heart; look at the "
+        "completions, and take checkpoints/best"
+    )
+
+
+def skipped_updates(doctor: Doctor) -> str | None:
+    """Losses or gradients were not finite."""
+    skipped = sum(row.get("loss") is None or row.get("grad_norm") is None for row in doctor.rows[-20:])
+    if skipped < 2:
+        return None
+    return f"{skipped} of the last 20 updates were not finite and were not made: lower optimizer.lr"
+
+
+RULES: tuple[Callable[[Doctor], str | None], ...] = (
+    equal_groups,
+    cut_completions,
+    format_without_correctness,
+    kl_runaway,
+    entropy_collapse,
+    gradient_spikes,
+    held_out_falls,
+    skipped_updates,
+)
+
+
+def _at_the_top(doctor: Doctor) -> bool:
+    """Whether the correctness of the default reward is so high that little is left to learn."""
+    correct = doctor.last("rewards/correctness/mean", 10)
+    return bool(correct) and fmean(correct) >= 0.9 * MAXIMA["correctness"]
+
+
+def _values(rows: Sequence[Row], name: str) -> list[float]:
+    values = (row.get(name) for row in rows)
+    return [value for value in values if value is not None and math.isfinite(value)]

@@ -1,0 +1,128 @@
+"""Each rule with a course of metrics that shows it, and with one beside it that does not."""
+
+import random
+
+import pytest
+
+from grpo.analysis.doctor import RULES, Evaluation, examine
+from tests.run.test_sweep import QUICK
+from tests.runs import launch, rows
+
+
+def course(steps=60, **metrics):
+    """Rows of a healthy run, with these metrics as given: a value, or a function of the step."""
+    luck = random.Random(0)
+    healthy = {
+        "frac_reward_zero_std": 0.2,
+        "completions/clipped_ratio": 0.02,
+        "rewards/format/mean": lambda step: min(0.78, 0.4 + 0.02 * step),
+        "rewards/correctness/mean": lambda step: 0.6 + 0.01 * step + luck.uniform(-0.05, 0.05),
+        "reward": lambda step: 1.0 + 0.02 * step,
+        "kl": lambda step: 0.001 * step,
+        "entropy": lambda step: 0.5 - 0.004 * step,
+        "grad_norm": lambda step: luck.uniform(0.1, 0.3),
+        "loss": 0.0,
+    }
+    return [
+        {"step": step} | {k.replace("__", "/"): v(step) if callable(v) else v for k, v in (healthy | metrics).items()}
+        for step in range(1, steps + 1)
+    ]
+
+
+def flat(around):
+    luck = random.Random(1)
+    return lambda step: around + luck.uniform(-0.05, 0.05)
+
+
+# For each rule: a course that shows it, the step where, and one or more that are close to it but well.
+CASES = {
+    "equal_groups": (
+        course(frac_reward_zero_std=lambda step: 1.0 if step > 20 else 0.5),
+        30,
+        [
+            course(frac_reward_zero_std=lambda step: 0.9),
+            course(frac_reward_zero_std=1.0, **{"rewards/correctness/mean": 1.98}),
+            course(steps=9, frac_reward_zero_std=1.0),
+        ],
+    ),
+    "cut_completions": (
+        course(**{"completions/clipped_ratio": lambda step: 0.8 if step > 10 else 0.1}),
+        16,  # 6 of 10 steps at 0.8 and 4 at 0.1 make 0.52; 5 and 5 make 0.45
+        [course(**{"completions/clipped_ratio": 0.45})],
+    ),
+    "format_without_correctness": (
+        course(**{"rewards/format/mean": 0.79, "rewards/correctness/mean": flat(0.5)}),
+        40,
+        [
+            course(**{"rewards/format/mean": 0.5, "rewards/correctness/mean": flat(0.5)}),
+            course(**{"rewards/format/mean": 0.79}),
+            course(**{"rewards/format/mean": 0.79, "rewards/correctness/mean": flat(1.95)}),
+        ],
+    ),
+    "kl_runaway": (
+        course(kl=lambda step: 0.01 * 1.12**step),
+        None,
+        [course(kl=lambda step: 0.02 * step), course(kl=lambda step: 0.001 * 1.12 ** min(step, 40))],
+    ),
+    "entropy_collapse": (
+        course(entropy=lambda step: 0.5 * 0.9**step, frac_reward_zero_std=0.7),
+        None,
+        [
+            course(entropy=lambda step: 0.5 * 0.9**step),
+            course(entropy=lambda step: 0.5 * 0.97**step, frac_reward_zero_std=0.7),
+            course(
+                entropy=lambda step: 0.5 * 0.9**step, frac_reward_zero_std=0.9, **{"rewards/correctness/mean": 1.95}
+            ),
+        ],
+    ),
+    "gradient_spikes": (
+        course(grad_norm=lambda step: 9.0 if step in (30, 35, 40) else 0.2),
+        40,
+        [course(grad_norm=lambda step: 9.0 if step in (30, 35) else 0.2), course(grad_norm=lambda step: 0.02 * step)],
+    ),
+    "skipped_updates": (
+        course(loss=lambda step: None if step in (12, 20) else 0.0),
+        20,
+        [course(loss=lambda step: None if step == 12 else 0.0), course(loss=lambda s: None if s in (5, 40) else 0.0)],
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_a_rule_speaks_where_it_should_once_and_keeps_still_beside_it(rule):
+    ill, step, well = CASES[rule]
+    (found,) = [finding for finding in examine(ill) if finding.rule == rule]
+    assert step is None or found.step == step
+    assert any(key in found.text for key in ("grpo.", "optimizer.", "reward.", "data."))  # what to change
+    for each in well:
+        assert rule not in [finding.rule for finding in examine(each)]
+
+
+def test_a_rising_reward_with_falling_accuracy_is_told_from_noise():
+    falling = [Evaluation(20, 0.60, 400), Evaluation(40, 0.48, 400)]
+    (found,) = examine(course(), falling)
+    assert (found.rule, found.step) == ("held_out_falls", 40)
+    assert "from 60.0% to 48.0%" in found.text
+    assert examine(course(), [Evaluation(20, 0.60, 400), Evaluation(40, 0.56, 400)]) == []  # within its noise
+    assert examine(course(reward=lambda step: 3.0 - 0.02 * step), falling) == []  # reward falls as well
+
+
+def test_every_rule_has_its_case():
+    assert {rule.__name__ for rule in RULES} == {*CASES, "held_out_falls"}
+
+
+def test_a_healthy_run_is_left_in_peace_and_so_are_rewards_of_other_names():
+    assert examine(course(steps=200)) == []
+    other = [{k.replace("correctness", "judge"): v for k, v in row.items()} for row in course(steps=200)]
+    assert examine(other) == []
+
+
+def test_in_a_run_it_speaks_when_it_happens_and_once_over_a_stop(tmp_path):
+    command = [*QUICK, "grpo.max_completion_length=6", "run_dir=run", "checkpoint.every=1", "grpo.num_steps=14"]
+    first = launch(*command, "until_step=12", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.count("doctor: ") == 1
+    assert "raise grpo.max_completion_length" in first.stdout
+    assert "stopped after step 12, as asked; go on with: python launch.py resume=true run_dir=run" in first.stdout
+    again = launch("resume=true", "run_dir=run", cwd=tmp_path)
+    assert (again.returncode, again.stdout.count("doctor: "), len(rows(tmp_path / "run"))) == (0, 0, 14)
