@@ -24,7 +24,7 @@ from grpo.algorithm.step import (
     learning_rate,
 )
 from grpo.analysis.doctor import Doctor
-from grpo.config import to_dict
+from grpo.config import first_line, to_dict
 from grpo.data.prompts import problems_of_step
 from grpo.engine.hardware import peak_memory_gb
 from grpo.engine.lora import switch_adapter
@@ -415,7 +415,7 @@ class Trainer:
 
     def finish(self, run: Run, tracker: Tracker, console: Console) -> None:
         """Evaluate, save the model, draw the charts, and say what to do next."""
-        from grpo.analysis.charts import write_charts  # here, since matplotlib takes a second to import
+        from grpo.analysis.run_report import write_run_report  # here, since matplotlib takes a second to import
 
         after = run.folder.evaluation("after")
         if self.config.eval.after and (after is None or after["step"] != self.state.step):
@@ -423,7 +423,11 @@ class Trainer:
         run.folder.save_final_model(self.setup.save_policy(self.policy), self.setup.tokenizer.save_pretrained)
         run.folder.update_status(state="finished")
         run.stop.ignored_from_here()
-        write_charts(run.folder.path)
+        try:
+            write_run_report(run.folder.path)
+        except Exception as error:  # the run has finished, and this can be made again
+            command = f"python -m grpo report run_dir={run.folder.path}"
+            logger.warning("no report (%s: %s); try again: %s", type(error).__name__, first_line(error), command)
         evaluations = {name: run.folder.evaluation(name) for name in ("before", "after")}
         if any(evaluations.values()):
             console.print(closing_table(evaluations))

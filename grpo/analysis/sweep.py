@@ -1,5 +1,6 @@
 """What a sweep shows: its jobs as a table, its arms, and what each swept key changes."""
 
+import functools
 import shlex
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
@@ -8,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from grpo.analysis.effects import Estimate, crossed_mean
-from grpo.analysis.load import component_columns, finite_values, load_metrics, read_evaluations
+from grpo.analysis.load import component_columns, finite_values, load_metrics, load_runs, read_evaluations
 from grpo.analysis.summary import wilson_interval
 from grpo.run.sweep import SweepFolder
 
@@ -68,7 +69,11 @@ class Sweep:
 
     def metrics(self, job: int) -> pd.DataFrame:
         """The metrics of a job, one row a step."""
-        return load_metrics(self.folder.path / self.jobs.loc[job, "folder"])
+        return self._steps[self._steps["run"] == self.jobs.loc[job, "folder"]]
+
+    @functools.cached_property
+    def _steps(self) -> pd.DataFrame:
+        return load_runs(self.folder.path)
 
     def label(self, arm: Arm) -> str:
         """An arm as its overrides."""

@@ -1,21 +1,30 @@
-"""The report of a sweep, as one HTML file that opens anywhere.
+"""The report of a sweep or of a run, as one HTML file that opens anywhere.
 
 python -m grpo report sweep_dir=outputs/sweeps/...       into its report.html and sweep.csv
+python -m grpo report run_dir=outputs/...                into its report.html
 """
 
-from grpo.commands._common import own_arguments
+from grpo.commands._common import own_arguments, run_folder_of
 from grpo.config import ConfigError
 
 
 def main(arguments: list[str]) -> None:
     """Write the report and print where it is."""
-    own, overrides = own_arguments(arguments, ["sweep_dir"])
+    own, overrides = own_arguments(arguments, ["run_dir", "sweep_dir"])
     if overrides or len(own) != 1:
         raise ConfigError("report takes one of sweep_dir=outputs/sweeps/... and run_dir=outputs/...")
-    from grpo.analysis.sweep_report import write_sweep_report
-
     try:
-        files, headline = write_sweep_report(own["sweep_dir"].rstrip("/"))
+        print("\n".join(_report(own)))
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    print("\n".join([headline, *map(str, files)]))
+
+
+def _report(own: dict[str, str]) -> list[str]:
+    if "sweep_dir" in own:
+        from grpo.analysis.sweep_report import write_sweep_report
+
+        files, headline = write_sweep_report(own["sweep_dir"].rstrip("/"))
+        return [headline, *map(str, files)]
+    from grpo.analysis.run_report import write_run_report
+
+    return [str(write_run_report(run_folder_of([f"run_dir={own['run_dir']}"]).path))]

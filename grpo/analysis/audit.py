@@ -1,0 +1,90 @@
+"""The reward audit: what the rewards of a run's sampled completions are like, and whether they are gamed."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from grpo.algorithm.math_xml import TAGS, extract_answer, parse_number, same_number
+
+_LAST_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+
+def load_samples(run_dir: str | Path) -> pd.DataFrame:
+    """Every completion in samples/ of a run, one row each, in the order of the steps; empty if there are none.
+
+    Columns: step, problem_id, prompt, completion, answer, rewards/<component>, reward, advantage, length (tokens).
+    """
+    files = sorted(Path(run_dir, "samples").glob("step_*.jsonl"))
+    frames = [pd.read_json(file, lines=True, dtype={"answer": str, "problem_id": str}) for file in files]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def components(samples: pd.DataFrame) -> list[str]:
+    """The names of the reward components."""
+    return [column.removeprefix("rewards/") for column in samples if column.startswith("rewards/")]
+
+
+def distribution(samples: pd.DataFrame, component: str) -> pd.DataFrame:
+    """How often a component gave each value: a row a value, or a range of many; a column the shares of a step."""
+    values = samples[f"rewards/{component}"].round(6)
+    if values.nunique() > 8:
+        values = pd.cut(values, 6, include_lowest=True).astype(str)
+    return pd.crosstab(values, samples["step"], normalize="columns")
+
+
+def agreement(samples: pd.DataFrame) -> pd.DataFrame:
+    """Strict against lenient correctness, by sampled step: shares of completions, which add up to 1.
+
+    Strict: the answer block is the reference, or the same number. Lenient: the last number anywhere in the text is.
+    `lenient only` is what was right and earned nothing: the format stands in the way. `strict only` is a right answer
+    block with other numbers after it.
+    """
+    strict = [_is(extract_answer(c), a) for c, a in zip(samples["completion"], samples["answer"], strict=True)]
+    lenient = [_is(_last_number(c), a) for c, a in zip(samples["completion"], samples["answer"], strict=True)]
+    names = {
+        (True, True): "both",
+        (True, False): "strict only",
+        (False, True): "lenient only",
+        (False, False): "neither",
+    }
+    kind = pd.Series([names[pair] for pair in zip(strict, lenient, strict=True)], index=samples.index)
+    return pd.crosstab(kind, samples["step"], normalize="columns").reindex(list(names.values()), fill_value=0.0)
+
+
+def signs_of_gaming(samples: pd.DataFrame) -> pd.DataFrame:
+    """By sampled step: shares of completions with repeated tags, text after the answer, several answers; tokens."""
+    text = samples["completion"]
+    table = pd.DataFrame(
+        {
+            "a tag more than once": text.map(lambda each: any(each.count(tag) > 1 for tag in TAGS)),
+            "text after the answer": text.map(lambda each: bool(_after_answer(each))),
+            "several different answers": text.map(lambda each: len(set(_answers(each))) > 1),
+            "tokens a completion": samples["length"].astype(float),
+        }
+    )
+    return table.groupby(samples["step"]).mean().T
+
+
+def extremes(samples: pd.DataFrame, count: int = 3) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The completions with the highest and with the lowest reward in the last sampled step, each text once."""
+    last = samples[samples["step"] == samples["step"].max()].drop_duplicates("completion")
+    ranked = last.sort_values("reward", ascending=False, kind="stable")
+    return ranked.head(count), ranked.tail(count).iloc[::-1]
+
+
+def _is(answer: str | None, reference: str) -> bool:
+    return answer is not None and (answer == reference.strip() or same_number(answer, reference))
+
+
+def _last_number(text: str) -> str | None:
+    found = _LAST_NUMBER.findall(text)
+    return found[-1] if found and parse_number(found[-1]) is not None else None
+
+
+def _after_answer(text: str) -> str:
+    return text.rpartition("</answer>")[2].strip() if "</answer>" in text else ""
+
+
+def _answers(text: str) -> list[str]:
+    return [each.strip() for each in re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)]

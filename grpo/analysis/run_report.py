@@ -1,0 +1,95 @@
+"""The report of one run: report.html, one file that needs no network."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from grpo.analysis import audit
+from grpo.analysis.charts import write_charts
+from grpo.analysis.doctor import Evaluation, examine
+from grpo.analysis.load import read_config, read_evaluations
+from grpo.analysis.page import render
+from grpo.analysis.summary import summarize
+from grpo.run.folder import RunFolder
+
+CHARTS = ("reward", "loss", "output_length", "loss_vs_reward", "training_progress")
+SHOWN_STEPS = 12  # sampled steps whose completions are in the page, from the first to the last
+SHOWN_GROUPS = 3  # of each, whole groups of one problem
+
+
+def write_run_report(run_dir: str | Path) -> Path:
+    """Write report.html into a run's folder and return its path, with its charts drawn anew.
+
+    Raises FileNotFoundError if it is no run folder, ValueError if it has no completed step or is broken.
+    """
+    run_dir = Path(run_dir)
+    write_charts(run_dir)
+    file = run_dir / "report.html"
+    file.write_text(render("run.html", **content(run_dir)), encoding="utf-8")
+    return file
+
+
+def content(run_dir: Path) -> dict[str, Any]:
+    """All that the page shows, by the names that its template uses."""
+    summary, samples = summarize(run_dir), audit.load_samples(run_dir)
+    charts = {name: base64.b64encode((run_dir / "plots" / f"{name}.png").read_bytes()).decode() for name in CHARTS}
+    return {
+        "title": f"Run {run_dir.resolve().name}",
+        "summary": summary,
+        "findings": examine(RunFolder(run_dir).metrics(), _evaluations(run_dir)),
+        "charts": charts,
+        "evaluations": summary["eval"],
+        "tables": _audit_tables(samples),
+        "extremes": _extremes(samples),
+        "steps": _completions(samples),
+        "components": audit.components(samples),
+        "config": yaml.safe_dump(read_config(run_dir), sort_keys=False, allow_unicode=True),
+    }
+
+
+def _evaluations(run_dir: Path) -> list[Evaluation]:
+    made = read_evaluations(run_dir).items()
+    return [Evaluation(e["step"], e["accuracy"], e["n"]) for name, e in made if name.startswith(("before", "step_"))]
+
+
+def _audit_tables(samples: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Title -> table with at most SHOWN_STEPS sampled steps as columns."""
+    if samples.empty:
+        return {}
+    few = samples[samples["step"].isin(_spread(sorted(samples["step"].unique())))]
+    tables = {
+        f"Values of {name}, share of completions": audit.distribution(few, name) for name in audit.components(few)
+    }
+    if {"answer", "completion"} <= set(few) and few["answer"].notna().all():
+        tables["Strict against lenient correctness, share of completions"] = audit.agreement(few)
+    return tables | {"Signs of gaming": audit.signs_of_gaming(few)}
+
+
+def _extremes(samples: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
+    if samples.empty:
+        return {}
+    top, bottom = audit.extremes(samples)
+    return {"Highest reward": top.to_dict("records"), "Lowest reward": bottom.to_dict("records")}
+
+
+def _completions(samples: pd.DataFrame) -> dict[int, list[list[dict[str, Any]]]]:
+    """Step -> groups of completions of one problem, for leafing through."""
+    if samples.empty:
+        return {}
+    return {
+        int(step): [
+            group.to_dict("records")
+            for _, group in list(samples[samples["step"] == step].groupby("problem_id", sort=False))[:SHOWN_GROUPS]
+        ]
+        for step in _spread(sorted(samples["step"].unique()))
+    }
+
+
+def _spread(steps: list[int]) -> list[int]:
+    """At most SHOWN_STEPS of the steps, evenly from the first to the last."""
+    if len(steps) <= SHOWN_STEPS:
+        return steps
+    return [steps[round(place * (len(steps) - 1) / (SHOWN_STEPS - 1))] for place in range(SHOWN_STEPS)]

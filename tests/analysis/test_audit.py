@@ -1,0 +1,75 @@
+import json
+
+import pandas as pd
+import pytest
+
+from grpo.analysis import audit
+
+RIGHT = "<reasoning>1+1</reasoning><answer>2</answer>"
+
+
+def sample(completion, step=10, answer="2", reward=1.0, **more):
+    return {"step": step, "problem_id": "p", "prompt": "1+1?", "completion": completion, "answer": answer} | {
+        "rewards/correctness": reward,
+        "reward": reward,
+        "advantage": 0.0,
+        "length": len(completion.split()),
+        **more,
+    }
+
+
+def test_samples_are_read_in_the_order_of_their_steps_with_answers_as_text(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for step, answer in ((20, "007"), (10, "1,234")):
+        row = json.dumps(sample(RIGHT, step=step, answer=answer))
+        (tmp_path / "samples" / f"step_{step:06d}.jsonl").write_text(row + "\n")
+    samples = audit.load_samples(tmp_path)
+    assert samples[["step", "answer"]].values.tolist() == [[10, "1,234"], [20, "007"]]
+    assert audit.components(samples) == ["correctness"]
+    assert audit.load_samples(tmp_path / "nowhere").empty
+
+
+@pytest.mark.parametrize(
+    ("completion", "kind"),
+    [
+        (RIGHT, "both"),
+        ("The answer is 2.", "lenient only"),
+        ("<answer>2</answer> or was it 3", "strict only"),
+        ("<answer>5</answer>", "neither"),
+        ("I do not know", "neither"),
+        ("1 and 1 make $2.00", "lenient only"),
+    ],
+)
+def test_strict_and_lenient_correctness(completion, kind):
+    table = audit.agreement(pd.DataFrame([sample(completion)]))
+    assert table[10].to_dict() == {"both": 0, "strict only": 0, "lenient only": 0, "neither": 0} | {kind: 1}
+
+
+def test_signs_of_gaming_are_shares_by_step():
+    rows = [
+        sample(RIGHT),
+        sample("<answer>1</answer><answer>2</answer>"),
+        sample("<answer>2</answer> and so on", step=20),
+        sample("<answer>2</answer><answer> 2 </answer>", step=20),
+    ]
+    table = audit.signs_of_gaming(pd.DataFrame(rows))
+    assert table[10].tolist()[:3] == [0.5, 0.0, 0.5]
+    assert table[20].tolist()[:3] == [0.5, 0.5, 0.0]
+    assert table.loc["tokens a completion"].tolist() == [1.0, 3.5]
+
+
+def test_the_distribution_is_of_values_or_of_ranges_where_there_are_many():
+    few = pd.DataFrame([sample(RIGHT, reward=value) for value in (0.0, 0.2 + 0.4, 0.6, 2.0)])
+    assert audit.distribution(few, "correctness")[10].to_dict() == {0.0: 0.25, 0.6: 0.5, 2.0: 0.25}
+    many = pd.DataFrame([sample(RIGHT, reward=value / 10) for value in range(50)])
+    table = audit.distribution(many, "correctness")
+    assert (len(table), table[10].sum()) == (6, pytest.approx(1))
+
+
+def test_extremes_are_of_the_last_step_and_each_text_once():
+    rows = [
+        sample("early", reward=9.0),
+        *(sample(t, step=20, reward=r) for t, r in (("a", 1), ("a", 1), ("b", 3), ("c", 2))),
+    ]
+    top, bottom = audit.extremes(pd.DataFrame(rows), count=2)
+    assert (top["completion"].tolist(), bottom["completion"].tolist()) == (["b", "c"], ["a", "c"])

@@ -1,0 +1,66 @@
+"""A run's report, of a real run, and in a real browser."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from matplotlib.image import imread
+
+from grpo.analysis.run_report import _spread, content, write_run_report
+from grpo.run.folder import RunFolder
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def test_a_finished_run_has_its_report_which_needs_nothing_else(finished_run):
+    text = (finished_run / "report.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)|@import|url\(""", text)
+    for heading in ("Doctor", "Before and after", "Charts", "Summary", "Config"):
+        assert f"<h2>{heading}</h2>" in text
+    assert text.count("data:image/png;base64,") == 5
+    assert "_target_: grpo.algorithm.loss.grpo_loss" in text
+
+
+def test_completions_are_there_with_what_they_earned_and_as_text(finished_run, tmp_path):
+    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+    row = {"step": 1, "problem_id": "p", "prompt": "1+1?", "completion": "<answer>2</answer>", "answer": "2"}
+    row |= {"rewards/correctness": 2.0, "rewards/format": 0.4, "reward": 2.4, "advantage": 0.5, "length": 7}
+    run.write_samples(1, [row, row | {"completion": "<script>alert(1)</script>", "reward": 0.0, "advantage": -0.5}])
+    text = write_run_report(run.path).read_text()
+    assert "&lt;answer&gt;2&lt;/answer&gt;" in text and "<script>" not in text
+    assert "advantage +0.50" in text
+    assert list(content(run.path)["tables"]) == [
+        "Values of correctness, share of completions",
+        "Values of format, share of completions",
+        "Strict against lenient correctness, share of completions",
+        "Signs of gaming",
+    ]
+
+
+def test_long_runs_are_sampled_from_the_first_step_to_the_last():
+    chosen = _spread(list(range(10, 1010, 10)))
+    assert (len(chosen), chosen[0], chosen[-1]) == (12, 10, 1000)
+    assert _spread([10, 20]) == [10, 20]
+
+
+def test_a_report_that_cannot_be_made_is_refused_in_a_line(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_run_report(tmp_path)
+    (tmp_path / "config.yaml").write_text("name: x\n")
+    with pytest.raises(ValueError, match="has no completed step"):
+        write_run_report(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_shows_it_without_a_network(finished_run, tmp_path):
+    picture = tmp_path / "page.png"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,3000"]
+    address = (finished_run / "report.html").resolve().as_uri()
+    dumped = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=120)
+    assert "Held-out accuracy" in dumped.stdout
+    subprocess.run([*command, f"--screenshot={picture}", address], capture_output=True, timeout=120, check=True)
+    pixels = imread(picture)
+    assert pixels.shape[:2] == (3000, 1100)
+    assert (pixels[:, :, :3].min(axis=2) < 0.5).mean() > 0.01  # there is writing on it
