@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.runs import launch
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "grpo.batch_size=4 grpo.num_generations=4 eval.max_problems=8 tracking=disabled"
 
@@ -25,7 +27,7 @@ def outputs(notebook):
 @pytest.fixture
 def working_copy(tmp_path):
     """The project as it lies there, so that what a notebook writes stays outside of it."""
-    for name in ("conf", "grpo", "notebooks", "launch.py", "pyproject.toml"):
+    for name in ("conf", "grpo", "hydra_plugins", "notebooks", "launch.py", "pyproject.toml"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     return tmp_path
@@ -47,11 +49,44 @@ def test_the_notebook_for_a_free_gpu_runs(working_copy, monkeypatch):
     assert "failed" not in said.lower()
     for expected in ("peak memory", "pre-flight", "held-out problems", "rewards/format/mean", "merged_model"):
         assert expected in said, expected
-    images = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
-    assert len(images) == 2
+    assert len(images(notebook)) == 2
     for run in ("notebook_quickstart", "notebook"):
         assert (working_copy / "outputs" / run / "final_model").exists()
     assert (working_copy / "outputs" / "notebook" / "merged_model" / "model.safetensors").exists()
+
+
+def executed(name, cwd, monkeypatch):
+    """A notebook run where `cwd` holds notebooks/ and outputs/."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells)
+    (cwd / "notebooks").mkdir()
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": cwd / "notebooks"}}).execute()
+    return notebook
+
+
+def images(notebook):
+    return [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+
+
+def test_the_notebook_of_a_run_shows_the_newest_one(tmp_path, monkeypatch):
+    small = [*SMALL.split(), "grpo.num_steps=3", "samples.every=1", "hardware.threads=1"]
+    assert launch("experiment=quickstart", *small, cwd=tmp_path).returncode == 0
+    notebook = executed("run.ipynb", tmp_path, monkeypatch)
+    said = outputs(notebook)
+    for expected in ("rewards/format", "before", "nothing wrong", "lenient only", "text after the answer", "---"):
+        assert expected in said, expected
+    assert len(images(notebook)) == 2
+
+
+def test_the_notebook_of_a_sweep_shows_the_newest_one(tmp_path, monkeypatch):
+    small = [*SMALL.split(), "grpo.num_steps=2", "hydra/launcher=basic", "grpo.beta=0,0.04", "seed=1,2"]
+    assert launch("-m", "experiment=quickstart", *small, cwd=tmp_path).returncode == 0
+    notebook = executed("sweep.ipynb", tmp_path, monkeypatch)
+    said = outputs(notebook)
+    for expected in ("0_grpo.beta_0_seed_1", "Best: grpo.beta=", "seed=3,4,5", "0 -> 0.04", "no difference shown"):
+        assert expected in said, expected
+    assert len(images(notebook)) == 2
 
 
 def test_what_the_notebook_asks_for_by_default_composes_to_qwen_with_lora():
