@@ -205,7 +205,7 @@ def fresh_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Co
     """Freeze the config of a new run, with the hardware resolved and everything checked again."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         sweep = SweepFolder(HydraConfig.get().sweep.dir)
-        own = of_keys(overrides, sweep.keys())
+        own = of_keys(overrides, sweep.swept)
         cfg.tracking.tags = list(dict.fromkeys([*cfg.tracking.tags, *(tag[:64] for tag in own)]))  # W&B's longest
         if cfg.tracking.group is None:
             cfg.tracking.group = sweep.path.name  # the arms of a sweep are one group in W&B

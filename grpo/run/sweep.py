@@ -68,7 +68,8 @@ class SweepFolder:
         file = self.path / "sweep.json"
         return json.loads(file.read_text()) if file.exists() else {}
 
-    def keys(self) -> list[str]:
+    @property
+    def swept(self) -> list[str]:
         """The keys that are swept."""
         return self.record().get("keys", [])
 
@@ -140,7 +141,7 @@ class SweepFolder:
         states = {job["state"] for job in jobs} - {"stopped early"}
         state = next((each for each in ("failed", "interrupted") if each in states), "interrupted")
         self.update("finished" if states == {"finished"} else state)
-        Console().print(_table(jobs, self.keys()))
+        Console().print(_table(jobs, self.swept))
         for job in jobs:
             if job["state"] == "failed":
                 print(f"job {job['job']} failed: {job['error']}")

@@ -1,0 +1,134 @@
+"""The saved view of this project in Weights & Biases: its panels, in the order in which one looks at a run.
+
+python -m grpo dashboard run_dir=outputs/...             the project and reward components of a run
+python -m grpo dashboard sweep_dir=outputs/sweeps/...    one curve an arm of a sweep, the mean over its seeds
+python -m grpo dashboard project=grpo entity=NAME        by name
+It needs `pip install -e ".[dashboard]"` and `wandb login`. Without an account: wandb leet RUN_DIR/wandb/offline-run-...
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from grpo.analysis.load import read_config
+from grpo.commands._common import own_arguments, run_folder_of
+from grpo.config import ConfigError
+from grpo.run.sweep import SweepFolder
+
+
+@dataclass(frozen=True)
+class View:
+    """What the view is of."""
+
+    project: str
+    components: list[str]  # of the reward
+    group: str | None = None  # of the runs shown; None: all
+    keys: tuple[str, ...] = ()  # of the config that make arms
+
+
+def main(arguments: list[str]) -> None:
+    """Save the view and print its address."""
+    own, overrides = own_arguments(arguments, ["run_dir", "sweep_dir", "project", "entity"])
+    if overrides or not own.keys() & {"run_dir", "sweep_dir", "project"}:
+        raise ConfigError("dashboard takes one of run_dir=, sweep_dir= and project=, and entity=")
+    view = _view(own)
+    try:
+        import wandb
+        import wandb_workspaces  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("dashboard needs: pip install -e '.[dashboard]'") from error
+    entity = own.get("entity") or _entity(wandb)
+    print(workspace(view, entity).save().url)
+
+
+def _view(own: dict[str, str]) -> View:
+    if "sweep_dir" in own:
+        sweep = SweepFolder(own["sweep_dir"].rstrip("/"))
+        if not sweep.record():
+            raise ConfigError(f"sweep_dir={sweep.path} is not the folder of a sweep: it has no sweep.json")
+        runs = [sweep.path / job["folder"] for job in sweep.jobs() if job["folder"] is not None]
+        keys = tuple(key for key in sweep.swept if key != "seed")
+        config = next((found for run in runs if (found := read_config(run))), {})
+        return _of_config(config, own, group=sweep.path.resolve().name, keys=keys)
+    if "run_dir" in own:
+        return _of_config(read_config(run_folder_of([f"run_dir={own['run_dir']}"]).path), own)
+    return View(own["project"], ["correctness", "format"])
+
+
+def _of_config(config: dict[str, Any], own: dict[str, str], **arms: Any) -> View:
+    if not config:
+        raise ConfigError(f"{own} holds no run that has begun")
+    return View(own.get("project") or config["tracking"]["project"], list(config["reward"]["components"]), **arms)
+
+
+def _entity(wandb: Any) -> str:
+    try:
+        return wandb.Api(timeout=20).default_entity
+    except Exception as error:  # of many kinds: not logged in, no network
+        raise ConfigError(
+            f"W&B does not say who you are ({type(error).__name__}); log in, or give entity=NAME"
+        ) from error
+
+
+def panels(view: View) -> dict[str, dict[str, list[str]]]:
+    """Section -> title of a panel -> the metrics that it shows, under their names in metrics.jsonl."""
+    parts = [f"rewards/{name}/mean" for name in view.components]
+    return {
+        "Reward": {
+            "reward": ["reward"],
+            "components": parts,
+            "held-out accuracy": ["eval/accuracy"],
+            "groups with equal rewards": ["frac_reward_zero_std"],
+            "spread within groups": ["reward_std"],
+        },
+        "Lengths": {
+            "tokens a completion": [f"completions/{name}_length" for name in ("min", "mean", "max")],
+            "cut at the limit": ["completions/clipped_ratio"],
+        },
+        "Loss and KL": {
+            "loss": ["loss"],
+            "KL to the reference": ["kl"],
+            "gradient norm": ["grad_norm"],
+            "clipped": ["clip_ratio/low_mean", "clip_ratio/high_mean"],
+            "entropy": ["entropy"],
+            "learning rate": ["learning_rate"],
+        },
+        "Speed": {
+            "tokens a second": ["perf/tokens_per_s"],
+            "seconds a step": ["step_time"],
+            "parts of a step": [
+                f"timing_s/{name}" for name in ("rollout", "reward", "reference", "update", "checkpoint")
+            ],
+            "peak memory, GB": ["perf/peak_memory_gb"],
+        },
+    }
+
+
+def workspace(view: View, entity: str) -> Any:
+    """The view as wandb_workspaces has it, not saved yet; building it asks no server."""
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+
+    arms = {"groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"} if view.keys else {}
+    sections = [
+        ws.Section(
+            name=section,
+            is_open=True,
+            panels=[wr.LinePlot(title=title, x="step", y=metrics, **arms) for title, metrics in plots.items()],
+        )
+        for section, plots in panels(view).items()
+    ]
+    table = wr.WeavePanelSummaryTable(table_name="completions")
+    sections.append(ws.Section(name="Completions", is_open=True, panels=[table]))
+    runs = ws.RunsetSettings(
+        filters=[ws.Metric("Group") == view.group] if view.group else [],
+        groupby=[ws.Config(key) for key in view.keys],
+    )
+    name = f"GRPO sweep {view.group}" if view.group else "GRPO"
+    return ws.Workspace(
+        entity=entity,
+        project=view.project,
+        name=name,
+        sections=sections,
+        settings=ws.WorkspaceSettings(x_axis="step"),
+        runset_settings=runs,
+    )
