@@ -25,7 +25,7 @@ def launch(cfg: DictConfig) -> float | None:
             from grpo.trainer import train  # here, since it imports torch: --help and --cfg answer without
 
             train(run)
-        return run.objective()
+        return run.folder.objective()
 
 
 if __name__ == "__main__":

@@ -218,6 +218,9 @@ def print_plans(points: Sequence[tuple[str, DictConfig]]) -> None:
                 f"{each.parameters / 1e6:>10,.1f} M {each.peak / GB:>8.3g} {_folder(each) / GB:>8.3g} "
                 f"{each.tokens:>11,.0f} {_about(each.seconds):>7} {_about(hours):>7} {fits:4}  {name}"
             )
+        hours = [each.seconds and each.seconds * each.steps / 3600 for _, each in plans]
+        in_all = _about(sum(hours) if all(hours) else None)
+        print(f"time of all {len(plans)} runs: {in_all} hours of jobs, evaluations not counted")
         total = sum(_folder(each) for _, each in plans) + largest.disk["while saving"]
         console.print(
             f"disk of all {len(plans)} runs: {_gb(total)}; the parts of the largest in memory:", soft_wrap=True

@@ -42,7 +42,16 @@ def test_every_point_of_a_sweep_has_a_line_and_no_folder_is_made(launch, tmp_pat
         for steps in (5, 10):
             assert f"grpo.beta={beta} grpo.num_steps={steps}" in " ".join(done.stdout.split())
     assert "disk of all 4 runs" in done.stdout
+    assert "time of all 4 runs" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_by_halving_says_how_much_of_the_whole_it_makes(launch, tmp_path):
+    arms = ["optimizer.lr=1e-5,2e-5,3e-5,4e-5", "seed=1,2", "grpo.num_steps=8", "sweep.eta=2"]
+    done = launch("-m", *QUICK, *arms, "hydra/sweeper=halving", "plan=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    # 4 arms make 2 steps, 2 make 2 more, 1 makes 4 more: 16 of 32
+    assert "4 arms to step 2, 2 arms to step 4, 1 arms to step 8, 50% of the steps of all" in done.stdout
 
 
 def test_a_sweep_of_an_experiment_of_ones_own_is_planned(launch, tmp_path):

@@ -9,7 +9,14 @@ from pathlib import Path
 import pandas as pd
 
 from grpo.analysis.effects import Estimate, crossed_mean
-from grpo.analysis.load import component_columns, finite_values, load_metrics, load_runs, read_evaluations
+from grpo.analysis.load import (
+    component_columns,
+    finite_values,
+    load_evaluations,
+    load_metrics,
+    load_runs,
+    read_evaluations,
+)
 from grpo.analysis.summary import wilson_interval
 from grpo.run.sweep import SweepFolder
 
@@ -70,6 +77,11 @@ class Sweep:
     def metrics(self, job: int) -> pd.DataFrame:
         """The metrics of a job, one row a step."""
         return self._steps[self._steps["run"] == self.jobs.loc[job, "folder"]]
+
+    def evaluations(self, job: int) -> pd.DataFrame:
+        """The held-out evaluations of a job that belong to its training, one row each."""
+        made = load_evaluations(self.folder.path / self.jobs.loc[job, "folder"])
+        return made[made["name"].astype(str).str.fullmatch(r"before|step_\d+|after")]
 
     @functools.cached_property
     def _steps(self) -> pd.DataFrame:

@@ -32,6 +32,25 @@ def curves(sweep: Sweep, column: str, title: str) -> Figure | None:
     return figure
 
 
+def held_out(sweep: Sweep) -> Figure | None:
+    """Held-out accuracy by step, where jobs were evaluated in training (eval.every): the mean over an arm's jobs."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for color, arm in zip(COLORS, sweep.arms, strict=False):
+        made = pd.concat([sweep.evaluations(job).assign(job=job) for job in arm.jobs])
+        table = made.pivot_table(index="step", columns="job", values="accuracy")
+        if len(table) > 2:  # more than before and after
+            axes.plot(table.index, table.mean(axis=1), color=color, marker="o", ms=3, label=sweep.label(arm))
+            axes.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=color, alpha=0.15, lw=0)
+    if not axes.lines:
+        return None
+    axes.set(xlabel="step", title="held-out accuracy, band: lowest to highest seed")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(color="#e3e3e3")
+    axes.legend(fontsize="small")
+    return figure
+
+
 def cost(sweep: Sweep) -> Figure:
     """The outcome of each job against the tokens that it took, and of each arm with its interval."""
     figure = Figure(figsize=(8, 4), layout="constrained")

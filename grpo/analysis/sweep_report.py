@@ -114,6 +114,7 @@ def _charts(sweep: Sweep) -> dict[str, Any]:
         return {}
     figures = {
         "Reward by step": sweep_charts.curves(sweep, "reward", "mean reward of a step, band: lowest to highest seed"),
+        "Held-out accuracy by step": sweep_charts.held_out(sweep),
         "Completion length by step": sweep_charts.curves(sweep, "completions/mean_length", "tokens a completion"),
         "Outcome against cost": sweep_charts.cost(sweep),
     }

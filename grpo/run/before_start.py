@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from grpo.config import ConfigError, first_line, typed
 from grpo.run import sweep
 from grpo.run.folder import OUTPUTS, RunFolder, job_folder_name, newest_unfinished
+from grpo.run.halving import Record, choose_ladder, seconds
 from grpo.targets import check_importable
 
 
@@ -168,12 +169,27 @@ def _plan(config: DictConfig, points: Callable[[], list[tuple[str, DictConfig, S
         from grpo.plan import print_plans
 
         print_plans([(name, hardware_found(cfg, overrides)) for name, cfg, overrides in points()])
+        if config.hydra.sweeper._target_.endswith("HalvingSweeper"):
+            print(halving_in_words(config))
     except (ConfigError, OmegaConfBaseException, HydraException) as error:
         _refuse(error)
     except Exception as error:
         print(f"failed: plan=true: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)
+
+
+def halving_in_words(config: DictConfig) -> str:
+    """How much of a whole sweep one by halving makes."""
+    overrides, sweeper = config.hydra.overrides.task, config.hydra.sweeper
+    arms = {tuple(each for each in job if not each.startswith("seed=")) for job in sweep.grid(overrides, sweeper)}
+    if config.sweep.budget_hours is not None:
+        return f"hydra/sweeper=halving: {config.sweep.budget_hours:g} hours of jobs at most"
+    total = config.grpo.num_iterations * config.grpo.num_steps
+    rungs = choose_ladder(Record(total, [[0]] * len(arms), config.sweep.eta, None))
+    steps = ", ".join(f"{left} arms to step {step}" for step, left in rungs)
+    share = seconds(rungs, 1, 1.0, 0.0) / (len(arms) * total)
+    return f"hydra/sweeper=halving: {steps}, {share:.0%} of the steps of all"
 
 
 def sweep_points(overrides: Sequence[str], sweeper: DictConfig) -> list[tuple[str, DictConfig, list[str]]]:

@@ -158,6 +158,16 @@ class RunFolder:
         """The content of every eval/<name>.json by its name."""
         return {file.stem: json.loads(file.read_text()) for file in sorted(self.path.glob("eval/*.json"))}
 
+    def objective(self) -> float | None:
+        """What a sweep maximises: held-out accuracy after the last step, or else that step's mean reward."""
+        rows = self.metrics()
+        if not rows:
+            return None
+        step, made = rows[-1]["step"], self.evaluations()
+        names = ("after", f"step_{step:06d}")
+        accuracies = (made[name]["accuracy"] for name in names if name in made and made[name]["step"] == step)
+        return next(accuracies, rows[-1]["reward"])
+
     def save_final_model(self, *writers: Callable[[Path], object]) -> None:
         """Write final_model/ by all that write a part of it into a folder (model, tokenizer), whole or not at all."""
         temporary = self.path / "final_model.tmp"

@@ -119,16 +119,6 @@ class Run:
     changes: dict[str, Any]  # what it changes in a run that it goes on with
     until_step: int | None  # where this launch stops, if before the end
 
-    def objective(self) -> float | None:
-        """What a sweep maximises: held-out accuracy after the last step, or else that step's mean reward."""
-        rows = self.folder.metrics()
-        if not rows:
-            return None
-        step, made = rows[-1]["step"], self.folder.evaluations()
-        names = ("after", f"step_{step:06d}")
-        accuracies = (made[name]["accuracy"] for name in names if name in made and made[name]["step"] == step)
-        return next(accuracies, rows[-1]["reward"])
-
 
 @contextmanager
 def open_run(cfg: DictConfig) -> Iterator[Run]:

@@ -23,6 +23,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from grpo.config import ConfigError
+from grpo.run.before_start import asks_for_more_steps
 from grpo.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -65,9 +66,13 @@ class LocalLauncher(Launcher):
         with _Forwarding(running) as stop:
             while (waiting and not stop.received) or running:
                 while waiting and len(running) < at_once and not stop.received:
-                    job = self._start(*waiting.popleft(), quiet=at_once > 1)
-                    running[job.process.sentinel] = job
-                for sentinel in wait(list(running)):
+                    place, number, overrides = waiting.popleft()
+                    config = self._composed(number, overrides)
+                    returns[place] = _done_before(config, overrides)
+                    if returns[place] is None:
+                        job = self._start(place, number, overrides, config, quiet=at_once > 1)
+                        running[job.process.sentinel] = job
+                for sentinel in wait(list(running)) if running else ():
                     job = running.pop(sentinel)
                     returns[job.place] = _outcome(job)
                     if at_once > 1:
@@ -77,11 +82,14 @@ class LocalLauncher(Launcher):
             raise SystemExit(128 + stop.received)
         return returns
 
-    def _start(self, place: int, number: int, overrides: list[str], quiet: bool) -> _Job:
-        name = " ".join(filter_overrides(overrides))
+    def _composed(self, number: int, overrides: list[str]) -> DictConfig:
         config = self.context.config_loader.load_sweep_config(self.config, overrides)
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = number
+        return config
+
+    def _start(self, place: int, number: int, overrides: list[str], config: DictConfig, quiet: bool) -> _Job:
+        name = " ".join(filter_overrides(overrides))
         folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir)
         folder.mkdir(parents=True, exist_ok=True)
         print(f"job {number}: {name}" + (f", printing to {folder / 'console.log'}" if quiet else ""), flush=True)
@@ -94,6 +102,17 @@ class LocalLauncher(Launcher):
         process.start()
         sender.close()
         return _Job(place, number, name, folder, process, receiver, time.monotonic())
+
+
+def _done_before(config: DictConfig, overrides: list[str]) -> JobReturn | None:
+    """What a job returned that has finished, where a sweep goes on: seconds less than a process that finds it so."""
+    run = RunFolder(Path(config.hydra.sweep.dir, config.hydra.sweep.subdir))
+    if not config.resume or not run.finished() or asks_for_more_steps(overrides):
+        return None
+    print(f"{run.path} has finished already: nothing to do", flush=True)
+    done = JobReturn(status=JobStatus.COMPLETED)
+    done.return_value = run.objective()
+    return done
 
 
 def _run(call: bytes, sender: Connection, console: Path | None) -> None:

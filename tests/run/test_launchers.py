@@ -31,14 +31,13 @@ def installed(plugin):
     )
 
 
+@pytest.mark.slow  # the default launcher is tested with tests/run/test_sweep.py
 @pytest.mark.parametrize(
     "launcher",
     [
-        "local",
         pytest.param("joblib", marks=installed("hydra_joblib_launcher")),
         pytest.param("submitit_local", marks=installed("hydra_submitit_launcher")),
-        # A cluster of its own is started for it; not among dev's packages, since Ray is large.
-        pytest.param("ray", marks=[installed("hydra_ray_launcher"), pytest.mark.slow]),
+        pytest.param("ray", marks=installed("hydra_ray_launcher")),  # not among dev's packages, since it is large
     ],
 )
 def test_each_launcher_makes_the_same_runs(basic, tmp_path, launcher):

@@ -60,17 +60,17 @@ def sweep_of(cwd):
 
 
 def test_a_job_that_is_killed_ends_alone_and_the_same_command_with_resume_makes_it_good(cwd):
-    (cwd / "armed").write_text("2")
+    (cwd / "armed").write_text("1")
     component = "+reward.components.die={_target_: mine.die, weight: 0}"
-    command = ["-m", *QUICK, component, "grpo.num_steps=2", "+reward.components.die.at=1,2,3"]
+    command = ["-m", *QUICK, component, "grpo.num_steps=2", "+reward.components.die.at=1,2"]
     failed = launch(*command, cwd=cwd)
     assert failed.returncode == 1
     sweep = sweep_of(cwd)
-    assert [job["state"] for job in sweep.jobs()] == ["finished", "failed", "finished"]
+    assert [job["state"] for job in sweep.jobs()] == ["failed", "finished"]
     assert sweep.record()["state"] == "failed"
-    assert "SIGKILL, as where memory runs out" in sweep.jobs()[1]["error"]
+    assert "SIGKILL, as where memory runs out" in sweep.jobs()[0]["error"]
     assert "Traceback" not in failed.stdout + failed.stderr
-    assert "job 1 failed: its process ended with SIGKILL" in failed.stdout
+    assert "job 0 failed: its process ended with SIGKILL" in failed.stdout
     written = {job["folder"]: (sweep.path / job["folder"] / "status.json").stat().st_mtime_ns for job in sweep.jobs()}
 
     (cwd / "armed").unlink()
@@ -78,8 +78,9 @@ def test_a_job_that_is_killed_ends_alone_and_the_same_command_with_resume_makes_
     assert again.returncode == 0, again.stderr
     assert sweep_of(cwd).record()["state"] == "finished"
     changed = {name for name, at in written.items() if (sweep.path / name / "status.json").stat().st_mtime_ns != at}
-    assert changed == {sweep.jobs()[1]["folder"]}
-    assert [row["step"] for row in rows(sweep.path / sweep.jobs()[1]["folder"])] == [1, 2]
+    assert changed == {sweep.jobs()[0]["folder"]}
+    assert f"{sweep.jobs()[1]['folder']} has finished already: nothing to do" in again.stdout
+    assert [row["step"] for row in rows(sweep.path / sweep.jobs()[0]["folder"])] == [1, 2]
 
 
 def test_a_stop_reaches_the_jobs_which_save_and_go_on_later(cwd):
@@ -184,7 +185,15 @@ def test_with_one_gpu_or_none_there_is_nothing_to_choose(tmp_path, monkeypatch):
 
 
 def test_w_and_b_shows_a_job_by_what_it_sets(cwd):
-    command = ["-m", *QUICK[:-2], "tracking=offline", "preflight=false", "grpo.num_steps=1", "grpo.beta=0,0.04"]
+    command = [
+        "-m",
+        *QUICK[:-2],
+        "hydra/launcher=basic",
+        "tracking=offline",
+        "preflight=false",
+        "grpo.num_steps=1",
+        "grpo.beta=0,0.04",
+    ]
     done = launch(*command, cwd=cwd)
     assert done.returncode == 0, done.stderr
     for job in sweep_of(cwd).jobs():
@@ -204,7 +213,7 @@ def wait_for(condition, seconds=60):
 
 
 def test_the_status_of_a_sweep_is_json_that_a_script_can_read(cwd):
-    done = launch("-m", *QUICK, "grpo.num_steps=1", "seed=4,5", "sweep_dir=s", cwd=cwd)
+    done = launch("-m", *QUICK, "hydra/launcher=basic", "grpo.num_steps=1", "seed=4,5", "sweep_dir=s", cwd=cwd)
     assert done.returncode == 0, done.stderr
     record = json.loads((cwd / "s" / "sweep.json").read_text())
     assert (record["state"], record["keys"], record["planned"]) == ("finished", ["seed"], [["seed=4"], ["seed=5"]])
