@@ -2,6 +2,9 @@
 
 import hashlib
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +14,19 @@ from grpo.algorithm.advantage import equal_groups
 from grpo.data.problems import Problem
 from grpo.engine.batch import CompletionBatch
 from grpo.setup import Scored
+
+
+class Timer:
+    """Seconds spent in the named parts of a step, as `timing_s/<part>`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[f"timing_s/{part}"] = time.perf_counter() - started
 
 
 def reward_metrics(scored: Scored, group_size: int) -> dict[str, float | None]:

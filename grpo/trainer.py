@@ -3,8 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,14 +23,16 @@ from grpo.algorithm.step import (
     learning_rate,
 )
 from grpo.analysis.doctor import Doctor
-from grpo.config import first_line, to_dict
+from grpo.config import to_dict
 from grpo.data.prompts import problems_of_step
+from grpo.ending import finish, pause
 from grpo.engine.hardware import peak_memory_gb
 from grpo.engine.lora import switch_adapter
 from grpo.engine.model import refresh, working_copy
 from grpo.engine.packed import checkpoint_layers, packs
 from grpo.evaluation import evaluate
 from grpo.metrics import (
+    Timer,
     completion_metrics,
     evaluation_metrics,
     reward_metrics,
@@ -42,13 +43,12 @@ from grpo.metrics import (
 from grpo.preflight import lines, preflight
 from grpo.run import checkpoint as checkpoints
 from grpo.run.checkpoint import TrainerState
-from grpo.run.console import StepDisplay, closing_table, next_commands, resume_command
+from grpo.run.console import StepDisplay
 from grpo.run.environment import environment
 from grpo.run.saver import Saver
 from grpo.run.session import Run
 from grpo.run.tracking import Tracker, tracking
 from grpo.setup import Setup, compute_dtype, prepare, score_completions
-from grpo.targets import foreign_targets
 
 logger = logging.getLogger(__name__)
 
@@ -101,22 +101,9 @@ def train(run: Run) -> None:
             saver.close()
             run.stop.leave_if_asked()
         if until < trainer.total_steps:
-            trainer.pause(run, tracker)
+            pause(trainer, run, tracker)
         else:
-            trainer.finish(run, tracker, console)
-
-
-class Timer:
-    """Seconds spent in the named parts of a step, as `timing_s/<part>`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[f"timing_s/{part}"] = time.perf_counter() - started
+            finish(trainer, run, tracker, console)
 
 
 @dataclass(frozen=True)
@@ -403,39 +390,6 @@ class Trainer:
             for name, result in of_training.items()
             if result["step"] <= self.state.step
         }
-
-    def pause(self, run: Run, tracker: Tracker) -> None:
-        """Evaluate where the run stands, and leave it to go on later as the run that it would have been."""
-        name = f"step_{self.state.step:06d}"
-        if self.config.eval.after and run.folder.evaluation(name) is None:
-            self.evaluate(run, tracker, name)
-        run.folder.update_status(state="interrupted")
-        resume = resume_command(run.folder.path, foreign_targets(to_dict(self.config)))
-        print(f"stopped after step {self.state.step}, as asked; go on with: {resume}")
-
-    def finish(self, run: Run, tracker: Tracker, console: Console) -> None:
-        """Evaluate, save the model, draw the charts, and say what to do next."""
-        from grpo.analysis.run_report import write_run_report  # here, since matplotlib takes a second to import
-
-        after = run.folder.evaluation("after")
-        if self.config.eval.after and (after is None or after["step"] != self.state.step):
-            self.evaluate(run, tracker, "after")
-        run.folder.save_final_model(self.setup.save_policy(self.policy), self.setup.tokenizer.save_pretrained)
-        run.folder.update_status(state="finished")
-        run.stop.ignored_from_here()
-        try:
-            write_run_report(run.folder.path)
-        except Exception as error:  # the run has finished, and this can be made again
-            command = f"python -m grpo report run_dir={run.folder.path}"
-            logger.warning("no report (%s: %s); try again: %s", type(error).__name__, first_line(error), command)
-        evaluations = {name: run.folder.evaluation(name) for name in ("before", "after")}
-        if any(evaluations.values()):
-            console.print(closing_table(evaluations))
-        tracker.set_summary({f"{k}_accuracy": v["accuracy"] for k, v in evaluations.items() if v})
-        grpo = self.config.grpo
-        extensible = grpo.lr_schedule == "constant" and grpo.num_iterations == 1
-        foreign = foreign_targets(to_dict(self.config))
-        print(next_commands(run.folder.path, foreign, f"grpo.num_steps={2 * grpo.num_steps}" if extensible else None))
 
 
 def due(step: int, every: int) -> bool:

@@ -102,7 +102,7 @@ def test_what_would_be_handed_to_slurm_is_a_script_with_the_settings(tmp_path):
 def test_every_launcher_and_sweeper_of_ours_composes():
     for part in ("launcher", "sweeper"):
         for file in (CONF_DIR / "hydra" / part).glob("*.yaml"):
-            compose_config([f"hydra/{part}={file.stem}"])
+            assert compose_config([f"hydra/{part}={file.stem}"]) == compose_config([])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("hydra_plugins.hydra_ray_launcher") is not None, reason="it is installed")

@@ -109,7 +109,8 @@ def test_jobs_do_not_outlive_a_launcher_that_is_killed(cwd):
     process = Launch("-m", *QUICK, component, "grpo.num_steps=50", "seed=1,2", cwd=cwd)
     wait_for(lambda: begun(cwd))
     process.kill()
-    wait_for(lambda: sweep_of(cwd).jobs()[0]["state"] == "interrupted")
+    wait_for(lambda: sweep_of(cwd).jobs()[0]["state"] != "running")
+    assert [job["state"] for job in sweep_of(cwd).jobs()] == ["interrupted", "pending"]
 
 
 def test_a_job_that_is_refused_is_recorded_and_its_folder_can_begin_anew(cwd):
