@@ -254,7 +254,7 @@ def _check_numbers(config: Config) -> None:
     flat = flatten(to_dict(config))
     at_least_1 = ["grpo.num_iterations", "grpo.num_steps", "grpo.batch_size", "grpo.mu", "grpo.max_completion_length"]
     at_least_1 += ["hardware.micro_batch_tokens", "hardware.rollout_tokens", "hardware.threads", "checkpoint.keep_last"]
-    at_least_1 += ["eval.max_problems", "eval.max_completion_length"]
+    at_least_1 += ["eval.max_problems", "eval.max_completion_length", "until_step"]
     at_least_0 = ["grpo.beta", "grpo.warmup_steps", "rollout.min_new_tokens", "optimizer.lr"]
     at_least_0 += ["checkpoint.every", "checkpoint.keep_every", "samples.every", "eval.every"]
     at_least_0 += ["tracking.completions_every", "grpo.max_skipped_steps"]
@@ -268,6 +268,10 @@ def _check_numbers(config: Config) -> None:
         raise ConfigError(f"grpo.epsilon={config.grpo.epsilon}: must lie between 0 and 1, usually 0.1 or 0.2")
     if config.reward.timeout_s is not None and not config.reward.timeout_s > 0:
         raise ConfigError(f"reward.timeout_s={config.reward.timeout_s}: must be above 0 seconds; null sets no limit")
+    if config.sweep.eta < 2:
+        raise ConfigError(f"sweep.eta={config.sweep.eta}: must be 2 or more, since the best 1/eta of the arms go on")
+    if config.sweep.budget_hours is not None and not config.sweep.budget_hours > 0:
+        raise ConfigError(f"sweep.budget_hours={config.sweep.budget_hours}: must be above 0; null sets no limit")
     if not config.grpo.max_grad_norm > 0:
         raise ConfigError(f"grpo.max_grad_norm={config.grpo.max_grad_norm}: must be above 0; 1e9 never clips")
     if not config.rollout.temperature > 0:

@@ -22,7 +22,7 @@ from grpo.algorithm.step import (
     apply_gradient,
     learning_rate,
 )
-from grpo.analysis.doctor import Doctor
+from grpo.analysis.doctor import Doctor, Evaluation
 from grpo.config import to_dict
 from grpo.data.prompts import problems_of_step
 from grpo.ending import finish, pause
@@ -349,10 +349,8 @@ class Trainer:
                 "make steps again, move that checkpoint away"
             )
         made = run.folder.evaluations()
-        for result in sorted((made[name] for name in self.evaluations(run)), key=lambda each: each["step"]):
-            self.doctor.evaluated(result["step"], result["accuracy"], result["n"])
-        for row in rows:  # what there was to say of these has been said
-            self.doctor.look(row)
+        known = [Evaluation(*(made[name][key] for key in ("step", "accuracy", "n"))) for name in self.evaluations(run)]
+        self.doctor.replay(rows, known)  # what there was to say of these has been said
         return rows
 
     def load(self, checkpoint: Path) -> None:

@@ -58,6 +58,15 @@ class Doctor:
                 found.append(Finding(rule.__name__, row["step"], text))
         return found
 
+    def replay(self, rows: Sequence[Row], evaluations: Sequence[Evaluation]) -> list[Finding]:
+        """Look at rows again, with each evaluation made before the row of its step is looked at, as in the run."""
+        waiting, found = sorted(evaluations, key=lambda each: each.step), []
+        for row in rows:
+            while waiting and waiting[0].step <= row["step"]:
+                self.evaluations.append(waiting.pop(0))
+            found += self.look(row)
+        return found
+
     def last(self, name: str, count: int, before: int = 0) -> list[float]:
         """The finite values of a metric in the last `count` rows, or in those that end `before` rows ago."""
         return _values(self.rows[: len(self.rows) - before][-count:], name)
@@ -65,13 +74,7 @@ class Doctor:
 
 def examine(rows: Sequence[Row], evaluations: Sequence[Evaluation] = ()) -> list[Finding]:
     """Everything that the doctor would have said in the course of a run."""
-    doctor, found = Doctor(), []
-    for row in rows:
-        for evaluation in evaluations:
-            if evaluation.step == row["step"]:
-                doctor.evaluated(evaluation.step, evaluation.accuracy, evaluation.n)
-        found += doctor.look(row)
-    return found
+    return Doctor().replay(rows, evaluations)
 
 
 def equal_groups(doctor: Doctor) -> str | None:

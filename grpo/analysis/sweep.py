@@ -15,6 +15,7 @@ from grpo.analysis.load import (
     load_evaluations,
     load_metrics,
     load_runs,
+    read_config,
     read_evaluations,
 )
 from grpo.analysis.summary import wilson_interval
@@ -68,7 +69,7 @@ class Sweep:
         finished = self.jobs[self.jobs["state"] == "finished"]
         self.by_accuracy = bool(len(finished)) and bool(finished["accuracy"].notna().all())
         # Of each finished job: its reward, and 1 or 0 by problem.
-        self._rewards = {job: pd.Series({"reward": reward}) for job, reward in finished["reward"].items()}
+        self._rewards = {job: pd.Series({"reward": reward}) for job, reward in finished["mean_reward"].items()}
         self._outcomes = self._rewards
         if self.by_accuracy:
             self._outcomes = {job: _correct(self.folder.path / name) for job, name in finished["folder"].items()}
@@ -100,7 +101,7 @@ class Sweep:
         finished = self.jobs.loc[list(self._outcomes)]
         effects = []
         for key in self.keys:
-            base, *others = list(dict.fromkeys(self.jobs[key].dropna()))
+            base, *others = list(dict.fromkeys(self.jobs[key].dropna())) or [None]
             rest = [other for other in self.swept if other != key]
             for value in others:
                 pairs = self._pairs(finished, key, base, value, rest)
@@ -121,16 +122,19 @@ class Sweep:
 
     def commands(self, fresh_seeds: int = 3) -> dict[str, str]:
         """`reproduce`: the best arm again as it was; `confirm`: on seeds that no job had."""
-        fixed = [each for each in self.overrides if each.partition("=")[0].lstrip("+") not in self.swept]
+        swept = {*self.swept, SEED}
+        fixed = [each for each in self.overrides if each.partition("=")[0].lstrip("+") not in swept]
         arm = [f"{key}={value}" for key, value in zip(self._spelt(self.keys), self.arms[0].values, strict=True)]
-        used = self.jobs[SEED].dropna().astype(int) if SEED in self.swept else pd.Series([1])
-        again = ",".join(map(str, sorted(used.reindex(self.arms[0].jobs)))) if SEED in self.swept else ""
-        fresh = ",".join(str(used.max() + number) for number in range(1, fresh_seeds + 1))
-        reproduce = ["python", "launch.py", *(["-m"] if "," in again else []), *fixed, *arm]
+        seeds = {job: self._seed(job) for job in self.jobs.index[self.jobs["folder"].notna()]}
+        again = ",".join(map(str, sorted({seeds[job] for job in self.arms[0].jobs})))
+        fresh = ",".join(str(max(seeds.values()) + number) for number in range(1, fresh_seeds + 1))
         return {
-            "reproduce": shlex.join(reproduce + ([f"seed={again}"] if again else [])),
+            "reproduce": shlex.join(["python", "launch.py", *["-m"] * ("," in again), *fixed, *arm, f"seed={again}"]),
             "confirm": shlex.join(["python", "launch.py", "-m", *fixed, *arm, f"seed={fresh}"]),
         }
+
+    def _seed(self, job: int) -> int:
+        return int(read_config(self.folder.path / self.jobs.loc[job, "folder"]).get("seed", 0))
 
     def _spelt(self, keys: list[str]) -> list[str]:
         """The keys as the command line has them, with their `+` where there is one."""
@@ -172,8 +176,8 @@ def _job_table(folder: SweepFolder, keys: list[str]) -> pd.DataFrame:
     """One row a job, indexed by its number: values of the swept keys, state, and where it came to.
 
     accuracy and best_accuracy: held out, 0 to 1, after training and at best, with the 95 % Wilson interval of the
-    first; reward, rewards/<component>, completions/mean_length, kl: means of the last tenth of the steps; num_tokens;
-    seconds in steps.
+    first; mean_reward, rewards/<component>, completions/mean_length, kl: means of the last tenth of the steps;
+    num_tokens; seconds in steps.
     """
     rows = []
     for job in folder.jobs():
@@ -183,8 +187,9 @@ def _job_table(folder: SweepFolder, keys: list[str]) -> pd.DataFrame:
         if job["folder"] is not None and (folder.path / job["folder"] / "config.yaml").exists():
             row |= _results(folder.path / job["folder"])
         rows.append(row | {"error": job["error"]})
-    columns = ["accuracy", "accuracy_low", "accuracy_high", "best_accuracy", "reward", "num_tokens", "seconds"]
-    frame = pd.DataFrame(rows).set_index("job")
+    columns = ["accuracy", "accuracy_low", "accuracy_high", "best_accuracy", "mean_reward", "num_tokens", "seconds"]
+    first = ["job", "folder", "state", *keys, "step", "total_steps", "error"]
+    frame = pd.DataFrame(rows, columns=None if rows else first).set_index("job")
     return frame.reindex(columns=[*frame, *(column for column in columns if column not in frame)])
 
 
@@ -201,7 +206,7 @@ def _results(run_dir: Path) -> dict[str, float | None]:
     made = [each["accuracy"] for name, each in evaluations.items() if name == "after" or name.startswith("step_")]
     low, high = wilson_interval(after["accuracy"], after["n"]) if after else (None, None)
     names = {f"rewards/{name}": column for name, column in component_columns(metrics).items()}
-    names = {"reward": "reward", **names, "completions/mean_length": "completions/mean_length", "kl": "kl"}
+    names = {"mean_reward": "reward", **names, "completions/mean_length": "completions/mean_length", "kl": "kl"}
     return {
         "accuracy": after["accuracy"] if after else None,
         "accuracy_low": low,

@@ -55,7 +55,7 @@ def cost(sweep: Sweep) -> Figure:
     """The outcome of each job against the tokens that it took, and of each arm with its interval."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    outcome = "accuracy" if sweep.by_accuracy else "reward"
+    outcome = "accuracy" if sweep.by_accuracy else "mean_reward"
     for number, arm in enumerate(sweep.arms):
         color = COLORS[min(number, MOST_ARMS - 1)]
         jobs = sweep.jobs.loc[list(arm.jobs)]

@@ -69,8 +69,10 @@ def headline(sweep: Sweep) -> str:
     if not compared:
         return text
     even = [sweep.label(arm) for arm, difference in compared if not difference.shown]
-    if not even:
+    if not even and len(compared) == len(sweep.arms) - 1:
         return f"{text} It is above every other arm by more than chance would explain."
+    if not even:
+        return f"{text} It is above the {len(compared)} arms that it has seeds in common with."
     count = f"{len(even)} of the {len(compared)} other arms" if len(compared) > 1 else "the other arm"
     which = f" ({'; '.join(even[:4])}{'; ...' if len(even) > 4 else ''})"
     return f"{text} No difference shown to {count}{which}."
@@ -79,7 +81,8 @@ def headline(sweep: Sweep) -> str:
 def warnings(sweep: Sweep) -> list[str]:
     """What to keep in mind before believing the headline."""
     said = []
-    seeds = sweep.jobs[SEED].nunique() if SEED in sweep.jobs else 1
+    finished = sweep.jobs[sweep.jobs["state"] == "finished"]
+    seeds = finished[SEED].nunique() if SEED in sweep.swept else 1
     if len(sweep.arms) > 1:
         said.append(
             f"The best of {len(sweep.arms)} arms looks better than it is, since it was chosen by the same numbers that "

@@ -145,7 +145,7 @@ def open_sweep(config: DictConfig, overrides: Sequence[str], sweeper: DictConfig
             "resume=true: there is no such sweep; give the overrides that it had, or name it with "
             "sweep_dir=outputs/sweeps/..."
         )
-    folder.check_same(overrides, keys, config.resume)
+    folder.check_same(overrides, config.resume)
     given = [each for each in config.hydra.overrides.hydra if not each.startswith("hydra.mode=")]
     # The config of each job is composed anew with these, in whichever process it is.
     own = [f"hydra.sweep.dir='{folder.path}'"]

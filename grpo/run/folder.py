@@ -16,6 +16,23 @@ from grpo.config import Config, escape, load_frozen, to_dict
 
 OUTPUTS = Path("outputs")
 
+# What may change when a run goes on: how it is watched and kept, and how the work is cut.
+CHANGEABLE = ("preflight", "tracking.", "checkpoint.", "samples.", "eval.every", "eval.after", "grpo.max_skipped_steps")
+CHANGEABLE += ("reward.timeout_s", "reward.on_error", "hardware.card.")  # a card is for the plan
+CUT = tuple(
+    f"hardware.{key}"
+    for key in (
+        "micro_batch_tokens",
+        "rollout_tokens",
+        "activation_checkpointing",
+        "cuda_graphs",
+        "threads",
+        "device",
+        "compute_dtype",
+    )
+)
+CUT += ("model.device_map",)
+
 
 class RunFolder:
     """Names and small files of one run folder; see README.md for what stands where."""

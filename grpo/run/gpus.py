@@ -16,11 +16,10 @@ def claim_gpu(count: int, folder: Path | None = None) -> str | None:
     """Let this process see one of the GPUs that it sees now, `count` in number, and no other process of ours take it.
 
     For before torch touches them. Waits while all are taken. Whichever launcher starts the jobs, and however many
-    sweeps, each GPU has one job at a time. Returns the GPU's name in CUDA_VISIBLE_DEVICES; None where there is no
-    choice to make.
+    sweeps, each GPU has one job at a time. Returns the GPU's name in CUDA_VISIBLE_DEVICES; None where there is none.
     """
     global _held
-    if _held is not None or count < 2:
+    if _held is not None or count == 0:
         return os.environ.get("CUDA_VISIBLE_DEVICES")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [name.strip() for name in visible.split(",")] if visible else [str(number) for number in range(count)]

@@ -20,7 +20,7 @@ from grpo.compose import apply_overrides, named_keys
 from grpo.config import Config, ConfigError, check_training, flatten, to_dict, typed
 from grpo.run.before_start import check_folder, check_parent, has_finished
 from grpo.run.console import resume_command
-from grpo.run.folder import OUTPUTS, RunFolder
+from grpo.run.folder import CHANGEABLE, CUT, OUTPUTS, RunFolder
 from grpo.run.gpus import claim_gpu
 from grpo.run.lock import locked
 from grpo.run.sweep import SweepFolder, of_keys
@@ -28,22 +28,6 @@ from grpo.targets import check_trusted, foreign_targets
 
 logger = logging.getLogger(__name__)
 
-# What may change when a run goes on: how it is watched and kept, and how the work is cut.
-CHANGEABLE = ("preflight", "tracking.", "checkpoint.", "samples.", "eval.every", "eval.after", "grpo.max_skipped_steps")
-CHANGEABLE += ("reward.timeout_s", "reward.on_error", "hardware.card.")  # a card is for the plan
-CUT = tuple(
-    f"hardware.{key}"
-    for key in (
-        "micro_batch_tokens",
-        "rollout_tokens",
-        "activation_checkpointing",
-        "cuda_graphs",
-        "threads",
-        "device",
-        "compute_dtype",
-    )
-)
-CUT += ("model.device_map",)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PRESET_SIZES = ("batch_size", "num_generations", "max_completion_length")
 MORE_STEPS = {"grpo.num_steps", "grpo.num_iterations"}
@@ -158,7 +142,7 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
     from grpo.engine.hardware import hardware_found
 
     overrides = list(HydraConfig.get().overrides.task)
-    if HydraConfig.get().mode == RunMode.MULTIRUN and {cfg.hardware.device, cfg.model.device_map} <= {"auto", "cuda"}:
+    if HydraConfig.get().mode == RunMode.MULTIRUN and _queues(cfg):
         claim_gpu(torch.cuda.device_count())
     cfg = hardware_found(cfg, overrides)
     changes: dict[str, Any] = {}
@@ -181,6 +165,13 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
     else:
         folder.update_status(state="running", error=None)
     return Run(folder, config, resumed or cfg.fork, cfg.fork, done, stop, overrides, changes, cfg.until_step)
+
+
+def _queues(cfg: DictConfig) -> bool:
+    """Whether a job of a sweep may take any GPU of this machine, of which no scheduler has given it one."""
+    launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
+    here = launcher in ("local", "basic", "joblib", "submitit_local")
+    return here and {cfg.hardware.device, cfg.model.device_map} <= {"auto", "cuda"}
 
 
 def _make_first_record(folder: RunFolder) -> None:

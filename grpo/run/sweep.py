@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo.config import ConfigError
-from grpo.run.folder import OUTPUTS, RunFolder, write_whole
+from grpo.run.folder import CHANGEABLE, CUT, OUTPUTS, RunFolder, write_whole
 from grpo.run.halving import Record
 
 logger = logging.getLogger(__name__)
@@ -35,14 +36,14 @@ class SweepFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def check_same(self, overrides: Sequence[str], keys: Sequence[str], resume: bool | str) -> None:
+    def check_same(self, overrides: Sequence[str], resume: bool | str) -> None:
         """Raise ConfigError where the folder holds a sweep that this command line would not go on with."""
         recorded = self.record()
         if not recorded:
             return
         if not resume:
             raise ConfigError(f"{self.path} holds a sweep already; add resume=true, or choose another sweep_dir")
-        if sorted(of_keys(overrides, keys)) != sorted(of_keys(recorded["overrides"], recorded["keys"])):
+        if _lasting(overrides) != _lasting(recorded["overrides"]):
             given = shlex.join(recorded["overrides"])
             raise ConfigError(f"{self.path} is a sweep of other values; go on with it by the same overrides: {given}")
 
@@ -55,9 +56,13 @@ class SweepFolder:
     ) -> None:
         """Record the overrides, the keys that are swept, and the overrides of each job (None: not known yet).
 
-        hydra: the overrides of Hydra's own keys, such as the launcher.
+        hydra: the overrides of Hydra's own keys, such as the launcher. Of a sweep that goes on only these are new.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        if known := self.record():
+            self._write(known | {"hydra": list(hydra)})
+            self.update("running")
+            return
         record = {"overrides": own_overrides(overrides), "keys": list(keys), "hydra": list(hydra)}
         planned = [of_keys(point, keys) for point in points] if points is not None else None
         self._write(record | {"planned": planned, "state": "running", "jobs": []})
@@ -82,7 +87,8 @@ class SweepFolder:
         planned = record.get("planned") or []
         halving = Record.read(self.path)
         halved = halving is not None and halving.state == "finished"
-        folders = {int(path.name.split("_")[0]): path for path in self.path.glob("[0-9]*") if path.is_dir()}
+        numbered = ((re.match(r"(\d+)(_|$)", path.name), path) for path in self.path.iterdir() if path.is_dir())
+        folders = {int(found[1]): path for found, path in numbered if found}
         jobs = []
         for number in sorted(folders.keys() | set(range(len(planned)))):
             run = RunFolder(folders[number]) if number in folders else None
@@ -147,7 +153,8 @@ class SweepFolder:
                 print(f"job {job['job']} failed: {job['error']}")
         print(f"sweep folder: {self.path}")
         self._report()
-        if states != {"finished"}:
+        halving = Record.read(self.path)
+        if states != {"finished"} and (halving is None or halving.state != "finished"):
             record = self.record()
             again = shlex.join([*record["hydra"], *record["overrides"], "resume=true", f"sweep_dir={self.path}"])
             print(f"  go on     python launch.py -m {again}")
@@ -166,6 +173,14 @@ def concluded() -> Iterator[None]:
 def own_overrides(overrides: Sequence[str]) -> list[str]:
     """A sweep's command line without what is only about the launch; sorted, since the order says nothing."""
     return sorted(each for each in overrides if each.partition("=")[0] not in LAUNCH_KEYS)
+
+
+def _lasting(overrides: Sequence[str]) -> list[str]:
+    """A sweep's overrides without those that may change when its runs go on."""
+    keys = {
+        each: f"{each.partition('=')[0].lstrip('+')}." for each in own_overrides(overrides)
+    }  # a dot ends groups too
+    return [each for each, key in keys.items() if not key.startswith(CHANGEABLE + CUT)]
 
 
 def swept_keys(overrides: Sequence[str], sweeper: DictConfig) -> list[str]:
@@ -199,9 +214,9 @@ def of_keys(overrides: Sequence[str], keys: Sequence[str] | None) -> list[str]:
 
 def newest_sweep(overrides: Sequence[str]) -> Path | None:
     """The folder of the sweep started last with these overrides."""
-    wanted = own_overrides(overrides)
+    wanted = _lasting(overrides)
     folders = sorted((file.parent for file in SWEEPS.glob("*/sweep.json")), reverse=True)  # named by their time
-    return next((path for path in folders if SweepFolder(path).record().get("overrides") == wanted), None)
+    return next((path for path in folders if _lasting(SweepFolder(path).record()["overrides"]) == wanted), None)
 
 
 def _table(jobs: list[dict[str, Any]], keys: Sequence[str]) -> Table:

@@ -15,6 +15,7 @@ from grpo.config import ConfigError
 from grpo.run.folder import RunFolder
 from grpo.run.halving import Record, best_arms, choose_ladder
 from grpo.run.sweep import grid, of_keys, swept_keys
+from hydra_plugins.hydra_grpo.launcher import JobFailed
 
 SEED = "seed"
 
@@ -51,6 +52,9 @@ class HalvingSweeper(Sweeper):
         for done in self.returns.values():
             if done.status == JobStatus.FAILED:
                 _ = done.return_value  # raises
+        for number, folder in enumerate(self.folders):
+            if RunFolder(folder).status().get("state") == "failed":
+                raise JobFailed(f"job {number} failed in an earlier launch, and its arm is out")
         return list(self.returns.values())
 
     def _record(self, arguments: Sequence[str]) -> Record:
@@ -68,14 +72,18 @@ class HalvingSweeper(Sweeper):
             return Record(steps.pop(), list(arms.values()), self.eta, self.budget_hours)
         if known.state == "out of budget":  # which may have become larger
             known.state = "running"
-        known.budget_hours = self.budget_hours
+        if self.budget_hours is not None:
+            known.budget_hours = self.budget_hours
         return known
 
     def _climb(self) -> None:
         record = self.record
+        for first, *_ in record.arms if record.budget_hours is not None else ():
+            if record.step_s is None:  # an arm may fail at once
+                self._launch([first], record.least_steps)
+                self._measure()
         if record.step_s is None and record.budget_hours is not None:
-            self._launch([record.arms[0][0]], record.least_steps)
-            self._measure()
+            return
         if not record.ladder:
             self._choose()
         alive = record.rungs[-1]["kept"] if record.rungs else list(range(len(record.arms)))
@@ -87,7 +95,7 @@ class HalvingSweeper(Sweeper):
                 break
             self._launch([job for arm in alive for job in record.arms[arm]], steps)
             self._measure()
-            scores = [self._score(arm, steps) if arm in alive else None for arm in range(len(record.arms))]
+            scores = self._scores(alive, steps)
             keep = record.ladder[place + 1][1] if place + 1 < len(record.ladder) else len(alive)
             alive = best_arms(scores, keep)
             by_arm = {str(arm): score for arm, score in enumerate(scores) if score is not None}
@@ -106,7 +114,7 @@ class HalvingSweeper(Sweeper):
             record.ladder = choose_ladder(record)
         except ValueError as least:
             raise ConfigError(
-                f"sweep.budget_hours={self.budget_hours}: with {record.step_s:.3g} s a step and {record.start_s:.3g} s "
+                f"sweep.budget_hours={record.budget_hours}: at {record.step_s:.3g} s a step and {record.start_s:.3g} s "
                 f"beside them a job, {len(record.arms)} arms need {least} hours; raise it, or sweep fewer values"
             ) from None
         record.write(self.folder)
@@ -121,7 +129,7 @@ class HalvingSweeper(Sweeper):
             return alive
         made = record.ladder[place - 1][0]
         one = record.seconds([(record.ladder[place][0] - made, 1)])
-        return alive[: int((3600 * record.budget_hours - self._spent()) / one)]
+        return alive[: max(0, int((3600 * record.budget_hours - self._spent()) / one))]
 
     def _launch(self, jobs: list[int], steps: int) -> None:
         """Let jobs go on up to a step, but for those that stand there already."""
@@ -141,19 +149,22 @@ class HalvingSweeper(Sweeper):
         return run.status().get("step") == steps and self._accuracy(run, steps) is not None
 
     def _accuracy(self, run: RunFolder, steps: int) -> float | None:
-        return next((each["accuracy"] for each in run.evaluations().values() if each["step"] == steps), None)
+        made = run.evaluations()
+        names = (name for name in ("after", f"step_{steps:06d}") if name in made and made[name]["step"] == steps)
+        return next((made[name]["accuracy"] for name in names), None)
 
-    def _score(self, arm: int, steps: int) -> float | None:
-        """Held-out accuracy, or else the reward of the last tenth of the steps: a mean over the jobs that got there."""
-        scores = []
-        for job in self.record.arms[arm]:
-            run = RunFolder(self.folders[job])
-            rows = run.metrics(up_to_step=steps)
-            if len(rows) == steps:
-                accuracy = self._accuracy(run, steps)
-                tenth = rows[-max(1, steps // 10) :]
-                scores.append(accuracy if accuracy is not None else statistics.fmean(row["reward"] for row in tenth))
-        return statistics.fmean(scores) if scores else None
+    def _scores(self, alive: list[int], steps: int) -> list[float | None]:
+        """By arm the mean held-out accuracy of its jobs that made the steps; where one lacks it, all by reward instead.
+
+        Reward is that of the last tenth of the steps. None for an arm that is out, or of which no job came so far.
+        """
+        rows = {job: RunFolder(self.folders[job]).metrics(steps) for arm in alive for job in self.record.arms[arm]}
+        there = {job: made[-max(1, steps // 10) :] for job, made in rows.items() if len(made) == steps}
+        scores = {job: self._accuracy(RunFolder(self.folders[job]), steps) for job in there}
+        if None in scores.values():
+            scores = {job: statistics.fmean(row["reward"] for row in last) for job, last in there.items()}
+        of_arms = [[scores[job] for job in jobs if job in scores] for jobs in self.record.arms]
+        return [statistics.fmean(made) if made else None for made in of_arms]
 
     def _measure(self) -> None:
         """What a step and the rest of a job take, from all that has run."""

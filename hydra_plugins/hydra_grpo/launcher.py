@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -22,8 +23,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from grpo.config import ConfigError
-from grpo.run.before_start import asks_for_more_steps
+from grpo.config import ConfigError, first_line
 from grpo.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -68,13 +68,14 @@ class LocalLauncher(Launcher):
                 while waiting and len(running) < at_once and not stop.received:
                     place, number, overrides = waiting.popleft()
                     config = self._composed(number, overrides)
-                    returns[place] = _done_before(config, overrides)
-                    if returns[place] is None:
+                    returns[place] = _done_before(config)
+                    if returns[place] is None and not stop.received:
                         job = self._start(place, number, overrides, config, quiet=at_once > 1)
                         running[job.process.sentinel] = job
+                        stop.pass_on(job)  # what came while it was started
                 for sentinel in wait(list(running)) if running else ():
                     job = running.pop(sentinel)
-                    returns[job.place] = _outcome(job)
+                    returns[job.place] = _outcome(job, stopped=bool(stop.received))
                     if at_once > 1:
                         state, minutes = returns[job.place].status.name.lower(), (time.monotonic() - job.started) / 60
                         print(f"job {job.number} ({job.name}): {state}, {minutes:.1f} minutes", flush=True)
@@ -104,11 +105,14 @@ class LocalLauncher(Launcher):
         return _Job(place, number, name, folder, process, receiver, time.monotonic())
 
 
-def _done_before(config: DictConfig, overrides: list[str]) -> JobReturn | None:
+def _done_before(config: DictConfig) -> JobReturn | None:
     """What a job returned that has finished, where a sweep goes on: seconds less than a process that finds it so."""
     run = RunFolder(Path(config.hydra.sweep.dir, config.hydra.sweep.subdir))
-    if not config.resume or not run.finished() or asks_for_more_steps(overrides):
+    if not config.resume or not run.finished():
         return None
+    frozen = run.frozen_config().grpo
+    if (config.grpo.num_steps, config.grpo.num_iterations) != (frozen.num_steps, frozen.num_iterations):
+        return None  # it is asked for more
     print(f"{run.path} has finished already: nothing to do", flush=True)
     done = JobReturn(status=JobStatus.COMPLETED)
     done.return_value = run.objective()
@@ -140,7 +144,7 @@ def _run(call: bytes, sender: Connection, console: Path | None) -> None:
         return
     failure = done._return_value  # whose own type may be known in this process only
     refused = isinstance(failure, ConfigError)
-    sender.send((None, failure if refused else JobFailed(f"{type(failure).__name__}: {failure}")))
+    sender.send((None, failure if refused else JobFailed(f"{type(failure).__name__}: {first_line(failure)}")))
 
 
 def _end_with_parent() -> None:
@@ -148,17 +152,18 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _outcome(job: _Job) -> JobReturn:
+def _outcome(job: _Job, stopped: bool) -> JobReturn:
     """What an ended job left."""
     job.process.join()
     try:
         value, error = job.result.recv()
     except EOFError:  # it was ended, and had no time to say anything
-        value, error = None, JobFailed(f"its process ended with {_in_words(job.process.exitcode)}")
+        reason = f"its process ended with {_in_words(job.process.exitcode)}"
+        value, error = None, JobFailed(f"job {job.number} ({job.name}): {reason}")
         run = RunFolder(job.folder)
-        if run.status().get("state") == "running":
-            run.update_status(state="failed", error=str(error))
-            logger.error("%s failed: %s", job.folder, error)
+        if not stopped and not run.finished():
+            run.update_status(state="failed", error=reason)
+            logger.error("%s failed: %s", job.folder, reason)
     done = JobReturn(status=JobStatus.FAILED if error else JobStatus.COMPLETED)
     done.return_value = error or value
     return done
@@ -195,8 +200,13 @@ class _Forwarding:
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.received = number
         for job in self.running.values():
-            if job.process.pid is not None:
-                os.kill(job.process.pid, number)
+            self.pass_on(job)
+
+    def pass_on(self, job: _Job) -> None:
+        """Send a job the signal that was received, if one was; it may have ended meanwhile."""
+        if self.received:
+            with suppress(ProcessLookupError):
+                os.kill(job.process.pid, self.received)
 
 
 def _gpus() -> int:

@@ -29,6 +29,12 @@ def test_samples_are_read_in_the_order_of_their_steps_with_answers_as_text(tmp_p
     assert audit.load_samples(tmp_path / "nowhere").empty
 
 
+def test_completions_that_are_numbers_stay_text(tmp_path):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step_000010.jsonl").write_text(json.dumps(sample("42", answer="42")) + "\n")
+    assert audit.signs_of_gaming(audit.load_samples(tmp_path))[10].tolist()[:3] == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("completion", "kind"),
     [

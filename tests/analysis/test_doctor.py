@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from grpo.analysis.doctor import RULES, Evaluation, examine
+from grpo.analysis.doctor import RULES, Doctor, Evaluation, examine
 from tests.run.test_sweep import QUICK
 from tests.runs import launch, rows
 
@@ -105,6 +105,14 @@ def test_a_rising_reward_with_falling_accuracy_is_told_from_noise():
     assert "from 60.0% to 48.0%" in found.text
     assert examine(course(), [Evaluation(20, 0.60, 400), Evaluation(40, 0.56, 400)]) == []  # within its noise
     assert examine(course(reward=lambda step: 3.0 - 0.02 * step), falling) == []  # reward falls as well
+
+
+def test_after_a_resume_it_says_what_it_would_have_said():
+    rows, made = course(), [Evaluation(0, 0.5, 400), Evaluation(20, 0.60, 400), Evaluation(40, 0.48, 400)]
+    doctor = Doctor()
+    assert doctor.replay(rows[:30], made[:2]) == []
+    doctor.evaluations.append(made[2])
+    assert [finding.rule for row in rows[39:] for finding in doctor.look(row)] == ["held_out_falls"]
 
 
 def test_every_rule_has_its_case():

@@ -31,7 +31,7 @@ def make_sweep(folder, swept, right, accuracy=True, states=None, fixed=("experim
         run = RunFolder(folder / f"{number}_job")
         if state != "pending":
             run.path.mkdir(parents=True)
-            (run.path / "config.yaml").write_text(yaml.safe_dump({"name": "made"}))
+            (run.path / "config.yaml").write_text(yaml.safe_dump({"name": "made", "seed": int(values.get("seed", 7))}))
             (run.path / ".hydra").mkdir()
             (run.path / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump([*fixed, *point]))
             error = "ValueError: as it was" if state == "failed" else None
@@ -100,6 +100,31 @@ def test_the_commands_are_of_the_best_arm_as_it_was_and_on_seeds_that_no_job_had
     assert compose_config([*arm, "seed=4"]).optimizer.lr == 5e-6
 
 
+def test_a_seed_that_is_not_swept_is_not_called_fresh(tmp_path):
+    fixed = ["experiment=quickstart", "seed=7"]
+    folder = make_sweep(tmp_path / "s", {"grpo.beta": ["0", "0.1"]}, drawn(lambda _: 0.5), fixed=fixed)
+    commands = Sweep(folder).commands()
+    assert commands["reproduce"] == "python launch.py experiment=quickstart grpo.beta=0 seed=7"
+    assert commands["confirm"] == "python launch.py -m experiment=quickstart grpo.beta=0 seed=8,9,10"
+
+
+def test_a_key_with_the_name_of_a_group_makes_arms_too(tmp_path):
+    keys = {"reward": ["math_xml", "mine"], "seed": ["1", "2", "3"]}
+    sweep = Sweep(make_sweep(tmp_path / "s", keys, drawn(lambda values: 0.9 if values["reward"] == "mine" else 0.3)))
+    assert [sweep.label(arm) for arm in sweep.arms] == ["reward=mine", "reward=math_xml"]
+
+
+def test_only_seeds_of_finished_jobs_count(tmp_path):
+    folder = make_sweep(tmp_path / "s", {"seed": ["1", "2"]}, drawn(lambda _: 0.5), states={1: "failed"})
+    assert any(each.startswith("One seed") for each in warnings(Sweep(folder)))
+
+
+def test_a_sweep_of_unknown_points_that_never_began_has_a_page(tmp_path):
+    SweepFolder(tmp_path / "s").begin(["optimizer.lr=interval(0,1)"], ["optimizer.lr"], None)
+    _, answer = write_sweep_report(tmp_path / "s")
+    assert answer.startswith("No job has finished")
+
+
 def test_the_page_needs_nothing_else_and_the_table_has_every_job(better_rate):
     (page, table), answer = write_sweep_report(better_rate)
     text = page.read_text()
@@ -109,7 +134,7 @@ def test_the_page_needs_nothing_else_and_the_table_has_every_job(better_rate):
         assert name in text
     frame = pd.read_csv(table, dtype={"optimizer.lr": str})
     assert (len(frame), frame["state"].unique().tolist()) == (12, ["finished"])
-    assert {"accuracy", "accuracy_low", "accuracy_high", "best_accuracy", "reward", "rewards/format"} < set(frame)
+    assert {"accuracy", "accuracy_low", "accuracy_high", "best_accuracy", "mean_reward", "rewards/format"} < set(frame)
     assert {"completions/mean_length", "kl", "num_tokens", "seconds", "grpo.beta", "seed"} < set(frame)
     assert frame["seconds"].tolist() == [10.0] * 12
 

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
+from grpo.compose import compose_config
+from grpo.config import ConfigError, typed
 from grpo.run.halving import Record, best_arms, choose_ladder, ladder, seconds
 from grpo.run.sweep import SweepFolder
+from hydra_plugins.hydra_grpo.halving import HalvingSweeper
 from tests.run.test_sweep import QUICK
 from tests.runs import launch, rows
 
@@ -37,6 +40,14 @@ def test_the_first_rung_is_as_long_as_the_budget_pays_for():
 def test_the_best_arms_are_kept_and_those_without_a_score_are_out():
     assert best_arms([0.2, None, 0.7, 0.7, 0.1], 2) == [2, 3]
     assert best_arms([None, 0.5], 2) == [1]
+
+
+def test_what_is_overspent_pays_for_no_arm():
+    sweeper = HalvingSweeper(3, 0.01)
+    sweeper.record, sweeper.folders = record(0.01), []
+    sweeper.record.ladder = [(10, 9), (30, 3), (90, 1)]
+    sweeper._spent = lambda: 100.0
+    assert sweeper._affordable([0, 1, 2], 1) == []
 
 
 HALVING = [
@@ -113,10 +124,31 @@ def test_a_budget_that_is_too_small_is_refused_with_the_least_one_and_a_larger_o
     refused = launch(*command, "sweep.budget_hours=0.0001", cwd=tmp_path)
     assert refused.returncode == 2
     assert "hours; raise it, or sweep fewer values" in refused.stderr
+    still = launch(*command, "resume=true", cwd=tmp_path)
+    assert (still.returncode, "sweep.budget_hours=0.0001" in still.stderr) == (
+        2,
+        True,
+    )  # it stays unless a new one is given
     more = launch(*command, "sweep.budget_hours=1", "resume=true", cwd=tmp_path)
     assert more.returncode == 0, more.stderr
     halving = json.loads((tmp_path / "sweep" / "halving.json").read_text())
     assert (halving["ladder"], halving["state"]) == ([[4, 4]], "finished")  # enough for all to the end
+
+
+def test_an_arm_that_fails_is_out_and_the_others_go_on(tmp_path):
+    command = [each for each in HALVING if not each.startswith(("optimizer.lr", "grpo.num_gen"))]
+    command = ["-m", *command, "grpo.num_generations=1,4", "sweep.budget_hours=1", "sweep_dir=sweep"]
+    first = launch(*command, cwd=tmp_path)
+    assert (first.returncode, "use 2 or more" in first.stderr, "Traceback" in first.stderr) == (2, True, False)
+    assert [job["state"] for job in SweepFolder(tmp_path / "sweep").jobs()] == ["failed", "finished"]
+    again = launch(*command, "resume=true", cwd=tmp_path)
+    assert (again.returncode, "job 0 failed in an earlier launch, and its arm is out" in again.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(("key", "value"), [("sweep.eta", "1"), ("sweep.budget_hours", "0"), ("until_step", "0")])
+def test_values_that_cannot_be_are_refused(tmp_path, key, value):
+    with pytest.raises(ConfigError, match=key):
+        typed(compose_config(["experiment=quickstart", f"{key}={value}"]))
 
 
 def test_arms_of_unequal_steps_are_not_compared(tmp_path):
