@@ -126,11 +126,20 @@ def test_a_healthy_run_is_left_in_peace_and_so_are_rewards_of_other_names():
 
 
 def test_in_a_run_it_speaks_when_it_happens_and_once_over_a_stop(tmp_path):
-    command = [*QUICK, "grpo.max_completion_length=6", "run_dir=run", "checkpoint.every=1", "grpo.num_steps=14"]
+    command = [
+        *QUICK,
+        "tracking=offline",
+        "grpo.max_completion_length=6",
+        "run_dir=run",
+        "checkpoint.every=1",
+        "grpo.num_steps=14",
+    ]
     first = launch(*command, "until_step=12", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("doctor: ") == 1
     assert "raise grpo.max_completion_length" in first.stdout
+    (record,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
+    assert b"cut_completions" in record.read_bytes()  # the alert's title
     assert "stopped after step 12, as asked; go on with: python launch.py resume=true run_dir=run" in first.stdout
     again = launch("resume=true", "run_dir=run", cwd=tmp_path)
     assert (again.returncode, again.stdout.count("doctor: "), len(rows(tmp_path / "run"))) == (0, 0, 14)
