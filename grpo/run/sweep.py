@@ -177,9 +177,8 @@ def own_overrides(overrides: Sequence[str]) -> list[str]:
 
 def _lasting(overrides: Sequence[str]) -> list[str]:
     """A sweep's overrides without those that may change when its runs go on."""
-    keys = {
-        each: f"{each.partition('=')[0].lstrip('+')}." for each in own_overrides(overrides)
-    }  # a dot ends groups too
+    # With a dot at its end, so that a group such as tracking=offline counts as its keys do.
+    keys = {each: each.partition("=")[0].lstrip("+") + "." for each in own_overrides(overrides)}
     return [each for each, key in keys.items() if not key.startswith(CHANGEABLE + CUT)]
 
 

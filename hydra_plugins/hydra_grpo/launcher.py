@@ -29,6 +29,7 @@ from grpo.run.folder import RunFolder
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPPED = tuple(128 + number for number in SIGNALS)  # exit codes of a run that such a signal ended
 
 
 @dataclass
@@ -161,7 +162,8 @@ def _outcome(job: _Job, stopped: bool) -> JobReturn:
         reason = f"its process ended with {_in_words(job.process.exitcode)}"
         value, error = None, JobFailed(f"job {job.number} ({job.name}): {reason}")
         run = RunFolder(job.folder)
-        if not stopped and not run.finished():
+        left = job.process.exitcode in STOPPED  # by a signal that was for it alone: it has saved and said so
+        if not (stopped or left or run.finished()):
             run.update_status(state="failed", error=reason)
             logger.error("%s failed: %s", job.folder, reason)
     done = JobReturn(status=JobStatus.FAILED if error else JobStatus.COMPLETED)

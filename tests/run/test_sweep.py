@@ -104,6 +104,14 @@ def test_a_stop_reaches_the_jobs_which_save_and_go_on_later(cwd):
         assert "going on in" in (sweep.path / job["folder"] / "console.log").read_text()
 
 
+def test_a_signal_for_one_job_stops_that_one_alone(cwd):
+    (cwd / "mine.py").write_text(REWARDS + "\n\ndef stop(completions, at, **columns):\n    os.kill(os.getpid(), at)\n")
+    component = f"+reward.components.stop={{_target_: mine.stop, weight: 0, at: {int(signal.SIGTERM)}}}"
+    done = launch("-m", *QUICK, component, "grpo.num_steps=2", "seed=1,2", cwd=cwd)
+    assert done.returncode == 1
+    assert [job["state"] for job in sweep_of(cwd).jobs()] == ["interrupted", "interrupted"]  # the second was begun too
+
+
 def test_jobs_do_not_outlive_a_launcher_that_is_killed(cwd):
     component = "+reward.components.slow={_target_: mine.slow, weight: 0}"
     process = Launch("-m", *QUICK, component, "grpo.num_steps=50", "seed=1,2", cwd=cwd)
