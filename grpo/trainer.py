@@ -278,7 +278,11 @@ class Trainer:
         if done.skipped is not None:
             self._note_skipped(run, done)
         run.folder.update_status(
-            step=step, iteration=row["iteration"], total_steps=self.total_steps, best_reward=self.state.best_reward
+            step=step,
+            iteration=row["iteration"],
+            total_steps=self.total_steps,
+            best_reward=self.state.best_reward,
+            seconds=run.seconds,
         )
         self.evaluate_if_due(run, tracker, saver)
         if due(step, config.checkpoint.every) or step == self.total_steps:

@@ -102,6 +102,13 @@ class Run:
     overrides: list[str]  # of this launch's command line
     changes: dict[str, Any]  # what it changes in a run that it goes on with
     until_step: int | None  # where this launch stops, if before the end
+    started: float  # by time.monotonic
+    seconds_before: float  # of all launches so far
+
+    @property
+    def seconds(self) -> float:
+        """How long all launches took together, for who pays by the hour."""
+        return round(self.seconds_before + time.monotonic() - self.started, 3)
 
 
 @contextmanager
@@ -114,16 +121,15 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
     try:
         check_folder(folder, resume, HydraConfig.get().overrides.task)
         with stop.installed(), locked(folder.path):
-            run, started = _open(folder, cfg, resume, stop), time.monotonic()
+            run = _open(folder, cfg, resume, stop)
             try:
                 yield run
             except BaseException as error:
                 _record_end(run, error)
                 raise
             finally:
-                if folder.started() and not run.done:  # how long all launches took together, for who pays by the hour
-                    before = folder.status().get("seconds", 0.0)
-                    folder.update_status(seconds=round(before + time.monotonic() - started, 3))
+                if folder.started() and not run.done:
+                    folder.update_status(seconds=run.seconds)
     except ConfigError as error:
         if sweep:  # said at once, and not only after all other jobs
             logger.error("%s: %s", folder.path, error)
@@ -144,6 +150,7 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
     overrides = list(HydraConfig.get().overrides.task)
     if HydraConfig.get().mode == RunMode.MULTIRUN and _queues(cfg):
         claim_gpu(torch.cuda.device_count())
+    started = time.monotonic()
     cfg = hardware_found(cfg, overrides)
     changes: dict[str, Any] = {}
     resumed = folder.started()
@@ -164,7 +171,20 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
         print(f"{folder.path} has finished already: nothing to do")
     else:
         folder.update_status(state="running", error=None)
-    return Run(folder, config, resumed or cfg.fork, cfg.fork, done, stop, overrides, changes, cfg.until_step)
+    before = folder.status().get("seconds", 0.0)
+    return Run(
+        folder,
+        config,
+        resumed=resumed or cfg.fork,
+        forked=cfg.fork,
+        done=done,
+        stop=stop,
+        overrides=overrides,
+        changes=changes,
+        until_step=cfg.until_step,
+        started=started,
+        seconds_before=before,
+    )
 
 
 def _queues(cfg: DictConfig) -> bool:

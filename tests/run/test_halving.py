@@ -6,6 +6,7 @@ import pytest
 
 from grpo.compose import compose_config
 from grpo.config import ConfigError, typed
+from grpo.run.folder import RunFolder
 from grpo.run.halving import Record, best_arms, choose_ladder, ladder, seconds
 from grpo.run.sweep import SweepFolder
 from hydra_plugins.hydra_grpo.halving import HalvingSweeper
@@ -109,6 +110,8 @@ def test_killed_anywhere_it_goes_on_to_the_same_decisions(straight):
     cwd, _ = straight
     fault = ("grpo.trainer.problems_of_step", "6", "kill")  # of 8 steps in all: in the second rung
     assert launch("-m", *HALVING, "sweep_dir=killed", cwd=cwd, fault=fault).returncode == -9
+    made = [RunFolder(cwd / "killed" / job["folder"]) for job in SweepFolder(cwd / "killed").jobs()]
+    assert all(run.status()["seconds"] > sum(row["step_time"] for row in run.metrics()) for run in made)
     again = launch("-m", *HALVING, "sweep_dir=killed", "resume=true", cwd=cwd)
     assert again.returncode == 0, again.stderr
     one, other = (json.loads((cwd / name / "halving.json").read_text())["rungs"] for name in ("sweep", "killed"))
