@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,12 @@ class SweepFolder:
         planned = record.get("planned") or []
         halving = Record.read(self.path)
         halved = halving is not None and halving.state == "finished"
-        numbered = ((re.match(r"(\d+)(_|$)", path.name), path) for path in self.path.iterdir() if path.is_dir())
-        folders = {int(found[1]): path for found, path in numbered if found}
+        numbered = ((re.match(r"(\d+)(_|$)", path.name), path) for path in sorted(self.path.iterdir()) if path.is_dir())
+        # Of a number there can be two: a trial that failed, and now does not, leads Optuna elsewhere from there on.
+        begun = [(int(found[1]), RunFolder(path)) for found, path in numbered if found]
+        pending = set(range(len(planned))) - {number for number, _ in begun}
         jobs = []
-        for number in sorted(folders.keys() | set(range(len(planned)))):
-            run = RunFolder(folders[number]) if number in folders else None
+        for number, run in sorted([*begun, *((number, None) for number in pending)], key=itemgetter(0)):
             status = run.status() if run else {}
             state = status.get("state", "pending")
             if halved and state == "interrupted":

@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from grpo.config import ConfigError
+from grpo.run.folder import RunFolder
 from grpo.run.gpus import claim_gpu
 from grpo.run.sweep import SweepFolder, grid, newest_sweep, own_overrides, swept_keys
 from tests.runs import ROOT, Launch, launch, rows
@@ -145,6 +146,17 @@ def test_another_sweep_is_not_taken_for_this_one(tmp_path, monkeypatch):
         sweep.check_same(["seed=1,2", "grpo.mu=2"], True)
     with pytest.raises(ConfigError, match="holds a sweep already; add resume=true"):
         sweep.check_same(["seed=1,2", "grpo.mu=1"], False)
+
+
+def test_of_two_trials_with_one_number_neither_is_hidden(tmp_path):
+    sweep = SweepFolder(tmp_path)
+    sweep.begin(["optimizer.lr=interval(0,1)"], ["optimizer.lr"], None)
+    for name, state in (("0_optimizer.lr_0.5", "finished"), ("1_optimizer.lr_0.1", "finished"), ("1_x", "running")):
+        (tmp_path / name).mkdir()
+        RunFolder(tmp_path / name).update_status(state=state)
+    jobs = [(job["job"], job["folder"], job["state"]) for job in sweep.jobs()]
+    assert jobs[1:] == [(1, "1_optimizer.lr_0.1", "finished"), (1, "1_x", "running")]
+    assert len(jobs) == 3
 
 
 def test_swept_keys_are_those_with_several_values():
