@@ -127,6 +127,11 @@ def test_a_sweep_of_forks_that_was_killed_goes_on(parent, tmp_path):
     same, other = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
     assert rows(same) == rows(parent)
     assert status(other)["state"] == "finished"
+    # The parent has other numbers of steps than the defaults, which asks for nothing.
+    done = launch(*sweep[:-1], "resume=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("has finished already: nothing to do") == 2
+    assert "job 0:" not in done.stdout, "a process was started"
 
 
 @pytest.mark.parametrize(
