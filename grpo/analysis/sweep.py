@@ -19,7 +19,7 @@ from grpo.analysis.load import (
     read_evaluations,
 )
 from grpo.analysis.summary import wilson_interval
-from grpo.run.sweep import SweepFolder
+from grpo.run.sweep import SweepFolder, short
 
 SEED = "seed"
 
@@ -64,6 +64,7 @@ class Sweep:
             raise FileNotFoundError(f"{path} is not the folder of a sweep: it has no sweep.json")
         self.overrides: list[str] = record["overrides"]
         self.swept: list[str] = record["keys"]
+        self.is_grid = record["planned"] is not None  # and not points that a sweeper came to
         self.keys = [key for key in self.swept if key != SEED]  # those that make arms
         self.jobs = _job_table(self.folder, self.swept)
         finished = self.jobs[self.jobs["state"] == "finished"]
@@ -89,8 +90,8 @@ class Sweep:
         return load_runs(self.folder.path)
 
     def label(self, arm: Arm) -> str:
-        """An arm as its overrides."""
-        return " ".join(f"{key}={value}" for key, value in zip(self.keys, arm.values, strict=True)) or "the run"
+        """An arm as its overrides, with long numbers shortened."""
+        return " ".join(f"{key}={short(value)}" for key, value in zip(self.keys, arm.values, strict=True)) or "the run"
 
     def effects(self, in_reward: bool = False) -> list[Effect]:
         """For each swept key but the seed, each value against the first, over all pairs of jobs otherwise equal.
@@ -190,6 +191,8 @@ def _job_table(folder: SweepFolder, keys: list[str]) -> pd.DataFrame:
     columns = ["accuracy", "accuracy_low", "accuracy_high", "best_accuracy", "mean_reward", "num_tokens", "seconds"]
     first = ["job", "folder", "state", *keys, "step", "total_steps", "error"]
     frame = pd.DataFrame(rows, columns=None if rows else first).set_index("job")
+    if not frame.index.is_unique:  # see SweepFolder.jobs
+        frame.index = pd.RangeIndex(len(frame), name="job")
     return frame.reindex(columns=[*frame, *(column for column in columns if column not in frame)])
 
 

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from grpo.analysis.load import finite_values
 from grpo.analysis.sweep import Arm, Sweep
+from grpo.run.sweep import short
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4fa3", "#767676")
 MOST_ARMS = len(COLORS)  # whose curves can be told apart
@@ -14,47 +16,43 @@ MOST_ARMS = len(COLORS)  # whose curves can be told apart
 
 def curves(sweep: Sweep, column: str, title: str) -> Figure | None:
     """A metric by step, a line an arm: the mean over its seeds, within the band from the lowest to the highest."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    for color, arm in zip(COLORS, sweep.arms, strict=False):
-        table = _by_step(sweep, arm, column)
-        if table.empty or not table.notna().any(axis=None):
-            continue
-        smooth = table.rolling(max(1, len(table) // 20), center=True, min_periods=1).mean()
-        axes.plot(smooth.index, smooth.mean(axis=1), color=color, label=f"{sweep.label(arm)} ({len(arm.jobs)})")
-        if len(arm.jobs) > 1:
-            axes.fill_between(smooth.index, smooth.min(axis=1), smooth.max(axis=1), color=color, alpha=0.15, lw=0)
-    if not axes.lines:
-        return None
-    axes.set(xlabel="step", title=title)
-    axes.grid(color="#e3e3e3")
-    axes.legend(fontsize="small", title="arm (jobs)" if len(sweep.arms) <= MOST_ARMS else f"the best {MOST_ARMS} arms")
-    return figure
+    tables = [_by_step(sweep, arm, column) for arm in sweep.arms]
+    smooth = [table.rolling(max(1, len(table) // 20), center=True, min_periods=1).mean() for table in tables]
+    return _lines(sweep, [table if table.notna().any(axis=None) else None for table in smooth], title)
 
 
 def held_out(sweep: Sweep) -> Figure | None:
     """Held-out accuracy by step, where jobs were evaluated in training (eval.every): the mean over an arm's jobs."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    for color, arm in zip(COLORS, sweep.arms, strict=False):
+    tables = []
+    for arm in sweep.arms:
         made = pd.concat([sweep.evaluations(job).assign(job=job) for job in arm.jobs])
-        table = made.pivot_table(index="step", columns="job", values="accuracy")
-        if len(table) > 2:  # more than before and after
-            axes.plot(table.index, table.mean(axis=1), color=color, marker="o", ms=3, label=sweep.label(arm))
+        tables.append(made.pivot_table(index="step", columns="job", values="accuracy"))
+    shown = [table if len(table) > 2 else None for table in tables]  # more than before and after
+    figure = _lines(sweep, shown, "held-out accuracy, band: lowest to highest seed", marker="o", ms=3)
+    if figure is not None:
+        figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    return figure
+
+
+def _lines(sweep: Sweep, tables: list[pd.DataFrame | None], title: str, **style: object) -> Figure | None:
+    """Of each arm a table by step, a column a job; None where no arm has one."""
+    figure, axes = _figure()
+    for color, arm, table in zip(COLORS, sweep.arms, tables, strict=False):
+        if table is None:
+            continue
+        axes.plot(table.index, table.mean(axis=1), color=color, label=f"{sweep.label(arm)} ({len(arm.jobs)})", **style)
+        if len(arm.jobs) > 1:
             axes.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=color, alpha=0.15, lw=0)
     if not axes.lines:
         return None
-    axes.set(xlabel="step", title="held-out accuracy, band: lowest to highest seed")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(color="#e3e3e3")
-    axes.legend(fontsize="small")
+    axes.set(xlabel="step", title=title)
+    _legend(figure, "arm (jobs)" if len(sweep.arms) <= MOST_ARMS else f"the best {MOST_ARMS} arms (jobs)")
     return figure
 
 
 def cost(sweep: Sweep) -> Figure:
     """The outcome of each job against the tokens that it took, and of each arm with its interval."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure()
     outcome = "accuracy" if sweep.by_accuracy else "mean_reward"
     for number, arm in enumerate(sweep.arms):
         color = COLORS[min(number, MOST_ARMS - 1)]
@@ -66,9 +64,9 @@ def cost(sweep: Sweep) -> Figure:
         label = sweep.label(arm) if number < MOST_ARMS else None
         axes.scatter([center], [estimate.mean], color=color, marker="D", s=36, label=label)
     axes.set(xlabel="tokens seen in training", ylabel=_outcome(sweep), title="outcome against cost")
-    _percent(sweep, axes.yaxis)
-    axes.grid(color="#e3e3e3")
-    axes.legend(fontsize="small", title="diamond: arm with its interval; dots: jobs")
+    if sweep.by_accuracy:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _legend(figure, "diamond: arm with its interval; dots: jobs")
     return figure
 
 
@@ -86,8 +84,8 @@ def heat_map(sweep: Sweep) -> Figure:
         value = table.iat[i, j]
         text = f"{value:.1%}" if sweep.by_accuracy else f"{value:.3g}"
         axes.text(j, i, text, ha="center", va="center", color="white" if value > middle else "#2b2b2b")
-    axes.set_xticks(range(len(table.columns)), table.columns)
-    axes.set_yticks(range(len(table)), table.index)
+    axes.set_xticks(range(len(table.columns)), map(short, table.columns))
+    axes.set_yticks(range(len(table)), map(short, table.index))
     axes.set(xlabel=columns, ylabel=rows, title=f"mean {_outcome(sweep)}")
     return figure
 
@@ -104,7 +102,9 @@ def parallel_coordinates(sweep: Sweep) -> Figure:
         axes.plot([*heights, height], color="#0072b2", alpha=0.15 + 0.85 * height, lw=1 + 1.5 * height)
     for position, order in enumerate(orders):
         for number, value in enumerate(order):
-            axes.text(position - 0.04, number / max(1, len(order) - 1), value, ha="right", va="center", fontsize=8)
+            axes.text(
+                position - 0.04, number / max(1, len(order) - 1), short(value), ha="right", va="center", fontsize=8
+            )
     form = "{:.1%}" if sweep.by_accuracy else "{:.3g}"
     for height, value in ((0, outcomes.min()), (1, outcomes.max())):
         axes.text(len(orders) + 0.04, height, form.format(value), ha="left", va="center", fontsize=8)
@@ -113,6 +113,20 @@ def parallel_coordinates(sweep: Sweep) -> Figure:
     for position in range(len(orders) + 1):
         axes.axvline(position, color="#c9c9c9", lw=1, zorder=0)
     return figure
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(color="#e3e3e3")
+    return figure, axes
+
+
+def _legend(figure: Figure, title: str) -> None:
+    """Below the axes, where it covers no curve, in room of its own."""
+    entries = len(figure.axes[0].get_legend_handles_labels()[1])
+    figure.set_figheight(figure.get_figheight() + 0.19 * (entries + 1))
+    figure.legend(loc="outside lower left", fontsize="small", title=title, alignment="left", frameon=False)
 
 
 def _by_step(sweep: Sweep, arm: Arm, column: str) -> pd.DataFrame:
@@ -124,14 +138,13 @@ def _by_step(sweep: Sweep, arm: Arm, column: str) -> pd.DataFrame:
 
 
 def _in_order(sweep: Sweep, key: str) -> list[str]:
-    """The values of a swept key as they were given."""
-    return list(dict.fromkeys(sweep.jobs[key].dropna()))
+    """The values of a swept key: numbers by size, others as they were given."""
+    values = list(dict.fromkeys(sweep.jobs[key].dropna()))
+    try:
+        return sorted(values, key=float)
+    except ValueError:
+        return values
 
 
 def _outcome(sweep: Sweep) -> str:
     return "held-out accuracy" if sweep.by_accuracy else "reward of the last tenth"
-
-
-def _percent(sweep: Sweep, axis) -> None:
-    if sweep.by_accuracy:
-        axis.set_major_formatter(PercentFormatter(1.0))

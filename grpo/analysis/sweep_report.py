@@ -9,6 +9,7 @@ from grpo.analysis import sweep_charts
 from grpo.analysis.page import embedded, render
 from grpo.analysis.sweep import SEED, Sweep
 from grpo.run.halving import Record
+from grpo.run.sweep import short
 
 FEW_SEEDS = 3
 
@@ -29,13 +30,14 @@ def write_sweep_report(path: str | Path) -> tuple[list[Path], str]:
 def content(sweep: Sweep) -> dict[str, Any]:
     """All that the page shows, by the names that its template uses."""
     form = (lambda value: f"{value:.1%}") if sweep.by_accuracy else (lambda value: f"{value:.3f}")
-    change = (lambda value: f"{100 * value:+.1f} points") if sweep.by_accuracy else (lambda value: f"{value:+.3f}")
+    change = (lambda value: f"{100 * value:+.1f}") if sweep.by_accuracy else (lambda value: f"{value:+.3f}")
     behind = {arm.values: estimate for arm, estimate in sweep.against_best()} if sweep.arms else {}
     unfinished = sweep.jobs[~sweep.jobs["state"].isin(["finished", "stopped early"])]
     states = sweep.jobs["state"].value_counts()
     return {
         "title": f"Sweep {sweep.folder.path.resolve().name}",
         "counts": ", ".join(f"{count} jobs {state}" for state, count in states.items()),
+        "unit": ", points" if sweep.by_accuracy else "",
         "outcome": "held-out accuracy" if sweep.by_accuracy else "mean reward of the last tenth of the steps",
         "headline": headline(sweep),
         "warnings": warnings(sweep),
@@ -50,6 +52,7 @@ def content(sweep: Sweep) -> dict[str, Any]:
         "charts": {name: embedded(figure) for name, figure in _charts(sweep).items()},
         "table": {"columns": ["job", *sweep.jobs.columns.drop(["folder", "error"])], "rows": _rows(sweep.jobs)},
         "failed": [{"job": job, **row} for job, row in unfinished[["folder", "state", "error"]].iterrows()],
+        "short": short,
         "form": form,
         "change": change,
         "reward_change": lambda value: f"{value:+.3f}",
@@ -108,7 +111,7 @@ def _budget(sweep: Sweep) -> dict[str, Any] | None:
     if record is None:
         return None
     values = sweep.jobs.loc[[jobs[0] for jobs in record.arms], sweep.keys]
-    labels = [" ".join(f"{key}={value}" for key, value in row.items()) for _, row in values.iterrows()]
+    labels = [" ".join(f"{key}={short(value)}" for key, value in row.items()) for _, row in values.iterrows()]
     return record.in_words() | {"labels": labels}
 
 
@@ -121,9 +124,9 @@ def _charts(sweep: Sweep) -> dict[str, Any]:
         "Completion length by step": sweep_charts.curves(sweep, "completions/mean_length", "tokens a completion"),
         "Outcome against cost": sweep_charts.cost(sweep),
     }
-    if len(sweep.keys) == 2:
+    if len(sweep.keys) == 2 and sweep.is_grid:
         figures["Both keys"] = sweep_charts.heat_map(sweep)
-    elif len(sweep.keys) > 2:
+    elif len(sweep.keys) > 1:
         figures["All keys"] = sweep_charts.parallel_coordinates(sweep)
     return {name: figure for name, figure in figures.items() if figure is not None}
 
@@ -137,5 +140,5 @@ def _cell(value: object) -> str:
     if value is None or value != value:  # not a number
         return ""
     if not isinstance(value, float):
-        return str(value)
+        return short(str(value))
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -220,13 +220,21 @@ def newest_sweep(overrides: Sequence[str]) -> Path | None:
     return next((path for path in folders if _lasting(SweepFolder(path).record()["overrides"]) == wanted), None)
 
 
+def short(value: str) -> str:
+    """An override's value for people to read: a long decimal number with four digits."""
+    try:
+        return f"{float(value):.4g}" if len(value) > 8 and not value.lstrip("-").isdigit() else value
+    except ValueError:
+        return value
+
+
 def _table(jobs: list[dict[str, Any]], keys: Sequence[str]) -> Table:
     table = Table(title="jobs of the sweep")
     for column in ("job", *keys, "state", "step", "held-out accuracy"):
-        table.add_column(column, justify="left" if column == "state" else "right")
+        table.add_column(column, justify="left" if column == "state" else "right", overflow="fold")
     for job in jobs:
         values = dict(each.lstrip("+").split("=", 1) for each in job["overrides"])
         steps = f"{job['step']}/{job['total_steps']}" if job["total_steps"] else "-"
         accuracy = "-" if job["accuracy"] is None else f"{job['accuracy']:.1%}"
-        table.add_row(str(job["job"]), *(values.get(key, "-") for key in keys), job["state"], steps, accuracy)
+        table.add_row(str(job["job"]), *(short(values.get(key, "-")) for key in keys), job["state"], steps, accuracy)
     return table

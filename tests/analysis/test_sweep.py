@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -14,17 +15,17 @@ from grpo.analysis.sweep import Sweep
 from grpo.analysis.sweep_report import headline, warnings, write_sweep_report
 from grpo.compose import compose_config
 from grpo.run.folder import RunFolder
-from grpo.run.sweep import SweepFolder
+from grpo.run.sweep import SweepFolder, short
 
 
-def make_sweep(folder, swept, right, accuracy=True, states=None, fixed=("experiment=quickstart",)):
+def make_sweep(folder, swept, right, accuracy=True, states=None, fixed=("experiment=quickstart",), grid=True):
     """A sweep over `swept` (key -> values), each job right in the problems that `right(values, seed)` says."""
     points = [
         [f"{key}={value}" for key, value in zip(swept, values, strict=True)]
         for values in itertools.product(*swept.values())
     ]
     overrides = [*fixed, *(f"{key}={','.join(values)}" for key, values in swept.items())]
-    SweepFolder(folder).begin(overrides, list(swept), points)
+    SweepFolder(folder).begin(overrides, list(swept), points if grid else None)
     for number, point in enumerate(points):
         state = (states or {}).get(number, "finished")
         values = dict(each.split("=") for each in point)
@@ -146,6 +147,28 @@ def test_three_keys_are_drawn_side_by_side(tmp_path):
     assert "All keys" in page.read_text()
     assert any("One seed" in each for each in warnings(Sweep(folder)))
     assert "grpo.mu=2" in answer.split(" with ")[0]
+
+
+def test_points_that_a_sweeper_came_to_are_shown_with_short_numbers_and_reproduced_with_long_ones(tmp_path):
+    keys = {"optimizer.lr": ["1.6193112e-06", "0.000142977"], "grpo.mu": ["1", "2"]}
+    shares = drawn(lambda values: 0.9 if values["optimizer.lr"] == "0.000142977" else 0.3)
+    folder = make_sweep(tmp_path / "s", keys, shares, grid=False)
+    shutil.copytree(folder / "3_job", folder / "3_other")  # a second trial of that number
+    (page, table), answer = write_sweep_report(folder)
+    assert answer.startswith("Best: optimizer.lr=0.000143 grpo.mu=1 with")
+    text = page.read_text()
+    assert "optimizer.lr=0.000142977 grpo.mu=1 seed=7</pre>" in text
+    assert "<td>1.619e-06</td>" in text
+    assert "All keys" in text and "Both keys" not in text
+    assert pd.read_csv(table)["folder"].tolist() == ["0_job", "1_job", "2_job", "3_job", "3_other"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [("0.04", "0.04"), ("4.656804637919569e-05", "4.657e-05"), ("1234567890", "1234567890"), ("math_xml_format", None)],
+)
+def test_only_long_decimal_numbers_are_shortened(value, shown):
+    assert short(value) == (shown or value)
 
 
 def test_jobs_that_did_not_finish_are_named_with_their_reason_and_left_out(tmp_path):
