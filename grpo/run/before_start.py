@@ -41,9 +41,9 @@ def sweep_folder(sweep_dir: str | None, now: str) -> str:
     return sweep_dir or str(OUTPUTS / "sweeps" / now)
 
 
-def hydra_record(resume: bool | str, now: str) -> str:
+def hydra_record(folder: str, now: str) -> str:
     """Where Hydra records this launch within the run folder, without touching the record of the first one."""
-    return f".hydra/resumes/{now}" if resume else ".hydra"
+    return f".hydra/resumes/{now}" if RunFolder(folder).started() else ".hydra"
 
 
 def register_resolvers() -> None:

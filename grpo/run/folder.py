@@ -106,10 +106,8 @@ class RunFolder:
 
     def first_overrides(self) -> list[str]:
         """The command line of the first launch, as Hydra recorded it."""
-        hydra = self.path / ".hydra"
-        # A run begun with resume=auto has its first record among those of the resumes.
-        records = [hydra / "overrides.yaml", *sorted(hydra.glob("resumes/*/overrides.yaml"))]
-        return next((yaml.safe_load(record.read_text()) for record in records if record.exists()), [])
+        record = self.path / ".hydra" / "overrides.yaml"
+        return yaml.safe_load(record.read_text()) if record.exists() else []
 
     def metrics(self, up_to_step: int | None = None) -> list[dict]:
         """The metrics rows, in order, up to a step. What comes after a torn line, as a crash may leave, is left out."""

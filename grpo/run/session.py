@@ -157,8 +157,6 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
     if resumed:
         config, changes = resumed_config(folder, cfg, overrides)
     else:
-        if resume:
-            _make_first_record(folder)
         try:
             config = fresh_config(folder, cfg, overrides)
         except (ConfigError, SystemExit):
@@ -192,14 +190,6 @@ def _queues(cfg: DictConfig) -> bool:
     launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
     here = launcher in ("local", "basic", "joblib", "submitit_local")
     return here and {cfg.hardware.device, cfg.model.device_map} <= {"auto", "cuda"}
-
-
-def _make_first_record(folder: RunFolder) -> None:
-    """What Hydra recorded as a later launch, for resume=auto, was the first."""
-    record = Path(HydraConfig.get().runtime.output_dir, HydraConfig.get().output_subdir)
-    for file in record.iterdir():
-        file.replace(folder.path / ".hydra" / file.name)
-    shutil.rmtree(record.parent)  # with what launches left that were killed before they began
 
 
 def fresh_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
