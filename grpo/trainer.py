@@ -22,7 +22,7 @@ from grpo.algorithm.step import (
     apply_gradient,
     learning_rate,
 )
-from grpo.analysis.doctor import Doctor, Evaluation
+from grpo.analysis.doctor import Doctor
 from grpo.config import to_dict
 from grpo.data.prompts import problems_of_step
 from grpo.ending import finish, pause
@@ -74,7 +74,9 @@ def train(run: Run) -> None:
     )
     console = Console()
     print(f"{'going on in' if run.resumed else 'run folder'} {run.folder.path}")
-    earlier = {"rows": rows, "evaluations": trainer.evaluations(run)}
+    made = run.folder.training_evaluations(trainer.state.step)
+    evaluations = {name: evaluation_metrics(result) | {"step": result["step"]} for name, result in made.items()}
+    earlier = {"rows": rows, "evaluations": evaluations}
     with tracking(to_dict(run.config), run.folder.path, resumed=run.resumed, **earlier) as tracker:
         print("".join(f"{line}\n" for line in tracker.how_to_look), end="", flush=True)
         run.folder.update_status(total_steps=trainer.total_steps, step=trainer.state.step)
@@ -352,8 +354,7 @@ class Trainer:
                 f"{run.folder.metrics_file} lacks rows of the {self.state.step} steps that {latest} stands for; to "
                 "make steps again, move that checkpoint away"
             )
-        made = run.folder.evaluations()
-        known = [Evaluation(*(made[name][key] for key in ("step", "accuracy", "n"))) for name in self.evaluations(run)]
+        known = run.folder.training_evaluations(self.state.step).values()
         self.doctor.replay(rows, known)  # what there was to say of these has been said
         return rows
 
@@ -380,18 +381,8 @@ class Trainer:
         result = evaluate(self.worker, self.setup, self.cut, self.state.step)
         run.folder.write_evaluation(name, result)
         tracker.log_evaluation(name, self.state.step, evaluation_metrics(result))
-        self.doctor.evaluated(result["step"], result["accuracy"], result["n"])
+        self.doctor.evaluated(result)
         return result
-
-    def evaluations(self, run: Run) -> dict[str, dict[str, Any]]:
-        """The numbers of the evaluations made in training up to the present step, by name."""
-        made = run.folder.evaluations().items()
-        of_training = {name: result for name, result in made if name == "before" or name.startswith("step_")}
-        return {
-            name: evaluation_metrics(result) | {"step": result["step"]}
-            for name, result in of_training.items()
-            if result["step"] <= self.state.step
-        }
 
 
 def due(step: int, every: int) -> bool:

@@ -1,12 +1,12 @@
 """The reward audit: what the rewards of a run's sampled completions are like, and whether they are gamed."""
 
-import json
 import re
 from pathlib import Path
 
 import pandas as pd
 
 from grpo.algorithm.math_xml import TAGS, extract_answer, parse_number, same_number
+from grpo.run.folder import whole_lines
 
 _LAST_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
@@ -18,12 +18,15 @@ def load_samples(run_dir: str | Path) -> pd.DataFrame:
     """
     files = sorted(Path(run_dir, "samples").glob("step_*.jsonl"))
     # Not by pandas' own reader, which would make numbers of completions that are nothing else.
-    return pd.DataFrame([json.loads(line) for file in files for line in file.open()])
+    samples = pd.DataFrame([row for file in files for row in whole_lines(file)])
+    rewards = [column for column in samples if column.startswith("rewards/")]
+    return samples.astype(dict.fromkeys(rewards, float))  # where a component gives none, not a number
 
 
 def components(samples: pd.DataFrame) -> list[str]:
-    """The names of the reward components."""
-    return [column.removeprefix("rewards/") for column in samples if column.startswith("rewards/")]
+    """The names of the reward components that gave anything."""
+    given = samples.dropna(axis=1, how="all")
+    return [column.removeprefix("rewards/") for column in given if column.startswith("rewards/")]
 
 
 def distribution(samples: pd.DataFrame, component: str) -> pd.DataFrame:

@@ -5,7 +5,6 @@ and is freed with its figure.
 """
 
 import math
-import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,13 +112,10 @@ def _read_run(run_dir: Path) -> _Run:
     config = read_config(run_dir)
     folder = run_dir.resolve().name
     name = config.get("name")
-    evaluations = load_evaluations(run_dir)
-    # Other files, of evaluations made by hand on other problems, are no points of this run's curve.
-    of_training = evaluations["name"].map(lambda name: re.fullmatch(r"before|step_\d+|after", name) is not None)
     return _Run(
         title=f"{name} · {folder}" if name and name != folder else folder,
         metrics=metrics,
-        evaluations=evaluations[of_training.astype(bool)],
+        evaluations=load_evaluations(run_dir, of_training=True),
         length_limit=(config.get("grpo") or {}).get("max_completion_length"),
         window=1 if len(metrics) < 10 else max(5, len(metrics) // 20) // 2 * 2 + 1,
     )

@@ -5,9 +5,9 @@ default components where a rule is about correctness and format; for other rewar
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median, stdev
+from statistics import NormalDist, fmean, median, stdev
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -24,46 +24,42 @@ class Finding:
     text: str  # what is wrong, and what to change
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A held-out evaluation in training."""
-
-    step: int
-    accuracy: float  # 0 to 1
-    n: int  # problems
-
-
 class Doctor:
     """Looks at a run row by row, and says each thing once."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self.first: list[Row] = []  # the first ten rows, for what falls
-        self.evaluations: list[Evaluation] = []
-        self._said: set[str] = set()
+        self.best: list[float] = []  # the rewards of the twenty rows in a row with the highest mean
+        self.evaluations: list[Row] = []  # held out and in training: step, accuracy (0 to 1), n (problems)
+        self.said: set[str] = set()  # names of rules
 
-    def evaluated(self, step: int, accuracy: float, n: int) -> None:
-        """Take note of an evaluation in training."""
-        self.evaluations.append(Evaluation(step, accuracy, n))
+    def evaluated(self, result: Row) -> None:
+        """Take note of an evaluation in training, with its `step`, `accuracy` and `n`."""
+        if result["accuracy"] is not None:
+            self.evaluations.append({key: result[key] for key in ("step", "accuracy", "n")})
 
     def look(self, row: Row) -> list[Finding]:
         """What is new with this row."""
         self.rows = [*self.rows[1 - MOST_ROWS :], row]
         self.first = [*self.first, row][:10]
+        rewards = self.last("reward", 20)
+        if len(rewards) == 20 and (not self.best or fmean(rewards) > fmean(self.best)):
+            self.best = rewards
         found = []
         for rule in RULES:
-            text = rule(self) if rule.__name__ not in self._said else None
+            text = rule(self) if rule.__name__ not in self.said else None
             if text is not None:
-                self._said.add(rule.__name__)
+                self.said.add(rule.__name__)
                 found.append(Finding(rule.__name__, row["step"], text))
         return found
 
-    def replay(self, rows: Sequence[Row], evaluations: Sequence[Evaluation]) -> list[Finding]:
+    def replay(self, rows: Sequence[Row], evaluations: Iterable[Row]) -> list[Finding]:
         """Look at rows again, with each evaluation made before the row of its step is looked at, as in the run."""
-        waiting, found = sorted(evaluations, key=lambda each: each.step), []
+        waiting, found = sorted(evaluations, key=lambda each: each["step"]), []
         for row in rows:
-            while waiting and waiting[0].step <= row["step"]:
-                self.evaluations.append(waiting.pop(0))
+            while waiting and waiting[0]["step"] <= row["step"]:
+                self.evaluated(waiting.pop(0))
             found += self.look(row)
         return found
 
@@ -72,7 +68,7 @@ class Doctor:
         return _values(self.rows[: len(self.rows) - before][-count:], name)
 
 
-def examine(rows: Sequence[Row], evaluations: Sequence[Evaluation] = ()) -> list[Finding]:
+def examine(rows: Sequence[Row], evaluations: Iterable[Row] = ()) -> list[Finding]:
     """Everything that the doctor would have said in the course of a run."""
     return Doctor().replay(rows, evaluations)
 
@@ -83,8 +79,8 @@ def equal_groups(doctor: Doctor) -> str | None:
     if len(shares) < 10 or min(shares) < 1 or _at_the_top(doctor):
         return None
     return (
-        "all completions of each group have earned the same for 10 steps, so nothing is learned: take problems of "
-        "medium difficulty, raise grpo.num_generations or rollout.temperature"
+        "all completions of each group have earned the same for 10 steps, so nothing is learned: take problems that "
+        "are neither all too hard nor all too easy, raise grpo.num_generations or rollout.temperature"
     )
 
 
@@ -99,28 +95,47 @@ def cut_completions(doctor: Doctor) -> str | None:
     )
 
 
-def format_without_correctness(doctor: Doctor) -> str | None:
-    """The format is nearly always right for twenty steps, and correctness has not moved since the twenty before."""
-    formats = doctor.last("rewards/format/mean", 20)
-    now, before = (doctor.last("rewards/correctness/mean", 20, gap) for gap in (0, 20))
-    if min(len(formats), len(now), len(before)) < 20 or fmean(formats) < 0.9 * MAXIMA["format"] or _at_the_top(doctor):
+def reward_falls(doctor: Doctor) -> str | None:
+    """The mean reward of twenty steps has lost a third of what it had gained, clearly more than its noise."""
+    now, best, start = doctor.last("reward", 20), doctor.best, _values(doctor.first, "reward")
+    if len(now) < 20 or len(doctor.rows) < 40 or not start:
         return None
-    if fmean(now) - fmean(before) > 2 * math.hypot(stdev(now), stdev(before)) / math.sqrt(20):
+    loss, noise = fmean(best) - fmean(now), math.hypot(stdev(now), stdev(best)) / math.sqrt(20)
+    if loss < 6 * noise or loss < max((fmean(best) - fmean(start)) / 3, 0.1 * abs(fmean(best))):
         return None
     return (
-        "format is full and correctness has stood still for 40 steps: the easy reward is learned and the other is "
-        "not; lower reward.components.format.weight, raise optimizer.lr, or take easier problems"
+        f"the mean reward fell from {fmean(best):.3g} to {fmean(now):.3g}: the policy gets worse; lower optimizer.lr "
+        "or grpo.max_grad_norm, and go on from an earlier checkpoint (fork=true fork_step=...)"
+    )
+
+
+def format_without_correctness(doctor: Doctor) -> str | None:
+    """The format is nearly always right, and correctness is low and hardly rises over eighty steps."""
+    formats = doctor.last("rewards/format/mean", 20)
+    now, before = (doctor.last("rewards/correctness/mean", 40, gap) for gap in (0, 40))
+    if len(formats) < 20 or min(len(now), len(before)) < 40 or "reward_falls" in doctor.said:
+        return None
+    rise, noise = fmean(now) - fmean(before), math.hypot(stdev(now), stdev(before)) / math.sqrt(40)
+    low = fmean(now) < 0.25 * MAXIMA["correctness"]
+    if fmean(formats) < 0.9 * MAXIMA["format"] or not low or rise + 2 * noise > 0.025 * MAXIMA["correctness"]:
+        return None
+    return (
+        "format is full and correctness is low and has stood still for 80 steps: the easy reward is learned and the "
+        "other is not; lower reward.components.format.weight, raise optimizer.lr, or take easier problems"
     )
 
 
 def kl_runaway(doctor: Doctor) -> str | None:
-    """The policy is far from the reference and moves away fast."""
-    now, before = doctor.last("kl", 5), doctor.last("kl", 20, 5)
-    if len(now) < 5 or len(before) < 10 or fmean(now) < 0.5 or fmean(now) < 3 * fmean(before):
+    """The policy is far from the reference and moves away fast, or is so far that it hardly matters how fast."""
+    now, before = doctor.last("kl", 5), doctor.last("kl", 20, 30)
+    if len(now) < 5 or median(now) < 0.5:
+        return None
+    growing = len(before) >= 10 and median(now) > 3 * median(before)
+    if not growing and median(now) < 5:
         return None
     return (
-        f"KL to the reference is {fmean(now):.2g} nats a token, three times and more what it was 20 steps before: "
-        "lower optimizer.lr or grpo.max_grad_norm, or raise grpo.beta"
+        f"KL to the reference is {median(now):.2g} nats a token and grows: lower optimizer.lr or "
+        "grpo.max_grad_norm, or raise grpo.beta"
     )
 
 
@@ -142,7 +157,7 @@ def entropy_collapse(doctor: Doctor) -> str | None:
 def gradient_spikes(doctor: Doctor) -> str | None:
     """Three of twenty gradients were ten times the usual."""
     norms, usual = doctor.last("grad_norm", 20), doctor.last("grad_norm", 100)
-    if len(usual) < 20:
+    if len(usual) < 20 or median(usual) == 0:
         return None
     spikes = sum(norm > 10 * median(usual) for norm in norms)
     if spikes < 3:
@@ -154,20 +169,22 @@ def gradient_spikes(doctor: Doctor) -> str | None:
 
 
 def held_out_falls(doctor: Doctor) -> str | None:
-    """Reward goes up while held-out accuracy is below its best by more than its noise."""
+    """Reward goes up while held-out accuracy is below its best by more than its noise, of however many evaluations."""
     if len(doctor.evaluations) < 2:
         return None
-    last, best = doctor.evaluations[-1], max(doctor.evaluations[:-1], key=lambda each: each.accuracy)
-    noise = math.sqrt(sum(each.accuracy * (1 - each.accuracy) / each.n for each in (last, best)))
-    if best.accuracy - last.accuracy <= 2 * noise:
+    last, best = doctor.evaluations[-1], max(doctor.evaluations[:-1], key=lambda each: each["accuracy"])
+    noise = math.sqrt(sum(each["accuracy"] * (1 - each["accuracy"]) / each["n"] for each in (last, best)))
+    # Each is compared with the best of all before: so many comparisons, of which one in a hundred may be false.
+    limit = NormalDist().inv_cdf(1 - 0.01 / len(doctor.evaluations) ** 2)
+    if best["accuracy"] - last["accuracy"] <= limit * noise:
         return None
-    at_best = _values([row for row in doctor.rows if best.step - 10 < row["step"] <= best.step], "reward")
+    at_best = _values([row for row in doctor.rows if best["step"] - 10 < row["step"] <= best["step"]], "reward")
     now = doctor.last("reward", 10)
     if not at_best or not now or fmean(now) <= fmean(at_best):
         return None
     return (
-        f"reward is higher than at step {best.step}, but held-out accuracy fell from {best.accuracy:.1%} to "
-        f"{last.accuracy:.1%}: the reward is gamed or the training problems are learned by heart; look at the "
+        f"reward is higher than at step {best['step']}, but held-out accuracy fell from {best['accuracy']:.1%} to "
+        f"{last['accuracy']:.1%}: the reward is gamed or the training problems are learned by heart; look at the "
         "completions, and take checkpoints/best"
     )
 
@@ -181,6 +198,7 @@ def skipped_updates(doctor: Doctor) -> str | None:
 
 
 RULES: tuple[Callable[[Doctor], str | None], ...] = (
+    reward_falls,
     equal_groups,
     cut_completions,
     format_without_correctness,

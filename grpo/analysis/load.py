@@ -4,10 +4,13 @@ The columns keep the metric names of `metrics/metrics.jsonl`, so a notebook and 
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from grpo.run.folder import RunFolder
 
 METRICS_FILE = Path("metrics", "metrics.jsonl")
 
@@ -43,27 +46,22 @@ def load_metrics(run_dir: str | Path) -> pd.DataFrame:
     return _frame([], ["step", "iteration"])
 
 
-def load_evaluations(run_dir: str | Path) -> pd.DataFrame:
+def load_evaluations(run_dir: str | Path, of_training: bool = False) -> pd.DataFrame:
     """The held-out evaluations of a run, one row a file of `eval/`.
 
     Columns: `name` (the file's name without ending: before, step_000050, after), `step`, `n` (problems), `accuracy`
     (0 to 1), `reward`, `rewards/<component>` and any other single value the file has. Sorted by step, `before` first
-    and `after` last. Without rows if there is no evaluation. Raises ValueError if a file is broken.
+    and `after` last; of_training: without others, which were made by hand, perhaps on other problems. Without rows
+    if there is no evaluation. Raises ValueError if a file is broken.
     """
     rows = []
-    for name, record in read_evaluations(run_dir).items():
+    for name, record in RunFolder(run_dir).evaluations().items():
+        if of_training and not re.fullmatch(r"before|step_\d+|after", name):
+            continue
         row = {"name": name} | {key: value for key, value in record.items() if not isinstance(value, (dict, list))}
         row |= {f"rewards/{component}": value for component, value in (record.get("rewards") or {}).items()}
         rows.append(row)
     return _frame(rows, ["name", "step", "n", "accuracy", "reward"])
-
-
-def read_evaluations(run_dir: str | Path) -> dict[str, dict]:
-    """The content of each `eval/<name>.json` of a run by name, in the order of `load_evaluations`."""
-    records = {path.stem: read_json(path) for path in Path(run_dir, "eval").glob("*.json")}
-    place = {"before": 0, "after": 2}
-    names = sorted(records, key=lambda name: (place.get(name, 1), records[name].get("step") or 0, name))
-    return {name: records[name] for name in names}
 
 
 def read_config(run_dir: str | Path) -> dict:
@@ -75,17 +73,6 @@ def read_config(run_dir: str | Path) -> dict:
 
     config = OmegaConf.load(path)
     return OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else {}
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises ValueError naming the file if it holds anything else."""
-    try:
-        record = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return record
 
 
 def finite_values(metrics: pd.DataFrame, column: str) -> pd.Series:

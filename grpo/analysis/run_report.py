@@ -9,8 +9,8 @@ import yaml
 
 from grpo.analysis import audit
 from grpo.analysis.charts import write_charts
-from grpo.analysis.doctor import Evaluation, examine
-from grpo.analysis.load import read_config, read_evaluations
+from grpo.analysis.doctor import examine
+from grpo.analysis.load import read_config
 from grpo.analysis.page import render
 from grpo.analysis.summary import summarize
 from grpo.run.folder import RunFolder
@@ -34,12 +34,13 @@ def write_run_report(run_dir: str | Path) -> Path:
 
 def content(run_dir: Path) -> dict[str, Any]:
     """All that the page shows, by the names that its template uses."""
+    run = RunFolder(run_dir)
     summary, samples = summarize(run_dir), audit.load_samples(run_dir)
     charts = {name: base64.b64encode((run_dir / "plots" / f"{name}.png").read_bytes()).decode() for name in CHARTS}
     return {
         "title": f"Run {run_dir.resolve().name}",
         "summary": summary,
-        "findings": examine(RunFolder(run_dir).metrics(), _evaluations(run_dir)),
+        "findings": examine(run.metrics(), run.training_evaluations().values()),
         "charts": charts,
         "evaluations": summary["eval"],
         "tables": _audit_tables(samples),
@@ -48,11 +49,6 @@ def content(run_dir: Path) -> dict[str, Any]:
         "components": audit.components(samples),
         "config": yaml.safe_dump(read_config(run_dir), sort_keys=False, allow_unicode=True),
     }
-
-
-def _evaluations(run_dir: Path) -> list[Evaluation]:
-    made = read_evaluations(run_dir).items()
-    return [Evaluation(e["step"], e["accuracy"], e["n"]) for name, e in made if name.startswith(("before", "step_"))]
 
 
 def _audit_tables(samples: pd.DataFrame) -> dict[str, pd.DataFrame]:

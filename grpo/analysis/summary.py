@@ -3,18 +3,11 @@
 import json
 import math
 from pathlib import Path
-from statistics import NormalDist
 
 import pandas as pd
 
-from grpo.analysis.load import (
-    component_columns,
-    finite_values,
-    is_metric,
-    load_metrics,
-    read_evaluations,
-    read_json,
-)
+from grpo.analysis.load import component_columns, finite_values, is_metric, load_metrics
+from grpo.run.folder import RunFolder
 
 # They count up, so their mean or spread says nothing.
 COUNTERS = ("step", "iteration", "num_tokens")
@@ -36,13 +29,13 @@ def summarize(run_dir: str | Path) -> dict:
     """
     run_dir = Path(run_dir)
     metrics = load_metrics(run_dir)
-    status = run_dir / "status.json"
+    run = RunFolder(run_dir)
     names = [column for column in metrics if is_metric(metrics[column]) and column not in COUNTERS]
     rewards = ["reward", *component_columns(metrics).values()]
-    evaluations = read_evaluations(run_dir)
+    evaluations = run.evaluations()
     return {
         "name": run_dir.resolve().name,
-        "state": read_json(status).get("state") if status.is_file() else None,
+        "state": run.status().get("state"),
         "steps": len(metrics),
         "iterations": int(metrics["iteration"].nunique()),
         "metrics": {name: _statistics(metrics, name, with_best=name in rewards) for name in names},
@@ -71,10 +64,10 @@ def wilson_interval(accuracy: float | None, n: int | None) -> list[float] | None
     """
     if not n or _number(accuracy) is None:
         return None
-    z = NormalDist().inv_cdf(0.975)
-    centre = (accuracy + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(accuracy * (1 - accuracy) / n + z**2 / (4 * n**2))
-    return [max(0.0, centre - half), min(1.0, centre + half)]
+    from scipy.stats import binomtest  # here, since it takes a second to import
+
+    interval = binomtest(round(accuracy * n), n).proportion_ci(method="wilson")
+    return [float(interval.low), float(interval.high)]
 
 
 def _statistics(metrics: pd.DataFrame, name: str, with_best: bool) -> dict:

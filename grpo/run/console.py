@@ -92,7 +92,7 @@ def next_commands(run_dir: Path, foreign: Mapping[str, str], more_steps: str | N
     name, allow = _run_dir(run_dir), _allowing(foreign)
     lines = [
         f"run folder: {run_dir}",
-        f"  report    {run_dir / 'report.html'}",
+        *([f"  report    {run_dir / 'report.html'}"] if (run_dir / "report.html").exists() else []),
         f"  plot      python -m grpo plot {name}",
         f"  evaluate  python -m grpo evaluate {name}{allow}",
         f"  try it    python -m grpo chat {name}{allow}",

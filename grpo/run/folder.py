@@ -63,7 +63,7 @@ class RunFolder:
     def status(self) -> dict:
         """The content of status.json; `{}` where there is none."""
         file = self.path / "status.json"
-        return json.loads(file.read_text()) if file.exists() else {}
+        return read_json(file) if file.exists() else {}
 
     def finished(self) -> bool:
         return self.status().get("state") == "finished"
@@ -102,7 +102,7 @@ class RunFolder:
 
     def launches(self) -> list[dict[str, Any]]:
         """The launches of this run in order; a torn last line does not count."""
-        return _whole_lines(self.path / "launches.jsonl")
+        return whole_lines(self.path / "launches.jsonl")
 
     def first_overrides(self) -> list[str]:
         """The command line of the first launch, as Hydra recorded it."""
@@ -111,7 +111,7 @@ class RunFolder:
 
     def metrics(self, up_to_step: int | None = None) -> list[dict]:
         """The metrics rows, in order, up to a step. What comes after a torn line, as a crash may leave, is left out."""
-        rows = _whole_lines(self.metrics_file)
+        rows = whole_lines(self.metrics_file)
         return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
 
     def cut_metrics(self, step: int) -> list[dict]:
@@ -170,18 +170,30 @@ class RunFolder:
         return self.evaluations().get(name)
 
     def evaluations(self) -> dict[str, dict]:
-        """The content of every eval/<name>.json by its name."""
-        return {file.stem: json.loads(file.read_text()) for file in sorted(self.path.glob("eval/*.json"))}
+        """The content of every eval/<name>.json by its name: `before` first, then by step, `after` last."""
+        made = {file.stem: read_json(file) for file in self.path.glob("eval/*.json")}
+        place = {"before": 0, "after": 2}
+        names = sorted(made, key=lambda name: (place.get(name, 1), made[name].get("step") or 0, name))
+        return {name: made[name] for name in names}
+
+    def training_evaluations(self, up_to_step: int | None = None) -> dict[str, dict]:
+        """Those of the weights that training went through: `before`, and `step_000123`."""
+        made = {name: each for name, each in self.evaluations().items() if re.fullmatch(r"before|step_\d+", name)}
+        return {name: each for name, each in made.items() if up_to_step is None or each["step"] <= up_to_step}
+
+    def accuracy_at(self, step: int) -> float | None:
+        """Held-out accuracy after a step, if it was evaluated there."""
+        made = self.evaluations()
+        names = (name for name in ("after", f"step_{step:06d}") if name in made and made[name]["step"] == step)
+        return next((made[name]["accuracy"] for name in names), None)
 
     def objective(self) -> float | None:
         """What a sweep maximises: held-out accuracy after the last step, or else that step's mean reward."""
         rows = self.metrics()
         if not rows:
             return None
-        step, made = rows[-1]["step"], self.evaluations()
-        names = ("after", f"step_{step:06d}")
-        accuracies = (made[name]["accuracy"] for name in names if name in made and made[name]["step"] == step)
-        return next(accuracies, rows[-1]["reward"])
+        accuracy = self.accuracy_at(rows[-1]["step"])
+        return rows[-1]["reward"] if accuracy is None else accuracy
 
     def save_final_model(self, *writers: Callable[[Path], object]) -> None:
         """Write final_model/ by all that write a part of it into a folder (model, tokenizer), whole or not at all."""
@@ -210,6 +222,17 @@ def job_folder_name(number: int, overrides: str, longest: int = 80) -> str:
     if len(name) <= longest:
         return name
     return f"{name[: longest - 9]}_{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object from a file. Raises ValueError naming the file if it holds anything else."""
+    try:
+        record = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return record
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -242,7 +265,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _whole_lines(file: Path) -> list[dict]:
+def whole_lines(file: Path) -> list[dict]:
     """The JSON objects of a file up to its first line that is not whole."""
     rows = []
     for line in file.read_bytes().splitlines(keepends=True) if file.exists() else []:

@@ -63,9 +63,8 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
         if part is not None:
             _link_or_copy(part, folder.checkpoints / part.name)
     folder.write_metrics(parent.metrics(up_to_step=state.step))
-    for name, result in parent.evaluations().items():
-        if name.startswith(("before", "step_")) and result["step"] <= state.step:
-            folder.write_evaluation(name, result)
+    for name, result in parent.training_evaluations(state.step).items():
+        folder.write_evaluation(name, result)
     folder.write_config(config)  # last, since it makes the folder a run
     folder.update_status(
         state="running", iteration=state.iteration, step=state.step, best_reward=state.best_reward, error=None

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from grpo.analysis.doctor import RULES, Doctor, Evaluation, examine
+from grpo.analysis.doctor import RULES, Doctor, examine
 from tests.run.test_sweep import QUICK
 from tests.runs import launch, rows
 
@@ -34,6 +34,15 @@ def flat(around):
     return lambda step: around + luck.uniform(-0.05, 0.05)
 
 
+def noisy(course_of, deviation=0.1):
+    luck = random.Random(2)
+    return lambda step: course_of(step) + luck.gauss(0, deviation)
+
+
+def evaluation(step, accuracy, n=400):
+    return {"step": step, "accuracy": accuracy, "n": n}
+
+
 # For each rule: a course that shows it, the step where, and one or more that are close to it but well.
 CASES = {
     "equal_groups": (
@@ -50,19 +59,38 @@ CASES = {
         16,  # 6 of 10 steps at 0.8 and 4 at 0.1 make 0.52; 5 and 5 make 0.45
         [course(**{"completions/clipped_ratio": 0.45})],
     ),
-    "format_without_correctness": (
-        course(**{"rewards/format/mean": 0.79, "rewards/correctness/mean": flat(0.5)}),
-        40,
+    "reward_falls": (
+        course(80, reward=noisy(lambda step: 1.0 + 0.03 * step if step < 40 else 2.2 - 0.04 * (step - 40))),
+        None,
         [
-            course(**{"rewards/format/mean": 0.5, "rewards/correctness/mean": flat(0.5)}),
-            course(**{"rewards/format/mean": 0.79}),
-            course(**{"rewards/format/mean": 0.79, "rewards/correctness/mean": flat(1.95)}),
+            course(80, reward=noisy(lambda step: 1.0 + 0.03 * min(step, 40))),
+            course(400, reward=noisy(lambda step: 1.0, 0.3)),
+            course(80, reward=noisy(lambda step: 1.0 + 0.03 * step if step < 40 else 2.2 - 0.005 * (step - 40))),
+        ],
+    ),
+    "format_without_correctness": (
+        course(100, **{"rewards/format/mean": 0.79, "rewards/correctness/mean": flat(0.2)}),
+        80,
+        [
+            course(100, **{"rewards/format/mean": 0.5, "rewards/correctness/mean": flat(0.2)}),
+            course(100, **{"rewards/format/mean": 0.79}),
+            course(100, **{"rewards/format/mean": 0.79, "rewards/correctness/mean": flat(1.2)}),
+            course(400, **{"rewards/format/mean": 0.79, "rewards/correctness/mean": noisy(lambda s: 0.1 + 0.0015 * s)}),
+            course(  # it fell, of which another rule speaks
+                200,
+                reward=noisy(lambda step: 2.0 if step < 60 else 1.0),
+                **{"rewards/format/mean": 0.79, "rewards/correctness/mean": noisy(lambda s: 1.5 if s < 60 else 0.1)},
+            ),
         ],
     ),
     "kl_runaway": (
         course(kl=lambda step: 0.01 * 1.12**step),
         None,
-        [course(kl=lambda step: 0.02 * step), course(kl=lambda step: 0.001 * 1.12 ** min(step, 40))],
+        [
+            course(kl=lambda step: 0.008 * step),
+            course(kl=lambda step: 0.001 * 1.12 ** min(step, 40)),
+            course(kl=lambda step: 5.0 if step == 50 else 0.01),
+        ],
     ),
     "entropy_collapse": (
         course(entropy=lambda step: 0.5 * 0.9**step, frac_reward_zero_std=0.7),
@@ -78,7 +106,11 @@ CASES = {
     "gradient_spikes": (
         course(grad_norm=lambda step: 9.0 if step in (30, 35, 40) else 0.2),
         40,
-        [course(grad_norm=lambda step: 9.0 if step in (30, 35) else 0.2), course(grad_norm=lambda step: 0.02 * step)],
+        [
+            course(grad_norm=lambda step: 9.0 if step in (30, 35) else 0.2),
+            course(grad_norm=lambda step: 0.02 * step),
+            course(grad_norm=lambda step: 0.0 if step % 4 else 0.2),  # of groups that are mostly equal
+        ],
     ),
     "skipped_updates": (
         course(loss=lambda step: None if step in (12, 20) else 0.0),
@@ -99,19 +131,36 @@ def test_a_rule_speaks_where_it_should_once_and_keeps_still_beside_it(rule):
 
 
 def test_a_rising_reward_with_falling_accuracy_is_told_from_noise():
-    falling = [Evaluation(20, 0.60, 400), Evaluation(40, 0.48, 400)]
+    falling = [evaluation(20, 0.60, 400), evaluation(40, 0.48, 400)]
     (found,) = examine(course(), falling)
     assert (found.rule, found.step) == ("held_out_falls", 40)
     assert "from 60.0% to 48.0%" in found.text
-    assert examine(course(), [Evaluation(20, 0.60, 400), Evaluation(40, 0.56, 400)]) == []  # within its noise
-    assert examine(course(reward=lambda step: 3.0 - 0.02 * step), falling) == []  # reward falls as well
+    assert examine(course(), [evaluation(20, 0.60, 400), evaluation(40, 0.56, 400)]) == []  # within its noise
+    both = examine(course(reward=lambda step: 3.0 - 0.02 * step), falling)  # reward falls as well
+    assert [finding.rule for finding in both] == ["reward_falls"]
+
+
+@pytest.mark.parametrize("kl", [lambda step: 0.001 * 1.05**step, lambda step: 0.1 * step])
+def test_a_slow_runaway_is_one_too(kl):
+    assert "kl_runaway" in [finding.rule for finding in examine(course(steps=200, kl=kl))]
+
+
+def test_the_luck_of_many_evaluations_is_no_fall():
+    """A policy that stays as it is, evaluated forty times on 200 problems, each time with luck of its own."""
+    false = 0
+    for seed in range(30):
+        luck = random.Random(seed)
+        made = [evaluation(10 * k, sum(luck.random() < 0.5 for _ in range(200)) / 200, 200) for k in range(1, 41)]
+        rows = course(steps=400, reward=lambda step, luck=luck: 1.0 + 0.002 * step + luck.gauss(0, 0.1))
+        false += "held_out_falls" in [finding.rule for finding in examine(rows, made)]
+    assert false <= 2
 
 
 def test_after_a_resume_it_says_what_it_would_have_said():
-    rows, made = course(), [Evaluation(0, 0.5, 400), Evaluation(20, 0.60, 400), Evaluation(40, 0.48, 400)]
+    rows, made = course(), [evaluation(0, 0.5, 400), evaluation(20, 0.60, 400), evaluation(40, 0.48, 400)]
     doctor = Doctor()
     assert doctor.replay(rows[:30], made[:2]) == []
-    doctor.evaluations.append(made[2])
+    doctor.evaluated(made[2])
     assert [finding.rule for row in rows[39:] for finding in doctor.look(row)] == ["held_out_falls"]
 
 
