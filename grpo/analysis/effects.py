@@ -1,6 +1,6 @@
 """Means over seeds and problems, with intervals that treat both as the random units they are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ class Estimate:
         return self.low is not None and (self.low > 0 or self.high < 0)
 
 
-def crossed_mean(values: pd.DataFrame) -> Estimate:
+def crossed_mean(values: pd.DataFrame, comparisons: int = 1) -> Estimate:
     """The mean of values with seeds in rows and problems in columns, such as right (1) or wrong (0), or differences.
 
     Both are drawn at random: another seed would train another model, another test set would have other problems. So
@@ -33,27 +33,45 @@ def crossed_mean(values: pd.DataFrame) -> Estimate:
         (MS_seeds + MS_problems - MS_rest) / (seeds * problems),
 
     with Satterthwaite's degrees of freedom (Searle, Casella and McCulloch, "Variance Components", 1992, chapter 4;
-    Satterthwaite 1946). It is never taken as less than the larger of what seeds alone and problems alone give, which
-    errs on the wide side. With one seed, or one column, only the other unit is random.
+    Satterthwaite 1946). The interval is never narrower than that of the seeds' means alone, or of the problems':
+    where two seeds happen to be alike, it would be. With one seed, or one column, only the other unit is random.
+
+    comparisons: how many differences are looked at together; each interval is so wide that all hold at once
+    (Bonferroni).
     """
     table = values.to_numpy(float)
     seeds, problems = table.shape
     mean = float(table.mean())
-    if max(seeds, problems) < 2:
-        return Estimate(mean, None, None, seeds, problems)
     of_seeds, of_problems = table.mean(axis=1), table.mean(axis=0)
-    if min(seeds, problems) == 1:
-        sample = of_problems if seeds == 1 else of_seeds
-        variance, freedom = sample.var(ddof=1) * min(seeds, problems), len(sample) - 1
-    else:
+    sources = []  # mean square, degrees of freedom
+    if seeds > 1:
+        sources.append((problems * of_seeds.var(ddof=1), seeds - 1))
+    if problems > 1:
+        sources.append((seeds * of_problems.var(ddof=1), problems - 1))
+    if len(sources) == 2:
         rest = table - of_seeds[:, None] - of_problems[None, :] + mean
-        squares = np.array([problems * of_seeds.var(ddof=1), seeds * of_problems.var(ddof=1)])
-        ms_rest = (rest**2).sum() / ((seeds - 1) * (problems - 1))
-        terms, freedoms = np.array([*squares, -ms_rest]), [seeds - 1, problems - 1, (seeds - 1) * (problems - 1)]
-        variance = terms.sum()
-        if variance >= squares.max():
-            freedom = variance**2 / (terms**2 / freedoms).sum() if variance > 0 else 1
-        else:
-            variance, freedom = squares.max(), freedoms[squares.argmax()]
-    half = float(stats.t.ppf(0.975, freedom) * np.sqrt(variance / table.size))
+        freedom = (seeds - 1) * (problems - 1)
+        terms = [*sources, (-(rest**2).sum() / freedom, freedom)]
+        variance = sum(square for square, _ in terms)
+        if variance > 0:
+            sources.append((variance, variance**2 / sum(square**2 / freedom for square, freedom in terms)))
+    if not sources:
+        return Estimate(mean, None, None, seeds, problems)
+    quantile = 1 - 0.025 / comparisons
+    half = max(float(stats.t.ppf(quantile, freedom) * np.sqrt(square / table.size)) for square, freedom in sources)
     return Estimate(mean, mean - half, mean + half, seeds, problems)
+
+
+def paired_difference(before: pd.DataFrame, after: pd.DataFrame, comparisons: int = 1) -> Estimate:
+    """The mean of `after` minus `before`, both with seeds in rows and the same problems in columns.
+
+    With one seed, a problem more to either side goes into the interval: where few problems differ, the one of what
+    was seen is too narrow (in the manner of Agresti and Caffo, The American Statistician 54, 2000).
+    """
+    difference = after - before
+    estimate = crossed_mean(difference, comparisons)
+    if estimate.seeds > 1 or estimate.problems < 2:
+        return estimate
+    wider = crossed_mean(difference.assign(one=1.0, other=-1.0), comparisons)
+    half = (wider.high - wider.low) / 2
+    return replace(estimate, low=estimate.mean - half, high=estimate.mean + half)

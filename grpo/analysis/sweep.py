@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from grpo.analysis.effects import Estimate, crossed_mean
+from grpo.analysis.effects import Estimate, crossed_mean, paired_difference
 from grpo.analysis.load import (
     component_columns,
     finite_values,
@@ -16,12 +16,11 @@ from grpo.analysis.load import (
     load_metrics,
     load_runs,
     read_config,
-    read_evaluations,
 )
 from grpo.analysis.summary import wilson_interval
+from grpo.run.folder import RunFolder
+from grpo.run.halving import SEED, Record
 from grpo.run.sweep import SweepFolder, short
-
-SEED = "seed"
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,14 @@ class Effect:
 
     @property
     def verdict(self) -> str:
-        if not self.difference.shown:
-            return "no difference shown"
-        return "higher" if self.difference.mean > 0 else "lower"
+        return verdict(self.difference)
+
+
+def verdict(difference: Estimate) -> str:
+    """What a difference shows, in words; of one seed it is said that nothing else can be known."""
+    if not difference.shown:
+        return "no difference shown"
+    return ("higher" if difference.mean > 0 else "lower") + (", with this seed" if difference.seeds == 1 else "")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,9 @@ class Sweep:
         if self.by_accuracy:
             self._outcomes = {job: _correct(self.folder.path / name) for job, name in finished["folder"].items()}
         self.arms = self._rank_arms()
+        self.unfinished = self.jobs[~self.jobs["state"].isin(["finished", "stopped early"])]
+        halving = Record.read(self.folder.path)
+        self.tried = len(halving.arms if halving else self.arms)  # arms that the best one was chosen from
 
     def metrics(self, job: int) -> pd.DataFrame:
         """The metrics of a job, one row a step."""
@@ -82,8 +89,7 @@ class Sweep:
 
     def evaluations(self, job: int) -> pd.DataFrame:
         """The held-out evaluations of a job that belong to its training, one row each."""
-        made = load_evaluations(self.folder.path / self.jobs.loc[job, "folder"])
-        return made[made["name"].astype(str).str.fullmatch(r"before|step_\d+|after")]
+        return load_evaluations(self.folder.path / self.jobs.loc[job, "folder"], of_training=True)
 
     @functools.cached_property
     def _steps(self) -> pd.DataFrame:
@@ -102,45 +108,50 @@ class Sweep:
         finished = self.jobs.loc[list(self._outcomes)]
         effects = []
         for key in self.keys:
-            base, *others = list(dict.fromkeys(self.jobs[key].dropna())) or [None]
+            base, *others = list(dict.fromkeys(finished[key].dropna())) or [None]
             rest = [other for other in self.swept if other != key]
             for value in others:
                 pairs = self._pairs(finished, key, base, value, rest)
-                if pairs:
-                    effects.append(Effect(key, base, value, len(pairs), self._difference(pairs, outcomes)))
+                difference = self._difference(pairs, outcomes, len(others))
+                if difference is not None:
+                    effects.append(Effect(key, base, value, len(pairs), difference))
         return effects
 
-    def against_best(self) -> list[tuple[Arm, Estimate]]:
-        """Each other arm with by how much the best is above it, over the seeds that both have."""
-        best, *others = self.arms
-        compared = []
+    @functools.cached_property
+    def behind(self) -> dict[Arm, Estimate]:
+        """Each arm but the best, with how far it is from the best (below: negative), over the seeds that both have.
+
+        Those that have no seed or no problem in common with the best are not there.
+        """
+        best, *others = self.arms or [None]
+        compared = {}
         for arm in others:
             seeds = [{self.jobs.loc[job].get(SEED): job for job in each.jobs} for each in (best, arm)]
-            pairs = [(seeds[1][seed], seeds[0][seed]) for seed in seeds[0] if seed in seeds[1]]
-            if pairs:
-                compared.append((arm, self._difference(pairs, self._outcomes)))
+            pairs = [(seeds[0][seed], seeds[1][seed]) for seed in seeds[0] if seed in seeds[1]]
+            difference = self._difference(pairs, self._outcomes, len(others))
+            if difference is not None:
+                compared[arm] = difference
         return compared
 
     def commands(self, fresh_seeds: int = 3) -> dict[str, str]:
         """`reproduce`: the best arm again as it was; `confirm`: on seeds that no job had."""
-        swept = {*self.swept, SEED}
-        fixed = [each for each in self.overrides if each.partition("=")[0].lstrip("+") not in swept]
-        arm = [f"{key}={value}" for key, value in zip(self._spelt(self.keys), self.arms[0].values, strict=True)]
+        arm = dict(zip(self.keys, self.arms[0].values, strict=True))
+        given = [each.partition("=")[::2] for each in self.overrides]
+        # Each in the place that its values had, since a later override may change what an earlier one sets.
+        searched = [f"{key}={value}" for key, value in arm.items() if key not in {k.lstrip("+") for k, _ in given}]
+        own = [f"{key}={arm.get(key.lstrip('+'), value)}" for key, value in given if key != SEED]
         seeds = {job: self._seed(job) for job in self.jobs.index[self.jobs["folder"].notna()]}
         again = ",".join(map(str, sorted({seeds[job] for job in self.arms[0].jobs})))
         fresh = ",".join(str(max(seeds.values()) + number) for number in range(1, fresh_seeds + 1))
         return {
-            "reproduce": shlex.join(["python", "launch.py", *["-m"] * ("," in again), *fixed, *arm, f"seed={again}"]),
-            "confirm": shlex.join(["python", "launch.py", "-m", *fixed, *arm, f"seed={fresh}"]),
+            "reproduce": shlex.join(
+                ["python", "launch.py", *["-m"] * ("," in again), *searched, *own, f"seed={again}"]
+            ),
+            "confirm": shlex.join(["python", "launch.py", "-m", *searched, *own, f"seed={fresh}"]),
         }
 
     def _seed(self, job: int) -> int:
-        return int(read_config(self.folder.path / self.jobs.loc[job, "folder"]).get("seed", 0))
-
-    def _spelt(self, keys: list[str]) -> list[str]:
-        """The keys as the command line has them, with their `+` where there is one."""
-        given = {each.partition("=")[0].lstrip("+"): each.partition("=")[0] for each in self.overrides}
-        return [given.get(key, key) for key in keys]
+        return int(read_config(self.folder.path / self.jobs.loc[job, "folder"]).get("seed") or 0)
 
     def _rank_arms(self) -> list[Arm]:
         groups: dict[tuple[str, ...], list[int]] = {}
@@ -153,7 +164,8 @@ class Sweep:
         estimate = crossed_mean(pd.DataFrame([self._outcomes[job] for job in jobs]).dropna(axis=1))
         if not self.by_accuracy or estimate.low is None:
             return estimate
-        if estimate.low == estimate.high:  # every job right in the same problems, usually in all: no sign of certainty
+        # Every job right in the same problems, usually in all of them, is no sign of certainty.
+        if len(jobs) == 1 or estimate.low == estimate.high:
             low, high = wilson_interval(estimate.mean, estimate.problems)
             return replace(estimate, low=low, high=high)
         return replace(estimate, low=max(0.0, estimate.low), high=min(1.0, estimate.high))
@@ -166,11 +178,19 @@ class Sweep:
         before, after = by_rest(base), by_rest(value)
         return [(before[setting], after[setting]) for setting in before if setting in after]
 
-    def _difference(self, pairs: list[tuple[int, int]], outcomes: dict[int, pd.Series]) -> Estimate:
-        """The mean of second minus first; of the pairs of one seed, which are no random draw, the mean is taken."""
-        rows = pd.DataFrame([outcomes[after] - outcomes[before] for before, after in pairs])
+    def _difference(
+        self, pairs: list[tuple[int, int]], outcomes: dict[int, pd.Series], comparisons: int
+    ) -> Estimate | None:
+        """The mean of second minus first; of the pairs of one seed, which are no random draw, the mean is taken.
+
+        None where there is no pair, or no problem in common.
+        """
+        tables = [pd.DataFrame([outcomes[job] for job in jobs]).dropna(axis=1) for jobs in zip(*pairs, strict=True)]
+        if not tables or (common := tables[0].columns.intersection(tables[1].columns)).empty:
+            return None
         seeds = [self.jobs.loc[before].get(SEED, "") for before, _ in pairs]
-        return crossed_mean(rows.dropna(axis=1).groupby(seeds).mean())
+        before, after = (table[common].groupby(seeds).mean() for table in tables)
+        return paired_difference(before, after, comparisons)
 
 
 def _job_table(folder: SweepFolder, keys: list[str]) -> pd.DataFrame:
@@ -185,9 +205,13 @@ def _job_table(folder: SweepFolder, keys: list[str]) -> pd.DataFrame:
         row = {"job": job["job"], "folder": job["folder"], "state": job["state"]}
         row |= {key: None for key in keys} | dict(each.lstrip("+").split("=", 1) for each in job["overrides"])
         row |= {"step": job["step"], "total_steps": job["total_steps"]}
+        row["error"] = job["error"]
         if job["folder"] is not None and (folder.path / job["folder"] / "config.yaml").exists():
-            row |= _results(folder.path / job["folder"])
-        rows.append(row | {"error": job["error"]})
+            try:
+                row |= _results(folder.path / job["folder"])
+            except (ValueError, KeyError) as broken:  # the others are there still
+                row |= {"state": "unreadable", "error": str(broken)}
+        rows.append(row)
     columns = ["accuracy", "accuracy_low", "accuracy_high", "best_accuracy", "mean_reward", "num_tokens", "seconds"]
     first = ["job", "folder", "state", *keys, "step", "total_steps", "error"]
     frame = pd.DataFrame(rows, columns=None if rows else first).set_index("job")
@@ -198,23 +222,23 @@ def _job_table(folder: SweepFolder, keys: list[str]) -> pd.DataFrame:
 
 def _correct(run_dir: Path) -> pd.Series:
     """1 for right and 0 for wrong by problem, after training."""
-    problems = read_evaluations(run_dir)["after"]["problems"]
-    return pd.Series({problem["id"]: float(problem["correct"]) for problem in problems})
+    problems = RunFolder(run_dir).evaluation("after")["problems"]
+    # With its answer, since in files of other problems the same lines may have the same names.
+    return pd.Series({f"{each['id']} {each.get('answer')}": float(each["correct"]) for each in problems})
 
 
 def _results(run_dir: Path) -> dict[str, float | None]:
-    metrics, evaluations = load_metrics(run_dir), read_evaluations(run_dir)
+    metrics, after = load_metrics(run_dir), RunFolder(run_dir).evaluation("after")
     tenth = metrics.tail(-(-len(metrics) // 10))
-    after = evaluations.get("after")
-    made = [each["accuracy"] for name, each in evaluations.items() if name == "after" or name.startswith("step_")]
-    low, high = wilson_interval(after["accuracy"], after["n"]) if after else (None, None)
+    made = load_evaluations(run_dir, of_training=True)
+    low, high = (after and wilson_interval(after["accuracy"], after["n"])) or (None, None)
     names = {f"rewards/{name}": column for name, column in component_columns(metrics).items()}
     names = {"mean_reward": "reward", **names, "completions/mean_length": "completions/mean_length", "kl": "kl"}
     return {
         "accuracy": after["accuracy"] if after else None,
         "accuracy_low": low,
         "accuracy_high": high,
-        "best_accuracy": max(made, default=None),
+        "best_accuracy": made.loc[made["name"] != "before", "accuracy"].max(),
         **{name: finite_values(tenth, column).mean() for name, column in names.items()},
         "num_tokens": finite_values(metrics, "num_tokens").max(),
         "seconds": finite_values(metrics, "step_time").sum(),

@@ -17,7 +17,9 @@ MOST_ARMS = len(COLORS)  # whose curves can be told apart
 def curves(sweep: Sweep, column: str, title: str) -> Figure | None:
     """A metric by step, a line an arm: the mean over its seeds, within the band from the lowest to the highest."""
     tables = [_by_step(sweep, arm, column) for arm in sweep.arms]
-    smooth = [table.rolling(max(1, len(table) // 20), center=True, min_periods=1).mean() for table in tables]
+    window = max(1, max(map(len, tables)) // 20)
+    smooth = [table.rolling(window, center=True, min_periods=1).mean() for table in tables]
+    title += f", running mean of {window} steps" if window > 1 else ""
     return _lines(sweep, [table if table.notna().any(axis=None) else None for table in smooth], title)
 
 
@@ -55,13 +57,13 @@ def cost(sweep: Sweep) -> Figure:
     figure, axes = _figure()
     outcome = "accuracy" if sweep.by_accuracy else "mean_reward"
     for number, arm in enumerate(sweep.arms):
-        color = COLORS[min(number, MOST_ARMS - 1)]
+        color = COLORS[number] if number < MOST_ARMS else "#c9c9c9"
         jobs = sweep.jobs.loc[list(arm.jobs)]
         axes.scatter(jobs["num_tokens"], jobs[outcome], color=color, alpha=0.4, s=18)
         estimate, center = arm.outcome, jobs["num_tokens"].mean()
         if estimate.low is not None:
             axes.plot([center, center], [estimate.low, estimate.high], color=color)
-        label = sweep.label(arm) if number < MOST_ARMS else None
+        label = sweep.label(arm) if number < MOST_ARMS else "others" if number == MOST_ARMS else None
         axes.scatter([center], [estimate.mean], color=color, marker="D", s=36, label=label)
     axes.set(xlabel="tokens seen in training", ylabel=_outcome(sweep), title="outcome against cost")
     if sweep.by_accuracy:

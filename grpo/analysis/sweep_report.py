@@ -1,13 +1,15 @@
 """The report of a sweep: report.html, one file that needs no network, and sweep.csv."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pandas as pd
 
 from grpo.analysis import sweep_charts
 from grpo.analysis.page import embedded, render
-from grpo.analysis.sweep import SEED, Sweep
+from grpo.analysis.sweep import Sweep, verdict
 from grpo.run.halving import Record
 from grpo.run.sweep import short
 
@@ -29,16 +31,14 @@ def write_sweep_report(path: str | Path) -> tuple[list[Path], str]:
 
 def content(sweep: Sweep) -> dict[str, Any]:
     """All that the page shows, by the names that its template uses."""
-    form = (lambda value: f"{value:.1%}") if sweep.by_accuracy else (lambda value: f"{value:.3f}")
-    change = (lambda value: f"{100 * value:+.1f}") if sweep.by_accuracy else (lambda value: f"{value:+.3f}")
-    behind = {arm.values: estimate for arm, estimate in sweep.against_best()} if sweep.arms else {}
-    unfinished = sweep.jobs[~sweep.jobs["state"].isin(["finished", "stopped early"])]
     states = sweep.jobs["state"].value_counts()
+    with matplotlib.rc_context({"text.parse_math": False}):  # a value may have a dollar sign
+        charts = {name: embedded(figure) for name, figure in _charts(sweep).items()}
     return {
         "title": f"Sweep {sweep.folder.path.resolve().name}",
         "counts": ", ".join(f"{count} jobs {state}" for state, count in states.items()),
-        "unit": ", points" if sweep.by_accuracy else "",
         "outcome": "held-out accuracy" if sweep.by_accuracy else "mean reward of the last tenth of the steps",
+        "unit": ", points" if sweep.by_accuracy else "",
         "headline": headline(sweep),
         "warnings": warnings(sweep),
         "commands": sweep.commands() if sweep.arms else None,
@@ -46,58 +46,69 @@ def content(sweep: Sweep) -> dict[str, Any]:
         "effects": sweep.effects(),
         "reward_effects": sweep.effects(in_reward=True) if sweep.by_accuracy else [],
         "arms": [
-            {"label": sweep.label(arm), "jobs": len(arm.jobs), "outcome": arm.outcome, "behind": behind.get(arm.values)}
+            {"label": sweep.label(arm), "jobs": len(arm.jobs), "outcome": arm.outcome, "behind": sweep.behind.get(arm)}
             for arm in sweep.arms
         ],
-        "charts": {name: embedded(figure) for name, figure in _charts(sweep).items()},
+        "charts": charts,
         "table": {"columns": ["job", *sweep.jobs.columns.drop(["folder", "error"])], "rows": _rows(sweep.jobs)},
-        "failed": [{"job": job, **row} for job, row in unfinished[["folder", "state", "error"]].iterrows()],
+        "failed": [{"job": job, **row} for job, row in sweep.unfinished[["folder", "state", "error"]].iterrows()],
         "short": short,
-        "form": form,
-        "change": change,
-        "reward_change": lambda value: f"{value:+.3f}",
+        "verdict": verdict,
+        "form": _form(sweep),
+        "change": (lambda value: f"{100 * value:+.1f}") if sweep.by_accuracy else _change,
+        "reward_change": _change,
     }
+
+
+def _form(sweep: Sweep) -> Callable[[float], str]:
+    return (lambda value: f"{value:.1%}") if sweep.by_accuracy else (lambda value: f"{value:.3f}")
+
+
+def _change(value: float) -> str:
+    return f"{value:+.3f}"
 
 
 def headline(sweep: Sweep) -> str:
     """The answer in a sentence or two."""
     if not sweep.arms:
         return "No job has finished, so there is nothing to compare."
-    best = sweep.arms[0]
-    unit = (lambda v: f"{v:.1%}") if sweep.by_accuracy else (lambda v: f"{v:.3f}")
+    best, form = sweep.arms[0], _form(sweep)
     outcome = best.outcome
-    interval = f", 95 % interval {unit(outcome.low)} to {unit(outcome.high)}" if outcome.low is not None else ""
-    text = f"Best: {sweep.label(best)} with {unit(outcome.mean)}{interval}."
-    compared = sweep.against_best()
-    if not compared:
+    interval = f", 95 % interval {form(outcome.low)} to {form(outcome.high)}" if outcome.low is not None else ""
+    text = f"Best: {sweep.label(best)} with {form(outcome.mean)}{interval}."
+    if len(sweep.arms) == 1:
         return text
-    even = [sweep.label(arm) for arm, difference in compared if not difference.shown]
-    if not even and len(compared) == len(sweep.arms) - 1:
-        return f"{text} It is above every other arm by more than chance would explain."
-    if not even:
-        return f"{text} It is above the {len(compared)} arms that it has seeds in common with."
-    count = f"{len(even)} of the {len(compared)} other arms" if len(compared) > 1 else "the other arm"
-    which = f" ({'; '.join(even[:4])}{'; ...' if len(even) > 4 else ''})"
-    return f"{text} No difference shown to {count}{which}."
+    if not sweep.behind:
+        return f"{text} It has no seed and problems in common with another arm, so it was compared with none."
+    even = [sweep.label(arm) for arm, difference in sweep.behind.items() if not difference.shown]
+    if even:
+        count = f"{len(even)} of the {len(sweep.behind)} other arms" if len(sweep.behind) > 1 else "the other arm"
+        return f"{text} No difference shown to {count} ({'; '.join(even[:4])}{'; ...' if len(even) > 4 else ''})."
+    others = "every other arm" if len(sweep.behind) == len(sweep.arms) - 1 else f"{len(sweep.behind)} other arms"
+    if min(difference.seeds for difference in sweep.behind.values()) == 1:
+        return f"{text} With the one seed that they share it is above {others}; another seed may say otherwise."
+    return f"{text} It is above {others} by more than chance would explain."
 
 
 def warnings(sweep: Sweep) -> list[str]:
     """What to keep in mind before believing the headline."""
     said = []
-    finished = sweep.jobs[sweep.jobs["state"] == "finished"]
-    seeds = finished[SEED].nunique() if SEED in sweep.swept else 1
-    if len(sweep.arms) > 1:
+    if sweep.tried > 1 and sweep.arms:
         said.append(
-            f"The best of {len(sweep.arms)} arms looks better than it is, since it was chosen by the same numbers that "
+            f"The best of {sweep.tried} arms looks better than it is, since it was chosen by the same numbers that "
             "it is shown with. The command on fresh seeds gives a fair one."
         )
-    if sweep.arms and seeds == 1:
+    # Of each comparison; where there is none, of the best arm.
+    seeds = min((each.seeds for each in sweep.behind.values()), default=len(sweep.arms[0].jobs) if sweep.arms else 0)
+    if seeds == 1:
         said.append("One seed: the intervals speak of other problems, not of other trainings. Add seed=1,2,3.")
-    elif sweep.arms and seeds < FEW_SEEDS:
+    elif 1 < seeds < FEW_SEEDS:
         said.append(f"{seeds} seeds say little of how trainings vary; three is the least that is worth trusting.")
-    unfinished = int((~sweep.jobs["state"].isin(["finished", "stopped early"])).sum())
-    if unfinished and sweep.arms:
-        said.append(f"{unfinished} of {len(sweep.jobs)} jobs did not finish and are left out.")
+    apart = len(sweep.arms) - 1 - len(sweep.behind)
+    if sweep.arms and apart > 0:
+        said.append(f"{apart} arms share no seed, or no held-out problem, with the best and are not compared with it.")
+    if len(sweep.unfinished) and sweep.arms:
+        said.append(f"{len(sweep.unfinished)} of {len(sweep.jobs)} jobs did not finish and are left out.")
     if sweep.arms and not sweep.by_accuracy:
         said.append(
             "Not every finished job has a held-out evaluation (eval.after), so rewards in training are compared."
