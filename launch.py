@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from grpo.compose import run_command
 from grpo.run.session import open_run
-from grpo.run.sweep import concluded
+from grpo.run.sweep import run_sweep_or_run
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
@@ -30,6 +30,4 @@ def launch(cfg: DictConfig) -> float | None:
 
 if __name__ == "__main__":
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to run_command, which words them
-    with concluded():
-        code = run_command(launch)
-    sys.exit(code)
+    sys.exit(run_sweep_or_run(lambda: run_command(launch)))

@@ -112,6 +112,8 @@ def run_command(command: Callable[[], object]) -> int:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # What Apple's GPU lacks is done by the processor instead of failing; read when torch is imported.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    # Its own signal, USR2, would end a job of a sweep before it has saved; read when submitit is imported.
+    os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns of kernels not used here
     # A user's reward functions are found from where the command is given; last, so that nothing there can stand in
     # for a library's module.

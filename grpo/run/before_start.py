@@ -13,7 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from grpo.config import ConfigError, first_line, typed
 from grpo.run import sweep
 from grpo.run.folder import OUTPUTS, RunFolder, job_folder_name, newest_unfinished
-from grpo.run.halving import Record, choose_ladder, seconds
+from grpo.run.gpus import remember_gpus
+from grpo.run.halving import Record, arms_of, choose_ladder, seconds
+from grpo.run.lock import locked
 from grpo.targets import check_importable
 
 
@@ -118,7 +120,7 @@ class CheckBeforeStart(Callback):
             _refuse(error)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        overrides, sweeper = config.hydra.overrides.task, config.hydra.sweeper
+        overrides, sweeper = list(config.hydra.overrides.task), config.hydra.sweeper
         if config.plan:
             _plan(config, lambda: sweep_points(overrides, sweeper))
         try:
@@ -132,32 +134,66 @@ class CheckBeforeStart(Callback):
 
 def open_sweep(config: DictConfig, overrides: Sequence[str], sweeper: DictConfig) -> None:
     """Settle which folder a sweep has and what its jobs' folders are called, and begin its sweep.json."""
-    for part in ("launcher", "sweeper"):
-        if config.hydra[part]._target_ not in Plugins.instance().class_name_to_class:
-            raise ConfigError(
-                f"hydra/{part}={config.hydra.runtime.choices[f'hydra/{part}']} needs: pip install -e '.[sweeps]'"
-            )
-    keys = sweep.swept_keys(overrides, sweeper)
-    found = sweep.newest_sweep(overrides) if config.resume and not config.sweep_dir else None
+    _check_sweep(config)
+    choice = config.hydra.runtime.choices["hydra/sweeper"]
+    found = sweep.newest_sweep(overrides, choice) if config.resume and not config.sweep_dir else None
     folder = sweep.SweepFolder(found or config.hydra.sweep.dir)
-    if config.resume is True and not folder.record() and not any(folder.path.glob("*/config.yaml")):
+    known = folder.record()
+    if config.resume is True and not known and not any(folder.path.glob("*/config.yaml")):
         raise ConfigError(
             "resume=true: there is no such sweep; give the overrides that it had, or name it with "
             "sweep_dir=outputs/sweeps/..."
         )
-    folder.check_same(overrides, config.resume)
+    folder.check_same(overrides, choice, config.resume)
+    named = folder.going_on(overrides) if known else overrides
+    # Read once, since `seed=shuffle(1,2,3)` would give the jobs another order each time.
+    task = sweep.spelt_out(named, known.get("planned") or sweep.grid(named, sweeper) or ())
+    keys, points = sweep.swept_keys(task, sweeper), sweep.grid(task, sweeper)
+    _check_points(config, points)
     given = [each for each in config.hydra.overrides.hydra if not each.startswith("hydra.mode=")]
+    left_out = {*config.hydra.job.config.override_dirname.exclude_keys}
+    left_out |= {each for each in sweep.named(task) if each not in keys}
     # The config of each job is composed anew with these, in whichever process it is.
-    own = [f"hydra.sweep.dir='{folder.path}'"]
-    fixed = [each for each in sweep.named(overrides) if each not in keys]
-    if keys:
-        left_out = sorted({*config.hydra.job.config.override_dirname.exclude_keys, *fixed})
-        own.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(left_out)}]")
+    path = str(folder.path).replace("'", "\\'")
+    own = [
+        f"hydra.sweep.dir='{path}'",
+        f"hydra.job.config.override_dirname.exclude_keys=[{','.join(sorted(left_out))}]",
+    ]
     with open_dict(config):
         config.hydra.sweep.dir = str(folder.path)
         config.hydra.overrides.hydra.extend(own)
-    folder.begin(overrides, keys, sweep.grid(overrides, sweeper), given)
+        config.hydra.overrides.task = task
+    remember_gpus()
+    folder.path.mkdir(parents=True, exist_ok=True)
+    sweep.lock_of_sweep.enter_context(locked(folder.path))
+    folder.begin(named, keys, points, given, choice)
     sweep.opened = folder
+
+
+def _check_sweep(config: DictConfig) -> None:
+    """Raise ConfigError for what a sweep cannot do."""
+    hydra = config.hydra
+    for part in ("launcher", "sweeper"):
+        if hydra[part]._target_ not in Plugins.instance().class_name_to_class:
+            raise ConfigError(
+                f"hydra/{part}={hydra.runtime.choices[f'hydra/{part}']} needs: pip install -e '.[sweeps]'"
+            )
+    at_once = hydra.launcher.get("jobs_at_once")
+    if at_once is not None and not (isinstance(at_once, int) and at_once > 0):
+        raise ConfigError(f"hydra.launcher.jobs_at_once={at_once} must be a number above 0, or null")
+    if hydra.sweeper.get("max_batch_size") is not None:
+        raise ConfigError("hydra.sweeper.max_batch_size: with it a job that fails ends the sweep; leave it out")
+
+
+def _check_points(config: DictConfig, points: list[list[str]] | None) -> None:
+    """Raise ConfigError, or what Hydra raises, for a job that cannot start; None: for all, where none is known yet."""
+    if points is None:
+        typed(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+        return
+    from grpo.compose import recompose  # here, since that module needs this one's resolvers
+
+    for point in points:
+        typed(recompose(point))
 
 
 def _plan(config: DictConfig, points: Callable[[], list[tuple[str, DictConfig, Sequence[str]]]]) -> NoReturn:
@@ -182,7 +218,7 @@ def _plan(config: DictConfig, points: Callable[[], list[tuple[str, DictConfig, S
 def halving_in_words(config: DictConfig) -> str:
     """How much of a whole sweep one by halving makes."""
     overrides, sweeper = config.hydra.overrides.task, config.hydra.sweeper
-    arms = {tuple(each for each in job if not each.startswith("seed=")) for job in sweep.grid(overrides, sweeper)}
+    arms = arms_of(sweep.grid(overrides, sweeper))
     if config.sweep.budget_hours is not None:
         return f"hydra/sweeper=halving: {config.sweep.budget_hours:g} hours of jobs at most"
     total = config.grpo.num_iterations * config.grpo.num_steps

@@ -7,9 +7,33 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
+from omegaconf import DictConfig
+
 POLL_S = 1.0
+NOTED = "GRPO_SWEEP_VISIBLE_DEVICES"
 
 _held: BinaryIO | None = None  # the lock of this process's GPU, which goes with the process however that ends
+
+
+def takes_any_gpu(cfg: DictConfig, launcher: str) -> bool:
+    """Whether a job of a sweep may take any GPU of this machine, of which no scheduler has given it one."""
+    here = launcher in ("local", "basic", "joblib", "submitit_local")
+    return here and {cfg.hardware.device, cfg.model.device_map} <= {"auto", "cuda"}
+
+
+def remember_gpus() -> None:
+    """At the start of a sweep note which GPUs it may use, for `show_all_gpus` in its jobs."""
+    os.environ[NOTED] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+
+
+def show_all_gpus(launcher: str) -> None:
+    """Before torch looks for GPUs: submitit's local executor hides from its jobs all that were not asked for."""
+    noted = os.environ.get(NOTED)
+    if launcher != "submitit_local" or noted is None:
+        return
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if noted != "all":
+        os.environ["CUDA_VISIBLE_DEVICES"] = noted
 
 
 def claim_gpu(count: int, folder: Path | None = None) -> str | None:

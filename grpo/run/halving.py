@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo.run.folder import write_whole
+from grpo.run.folder import read_json, write_whole
 
+LEAST_STEPS = 3  # of the first rung under a budget: so many are made first, to see how long a step takes
+SEED = "seed"
 Ladder = list[tuple[int, int]]  # (steps made by the end of the rung, arms that make them)
 
 
@@ -26,21 +28,17 @@ class Record:
     step_s: float | None = None  # seconds of a step, as last measured
     start_s: float | None = None  # seconds of a job beside its steps: loading and evaluating
     ladder: Ladder = field(default_factory=list)
+    entered: list[int] | None = None  # arms of the rung that is going on
     rungs: list[dict[str, Any]] = field(default_factory=list)  # each: steps, scores by arm, kept arms, hours spent
     state: str = "running"  # running | finished | out of budget
 
     @classmethod
     def read(cls, folder: Path) -> "Record | None":
         file = folder / "halving.json"
-        return cls(**json.loads(file.read_text())) if file.exists() else None
+        return cls(**read_json(file)) if file.exists() else None
 
     def write(self, folder: Path) -> None:
         write_whole(folder / "halving.json", json.dumps(asdict(self), indent=1) + "\n")
-
-    @property
-    def least_steps(self) -> int:
-        """Of the first rung under a budget: so many of the first job are made before, to see how long a step takes."""
-        return min(3, self.total_steps)
 
     def seconds(self, ladder: Ladder) -> float:
         """What a ladder takes, in seconds of jobs."""
@@ -57,6 +55,14 @@ class Record:
         if self.state == "out of budget":
             text += " The budget ended before any arm had made all its steps."
         return {"text": text, "rungs": self.rungs}
+
+
+def arms_of(points: Sequence[Sequence[str]]) -> list[list[int]]:
+    """The numbers of the jobs that differ in their seed only, arm by arm."""
+    arms: dict[tuple[str, ...], list[int]] = {}
+    for number, point in enumerate(points):
+        arms.setdefault(tuple(each for each in point if each.partition("=")[0].lstrip("+") != SEED), []).append(number)
+    return list(arms.values())
 
 
 def ladder(total_steps: int, arms: int, eta: int, first: int) -> Ladder:
@@ -90,7 +96,7 @@ def choose_ladder(record: Record) -> Ladder:
         while left >= record.eta:
             first, left = first / record.eta, left // record.eta
         return ladder(total, arms, record.eta, max(1, int(first)))
-    firsts = range(total, record.least_steps - 1, -1)
+    firsts = range(total, min(LEAST_STEPS, total) - 1, -1)
     for first in firsts:
         rungs = ladder(total, arms, record.eta, first)
         if record.seconds(rungs) <= 3600 * record.budget_hours:

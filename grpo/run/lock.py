@@ -33,11 +33,11 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[None]:
         holder, taken = _read(folder), _lock(file)
         unsure = bool(holder) and (taken is None or holder.get("machine") != _machine())
         if taken and not unsure:
-            raise ConfigError(f"{folder} is in use by another process; wait for it, or choose another run_dir")
+            raise ConfigError(f"{folder} is in use by another process; wait for it, or choose another folder")
         if unsure and _is_renewed(folder, holder, 2.5 * renew_s):
             raise ConfigError(
                 f"{folder} is in use on {holder.get('host')} (process {holder.get('pid')}); wait for it, or choose "
-                "another run_dir"
+                "another folder"
             )
         stop, token = threading.Event(), uuid.uuid4().hex
         _write(file, token, 0)
@@ -50,6 +50,20 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[None]:
             thread.join()
             with suppress(OSError):
                 os.ftruncate(file.fileno(), 0)
+
+
+def in_use(folder: Path) -> bool:
+    """Whether the process that holds the folder lives, as far as a look can say that takes no lock."""
+    holder = _read(folder)
+    if holder.get("machine") != _machine():
+        return bool(holder)
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _lock(file: BinaryIO) -> bool | None:

@@ -1,6 +1,7 @@
 """One launch in one run folder: opening it, freezing or reading its config, and leaving it in a known state."""
 
 import logging
+import os
 import shutil
 import signal
 import time
@@ -21,7 +22,7 @@ from grpo.config import Config, ConfigError, check_training, flatten, to_dict, t
 from grpo.run.before_start import check_folder, check_parent, has_finished
 from grpo.run.console import resume_command
 from grpo.run.folder import CHANGEABLE, CUT, OUTPUTS, RunFolder
-from grpo.run.gpus import claim_gpu
+from grpo.run.gpus import claim_gpu, show_all_gpus, takes_any_gpu
 from grpo.run.lock import locked
 from grpo.run.sweep import SweepFolder, of_keys
 from grpo.targets import check_trusted, foreign_targets
@@ -116,8 +117,9 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
     """Hold the launch's run folder: config.yaml written or read back, status.json true also after a failure."""
     folder = RunFolder(short_path(Path(HydraConfig.get().runtime.output_dir)))
     sweep, stop = HydraConfig.get().mode == RunMode.MULTIRUN, StopSignals()
-    # Of a sweep's jobs, some may have finished and some never begun.
-    resume = "auto" if cfg.resume and sweep else cfg.resume
+    # Of a sweep's jobs, some may have finished and some never begun; SLURM may start one again by itself.
+    again = cfg.resume or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    resume = "auto" if again and sweep else cfg.resume
     try:
         check_folder(folder, resume, HydraConfig.get().overrides.task)
         with stop.installed(), locked(folder.path):
@@ -136,6 +138,7 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
             if not folder.started():
                 folder.path.mkdir(parents=True, exist_ok=True)
                 _set_state(folder, "failed", str(error))
+                folder.update_status(overrides=list(HydraConfig.get().overrides.task))  # the record of them is gone
         raise
     finally:
         if sweep:
@@ -148,7 +151,9 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
     from grpo.engine.hardware import hardware_found
 
     overrides = list(HydraConfig.get().overrides.task)
-    if HydraConfig.get().mode == RunMode.MULTIRUN and _queues(cfg):
+    launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
+    if HydraConfig.get().mode == RunMode.MULTIRUN and takes_any_gpu(cfg, launcher):
+        show_all_gpus(launcher)
         claim_gpu(torch.cuda.device_count())
     started = time.monotonic()
     cfg = hardware_found(cfg, overrides)
@@ -185,13 +190,6 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
     )
 
 
-def _queues(cfg: DictConfig) -> bool:
-    """Whether a job of a sweep may take any GPU of this machine, of which no scheduler has given it one."""
-    launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
-    here = launcher in ("local", "basic", "joblib", "submitit_local")
-    return here and {cfg.hardware.device, cfg.model.device_map} <= {"auto", "cuda"}
-
-
 def fresh_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
     """Freeze the config of a new run, with the hardware resolved and everything checked again."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -199,7 +197,7 @@ def fresh_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Co
         own = of_keys(overrides, sweep.swept)
         cfg.tracking.tags = list(dict.fromkeys([*cfg.tracking.tags, *(tag[:64] for tag in own)]))  # W&B's longest
         if cfg.tracking.group is None:
-            cfg.tracking.group = sweep.path.name  # the arms of a sweep are one group in W&B
+            cfg.tracking.group = sweep.record()["name"]  # the arms of a sweep are one group in W&B
         if cfg.tracking.name is None:
             cfg.tracking.name = " ".join(own) or None
     if cfg.fork:

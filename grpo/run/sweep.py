@@ -5,8 +5,10 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,22 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from grpo.config import ConfigError
-from grpo.run.folder import CHANGEABLE, CUT, OUTPUTS, RunFolder, write_whole
+from grpo.run.folder import CHANGEABLE, CUT, OUTPUTS, RunFolder, read_json, write_whole
 from grpo.run.halving import Record
+from grpo.run.lock import in_use
 
 logger = logging.getLogger(__name__)
 
 SWEEPS = OUTPUTS / "sweeps"
 # Of a command line, what is about this launch and not about the sweep.
-LAUNCH_KEYS = ("resume", "sweep_dir", "plan", "sweep.budget_hours")
+LAUNCH_KEYS = ("resume", "sweep_dir", "plan", "until_step", "sweep.budget_hours")
 
 opened: "SweepFolder | None" = None  # the sweep of this process's launch; Hydra has no place for it after a failure
+lock_of_sweep = ExitStack()  # held to the end of the launch
 
 
 class SweepFolder:
@@ -37,13 +42,15 @@ class SweepFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def check_same(self, overrides: Sequence[str], resume: bool | str) -> None:
+    def check_same(self, overrides: Sequence[str], sweeper: str, resume: bool | str) -> None:
         """Raise ConfigError where the folder holds a sweep that this command line would not go on with."""
         recorded = self.record()
         if not recorded:
             return
         if not resume:
             raise ConfigError(f"{self.path} holds a sweep already; add resume=true, or choose another sweep_dir")
+        if recorded["sweeper"] != sweeper:
+            raise ConfigError(f"{self.path} is a sweep with hydra/sweeper={recorded['sweeper']}; go on with it by that")
         if _lasting(overrides) != _lasting(recorded["overrides"]):
             given = shlex.join(recorded["overrides"])
             raise ConfigError(f"{self.path} is a sweep of other values; go on with it by the same overrides: {given}")
@@ -54,25 +61,36 @@ class SweepFolder:
         keys: Sequence[str],
         points: Sequence[Sequence[str]] | None,
         hydra: Sequence[str] = (),
+        sweeper: str = "basic",
     ) -> None:
         """Record the overrides, the keys that are swept, and the overrides of each job (None: not known yet).
 
-        hydra: the overrides of Hydra's own keys, such as the launcher. Of a sweep that goes on only these are new.
+        hydra: the overrides of Hydra's own keys, such as the launcher; sweeper: which one. Of a sweep that goes on
+        only `hydra` is new.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if known := self.record():
             self._write(known | {"hydra": list(hydra)})
             self.update("running")
             return
-        record = {"overrides": own_overrides(overrides), "keys": list(keys), "hydra": list(hydra)}
+        record = {"overrides": own_overrides(overrides), "keys": list(keys), "hydra": list(hydra), "sweeper": sweeper}
+        record |= {"name": self.path.resolve().name, "started": datetime.now().isoformat(timespec="seconds")}
         planned = [of_keys(point, keys) for point in points] if points is not None else None
         self._write(record | {"planned": planned, "state": "running", "jobs": []})
         self.update()
 
+    def going_on(self, overrides: Sequence[str]) -> list[str]:
+        """The overrides with which a launch goes on: those recorded, in their order, and what is new in these.
+
+        The order numbers the jobs, and says what an override changes that comes after another.
+        """
+        recorded = self.record()["overrides"]
+        return [*recorded, *(each for each in overrides if each not in recorded)]
+
     def record(self) -> dict[str, Any]:
         """The content of sweep.json; `{}` where there is none."""
         file = self.path / "sweep.json"
-        return json.loads(file.read_text()) if file.exists() else {}
+        return read_json(file) if file.exists() else {}
 
     @property
     def swept(self) -> list[str]:
@@ -96,9 +114,12 @@ class SweepFolder:
         for number, run in sorted([*begun, *((number, None) for number in pending)], key=itemgetter(0)):
             status = run.status() if run else {}
             state = status.get("state", "pending")
+            if state == "running" and not in_use(run.path):  # it was killed
+                state = "interrupted"
             if halved and state == "interrupted":
                 state = "stopped early"
-            given = planned[number] if number < len(planned) else of_keys(run.first_overrides(), record.get("keys"))
+            first = status.get("overrides") or (run.first_overrides() if run else [])
+            given = planned[number] if number < len(planned) else of_keys(first, record.get("keys"))
             after = run.evaluation("after") if run else None
             jobs.append(
                 {
@@ -141,11 +162,11 @@ class SweepFolder:
             return
         print(f"{headline}\n  report    {files[0]}")
 
-    def conclude(self) -> None:
-        """At the end of a launch: what became of each job, and how to go on."""
+    def conclude(self) -> bool:
+        """At the end of a launch say what became of each job, and how to go on. Returns whether one failed."""
         jobs = self.jobs()
         if not jobs:
-            return
+            return False
         states = {job["state"] for job in jobs} - {"stopped early"}
         state = next((each for each in ("failed", "interrupted") if each in states), "interrupted")
         self.update("finished" if states == {"finished"} else state)
@@ -160,28 +181,41 @@ class SweepFolder:
             record = self.record()
             again = shlex.join([*record["hydra"], *record["overrides"], "resume=true", f"sweep_dir={self.path}"])
             print(f"  go on     python launch.py -m {again}")
+        return "failed" in states
 
 
-@contextmanager
-def concluded() -> Iterator[None]:
-    """After a command that may be a sweep, however it ends, say what became of its jobs."""
+def run_sweep_or_run(command: Callable[[], int]) -> int:
+    """Run a command, and where it was a sweep say what became of its jobs. Returns its exit code; 1 if a job failed."""
+    failed = False
     try:
-        yield
+        code = command()
     finally:
         if opened is not None:
-            opened.conclude()
+            for number in (signal.SIGINT, signal.SIGTERM):  # all is over but the telling
+                signal.signal(number, signal.SIG_IGN)
+            failed = opened.conclude()
+            lock_of_sweep.close()
+    return 1 if failed else code
+
+
+def key_of(override: str) -> str:
+    """The key of an override without its `+`."""
+    return override.partition("=")[0].lstrip("+")
 
 
 def own_overrides(overrides: Sequence[str]) -> list[str]:
-    """A sweep's command line without what is only about the launch; sorted, since the order says nothing."""
-    return sorted(each for each in overrides if each.partition("=")[0] not in LAUNCH_KEYS)
+    """A sweep's command line without what is only about the launch."""
+    return [each for each in overrides if key_of(each) not in LAUNCH_KEYS]
 
 
 def _lasting(overrides: Sequence[str]) -> list[str]:
-    """A sweep's overrides without those that may change when its runs go on."""
+    """Of a sweep's overrides what cannot change when its runs go on: the last of each key, and all that is swept."""
+    last = {key_of(each): each for each in own_overrides(overrides)}
     # With a dot at its end, so that a group such as tracking=offline counts as its keys do.
-    keys = {each: each.partition("=")[0].lstrip("+") + "." for each in own_overrides(overrides)}
-    return [each for each, key in keys.items() if not key.startswith(CHANGEABLE + CUT)]
+    changeable = [key for key in last if f"{key}.".startswith(CHANGEABLE + CUT)]
+    parsed = OverridesParser.create().parse_overrides([last[key] for key in changeable])
+    free = {key for key, each in zip(changeable, parsed, strict=True) if not each.is_sweep_override()}
+    return sorted(each for key, each in last.items() if key not in free)
 
 
 def swept_keys(overrides: Sequence[str], sweeper: DictConfig) -> list[str]:
@@ -190,12 +224,29 @@ def swept_keys(overrides: Sequence[str], sweeper: DictConfig) -> list[str]:
     return list(dict.fromkeys(each.get_key_element().lstrip("+") for each in parsed if each.is_sweep_override()))
 
 
+def is_grid(sweeper: DictConfig) -> bool:
+    """Whether the sweeper takes all combinations of the values, and does not find its points itself."""
+    return sweeper._target_.endswith(("BasicSweeper", "HalvingSweeper"))
+
+
 def grid(overrides: Sequence[str], sweeper: DictConfig) -> list[list[str]] | None:
     """The overrides of each job of a sweep over all combinations; None where the sweeper finds its points itself."""
-    if not sweeper._target_.endswith(("BasicSweeper", "HalvingSweeper")):
+    if not is_grid(sweeper):
         return None
     batches = BasicSweeper.split_arguments(_parsed(overrides, sweeper), max_batch_size=None)
     return [job for batch in batches for job in batch]
+
+
+def spelt_out(overrides: Sequence[str], points: Sequence[Sequence[str]]) -> list[str]:
+    """Overrides with what is swept as plain lists of the values, in the order that they have in these points."""
+    values: dict[str, dict[str, None]] = {}
+    for point in points:
+        for each in point:
+            values.setdefault(key_of(each), {})[each.partition("=")[2]] = None
+    return [
+        f"{each.partition('=')[0]}={','.join(values[key])}" if len(values.get(key := key_of(each), ())) > 1 else each
+        for each in overrides
+    ]
 
 
 def _parsed(overrides: Sequence[str], sweeper: DictConfig) -> list[Override]:
@@ -210,22 +261,25 @@ def named(overrides: Sequence[str]) -> list[str]:
 
 def of_keys(overrides: Sequence[str], keys: Sequence[str] | None) -> list[str]:
     """Those of the overrides that are of these keys; None: all."""
-    return [each for each in overrides if keys is None or each.partition("=")[0].lstrip("+") in keys]
+    return [each for each in overrides if keys is None or key_of(each) in keys]
 
 
-def newest_sweep(overrides: Sequence[str]) -> Path | None:
+def newest_sweep(overrides: Sequence[str], sweeper: str = "basic") -> Path | None:
     """The folder of the sweep started last with these overrides."""
-    wanted = _lasting(overrides)
-    folders = sorted((file.parent for file in SWEEPS.glob("*/sweep.json")), reverse=True)  # named by their time
-    return next((path for path in folders if _lasting(SweepFolder(path).record()["overrides"]) == wanted), None)
+    wanted, found = (_lasting(overrides), sweeper), []
+    for file in SWEEPS.glob("*/sweep.json"):
+        record = read_json(file)
+        if (_lasting(record["overrides"]), record["sweeper"]) == wanted:
+            found.append((record["started"], file.parent))
+    return max(found)[1] if found else None
 
 
 def short(value: str) -> str:
-    """An override's value for people to read: a long decimal number with four digits."""
+    """An override's value for people to read: a long decimal number with four digits, a long text cut."""
     try:
         return f"{float(value):.4g}" if len(value) > 8 and not value.lstrip("-").isdigit() else value
     except ValueError:
-        return value
+        return value if len(value) <= 40 else f"{value[:37]}..."
 
 
 def _table(jobs: list[dict[str, Any]], keys: Sequence[str]) -> Table:
@@ -236,5 +290,6 @@ def _table(jobs: list[dict[str, Any]], keys: Sequence[str]) -> Table:
         values = dict(each.lstrip("+").split("=", 1) for each in job["overrides"])
         steps = f"{job['step']}/{job['total_steps']}" if job["total_steps"] else "-"
         accuracy = "-" if job["accuracy"] is None else f"{job['accuracy']:.1%}"
-        table.add_row(str(job["job"]), *(short(values.get(key, "-")) for key in keys), job["state"], steps, accuracy)
+        shown = (escape(short(values.get(key, "-"))) for key in keys)  # a list looks like Rich's markup
+        table.add_row(str(job["job"]), *shown, job["state"], steps, accuracy)
     return table

@@ -1,7 +1,6 @@
 """Hydra's sweeper that gives most of the time to the arms that do best: `hydra/sweeper=halving`."""
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from grpo.config import ConfigError
 from grpo.run.folder import RunFolder
-from grpo.run.halving import Record, best_arms, choose_ladder
-from grpo.run.sweep import grid, of_keys, swept_keys
+from grpo.run.halving import LEAST_STEPS, Record, arms_of, best_arms, choose_ladder
+from grpo.run.sweep import grid
 from hydra_plugins.hydra_grpo.launcher import JobFailed
-
-SEED = "seed"
 
 
 class HalvingSweeper(Sweeper):
@@ -38,8 +35,6 @@ class HalvingSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Climb the ladder; raises what the first job that failed raised, after all others are done."""
-        if self.eta < 2 or (self.budget_hours is not None and not self.budget_hours > 0):
-            raise ConfigError(f"sweep.eta={self.eta} must be 2 or more, sweep.budget_hours={self.budget_hours} above 0")
         self.points = [list(point) for point in grid(arguments, self.config.hydra.sweeper)]
         self.validate_batch_is_legal(self.points)
         self.folder = Path(self.config.hydra.sweep.dir)
@@ -47,29 +42,26 @@ class HalvingSweeper(Sweeper):
         OmegaConf.save(self.config, self.folder / "multirun.yaml")
         self.returns: dict[int, JobReturn] = {}
         self.folders = [self._job_folder(number) for number in range(len(self.points))]
-        self.record = self._record(arguments)
+        self.record = self._record()
         self._climb()
         for done in self.returns.values():
             if done.status == JobStatus.FAILED:
                 _ = done.return_value  # raises
-        for number, folder in enumerate(self.folders):
-            if RunFolder(folder).status().get("state") == "failed":
+        for number in range(len(self.folders)):
+            if self._state(number) == "failed":
                 raise JobFailed(f"job {number} failed in an earlier launch, and its arm is out")
         return list(self.returns.values())
 
-    def _record(self, arguments: Sequence[str]) -> Record:
+    def _record(self) -> Record:
         """What was decided before, with this launch's budget; or a new one."""
-        keys = [key for key in swept_keys(arguments, self.config.hydra.sweeper) if key != SEED]
-        arms: dict[tuple[str, ...], list[int]] = {}
-        for number, point in enumerate(self.points):
-            arms.setdefault(tuple(of_keys(point, keys)), []).append(number)
-        configs = [self._composed(jobs[0]) for jobs in arms.values()]
+        arms = arms_of(self.points)
+        configs = [self._composed(jobs[0]) for jobs in arms]
         steps = {config.grpo.num_iterations * config.grpo.num_steps for config in configs}
         if len(steps) > 1:
             raise ConfigError("hydra/sweeper=halving compares arms after equal steps: leave grpo.num_steps out")
         known = Record.read(self.folder)
         if known is None:
-            return Record(steps.pop(), list(arms.values()), self.eta, self.budget_hours)
+            return Record(steps.pop(), arms, self.eta, self.budget_hours)
         if known.state == "out of budget":  # which may have become larger
             known.state = "running"
         if self.budget_hours is not None:
@@ -80,7 +72,7 @@ class HalvingSweeper(Sweeper):
         record = self.record
         for first, *_ in record.arms if record.budget_hours is not None else ():
             if record.step_s is None:  # an arm may fail at once
-                self._launch([first], record.least_steps)
+                self._launch([first], min(LEAST_STEPS, record.total_steps))
                 self._measure()
         if record.step_s is None and record.budget_hours is not None:
             return
@@ -88,25 +80,38 @@ class HalvingSweeper(Sweeper):
             self._choose()
         alive = record.rungs[-1]["kept"] if record.rungs else list(range(len(record.arms)))
         for place in range(len(record.rungs), len(record.ladder)):
-            steps, _ = record.ladder[place]
-            alive = self._affordable(alive, place)
-            if not alive:
-                record.state = "out of budget"
+            if record.entered is None:
+                record.entered = self._affordable(alive, place)
+            if not record.entered:
+                record.entered, record.state = None, "out of budget"
                 break
-            self._launch([job for arm in alive for job in record.arms[arm]], steps)
-            self._measure()
-            scores = self._scores(alive, steps)
-            keep = record.ladder[place + 1][1] if place + 1 < len(record.ladder) else len(alive)
-            alive = best_arms(scores, keep)
-            by_arm = {str(arm): score for arm, score in enumerate(scores) if score is not None}
-            record.rungs.append({"steps": steps, "scores": by_arm, "kept": alive, "spent_hours": self._spent() / 3600})
             record.write(self.folder)
-            print(f"rung {place + 1} of {len(record.ladder)}, step {steps}: arms {alive} go on", flush=True)
-            if not alive:
-                break
+            if not (alive := self._rung(place)):
+                return  # none came so far: the same command tries them again
         else:
             record.state = "finished"
         record.write(self.folder)
+
+    def _rung(self, place: int) -> list[int]:
+        """Let the arms that entered a rung make its steps; returns those that go on, best first, and records them."""
+        record, (steps, _) = self.record, self.record.ladder[place]
+        jobs = [job for arm in record.entered for job in record.arms[arm]]
+        for _ in range(2):  # what failed is tried once more, as the memory or the disk may have been short
+            self._launch(jobs, steps)
+            for job in jobs:
+                if not self._stands_at(job, steps) and self._state(job) != "failed":
+                    raise JobFailed(f"job {job} was stopped before step {steps}, so its rung is not decided")
+        self._measure()
+        scores = self._scores(record.entered, steps)
+        last = place + 1 == len(record.ladder)
+        kept = best_arms(scores, len(record.entered) if last else record.ladder[place + 1][1])
+        if kept:
+            by_arm = {str(arm): score for arm, score in enumerate(scores) if score is not None}
+            record.rungs.append({"steps": steps, "scores": by_arm, "kept": kept, "spent_hours": self._spent() / 3600})
+            record.entered = None
+            record.write(self.folder)
+            print(f"rung {place + 1} of {len(record.ladder)}, step {steps}: arms {kept} go on", flush=True)
+        return kept
 
     def _choose(self) -> None:
         record = self.record
@@ -146,12 +151,12 @@ class HalvingSweeper(Sweeper):
         run = RunFolder(self.folders[job])
         if steps == self.record.total_steps:
             return run.finished()
-        return run.status().get("step") == steps and self._accuracy(run, steps) is not None
+        if run.status().get("step") != steps:
+            return False
+        return run.accuracy_at(steps) is not None or not run.frozen_config().eval.after
 
-    def _accuracy(self, run: RunFolder, steps: int) -> float | None:
-        made = run.evaluations()
-        names = (name for name in ("after", f"step_{steps:06d}") if name in made and made[name]["step"] == steps)
-        return next((made[name]["accuracy"] for name in names), None)
+    def _state(self, job: int) -> str | None:
+        return RunFolder(self.folders[job]).status().get("state")
 
     def _scores(self, alive: list[int], steps: int) -> list[float | None]:
         """By arm the mean held-out accuracy of its jobs that made the steps; where one lacks it, all by reward instead.
@@ -160,7 +165,7 @@ class HalvingSweeper(Sweeper):
         """
         rows = {job: RunFolder(self.folders[job]).metrics(steps) for arm in alive for job in self.record.arms[arm]}
         there = {job: made[-max(1, steps // 10) :] for job, made in rows.items() if len(made) == steps}
-        scores = {job: self._accuracy(RunFolder(self.folders[job]), steps) for job in there}
+        scores = {job: RunFolder(self.folders[job]).accuracy_at(steps) for job in there}
         if None in scores.values():
             scores = {job: statistics.fmean(row["reward"] for row in last) for job, last in there.items()}
         of_arms = [[scores[job] for job in jobs if job in scores] for jobs in self.record.arms]

@@ -26,29 +26,35 @@ from omegaconf import DictConfig, open_dict
 from grpo.config import ConfigError, first_line
 from grpo.run.before_start import asks_for_more_steps
 from grpo.run.folder import RunFolder
+from grpo.run.gpus import takes_any_gpu
+from grpo.run.session import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-STOPPED = tuple(128 + number for number in SIGNALS)  # exit codes of a run that such a signal ended
+STOPPED = tuple(128 + number for number in STOP_SIGNALS)  # exit codes of a run that such a signal ended
 
 
 @dataclass
 class _Job:
     place: int  # in the list of this launch
     number: int
-    name: str  # its overrides
+    overrides: list[str]
     folder: Path
     process: multiprocessing.process.BaseProcess
     result: Connection
     started: float
 
+    @property
+    def name(self) -> str:
+        return " ".join(filter_overrides(self.overrides))
+
 
 class LocalLauncher(Launcher):
     """Whatever a job does to its process, up to being killed for its memory, the others neither see nor pay for.
 
-    jobs_at_once: None for as many as there are GPUs, or one. More than one write what they print to console.log in
-    their folders. A stop signal is passed on to the jobs, which save what they have, and waits for them.
+    jobs_at_once: None for as many as there are GPUs that they can share, or one. More than one write what they print
+    to console.log in their folders. A stop signal is passed on to the jobs, which save what they have, and waits for
+    them.
     """
 
     def __init__(self, jobs_at_once: int | None = None) -> None:
@@ -61,7 +67,7 @@ class LocalLauncher(Launcher):
         """Run these jobs and return what each returned or raised, in their order. SystemExit after a stop signal."""
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        at_once = self.jobs_at_once or _gpus() or 1
+        at_once = self.jobs_at_once or (_gpus() if takes_any_gpu(self.config, "local") else 0) or 1
         waiting = deque((place, initial_job_idx + place, list(each)) for place, each in enumerate(job_overrides))
         running: dict[int, _Job] = {}  # by what says that its process has ended
         returns: list[JobReturn | None] = [None] * len(job_overrides)
@@ -104,7 +110,7 @@ class LocalLauncher(Launcher):
         )
         process.start()
         sender.close()
-        return _Job(place, number, name, folder, process, receiver, time.monotonic())
+        return _Job(place, number, overrides, folder, process, receiver, time.monotonic())
 
 
 def _done_before(config: DictConfig) -> JobReturn | None:
@@ -168,7 +174,7 @@ def _outcome(job: _Job, stopped: bool) -> JobReturn:
         if not (stopped or left or run.finished()):
             run.update_status(state="failed", error=reason)
             logger.error("%s failed: %s", job.folder, reason)
-    done = JobReturn(status=JobStatus.FAILED if error else JobStatus.COMPLETED)
+    done = JobReturn(overrides=job.overrides, status=JobStatus.FAILED if error else JobStatus.COMPLETED)
     done.return_value = error or value
     return done
 
@@ -194,7 +200,7 @@ class _Forwarding:
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> "_Forwarding":
-        self._former = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._former = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

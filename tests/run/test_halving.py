@@ -138,14 +138,60 @@ def test_a_budget_that_is_too_small_is_refused_with_the_least_one_and_a_larger_o
     assert (halving["ladder"], halving["state"]) == ([[4, 4]], "finished")  # enough for all to the end
 
 
-def test_an_arm_that_fails_is_out_and_the_others_go_on(tmp_path):
-    command = [each for each in HALVING if not each.startswith(("optimizer.lr", "grpo.num_gen"))]
-    command = ["-m", *command, "grpo.num_generations=1,4", "sweep.budget_hours=1", "sweep_dir=sweep"]
+TROUBLE = """
+import os
+import signal
+from pathlib import Path
+
+
+def trouble(completions, **columns):
+    armed = Path("armed").read_text() if Path("armed").exists() else ""
+    if armed == "stop":
+        Path("armed").unlink()  # for one job
+        os.kill(os.getpid(), signal.SIGTERM)
+    return fail(completions, on=armed == "fail")
+
+
+def fail(completions, on, **columns):
+    if on:
+        raise OSError("no space left on device")
+    return [0.0] * len(completions)
+"""
+
+
+def test_an_arm_that_fails_twice_is_out_and_the_others_go_on(tmp_path):
+    (tmp_path / "mine.py").write_text(TROUBLE)
+    command = [each for each in HALVING if not each.startswith("optimizer.lr")]
+    command += ["+reward.components.t={_target_: mine.fail, weight: 0}", "+reward.components.t.on=1,0"]
+    command = ["-m", *command, "sweep.budget_hours=1", "sweep_dir=sweep"]
     first = launch(*command, cwd=tmp_path)
-    assert (first.returncode, "use 2 or more" in first.stderr, "Traceback" in first.stderr) == (2, True, False)
+    assert (first.returncode, "no space left" in first.stderr, "Traceback" in first.stderr) == (1, True, False)
     assert [job["state"] for job in SweepFolder(tmp_path / "sweep").jobs()] == ["failed", "finished"]
     again = launch(*command, "resume=true", cwd=tmp_path)
     assert (again.returncode, "job 0 failed in an earlier launch, and its arm is out" in again.stderr) == (1, True)
+
+
+def test_a_rung_is_decided_only_when_its_jobs_have_come_so_far(tmp_path):
+    (tmp_path / "mine.py").write_text(TROUBLE)
+    (tmp_path / "armed").write_text("fail")
+    command = ["-m", *(each for each in HALVING if not each.startswith("optimizer.lr")), "optimizer.lr=0,0.0001"]
+    command += ["+reward.components.t={_target_: mine.trouble, weight: 0}", "sweep_dir=sweep"]
+    command += ["grpo.batch_size=2", "grpo.num_generations=4", "hydra/launcher=local"]
+    failed = launch(*command, cwd=tmp_path)
+    assert failed.returncode == 1
+    assert json.loads((tmp_path / "sweep" / "halving.json").read_text())["rungs"] == []
+    assert failed.stdout.count("job 0: ") == 2  # it was tried once more
+
+    (tmp_path / "armed").write_text("stop")
+    stopped = launch(*command, "resume=true", cwd=tmp_path)
+    assert stopped.returncode == 1
+    assert "was stopped before step 2, so its rung is not decided" in stopped.stderr
+    assert "go on     python launch.py -m" in stopped.stdout
+
+    done = launch(*command, "resume=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "sweep" / "halving.json").read_text())
+    assert (record["state"], len(record["rungs"][0]["scores"])) == ("finished", len(record["arms"]))
 
 
 @pytest.mark.parametrize(("key", "value"), [("sweep.eta", "1"), ("sweep.budget_hours", "0"), ("until_step", "0")])

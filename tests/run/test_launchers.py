@@ -81,20 +81,25 @@ def test_optuna_looks_for_the_highest_outcome_and_goes_on_with_the_same_trials(t
 @installed("hydra_submitit_launcher")
 def test_what_would_be_handed_to_slurm_is_a_script_with_the_settings(tmp_path):
     from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
-    from submitit.slurm.slurm import _make_sbatch_string
 
     settings = yaml.safe_load((CONF_DIR / "hydra" / "launcher" / "submitit_slurm.yaml").read_text())
     assert set(settings) == set(OmegaConf.structured(SlurmQueueConf))
-    text = _make_sbatch_string(
-        command="python job.py",
-        folder=tmp_path,
-        time=settings["timeout_min"],
-        gpus_per_node=settings["gpus_per_node"],
-        signal_delay_s=settings["signal_delay_s"],
-        cpus_per_task=settings["cpus_per_task"],
-        mem=f"{settings['mem_gb']}GB",
-    )
-    assert "#SBATCH --signal=USR2@120" in text or "#SBATCH --signal=USR1@120" in text
+    given = {"gpus_per_node", "signal_delay_s", "cpus_per_task"}
+    options = {key: settings[key] for key in given} | {
+        "time": settings["timeout_min"],
+        "mem": f"{settings['mem_gb']}GB",
+    }
+    script = f"""
+from grpo.compose import run_command
+
+def show():
+    from submitit.slurm.slurm import _make_sbatch_string
+    print(_make_sbatch_string(command="python job.py", folder={str(tmp_path)!r}, **{options!r}))
+
+run_command(show)
+"""
+    text = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "#SBATCH --signal=USR1@120" in text
     assert {"#SBATCH --gpus-per-node=1", "#SBATCH --time=1440"} <= set(text.splitlines())
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 

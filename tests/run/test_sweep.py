@@ -122,14 +122,43 @@ def test_jobs_do_not_outlive_a_launcher_that_is_killed(cwd):
     assert [job["state"] for job in sweep_of(cwd).jobs()] == ["interrupted", "pending"]
 
 
-def test_a_job_that_is_refused_is_recorded_and_its_folder_can_begin_anew(cwd):
-    command = ["-m", *QUICK, "grpo.num_steps=1", "grpo.epsilon=0.1,2"]
+def test_values_that_cannot_be_are_refused_before_anything_is_made(cwd):
+    for bad in ("grpo.epsilon=0.1,2", "model=tiny,nope", "resume=ture", "hydra.launcher.jobs_at_once=-1"):
+        refused = launch("-m", *QUICK, "grpo.num_steps=1", "seed=1,2", bad, cwd=cwd)
+        assert (refused.returncode, refused.stderr.count("\n"), refused.stdout) == (2, 1, ""), bad
+        assert not (cwd / "outputs").exists()
+
+
+def test_a_job_that_cannot_start_is_recorded_with_its_values_and_its_folder_can_begin_anew(cwd):
+    (cwd / "mine").mkdir()
+    for split in ("train", "test"):
+        (cwd / "mine" / f"{split}.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n' * 4)
+    command = ["-m", *QUICK, "grpo.num_steps=1", "data=jsonl", "data.path=mine,other"]
     refused = launch(*command, cwd=cwd)
-    assert refused.returncode == 2
+    assert refused.returncode == 1
     jobs = sweep_of(cwd).jobs()
     assert [job["state"] for job in jobs] == ["finished", "failed"]
-    assert "must lie between 0 and 1" in jobs[1]["error"]
+    assert "data.path=other" in jobs[1]["error"]
+    assert jobs[1]["overrides"] == ["data.path=other"]
     assert not (sweep_of(cwd).path / jobs[1]["folder"] / "config.yaml").exists()
+    (cwd / "mine").rename(cwd / "other")
+    again = launch(*command, "resume=true", cwd=cwd)
+    assert again.returncode == 0, again.stderr
+
+
+def test_the_order_of_a_sweep_is_that_of_its_first_launch(cwd):
+    """It numbers the jobs, and says which of two values of a key counts."""
+    command = [*QUICK, "grpo.num_steps=1", "grpo.epsilon=0.3", "grpo.epsilon=0.1", "seed=shuffle(1,2,3)"]
+    first = launch("-m", *command, "grpo.beta=0,0.04", cwd=cwd)
+    assert first.returncode == 0, first.stderr
+    jobs, record = sweep_of(cwd).jobs(), sweep_of(cwd).record()
+    assert [job["overrides"] for job in jobs] == record["planned"]
+    assert all(RunFolder(sweep_of(cwd).path / job["folder"]).frozen_config().grpo.epsilon == 0.1 for job in jobs)
+    again = launch("-m", "grpo.beta=0,0.04", *command, "checkpoint.keep_last=2", "resume=true", cwd=cwd)
+    assert again.returncode == 0, again.stderr
+    assert sweep_of(cwd).jobs() == jobs
+    assert again.stdout.count("has finished already: nothing to do") == 6
+    assert len([path for path in sweep_of(cwd).path.iterdir() if path.is_dir()]) == 6
 
 
 def test_another_sweep_is_not_taken_for_this_one(tmp_path, monkeypatch):
@@ -141,21 +170,28 @@ def test_another_sweep_is_not_taken_for_this_one(tmp_path, monkeypatch):
     assert newest_sweep(["seed=1,2", "resume=true", "grpo.mu=1"]).name == "2"
     assert newest_sweep(["seed=1,2"]) is None
     sweep = SweepFolder(tmp_path / "outputs" / "sweeps" / "2")
-    sweep.check_same(["tracking=disabled", "seed=1,2", "grpo.mu=1", "checkpoint.every=7"], True)
+    sweep.check_same(["tracking=disabled", "seed=1,2", "grpo.mu=1", "checkpoint.every=7"], "basic", True)
     with pytest.raises(ConfigError, match=r"is a sweep of other values; .* the same overrides: grpo\.mu=1"):
-        sweep.check_same(["seed=1,2", "grpo.mu=2"], True)
+        sweep.check_same(["seed=1,2", "grpo.mu=2"], "basic", True)
     with pytest.raises(ConfigError, match="holds a sweep already; add resume=true"):
-        sweep.check_same(["seed=1,2", "grpo.mu=1"], False)
+        sweep.check_same(["seed=1,2", "grpo.mu=1"], "basic", False)
+    with pytest.raises(ConfigError, match="is a sweep with hydra/sweeper=basic"):
+        sweep.check_same(["seed=1,2", "grpo.mu=1"], "halving", True)
+    # What may change when a run goes on may not where it is what is swept.
+    swept = SweepFolder(tmp_path / "kept")
+    swept.begin(["checkpoint.every=1,2"], ["checkpoint.every"], [["checkpoint.every=1"], ["checkpoint.every=2"]])
+    with pytest.raises(ConfigError, match="is a sweep of other values"):
+        swept.check_same(["checkpoint.every=3,4"], "basic", True)
 
 
 def test_of_two_trials_with_one_number_neither_is_hidden(tmp_path):
     sweep = SweepFolder(tmp_path)
     sweep.begin(["optimizer.lr=interval(0,1)"], ["optimizer.lr"], None)
-    for name, state in (("0_optimizer.lr_0.5", "finished"), ("1_optimizer.lr_0.1", "finished"), ("1_x", "running")):
+    for name, state in (("0_optimizer.lr_0.5", "finished"), ("1_optimizer.lr_0.1", "finished"), ("1_x", "failed")):
         (tmp_path / name).mkdir()
         RunFolder(tmp_path / name).update_status(state=state)
     jobs = [(job["job"], job["folder"], job["state"]) for job in sweep.jobs()]
-    assert jobs[1:] == [(1, "1_optimizer.lr_0.1", "finished"), (1, "1_x", "running")]
+    assert jobs[1:] == [(1, "1_optimizer.lr_0.1", "finished"), (1, "1_x", "failed")]
     assert len(jobs) == 3
 
 
@@ -163,7 +199,7 @@ def test_swept_keys_are_those_with_several_values():
     overrides = ["grpo.mu=1", "+x.y=1,2", "seed=range(1,4)", "data.examples=[1,2]"]
     sweeper = OmegaConf.create({"params": {"grpo.beta": "0,0.1"}})
     assert swept_keys(overrides, sweeper) == ["grpo.beta", "x.y", "seed"]
-    assert own_overrides(["b=1", "resume=true", "a=2", "plan=true", "sweep_dir=x"]) == ["a=2", "b=1"]
+    assert own_overrides(["b=1", "resume=true", "a=2", "plan=true", "sweep_dir=x"]) == ["b=1", "a=2"]
 
 
 CLAIM = """
