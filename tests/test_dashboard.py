@@ -6,6 +6,9 @@ import pytest
 
 from grpo.__main__ import main
 from grpo.commands.dashboard import View, _view, panels, workspace
+from grpo.compose import compose_config
+from grpo.config import typed
+from grpo.run.folder import RunFolder
 from grpo.run.sweep import SweepFolder
 from tests.run.test_sweep import QUICK
 from tests.runs import launch
@@ -42,9 +45,26 @@ def test_the_view_of_a_sweep_is_of_its_group_and_puts_the_seeds_of_an_arm_togeth
     assert config["overrides"] == ["grpo.beta=0", "seed=1"]
 
 
+def test_arms_of_a_group_are_told_apart_by_a_key_that_follows_it(tmp_path):
+    overrides = ["tuning=lora,full", "seed=1,2"]
+    points = [[f"tuning={tuning}", f"seed={seed}"] for tuning in ("lora", "full") for seed in (1, 2)]
+    sweep = SweepFolder(tmp_path / "sweep")
+    sweep.begin(overrides, ["tuning", "seed"], points)
+    for number, point in enumerate(points):
+        folder = RunFolder(sweep.path / f"{number}_job")
+        folder.path.mkdir()
+        config = compose_config(["experiment=quickstart", "tracking.group=ablation", *point])
+        folder.write_config(typed(config))
+    view = _view({"sweep_dir": str(sweep.path)})
+    assert view.group == "ablation"
+    (key,) = view.keys
+    assert key.startswith("model.lora")
+
+
 def test_what_cannot_be_shown_is_refused_in_a_line(tmp_path, capsys):
     for arguments, said in (
         ([], "dashboard takes one of"),
+        (["run_dir=a", "sweep_dir=b"], "dashboard takes one of"),
         ([f"sweep_dir={tmp_path}"], "is not the folder of a sweep"),
         ([f"run_dir={tmp_path}"], "is not a run folder"),
     ):

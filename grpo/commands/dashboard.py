@@ -11,8 +11,9 @@ from typing import Any
 
 from grpo.analysis.load import read_config
 from grpo.commands._common import own_arguments, run_folder_of
-from grpo.config import ConfigError
-from grpo.run.sweep import SweepFolder
+from grpo.config import ConfigError, flatten
+from grpo.run.halving import SEED
+from grpo.run.sweep import SweepFolder, key_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class View:
 def main(arguments: list[str]) -> None:
     """Save the view and print its address."""
     own, overrides = own_arguments(arguments, ["run_dir", "sweep_dir", "project", "entity"])
-    if overrides or not own.keys() & {"run_dir", "sweep_dir", "project"}:
+    if overrides or not own.keys() & {"run_dir", "sweep_dir", "project"} or {"run_dir", "sweep_dir"} <= own.keys():
         raise ConfigError("dashboard takes one of run_dir=, sweep_dir= and project=, and entity=")
     view = _view(own)
     try:
@@ -45,13 +46,34 @@ def _view(own: dict[str, str]) -> View:
         sweep = SweepFolder(own["sweep_dir"].rstrip("/"))
         if not sweep.record():
             raise ConfigError(f"sweep_dir={sweep.path} is not the folder of a sweep: it has no sweep.json")
-        runs = [sweep.path / job["folder"] for job in sweep.jobs() if job["folder"] is not None]
-        keys = tuple(key for key in sweep.swept if key != "seed")
-        config = next((found for run in runs if (found := read_config(run))), {})
-        return _of_config(config, own, group=sweep.path.resolve().name, keys=keys)
+        configs = {job["job"]: read_config(sweep.path / job["folder"]) for job in sweep.jobs() if job["folder"]}
+        configs = {job: config for job, config in configs.items() if config}
+        config = next(iter(configs.values()), {})
+        group = config["tracking"]["group"] if config else None
+        return _of_config(config, own, group=group, keys=_arm_keys(sweep, configs))
     if "run_dir" in own:
         return _of_config(read_config(run_folder_of([f"run_dir={own['run_dir']}"]).path), own)
     return View(own["project"], ["correctness", "format"])
+
+
+def _arm_keys(sweep: SweepFolder, configs: dict[int, dict[str, Any]]) -> tuple[str, ...]:
+    """The keys of the runs' configs that tell the arms apart: what is swept, or of a swept group a key that follows it.
+
+    W&B knows the values of a run's config, and not from which file they came.
+    """
+    flat = {job: {key: str(value) for key, value in flatten(config).items()} for job, config in configs.items()}
+    given = {job["job"]: {key_of(each): each.partition("=")[2] for each in job["overrides"]} for job in sweep.jobs()}
+
+    def follows(leaf: str, key: str) -> bool:
+        pairs = {(given[job].get(key), config.get(leaf)) for job, config in flat.items()}
+        return len(pairs) == len({value for value, _ in pairs}) == len({value for _, value in pairs}) > 1
+
+    keys = []
+    for key in sweep.swept:
+        names = sorted(name for config in flat.values() for name in config if not name.startswith("tracking."))
+        if key != SEED:
+            keys.append(key if key in names else next((name for name in names if follows(name, key)), key))
+    return tuple(keys)
 
 
 def _of_config(config: dict[str, Any], own: dict[str, str], **arms: Any) -> View:
@@ -62,11 +84,14 @@ def _of_config(config: dict[str, Any], own: dict[str, str], **arms: Any) -> View
 
 def _entity(wandb: Any) -> str:
     try:
-        return wandb.Api(timeout=20).default_entity
+        entity = wandb.Api(timeout=20).default_entity
     except Exception as error:  # of many kinds: not logged in, no network
         raise ConfigError(
             f"W&B does not say who you are ({type(error).__name__}); log in, or give entity=NAME"
         ) from error
+    if not entity:
+        raise ConfigError("your W&B account has no default entity; give entity=NAME")
+    return entity
 
 
 def panels(view: View) -> dict[str, dict[str, list[str]]]:
