@@ -18,7 +18,9 @@ def load_samples(run_dir: str | Path) -> pd.DataFrame:
     """
     files = sorted(Path(run_dir, "samples").glob("step_*.jsonl"))
     # Not by pandas' own reader, which would make numbers of completions that are nothing else.
-    samples = pd.DataFrame([row for file in files for row in whole_lines(file)])
+    rows = [row for file in files for row in whole_lines(file)]
+    columns = ["step", "problem_id", "prompt", "completion", "answer", "reward", "advantage", "length"]
+    samples = pd.DataFrame(rows, columns=None if rows else columns)
     rewards = [column for column in samples if column.startswith("rewards/")]
     return samples.astype(dict.fromkeys(rewards, float))  # where a component gives none, not a number
 

@@ -14,7 +14,6 @@ from grpo.analysis.load import (
     finite_values,
     load_evaluations,
     load_metrics,
-    load_runs,
     read_config,
 )
 from grpo.analysis.summary import wilson_interval
@@ -85,15 +84,11 @@ class Sweep:
 
     def metrics(self, job: int) -> pd.DataFrame:
         """The metrics of a job, one row a step."""
-        return self._steps[self._steps["run"] == self.jobs.loc[job, "folder"]]
+        return load_metrics(self.folder.path / self.jobs.loc[job, "folder"])
 
     def evaluations(self, job: int) -> pd.DataFrame:
         """The held-out evaluations of a job that belong to its training, one row each."""
         return load_evaluations(self.folder.path / self.jobs.loc[job, "folder"], of_training=True)
-
-    @functools.cached_property
-    def _steps(self) -> pd.DataFrame:
-        return load_runs(self.folder.path)
 
     def label(self, arm: Arm) -> str:
         """An arm as its overrides, with long numbers shortened."""

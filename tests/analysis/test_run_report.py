@@ -64,3 +64,13 @@ def test_a_browser_shows_it_without_a_network(finished_run, tmp_path):
     pixels = imread(picture)
     assert pixels.shape[:2] == (3000, 1100)
     assert (pixels[:, :, :3].min(axis=2) < 0.5).mean() > 0.01  # there is writing on it
+
+
+def test_a_component_that_judged_nothing_is_left_out(finished_run, tmp_path):
+    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+    row = {"step": 1, "problem_id": "p", "prompt": "1+1?", "completion": "2", "answer": "2", "advantage": 0.5}
+    row |= {"rewards/correctness": 2.0, "rewards/none": None, "rewards/some": None, "reward": 2.4, "length": 7}
+    run.write_samples(1, [row, row | {"rewards/some": 1.0}])
+    text = write_run_report(run.path).read_text()
+    assert "Values of some" in text and "Values of none" not in text
+    assert "nan" not in text.split("<h2>Completions")[1].split("<h2>Config")[0]

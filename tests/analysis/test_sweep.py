@@ -163,6 +163,70 @@ def test_points_that_a_sweeper_came_to_are_shown_with_short_numbers_and_reproduc
     assert pd.read_csv(table)["folder"].tolist() == ["0_job", "1_job", "2_job", "3_job", "3_other"]
 
 
+def test_overrides_keep_their_places_in_the_commands_since_the_later_one_counts(tmp_path):
+    keys, fixed = {"reward": ["math_xml", "mine"]}, ("experiment=quickstart", "grpo.beta=0.9")
+    folder = make_sweep(tmp_path / "s", keys, drawn(lambda _: 0.5), fixed=fixed)
+    record = SweepFolder(folder).record()
+    overrides = ["grpo.beta=0.9", "reward=math_xml,mine", "experiment=quickstart", "reward.a=1", "grpo.beta=0.3"]
+    (folder / "sweep.json").write_text(json.dumps(record | {"overrides": overrides}))
+    in_order = "grpo.beta=0.9 reward=math_xml experiment=quickstart reward.a=1 grpo.beta=0.3"
+    assert Sweep(folder).commands() == {
+        "reproduce": f"python launch.py {in_order} seed=7",
+        "confirm": f"python launch.py -m {in_order} seed=8,9,10",
+    }
+
+
+def test_a_first_value_without_a_finished_job_is_not_what_others_are_compared_with(tmp_path):
+    keys = {"optimizer.lr": ["1", "2e-5", "1e-4"], "seed": ["1", "2", "3"]}
+    states = dict.fromkeys((0, 1, 2), "failed")
+    folder = make_sweep(
+        tmp_path / "s", keys, drawn(lambda v: 0.8 if v["optimizer.lr"] == "1e-4" else 0.4), states=states
+    )
+    (effect,) = Sweep(folder).effects()
+    assert (effect.base, effect.value, effect.pairs, effect.verdict) == ("2e-5", "1e-4", 3, "higher")
+
+
+def test_what_one_seed_shows_is_said_of_that_seed(tmp_path):
+    keys = {"grpo.beta": ["0", "0.1"], "seed": ["1", "2", "3"]}
+    right = drawn(lambda values: 0.8 if values["grpo.beta"] == "0" else 0.3)
+    folder = make_sweep(tmp_path / "s", keys, right, states={1: "failed", 5: "failed"})
+    sweep = Sweep(folder)  # seed 1 is in both arms, 3 in one and 2 in the other
+    assert [difference.seeds for difference in sweep.behind.values()] == [1]
+    assert "With the one seed that they share it is above every other arm; another seed may" in headline(sweep)
+    assert any(each.startswith("One seed") for each in warnings(sweep))
+    assert [effect.verdict for effect in sweep.effects()] == ["lower, with this seed"]
+    apart = make_sweep(tmp_path / "t", keys, right, states={1: "failed", 2: "failed", 3: "failed"})
+    assert "no seed and problems in common with another arm" in headline(Sweep(apart))
+
+
+def test_other_problems_are_compared_with_none(tmp_path):
+    keys = {"data.path": ["one", "other"], "seed": ["1", "2"]}
+    folder = make_sweep(tmp_path / "s", keys, drawn(lambda _: 0.5))
+    for number in (2, 3):
+        run = RunFolder(folder / f"{number}_job")
+        after = run.evaluation("after")
+        for problem in after["problems"]:  # lines of another file, that are numbered alike
+            problem["answer"] = "42"
+        run.write_evaluation("after", after)
+    (page, _), answer = write_sweep_report(folder)
+    assert "it was compared with none" in answer
+    assert "nan" not in page.read_text().split("<h2>Jobs")[0].split("<body>")[1].replace("finance", "")
+    assert any("1 arms share no seed, or no held-out problem" in each for each in warnings(Sweep(folder)))
+
+
+def test_a_file_that_cannot_be_read_costs_one_job_and_a_dollar_sign_none(tmp_path):
+    keys = {"data.system_prompt": ["'a $x_1_2$ b'", "'/d/$HOME_x_y$z'"], "seed": ["1", "2"]}
+    folder = make_sweep(tmp_path / "s", keys, drawn(lambda _: 0.5))
+    file = folder / "1_job" / "metrics" / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:]]) + "\n")
+    (page, table), _ = write_sweep_report(folder)
+    frame = pd.read_csv(table)
+    assert frame["state"].tolist() == ["finished", "unreadable", "finished", "finished"]
+    assert "metrics.jsonl, line 4: not valid JSON" in frame["error"][1]
+    assert "Outcome against cost" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("value", "shown"),
     [("0.04", "0.04"), ("4.656804637919569e-05", "4.657e-05"), ("1234567890", "1234567890"), ("math_xml_format", None)],
