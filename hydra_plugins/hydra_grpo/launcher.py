@@ -24,7 +24,6 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from grpo.config import ConfigError, first_line
-from grpo.run.before_start import asks_for_more_steps
 from grpo.run.folder import RunFolder
 from grpo.run.gpus import takes_any_gpu
 from grpo.run.session import STOP_SIGNALS
@@ -118,10 +117,6 @@ def _done_before(config: DictConfig) -> JobReturn | None:
     run = RunFolder(Path(config.hydra.sweep.dir, config.hydra.sweep.subdir))
     if not config.resume or not run.finished():
         return None
-    if asks_for_more_steps(config.hydra.overrides.task):
-        frozen = run.frozen_config().grpo
-        if (config.grpo.num_steps, config.grpo.num_iterations) != (frozen.num_steps, frozen.num_iterations):
-            return None
     print(f"{run.path} has finished already: nothing to do", flush=True)
     done = JobReturn(status=JobStatus.COMPLETED)
     done.return_value = run.objective()
