@@ -68,7 +68,7 @@ def test_a_fork_that_is_killed_at_once_goes_on_and_does_not_need_its_parent(pare
 
 def test_a_sweep_of_forks(parent, tmp_path):
     sweep = ["-m", "fork=true", f"run_dir={parent}", "fork_step=6", "optimizer.lr=0.0002,0.01", "sweep_dir=sweep"]
-    result = launch(*sweep, cwd=tmp_path)
+    result = launch(*sweep, "hydra/launcher=basic", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     same, other = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
     assert (same.name, other.name) == ("0_optimizer.lr_0.0002", "1_optimizer.lr_0.01")

@@ -123,7 +123,13 @@ def test_jobs_do_not_outlive_a_launcher_that_is_killed(cwd):
 
 
 def test_values_that_cannot_be_are_refused_before_anything_is_made(cwd):
-    for bad in ("grpo.epsilon=0.1,2", "model=tiny,nope", "resume=ture", "hydra.launcher.jobs_at_once=-1"):
+    for bad in (
+        "grpo.epsilon=0.1,2",
+        "grpo.num_generations=2,1",
+        "model=tiny,nope",
+        "resume=ture",
+        "hydra.launcher.jobs_at_once=-1",
+    ):
         refused = launch("-m", *QUICK, "grpo.num_steps=1", "seed=1,2", bad, cwd=cwd)
         assert (refused.returncode, refused.stderr.count("\n"), refused.stdout) == (2, 1, ""), bad
         assert not (cwd / "outputs").exists()
@@ -133,7 +139,7 @@ def test_a_job_that_cannot_start_is_recorded_with_its_values_and_its_folder_can_
     (cwd / "mine").mkdir()
     for split in ("train", "test"):
         (cwd / "mine" / f"{split}.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n' * 4)
-    command = ["-m", *QUICK, "grpo.num_steps=1", "data=jsonl", "data.path=mine,other"]
+    command = ["-m", *QUICK, "hydra/launcher=basic", "grpo.num_steps=1", "data=jsonl", "data.path=mine,other"]
     refused = launch(*command, cwd=cwd)
     assert refused.returncode == 1
     jobs = sweep_of(cwd).jobs()
@@ -148,7 +154,8 @@ def test_a_job_that_cannot_start_is_recorded_with_its_values_and_its_folder_can_
 
 def test_the_order_of_a_sweep_is_that_of_its_first_launch(cwd):
     """It numbers the jobs, and says which of two values of a key counts."""
-    command = [*QUICK, "grpo.num_steps=1", "grpo.epsilon=0.3", "grpo.epsilon=0.1", "seed=shuffle(1,2,3)"]
+    command = [*QUICK, "hydra/launcher=basic", "grpo.num_steps=1", "grpo.epsilon=0.3", "grpo.epsilon=0.1"]
+    command.append("seed=shuffle(1,2,3)")
     first = launch("-m", *command, "grpo.beta=0,0.04", cwd=cwd)
     assert first.returncode == 0, first.stderr
     jobs, record = sweep_of(cwd).jobs(), sweep_of(cwd).record()
