@@ -32,7 +32,7 @@ def completion_logps(
     """Log-probabilities of B completions' tokens, each prompt read once for all of its completions.
 
     prompt_of_row: (B,) int64, the row of `prompts` that each completion answers. With gradient enabled the
-    logps carry it, through the shared prompt as well. `completion_logps_unshared` is the plain form of the same.
+    logps carry it, through the shared prompt as well.
     """
     if packs(model):
         ids, position_ids, packing, source = pack(prompts, completions, prompt_of_row, model.dtype)
@@ -44,23 +44,6 @@ def completion_logps(
     empty = torch.zeros(completions.mask.numel(), dtype=torch.float32, device=hidden.device)
     found = head_logps(model.get_output_embeddings(), hidden, targets, temperature, entropy)
     return TokenLogps(*(empty.index_copy(0, active, values).view(completions.mask.shape) for values in found))
-
-
-def completion_logps_unshared(
-    model: PreTrainedModel,
-    prompts: PromptBatch,
-    completions: CompletionBatch,
-    prompt_of_row: Tensor,
-    temperature: float,
-) -> TokenLogps:
-    """What `completion_logps` computes, written plainly: prompt and completion in one row, all logits at once."""
-    ids = torch.cat([prompts.ids[prompt_of_row], completions.ids], dim=1)
-    mask = torch.cat([prompts.mask[prompt_of_row], completions.mask], dim=1)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
-    logps = torch.log_softmax(logits[:, prompts.ids.shape[1] - 1 : -1].float() / temperature, dim=-1)
-    token_logps = logps.gather(2, completions.ids[:, :, None]).squeeze(2)
-    entropy = -(logps.exp() * logps).sum(dim=2).detach()
-    return TokenLogps(token_logps * completions.mask, entropy * completions.mask)
 
 
 def _hidden_by_cache(

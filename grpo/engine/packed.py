@@ -2,8 +2,7 @@
 
 All of a transformer but its attention works on each token by itself, so only attention needs to know which tokens
 belong together. It is replaced, through the interface that transformers has for that, by one that is told so. This
-serves prefill and the training pass; `grpo/engine/cache.py` and `completion_logps_unshared` are the plain forms, which
-give the same numbers.
+serves prefill and the training pass; `grpo/engine/cache.py` is the plain form, which gives the same numbers.
 """
 
 import functools

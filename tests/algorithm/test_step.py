@@ -10,9 +10,9 @@ from grpo.algorithm.loss import BatchCounts, grpo_loss
 from grpo.algorithm.step import Batch, accumulate_gradient, all_logps, apply_gradient, learning_rate
 from grpo.engine.batch import CompletionBatch, PromptBatch
 from grpo.engine.linear import use_onednn
-from grpo.engine.logps import completion_logps_unshared
 from grpo.engine.packed import try_packing
 from grpo.tiny import MODEL_DIR
+from tests.oracles import completion_logps_unshared
 from tests.runs import processes
 
 

@@ -6,10 +6,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo.engine import head
 from grpo.engine.batch import CompletionBatch
 from grpo.engine.head import HeadLogps
-from grpo.engine.logps import completion_logps, completion_logps_unshared, head_logps
+from grpo.engine.logps import completion_logps, head_logps
 from grpo.engine.model import load_model
 from grpo.engine.packed import checkpoint_layers, try_packing
 from tests.engine.conftest import tiny_config
+from tests.oracles import completion_logps_unshared
 
 
 @pytest.fixture

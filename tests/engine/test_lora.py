@@ -8,12 +8,13 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from grpo.config import ConfigError, LoraSettings
 from grpo.engine.batch import CompletionBatch
 from grpo.engine.lean import is_lean
-from grpo.engine.logps import completion_logps, completion_logps_unshared
+from grpo.engine.logps import completion_logps
 from grpo.engine.lora import add_adapter, check_adapter, save_adapter, switch_adapter
 from grpo.engine.model import copy_in_dtype, load_model, refresh
 from grpo.engine.packed import checkpoint_layers
 from grpo.engine.rollout import CachedDecoder, LeanDecoder, Sampling, completion_mask, rollout
 from tests.engine.conftest import tiny_config
+from tests.oracles import completion_logps_unshared
 
 CPU = torch.device("cpu")
 SETTINGS = LoraSettings(rank=4, alpha=8, target_modules="all-linear", init_from=None)

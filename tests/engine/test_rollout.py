@@ -12,9 +12,9 @@ from grpo.engine.batch import PromptBatch, split_rows
 from grpo.engine.graph import recorded
 from grpo.engine.lean import LeanDecoder, is_lean
 from grpo.engine.linear import use_onednn
-from grpo.engine.logps import completion_logps_unshared
 from grpo.engine.packed import try_packing
 from grpo.engine.rollout import CachedDecoder, Sampling, completion_mask, rollout
+from tests.oracles import completion_logps_unshared
 
 
 @pytest.fixture
