@@ -102,11 +102,11 @@ def parallel_coordinates(sweep: Sweep) -> Figure:
     for arm, height in sorted(zip(sweep.arms, share, strict=True), key=lambda pair: pair[1]):
         heights = [order.index(v) / max(1, len(order) - 1) for order, v in zip(orders, arm.values, strict=True)]
         axes.plot([*heights, height], color="#0072b2", alpha=0.15 + 0.85 * height, lw=1 + 1.5 * height)
+    white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     for position, order in enumerate(orders):
         for number, value in enumerate(order):
-            axes.text(
-                position - 0.04, number / max(1, len(order) - 1), short(value), ha="right", va="center", fontsize=8
-            )
+            place = (position - 0.04, number / max(1, len(order) - 1))
+            axes.text(*place, short(value), ha="right", va="center", fontsize=8, bbox=white)
     form = "{:.1%}" if sweep.by_accuracy else "{:.3g}"
     for height, value in ((0, outcomes.min()), (1, outcomes.max())):
         axes.text(len(orders) + 0.04, height, form.format(value), ha="left", va="center", fontsize=8)
