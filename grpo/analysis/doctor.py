@@ -7,7 +7,7 @@ default components where a rule is about correctness and format; for other rewar
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, median, stdev
+from statistics import NormalDist, fmean, median, quantiles, stdev
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -101,7 +101,8 @@ def reward_falls(doctor: Doctor) -> str | None:
     if len(now) < 20 or len(doctor.rows) < 40 or not start:
         return None
     loss, noise = fmean(best) - fmean(now), math.hypot(stdev(now), stdev(best)) / math.sqrt(20)
-    if loss < 6 * noise or loss < max((fmean(best) - fmean(start)) / 3, 0.1 * abs(fmean(best))):
+    within_groups = fmean(doctor.last("reward_std", 20) or [0.0])  # the scale of this reward
+    if loss < max(6 * noise, (fmean(best) - fmean(start)) / 3, within_groups / 4):
         return None
     return (
         f"the mean reward fell from {fmean(best):.3g} to {fmean(now):.3g}: the policy gets worse; lower optimizer.lr "
@@ -110,18 +111,20 @@ def reward_falls(doctor: Doctor) -> str | None:
 
 
 def format_without_correctness(doctor: Doctor) -> str | None:
-    """The format is nearly always right, and correctness is low and hardly rises over eighty steps."""
+    """The format is nearly always right, and correctness is low and hardly rises over 120 steps and more."""
+    half = min(100, len(doctor.rows) // 2)
     formats = doctor.last("rewards/format/mean", 20)
-    now, before = (doctor.last("rewards/correctness/mean", 40, gap) for gap in (0, 40))
-    if len(formats) < 20 or min(len(now), len(before)) < 40 or "reward_falls" in doctor.said:
+    now, before = (doctor.last("rewards/correctness/mean", half, gap) for gap in (0, half))
+    if half < 60 or len(formats) < 20 or min(len(now), len(before)) < half or "reward_falls" in doctor.said:
         return None
-    rise, noise = fmean(now) - fmean(before), math.hypot(stdev(now), stdev(before)) / math.sqrt(40)
+    rise, noise = fmean(now) - fmean(before), math.hypot(stdev(now), stdev(before)) / math.sqrt(half)
     low = fmean(now) < 0.25 * MAXIMA["correctness"]
     if fmean(formats) < 0.9 * MAXIMA["format"] or not low or rise + 2 * noise > 0.025 * MAXIMA["correctness"]:
         return None
     return (
-        "format is full and correctness is low and has stood still for 80 steps: the easy reward is learned and the "
-        "other is not; lower reward.components.format.weight, raise optimizer.lr, or take easier problems"
+        f"format is full and correctness is low and stands still, {fmean(before):.2g} and {fmean(now):.2g} of "
+        f"{MAXIMA['correctness']:g} in the last two times {half} steps: the easy reward is learned and the other is "
+        "not; lower reward.components.format.weight, raise optimizer.lr, or take easier problems"
     )
 
 
@@ -155,16 +158,17 @@ def entropy_collapse(doctor: Doctor) -> str | None:
 
 
 def gradient_spikes(doctor: Doctor) -> str | None:
-    """Three of twenty gradients were ten times the usual."""
+    """Three of twenty gradients were ten times the usual, which is that of steps that have something to learn from."""
     norms, usual = doctor.last("grad_norm", 20), doctor.last("grad_norm", 100)
-    if len(usual) < 20 or median(usual) == 0:
+    if len(usual) < 20:
         return None
-    spikes = sum(norm > 10 * median(usual) for norm in norms)
-    if spikes < 3:
+    high = quantiles(usual, n=4)[2]
+    spikes = sum(norm > 10 * high for norm in norms)
+    if spikes < 3 or high == 0:
         return None
     return (
-        f"{spikes} of the last 20 gradients were over ten times the usual {median(usual):.2g}: lower "
-        "grpo.max_grad_norm towards the usual, or optimizer.lr"
+        f"{spikes} of the last 20 gradients were over ten times the usual {high:.2g}: lower grpo.max_grad_norm "
+        "towards the usual, or optimizer.lr"
     )
 
 

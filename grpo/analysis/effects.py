@@ -20,7 +20,8 @@ class Estimate:
     @property
     def shown(self) -> bool:
         """Of a difference: whether the interval leaves out that there is none."""
-        return self.low is not None and (self.low > 0 or self.high < 0)
+        rounding = 1e-9
+        return self.low is not None and (self.low > rounding or self.high < -rounding)
 
 
 def crossed_mean(values: pd.DataFrame, comparisons: int = 1) -> Estimate:
@@ -54,7 +55,9 @@ def crossed_mean(values: pd.DataFrame, comparisons: int = 1) -> Estimate:
         terms = [*sources, (-(rest**2).sum() / freedom, freedom)]
         variance = sum(square for square, _ in terms)
         if variance > 0:
-            sources.append((variance, variance**2 / sum(square**2 / freedom for square, freedom in terms)))
+            freedom = variance**2 / sum(square**2 / freedom for square, freedom in terms)
+            # Where the terms nearly cancel it would go to 0, and the interval to infinity.
+            sources.append((variance, max(freedom, min(seeds, problems) - 1)))
     if not sources:
         return Estimate(mean, None, None, seeds, problems)
     quantile = 1 - 0.025 / comparisons
@@ -62,13 +65,12 @@ def crossed_mean(values: pd.DataFrame, comparisons: int = 1) -> Estimate:
     return Estimate(mean, mean - half, mean + half, seeds, problems)
 
 
-def paired_difference(before: pd.DataFrame, after: pd.DataFrame, comparisons: int = 1) -> Estimate:
-    """The mean of `after` minus `before`, both with seeds in rows and the same problems in columns.
+def paired_difference(difference: pd.DataFrame, comparisons: int = 1) -> Estimate:
+    """The mean of differences between equal problems and seeds, with seeds in rows and problems in columns.
 
     With one seed, a problem more to either side goes into the interval: where few problems differ, the one of what
     was seen is too narrow (in the manner of Agresti and Caffo, The American Statistician 54, 2000).
     """
-    difference = after - before
     estimate = crossed_mean(difference, comparisons)
     if estimate.seeds > 1 or estimate.problems < 2:
         return estimate

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from grpo.config import first_line
 from grpo.run.folder import RunFolder
 
 METRICS_FILE = Path("metrics", "metrics.jsonl")
@@ -71,7 +72,10 @@ def read_config(run_dir: str | Path) -> dict:
         return {}
     from omegaconf import DictConfig, OmegaConf  # here, because only charts need it
 
-    config = OmegaConf.load(path)
+    try:
+        config = OmegaConf.load(path)
+    except Exception as error:  # yaml's and OmegaConf's, of many kinds
+        raise ValueError(f"{path} is not valid YAML: {first_line(error)}") from error
     return OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else {}
 
 

@@ -19,7 +19,7 @@ from grpo.analysis.load import (
 from grpo.analysis.summary import wilson_interval
 from grpo.run.folder import RunFolder
 from grpo.run.halving import SEED, Record
-from grpo.run.sweep import SweepFolder, short
+from grpo.run.sweep import SweepFolder, key_of, short
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,12 @@ class Sweep:
         self.swept: list[str] = record["keys"]
         self.is_grid = record["planned"] is not None  # and not points that a sweeper came to
         self.keys = [key for key in self.swept if key != SEED]  # those that make arms
-        self.jobs = _job_table(self.folder, self.swept)
+        self.jobs, self._seeds, correct = _read_jobs(self.folder, self.swept)
         finished = self.jobs[self.jobs["state"] == "finished"]
         self.by_accuracy = bool(len(finished)) and bool(finished["accuracy"].notna().all())
-        # Of each finished job: its reward, and 1 or 0 by problem.
-        self._rewards = {job: pd.Series({"reward": reward}) for job, reward in finished["mean_reward"].items()}
-        self._outcomes = self._rewards
-        if self.by_accuracy:
-            self._outcomes = {job: _correct(self.folder.path / name) for job, name in finished["folder"].items()}
+        # Of each finished job that has one: its reward, and 1 or 0 by problem.
+        self._rewards = {job: pd.Series({"reward": each}) for job, each in finished["mean_reward"].dropna().items()}
+        self._outcomes = {job: correct[job] for job in finished.index} if self.by_accuracy else self._rewards
         self.arms = self._rank_arms()
         self.unfinished = self.jobs[~self.jobs["state"].isin(["finished", "stopped early"])]
         halving = Record.read(self.folder.path)
@@ -100,16 +98,15 @@ class Sweep:
         in_reward: in the mean reward of the last tenth of the steps, instead of in what arms are ranked by.
         """
         outcomes = self._rewards if in_reward else self._outcomes
-        finished = self.jobs.loc[list(self._outcomes)]
+        finished = self.jobs.loc[list(outcomes)]
+        values = {key: list(dict.fromkeys(finished[key].dropna())) or [None] for key in self.keys}
+        paired = [(key, base, value) for key, (base, *others) in values.items() for value in others]
         effects = []
-        for key in self.keys:
-            base, *others = list(dict.fromkeys(finished[key].dropna())) or [None]
-            rest = [other for other in self.swept if other != key]
-            for value in others:
-                pairs = self._pairs(finished, key, base, value, rest)
-                difference = self._difference(pairs, outcomes, len(others))
-                if difference is not None:
-                    effects.append(Effect(key, base, value, len(pairs), difference))
+        for key, base, value in paired:
+            pairs = self._pairs(finished, key, base, value, [other for other in self.swept if other != key])
+            difference = self._difference(pairs, outcomes, len(paired))
+            if difference is not None:
+                effects.append(Effect(key, base, value, len(pairs), difference))
         return effects
 
     @functools.cached_property
@@ -131,22 +128,22 @@ class Sweep:
     def commands(self, fresh_seeds: int = 3) -> dict[str, str]:
         """`reproduce`: the best arm again as it was; `confirm`: on seeds that no job had."""
         arm = dict(zip(self.keys, self.arms[0].values, strict=True))
-        given = [each.partition("=")[::2] for each in self.overrides]
         # Each in the place that its values had, since a later override may change what an earlier one sets.
-        searched = [f"{key}={value}" for key, value in arm.items() if key not in {k.lstrip("+") for k, _ in given}]
-        own = [f"{key}={arm.get(key.lstrip('+'), value)}" for key, value in given if key != SEED]
-        seeds = {job: self._seed(job) for job in self.jobs.index[self.jobs["folder"].notna()]}
-        again = ",".join(map(str, sorted({seeds[job] for job in self.arms[0].jobs})))
-        fresh = ",".join(str(max(seeds.values()) + number) for number in range(1, fresh_seeds + 1))
+        named = {key_of(each) for each in self.overrides}
+        searched = [f"{key}={value}" for key, value in arm.items() if key not in named]
+        own = [
+            f"{each.partition('=')[0]}={arm[key_of(each)]}" if key_of(each) in arm else each
+            for each in self.overrides
+            if key_of(each) != SEED
+        ]
+        again = ",".join(map(str, sorted({self._seeds[job] for job in self.arms[0].jobs})))
+        fresh = ",".join(str(max(self._seeds.values()) + number) for number in range(1, fresh_seeds + 1))
         return {
             "reproduce": shlex.join(
                 ["python", "launch.py", *["-m"] * ("," in again), *searched, *own, f"seed={again}"]
             ),
             "confirm": shlex.join(["python", "launch.py", "-m", *searched, *own, f"seed={fresh}"]),
         }
-
-    def _seed(self, job: int) -> int:
-        return int(read_config(self.folder.path / self.jobs.loc[job, "folder"]).get("seed") or 0)
 
     def _rank_arms(self) -> list[Arm]:
         groups: dict[tuple[str, ...], list[int]] = {}
@@ -156,14 +153,18 @@ class Sweep:
         return sorted(arms, key=lambda arm: arm.outcome.mean, reverse=True)
 
     def _outcome(self, jobs: list[int]) -> Estimate:
-        estimate = crossed_mean(pd.DataFrame([self._outcomes[job] for job in jobs]).dropna(axis=1))
+        rows = [self._outcomes[job] for job in jobs]
+        table = pd.DataFrame(rows).dropna(axis=1)
+        if table.empty:  # they were evaluated on different problems
+            table = pd.DataFrame([[row.mean()] for row in rows])
+        estimate = crossed_mean(table)
         if not self.by_accuracy or estimate.low is None:
             return estimate
-        # Every job right in the same problems, usually in all of them, is no sign of certainty.
-        if len(jobs) == 1 or estimate.low == estimate.high:
-            low, high = wilson_interval(estimate.mean, estimate.problems)
-            return replace(estimate, low=low, high=high)
-        return replace(estimate, low=max(0.0, estimate.low), high=min(1.0, estimate.high))
+        # Every job right in nearly the same problems, usually in all of them, is no sign of certainty.
+        low, high = wilson_interval(estimate.mean, max(len(row) for row in rows))
+        if len(jobs) > 1:
+            low, high = max(0.0, min(low, estimate.low)), min(1.0, max(high, estimate.high))
+        return replace(estimate, low=low, high=high)
 
     def _pairs(self, finished: pd.DataFrame, key: str, base: str, value: str, rest: list[str]) -> list[tuple[int, int]]:
         def by_rest(of: str) -> dict[Hashable, int]:
@@ -178,48 +179,54 @@ class Sweep:
     ) -> Estimate | None:
         """The mean of second minus first; of the pairs of one seed, which are no random draw, the mean is taken.
 
-        None where there is no pair, or no problem in common.
+        None where there is no pair that has a problem in common.
         """
-        tables = [pd.DataFrame([outcomes[job] for job in jobs]).dropna(axis=1) for jobs in zip(*pairs, strict=True)]
-        if not tables or (common := tables[0].columns.intersection(tables[1].columns)).empty:
+        rows = {pair: (outcomes[pair[1]] - outcomes[pair[0]]).dropna() for pair in pairs}
+        rows = {pair: row for pair, row in rows.items() if len(row)}
+        table = pd.DataFrame(list(rows.values())).dropna(axis=1)
+        if table.empty:
             return None
-        seeds = [self.jobs.loc[before].get(SEED, "") for before, _ in pairs]
-        before, after = (table[common].groupby(seeds).mean() for table in tables)
-        return paired_difference(before, after, comparisons)
+        seeds = [self.jobs.loc[before].get(SEED, "") for before, _ in rows]
+        estimate = paired_difference(table.groupby(seeds).mean(), comparisons)
+        if outcomes is self._rewards or estimate.low is None:
+            return estimate
+        return replace(estimate, low=max(-1.0, estimate.low), high=min(1.0, estimate.high))
 
 
-def _job_table(folder: SweepFolder, keys: list[str]) -> pd.DataFrame:
-    """One row a job, indexed by its number: values of the swept keys, state, and where it came to.
+def _read_jobs(folder: SweepFolder, keys: list[str]) -> tuple[pd.DataFrame, dict[int, int], dict[int, pd.Series]]:
+    """The jobs, by number the seed of each that has begun, and 1 for right and 0 for wrong by problem after training.
 
-    accuracy and best_accuracy: held out, 0 to 1, after training and at best, with the 95 % Wilson interval of the
-    first; mean_reward, rewards/<component>, completions/mean_length, kl: means of the last tenth of the steps;
-    num_tokens; seconds in steps.
+    One row a job, indexed by its number: values of the swept keys, state, and where it came to. accuracy and
+    best_accuracy: held out, 0 to 1, after training and at best, with the 95 % Wilson interval of the first;
+    mean_reward, rewards/<component>, completions/mean_length, kl: means of the last tenth of the steps; num_tokens;
+    seconds in steps.
     """
-    rows = []
-    for job in folder.jobs():
-        row = {"job": job["job"], "folder": job["folder"], "state": job["state"]}
+    rows, seeds, correct, jobs = [], {}, {}, folder.jobs()
+    unique = len({job["job"] for job in jobs}) == len(jobs)  # see SweepFolder.jobs
+    for place, job in enumerate(jobs):
+        number = job["job"] if unique else place
+        row = {"job": number, "folder": job["folder"], "state": job["state"]}
         row |= {key: None for key in keys} | dict(each.lstrip("+").split("=", 1) for each in job["overrides"])
-        row |= {"step": job["step"], "total_steps": job["total_steps"]}
-        row["error"] = job["error"]
+        row |= {"step": job["step"], "total_steps": job["total_steps"], "error": job["error"]}
         if job["folder"] is not None and (folder.path / job["folder"] / "config.yaml").exists():
+            run = folder.path / job["folder"]
             try:
-                row |= _results(folder.path / job["folder"])
+                seeds[number] = int(read_config(run).get("seed") or 0)
+                row |= _results(run)
+                correct[number] = _correct(run)
             except (ValueError, KeyError) as broken:  # the others are there still
-                row |= {"state": "unreadable", "error": str(broken)}
+                row |= {"state": "unreadable", "error": f"{type(broken).__name__}: {broken}"}
         rows.append(row)
     columns = ["accuracy", "accuracy_low", "accuracy_high", "best_accuracy", "mean_reward", "num_tokens", "seconds"]
     first = ["job", "folder", "state", *keys, "step", "total_steps", "error"]
     frame = pd.DataFrame(rows, columns=None if rows else first).set_index("job")
-    if not frame.index.is_unique:  # see SweepFolder.jobs
-        frame.index = pd.RangeIndex(len(frame), name="job")
-    return frame.reindex(columns=[*frame, *(column for column in columns if column not in frame)])
+    return frame.reindex(columns=[*frame, *(column for column in columns if column not in frame)]), seeds, correct
 
 
 def _correct(run_dir: Path) -> pd.Series:
-    """1 for right and 0 for wrong by problem, after training."""
-    problems = RunFolder(run_dir).evaluation("after")["problems"]
+    made = RunFolder(run_dir).evaluation("after") or {"problems": []}
     # With its answer, since in files of other problems the same lines may have the same names.
-    return pd.Series({f"{each['id']} {each.get('answer')}": float(each["correct"]) for each in problems})
+    return pd.Series({f"{each['id']} {each.get('answer')}": float(each["correct"]) for each in made["problems"]})
 
 
 def _results(run_dir: Path) -> dict[str, float | None]:

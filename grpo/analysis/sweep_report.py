@@ -10,7 +10,7 @@ import pandas as pd
 from grpo.analysis import sweep_charts
 from grpo.analysis.page import embedded, render
 from grpo.analysis.sweep import Sweep, verdict
-from grpo.run.halving import Record
+from grpo.run.halving import SEED, Record
 from grpo.run.sweep import short
 
 FEW_SEEDS = 3
@@ -36,7 +36,7 @@ def content(sweep: Sweep) -> dict[str, Any]:
         charts = {name: embedded(figure) for name, figure in _charts(sweep).items()}
     return {
         "title": f"Sweep {sweep.folder.path.resolve().name}",
-        "counts": ", ".join(f"{count} jobs {state}" for state, count in states.items()),
+        "counts": ", ".join(f"{_jobs(count)} {state}" for state, count in states.items()),
         "outcome": "held-out accuracy" if sweep.by_accuracy else "mean reward of the last tenth of the steps",
         "unit": ", points" if sweep.by_accuracy else "",
         "headline": headline(sweep),
@@ -80,14 +80,21 @@ def headline(sweep: Sweep) -> str:
         return text
     if not sweep.behind:
         return f"{text} It has no seed and problems in common with another arm, so it was compared with none."
+    others = len(sweep.arms) - 1
     even = [sweep.label(arm) for arm, difference in sweep.behind.items() if not difference.shown]
     if even:
-        count = f"{len(even)} of the {len(sweep.behind)} other arms" if len(sweep.behind) > 1 else "the other arm"
+        count = f"{len(even)} of the {others} other arms" if others > 1 else "the other arm"
         return f"{text} No difference shown to {count} ({'; '.join(even[:4])}{'; ...' if len(even) > 4 else ''})."
-    others = "every other arm" if len(sweep.behind) == len(sweep.arms) - 1 else f"{len(sweep.behind)} other arms"
-    if min(difference.seeds for difference in sweep.behind.values()) == 1:
-        return f"{text} With the one seed that they share it is above {others}; another seed may say otherwise."
-    return f"{text} It is above {others} by more than chance would explain."
+    above = "every other arm" if len(sweep.behind) == others else f"{len(sweep.behind)} of the {others} other arms"
+    single = sum(difference.seeds == 1 for difference in sweep.behind.values())
+    if single == len(sweep.behind):
+        return f"{text} With the one seed that they share it is above {above}; another seed may say otherwise."
+    rest = f"; of {single} of them by one seed alone" if single else ""
+    return f"{text} It is above {above} by more than chance would explain{rest}."
+
+
+def _jobs(count: int) -> str:
+    return f"{count} job{'s' if count != 1 else ''}"
 
 
 def warnings(sweep: Sweep) -> list[str]:
@@ -98,17 +105,18 @@ def warnings(sweep: Sweep) -> list[str]:
             f"The best of {sweep.tried} arms looks better than it is, since it was chosen by the same numbers that "
             "it is shown with. The command on fresh seeds gives a fair one."
         )
-    # Of each comparison; where there is none, of the best arm.
-    seeds = min((each.seeds for each in sweep.behind.values()), default=len(sweep.arms[0].jobs) if sweep.arms else 0)
+    # The most that a comparison has; where there is none, the best arm.
+    seeds = max((each.seeds for each in sweep.behind.values()), default=len(sweep.arms[0].jobs) if sweep.arms else 0)
     if seeds == 1:
-        said.append("One seed: the intervals speak of other problems, not of other trainings. Add seed=1,2,3.")
+        mend = "add seed=1,2,3" if SEED not in sweep.swept else "let the jobs of other seeds finish"
+        said.append(f"One seed: the intervals speak of other problems, not of other trainings; {mend}.")
     elif 1 < seeds < FEW_SEEDS:
         said.append(f"{seeds} seeds say little of how trainings vary; three is the least that is worth trusting.")
     apart = len(sweep.arms) - 1 - len(sweep.behind)
     if sweep.arms and apart > 0:
-        said.append(f"{apart} arms share no seed, or no held-out problem, with the best and are not compared with it.")
+        said.append(f"Without a seed or a held-out problem in common with the best, and so not compared: {apart} arms.")
     if len(sweep.unfinished) and sweep.arms:
-        said.append(f"{len(sweep.unfinished)} of {len(sweep.jobs)} jobs did not finish and are left out.")
+        said.append(f"Left out, since they did not finish: {len(sweep.unfinished)} of {_jobs(len(sweep.jobs))}.")
     if sweep.arms and not sweep.by_accuracy:
         said.append(
             "Not every finished job has a held-out evaluation (eval.after), so rewards in training are compared."

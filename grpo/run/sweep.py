@@ -112,28 +112,32 @@ class SweepFolder:
         pending = set(range(len(planned))) - {number for number, _ in begun}
         jobs = []
         for number, run in sorted([*begun, *((number, None) for number in pending)], key=itemgetter(0)):
-            status = run.status() if run else {}
-            state = status.get("state", "pending")
-            if state == "running" and not in_use(run.path):  # it was killed
-                state = "interrupted"
-            if halved and state == "interrupted":
-                state = "stopped early"
-            first = status.get("overrides") or (run.first_overrides() if run else [])
-            given = planned[number] if number < len(planned) else of_keys(first, record.get("keys"))
-            after = run.evaluation("after") if run else None
-            jobs.append(
-                {
-                    "job": number,
-                    "folder": run.path.name if run else None,
-                    "overrides": given,
-                    "state": state,
-                    "step": status.get("step", 0),
-                    "total_steps": status.get("total_steps"),
-                    "accuracy": after["accuracy"] if after else None,
-                    "error": status.get("error"),
-                }
-            )
+            jobs.append(self._job(number, run, record, halved))
         return jobs
+
+    def _job(self, number: int, run: RunFolder | None, record: dict[str, Any], halved: bool) -> dict[str, Any]:
+        planned, status, accuracy = record.get("planned") or [], {}, None
+        try:
+            status = run.status() if run else {}
+            accuracy = (run.evaluation("after") or {}).get("accuracy") if run else None
+        except ValueError as broken:  # of one job, which the others have nothing to do with
+            status = {"state": "unreadable", "error": str(broken)}
+        state = status.get("state", "pending")
+        if state == "running" and not in_use(run.path):  # it was killed
+            state = "interrupted"
+        if halved and state == "interrupted":
+            state = "stopped early"
+        first = status.get("overrides") or (run.first_overrides() if run else [])
+        return {
+            "job": number,
+            "folder": run.path.name if run else None,
+            "overrides": planned[number] if number < len(planned) else of_keys(first, record.get("keys")),
+            "state": state,
+            "step": status.get("step", 0),
+            "total_steps": status.get("total_steps"),
+            "accuracy": accuracy,
+            "error": status.get("error"),
+        }
 
     def update(self, state: str | None = None) -> None:
         """Write sweep.json anew from what the jobs' folders say; `state` is the sweep's where it changes."""
@@ -168,12 +172,13 @@ class SweepFolder:
         if not jobs:
             return False
         states = {job["state"] for job in jobs} - {"stopped early"}
-        state = next((each for each in ("failed", "interrupted") if each in states), "interrupted")
+        bad = states & {"failed", "unreadable"}
+        state = "failed" if bad else "interrupted"
         self.update("finished" if states == {"finished"} else state)
         Console().print(_table(jobs, self.swept))
         for job in jobs:
-            if job["state"] == "failed":
-                print(f"job {job['job']} failed: {job['error']}")
+            if job["state"] in bad:
+                print(f"job {job['job']} {job['state']}: {job['error']}")
         print(f"sweep folder: {self.path}")
         self._report()
         halving = Record.read(self.path)
@@ -181,7 +186,7 @@ class SweepFolder:
             record = self.record()
             again = shlex.join([*record["hydra"], *record["overrides"], "resume=true", f"sweep_dir={self.path}"])
             print(f"  go on     python launch.py -m {again}")
-        return "failed" in states
+        return bool(bad)
 
 
 def run_sweep_or_run(command: Callable[[], int]) -> int:

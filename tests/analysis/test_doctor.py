@@ -65,17 +65,18 @@ CASES = {
         [
             course(80, reward=noisy(lambda step: 1.0 + 0.03 * min(step, 40))),
             course(400, reward=noisy(lambda step: 1.0, 0.3)),
+            course(80, reward_std=2.0, reward=lambda step: -5.0 if step < 40 else -5.3),  # little on its scale
             course(80, reward=noisy(lambda step: 1.0 + 0.03 * step if step < 40 else 2.2 - 0.005 * (step - 40))),
         ],
     ),
     "format_without_correctness": (
-        course(100, **{"rewards/format/mean": 0.79, "rewards/correctness/mean": flat(0.2)}),
-        80,
+        course(140, **{"rewards/format/mean": 0.79, "rewards/correctness/mean": flat(0.2)}),
+        120,
         [
-            course(100, **{"rewards/format/mean": 0.5, "rewards/correctness/mean": flat(0.2)}),
-            course(100, **{"rewards/format/mean": 0.79}),
-            course(100, **{"rewards/format/mean": 0.79, "rewards/correctness/mean": flat(1.2)}),
-            course(400, **{"rewards/format/mean": 0.79, "rewards/correctness/mean": noisy(lambda s: 0.1 + 0.0015 * s)}),
+            course(200, **{"rewards/format/mean": 0.5, "rewards/correctness/mean": flat(0.2)}),
+            course(200, **{"rewards/format/mean": 0.79}),
+            course(200, **{"rewards/format/mean": 0.79, "rewards/correctness/mean": flat(1.2)}),
+            course(500, **{"rewards/format/mean": 0.79, "rewards/correctness/mean": noisy(lambda s: 0.1 + 0.0008 * s)}),
             course(  # it fell, of which another rule speaks
                 200,
                 reward=noisy(lambda step: 2.0 if step < 60 else 1.0),
@@ -109,7 +110,8 @@ CASES = {
         [
             course(grad_norm=lambda step: 9.0 if step in (30, 35) else 0.2),
             course(grad_norm=lambda step: 0.02 * step),
-            course(grad_norm=lambda step: 0.0 if step % 4 else 0.2),  # of groups that are mostly equal
+            course(grad_norm=lambda step: 0.0 if step % 3 else 0.2),  # of groups that are mostly equal
+            course(grad_norm=lambda step: 0.002 if step % 3 else 0.2),
         ],
     ),
     "skipped_updates": (
@@ -138,6 +140,12 @@ def test_a_rising_reward_with_falling_accuracy_is_told_from_noise():
     assert examine(course(), [evaluation(20, 0.60, 400), evaluation(40, 0.56, 400)]) == []  # within its noise
     both = examine(course(reward=lambda step: 3.0 - 0.02 * step), falling)  # reward falls as well
     assert [finding.rule for finding in both] == ["reward_falls"]
+
+
+def test_a_fall_is_one_wherever_the_reward_has_its_zero():
+    for zero in (-10.0, 0.0, 10.0):
+        fallen = course(80, reward_std=0.5, reward=lambda step, zero=zero: zero + (1.2 if step < 45 else 0.2))
+        assert "reward_falls" in [finding.rule for finding in examine(fallen)]
 
 
 @pytest.mark.parametrize("kl", [lambda step: 0.001 * 1.05**step, lambda step: 0.1 * step])

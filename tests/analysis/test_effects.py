@@ -42,9 +42,21 @@ def test_of_one_seed_a_few_problems_alone_show_nothing():
     for better, shown in ((4, False), (5, False), (7, True)):
         after = before.copy()
         after.iloc[0, :better] = 1.0
-        estimate = paired_difference(before, after)
+        estimate = paired_difference(after - before)
         assert (estimate.mean, estimate.shown) == (better / 200, shown)
         assert (stats.binomtest(better, better).pvalue < 0.05) == shown
+
+
+def test_an_interval_stays_finite_where_its_terms_nearly_cancel():
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        table = pd.DataFrame(generator.choice([-1.0, 0.0, 1.0], (3, 200), p=[0.1, 0.8, 0.1]))
+        estimate = crossed_mean(table, comparisons=3)
+        assert estimate.high - estimate.low < 2
+
+
+def test_rounding_is_no_difference():
+    assert not crossed_mean(pd.DataFrame([[8.9e-16], [8.9e-16]])).shown
 
 
 def test_several_comparisons_get_intervals_that_hold_together():
@@ -67,8 +79,8 @@ def test_of_nine_equal_arms_hardly_ever_is_one_called_worse_than_the_best(seeds,
         )
         arms = (generator.uniform(size=logits.shape) < 1 / (1 + np.exp(-logits))).astype(float)
         best, *others = (pd.DataFrame(arm) for arm in sorted(arms, key=lambda arm: -arm.mean()))
-        false += any(paired_difference(best, arm, comparisons=8).shown for arm in others)
-        alone += any(paired_difference(best, arm).shown for arm in others)
+        false += any(paired_difference(arm - best, comparisons=8).shown for arm in others)
+        alone += any(paired_difference(arm - best).shown for arm in others)
     assert false / cases <= 0.15
     assert alone > false
 

@@ -211,20 +211,55 @@ def test_other_problems_are_compared_with_none(tmp_path):
     (page, _), answer = write_sweep_report(folder)
     assert "it was compared with none" in answer
     assert "nan" not in page.read_text().split("<h2>Jobs")[0].split("<body>")[1].replace("finance", "")
-    assert any("1 arms share no seed, or no held-out problem" in each for each in warnings(Sweep(folder)))
+    assert any("and so not compared: 1 arms" in each for each in warnings(Sweep(folder)))
 
 
 def test_a_file_that_cannot_be_read_costs_one_job_and_a_dollar_sign_none(tmp_path):
     keys = {"data.system_prompt": ["'a $x_1_2$ b'", "'/d/$HOME_x_y$z'"], "seed": ["1", "2"]}
     folder = make_sweep(tmp_path / "s", keys, drawn(lambda _: 0.5))
-    file = folder / "1_job" / "metrics" / "metrics.jsonl"
-    lines = file.read_text().splitlines()
-    file.write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:]]) + "\n")
-    (page, table), _ = write_sweep_report(folder)
-    frame = pd.read_csv(table)
-    assert frame["state"].tolist() == ["finished", "unreadable", "finished", "finished"]
-    assert "metrics.jsonl, line 4: not valid JSON" in frame["error"][1]
-    assert "Outcome against cost" in page.read_text()
+    for place, content in {
+        "metrics/metrics.jsonl": "{\n{}\n",
+        "eval/after.json": '{"step": 20}',
+        "status.json": "{",
+    }.items():
+        file = folder / "1_job" / place
+        before = file.read_text()
+        file.write_text(content)
+        (page, table), _ = write_sweep_report(folder)
+        frame = pd.read_csv(table)
+        assert frame["state"].tolist() == ["finished", "unreadable", "finished", "finished"], place
+        assert isinstance(frame["error"][1], str)
+        assert "Outcome against cost" in page.read_text()
+        file.write_text(before)
+
+
+def test_a_job_without_an_outcome_takes_no_part(tmp_path):
+    """One without a finite reward, and one on other problems than the other seeds of its arm."""
+    keys = {"grpo.beta": ["0", "0.1"], "seed": ["1", "2", "3"]}
+    folder = make_sweep(tmp_path / "s", keys, drawn(lambda _: 0.5), accuracy=False)
+    run = RunFolder(folder / "1_job")
+    run.write_metrics([row | {"reward": None} for row in run.metrics()])
+    sweep = Sweep(folder)
+    assert [len(arm.jobs) for arm in sweep.arms] in ([2, 3], [3, 2])
+    assert "nan" not in headline(sweep)
+    (effect,) = sweep.effects()
+    assert effect.pairs == 2
+
+    other = make_sweep(tmp_path / "t", keys, drawn(lambda _: 0.5))
+    run = RunFolder(other / "1_job")
+    after = run.evaluation("after")
+    run.write_evaluation(
+        "after", after | {"problems": [each | {"id": f"other {each['id']}"} for each in after["problems"]]}
+    )
+    sweep = Sweep(other)
+    assert "nan" not in headline(sweep)
+    assert [difference.seeds for difference in sweep.behind.values()] == [2]
+
+
+def test_a_deletion_stays_as_it_was_given(tmp_path):
+    fixed = ("experiment=quickstart", "~reward.components.format")
+    folder = make_sweep(tmp_path / "s", {"grpo.beta": ["0", "0.1"]}, drawn(lambda _: 0.5), fixed=fixed)
+    assert "'~reward.components.format' grpo.beta=0" in Sweep(folder).commands()["reproduce"]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +278,7 @@ def test_jobs_that_did_not_finish_are_named_with_their_reason_and_left_out(tmp_p
     sweep = Sweep(folder)
     assert sorted(job for arm in sweep.arms for job in arm.jobs) == [j for j in range(12) if j not in states]
     assert {effect.pairs for effect in sweep.effects()} <= {3, 4}
-    assert any("3 of 12 jobs did not finish" in each for each in warnings(sweep))
+    assert any("did not finish: 3 of 12 jobs" in each for each in warnings(sweep))
 
 
 def test_without_evaluations_rewards_are_compared_and_it_is_said(tmp_path):
