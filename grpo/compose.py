@@ -67,12 +67,16 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         return compose("config", list(overrides))
 
 
-def recompose(overrides: Sequence[str]) -> DictConfig:
-    """The same within a launch with other overrides, from wherever its own config came."""
+def recompose(overrides: Sequence[str], config_name: str | None = None) -> DictConfig:
+    """The same within a launch with other overrides, from wherever its own config came.
+
+    config_name: of the launch, where Hydra has not said it yet.
+    """
     if not GlobalHydra.instance().is_initialized():
         return compose_config(overrides)
-    job = HydraConfig.get().job if HydraConfig.initialized() else None
-    return compose(job.config_name if job else "config", list(overrides))
+    if config_name is None:
+        config_name = HydraConfig.get().job.config_name if HydraConfig.initialized() else "config"
+    return compose(config_name, list(overrides))
 
 
 def named_keys(overrides: Sequence[str]) -> set[str]:

@@ -392,6 +392,14 @@ def test_resume_accepts_a_change_of_how_the_run_is_watched_and_kept(run_with):
     assert (config.grpo.num_steps, config.optimizer["lr"], config.model.name) == (7, 0.0005, "tiny")
 
 
+def test_a_group_of_tracking_changes_how_a_run_is_tracked_and_not_its_place(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_config(compose_typed(*FIRST, "tracking.group=sweep", "tracking.name=mine", "tracking.tags=[a]"))
+    kept = resumed(folder, "tracking=disabled").tracking
+    assert (kept.mode, kept.group, kept.name, kept.tags) == ("disabled", "sweep", "mine", ["a"])
+    assert resumed(folder, "tracking=disabled", "tracking.name=other").tracking.name == "other"
+
+
 def test_resume_accepts_another_cut_and_says_what_that_costs(run_with, caplog):
     assert resumed(run_with, "hardware.micro_batch_tokens=2").hardware.micro_batch_tokens == 2
     # Another card's preset cuts otherwise; other digits are asked for by their name.

@@ -67,6 +67,7 @@ class Sweep:
             raise FileNotFoundError(f"{path} is not the folder of a sweep: it has no sweep.json")
         self.overrides: list[str] = record["overrides"]
         self.swept: list[str] = record["keys"]
+        self.flags: list[str] = record.get("flags", [])
         self.is_grid = record["planned"] is not None  # and not points that a sweeper came to
         self.keys = [key for key in self.swept if key != SEED]  # those that make arms
         self.jobs, self._seeds, correct = _read_jobs(self.folder, self.swept)
@@ -136,13 +137,12 @@ class Sweep:
             for each in self.overrides
             if key_of(each) != SEED
         ]
+        launch = ["python", "launch.py", *self.flags]
         again = ",".join(map(str, sorted({self._seeds[job] for job in self.arms[0].jobs})))
         fresh = ",".join(str(max(self._seeds.values()) + number) for number in range(1, fresh_seeds + 1))
         return {
-            "reproduce": shlex.join(
-                ["python", "launch.py", *["-m"] * ("," in again), *searched, *own, f"seed={again}"]
-            ),
-            "confirm": shlex.join(["python", "launch.py", "-m", *searched, *own, f"seed={fresh}"]),
+            "reproduce": shlex.join([*launch, *["-m"] * ("," in again), *searched, *own, f"seed={again}"]),
+            "confirm": shlex.join([*launch, "-m", *searched, *own, f"seed={fresh}"]),
         }
 
     def _rank_arms(self) -> list[Arm]:

@@ -120,11 +120,13 @@ class CheckBeforeStart(Callback):
             _refuse(error)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        overrides, sweeper = list(config.hydra.overrides.task), config.hydra.sweeper
+        # Unresolved, since an interpolation in an override is each job's own to resolve.
+        given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+        overrides = sweep.with_params(given, config.hydra.sweeper)
         if config.plan:
-            _plan(config, lambda: sweep_points(overrides, sweeper))
+            _plan(config, lambda: sweep_points(overrides, config.hydra.sweeper))
         try:
-            open_sweep(config, overrides, sweeper)
+            open_sweep(config, overrides)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
             _refuse(error)
         except Exception as error:
@@ -132,9 +134,10 @@ class CheckBeforeStart(Callback):
             sys.exit(1)
 
 
-def open_sweep(config: DictConfig, overrides: Sequence[str], sweeper: DictConfig) -> None:
+def open_sweep(config: DictConfig, overrides: Sequence[str]) -> None:
     """Settle which folder a sweep has and what its jobs' folders are called, and begin its sweep.json."""
     _check_sweep(config)
+    sweeper = config.hydra.sweeper
     choice = config.hydra.runtime.choices["hydra/sweeper"]
     found = sweep.newest_sweep(overrides, choice) if config.resume and not config.sweep_dir else None
     folder = sweep.SweepFolder(found or config.hydra.sweep.dir)
@@ -148,9 +151,10 @@ def open_sweep(config: DictConfig, overrides: Sequence[str], sweeper: DictConfig
     named = folder.going_on(overrides) if known else overrides
     # Read once, since `seed=shuffle(1,2,3)` would give the jobs another order each time.
     task = sweep.spelt_out(named, known.get("planned") or sweep.grid(named, sweeper) or ())
-    keys, points = sweep.swept_keys(task, sweeper), sweep.grid(task, sweeper)
+    keys, points = sweep.swept_keys(task), sweep.grid(task, sweeper)
     _check_points(config, points)
-    given = [each for each in config.hydra.overrides.hydra if not each.startswith("hydra.mode=")]
+    hydra = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
+    given = [each for each in hydra if not each.startswith("hydra.mode=")]
     left_out = {*config.hydra.job.config.override_dirname.exclude_keys}
     left_out |= {each for each in sweep.named(task) if each not in keys}
     # The config of each job is composed anew with these, in whichever process it is.
@@ -163,10 +167,12 @@ def open_sweep(config: DictConfig, overrides: Sequence[str], sweeper: DictConfig
         config.hydra.sweep.dir = str(folder.path)
         config.hydra.overrides.hydra.extend(own)
         config.hydra.overrides.task = task
+        if sweeper.get("params"):
+            sweeper.params = None  # they are among the overrides
     remember_gpus()
     folder.path.mkdir(parents=True, exist_ok=True)
     sweep.lock_of_sweep.enter_context(locked(folder.path))
-    folder.begin(named, keys, points, given, choice)
+    folder.begin(named, keys, points, given, choice, _config_flags(config))
     sweep.opened = folder
 
 
@@ -187,13 +193,25 @@ def _check_sweep(config: DictConfig) -> None:
 
 def _check_points(config: DictConfig, points: list[list[str]] | None) -> None:
     """Raise ConfigError, or what Hydra raises, for a job that cannot start; None: for all, where none is known yet."""
-    if points is None:
-        typed(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
-        return
     from grpo.compose import recompose  # here, since that module needs this one's resolvers
 
-    for point in points:
-        typed(recompose(point))
+    if points is None:
+        composed = [OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])]
+    else:
+        composed = [recompose(point, config.hydra.job.config_name) for point in points]
+    for each in composed:
+        check_importable(typed(each))
+    halving = config.hydra.sweeper._target_.endswith("HalvingSweeper")
+    if halving and len({each.grpo.num_iterations * each.grpo.num_steps for each in composed}) > 1:
+        raise ConfigError("hydra/sweeper=halving compares arms after equal steps: leave grpo.num_steps out")
+
+
+def _config_flags(config: DictConfig) -> list[str]:
+    """The flags of this command that say where its config is."""
+    added = [source.path for source in config.hydra.runtime.config_sources if source.provider == "command-line"]
+    flags = [each for path in added for each in ("--config-dir", path)]
+    name = config.hydra.job.config_name
+    return [*flags, *(["--config-name", name] if name != "config" else [])]
 
 
 def _plan(config: DictConfig, points: Callable[[], list[tuple[str, DictConfig, Sequence[str]]]]) -> NoReturn:
@@ -217,8 +235,8 @@ def _plan(config: DictConfig, points: Callable[[], list[tuple[str, DictConfig, S
 
 def halving_in_words(config: DictConfig) -> str:
     """How much of a whole sweep one by halving makes."""
-    overrides, sweeper = config.hydra.overrides.task, config.hydra.sweeper
-    arms = arms_of(sweep.grid(overrides, sweeper))
+    sweeper = config.hydra.sweeper
+    arms = arms_of(sweep.grid(sweep.with_params(config.hydra.overrides.task, sweeper), sweeper))
     if config.sweep.budget_hours is not None:
         return f"hydra/sweeper=halving: {config.sweep.budget_hours:g} hours of jobs at most"
     total = config.grpo.num_iterations * config.grpo.num_steps
@@ -230,12 +248,13 @@ def halving_in_words(config: DictConfig) -> str:
 
 def sweep_points(overrides: Sequence[str], sweeper: DictConfig) -> list[tuple[str, DictConfig, list[str]]]:
     """Every point of a sweep over a grid: its name, its composed config, and its overrides."""
+    overrides = sweep.with_params(overrides, sweeper)
     jobs = sweep.grid(overrides, sweeper)
     if jobs is None:
         raise ConfigError("plan=true knows the points of a grid only: add hydra/sweeper=basic")
     from grpo.compose import recompose  # here, since that module needs this one's resolvers
 
-    keys = sweep.swept_keys(overrides, sweeper)
+    keys = sweep.swept_keys(overrides)
     return [(" ".join(sweep.of_keys(job, keys)) or "the run", recompose(job), job) for job in jobs]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from grpo.compose import apply_overrides, named_keys
 from grpo.config import Config, ConfigError, check_training, flatten, to_dict, typed
@@ -233,8 +233,10 @@ def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> 
     resolve_hardware(changed)
     for size in PRESET_SIZES:  # only defaults of grpo.*, which is frozen: another preset cuts the same work otherwise
         changed.hardware[size] = frozen.hardware[size]
-    if "hardware.compute_dtype" not in named_keys(new):
-        changed.hardware.compute_dtype = frozen.hardware.compute_dtype  # other digits are asked for by their name
+    # Other digits, and another place in W&B, are asked for by their names and not by a group such as tracking=offline.
+    kept = {"hardware.compute_dtype", "tracking.group", "tracking.name", "tracking.tags"}
+    for key in kept - named_keys(new):
+        OmegaConf.update(changed, key, OmegaConf.select(frozen, key), merge=False)
     before, after = flatten(frozen), flatten(changed)
     differing = [key for key in before | after if before.get(key) != after.get(key)]
     refused = [key for key in differing if not key.startswith(CHANGEABLE + CUT) and not _is_longer(key, before, after)]

@@ -7,7 +7,7 @@ import re
 import shlex
 import signal
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from operator import itemgetter
 from pathlib import Path
@@ -15,8 +15,7 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -49,8 +48,9 @@ class SweepFolder:
             return
         if not resume:
             raise ConfigError(f"{self.path} holds a sweep already; add resume=true, or choose another sweep_dir")
-        if recorded["sweeper"] != sweeper:
-            raise ConfigError(f"{self.path} is a sweep with hydra/sweeper={recorded['sweeper']}; go on with it by that")
+        if recorded.get("sweeper") != sweeper:
+            before = recorded.get("sweeper", "of an older version")
+            raise ConfigError(f"{self.path} is a sweep with hydra/sweeper={before}; go on with it by that")
         if _lasting(overrides) != _lasting(recorded["overrides"]):
             given = shlex.join(recorded["overrides"])
             raise ConfigError(f"{self.path} is a sweep of other values; go on with it by the same overrides: {given}")
@@ -62,30 +62,36 @@ class SweepFolder:
         points: Sequence[Sequence[str]] | None,
         hydra: Sequence[str] = (),
         sweeper: str = "basic",
+        flags: Sequence[str] = (),
     ) -> None:
         """Record the overrides, the keys that are swept, and the overrides of each job (None: not known yet).
 
-        hydra: the overrides of Hydra's own keys, such as the launcher; sweeper: which one. Of a sweep that goes on
-        only `hydra` is new.
+        hydra: the overrides of Hydra's own keys, such as the launcher; sweeper: which one; flags: where the config
+        is. Of a sweep that goes on only `hydra` is new, and of the overrides what may change.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        new = {"overrides": own_overrides(overrides), "hydra": list(hydra)}
         if known := self.record():
-            self._write(known | {"hydra": list(hydra)})
+            self._write(known | new)
             self.update("running")
             return
-        record = {"overrides": own_overrides(overrides), "keys": list(keys), "hydra": list(hydra), "sweeper": sweeper}
+        record = new | {"keys": list(keys), "sweeper": sweeper, "flags": list(flags)}
         record |= {"name": self.path.resolve().name, "started": datetime.now().isoformat(timespec="seconds")}
         planned = [of_keys(point, keys) for point in points] if points is not None else None
         self._write(record | {"planned": planned, "state": "running", "jobs": []})
         self.update()
 
     def going_on(self, overrides: Sequence[str]) -> list[str]:
-        """The overrides with which a launch goes on: those recorded, in their order, and what is new in these.
+        """The overrides with which a launch goes on: those recorded in their order, with what is new in these.
 
         The order numbers the jobs, and says what an override changes that comes after another.
         """
-        recorded = self.record()["overrides"]
-        return [*recorded, *(each for each in overrides if each not in recorded)]
+        recorded, new = self.record()["overrides"], {key_of(each): each for each in overrides}
+        known = {key_of(each) for each in recorded}
+        return [
+            *(new.get(key_of(each), each) for each in recorded),
+            *(each for each in overrides if key_of(each) not in known),
+        ]
 
     def record(self) -> dict[str, Any]:
         """The content of sweep.json; `{}` where there is none."""
@@ -184,8 +190,8 @@ class SweepFolder:
         halving = Record.read(self.path)
         if states != {"finished"} and (halving is None or halving.state != "finished"):
             record = self.record()
-            again = shlex.join([*record["hydra"], *record["overrides"], "resume=true", f"sweep_dir={self.path}"])
-            print(f"  go on     python launch.py -m {again}")
+            given = [*record["flags"], "-m", *record["hydra"], *record["overrides"]]
+            print(f"  go on     {shlex.join(['python', 'launch.py', *given, 'resume=true', f'sweep_dir={self.path}'])}")
         return bool(bad)
 
 
@@ -223,9 +229,16 @@ def _lasting(overrides: Sequence[str]) -> list[str]:
     return sorted(each for key, each in last.items() if key not in free)
 
 
-def swept_keys(overrides: Sequence[str], sweeper: DictConfig) -> list[str]:
-    """The keys that take several values, in the order given: of the sweeper's own params first."""
-    parsed = _parsed(overrides, sweeper)
+def with_params(overrides: Sequence[str], sweeper: DictConfig) -> list[str]:
+    """The overrides of a sweep with what the sweeper's own params add before them."""
+    named = {key_of(each) for each in overrides}
+    params = OmegaConf.to_container(sweeper.get("params") or OmegaConf.create(), resolve=False)
+    return [*(f"{key}={value}" for key, value in params.items() if key_of(key) not in named), *overrides]
+
+
+def swept_keys(overrides: Sequence[str]) -> list[str]:
+    """The keys that take several values, in the order given."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
     return list(dict.fromkeys(each.get_key_element().lstrip("+") for each in parsed if each.is_sweep_override()))
 
 
@@ -238,7 +251,8 @@ def grid(overrides: Sequence[str], sweeper: DictConfig) -> list[list[str]] | Non
     """The overrides of each job of a sweep over all combinations; None where the sweeper finds its points itself."""
     if not is_grid(sweeper):
         return None
-    batches = BasicSweeper.split_arguments(_parsed(overrides, sweeper), max_batch_size=None)
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [job for batch in batches for job in batch]
 
 
@@ -252,11 +266,6 @@ def spelt_out(overrides: Sequence[str], points: Sequence[Sequence[str]]) -> list
         f"{each.partition('=')[0]}={','.join(values[key])}" if len(values.get(key := key_of(each), ())) > 1 else each
         for each in overrides
     ]
-
-
-def _parsed(overrides: Sequence[str], sweeper: DictConfig) -> list[Override]:
-    given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    return OverridesParser.create().parse_overrides([*given, *overrides])
 
 
 def named(overrides: Sequence[str]) -> list[str]:
@@ -273,9 +282,10 @@ def newest_sweep(overrides: Sequence[str], sweeper: str = "basic") -> Path | Non
     """The folder of the sweep started last with these overrides."""
     wanted, found = (_lasting(overrides), sweeper), []
     for file in SWEEPS.glob("*/sweep.json"):
-        record = read_json(file)
-        if (_lasting(record["overrides"]), record["sweeper"]) == wanted:
-            found.append((record["started"], file.parent))
+        with suppress(ValueError, KeyError):  # of another version, or broken: not this one
+            record = read_json(file)
+            if (_lasting(record["overrides"]), record["sweeper"]) == wanted:
+                found.append((record["started"], file.parent))
     return max(found)[1] if found else None
 
 

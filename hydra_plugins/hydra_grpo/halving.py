@@ -43,6 +43,7 @@ class HalvingSweeper(Sweeper):
         self.returns: dict[int, JobReturn] = {}
         self.folders = [self._job_folder(number) for number in range(len(self.points))]
         self.record = self._record()
+        self.record.write(self.folder)
         self._climb()
         for done in self.returns.values():
             if done.status == JobStatus.FAILED:
@@ -55,13 +56,10 @@ class HalvingSweeper(Sweeper):
     def _record(self) -> Record:
         """What was decided before, with this launch's budget; or a new one."""
         arms = arms_of(self.points)
-        configs = [self._composed(jobs[0]) for jobs in arms]
-        steps = {config.grpo.num_iterations * config.grpo.num_steps for config in configs}
-        if len(steps) > 1:
-            raise ConfigError("hydra/sweeper=halving compares arms after equal steps: leave grpo.num_steps out")
         known = Record.read(self.folder)
         if known is None:
-            return Record(steps.pop(), arms, self.eta, self.budget_hours)
+            grpo = self._composed(0).grpo
+            return Record(grpo.num_iterations * grpo.num_steps, arms, self.eta, self.budget_hours)
         if known.state == "out of budget":  # which may have become larger
             known.state = "running"
         if self.budget_hours is not None:

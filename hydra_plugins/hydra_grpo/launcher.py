@@ -84,7 +84,8 @@ class LocalLauncher(Launcher):
                     job = running.pop(sentinel)
                     returns[job.place] = _outcome(job, stopped=bool(stop.received))
                     if at_once > 1:
-                        state, minutes = returns[job.place].status.name.lower(), (time.monotonic() - job.started) / 60
+                        state = RunFolder(job.folder).status().get("state", "failed")
+                        minutes = (time.monotonic() - job.started) / 60
                         print(f"job {job.number} ({job.name}): {state}, {minutes:.1f} minutes", flush=True)
         if stop.received:
             raise SystemExit(128 + stop.received)

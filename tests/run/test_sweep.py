@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from grpo.config import ConfigError
 from grpo.run.folder import RunFolder
 from grpo.run.gpus import claim_gpu
-from grpo.run.sweep import SweepFolder, grid, newest_sweep, own_overrides, swept_keys
+from grpo.run.sweep import SweepFolder, grid, newest_sweep, own_overrides, swept_keys, with_params
 from tests.runs import ROOT, Launch, launch, rows
 
 QUICK = [
@@ -129,6 +129,7 @@ def test_values_that_cannot_be_are_refused_before_anything_is_made(cwd):
         "model=tiny,nope",
         "resume=ture",
         "hydra.launcher.jobs_at_once=-1",
+        "reward.components.format._target_=nope.score",
     ):
         refused = launch("-m", *QUICK, "grpo.num_steps=1", "seed=1,2", bad, cwd=cwd)
         assert (refused.returncode, refused.stderr.count("\n"), refused.stdout) == (2, 1, ""), bad
@@ -172,10 +173,14 @@ def test_another_sweep_is_not_taken_for_this_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     basic = OmegaConf.create({"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": None})
     for name, overrides in (("1", ["seed=1,2", "grpo.mu=1"]), ("2", ["grpo.mu=1", "seed=1,2"]), ("3", ["seed=1,3"])):
-        keys = swept_keys(overrides, basic)
+        keys = swept_keys(overrides)
         SweepFolder(tmp_path / "outputs" / "sweeps" / name).begin(overrides, keys, grid(overrides, basic))
     assert newest_sweep(["seed=1,2", "resume=true", "grpo.mu=1"]).name == "2"
     assert newest_sweep(["seed=1,2"]) is None
+    for name, content in (("broken", "{"), ("of_another_version", '{"overrides": []}')):
+        (tmp_path / "outputs" / "sweeps" / name).mkdir()
+        (tmp_path / "outputs" / "sweeps" / name / "sweep.json").write_text(content)
+    assert newest_sweep(["seed=1,2", "grpo.mu=1"]).name == "2"
     sweep = SweepFolder(tmp_path / "outputs" / "sweeps" / "2")
     sweep.check_same(["tracking=disabled", "seed=1,2", "grpo.mu=1", "checkpoint.every=7"], "basic", True)
     with pytest.raises(ConfigError, match=r"is a sweep of other values; .* the same overrides: grpo\.mu=1"):
@@ -191,6 +196,48 @@ def test_another_sweep_is_not_taken_for_this_one(tmp_path, monkeypatch):
         swept.check_same(["checkpoint.every=3,4"], "basic", True)
 
 
+def test_a_change_stays_for_later_launches(tmp_path):
+    sweep, first = SweepFolder(tmp_path), ["checkpoint.every=1", "grpo.mu=1", "seed=1,2"]
+    points = [["seed=1"], ["seed=2"]]
+    sweep.begin(first, ["seed"], points)
+    second = sweep.going_on(["seed=1,2", "grpo.mu=1", "checkpoint.every=50", "tracking.mode=offline", "resume=true"])
+    assert second == ["checkpoint.every=50", "grpo.mu=1", "seed=1,2", "tracking.mode=offline", "resume=true"]
+    sweep.begin(second, ["seed"], points)
+    assert sweep.record()["overrides"] == second[:-1]
+    assert sweep.going_on(["seed=1,2", "grpo.mu=1"]) == second[:-1]
+
+
+EXPERIMENT = """# @package _global_
+defaults:
+  - override /model: tiny
+  - override /data: arithmetic
+data: {system_prompt: null}
+hydra: {sweeper: {params: {seed: "shuffle(1,2,3)"}}}
+"""
+
+
+def test_a_sweep_that_an_experiment_of_ones_own_describes(cwd):
+    """Its params in an order drawn once, its folder of configs in the command that goes on, each job its own name."""
+    (cwd / "own" / "experiment").mkdir(parents=True)
+    (cwd / "own" / "experiment" / "mine.yaml").write_text(EXPERIMENT)
+    command = ["--config-dir", "own", "-m", "experiment=mine", *QUICK[1:], "hydra/launcher=basic", "grpo.num_steps=1"]
+    command += ["grpo.max_completion_length=8", "tracking.name=run_${seed}", "hardware=cpu"]
+    done = launch(*command, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    jobs, record = sweep_of(cwd).jobs(), sweep_of(cwd).record()
+    assert sorted(job["overrides"] for job in jobs) == [[f"seed={n}"] for n in (1, 2, 3)]
+    for job in jobs:
+        (seed,) = (each.partition("=")[2] for each in job["overrides"])
+        config = RunFolder(sweep_of(cwd).path / job["folder"]).frozen_config()
+        assert (str(config.seed), config.tracking.name) == (seed, f"run_{seed}")
+    assert record["flags"] == ["--config-dir", str(cwd / "own")]
+    assert "tracking.name=run_${seed}" in record["overrides"]
+    again = launch(*command, "resume=true", cwd=cwd)
+    assert again.returncode == 0, again.stderr
+    assert sweep_of(cwd).jobs() == jobs
+    assert len([path for path in sweep_of(cwd).path.iterdir() if path.is_dir()]) == 3
+
+
 def test_of_two_trials_with_one_number_neither_is_hidden(tmp_path):
     sweep = SweepFolder(tmp_path)
     sweep.begin(["optimizer.lr=interval(0,1)"], ["optimizer.lr"], None)
@@ -204,8 +251,8 @@ def test_of_two_trials_with_one_number_neither_is_hidden(tmp_path):
 
 def test_swept_keys_are_those_with_several_values():
     overrides = ["grpo.mu=1", "+x.y=1,2", "seed=range(1,4)", "data.examples=[1,2]"]
-    sweeper = OmegaConf.create({"params": {"grpo.beta": "0,0.1"}})
-    assert swept_keys(overrides, sweeper) == ["grpo.beta", "x.y", "seed"]
+    sweeper = OmegaConf.create({"params": {"grpo.beta": "0,0.1", "seed": "7,8"}})
+    assert swept_keys(with_params(overrides, sweeper)) == ["grpo.beta", "x.y", "seed"]
     assert own_overrides(["b=1", "resume=true", "a=2", "plan=true", "sweep_dir=x"]) == ["b=1", "a=2"]
 
 
