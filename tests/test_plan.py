@@ -62,13 +62,19 @@ def test_a_sweep_of_an_experiment_of_ones_own_is_planned(launch, tmp_path):
     assert (done.returncode, "disk of all 2 runs" in done.stdout) == (0, True), done.stderr
 
 
+def of_hydra(sweeper):
+    """The config of a sweep's launch, as far as its points need it."""
+    hydra = {"sweeper": sweeper, "overrides": {"hydra": []}, "job": {"config_name": "config"}}
+    return OmegaConf.create({"hydra": hydra})
+
+
 def test_points_may_be_named_by_the_sweeper_and_another_sweeper_is_refused():
     basic = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": {"grpo.beta": "0,0.04"}}
-    points = sweep_points([*QUICK, "seed=1,2"], OmegaConf.create(basic))
+    points = sweep_points([*QUICK, "seed=1,2"], of_hydra(basic))
     assert [name for name, _, _ in points] == [f"grpo.beta={b} seed={s}" for b in ("0", "0.04") for s in (1, 2)]
     assert {(cfg.grpo.beta, cfg.seed) for _, cfg, _ in points} == {(b, s) for b in (0, 0.04) for s in (1, 2)}
     with pytest.raises(ConfigError, match="points of a grid only"):
-        sweep_points(QUICK, OmegaConf.create({"_target_": "hydra_plugins.hydra_optuna_sweeper.OptunaSweeper"}))
+        sweep_points(QUICK, of_hydra({"_target_": "hydra_plugins.hydra_optuna_sweeper.OptunaSweeper"}))
 
 
 def test_a_bad_value_is_refused_as_in_a_launch(launch, tmp_path):

@@ -68,11 +68,12 @@ class Sweep:
         self.overrides: list[str] = record["overrides"]
         self.swept: list[str] = record["keys"]
         self.flags: list[str] = record.get("flags", [])
-        self.is_grid = record["planned"] is not None  # and not points that a sweeper came to
+        self.flags += [each for each in record.get("hydra", []) if each.startswith("hydra.searchpath=")]
+        self.is_grid = record.get("planned") is not None  # and not points that a sweeper came to
         self.keys = [key for key in self.swept if key != SEED]  # those that make arms
         self.jobs, self._seeds, correct = _read_jobs(self.folder, self.swept)
         finished = self.jobs[self.jobs["state"] == "finished"]
-        self.by_accuracy = bool(len(finished)) and bool(finished["accuracy"].notna().all())
+        self.by_accuracy = bool(len(finished)) and all(len(correct.get(job, ())) for job in finished.index)
         # Of each finished job that has one: its reward, and 1 or 0 by problem.
         self._rewards = {job: pd.Series({"reward": each}) for job, each in finished["mean_reward"].dropna().items()}
         self._outcomes = {job: correct[job] for job in finished.index} if self.by_accuracy else self._rewards
@@ -214,7 +215,7 @@ def _read_jobs(folder: SweepFolder, keys: list[str]) -> tuple[pd.DataFrame, dict
                 seeds[number] = int(read_config(run).get("seed") or 0)
                 row |= _results(run)
                 correct[number] = _correct(run)
-            except (ValueError, KeyError) as broken:  # the others are there still
+            except (ValueError, KeyError, TypeError, AttributeError) as broken:  # the others are there still
                 row |= {"state": "unreadable", "error": f"{type(broken).__name__}: {broken}"}
         rows.append(row)
     columns = ["accuracy", "accuracy_low", "accuracy_high", "best_accuracy", "mean_reward", "num_tokens", "seconds"]

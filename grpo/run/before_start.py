@@ -124,7 +124,7 @@ class CheckBeforeStart(Callback):
         given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         overrides = sweep.with_params(given, config.hydra.sweeper)
         if config.plan:
-            _plan(config, lambda: sweep_points(overrides, config.hydra.sweeper))
+            _plan(config, lambda: sweep_points(overrides, config))
         try:
             open_sweep(config, overrides)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
@@ -193,17 +193,23 @@ def _check_sweep(config: DictConfig) -> None:
 
 def _check_points(config: DictConfig, points: list[list[str]] | None) -> None:
     """Raise ConfigError, or what Hydra raises, for a job that cannot start; None: for all, where none is known yet."""
-    from grpo.compose import recompose  # here, since that module needs this one's resolvers
-
     if points is None:
         composed = [OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])]
     else:
-        composed = [recompose(point, config.hydra.job.config_name) for point in points]
+        composed = [_composed(point, config) for point in points]
     for each in composed:
         check_importable(typed(each))
     halving = config.hydra.sweeper._target_.endswith("HalvingSweeper")
     if halving and len({each.grpo.num_iterations * each.grpo.num_steps for each in composed}) > 1:
         raise ConfigError("hydra/sweeper=halving compares arms after equal steps: leave grpo.num_steps out")
+
+
+def _composed(point: Sequence[str], config: DictConfig) -> DictConfig:
+    """The config of a job of the sweep that `config` is the common one of."""
+    from grpo.compose import recompose  # here, since that module needs this one's resolvers
+
+    places = [each for each in config.hydra.overrides.hydra if each.startswith("hydra.searchpath=")]
+    return recompose([*places, *point], config.hydra.job.config_name)
 
 
 def _config_flags(config: DictConfig) -> list[str]:
@@ -246,16 +252,15 @@ def halving_in_words(config: DictConfig) -> str:
     return f"hydra/sweeper=halving: {steps}, {share:.0%} of the steps of all"
 
 
-def sweep_points(overrides: Sequence[str], sweeper: DictConfig) -> list[tuple[str, DictConfig, list[str]]]:
+def sweep_points(overrides: Sequence[str], config: DictConfig) -> list[tuple[str, DictConfig, list[str]]]:
     """Every point of a sweep over a grid: its name, its composed config, and its overrides."""
+    sweeper = config.hydra.sweeper
     overrides = sweep.with_params(overrides, sweeper)
     jobs = sweep.grid(overrides, sweeper)
     if jobs is None:
         raise ConfigError("plan=true knows the points of a grid only: add hydra/sweeper=basic")
-    from grpo.compose import recompose  # here, since that module needs this one's resolvers
-
     keys = sweep.swept_keys(overrides)
-    return [(" ".join(sweep.of_keys(job, keys)) or "the run", recompose(job), job) for job in jobs]
+    return [(" ".join(sweep.of_keys(job, keys)) or "the run", _composed(job, config), job) for job in jobs]
 
 
 def _refuse(error: Exception) -> None:

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from yaml import YAMLError
 
 from grpo.config import ConfigError
 from grpo.run.folder import CHANGEABLE, CUT, OUTPUTS, RunFolder, read_json, write_whole
@@ -87,6 +88,9 @@ class SweepFolder:
         The order numbers the jobs, and says what an override changes that comes after another.
         """
         recorded, new = self.record()["overrides"], {key_of(each): each for each in overrides}
+        # Another choice of a group stands against keys of it that were named before.
+        regrouped = tuple(f"{key}." for key, each in new.items() if each not in recorded)
+        recorded = [each for each in recorded if key_of(each) in new or not key_of(each).startswith(regrouped)]
         known = {key_of(each) for each in recorded}
         return [
             *(new.get(key_of(each), each) for each in recorded),
@@ -123,21 +127,23 @@ class SweepFolder:
 
     def _job(self, number: int, run: RunFolder | None, record: dict[str, Any], halved: bool) -> dict[str, Any]:
         planned, status, accuracy = record.get("planned") or [], {}, None
+        given = planned[number] if number < len(planned) else []
         try:
             status = run.status() if run else {}
+            if run and number >= len(planned):
+                given = of_keys(status.get("overrides") or run.first_overrides(), record.get("keys"))
             accuracy = (run.evaluation("after") or {}).get("accuracy") if run else None
-        except ValueError as broken:  # of one job, which the others have nothing to do with
+        except (ValueError, YAMLError) as broken:  # of one job, which the others have nothing to do with
             status = {"state": "unreadable", "error": str(broken)}
         state = status.get("state", "pending")
         if state == "running" and not in_use(run.path):  # it was killed
             state = "interrupted"
         if halved and state == "interrupted":
             state = "stopped early"
-        first = status.get("overrides") or (run.first_overrides() if run else [])
         return {
             "job": number,
             "folder": run.path.name if run else None,
-            "overrides": planned[number] if number < len(planned) else of_keys(first, record.get("keys")),
+            "overrides": given,
             "state": state,
             "step": status.get("step", 0),
             "total_steps": status.get("total_steps"),
@@ -190,7 +196,7 @@ class SweepFolder:
         halving = Record.read(self.path)
         if states != {"finished"} and (halving is None or halving.state != "finished"):
             record = self.record()
-            given = [*record["flags"], "-m", *record["hydra"], *record["overrides"]]
+            given = [*record.get("flags", []), "-m", *record["hydra"], *record["overrides"]]
             print(f"  go on     {shlex.join(['python', 'launch.py', *given, 'resume=true', f'sweep_dir={self.path}'])}")
         return bool(bad)
 

@@ -84,7 +84,7 @@ class LocalLauncher(Launcher):
                     job = running.pop(sentinel)
                     returns[job.place] = _outcome(job, stopped=bool(stop.received))
                     if at_once > 1:
-                        state = RunFolder(job.folder).status().get("state", "failed")
+                        state = _state(job.folder) if returns[job.place].status == JobStatus.FAILED else "done"
                         minutes = (time.monotonic() - job.started) / 60
                         print(f"job {job.number} ({job.name}): {state}, {minutes:.1f} minutes", flush=True)
         if stop.received:
@@ -116,12 +116,19 @@ class LocalLauncher(Launcher):
 def _done_before(config: DictConfig) -> JobReturn | None:
     """What a job returned that has finished, where a sweep goes on: seconds less than a process that finds it so."""
     run = RunFolder(Path(config.hydra.sweep.dir, config.hydra.sweep.subdir))
-    if not config.resume or not run.finished():
+    if not config.resume or _state(run.path) != "finished":
         return None
     print(f"{run.path} has finished already: nothing to do", flush=True)
     done = JobReturn(status=JobStatus.COMPLETED)
     done.return_value = run.objective()
     return done
+
+
+def _state(folder: Path) -> str:
+    try:
+        return RunFolder(folder).status().get("state", "failed")
+    except ValueError:  # which its own process will say, and ends no other
+        return "unreadable"
 
 
 def _run(call: bytes, sender: Connection, console: Path | None) -> None:
@@ -167,7 +174,7 @@ def _outcome(job: _Job, stopped: bool) -> JobReturn:
         value, error = None, JobFailed(f"job {job.number} ({job.name}): {reason}")
         run = RunFolder(job.folder)
         left = job.process.exitcode in STOPPED  # by a signal that was for it alone: it has saved and said so
-        if not (stopped or left or run.finished()):
+        if not (stopped or left or _state(run.path) in ("finished", "unreadable")):
             run.update_status(state="failed", error=reason)
             logger.error("%s failed: %s", job.folder, reason)
     done = JobReturn(overrides=job.overrides, status=JobStatus.FAILED if error else JobStatus.COMPLETED)

@@ -217,11 +217,13 @@ def test_other_problems_are_compared_with_none(tmp_path):
 def test_a_file_that_cannot_be_read_costs_one_job_and_a_dollar_sign_none(tmp_path):
     keys = {"data.system_prompt": ["'a $x_1_2$ b'", "'/d/$HOME_x_y$z'"], "seed": ["1", "2"]}
     folder = make_sweep(tmp_path / "s", keys, drawn(lambda _: 0.5))
-    for place, content in {
-        "metrics/metrics.jsonl": "{\n{}\n",
-        "eval/after.json": '{"step": 20}',
-        "status.json": "{",
-    }.items():
+    for place, content in (
+        ("metrics/metrics.jsonl", "{\n{}\n"),
+        ("eval/after.json", '{"step": 20}'),
+        ("eval/after.json", '{"step": 20, "n": 1, "accuracy": 1.0, "problems": ["a"]}'),
+        ("status.json", "{"),
+        ("config.yaml", "a: ["),
+    ):
         file = folder / "1_job" / place
         before = file.read_text()
         file.write_text(content)

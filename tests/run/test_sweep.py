@@ -84,6 +84,20 @@ def test_a_job_that_is_killed_ends_alone_and_the_same_command_with_resume_makes_
     assert [row["step"] for row in rows(sweep.path / sweep.jobs()[0]["folder"])] == [1, 2]
 
 
+def test_a_broken_file_of_one_job_is_its_own_matter_when_the_sweep_goes_on(cwd):
+    command = ["-m", *QUICK, "seed=1,2"]
+    assert launch(*command, "hydra/launcher=basic", "grpo.num_steps=2", "until_step=1", cwd=cwd).returncode == 0
+    sweep = sweep_of(cwd)
+    broken, other = (sweep.path / job["folder"] for job in sweep.jobs())
+    (broken / "status.json").write_text("{")
+    (broken / ".hydra" / "overrides.yaml").write_bytes(b"\xff\x00")
+    done = launch(*command, "grpo.num_steps=2", "resume=true", cwd=cwd)
+    assert done.returncode == 1
+    assert [job["state"] for job in sweep.jobs()] == ["unreadable", "finished"]
+    assert "status.json is not valid JSON" in done.stdout
+    assert len(rows(other)) == 2
+
+
 def test_a_stop_reaches_the_jobs_which_save_and_go_on_later(cwd):
     component = "+reward.components.slow={_target_: mine.slow, weight: 0}"
     command = ["-m", *QUICK, component, "grpo.num_steps=6", "seed=1,2", "hydra.launcher.jobs_at_once=2"]
@@ -205,6 +219,8 @@ def test_a_change_stays_for_later_launches(tmp_path):
     sweep.begin(second, ["seed"], points)
     assert sweep.record()["overrides"] == second[:-1]
     assert sweep.going_on(["seed=1,2", "grpo.mu=1"]) == second[:-1]
+    group = sweep.going_on(["seed=1,2", "grpo.mu=1", "tracking=wandb"])  # against the key of it from before
+    assert group == ["checkpoint.every=50", "grpo.mu=1", "seed=1,2", "tracking=wandb"]
 
 
 EXPERIMENT = """# @package _global_
@@ -231,6 +247,8 @@ def test_a_sweep_that_an_experiment_of_ones_own_describes(cwd):
         config = RunFolder(sweep_of(cwd).path / job["folder"]).frozen_config()
         assert (str(config.seed), config.tracking.name) == (seed, f"run_{seed}")
     assert record["flags"] == ["--config-dir", str(cwd / "own")]
+    planned = launch(*command[:-1], "plan=true", cwd=cwd)
+    assert (planned.returncode, planned.stdout.count("seed=")) == (0, 3), planned.stderr
     assert "tracking.name=run_${seed}" in record["overrides"]
     again = launch(*command, "resume=true", cwd=cwd)
     assert again.returncode == 0, again.stderr
