@@ -523,6 +523,10 @@ def test_a_failed_job_of_a_sweep_leaves_nothing_behind_and_is_tried_again(my_rew
     assert failed.returncode == 1
     jobs = sorted(path for path in sweep.iterdir() if path.is_dir())
     assert [status(job)["state"] for job in jobs] == ["finished", "failed", "finished"]
+    assert "Traceback" not in failed.stdout + failed.stderr
+    assert failed.stderr.splitlines()[-1].startswith("failed: ")
+    assert f"sweep/{jobs[1].name} failed: {status(jobs[1])['error']}" in failed.stdout + failed.stderr
+    assert "Traceback" in (jobs[1] / "launch.log").read_text()
     alive = [int(line) for line in (my_rewards / "models").read_text().split()]
     assert set(alive) == {2}  # policy and reference of the job itself, in the job after the failed one, too
     wandb_runs = [path for job in jobs for path in job.glob("wandb/offline-run-*")]

@@ -170,7 +170,7 @@ def test_a_job_that_cannot_start_is_recorded_with_its_values_and_its_folder_can_
 def test_the_order_of_a_sweep_is_that_of_its_first_launch(cwd):
     """It numbers the jobs, and says which of two values of a key counts."""
     command = [*QUICK, "hydra/launcher=basic", "grpo.num_steps=1", "grpo.epsilon=0.3", "grpo.epsilon=0.1"]
-    command.append("seed=shuffle(1,2,3)")
+    command.append("seed=shuffle(1,2)")
     first = launch("-m", *command, "grpo.beta=0,0.04", cwd=cwd)
     assert first.returncode == 0, first.stderr
     jobs, record = sweep_of(cwd).jobs(), sweep_of(cwd).record()
@@ -179,8 +179,8 @@ def test_the_order_of_a_sweep_is_that_of_its_first_launch(cwd):
     again = launch("-m", "grpo.beta=0,0.04", *command, "checkpoint.keep_last=2", "resume=true", cwd=cwd)
     assert again.returncode == 0, again.stderr
     assert sweep_of(cwd).jobs() == jobs
-    assert again.stdout.count("has finished already: nothing to do") == 6
-    assert len([path for path in sweep_of(cwd).path.iterdir() if path.is_dir()]) == 6
+    assert again.stdout.count("has finished already: nothing to do") == 4
+    assert len([path for path in sweep_of(cwd).path.iterdir() if path.is_dir()]) == 4
 
 
 def test_another_sweep_is_not_taken_for_this_one(tmp_path, monkeypatch):
