@@ -124,7 +124,7 @@ class CheckBeforeStart(Callback):
         given = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         overrides = sweep.with_params(given, config.hydra.sweeper)
         if config.plan:
-            _plan(config, lambda: sweep_points(overrides, config))
+            _plan(config, lambda: sweep_points(given, config))
         try:
             open_sweep(config, overrides)
         except (ConfigError, HydraException, OmegaConfBaseException) as error:
