@@ -10,15 +10,12 @@ from collections.abc import Callable, Sequence
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import grpo.run.before_start  # noqa: F401  registers the resolvers that conf/config.yaml names
-from grpo.config import CONF_DIR, ConfigError, flatten
+from grpo.config import CONF_DIR, LAUNCH_KEYS, ConfigError, copy_value, flatten
+from grpo.overrides import Overrides
 
 # Names that people bring from other trainers, and what they are called here.
 OTHER_NAMES = {
@@ -47,17 +44,6 @@ OTHER_NAMES = {
     "micro_batch_size": "hardware.micro_batch_tokens",
     "gradient_accumulation_steps": "hardware.micro_batch_tokens",
 }
-LAUNCH_KEYS = {
-    "resume",
-    "run_dir",
-    "sweep_dir",
-    "fork",
-    "fork_step",
-    "plan",
-    "until_step",
-    "sweep.budget_hours",
-    "sweep.eta",
-}  # about this launch, not about the experiment
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
@@ -67,51 +53,24 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
         return compose("config", list(overrides))
 
 
-def recompose(overrides: Sequence[str], config_name: str | None = None) -> DictConfig:
-    """The same within a launch with other overrides, from wherever its own config came.
-
-    config_name: of the launch, where Hydra has not said it yet.
-    """
-    if not GlobalHydra.instance().is_initialized():
-        return compose_config(overrides)
-    if config_name is None:
-        config_name = HydraConfig.get().job.config_name if HydraConfig.initialized() else "config"
-    return compose(config_name, list(overrides))
-
-
-def named_keys(overrides: Sequence[str]) -> set[str]:
-    """The dotted keys and groups that overrides name, however they are spelt (`+`, `++`, `~`)."""
-    return {key for key, _ in _by_key(overrides)}
-
-
-def _by_key(overrides: Sequence[str]) -> list[tuple[str, Override]]:
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return [(override.key_or_group.replace("/", "."), override) for override in parsed]
-
-
-def apply_overrides(frozen: DictConfig, composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def apply_overrides(frozen: DictConfig, composed: DictConfig, overrides: Overrides) -> DictConfig:
     """A frozen config with exactly what these overrides name replaced by its value in `composed`.
 
     A group (hardware=cpu) replaces that part whole. Raises ConfigError for an override that names no part, such as
     an experiment: it would silently change many.
     """
     result = frozen.copy()
-    for key, override in _by_key(overrides):
+    for key, line in zip(overrides.dotted_keys, overrides, strict=True):
         if key in LAUNCH_KEYS:
             continue
         if OmegaConf.select(composed, key, default=None) is None and key not in flatten(composed):
-            raise ConfigError(
-                f"{override.input_line}: cannot be applied to an existing run folder; name the keys themselves"
-            )
-        value = OmegaConf.select(composed, key)
-        with open_dict(result):
-            plain = OmegaConf.to_container(value, resolve=True) if isinstance(value, DictConfig) else value
-            OmegaConf.update(result, key, plain, merge=False, force_add=True)
+            raise ConfigError(f"{line}: cannot be applied to an existing run folder; name the keys themselves")
+        copy_value(composed, key, result)
     return result
 
 
-def run_command(command: Callable[[], object]) -> int:
-    """Run a command and return its exit code: 0, 2 for bad input (said in a line), 1 for a failure (likewise)."""
+def run_command(command: Callable[[], int | None]) -> int:
+    """Run a command as this process's own, and return its exit code as `report_errors` does."""
     # Retries while the network is away would bury the one line that says so; read when huggingface_hub is imported.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # What Apple's GPU lacks is done by the processor instead of failing; read when torch is imported.
@@ -122,8 +81,13 @@ def run_command(command: Callable[[], object]) -> int:
     # A user's reward functions are found from where the command is given; last, so that nothing there can stand in
     # for a library's module.
     sys.path.append(os.getcwd())
+    return report_errors(command)
+
+
+def report_errors(command: Callable[[], int | None]) -> int:
+    """Run a command. Returns what it returns (None: 0), 2 after bad input, or 1 after a failure, each with a line."""
     try:
-        command()
+        return command() or 0
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
@@ -143,14 +107,16 @@ def run_command(command: Callable[[], object]) -> int:
             traceback.print_exc()
         print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def explain(error: Exception) -> str:
     """One or two lines for the user: what is wrong with the input, and the mend."""
+    cause: BaseException | None = error
+    while cause is not None:  # Hydra and OmegaConf wrap what is raised while they work
+        if isinstance(cause, ConfigError):
+            return str(cause).strip()
+        cause = cause.__cause__
     text = str(error).strip()
-    if isinstance(error, ConfigError):
-        return text
     key = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
     full_key = re.search(r"full_key: (\S+)", text)
     if key:

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF009  (key and group are functions that return fields)
 """The configuration's types, and the checks that reach across its fields. Values live in conf/*.yaml.
 
 Imports no torch: `--help`, `--cfg job` and every configuration error answer at once.
@@ -6,13 +7,13 @@ Imports no torch: `--help`, `--cfg job` and every configuration error answer at 
 import dataclasses
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-import yaml
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 
@@ -21,10 +22,36 @@ class ConfigError(Exception):
     """Bad input, said in one or two lines with the mend. Commands print it and exit with 2."""
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What is known about a key beside its type. `check` reads the bounds, `--resume` the rest."""
+
+    least: float | None = None  # the smallest value allowed
+    above: float | None = None  # every value must be larger than this
+    below: float | None = None  # and smaller than this
+    choices: tuple[Any, ...] = ()  # empty: any value
+    hint: str = ""  # what an error about the value adds
+    # Whether a resumed run may change it: refused | free: how the run is watched and kept | rounding: the results stay
+    # equal up to rounding | longer: only to add steps. None: as the group.
+    on_resume: str | None = None
+    launch_only: bool = False  # about one launch, and never written to config.yaml; so are all keys of such a group
+    of_sweep: bool = False  # of such a key: the jobs of a sweep depend on it, so that sweep.json keeps it
+
+
+def key(default: Any = MISSING, **facts: Any) -> Any:
+    """A field of the schema with its Facts."""
+    return field(default=default, metadata={"facts": Facts(**facts)})
+
+
+def group(schema: type, **facts: Any) -> Any:
+    """A group of fields; `on_resume` and `launch_only` hold for the keys below it, too."""
+    return field(default_factory=schema, metadata={"facts": Facts(**facts)})
+
+
 @dataclass
 class LoraSettings:
-    rank: int = MISSING
-    alpha: float = MISSING  # what the adapter adds is scaled by alpha / rank
+    rank: int = key(least=1)
+    alpha: float = key(above=0)  # what the adapter adds is scaled by alpha / rank
     target_modules: Any = MISSING  # all-linear, or a list of the last parts of layers' names
     init_from: str | None = MISSING  # folder of an adapter to begin with; None: one that adds nothing
 
@@ -33,26 +60,29 @@ class LoraSettings:
 class ModelConfig:
     name: str = MISSING  # hub name, local folder, or `tiny` for the embedded model
     attn_implementation: str = MISSING  # eager | sdpa | flash_attention_2 | ..., passed to transformers
-    dtype: str = MISSING  # of the weights and their optimizer state; hardware.compute_dtype is that of the arithmetic
-    device_map: Any = MISSING  # auto: hardware.device decides; else one device: cpu | mps | cuda | cuda:N
+    # Of the weights and their optimizer state; hardware.compute_dtype is that of the arithmetic.
+    dtype: str = key(choices=("float32", "bfloat16"))
+    device_map: Any = key(on_resume="rounding")  # auto: hardware.device decides; else one device: cpu | mps | cuda:N
     trust_remote_code: bool = MISSING
     lora: LoraSettings | None = None  # None: all weights are trained
 
 
 @dataclass
 class GrpoConfig:
-    num_iterations: int = MISSING
-    num_steps: int = MISSING
-    batch_size: int | None = MISSING  # None until hardware=auto is resolved, when the run starts
-    num_generations: int | None = MISSING
-    max_completion_length: int | None = MISSING
-    beta: float = MISSING
-    mu: int = MISSING
-    epsilon: float = MISSING
-    max_grad_norm: float = MISSING
-    lr_schedule: str = MISSING  # constant | linear | cosine
-    warmup_steps: int = MISSING
-    max_skipped_steps: int = MISSING
+    num_iterations: int = key(least=1, on_resume="longer")
+    num_steps: int = key(least=1, on_resume="longer")
+    batch_size: int | None = key(least=1)  # None until hardware=auto is resolved, when the run starts
+    num_generations: int | None = key(
+        least=2, hint="a group of one has nothing to compare with, so its advantage is always 0"
+    )
+    max_completion_length: int | None = key(least=1)
+    beta: float = key(least=0)
+    mu: int = key(least=1)
+    epsilon: float = key(above=0, below=1, hint="usually 0.1 or 0.2")
+    max_grad_norm: float = key(above=0, hint="1e9 never clips")
+    lr_schedule: str = key(choices=("constant", "linear", "cosine"))
+    warmup_steps: int = key(least=0)
+    max_skipped_steps: int = key(least=0, on_resume="free")
 
 
 @dataclass
@@ -66,36 +96,37 @@ class CardConfig:
 
 @dataclass
 class HardwareConfig:
-    device: str = MISSING  # auto | cuda | mps | cpu
-    compute_dtype: str | None = MISSING  # None: as model.dtype | float32 | bfloat16 | float16 (its loss is scaled)
+    device: str = key(choices=("auto", "cuda", "mps", "cpu"), on_resume="rounding")
+    # None: as model.dtype; with float16 the loss is scaled.
+    compute_dtype: str | None = key(choices=(None, "float32", "bfloat16", "float16"), on_resume="rounding")
     batch_size: int | None = MISSING
     num_generations: int | None = MISSING
     max_completion_length: int | None = MISSING
-    micro_batch_tokens: int | None = MISSING
-    activation_checkpointing: bool | None = MISSING
-    rollout_tokens: int | None = MISSING
-    cuda_graphs: bool | None = None
-    threads: int | None = MISSING
-    card: CardConfig = field(default_factory=CardConfig)
+    micro_batch_tokens: int | None = key(least=1, on_resume="rounding")
+    activation_checkpointing: bool | None = key(on_resume="rounding")
+    rollout_tokens: int | None = key(least=1, on_resume="rounding")
+    cuda_graphs: bool | None = key(default=None, on_resume="rounding")
+    threads: int | None = key(least=1, on_resume="rounding")
+    card: CardConfig = group(CardConfig, on_resume="free")
 
 
 @dataclass
 class RewardConfig:
     # Each component: {_target_, weight, and the function's own settings}. A dict, since users add their own.
     components: dict[str, Any] = MISSING
-    timeout_s: float | None = MISSING
-    on_error: str = MISSING  # fail | skip
+    timeout_s: float | None = key(above=0, hint="null sets no limit", on_resume="free")
+    on_error: str = key(choices=("fail", "skip"), on_resume="free")
 
 
 @dataclass
 class RolloutConfig:
-    temperature: float = MISSING
-    min_new_tokens: int = MISSING
+    temperature: float = key(above=0, hint="without randomness all completions of a group are the same")
+    min_new_tokens: int = key(least=0)
 
 
 @dataclass
 class TrackingConfig:
-    mode: str = MISSING  # auto | online | offline | disabled
+    mode: str = key(choices=("auto", "online", "offline", "disabled"))
     project: str = MISSING
     entity: str | None = MISSING
     group: str | None = MISSING
@@ -103,66 +134,94 @@ class TrackingConfig:
     job_type: str = MISSING
     tags: list[str] = MISSING
     init_timeout: float = MISSING
-    completions_every: int = MISSING
+    completions_every: int = key(least=0)
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = MISSING
-    keep_last: int = MISSING
-    keep_every: int = MISSING
+    every: int = key(least=0)
+    keep_last: int = key(least=1)
+    keep_every: int = key(least=0)
     keep_best: bool = MISSING
     overlap: bool = MISSING
 
 
 @dataclass
 class SamplesConfig:
-    every: int = MISSING
+    every: int = key(least=0)
 
 
 @dataclass
 class EvalConfig:
-    every: int = MISSING
+    every: int = key(least=0, on_resume="free")
     before: bool = MISSING
-    after: bool = MISSING
-    max_problems: int | None = MISSING
-    max_completion_length: int | None = MISSING
+    after: bool = key(on_resume="free")
+    max_problems: int | None = key(least=1)
+    max_completion_length: int | None = key(least=1)
     accuracy: dict[str, Any] = MISSING
 
 
 @dataclass
 class SweepConfig:
-    budget_hours: float | None = None
-    eta: int = 3
+    budget_hours: float | None = key(default=None, above=0, hint="null sets no limit")
+    eta: int = key(default=3, least=2, hint="the best 1/eta of the arms continue", of_sweep=True)
 
 
 @dataclass
 class Config:
     name: str = MISSING
     seed: int = MISSING
-    run_dir: str | None = MISSING
-    resume: Any = MISSING  # false | true | auto
-    sweep_dir: str | None = MISSING
-    fork: bool = MISSING
-    fork_step: int | None = MISSING
+    run_dir: str | None = key(default=None, launch_only=True, of_sweep=True)
+    resume: Any = key(default=False, choices=(True, False, "auto"), launch_only=True)
+    sweep_dir: str | None = key(default=None, launch_only=True)
+    fork: bool = key(default=False, launch_only=True, of_sweep=True)
+    fork_step: int | None = key(default=None, launch_only=True, of_sweep=True)
+    plan: bool = key(default=False, launch_only=True)
+    until_step: int | None = key(default=None, least=1, launch_only=True)
+    sweep: SweepConfig = group(SweepConfig, launch_only=True)
     parent: dict[str, Any] | None = MISSING
-    plan: bool = MISSING
-    preflight: bool = True
-    until_step: int | None = None
-    sweep: SweepConfig = field(default_factory=SweepConfig)
+    preflight: bool = key(default=True, on_resume="free")
     deterministic: bool = MISSING
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    samples: SamplesConfig = field(default_factory=SamplesConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
+    checkpoint: CheckpointConfig = group(CheckpointConfig, on_resume="free")
+    samples: SamplesConfig = group(SamplesConfig, on_resume="free")
+    eval: EvalConfig = group(EvalConfig)
+    model: ModelConfig = group(ModelConfig)
     data: Any = MISSING  # {_target_, system_prompt, max_prompt_length, and the loader's own settings}
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    grpo: GrpoConfig = field(default_factory=GrpoConfig)
-    objective: Any = MISSING  # {_target_, and its own few numbers}
+    reward: RewardConfig = group(RewardConfig)
+    grpo: GrpoConfig = group(GrpoConfig)
+    objective: Any = MISSING  # {_target_, and its own few numbers; null: those of grpo.*}
     optimizer: Any = MISSING  # {_target_, lr, ...}
-    hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    hardware: HardwareConfig = group(HardwareConfig)
+    rollout: RolloutConfig = group(RolloutConfig)
+    tracking: TrackingConfig = group(TrackingConfig, on_resume="free")
+
+
+def _facts(schema: type, above: Facts, prefix: str) -> Iterator[tuple[str, Facts]]:
+    types = get_type_hints(schema)
+    for each in dataclasses.fields(schema):
+        own = each.metadata.get("facts", Facts())
+        own = replace(own, on_resume=own.on_resume or above.on_resume, launch_only=own.launch_only or above.launch_only)
+        dotted = f"{prefix}{each.name}"
+        inner = [one for one in (types[each.name], *get_args(types[each.name])) if dataclasses.is_dataclass(one)]
+        if inner:
+            yield from _facts(inner[0], own, f"{dotted}.")
+        else:
+            yield dotted, own
+
+
+# Of every key of the schema, by its dotted name.
+FACTS = dict(_facts(Config, Facts(on_resume="refused"), ""))
+LAUNCH_KEYS = frozenset(name for name, facts in FACTS.items() if facts.launch_only)
+PASSING_KEYS = frozenset(name for name in LAUNCH_KEYS if not FACTS[name].of_sweep)
+COMPUTE_KEYS = frozenset(name for name, facts in FACTS.items() if facts.on_resume == "rounding")
+
+
+def on_resume(name: str) -> str:
+    """What a resumed run may change of a key, as in Facts; of a group what holds for all keys below it."""
+    found = {facts.on_resume for dotted, facts in FACTS.items() if f"{dotted}.".startswith(f"{name}.")}
+    if found and found <= {"free", "rounding"}:
+        return "rounding" if "rounding" in found else "free"
+    return found.pop() if len(found) == 1 else "refused"
 
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -178,14 +237,20 @@ def typed(cfg: DictConfig) -> Config:
 
 def check(config: Config) -> None:
     """Raise ConfigError naming the first value that cannot work, and the mend. None (not yet known) passes."""
-    _check_numbers(config)
-    _check_choices(config)
-    g = config.grpo
-    if g.num_generations is not None and g.num_generations < 2:
-        raise ConfigError(
-            f"grpo.num_generations={g.num_generations}: a group of one has nothing to compare with, so its advantage "
-            "is always 0; use 2 or more"
-        )
+    _check_facts(config)
+    check_name(config.name)
+    _number("optimizer.lr", config.optimizer.get("lr"))
+    if config.optimizer["lr"] < 0:
+        raise ConfigError(f"optimizer.lr={config.optimizer['lr']}: must be 0 or more")
+    _number("data.max_prompt_length", config.data.get("max_prompt_length"))
+    for name in ("beta", "epsilon"):
+        own = config.objective.get(name)
+        if own is not None:
+            _number(f"objective.{name}", own)
+            _check_number(f"objective.{name}", own, FACTS[f"grpo.{name}"])
+    check_device_map(config.model.device_map)
+    if config.model.lora is not None:
+        _check_lora(config.model.lora)
     if not 0 <= config.seed < 2**63:
         raise ConfigError(f"seed={config.seed}: must lie between 0 and 2**63 - 1")
     compute = config.hardware.compute_dtype
@@ -195,16 +260,13 @@ def check(config: Config) -> None:
             "away from the weights; set model.dtype=float32, or hardware.compute_dtype=null"
         )
     _check_prompts(config.data)
-    for key in ("beta", "epsilon"):
-        if config.objective.get(key, getattr(g, key)) != getattr(g, key):
-            raise ConfigError(f"objective.{key}={config.objective[key]}: set grpo.{key}, which it follows")
     if not config.reward.components:
         raise ConfigError("reward.components is empty: give at least one component with a _target_")
     for name, component in config.reward.components.items():
-        key = f"reward.components.{name}"
+        place = f"reward.components.{name}"
         if not isinstance(component, dict) or not component.get("_target_"):
-            raise ConfigError(f"{key} needs a _target_: the dotted path of its function")
-        _number(f"{key}.weight", component.get("weight", 1.0))
+            raise ConfigError(f"{place} needs a _target_: the dotted path of its function")
+        _number(f"{place}.weight", component.get("weight", 1.0))
 
 
 def _check_prompts(data: dict[str, Any]) -> None:
@@ -216,6 +278,13 @@ def _check_prompts(data: dict[str, Any]) -> None:
         raise ConfigError("data.examples must be a list of {question: text, completion: text}, [] for none")
     if system_prompt is not None and not isinstance(system_prompt, str):
         raise ConfigError(f"data.system_prompt={system_prompt}: must be text, or null for none")
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError where runs of this name would lie outside outputs/."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts:
+        raise ConfigError(f"name={name}: must be the name of a folder below outputs/, without ..")
 
 
 def check_complete(config: Config) -> None:
@@ -250,56 +319,40 @@ def check_device_map(device_map: object) -> None:
         )
 
 
-def _check_numbers(config: Config) -> None:
-    flat = flatten(to_dict(config))
-    at_least_1 = ["grpo.num_iterations", "grpo.num_steps", "grpo.batch_size", "grpo.mu", "grpo.max_completion_length"]
-    at_least_1 += ["hardware.micro_batch_tokens", "hardware.rollout_tokens", "hardware.threads", "checkpoint.keep_last"]
-    at_least_1 += ["eval.max_problems", "eval.max_completion_length", "until_step"]
-    at_least_0 = ["grpo.beta", "grpo.warmup_steps", "rollout.min_new_tokens", "optimizer.lr"]
-    at_least_0 += ["checkpoint.every", "checkpoint.keep_every", "samples.every", "eval.every"]
-    at_least_0 += ["tracking.completions_every", "grpo.max_skipped_steps"]
-    for key in ("optimizer.lr", "data.max_prompt_length"):
-        _number(key, flat.get(key))
-    for lowest, keys in ((1, at_least_1), (0, at_least_0)):
-        for key in keys:
-            if flat[key] is not None and not flat[key] >= lowest:  # so put, not-a-number fails too
-                raise ConfigError(f"{key}={flat[key]}: must be {lowest} or more")
-    if not 0 < config.grpo.epsilon < 1:
-        raise ConfigError(f"grpo.epsilon={config.grpo.epsilon}: must lie between 0 and 1, usually 0.1 or 0.2")
-    if config.reward.timeout_s is not None and not config.reward.timeout_s > 0:
-        raise ConfigError(f"reward.timeout_s={config.reward.timeout_s}: must be above 0 seconds; null sets no limit")
-    if config.sweep.eta < 2:
-        raise ConfigError(f"sweep.eta={config.sweep.eta}: must be 2 or more, since the best 1/eta of the arms go on")
-    if config.sweep.budget_hours is not None and not config.sweep.budget_hours > 0:
-        raise ConfigError(f"sweep.budget_hours={config.sweep.budget_hours}: must be above 0; null sets no limit")
-    if not config.grpo.max_grad_norm > 0:
-        raise ConfigError(f"grpo.max_grad_norm={config.grpo.max_grad_norm}: must be above 0; 1e9 never clips")
-    if not config.rollout.temperature > 0:
-        raise ConfigError(
-            f"rollout.temperature={config.rollout.temperature}: must be above 0; without randomness all completions "
-            "of a group are the same"
-        )
+def _check_facts(config: Config) -> None:
+    """What the schema says of each key's value; None (not yet known, or none) passes where it is no choice."""
+    flat = flatten(dataclasses.asdict(config))
+    for name, facts in FACTS.items():
+        if name not in flat:  # below a group that is null
+            continue
+        value = flat[name]
+        if facts.choices:
+            if not any(value is each or (value == each and type(value) is type(each)) for each in facts.choices):
+                raise ConfigError(f"{name}={_yaml(value)}: must be one of {', '.join(map(_yaml, facts.choices))}")
+        elif value is not None:
+            _check_number(name, value, facts)
 
 
-def _check_choices(config: Config) -> None:
-    for key, allowed in {
-        "resume": (True, False, "auto"),
-        "reward.on_error": ("fail", "skip"),
-        "grpo.lr_schedule": ("constant", "linear", "cosine"),
-        "tracking.mode": ("auto", "online", "offline", "disabled"),
-        "hardware.device": ("auto", "cuda", "mps", "cpu"),
-        "hardware.compute_dtype": (None, "float32", "bfloat16", "float16"),
-        "model.dtype": ("float32", "bfloat16"),
-    }.items():
-        value = flatten(to_dict(config))[key]
-        if value not in allowed:
-            raise ConfigError(f"{key}={_yaml(value)}: must be one of {', '.join(map(_yaml, allowed))}")
-    check_device_map(config.model.device_map)
-    lora = config.model.lora
-    if lora is not None and (lora.rank < 1 or not lora.alpha > 0):
-        raise ConfigError(f"model.lora.rank={lora.rank} and model.lora.alpha={lora.alpha:g}: must be above 0")
-    modules = lora.target_modules if lora is not None else []
-    if not modules == "all-linear" and not (isinstance(modules, list) and all(isinstance(m, str) for m in modules)):
+def _check_number(name: str, value: float, facts: Facts) -> None:
+    wanted = _outside(value, facts)
+    if wanted is not None:
+        raise ConfigError(f"{name}={value}: must {wanted}{facts.hint and '; ' + facts.hint}")
+
+
+def _outside(value: float, facts: Facts) -> str | None:
+    """What a number must be, where it is not; not-a-number never is."""
+    if facts.below is not None and not facts.above < value < facts.below:
+        return f"lie between {facts.above:g} and {facts.below:g}"
+    if facts.above is not None and not value > facts.above:
+        return f"be above {facts.above:g}"
+    if facts.least is not None and not value >= facts.least:
+        return f"be {facts.least:g} or more"
+    return None
+
+
+def _check_lora(lora: LoraSettings) -> None:
+    modules = lora.target_modules
+    if modules != "all-linear" and not (isinstance(modules, list) and all(isinstance(m, str) for m in modules)):
         raise ConfigError(
             f"model.lora.target_modules={modules}: must be all-linear, or a list of layers' names such as "
             "[q_proj,v_proj]"
@@ -315,22 +368,23 @@ def _yaml(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def kl_weight(config: Config) -> float:
+    """The weight of the KL penalty: the objective's own, or else grpo.beta; 0 needs no reference model."""
+    own = config.objective.get("beta")
+    return config.grpo.beta if own is None else own
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, short enough for a line of our own; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def load_frozen(path: Path) -> DictConfig:
-    """A run folder's config.yaml. Its values are data: nothing in them is interpolated again."""
-    values = yaml.safe_load(path.read_text())
-    if "card" in (values.get("hardware") or {}) and values["hardware"]["card"] is None:  # as it once was written
-        values["hardware"]["card"] = dict.fromkeys(("memory_gb", "tflops", "bandwidth_gb_s"))
-    return OmegaConf.create(escape(values))
-
-
 def to_dict(config: Config) -> dict[str, Any]:
-    """The config as plain nested dicts."""
-    return dataclasses.asdict(config)
+    """The config of the experiment as plain nested dicts: without what is about one launch only."""
+    values = dataclasses.asdict(config)
+    for name in {key.partition(".")[0] for key in LAUNCH_KEYS}:
+        del values[name]
+    return values
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -352,3 +406,14 @@ def escape(node: Any) -> Any:
         return [escape(value) for value in node]
     # A backslash before "${" makes it plain text to OmegaConf, and must itself be doubled there.
     return re.sub(r"(\\*)\$\{", lambda m: 2 * m[1] + r"\${", node) if isinstance(node, str) else node
+
+
+def copy_value(source: DictConfig, key: str, target: DictConfig, to: str | None = None) -> None:
+    """Set a key of a config, in place, to another one's value of it; `to`: under another name.
+
+    The value is data from here on: reading it has resolved it, and its text is not interpolated a second time.
+    """
+    value = OmegaConf.select(source, key)
+    plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    with open_dict(target):
+        OmegaConf.update(target, to or key, escape(plain), merge=False, force_add=True)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from grpo.algorithm.step import Batch
-from grpo.config import Config, check_training, typed
+from grpo.config import Config, check_training, kl_weight, typed
 from grpo.engine import cost
 from grpo.engine.batch import CompletionBatch, PromptBatch
 from grpo.engine.hardware import peak_memory_gb, resolve_hardware
@@ -99,7 +99,7 @@ def _memory(config: Config, model: Any, work: cost.Work) -> dict[str, float]:
         "program": _program() if on_cpu else 0.0,
         "weights": weights + frozen * compute.itemsize,
         "working copy": copied if whole and compute != dtype else 0.0,
-        "reference": copied if config.grpo.beta > 0 else 0.0,
+        "reference": copied if kl_weight(config) > 0 else 0.0,
         "optimizer": optimizer,
         "gradients": weights,
         "activations": activations,
@@ -159,7 +159,7 @@ def _disk(config: Config, weights: float, optimizer: float, rows: int) -> dict[s
     steps = grpo.num_iterations * grpo.num_steps
     kept = min(keep.keep_last, math.ceil(steps / keep.every) if keep.every else 1)
     kept += steps // keep.keep_every if keep.keep_every else 0
-    reference = weights if grpo.num_iterations > 1 and grpo.beta > 0 else 0.0
+    reference = weights if grpo.num_iterations > 1 and kl_weight(config) > 0 else 0.0
     samples = steps // config.samples.every * rows * BYTES_PER_SAMPLE if config.samples.every else 0.0
     return {
         "checkpoints": kept * (weights + optimizer) + reference,
@@ -192,7 +192,7 @@ def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) 
     forward = cost.forward_flops(model, work)
     decoding = max(forward / flops, cost.decode_bytes(model, work, compute.itemsize) / read)
     starting = OPERATION_S * model.config.num_hidden_layers * max(work.lengths)
-    rest = cost.step_flops(model, work, config.grpo.beta > 0, config.grpo.mu) - forward
+    rest = cost.step_flops(model, work, kl_weight(config) > 0, config.grpo.mu) - forward
     return OVER_FLOOR.get((device, compute), EXPECTED_OVER_FLOOR) * (decoding + rest / flops) + starting
 
 

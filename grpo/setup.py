@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.algorithm.loss import LossOutput
 from grpo.algorithm.reward import Component, Rewards, score
-from grpo.config import Config, ConfigError, check_complete
+from grpo.config import Config, ConfigError, check_complete, kl_weight
 from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import Messages, messages, prompt_lengths, render
 from grpo.engine.batch import CompletionBatch, PromptBatch, tokenize_prompts
@@ -151,7 +151,7 @@ def prepare(config: Config, with_problems: bool = True, use: bool = True) -> Set
         for name, node in config.reward.components.items()
     ]
     accuracy = Component("accuracy", bind_reward("eval.accuracy", config.eval.accuracy), **limits)
-    objective, optimizer = bind("objective", config.objective), bind("optimizer", config.optimizer)
+    objective, optimizer = bind_objective(config), bind("optimizer", config.optimizer)
     _check_optimizer(optimizer)
     problems = bind("data", config.data, without=DATA_KEYS)() if with_problems else Problems([], [])
     check_model(config.model)
@@ -164,6 +164,13 @@ def prepare(config: Config, with_problems: bool = True, use: bool = True) -> Set
         check_device(device)
     lengths = lengths[: len(problems.train)]
     return Setup(config, device, tokenizer, problems, lengths, components, accuracy, objective, optimizer)
+
+
+def bind_objective(config: Config) -> Callable[..., LossOutput]:
+    """The objective, with grpo.beta and grpo.epsilon for its own where those are null."""
+    own = {"beta": kl_weight(config), "epsilon": config.grpo.epsilon}
+    node = {key: own[key] if value is None and key in own else value for key, value in config.objective.items()}
+    return bind("objective", node)
 
 
 def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:

@@ -23,7 +23,7 @@ from grpo.algorithm.step import (
     learning_rate,
 )
 from grpo.analysis.doctor import Doctor
-from grpo.config import to_dict
+from grpo.config import kl_weight, to_dict
 from grpo.data.prompts import problems_of_step
 from grpo.ending import finish, pause
 from grpo.engine.hardware import peak_memory_gb
@@ -127,7 +127,7 @@ class Trainer:
         dtype = compute_dtype(setup.config)
         # What reads and writes tokens: the policy itself, or a copy in a narrower dtype that follows its updates.
         self.worker = self.policy if self.policy.dtype == dtype else working_copy(self.policy, dtype)
-        self.reference = setup.reference(self.policy) if setup.config.grpo.beta > 0 else None
+        self.reference = setup.reference(self.policy) if kl_weight(setup.config) > 0 else None
         if setup.config.hardware.activation_checkpointing:
             checkpoint_layers(self.worker)
         self.optimizer = setup.optimizer([(name, p) for name, p in self.policy.named_parameters() if p.requires_grad])

@@ -1,5 +1,6 @@
 """Real launches of the suite, and the one finished run that many tests look at."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from tests.runs import SETTINGS
 from tests.runs import launch as warm_launch
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ["GRPO_OUTPUTS"] = "outputs"  # below the working directory of each launch
 
 # The embedded model for two steps of 2 problems x 4 completions: seconds. One thread, so that a busy machine does not
 # stretch them.

@@ -3,12 +3,16 @@
 import dataclasses
 
 import pytest
-import yaml
+from omegaconf.errors import InterpolationResolutionError
 
 from grpo.compose import compose_config, explain, run_command
-from grpo.config import CONF_DIR, Config, ConfigError, check_training, flatten, load_frozen, to_dict, typed
+from grpo.config import CONF_DIR, Config, ConfigError, check_training, flatten, kl_weight, to_dict, typed
+from grpo.migrations import load_frozen
+from grpo.overrides import Overrides
+from grpo.run.decide import check_runnable
 from grpo.run.folder import RunFolder
-from grpo.run.session import resumed_config
+from grpo.run.resume import resumed_config
+from grpo.setup import bind_objective
 
 CHOICES = [f"{group.name}={file.stem}" for group in sorted(CONF_DIR.iterdir()) for file in sorted(group.glob("*.yaml"))]
 
@@ -67,8 +71,8 @@ def test_all_groups_of_the_layout_have_choices():
         ("grpo.beta", 0.04),
         ("grpo.mu", 1),
         ("grpo.epsilon", 0.1),
-        ("objective.beta", 0.04),
-        ("objective.epsilon", 0.1),
+        ("objective.beta", None),
+        ("objective.epsilon", None),
         ("optimizer.lr", 5e-6),
         ("reward.components.correctness.weight", 1.0),
         ("reward.components.format.weight", 1.0),
@@ -77,7 +81,6 @@ def test_all_groups_of_the_layout_have_choices():
         ("samples.every", 10),
         ("rollout.temperature", 1.0),
         ("tracking.mode", "auto"),
-        ("resume", False),
     ],
 )
 def test_default_of(defaults, key, value):
@@ -151,12 +154,20 @@ def test_weights_that_would_not_move_are_refused(optimizer):
         check_training(compose_typed(*sound))
 
 
-def test_the_objective_follows_beta_and_epsilon():
-    assert compose_typed("grpo.beta=0.5", "grpo.epsilon=0.3").objective == {
-        "_target_": "grpo.algorithm.loss.grpo_loss",
-        "beta": 0.5,
-        "epsilon": 0.3,
-    }
+def test_the_objective_follows_beta_and_epsilon_of_grpo_or_has_its_own():
+    config = compose_typed("grpo.beta=0.5", "grpo.epsilon=0.3")
+    assert bind_objective(config).keywords == {"beta": 0.5, "epsilon": 0.3}
+    own = compose_typed("objective.beta=0", "objective.epsilon=3e-4")
+    assert bind_objective(own).keywords == {"beta": 0.0, "epsilon": 3e-4}
+    assert (kl_weight(config), kl_weight(own)) == (0.5, 0.0)
+
+
+def test_a_number_of_grpo_is_refused_where_the_objective_has_its_own():
+    both = ["objective.epsilon=3e-4", "grpo.epsilon=0.2"]
+    with pytest.raises(ConfigError, match=r"grpo\.epsilon: the objective has its own, objective\.epsilon=0\.0003; set"):
+        check_runnable(compose_config(both), Overrides(both))
+    for allowed in (both[:1], [*both, "objective.epsilon=null"], ["grpo.beta=0"]):
+        check_runnable(compose_config(allowed), Overrides(allowed))
 
 
 def test_a_reward_component_can_be_dropped_and_one_added():
@@ -260,8 +271,8 @@ def test_arithmetic_wider_than_the_weights_is_refused():
 @pytest.mark.parametrize(
     ("override", "mend"),
     [
-        ("grpo.num_generations=1", "use 2 or more"),
-        ("hardware.num_generations=1", "use 2 or more"),
+        ("grpo.num_generations=1", "must be 2 or more; a group of one"),
+        ("hardware.num_generations=1", "grpo.num_generations=1: must be 2 or more; a group of one"),
         ("grpo.beta=-0.1", "grpo.beta=-0.1: must be 0 or more"),
         ("grpo.beta=nan", "grpo.beta=nan"),
         ("grpo.num_steps=0", "grpo.num_steps=0: must be 1 or more"),
@@ -298,8 +309,8 @@ def test_a_value_that_cannot_work_is_refused_with_the_mend(override, mend):
 @pytest.mark.parametrize(
     ("override", "mend"),
     [
-        ("model.lora.rank=0", "model.lora.rank=0 and model.lora.alpha=32: must be above 0"),
-        ("model.lora.alpha=-1", "model.lora.rank=32 and model.lora.alpha=-1: must be above 0"),
+        ("model.lora.rank=0", "model.lora.rank=0: must be 1 or more"),
+        ("model.lora.alpha=-1", "model.lora.alpha=-1.0: must be above 0"),
         ("model.lora.target_modules=7", "must be all-linear, or a list"),
         ("model.lora.target_modules=[1]", "must be all-linear, or a list"),
     ],
@@ -311,6 +322,16 @@ def test_an_adapter_that_cannot_be_is_refused(override, mend):
 def test_an_adapters_keys_without_an_adapter_are_answered_with_what_makes_one(capsys):
     assert run_command(lambda: compose_typed("model.lora.rank=8")) == 2
     assert capsys.readouterr().err.endswith("for model.lora.* add tuning=lora\n")
+
+
+def test_an_error_of_ours_is_said_as_it_is_whatever_wraps_it():
+    try:
+        try:
+            raise ConfigError("the cause")
+        except ConfigError as cause:
+            raise InterpolationResolutionError("raised while resolving interpolation") from cause
+    except InterpolationResolutionError as error:
+        assert explain(error) == "the cause"
 
 
 def test_what_is_said_fits_in_two_lines():
@@ -353,16 +374,16 @@ FIRST = ["experiment=quickstart", "grpo.num_steps=7", "grpo.beta=0.01", "optimiz
 
 @pytest.fixture
 def run_with(tmp_path):
-    """A started run folder: its experiment and, as Hydra records it, its first command line."""
+    """A started run folder: its experiment and its first command line."""
     folder = RunFolder(tmp_path / "run")
-    (folder.path / ".hydra").mkdir(parents=True)
-    (folder.path / ".hydra" / "overrides.yaml").write_text("".join(f"- {override}\n" for override in FIRST))
+    folder.path.mkdir()
     folder.write_config(compose_typed(*FIRST))
+    folder.record_launch({"overrides": FIRST})
     return folder
 
 
 def resumed(folder, *overrides):
-    return resumed_config(folder, compose_config(overrides), list(overrides))[0]
+    return resumed_config(folder, compose_config(overrides), Overrides(overrides))[0]
 
 
 @pytest.mark.parametrize(
@@ -414,14 +435,6 @@ def test_resume_accepts_another_cut_and_says_what_that_costs(run_with, caplog):
 def test_a_card_for_the_plan_changes_nothing_of_a_run(run_with, caplog):
     assert resumed(run_with, "hardware.card.memory_gb=5").hardware.card.memory_gb == 5
     assert caplog.text == ""
-
-
-def test_a_folder_frozen_with_no_card_and_no_word_of_graphs_is_read(run_with):
-    values = yaml.safe_load(run_with.config_file.read_text())
-    values["hardware"]["card"] = None
-    del values["hardware"]["cuda_graphs"]
-    run_with.config_file.write_text(yaml.safe_dump(values))
-    assert resumed(run_with).hardware.card.memory_gb is None
 
 
 def test_resume_takes_nothing_from_conf_that_the_command_line_does_not_name(run_with):

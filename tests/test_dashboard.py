@@ -8,6 +8,7 @@ from grpo.__main__ import main
 from grpo.commands.dashboard import View, _view, panels, workspace
 from grpo.compose import compose_config
 from grpo.config import typed
+from grpo.overrides import Overrides
 from grpo.run.folder import RunFolder
 from grpo.run.sweep import SweepFolder
 from tests.run.test_sweep import QUICK
@@ -49,7 +50,7 @@ def test_arms_of_a_group_are_told_apart_by_a_key_that_follows_it(tmp_path):
     overrides = ["tuning=lora,full", "seed=1,2"]
     points = [[f"tuning={tuning}", f"seed={seed}"] for tuning in ("lora", "full") for seed in (1, 2)]
     sweep = SweepFolder(tmp_path / "sweep")
-    sweep.begin(overrides, ["tuning", "seed"], points)
+    sweep.begin(Overrides(overrides), ["tuning", "seed"], points)
     for number, point in enumerate(points):
         folder = RunFolder(sweep.path / f"{number}_job")
         folder.path.mkdir()

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo.config import load_frozen, typed
+from grpo.config import typed
+from grpo.migrations import load_frozen
 from grpo.run.checkpoint import broken, latest_checkpoint, load_state
 from grpo.run.session import STOP_SIGNALS, StopSignals
 from grpo.setup import prepare

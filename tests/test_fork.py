@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from grpo.config import load_frozen
+from grpo.migrations import load_frozen
 from tests.runs import SETTINGS, launch, rows, status
 
 TWIN = [*SETTINGS, "checkpoint.every=2", "checkpoint.keep_last=9"]
@@ -82,7 +82,7 @@ def test_another_beta_reaches_the_objective(parent, tmp_path):
     result, run = fork(parent, tmp_path, "fork_step=6", "grpo.beta=0.5", "grpo.epsilon=0.2")
     assert result.returncode == 0, result.stderr
     config = load_frozen(run / "config.yaml")
-    assert (config.objective.beta, config.objective.epsilon) == (0.5, 0.2)
+    assert (config.objective.beta, config.grpo.beta, config.grpo.epsilon) == (None, 0.5, 0.2)
     assert rows(run)[6]["digest/completions"] == rows(parent)[6]["digest/completions"]
     assert rows(run)[6]["loss"] != rows(parent)[6]["loss"]
 
@@ -147,7 +147,7 @@ def test_a_sweep_of_forks_that_was_killed_goes_on(parent, tmp_path):
         (["fork=true", "run_dir=PARENT", "fork_step=5"], "keeps no checkpoint of that step, but of: 2, 4, 6, 8"),
         (["fork=true", "run_dir=PARENT"], "the fork would start at step 8 of 8: nothing is left to do"),
         (["fork=true", "run_dir=PARENT", "fork_step=6", "grpo.num_steps=8"], "keep grpo.num_steps"),
-        (["fork=true", "run_dir=PARENT", "fork_step=6", "grpo.num_generations=1"], "use 2 or more"),
+        (["fork=true", "run_dir=PARENT", "fork_step=6", "grpo.num_generations=1"], "must be 2 or more"),
         (["fork=true", "run_dir=PARENT", "fork_step=6", "data.max_prompt_length=3"], "prompts are longer"),
     ],
 )

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from wandb.util import get_core_path
 
 from grpo.compose import compose_config
-from grpo.config import ConfigError, load_frozen, typed
+from grpo.config import ConfigError, typed
+from grpo.migrations import load_frozen
 from grpo.run.console import closing_table, live_numbers
 from grpo.setup import prepare
 from tests.runs import SETTINGS
@@ -71,7 +72,7 @@ def test_torch_is_not_imported_before_training(tmp_path, arguments):
         sys.path.insert(0, root)
         import launch
         try:
-            launch.run_command(launch.launch)
+            launch.main(sys.argv[1:])
         except SystemExit:
             pass
         slow = {"torch", "transformers", "datasets", "pandas", "matplotlib", "wandb"} & set(sys.modules)
@@ -249,7 +250,7 @@ def test_a_used_run_folder_is_refused_and_left_as_it_is(launch, finished_run, sm
     before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
     result = launch(*small_run, f"run_dir={finished_run}", cwd=finished_run.parent)
     assert result.returncode == 2
-    assert f"{finished_run} holds a run already; go on with it: resume=true" in result.stderr
+    assert f"{finished_run.name} holds a run already; resume it: resume=true" in result.stderr
     assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
 
 
@@ -297,7 +298,7 @@ def bad_inputs(tmp_path):
         (["kl_coef=0.1"], "here it is called grpo.beta"),
         (["+grpo.kl_coef=0.1"], "here it is called grpo.beta"),
         (["grpo.beta=${nope}"], "nope"),
-        (["grpo.num_generations=1"], "use 2 or more"),
+        (["grpo.num_generations=1"], "must be 2 or more"),
         (["hardware=a100"], "Did you mean hardware=a100_80gb?"),
         (["resume=true"], "name one with run_dir=..., or start without resume"),
         (["resume=true", "run_dir=empty"], "empty is empty; start a run there without resume=true"),
@@ -343,11 +344,11 @@ def test_a_bad_command_ends_with_2_a_mend_and_no_folder(launch, bad_inputs, argu
         (["optimizer.betas=[2,3]"], "optimizer: Invalid beta parameter"),
         (["optimizer._target_=tests.runs.OptimizerWithoutNames"], "optimizer: it must take pairs of name and"),
         (["reward.components.format.weight=nan"], "reward.components.format.weight=nan: must be a number"),
-        (["objective.beta=0.5"], "objective.beta=0.5: set grpo.beta, which it follows"),
-        (["objective.epsilon=-1"], "objective.epsilon=-1: set grpo.epsilon"),
+        (["objective.beta=-0.5"], "objective.beta=-0.5: must be 0 or more"),
+        (["objective.epsilon=-1"], "objective.epsilon=-1: must lie between 0 and 1"),
         (["grpo.batch_size=null"], "grpo.batch_size=null: must be a number"),
         (["seed=-1"], "seed=-1: must lie between"),
-        (["reward.timeout_s=0"], "reward.timeout_s=0.0: must be above 0 seconds"),
+        (["reward.timeout_s=0"], "reward.timeout_s=0.0: must be above 0"),
         (["reward.on_error=ignore"], "reward.on_error=ignore: must be one of fail, skip"),
         (["reward.components.format._target_=tests.empty_failure.f"], "AssertionError; it must be the dotted path"),
     ],

@@ -8,13 +8,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo import plan as planning
 from grpo.compose import compose_config
-from grpo.config import ConfigError, load_frozen
+from grpo.config import ConfigError
 from grpo.engine import cost
 from grpo.engine.batch import CompletionBatch, PromptBatch
 from grpo.engine.logps import completion_logps
 from grpo.engine.model import load_model
 from grpo.engine.packed import packs
-from grpo.run.before_start import sweep_points
+from grpo.migrations import load_frozen
+from grpo.overrides import Overrides
+from grpo.run.planned import sweep_points
 from grpo.tiny import MODEL_DIR
 from tests.engine.conftest import tiny_config
 
@@ -62,19 +64,17 @@ def test_a_sweep_of_an_experiment_of_ones_own_is_planned(launch, tmp_path):
     assert (done.returncode, "disk of all 2 runs" in done.stdout) == (0, True), done.stderr
 
 
-def of_hydra(sweeper):
-    """The config of a sweep's launch, as far as its points need it."""
-    hydra = {"sweeper": sweeper, "overrides": {"hydra": []}, "job": {"config_name": "config"}}
-    return OmegaConf.create({"hydra": hydra})
-
-
 def test_points_may_be_named_by_the_sweeper_and_another_sweeper_is_refused():
     basic = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": {"grpo.beta": "0,0.04"}}
-    points = sweep_points([*QUICK, "seed=1,2"], of_hydra(basic))
-    assert [name for name, _, _ in points] == [f"grpo.beta={b} seed={s}" for b in ("0", "0.04") for s in (1, 2)]
-    assert {(cfg.grpo.beta, cfg.seed) for _, cfg, _ in points} == {(b, s) for b in (0, 0.04) for s in (1, 2)}
+    points = sweep_points(Overrides([*QUICK, "seed=1,2"]), OmegaConf.create(basic))
+    pairs = [(beta, seed) for beta in ("0", "0.04") for seed in (1, 2)]
+    assert [name for name, _ in points] == [f"grpo.beta={beta} seed={seed}" for beta, seed in pairs]
+    assert [job.lines for _, job in points] == [
+        [f"grpo.beta={beta}", "experiment=quickstart", f"seed={seed}"] for beta, seed in pairs
+    ]
+    optuna = OmegaConf.create({"_target_": "hydra_plugins.hydra_optuna_sweeper.OptunaSweeper"})
     with pytest.raises(ConfigError, match="points of a grid only"):
-        sweep_points(QUICK, of_hydra({"_target_": "hydra_plugins.hydra_optuna_sweeper.OptunaSweeper"}))
+        sweep_points(Overrides(QUICK), optuna)
 
 
 def test_a_bad_value_is_refused_as_in_a_launch(launch, tmp_path):

@@ -17,9 +17,10 @@ from grpo.analysis.load import (
     read_config,
 )
 from grpo.analysis.summary import wilson_interval
+from grpo.overrides import Overrides
 from grpo.run.folder import RunFolder
 from grpo.run.halving import SEED, Record
-from grpo.run.sweep import SweepFolder, key_of, short
+from grpo.run.sweep import SweepFolder, short
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Sweep:
         self.overrides: list[str] = record["overrides"]
         self.swept: list[str] = record["keys"]
         self.flags: list[str] = record.get("flags", [])
-        self.flags += [each for each in record.get("hydra", []) if each.startswith("hydra.searchpath=")]
+        self.flags += Overrides(record.get("hydra", [])).select({"hydra.searchpath"}).lines
         self.is_grid = record.get("planned") is not None  # and not points that a sweeper came to
         self.keys = [key for key in self.swept if key != SEED]  # those that make arms
         self.jobs, self._seeds, correct = _read_jobs(self.folder, self.swept)
@@ -131,13 +132,9 @@ class Sweep:
         """`reproduce`: the best arm again as it was; `confirm`: on seeds that no job had."""
         arm = dict(zip(self.keys, self.arms[0].values, strict=True))
         # Each in the place that its values had, since a later override may change what an earlier one sets.
-        named = {key_of(each) for each in self.overrides}
-        searched = [f"{key}={value}" for key, value in arm.items() if key not in named]
-        own = [
-            f"{each.partition('=')[0]}={arm[key_of(each)]}" if key_of(each) in arm else each
-            for each in self.overrides
-            if key_of(each) != SEED
-        ]
+        overrides = Overrides(self.overrides)
+        searched = [f"{key}={value}" for key, value in arm.items() if key not in overrides.keys]
+        own = overrides.without({SEED}).with_texts(arm)
         launch = ["python", "launch.py", *self.flags]
         again = ",".join(map(str, sorted({self._seeds[job] for job in self.arms[0].jobs})))
         fresh = ",".join(str(max(self._seeds.values()) + number) for number in range(1, fresh_seeds + 1))
@@ -207,7 +204,7 @@ def _read_jobs(folder: SweepFolder, keys: list[str]) -> tuple[pd.DataFrame, dict
     for place, job in enumerate(jobs):
         number = job["job"] if unique else place
         row = {"job": number, "folder": job["folder"], "state": job["state"]}
-        row |= {key: None for key in keys} | dict(each.lstrip("+").split("=", 1) for each in job["overrides"])
+        row |= {key: None for key in keys} | Overrides(job["overrides"]).texts
         row |= {"step": job["step"], "total_steps": job["total_steps"], "error": job["error"]}
         if job["folder"] is not None and (folder.path / job["folder"] / "config.yaml").exists():
             run = folder.path / job["folder"]

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from grpo.compose import apply_overrides, compose_config
 from grpo.config import Config, ConfigError, typed
+from grpo.overrides import Overrides
 from grpo.run.folder import RunFolder
 from grpo.targets import check_trusted
 
@@ -59,16 +60,16 @@ def find_subject(arguments: Sequence[str]) -> Subject:
     model.name is given, that model on the run's problems. Without: the config that conf/ composes.
     """
     folder = run_folder_of(arguments)
-    _, overrides = own_arguments(arguments, ["run_dir"])
+    overrides = Overrides(own_arguments(arguments, ["run_dir"])[1])
     from grpo.engine.hardware import hardware_found  # imports torch
 
-    composed = hardware_found(compose_config(overrides), overrides)
+    composed = hardware_found(compose_config(overrides.lines), overrides, compose_config)
     if folder is None:
         return Subject(resolved(composed), None, None, 0)
     changed = apply_overrides(folder.frozen_config(), composed, overrides)
     check_trusted(changed, composed, folder.path)
-    if any(argument.startswith(("model.name=", "model=")) for argument in overrides):
-        if not any(argument.lstrip("+").startswith("model.lora") for argument in overrides):
+    if {"model", "model.name"} & set(overrides.keys):
+        if not overrides.names("model.lora"):
             changed.model.lora = None
         return Subject(resolved(changed), folder, None, 0)
     # Of a run that was given more steps and has not made them yet, final_model is from before.

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from grpo.commands._common import find_subject, load_subject, own_arguments
+from grpo.overrides import Overrides
 
 
 def main(arguments: list[str]) -> None:
@@ -18,7 +19,7 @@ def main(arguments: list[str]) -> None:
     own, overrides = own_arguments(arguments, ["prompt"])
     subject = find_subject(overrides)
     setup, model = load_subject(subject, with_problems=False)
-    sampled = any(argument.startswith("rollout.temperature=") for argument in overrides)
+    sampled = Overrides(overrides).names("rollout.temperature")
     sampling = setup.sampling(model) if sampled else setup.sampling(model, temperature=0.0)
     if "prompt" in own:
         print(answer(setup, model, sampling, own["prompt"], turn=1))

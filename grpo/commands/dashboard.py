@@ -12,8 +12,9 @@ from typing import Any
 from grpo.analysis.load import read_config
 from grpo.commands._common import own_arguments, run_folder_of
 from grpo.config import ConfigError, flatten
+from grpo.overrides import Overrides
 from grpo.run.halving import SEED
-from grpo.run.sweep import SweepFolder, key_of
+from grpo.run.sweep import SweepFolder
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _arm_keys(sweep: SweepFolder, configs: dict[int, dict[str, Any]]) -> tuple[s
     W&B knows the values of a run's config, and not from which file they came.
     """
     flat = {job: {key: str(value) for key, value in flatten(config).items()} for job, config in configs.items()}
-    given = {job["job"]: {key_of(each): each.partition("=")[2] for each in job["overrides"]} for job in sweep.jobs()}
+    given = {job["job"]: Overrides(job["overrides"]).texts for job in sweep.jobs()}
 
     def follows(leaf: str, key: str) -> bool:
         pairs = {(given[job].get(key), config.get(leaf)) for job, config in flat.items()}

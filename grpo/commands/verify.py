@@ -13,6 +13,7 @@ from typing import Any
 from grpo.commands._common import own_arguments, resolved, run_folder_of
 from grpo.compose import apply_overrides, compose_config
 from grpo.config import ConfigError
+from grpo.overrides import Overrides
 from grpo.run.folder import RunFolder
 from grpo.targets import check_trusted
 
@@ -21,13 +22,14 @@ NOT_COMPARED = ("step_time", "timing_s/", "perf/")  # times and memory: what a m
 
 def main(arguments: list[str]) -> None:
     """Verify and print the verdict; SystemExit with 1 where something differs."""
-    own, overrides = own_arguments(arguments, ["run_dir", "step"])
+    own, given = own_arguments(arguments, ["run_dir", "step"])
+    overrides = Overrides(given)
     folder = run_folder_of(arguments)
     if folder is None:
         raise ConfigError("verify needs a run folder: python -m grpo verify run_dir=outputs/...")
     from grpo.engine.hardware import hardware_found  # imports torch
 
-    composed = hardware_found(compose_config(overrides), overrides)
+    composed = hardware_found(compose_config(overrides.lines), overrides, compose_config)
     config = apply_overrides(folder.frozen_config(), composed, overrides)
     check_trusted(config, composed, folder.path)
     damaged = check_manifests(folder)

@@ -6,14 +6,14 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.compose import recompose
 from grpo.config import Config, ConfigError, check_device_map
+from grpo.overrides import Overrides
 
 logger = logging.getLogger(__name__)
 
@@ -24,22 +24,22 @@ CUDA_PRESETS = ((70, "a100_80gb"), (36, "a100_40gb"), (20, "rtx_24gb"), (0, "t4_
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def hardware_found(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def hardware_found(cfg: DictConfig, overrides: Overrides, compose: Callable[[Sequence[str]], DictConfig]) -> DictConfig:
     """With hardware=auto what `hardware=<preset>` would have composed, for the device found here; else cfg itself.
 
-    overrides: the command line that composed cfg. What it says of a preset's keys stays.
+    overrides: the command line that composed cfg. What it says of a preset's keys stays. compose: composes again.
     """
     if cfg.hardware.device != "auto":
         return cfg
     _check_there(cfg)
-    chosen = preset_overrides(cfg.model.device_map if cfg.model.device_map != "auto" else find_device())
-    logger.info("hardware=auto: %s", " ".join(chosen))
+    preset, *adapted = preset_overrides(cfg.model.device_map if cfg.model.device_map != "auto" else find_device())
+    logger.info("hardware=auto: %s", " ".join([preset, *adapted]))
     # Of the card, plan=true looks at this machine's instead of at the preset's.
-    chosen += [f"hardware.card.{key}=null" for key in cfg.hardware.card]
+    adapted += [f"hardware.card.{key}=null" for key in cfg.hardware.card]
     # What an experiment sets itself is in cfg already, since `auto` leaves it open.
-    chosen = [each for each in chosen if OmegaConf.select(cfg, each.partition("=")[0]) is None or each in chosen[:1]]
-    kept = [override for override in overrides if override.partition("=")[0] not in ("hardware", "hardware.device")]
-    return recompose([*chosen, *kept])
+    still_open = [key for key in Overrides(adapted).keys if OmegaConf.select(cfg, key) is None]
+    kept = overrides.without({"hardware", "hardware.device"})
+    return compose([preset, *Overrides(adapted).select(still_open), *kept])
 
 
 def preset_overrides(device: str) -> list[str]:

@@ -6,32 +6,60 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config import Config, escape, load_frozen, to_dict
+from grpo.config import Config, escape, to_dict
+from grpo.migrations import VERSION, load_frozen
 
-OUTPUTS = Path("outputs")
 
-# What may change when a run goes on: how it is watched and kept, and how the work is cut.
-CHANGEABLE = ("preflight", "tracking.", "checkpoint.", "samples.", "eval.every", "eval.after", "grpo.max_skipped_steps")
-CHANGEABLE += ("reward.timeout_s", "reward.on_error", "hardware.card.")  # a card is for the plan
-CUT = tuple(
-    f"hardware.{key}"
-    for key in (
-        "micro_batch_tokens",
-        "rollout_tokens",
-        "activation_checkpointing",
-        "cuda_graphs",
-        "threads",
-        "device",
-        "compute_dtype",
-    )
-)
-CUT += ("model.device_map",)
+def outputs() -> Path:
+    """Where new run folders are created: $GRPO_OUTPUTS, or outputs/ in the repository, where grpo runs from one."""
+    given = os.environ.get("GRPO_OUTPUTS")
+    checkout = Path(__file__).resolve().parents[2]
+    root = checkout if (checkout / "launch.py").exists() else Path.cwd()
+    return short_path(Path(given) if given else root / "outputs")
+
+
+def short_path(path: str | Path) -> Path:
+    """The path as a person would type it: relative where it lies below the working directory."""
+    path = Path(path)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def reserve(wanted: Path, suffix: bool) -> tuple[Path, list[Path]]:
+    """Create a folder that no other launch takes. Returns it, and all folders that were created for it.
+
+    suffix: give it another name where it exists, since two launches may start in the same second; without, a folder
+    that exists is taken as it is.
+    """
+    missing = [each for each in wanted.parents if not each.exists()]
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    path, number = wanted, 1
+    while True:
+        try:
+            path.mkdir()
+            return path, [path, *missing]
+        except FileExistsError:
+            if not suffix:
+                return path, []
+            number += 1
+            path = wanted.with_name(f"{wanted.name}_{number}")
+
+
+def release(path: Path, created: Iterable[Path]) -> None:
+    """Undo `reserve` after a launch that did not start: remove what it had begun, and the folders that are empty."""
+    if path.is_dir():
+        for name in (".lock", "launch.log"):
+            (path / name).unlink(missing_ok=True)
+        shutil.rmtree(path / ".hydra", ignore_errors=True)
+    for folder in created:
+        with suppress(OSError):  # another launch may have put something there
+            folder.rmdir()
 
 
 class RunFolder:
@@ -76,7 +104,8 @@ class RunFolder:
         """Freeze the resolved config. It is written once and never overwritten."""
         if self.started():
             raise FileExistsError(f"{self.config_file} is written once and exists already")
-        write_whole(self.config_file, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+        values = {"version": VERSION, **to_dict(config)}
+        write_whole(self.config_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
     def frozen_config(self) -> DictConfig:
         """The config that the run was started with, and what later launches were allowed to change in it."""
@@ -105,9 +134,9 @@ class RunFolder:
         return whole_lines(self.path / "launches.jsonl")
 
     def first_overrides(self) -> list[str]:
-        """The command line of the first launch, as Hydra recorded it."""
-        record = self.path / ".hydra" / "overrides.yaml"
-        return yaml.safe_load(record.read_text()) if record.exists() else []
+        """The overrides of the first launch; those of a launch that did not get to its first step are not recorded."""
+        launches = self.launches()
+        return launches[0]["overrides"] if launches else []
 
     def metrics(self, up_to_step: int | None = None) -> list[dict]:
         """The metrics rows, in order, up to a step. What comes after a torn line, as a crash may leave, is left out."""
@@ -222,6 +251,11 @@ def job_folder_name(number: int, overrides: str, longest: int = 80) -> str:
     if len(name) <= longest:
         return name
     return f"{name[: longest - 9]}_{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+def hydra_record(folder: str, now: str) -> str:
+    """Where Hydra records a launch within a run folder: not over its record of the first one."""
+    return f".hydra/resumes/{now}" if RunFolder(folder).started() else ".hydra"
 
 
 def read_json(file: Path) -> dict:

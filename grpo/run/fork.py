@@ -5,11 +5,11 @@ import os
 import shutil
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from grpo.compose import apply_overrides
-from grpo.config import Config, ConfigError, check_training, escape, load_frozen, typed
-from grpo.engine.hardware import resolve_hardware
+from grpo.config import Config, ConfigError, copy_value, escape, kl_weight
+from grpo.overrides import Overrides
 from grpo.run.checkpoint import (
     MANIFEST,
     TrainerState,
@@ -21,10 +21,11 @@ from grpo.run.checkpoint import (
     step_folders,
 )
 from grpo.run.folder import RunFolder, sync
+from grpo.run.freeze import freeze
 from grpo.targets import check_trusted
 
 
-def fork(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
+def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     """Make `folder` a run that stands where a checkpoint of the run in `cfg.run_dir` stands; returns its config.
 
     It gets the parent's settings but for what the command line names, the checkpoint, and the metrics and evaluations
@@ -35,20 +36,19 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
     state = load_state(source)
     before = parent.frozen_config()
     frozen = apply_overrides(before, cfg, overrides)
-    for key in ("beta", "epsilon"):  # the objective's follow those of grpo.*, unless they were set apart
-        if before.objective.get(key) == before.grpo[key] == frozen.objective.get(key):
-            frozen.objective[key] = frozen.grpo[key]
     check_trusted(frozen, cfg, parent.path)
     manifest = json.loads((source / MANIFEST).read_text())
-    lineage = {"run_dir": str(parent.path), "step": state.step, "parent": load_frozen(parent.config_file).get("parent")}
+    lineage = {
+        "run_dir": str(parent.path),
+        "step": state.step,
+        "parent": OmegaConf.to_container(before, resolve=True)["parent"],
+    }
     frozen.parent = escape(lineage | {"weights_sha256": manifest["files"]["model.safetensors"]["sha256"]})
     if cfg.tracking.group is not None:  # such as that of a sweep
-        frozen.tracking.group, frozen.tracking.tags = cfg.tracking.group, cfg.tracking.tags
-    frozen.tracking.name = cfg.tracking.name
-    frozen.run_dir, frozen.resume, frozen.fork, frozen.fork_step = None, False, False, None
-    resolve_hardware(frozen)
-    config = typed(frozen)
-    check_training(config)
+        copy_value(cfg, "tracking.group", frozen)
+        copy_value(cfg, "tracking.tags", frozen)
+    copy_value(cfg, "tracking.name", frozen)
+    config = freeze(frozen)
     _check_steps(config, state, reference_of(source))
     if config.optimizer["_target_"] != before.optimizer._target_:
         raise ConfigError(
@@ -97,10 +97,10 @@ def _check_steps(config: Config, state: TrainerState, reference: Path | None) ->
             f"set a larger grpo.num_steps, or an earlier fork_step"
         )
     within = state.step % grpo.num_steps != 0
-    if grpo.beta > 0 and state.iteration > 1 and within and reference is None:
+    if kl_weight(config) > 0 and state.iteration > 1 and within and reference is None:
         raise ConfigError(
-            f"grpo.beta={grpo.beta}: the checkpoint has no reference of its iteration {state.iteration}, since beta "
-            "was 0; take a fork_step at the end of an iteration"
+            f"beta={kl_weight(config):g}: the checkpoint has no reference of its iteration {state.iteration}, since "
+            "beta was 0; take a fork_step at the end of an iteration"
         )
     iteration = (state.step - 1) // grpo.num_steps + 1
     if iteration != state.iteration:

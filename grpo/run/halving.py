@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grpo.overrides import Overrides
 from grpo.run.folder import read_json, write_whole
 
 LEAST_STEPS = 3  # of the first rung under a budget: so many are made first, to see how long a step takes
@@ -61,7 +62,7 @@ def arms_of(points: Sequence[Sequence[str]]) -> list[list[int]]:
     """The numbers of the jobs that differ in their seed only, arm by arm."""
     arms: dict[tuple[str, ...], list[int]] = {}
     for number, point in enumerate(points):
-        arms.setdefault(tuple(each for each in point if each.partition("=")[0].lstrip("+") != SEED), []).append(number)
+        arms.setdefault(tuple(Overrides(point).without({SEED})), []).append(number)
     return list(arms.values())
 
 

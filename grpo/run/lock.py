@@ -66,6 +66,11 @@ def in_use(folder: Path) -> bool:
     return True
 
 
+def left_by_us(folder: Path) -> bool:
+    """Whether a process of ours held this folder and was killed: at any other end it empties its `.lock`."""
+    return "token" in _read(folder)
+
+
 def _lock(file: BinaryIO) -> bool | None:
     """Whether another process has the system's lock; None where the file system has none."""
     try:

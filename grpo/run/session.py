@@ -7,31 +7,34 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from grpo.compose import apply_overrides, named_keys
-from grpo.config import Config, ConfigError, check_training, flatten, to_dict, typed
-from grpo.run.before_start import check_folder, check_parent, has_finished
+from grpo.config import Config, ConfigError, to_dict
+from grpo.hydra_app import compose_again
+from grpo.overrides import Overrides
+from grpo.run.choice import MORE_STEPS, check_parent, choose_run, has_finished
 from grpo.run.console import resume_command
-from grpo.run.folder import CHANGEABLE, CUT, OUTPUTS, RunFolder
+from grpo.run.folder import RunFolder, short_path
+from grpo.run.freeze import freeze
 from grpo.run.gpus import claim_gpu, show_all_gpus, takes_any_gpu
 from grpo.run.lock import locked
-from grpo.run.sweep import SweepFolder, of_keys
-from grpo.targets import check_trusted, foreign_targets
+from grpo.run.resume import resumed_config
+from grpo.run.sweep import SweepFolder
+from grpo.targets import foreign_targets
 
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-PRESET_SIZES = ("batch_size", "num_generations", "max_completion_length")
-MORE_STEPS = {"grpo.num_steps", "grpo.num_iterations"}
 
 
 class StopSignals:
@@ -47,11 +50,11 @@ class StopSignals:
         return 128 + (self.received or 0)
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self) -> Iterator["StopSignals"]:
         """Handle the signals within the block, and restore the former handlers after it."""
         former = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         try:
-            yield
+            yield self
         finally:
             for number, handler in former.items():
                 signal.signal(number, handler)
@@ -113,36 +116,57 @@ class Run:
 
 
 @contextmanager
-def open_run(cfg: DictConfig) -> Iterator[Run]:
-    """Hold the launch's run folder: config.yaml written or read back, status.json true also after a failure."""
-    folder = RunFolder(short_path(Path(HydraConfig.get().runtime.output_dir)))
-    sweep, stop = HydraConfig.get().mode == RunMode.MULTIRUN, StopSignals()
+def open_run(cfg: DictConfig, decided: RunFolder | None = None) -> Iterator[Run]:
+    """Hold a run folder: config.yaml written or read back, status.json true also after a failure.
+
+    decided: the folder of a single run, chosen, checked and locked before Hydra started. A job of a sweep does so here,
+    on its own machine.
+    """
+    if decided is not None:
+        with StopSignals().installed() as stop, _started(decided, cfg, cfg.resume, stop) as run:
+            yield run
+        return
+    folder = job_folder()
     # Of a sweep's jobs, some may have finished and some never begun; SLURM may start one again by itself.
     again = cfg.resume or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-    resume = "auto" if again and sweep else cfg.resume
+    resume = "auto" if again else False
     try:
-        check_folder(folder, resume, HydraConfig.get().overrides.task)
-        with stop.installed(), locked(folder.path):
-            run = _open(folder, cfg, resume, stop)
-            try:
-                yield run
-            except BaseException as error:
-                _record_end(run, error)
-                raise
-            finally:
-                if folder.started() and not run.done:
-                    folder.update_status(seconds=run.seconds)
+        choose_run(folder, resume, command_line())
+        with StopSignals().installed() as stop, locked(folder.path), _started(folder, cfg, resume, stop) as run:
+            yield run
     except ConfigError as error:
-        if sweep:  # said at once, and not only after all other jobs
-            logger.error("%s: %s", folder.path, error)
-            if not folder.started():
-                folder.path.mkdir(parents=True, exist_ok=True)
-                _set_state(folder, "failed", str(error))
-                folder.update_status(overrides=list(HydraConfig.get().overrides.task))  # the record of them is gone
+        logger.error("%s: %s", folder.path, error)  # at once, and not only after all other jobs
+        if not folder.started():
+            folder.path.mkdir(parents=True, exist_ok=True)
+            _set_state(folder, "failed", str(error))
+            folder.update_status(overrides=command_line().lines)  # the record of them is gone
         raise
     finally:
-        if sweep:
-            SweepFolder(HydraConfig.get().sweep.dir).update()
+        SweepFolder(HydraConfig.get().sweep.dir).update()
+
+
+def job_folder() -> RunFolder:
+    """The folder that Hydra gave this job of a sweep."""
+    path = Path(HydraConfig.get().runtime.output_dir)
+    return RunFolder(path if HydraConfig.get().job.chdir else short_path(path))
+
+
+def command_line() -> Overrides:
+    """The overrides of the experiment that Hydra composed this run with."""
+    return Overrides(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
+
+
+@contextmanager
+def _started(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSignals) -> Iterator[Run]:
+    run = _open(folder, cfg, resume, stop)
+    try:
+        yield run
+    except BaseException as error:
+        _record_end(run, error)
+        raise
+    finally:
+        if folder.started() and not run.done:
+            folder.update_status(seconds=run.seconds)
 
 
 def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSignals) -> Run:
@@ -150,24 +174,25 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
 
     from grpo.engine.hardware import hardware_found
 
-    overrides = list(HydraConfig.get().overrides.task)
-    launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
-    if HydraConfig.get().mode == RunMode.MULTIRUN and takes_any_gpu(cfg, launcher):
+    hydra_cfg, overrides = HydraConfig.get(), command_line()
+    launcher = hydra_cfg.runtime.choices["hydra/launcher"]
+    if hydra_cfg.mode == RunMode.MULTIRUN and takes_any_gpu(cfg, launcher):
         show_all_gpus(launcher)
         claim_gpu(torch.cuda.device_count())
     started = time.monotonic()
-    cfg = hardware_found(cfg, overrides)
     changes: dict[str, Any] = {}
     resumed = folder.started()
-    if resumed:
-        config, changes = resumed_config(folder, cfg, overrides)
-    else:
-        try:
-            config = fresh_config(folder, cfg, overrides)
-        except (ConfigError, SystemExit):
+    try:
+        cfg = hardware_found(cfg, overrides, lambda lines: compose_again(hydra_cfg, lines))
+        if resumed:
+            config, changes = resumed_config(folder, cfg, overrides)
+        else:
+            config = new_config(folder, cfg, overrides)
+    except (ConfigError, OmegaConfBaseException, HydraException, SystemExit):
+        if not resumed:
             _discard(folder, cfg.fork)
-            raise
-    done = folder.finished() and not changes.keys() & MORE_STEPS
+        raise
+    done = folder.finished() and not changes.keys() & set(MORE_STEPS)
     if done and resume is True:
         raise ConfigError(has_finished(folder))
     if done:
@@ -182,7 +207,7 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
         forked=cfg.fork,
         done=done,
         stop=stop,
-        overrides=overrides,
+        overrides=overrides.lines,
         changes=changes,
         until_step=cfg.until_step,
         started=started,
@@ -190,81 +215,29 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
     )
 
 
-def fresh_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
-    """Freeze the config of a new run, with the hardware resolved and everything checked again."""
+def new_config(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
+    """Freeze the config of a new run or fork, and write it. Raises ConfigError."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        sweep = SweepFolder(HydraConfig.get().sweep.dir)
-        own = of_keys(overrides, sweep.swept)
-        cfg.tracking.tags = list(dict.fromkeys([*cfg.tracking.tags, *(tag[:64] for tag in own)]))  # W&B's longest
-        if cfg.tracking.group is None:
-            cfg.tracking.group = sweep.record()["name"]  # the arms of a sweep are one group in W&B
-        if cfg.tracking.name is None:
-            cfg.tracking.name = " ".join(own) or None
+        _name_in_tracking(cfg, overrides)
     if cfg.fork:
-        check_parent(cfg.run_dir, False)  # a job of a sweep that goes on may not have begun
+        check_parent(cfg.run_dir)  # a job of a sweep that is resumed may not have begun
         from grpo.run.fork import fork  # imports torch
 
         return fork(folder, cfg, overrides)
-    from grpo.engine.hardware import resolve_hardware  # imports torch
-
-    resolve_hardware(cfg)
-    config = typed(cfg)
-    check_training(config)
-    config.until_step = None  # this launch's alone
+    config = freeze(cfg)
     folder.write_config(config)
     return config
 
 
-def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> tuple[Config, dict[str, Any]]:
-    """The frozen config of a run that goes on, and by dotted key what this command line changes in it.
-
-    Raises ConfigError with the old and the new value where a change would make another experiment of it, and where
-    the folder asks to run a function that nothing here names.
-    """
-    from grpo.engine.hardware import resolve_hardware  # imports torch
-
-    frozen = folder.frozen_config()
-    # The first command line may be given again as it was; only what was changed since is compared by its value.
-    first = {override.partition("=")[0]: override for override in folder.first_overrides()}  # the last of a key counts
-    again = {override for override in first.values() if not _is_changed(override, folder.changes())}
-    new = [override for override in overrides if override not in again]
-    changed = apply_overrides(frozen, cfg, new)
-    check_trusted(changed, cfg, folder.path)
-    resolve_hardware(changed)
-    for size in PRESET_SIZES:  # only defaults of grpo.*, which is frozen: another preset cuts the same work otherwise
-        changed.hardware[size] = frozen.hardware[size]
-    # Other digits, and another place in W&B, are asked for by their names and not by a group such as tracking=offline.
-    kept = {"hardware.compute_dtype", "tracking.group", "tracking.name", "tracking.tags"}
-    for key in kept - named_keys(new):
-        OmegaConf.update(changed, key, OmegaConf.select(frozen, key), merge=False)
-    before, after = flatten(frozen), flatten(changed)
-    differing = [key for key in before | after if before.get(key) != after.get(key)]
-    refused = [key for key in differing if not key.startswith(CHANGEABLE + CUT) and not _is_longer(key, before, after)]
-    if refused:
-        changes = ", ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in refused)
-        raise ConfigError(
-            f"resume=true: {folder.path} was started with other values ({changes}); start a new run for them"
-        )
-    if any(key.startswith(CUT) for key in differing):
-        logger.warning("the work is cut in another way from here on: equal up to rounding, no longer bit for bit")
-    return typed(changed), {key: after.get(key) for key in differing}
-
-
-def _is_changed(override: str, changes: dict[str, Any]) -> bool:
-    key = override.partition("=")[0].replace("/", ".")
-    return any(changed == key or changed.startswith(f"{key}.") for changed in changes)
-
-
-def _is_longer(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
-    """Whether a changed key only adds steps to the end, so that those already made would have been the same."""
-    if key not in MORE_STEPS or after[key] < before[key] or before["grpo.lr_schedule"] != "constant":
-        return False
-    return key == "grpo.num_iterations" or before["grpo.num_iterations"] == 1
-
-
-def short_path(path: Path) -> Path:
-    """The path as a person would type it: relative where it lies below the working directory."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+def _name_in_tracking(cfg: DictConfig, overrides: Overrides) -> None:
+    """Let W&B show the jobs of a sweep as one group, each by the values that it has."""
+    record = SweepFolder(HydraConfig.get().sweep.dir).record()
+    own = overrides.select(record["keys"]).lines
+    cfg.tracking.tags = list(dict.fromkeys([*cfg.tracking.tags, *(tag[:64] for tag in own)]))  # W&B's longest
+    if cfg.tracking.group is None:
+        cfg.tracking.group = record["name"]
+    if cfg.tracking.name is None:
+        cfg.tracking.name = " ".join(own) or None
 
 
 def _record_end(run: Run, error: BaseException) -> None:
@@ -294,11 +267,10 @@ def _set_state(folder: RunFolder, state: str, error: str | None) -> None:
 
 
 def _discard(folder: RunFolder, forked: bool) -> None:
-    """Remove what a launch made that could not even start, so that no empty run stands in the way."""
+    """Remove what a launch created that could not even start, so that no empty run stands in the way."""
     for name in ("config.yaml", "status.json", ".lock", "launch.log"):
         (folder.path / name).unlink(missing_ok=True)
     for name in (".hydra", "checkpoints", "metrics", "eval") if forked else (".hydra",):
         shutil.rmtree(folder.path / name, ignore_errors=True)
-    for path in (folder.path, folder.path.parent):
-        if not any(path.iterdir()) and (path == folder.path or path.is_relative_to(OUTPUTS)) and path != OUTPUTS:
-            path.rmdir()
+    with suppress(OSError):  # it may hold what a launcher prints to
+        folder.path.rmdir()

@@ -11,9 +11,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from grpo.config import ConfigError
+from grpo.overrides import Overrides
 from grpo.run.folder import RunFolder
 from grpo.run.halving import LEAST_STEPS, Record, arms_of, best_arms, choose_ladder
-from grpo.run.sweep import grid
+from grpo.run.sweep_opening import points_of
 from hydra_plugins.hydra_grpo.launcher import JobFailed
 
 
@@ -35,7 +36,7 @@ class HalvingSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Climb the ladder; raises what the first job that failed raised, after all others are done."""
-        self.points = [list(point) for point in grid(arguments, self.config.hydra.sweeper)]
+        self.points = [list(point) for point in points_of(Overrides(arguments), self.config.hydra.sweeper)]
         self.validate_batch_is_legal(self.points)
         self.folder = Path(self.config.hydra.sweep.dir)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import yaml
 from grpo.analysis.sweep import Sweep
 from grpo.analysis.sweep_report import headline, warnings, write_sweep_report
 from grpo.compose import compose_config
+from grpo.overrides import Overrides
 from grpo.run.folder import RunFolder
 from grpo.run.sweep import SweepFolder, short
 
@@ -25,7 +26,7 @@ def make_sweep(folder, swept, right, accuracy=True, states=None, fixed=("experim
         for values in itertools.product(*swept.values())
     ]
     overrides = [*fixed, *(f"{key}={','.join(values)}" for key, values in swept.items())]
-    SweepFolder(folder).begin(overrides, list(swept), points if grid else None)
+    SweepFolder(folder).begin(Overrides(overrides), list(swept), points if grid else None)
     for number, point in enumerate(points):
         state = (states or {}).get(number, "finished")
         values = dict(each.split("=") for each in point)
@@ -121,7 +122,7 @@ def test_only_seeds_of_finished_jobs_count(tmp_path):
 
 
 def test_a_sweep_of_unknown_points_that_never_began_has_a_page(tmp_path):
-    SweepFolder(tmp_path / "s").begin(["optimizer.lr=interval(0,1)"], ["optimizer.lr"], None)
+    SweepFolder(tmp_path / "s").begin(Overrides(["optimizer.lr=interval(0,1)"]), ["optimizer.lr"], None)
     _, answer = write_sweep_report(tmp_path / "s")
     assert answer.startswith("No job has finished")
 

@@ -8,6 +8,7 @@ from grpo.compose import compose_config
 from grpo.config import CONF_DIR, ConfigError
 from grpo.engine import hardware
 from grpo.engine.hardware import hardware_found, preset_overrides, resolve_hardware, use_hardware
+from grpo.overrides import Overrides
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def card(monkeypatch):
 
 
 def found(*overrides):
-    return hardware_found(compose_config(overrides), overrides)
+    return hardware_found(compose_config(overrides), Overrides(overrides), compose_config)
 
 
 @pytest.mark.parametrize(

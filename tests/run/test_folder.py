@@ -2,14 +2,27 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from grpo.compose import compose_config
 from grpo.config import ConfigError, to_dict, typed
-from grpo.run.before_start import check_folder, run_folder, sweep_folder
-from grpo.run.folder import RunFolder, job_folder_name, newest_unfinished, run_folders, write_whole
+from grpo.overrides import Overrides
+from grpo.run.choice import check_empty, choose_run
+from grpo.run.decide import known_folder, run_name
+from grpo.run.folder import (
+    RunFolder,
+    job_folder_name,
+    newest_unfinished,
+    outputs,
+    release,
+    reserve,
+    run_folders,
+    write_whole,
+)
+from tests.runs import ROOT
 
 ROWS = [{"step": step, "loss": 1 / step} for step in (1, 2, 3, 4)]
 
@@ -45,7 +58,7 @@ def test_the_config_is_written_once_and_reads_back_equal(tmp_path, config):
     run.write_config(config)
     written = run.config_file.read_bytes()
     assert run.started()
-    assert yaml.safe_load(written) == to_dict(config)
+    assert yaml.safe_load(written) == {"version": 1, **to_dict(config)}
     assert typed(run.frozen_config()) == config
     with pytest.raises(FileExistsError, match="written once"):
         run.write_config(config)
@@ -138,43 +151,85 @@ def test_where_every_run_has_finished_there_is_none_to_go_on_with(tmp_path):
     assert newest_unfinished(tmp_path) is None
 
 
+def wanted(*overrides, name="quickstart"):
+    """The folder that a launch with these overrides would take, with its time of start as NOW."""
+    composed = compose_config(["experiment=quickstart", *overrides, f"name={name}"])
+    known = known_folder(composed, Overrides(overrides))
+    return str(known.path) if known else f"outputs/{run_name(composed, Overrides(overrides))}/NOW"
+
+
 def test_a_launch_takes_the_given_folder_or_the_newest_unfinished_or_a_new_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run_folder("here", False, False, "quickstart", [], "now") == "here"
-    assert run_folder(None, False, False, "quickstart", [], "now") == "outputs/quickstart/now"
-    assert run_folder(None, "auto", False, "quickstart", [], "now") == "outputs/quickstart/now"
+    assert wanted("run_dir=here") == "here"
+    assert wanted(f"run_dir={tmp_path}/there") == "there"
+    assert wanted() == "outputs/quickstart/NOW"
+    assert wanted("resume=auto") == "outputs/quickstart/NOW"
     with pytest.raises(ConfigError, match=r"resume=true: no unfinished run below outputs/; name one with run_dir="):
-        run_folder(None, True, False, "quickstart", [], "now")
+        wanted("resume=true")
 
     make_run(tmp_path / "outputs" / "quickstart" / "1", "interrupted", 100)
     make_run(tmp_path / "outputs" / "other" / "1", "interrupted", 200)
-    assert run_folder(None, False, False, "quickstart", [], "now") == "outputs/quickstart/now"
-    assert run_folder(None, True, False, "quickstart", [], "now") == "outputs/other/1"
-    assert run_folder(None, "auto", False, "quickstart", [], "now") == "outputs/quickstart/1"
-    assert run_folder("here", True, False, "quickstart", [], "now") == "here"
+    assert wanted() == "outputs/quickstart/NOW"
+    assert wanted("resume=true") == "outputs/other/1"
+    assert wanted("resume=auto") == "outputs/quickstart/1"
+    assert wanted("resume=true", "run_dir=here") == "here"
 
 
-def test_a_fork_takes_a_new_folder_under_its_parents_name_or_the_name_given(tmp_path, monkeypatch):
+def test_a_fork_takes_a_new_folder_under_its_parents_name_or_the_name_given(tmp_path, monkeypatch, config):
     monkeypatch.chdir(tmp_path)
-    make_run(tmp_path / "theirs", "finished", 100)
-    (tmp_path / "theirs" / "config.yaml").write_text("name: sums\n")
-    assert run_folder("theirs", False, True, "default", [], "now") == "outputs/sums/now"
-    assert run_folder("theirs", False, True, "mine", ["name=mine"], "now") == "outputs/mine/now"
+    parent = RunFolder(tmp_path / "theirs")
+    parent.path.mkdir()
+    parent.write_config(replace(config, name="sums"))
+    fork = ("fork=true", "run_dir=theirs")
+    assert wanted(*fork) == "outputs/sums/NOW"
+    assert wanted(*fork, "++name=mine", name="mine") == "outputs/mine/NOW"
+
+    text = parent.config_file.read_text()
+    for name in ("/etc/cron.d", "../../mine"):
+        parent.config_file.write_text(text.replace("name: sums", f"name: {name}"))
+        with pytest.raises(ConfigError, match=f"name={name}: must be the name of a folder below outputs/"):
+            wanted(*fork)
 
 
-def test_a_sweep_takes_the_given_folder_or_a_new_one():
-    assert sweep_folder("mine", "now") == "mine"
-    assert sweep_folder(None, "now") == "outputs/sweeps/now"
+def test_runs_are_kept_in_the_repository_wherever_the_command_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GRPO_OUTPUTS")
+    assert outputs() == ROOT / "outputs"
+    monkeypatch.chdir(ROOT)
+    assert str(outputs()) == "outputs"
+
+
+def test_two_launches_in_the_same_second_get_two_folders(tmp_path):
+    names = [reserve(tmp_path / "new" / "now", suffix=True)[0].name for _ in range(3)]
+    assert names == ["now", "now_2", "now_3"]
+
+
+def test_a_launch_that_did_not_start_leaves_the_folders_that_were_there_and_no_other(tmp_path):
+    (tmp_path / "there").mkdir()
+    path, created = reserve(tmp_path / "there" / "a" / "b", suffix=True)
+    (path / ".hydra").mkdir()
+    (path / ".hydra" / "config.yaml").write_text("")
+    (path / ".lock").write_text("")
+    release(path, created)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
 
 
 def test_a_used_run_folder_is_refused(tmp_path):
     run = RunFolder(make_run(tmp_path / "used", "interrupted", 100))
     with pytest.raises(ConfigError) as refused:
-        check_folder(run, False, [])
-    assert str(refused.value).startswith(f"{run.path} holds a run already; go on with it: resume=true run_dir=")
-    check_folder(RunFolder(tmp_path / "new"), False, [])
-    check_folder(run, True, [])
-    check_folder(run, "auto", [])
+        choose_run(run, False, Overrides([]))
+    assert str(refused.value).startswith(f"{run.path} holds a run already; resume it: resume=true run_dir=")
+    assert choose_run(RunFolder(tmp_path / "new"), False, Overrides([])) == "fresh"
+    assert choose_run(RunFolder(tmp_path / "new"), "auto", Overrides([])) == "fresh"
+    assert choose_run(run, True, Overrides([])) == "resume"
+    assert choose_run(run, "auto", Overrides([])) == "resume"
+
+
+def test_a_finished_run_has_steps_left_only_where_more_are_asked_for_however_that_is_spelt(tmp_path):
+    run = RunFolder(make_run(tmp_path / "finished", "finished", 100))
+    assert choose_run(run, "auto", Overrides(["seed=1"])) == "done"
+    for spelt in ("grpo.num_steps=9", "++grpo.num_steps=9", "+grpo.num_iterations=2"):
+        assert choose_run(run, True, Overrides([spelt])) == "resume"
 
 
 def test_resume_says_of_a_missing_an_empty_a_foreign_and_a_finished_folder_what_is_wrong(tmp_path):
@@ -185,7 +240,7 @@ def test_resume_says_of_a_missing_an_empty_a_foreign_and_a_finished_folder_what_
     said = {}
     for name in ("missing", "empty", "foreign", "finished"):
         with pytest.raises(ConfigError) as refused:
-            check_folder(RunFolder(tmp_path / name), True, [])
+            choose_run(RunFolder(tmp_path / name), True, Overrides([]))
         said[name] = str(refused.value).replace(str(tmp_path / name), "FOLDER")
     assert said == {
         "missing": "resume=true: there is no folder FOLDER; leave run_dir out to take the newest unfinished run",
@@ -193,6 +248,23 @@ def test_resume_says_of_a_missing_an_empty_a_foreign_and_a_finished_folder_what_
         "foreign": "resume=true: FOLDER is not a run folder (it has no config.yaml)",
         "finished": "resume=true: FOLDER has finished already; to train it further, add a larger grpo.num_steps",
     }
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", ".hydra", "launch.log", "status.json", "final_model"])
+def test_a_new_run_is_refused_among_files_of_the_user(tmp_path, name):
+    (tmp_path / name).mkdir() if name in (".hydra", "final_model") else (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"is not empty .it holds {name}.; choose a new or an empty folder"):
+        check_empty(tmp_path)
+
+
+def test_a_new_run_may_take_the_folder_of_a_launch_that_was_killed_before_it_started(tmp_path):
+    check_empty(tmp_path)
+    for name in ("launch.log", ".lock"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(ConfigError, match="is not empty"):  # by any other end it would have removed them
+        check_empty(tmp_path)
+    (tmp_path / ".lock").write_text('{"machine": "m", "pid": 1, "token": "t"}')
+    check_empty(tmp_path)
 
 
 # Names of a sweep's job folders.

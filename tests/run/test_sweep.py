@@ -11,9 +11,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from grpo.config import ConfigError
+from grpo.overrides import Overrides
 from grpo.run.folder import RunFolder
 from grpo.run.gpus import claim_gpu
-from grpo.run.sweep import SweepFolder, grid, newest_sweep, own_overrides, swept_keys, with_params
+from grpo.run.sweep import SweepFolder, newest_sweep
+from grpo.run.sweep_opening import points_of, with_params
 from tests.runs import ROOT, Launch, launch, rows
 
 QUICK = [
@@ -187,40 +189,43 @@ def test_another_sweep_is_not_taken_for_this_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     basic = OmegaConf.create({"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": None})
     for name, overrides in (("1", ["seed=1,2", "grpo.mu=1"]), ("2", ["grpo.mu=1", "seed=1,2"]), ("3", ["seed=1,3"])):
-        keys = swept_keys(overrides)
-        SweepFolder(tmp_path / "outputs" / "sweeps" / name).begin(overrides, keys, grid(overrides, basic))
-    assert newest_sweep(["seed=1,2", "resume=true", "grpo.mu=1"]).name == "2"
-    assert newest_sweep(["seed=1,2"]) is None
+        given = Overrides(overrides)
+        SweepFolder(tmp_path / "outputs" / "sweeps" / name).begin(given, given.swept, points_of(given, basic))
+    assert newest_sweep(Overrides(["seed=1,2", "resume=true", "grpo.mu=1"])).name == "2"
+    assert newest_sweep(Overrides(["seed=1,2"])) is None
     for name, content in (("broken", "{"), ("of_another_version", '{"overrides": []}')):
         (tmp_path / "outputs" / "sweeps" / name).mkdir()
         (tmp_path / "outputs" / "sweeps" / name / "sweep.json").write_text(content)
-    assert newest_sweep(["seed=1,2", "grpo.mu=1"]).name == "2"
+    assert newest_sweep(Overrides(["seed=1,2", "grpo.mu=1"])).name == "2"
     sweep = SweepFolder(tmp_path / "outputs" / "sweeps" / "2")
-    sweep.check_same(["tracking=disabled", "seed=1,2", "grpo.mu=1", "checkpoint.every=7"], "basic", True)
+    sweep.check_same(Overrides(["tracking=disabled", "seed=1,2", "grpo.mu=1", "checkpoint.every=7"]), "basic", True)
     with pytest.raises(ConfigError, match=r"is a sweep of other values; .* the same overrides: grpo\.mu=1"):
-        sweep.check_same(["seed=1,2", "grpo.mu=2"], "basic", True)
+        sweep.check_same(Overrides(["seed=1,2", "grpo.mu=2"]), "basic", True)
     with pytest.raises(ConfigError, match="holds a sweep already; add resume=true"):
-        sweep.check_same(["seed=1,2", "grpo.mu=1"], "basic", False)
+        sweep.check_same(Overrides(["seed=1,2", "grpo.mu=1"]), "basic", False)
     with pytest.raises(ConfigError, match="is a sweep with hydra/sweeper=basic"):
-        sweep.check_same(["seed=1,2", "grpo.mu=1"], "halving", True)
+        sweep.check_same(Overrides(["seed=1,2", "grpo.mu=1"]), "halving", True)
     # What may change when a run goes on may not where it is what is swept.
     swept = SweepFolder(tmp_path / "kept")
-    swept.begin(["checkpoint.every=1,2"], ["checkpoint.every"], [["checkpoint.every=1"], ["checkpoint.every=2"]])
+    points = [["checkpoint.every=1"], ["checkpoint.every=2"]]
+    swept.begin(Overrides(["checkpoint.every=1,2"]), ["checkpoint.every"], points)
     with pytest.raises(ConfigError, match="is a sweep of other values"):
-        swept.check_same(["checkpoint.every=3,4"], "basic", True)
+        swept.check_same(Overrides(["checkpoint.every=3,4"]), "basic", True)
 
 
 def test_a_change_stays_for_later_launches(tmp_path):
-    sweep, first = SweepFolder(tmp_path), ["checkpoint.every=1", "grpo.mu=1", "seed=1,2"]
+    sweep, first = SweepFolder(tmp_path), Overrides(["checkpoint.every=1", "grpo.mu=1", "seed=1,2"])
     points = [["seed=1"], ["seed=2"]]
     sweep.begin(first, ["seed"], points)
-    second = sweep.going_on(["seed=1,2", "grpo.mu=1", "checkpoint.every=50", "tracking.mode=offline", "resume=true"])
-    assert second == ["checkpoint.every=50", "grpo.mu=1", "seed=1,2", "tracking.mode=offline", "resume=true"]
+    again = Overrides(["seed=1,2", "grpo.mu=1", "checkpoint.every=50", "tracking.mode=offline", "resume=true"])
+    second = sweep.continued(again)
+    assert second.lines == ["checkpoint.every=50", "grpo.mu=1", "seed=1,2", "tracking.mode=offline", "resume=true"]
     sweep.begin(second, ["seed"], points)
-    assert sweep.record()["overrides"] == second[:-1]
-    assert sweep.going_on(["seed=1,2", "grpo.mu=1"]) == second[:-1]
-    group = sweep.going_on(["seed=1,2", "grpo.mu=1", "tracking=wandb"])  # against the key of it from before
-    assert group == ["checkpoint.every=50", "grpo.mu=1", "seed=1,2", "tracking=wandb"]
+    assert sweep.record()["overrides"] == second.lines[:-1]
+    assert sweep.continued(Overrides(["seed=1,2", "grpo.mu=1"])).lines == second.lines[:-1]
+    # Against the key of it from before.
+    group = sweep.continued(Overrides(["seed=1,2", "grpo.mu=1", "tracking=wandb"]))
+    assert group.lines == ["checkpoint.every=50", "grpo.mu=1", "seed=1,2", "tracking=wandb"]
 
 
 EXPERIMENT = """# @package _global_
@@ -258,7 +263,7 @@ def test_a_sweep_that_an_experiment_of_ones_own_describes(cwd):
 
 def test_of_two_trials_with_one_number_neither_is_hidden(tmp_path):
     sweep = SweepFolder(tmp_path)
-    sweep.begin(["optimizer.lr=interval(0,1)"], ["optimizer.lr"], None)
+    sweep.begin(Overrides(["optimizer.lr=interval(0,1)"]), ["optimizer.lr"], None)
     for name, state in (("0_optimizer.lr_0.5", "finished"), ("1_optimizer.lr_0.1", "finished"), ("1_x", "failed")):
         (tmp_path / name).mkdir()
         RunFolder(tmp_path / name).update_status(state=state)
@@ -270,8 +275,7 @@ def test_of_two_trials_with_one_number_neither_is_hidden(tmp_path):
 def test_swept_keys_are_those_with_several_values():
     overrides = ["grpo.mu=1", "+x.y=1,2", "seed=range(1,4)", "data.examples=[1,2]"]
     sweeper = OmegaConf.create({"params": {"grpo.beta": "0,0.1", "seed": "7,8"}})
-    assert swept_keys(with_params(overrides, sweeper)) == ["grpo.beta", "x.y", "seed"]
-    assert own_overrides(["b=1", "resume=true", "a=2", "plan=true", "sweep_dir=x"]) == ["b=1", "a=2"]
+    assert with_params(Overrides(overrides), sweeper).swept == ["grpo.beta", "x.y", "seed"]
 
 
 CLAIM = """

@@ -1,0 +1,67 @@
+"""Train with GRPO: decide, let Hydra start, open the run folder, train, return the objective.
+
+grpo train                                       Qwen2.5-1.5B-Instruct on GSM8K
+grpo train experiment=quickstart                 embedded model and data, minutes on a CPU
+grpo train -m grpo.beta=0.01,0.04                a sweep
+grpo train resume=true [run_dir=outputs/...]     resume a run
+
+In a checkout `python launch.py` is the same.
+"""
+
+import os
+from functools import partial
+
+from omegaconf import DictConfig, OmegaConf
+
+from grpo.compose import report_errors, run_command
+from grpo.hydra_app import only_shows, read_flags, show
+from grpo.run.decide import Launch, decide
+from grpo.run.folder import hydra_record, job_folder_name
+from grpo.run.session import open_run
+from grpo.run.sweep_closing import conclude
+
+
+def main(arguments: list[str]) -> int:
+    """Launch a run or a sweep. Returns the exit code."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to run_command, which words them
+    return run_command(partial(_launch, arguments))
+
+
+def _launch(arguments: list[str]) -> int:
+    flags = read_flags(arguments)
+    if only_shows(flags):
+        show(arguments, train_job)
+        return 0
+    with decide(flags) as launch:
+        if launch is None:  # answered already
+            return 0
+        if launch.sweep is None:
+            launch.app.start(partial(train_run, launch), launch.overrides, multirun=False)
+            return 0
+        try:
+            code = report_errors(lambda: launch.app.start(train_job, launch.overrides, multirun=True))
+        finally:
+            failed = conclude(launch.sweep)
+        return 1 if failed else code
+
+
+def train_run(launch: Launch, cfg: DictConfig) -> float | None:
+    """The one run of a launch, in the folder that was decided."""
+    if cfg != launch.config:
+        raise RuntimeError("Hydra composed another config than the one that was decided on")
+    return train_job(cfg, launch)
+
+
+def train_job(cfg: DictConfig, launch: Launch | None = None) -> float | None:
+    """One run. Returns what sweeps maximise: held-out accuracy after training, or else the last mean reward."""
+    with open_run(cfg, launch.run if launch else None) as run:
+        if not run.done:
+            from grpo.trainer import train  # here, since it imports torch: --help and --cfg answer without
+
+            train(run)
+        return run.folder.objective()
+
+
+# They only name folders. A process that runs a job of a sweep imports this module before it reads the job's config.
+OmegaConf.register_new_resolver("job_folder", job_folder_name, replace=True)
+OmegaConf.register_new_resolver("hydra_record", hydra_record, replace=True)
