@@ -59,6 +59,8 @@ LAUNCH_KEYS = {
     "sweep.eta",
 }  # about this launch, not about the experiment
 
+EXTRA_PLUGINS = ("joblib", "optuna", "ray", "submitit_local", "submitit_slurm")  # of the extra [sweeps]
+
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
     """conf/config.yaml with these overrides, as `python launch.py` would compose it."""
@@ -151,6 +153,8 @@ def explain(error: Exception) -> str:
     text = str(error).strip()
     if isinstance(error, ConfigError):
         return text
+    if (getattr(error, "missing_cfg_file", None) or "").startswith("hydra/"):
+        return unknown_plugin(error.missing_cfg_file, error.options)
     key = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
     full_key = re.search(r"full_key: (\S+)", text)
     if key:
@@ -186,6 +190,16 @@ def unknown_key(key: str) -> str:
     near += [k for k in known if k.rsplit(".", 1)[-1] == last_part and k not in near]
     hint = f"; did you mean {' or '.join(near[:3])}?" if near else "; `python launch.py --cfg job` prints every key"
     return f"there is no key '{bare}'{hint}"
+
+
+def unknown_plugin(path: str, options: Sequence[str] | None) -> str:
+    """What to say of a choice such as hydra/launcher/ray that neither Hydra nor a plugin has."""
+    group, _, choice = path.rpartition("/")
+    if choice in EXTRA_PLUGINS:
+        return f"{group}={choice} needs: pip install -e '.[sweeps]'"
+    near = difflib.get_close_matches(choice, options or (), n=1)
+    hint = f" Did you mean {group}={near[0]}?" if near else ""
+    return f"there is no {group}={choice}; choose one of {', '.join(options or ())}.{hint}"
 
 
 def unknown_choice(group: str, choice: str) -> str:

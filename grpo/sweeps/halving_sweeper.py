@@ -14,7 +14,7 @@ from grpo.config import ConfigError
 from grpo.run.folder import RunFolder
 from grpo.run.halving import LEAST_STEPS, Record, arms_of, best_arms, choose_ladder
 from grpo.run.sweep import grid
-from hydra_plugins.hydra_grpo.launcher import JobFailed
+from grpo.sweeps.launcher import JobFailed
 
 
 class HalvingSweeper(Sweeper):
