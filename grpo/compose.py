@@ -188,7 +188,7 @@ def unknown_key(key: str) -> str:
     near = difflib.get_close_matches(bare, known + groups, n=3, cutoff=0.6)
     last_part = bare.rsplit(".", 1)[-1]
     near += [k for k in known if k.rsplit(".", 1)[-1] == last_part and k not in near]
-    hint = f"; did you mean {' or '.join(near[:3])}?" if near else "; `python launch.py --cfg job` prints every key"
+    hint = f"; did you mean {' or '.join(near[:3])}?" if near else "; `{' '.join(LAUNCH)} --cfg job` prints every key"
     return f"there is no key '{bare}'{hint}"
 
 

@@ -17,6 +17,7 @@ from grpo.analysis.load import (
     read_config,
 )
 from grpo.analysis.summary import wilson_interval
+from grpo.config import LAUNCH
 from grpo.run.folder import RunFolder
 from grpo.run.halving import SEED, Record
 from grpo.run.sweep import SweepFolder, key_of, short
@@ -138,7 +139,7 @@ class Sweep:
             for each in self.overrides
             if key_of(each) != SEED
         ]
-        launch = ["python", "launch.py", *self.flags]
+        launch = [*LAUNCH, *self.flags]
         again = ",".join(map(str, sorted({self._seeds[job] for job in self.arms[0].jobs})))
         fresh = ",".join(str(max(self._seeds.values()) + number) for number in range(1, fresh_seeds + 1))
         return {

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 from yaml import YAMLError
 
-from grpo.config import ConfigError
+from grpo.config import LAUNCH, ConfigError
 from grpo.run.folder import CHANGEABLE, CUT, OUTPUTS, RunFolder, read_json, write_whole
 from grpo.run.halving import Record
 from grpo.run.lock import in_use
@@ -197,7 +197,7 @@ class SweepFolder:
         if states != {"finished"} and (halving is None or halving.state != "finished"):
             record = self.record()
             given = [*record.get("flags", []), "-m", *record["hydra"], *record["overrides"]]
-            print(f"  go on     {shlex.join(['python', 'launch.py', *given, 'resume=true', f'sweep_dir={self.path}'])}")
+            print(f"  go on     {shlex.join([*LAUNCH, *given, 'resume=true', f'sweep_dir={self.path}'])}")
         return bool(bad)
 
 
