@@ -12,6 +12,8 @@ import os
 import sys
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_original_cwd
 from omegaconf import DictConfig
 
 from grpo.compose import run_command
@@ -23,6 +25,8 @@ from grpo.run.sweep import run_sweep_or_run
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
 def launch(cfg: DictConfig) -> float | None:
     """One run. Returns what sweeps maximise: held-out accuracy after training, or else the last mean reward."""
+    if HydraConfig.get().job.chdir:  # paths stay relative to the directory in which the command was given
+        os.chdir(get_original_cwd())
     with open_run(cfg) as run:
         if not run.done:
             from grpo.trainer import train  # here, since it imports torch: --help and --cfg answer without

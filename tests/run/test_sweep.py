@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,24 @@ def test_a_job_that_cannot_start_is_recorded_with_its_values_and_its_folder_can_
     (cwd / "mine").rename(cwd / "other")
     again = launch(*command, "resume=true", cwd=cwd)
     assert again.returncode == 0, again.stderr
+
+
+def test_with_chdir_paths_keep_the_meaning_that_they_have_on_the_command_line(tmp_path):
+    shutil.copytree(ROOT / "tests" / "sums", tmp_path / "sums")
+    own = [
+        *QUICK,
+        "data=jsonl",
+        "data.path=sums",
+        "data.system_prompt=null",
+        "grpo.num_steps=1",
+        "hydra.job.chdir=true",
+    ]
+    single = launch(*own, "run_dir=run", cwd=tmp_path)
+    assert single.returncode == 0, single.stderr
+    assert RunFolder(tmp_path / "run").finished()
+    done = launch("-m", *own, "seed=1", "hydra/launcher=basic", "sweep_dir=sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [job["state"] for job in SweepFolder(tmp_path / "sweep").jobs()] == ["finished"]
 
 
 def test_the_order_of_a_sweep_is_that_of_its_first_launch(cwd):
