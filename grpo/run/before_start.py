@@ -212,7 +212,9 @@ def _composed(point: Sequence[str], config: DictConfig) -> DictConfig:
     """The config of a job of the sweep that `config` is the common one of."""
     from grpo.compose import recompose  # here, since that module needs this one's resolvers
 
-    places = [each for each in config.hydra.overrides.hydra if each.startswith("hydra.searchpath=")]
+    # Unresolved, as in on_multirun_start: hydra.sweep.subdir may name hydra.job.num, which only a job has.
+    given = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
+    places = [each for each in given if each.startswith("hydra.searchpath=")]
     return recompose([*places, *point], config.hydra.job.config_name)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -257,7 +258,9 @@ def grid(overrides: Sequence[str], sweeper: DictConfig) -> list[list[str]] | Non
     """The overrides of each job of a sweep over all combinations; None where the sweeper finds its points itself."""
     if not is_grid(sweeper):
         return None
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    hydra = GlobalHydra.instance()
+    loader = hydra.config_loader() if hydra.is_initialized() else None  # tracking=glob(*) asks it for the choices
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
     batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [job for batch in batches for job in batch]
 

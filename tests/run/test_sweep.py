@@ -186,6 +186,14 @@ def test_with_chdir_paths_keep_the_meaning_that_they_have_on_the_command_line(tm
     assert [job["state"] for job in SweepFolder(tmp_path / "sweep").jobs()] == ["finished"]
 
 
+def test_the_choices_of_a_group_can_be_swept_by_glob_and_jobs_be_named_by_their_number(tmp_path):
+    own = [*QUICK, "grpo.num_steps=1", "hydra/launcher=basic", "hydra.sweep.subdir=${hydra.job.num}", "sweep_dir=sweep"]
+    done = launch("-m", *own, "rollout=glob(*)", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (job,) = SweepFolder(tmp_path / "sweep").jobs()
+    assert (job["folder"], job["overrides"], job["state"]) == ("0", ["rollout=native"], "finished")
+
+
 def test_the_order_of_a_sweep_is_that_of_its_first_launch(cwd):
     """It numbers the jobs, and says which of two values of a key counts."""
     command = [*QUICK, "hydra/launcher=basic", "grpo.num_steps=1", "grpo.epsilon=0.3", "grpo.epsilon=0.1"]
