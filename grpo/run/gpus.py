@@ -11,14 +11,22 @@ from omegaconf import DictConfig
 
 POLL_S = 1.0
 NOTED = "GRPO_SWEEP_VISIBLE_DEVICES"
+SUBMITIT_LOCAL = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
+# Those that start jobs on this machine and assign no GPU to them. Of other launchers nothing is assumed: their jobs use
+# the GPUs that they are given.
+LOCAL_LAUNCHERS = (
+    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "hydra_plugins.hydra_grpo.LocalLauncher",
+    "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
+    SUBMITIT_LOCAL,
+)
 
 _held: BinaryIO | None = None  # the lock of this process's GPU, which goes with the process however that ends
 
 
 def takes_any_gpu(cfg: DictConfig, launcher: str) -> bool:
-    """Whether a job of a sweep may take any GPU of this machine, of which no scheduler has given it one."""
-    here = launcher in ("local", "basic", "joblib", "submitit_local")
-    return here and {cfg.hardware.device, cfg.model.device_map} <= {"auto", "cuda"}
+    """Whether a job must choose a GPU of this machine itself, since its launcher (a `_target_`) assigns none."""
+    return launcher in LOCAL_LAUNCHERS and {cfg.hardware.device, cfg.model.device_map} <= {"auto", "cuda"}
 
 
 def remember_gpus() -> None:
@@ -29,7 +37,7 @@ def remember_gpus() -> None:
 def show_all_gpus(launcher: str) -> None:
     """Before torch looks for GPUs: submitit's local executor hides from its jobs all that were not asked for."""
     noted = os.environ.get(NOTED)
-    if launcher != "submitit_local" or noted is None:
+    if launcher != SUBMITIT_LOCAL or noted is None:
         return
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     if noted != "all":

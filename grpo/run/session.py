@@ -151,7 +151,7 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
     from grpo.engine.hardware import hardware_found
 
     overrides = list(HydraConfig.get().overrides.task)
-    launcher = HydraConfig.get().runtime.choices["hydra/launcher"]
+    launcher = HydraConfig.get().launcher._target_
     if HydraConfig.get().mode == RunMode.MULTIRUN and takes_any_gpu(cfg, launcher):
         show_all_gpus(launcher)
         claim_gpu(torch.cuda.device_count())

@@ -66,7 +66,8 @@ class LocalLauncher(Launcher):
         """Run these jobs and return what each returned or raised, in their order. SystemExit after a stop signal."""
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        at_once = self.jobs_at_once or (_gpus() if takes_any_gpu(self.config, "local") else 0) or 1
+        target = self.config.hydra.launcher._target_
+        at_once = self.jobs_at_once or (_gpus() if takes_any_gpu(self.config, target) else 0) or 1
         waiting = deque((place, initial_job_idx + place, list(each)) for place, each in enumerate(job_overrides))
         running: dict[int, _Job] = {}  # by what says that its process has ended
         returns: list[JobReturn | None] = [None] * len(job_overrides)

@@ -10,6 +10,7 @@ import yaml
 
 from grpo.compose import compose_config
 from grpo.config import CONF_DIR
+from grpo.run.gpus import LOCAL_LAUNCHERS, takes_any_gpu
 from grpo.run.sweep import SweepFolder
 from tests.run.test_sweep import QUICK
 from tests.runs import ROOT, launch, rows
@@ -183,3 +184,45 @@ def test_a_sweeper_that_looks_for_the_lowest_outcome_is_refused(tmp_path):
         "error: hydra.sweeper.direction=minimize: the outcome of a run is to be maximized; use hydra/sweeper=tpe, or "
         "hydra.sweeper.direction=maximize\n"
     )
+
+
+THIRD = """
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.config_store import ConfigStore
+
+
+class ThirdLauncher(BasicLauncher):
+    pass
+
+
+ConfigStore.instance().store("third", {"_target_": "hydra_plugins.third.ThirdLauncher"}, group="hydra/launcher")
+"""
+
+
+def test_a_launcher_that_is_not_known_here_runs_a_sweep(tmp_path):
+    (tmp_path / "hydra_plugins").mkdir()
+    (tmp_path / "hydra_plugins" / "third.py").write_text(THIRD)
+    command = [sys.executable, ROOT / "launch.py", "-m", *QUICK, "grpo.num_steps=1", "hydra/launcher=third"]
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(
+        [*command, "seed=1", "sweep_dir=sweep"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [job["state"] for job in SweepFolder(tmp_path / "sweep").jobs()] == ["finished"]
+
+
+def test_jobs_choose_a_gpu_themselves_only_where_their_launcher_is_known_to_assign_none():
+    config = compose_config(["hardware=auto"])
+    chosen = {
+        name: takes_any_gpu(config, target)
+        for name, target in {
+            "local": "hydra_plugins.hydra_grpo.LocalLauncher",
+            "slurm": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+            "third": "hydra_plugins.third.ThirdLauncher",
+        }.items()
+    }
+    assert chosen == {"local": True, "slurm": False, "third": False}
+    for target in LOCAL_LAUNCHERS:
+        module, _, name = target.rpartition(".")
+        if importlib.util.find_spec(module.rpartition(".")[0]):
+            assert hasattr(importlib.import_module(module), name)  # it is still called so
