@@ -1,12 +1,12 @@
 """A queue for the GPUs of one machine: each job of a sweep takes one that is free, or waits for it."""
 
-import fcntl
 import os
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
 POLL_S = 1.0
@@ -21,7 +21,7 @@ LOCAL_LAUNCHERS = (
     SUBMITIT_LOCAL,
 )
 
-_held: BinaryIO | None = None  # the lock of this process's GPU, which goes with the process however that ends
+_held: FileLock | None = None  # the lock of this process's GPU, which goes with the process however that ends
 
 
 def takes_any_gpu(cfg: DictConfig, launcher: str) -> bool:
@@ -60,15 +60,12 @@ def claim_gpu(count: int, folder: Path | None = None) -> str | None:
     told = False
     while True:
         for name in names:
-            file = (folder / name.replace("/", "_")).open("ab", buffering=0)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                continue
-            _held = file
-            os.environ["CUDA_VISIBLE_DEVICES"] = name
-            return name
+            lock = FileLock(folder / name.replace("/", "_"))
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+                _held = lock
+                os.environ["CUDA_VISIBLE_DEVICES"] = name
+                return name
         if not told:
             print(f"waiting for one of the GPUs {', '.join(names)}", flush=True)
             told = True

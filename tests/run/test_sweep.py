@@ -334,6 +334,33 @@ def test_each_gpu_goes_to_one_process_and_is_free_when_that_ends(tmp_path):
         process.wait()
 
 
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from grpo.run.gpus import claim_gpu
+claim_gpu(1, Path(sys.argv[1]))
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+print(child, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_gpu_is_free_when_its_job_is_killed_though_a_process_that_the_job_forked_lives_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo.run.gpus._held", None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    job = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    child = int(job.stdout.readline())
+    try:
+        job.wait()
+        started = time.monotonic()
+        assert claim_gpu(1, tmp_path) == "0"
+        assert time.monotonic() - started < 30  # and not only when that process ends
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
 def test_without_a_gpu_there_is_nothing_to_take(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert claim_gpu(0, tmp_path) is None
