@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import grpo.run.before_start  # noqa: F401  registers the resolvers that conf/config.yaml names
-from grpo.config import CONF_DIR, ConfigError, flatten
+from grpo.config import CONF_DIR, LAUNCH, ConfigError, flatten
 
 # Names that people bring from other trainers, and what they are called here.
 OTHER_NAMES = {
@@ -188,7 +188,7 @@ def unknown_key(key: str) -> str:
     near = difflib.get_close_matches(bare, known + groups, n=3, cutoff=0.6)
     last_part = bare.rsplit(".", 1)[-1]
     near += [k for k in known if k.rsplit(".", 1)[-1] == last_part and k not in near]
-    hint = f"; did you mean {' or '.join(near[:3])}?" if near else "; `{' '.join(LAUNCH)} --cfg job` prints every key"
+    hint = f"; did you mean {' or '.join(near[:3])}?" if near else f"; `{' '.join(LAUNCH)} --cfg job` prints every key"
     return f"there is no key '{bare}'{hint}"
 
 
