@@ -23,8 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
         print("python -m grpo <command> [key=value ...]\n")
         for name, summary in commands().items():
             print(f"  {name:10} {summary}")
-        print("\nAny key or group of the config can be given; to train: python launch.py --help")
+        print("\nAny key or group of the config can be given; to train: python -m grpo train --help")
         return 0
+    if arguments[0] == "train":  # a command line of Hydra's, such as -m and --cfg
+        from grpo.commands import train
+
+        return train.main(arguments[1:])
     return run_command(lambda: _run(arguments[0], arguments[1:]))
 
 

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config import CONF_DIR, LAUNCH_KEYS, ConfigError, copy_value, flatten
+from grpo.config import CONF_DIR, LAUNCH, LAUNCH_KEYS, ConfigError, copy_value, flatten
 from grpo.overrides import Overrides
 
 # Names that people bring from other trainers, and what they are called here.
@@ -44,6 +44,8 @@ OTHER_NAMES = {
     "micro_batch_size": "hardware.micro_batch_tokens",
     "gradient_accumulation_steps": "hardware.micro_batch_tokens",
 }
+
+EXTRA_PLUGINS = ("joblib", "optuna", "ray", "submitit_local", "submitit_slurm")  # of the extra [sweeps]
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
@@ -117,6 +119,8 @@ def explain(error: Exception) -> str:
             return str(cause).strip()
         cause = cause.__cause__
     text = str(error).strip()
+    if (getattr(error, "missing_cfg_file", None) or "").startswith("hydra/"):
+        return unknown_plugin(error.missing_cfg_file, error.options)
     key = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
     full_key = re.search(r"full_key: (\S+)", text)
     if key:
@@ -150,8 +154,18 @@ def unknown_key(key: str) -> str:
     near = difflib.get_close_matches(bare, known + groups, n=3, cutoff=0.6)
     last_part = bare.rsplit(".", 1)[-1]
     near += [k for k in known if k.rsplit(".", 1)[-1] == last_part and k not in near]
-    hint = f"; did you mean {' or '.join(near[:3])}?" if near else "; `python launch.py --cfg job` prints every key"
+    hint = f"; did you mean {' or '.join(near[:3])}?" if near else f"; `{' '.join(LAUNCH)} --cfg job` prints every key"
     return f"there is no key '{bare}'{hint}"
+
+
+def unknown_plugin(path: str, options: Sequence[str] | None) -> str:
+    """What to say of a choice such as hydra/launcher/ray that neither Hydra nor a plugin has."""
+    group, _, choice = path.rpartition("/")
+    if choice in EXTRA_PLUGINS:
+        return f"{group}={choice} needs: pip install -e '.[sweeps]'"
+    near = difflib.get_close_matches(choice, options or (), n=1)
+    hint = f" Did you mean {group}={near[0]}?" if near else ""
+    return f"there is no {group}={choice}; choose one of {', '.join(options or ())}.{hint}"
 
 
 def unknown_choice(group: str, choice: str) -> str:

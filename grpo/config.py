@@ -15,7 +15,10 @@ from typing import Any, get_args, get_type_hints
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 
-CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
+# In a checkout conf/ stands beside grpo/; installed, it is part of the package.
+_PACKAGE = Path(__file__).resolve().parent
+CONF_DIR = next(path for path in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if path.is_dir())
+LAUNCH = ["grpo", "train"] if CONF_DIR.parent == _PACKAGE else ["python", "launch.py"]
 
 
 class ConfigError(Exception):

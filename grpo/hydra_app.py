@@ -131,6 +131,10 @@ def split_into_jobs(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of each job of a sweep over all combinations of the values, in Hydra's order."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    hydra_app = GlobalHydra.instance()
+    loader = (
+        hydra_app.config_loader() if hydra_app.is_initialized() else None
+    )  # tracking=glob(*) asks it for the choices
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
     batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [job for batch in batches for job in batch]

@@ -89,7 +89,7 @@ def test_what_the_plan_cannot_count_ends_it_and_starts_nothing(launch, tmp_path,
     for extra in ([], ["-m", "seed=1,2"]):
         failed = launch(*extra, *QUICK, "plan=true", cwd=tmp_path, fault=("grpo.engine.cost.parameters", "1", "memory"))
         assert failed.returncode == 1
-        assert failed.stderr.splitlines()[-1].startswith("failed: plan=true: ")
+        assert failed.stderr.splitlines()[-1].startswith("failed: RuntimeError: ")
         assert list(tmp_path.iterdir()) == []
 
 

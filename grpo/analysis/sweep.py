@@ -17,6 +17,7 @@ from grpo.analysis.load import (
     read_config,
 )
 from grpo.analysis.summary import wilson_interval
+from grpo.config import LAUNCH
 from grpo.overrides import Overrides
 from grpo.run.folder import RunFolder
 from grpo.run.halving import SEED, Record
@@ -135,7 +136,7 @@ class Sweep:
         overrides = Overrides(self.overrides)
         searched = [f"{key}={value}" for key, value in arm.items() if key not in overrides.keys]
         own = overrides.without({SEED}).with_texts(arm)
-        launch = ["python", "launch.py", *self.flags]
+        launch = [*LAUNCH, *self.flags]
         again = ",".join(map(str, sorted({self._seeds[job] for job in self.arms[0].jobs})))
         fresh = ",".join(str(max(self._seeds.values()) + number) for number in range(1, fresh_seeds + 1))
         return {

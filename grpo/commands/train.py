@@ -11,6 +11,8 @@ In a checkout `python launch.py` is the same.
 import os
 from functools import partial
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_original_cwd
 from omegaconf import DictConfig, OmegaConf
 
 from grpo.compose import report_errors, run_command
@@ -54,6 +56,8 @@ def train_run(launch: Launch, cfg: DictConfig) -> float | None:
 
 def train_job(cfg: DictConfig, launch: Launch | None = None) -> float | None:
     """One run. Returns what sweeps maximise: held-out accuracy after training, or else the last mean reward."""
+    if HydraConfig.get().job.chdir:  # paths stay relative to the directory in which the command was given
+        os.chdir(get_original_cwd())
     with open_run(cfg, launch.run if launch else None) as run:
         if not run.done:
             from grpo.trainer import train  # here, since it imports torch: --help and --cfg answer without

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from grpo.config import LAUNCH
+
 PLAIN_LINE_SECONDS = 10  # where nobody can see a bar, a line at most this often (and the first and the last step)
 
 
@@ -104,7 +106,7 @@ def next_commands(run_dir: Path, foreign: Mapping[str, str], more_steps: str | N
 
 def resume_command(run_dir: Path, foreign: Mapping[str, str]) -> str:
     """The command that goes on with a run."""
-    return f"python launch.py resume=true {_run_dir(run_dir)}{_allowing(foreign)}"
+    return f"{' '.join(LAUNCH)} resume=true {_run_dir(run_dir)}{_allowing(foreign)}"
 
 
 def _run_dir(run_dir: Path) -> str:

@@ -95,8 +95,6 @@ def hold_run(app: Application, composed: DictConfig, overrides: Overrides) -> It
         holding = reserved(path, suffix=True)
     with holding as new:
         path = run.path if new is None else new
-        if composed.hydra.job.chdir:  # paths are then no longer from where the command was given
-            path = path.absolute()
         own = f"hydra.run.dir={quoted(str(path))}"
         final = [*overrides.without({"hydra.run.dir"}), own]
         yield Launch(app, final, without_hydra(composed), run=RunFolder(path))

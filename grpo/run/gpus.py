@@ -1,24 +1,32 @@
 """A queue for the GPUs of one machine: each job of a sweep takes one that is free, or waits for it."""
 
-import fcntl
 import os
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
 POLL_S = 1.0
 NOTED = "GRPO_SWEEP_VISIBLE_DEVICES"
+SUBMITIT_LOCAL = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
+# Those that start jobs on this machine and assign no GPU to them. Of other launchers nothing is assumed: their jobs use
+# the GPUs that they are given.
+LOCAL_LAUNCHERS = (
+    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "hydra_plugins.hydra_grpo.LocalLauncher",
+    "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
+    SUBMITIT_LOCAL,
+)
 
-_held: BinaryIO | None = None  # the lock of this process's GPU, which goes with the process however that ends
+_held: FileLock | None = None  # the lock of this process's GPU, which goes with the process however that ends
 
 
 def takes_any_gpu(cfg: DictConfig, launcher: str) -> bool:
-    """Whether a job of a sweep may take any GPU of this machine, of which no scheduler has given it one."""
-    here = launcher in ("local", "basic", "joblib", "submitit_local")
-    return here and {cfg.hardware.device, cfg.model.device_map} <= {"auto", "cuda"}
+    """Whether a job must choose a GPU of this machine itself, since its launcher (a `_target_`) assigns none."""
+    return launcher in LOCAL_LAUNCHERS and {cfg.hardware.device, cfg.model.device_map} <= {"auto", "cuda"}
 
 
 def remember_gpus() -> None:
@@ -29,7 +37,7 @@ def remember_gpus() -> None:
 def show_all_gpus(launcher: str) -> None:
     """Before torch looks for GPUs: submitit's local executor hides from its jobs all that were not asked for."""
     noted = os.environ.get(NOTED)
-    if launcher != "submitit_local" or noted is None:
+    if launcher != SUBMITIT_LOCAL or noted is None:
         return
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     if noted != "all":
@@ -52,15 +60,12 @@ def claim_gpu(count: int, folder: Path | None = None) -> str | None:
     told = False
     while True:
         for name in names:
-            file = (folder / name.replace("/", "_")).open("ab", buffering=0)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                continue
-            _held = file
-            os.environ["CUDA_VISIBLE_DEVICES"] = name
-            return name
+            lock = FileLock(folder / name.replace("/", "_"))
+            with suppress(Timeout):
+                lock.acquire(timeout=0)
+                _held = lock
+                os.environ["CUDA_VISIBLE_DEVICES"] = name
+                return name
         if not told:
             print(f"waiting for one of the GPUs {', '.join(names)}", flush=True)
             told = True

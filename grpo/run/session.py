@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -147,8 +146,7 @@ def open_run(cfg: DictConfig, decided: RunFolder | None = None) -> Iterator[Run]
 
 def job_folder() -> RunFolder:
     """The folder that Hydra gave this job of a sweep."""
-    path = Path(HydraConfig.get().runtime.output_dir)
-    return RunFolder(path if HydraConfig.get().job.chdir else short_path(path))
+    return RunFolder(short_path(HydraConfig.get().runtime.output_dir))
 
 
 def command_line() -> Overrides:
@@ -175,7 +173,7 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
     from grpo.engine.hardware import hardware_found
 
     hydra_cfg, overrides = HydraConfig.get(), command_line()
-    launcher = hydra_cfg.runtime.choices["hydra/launcher"]
+    launcher = hydra_cfg.launcher._target_
     if hydra_cfg.mode == RunMode.MULTIRUN and takes_any_gpu(cfg, launcher):
         show_all_gpus(launcher)
         claim_gpu(torch.cuda.device_count())

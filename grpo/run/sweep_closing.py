@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from grpo.config import LAUNCH
 from grpo.overrides import Overrides
 from grpo.run.halving import Record
 from grpo.run.sweep import SweepFolder, short
@@ -38,7 +39,7 @@ def conclude(sweep: SweepFolder) -> bool:
     if states != {"finished"} and (halving is None or halving.state != "finished"):
         record = sweep.record()
         given = [*record.get("flags", []), "-m", *record["hydra"], *record["overrides"]]
-        print(f"  go on     {shlex.join(['python', 'launch.py', *given, 'resume=true', f'sweep_dir={sweep.path}'])}")
+        print(f"  go on     {shlex.join([*LAUNCH, *given, 'resume=true', f'sweep_dir={sweep.path}'])}")
     return bool(bad)
 
 

@@ -94,12 +94,16 @@ def check_sweep(composed: DictConfig) -> None:
     hydra = composed.hydra
     for part in ("launcher", "sweeper"):
         if not has_plugin(hydra[part]._target_):
-            raise ConfigError(
-                f"hydra/{part}={hydra.runtime.choices[f'hydra/{part}']} needs: pip install -e '.[sweeps]'"
-            )
+            choice = hydra.runtime.choices[f"hydra/{part}"]
+            raise ConfigError(f"hydra/{part}={choice}: no Hydra plugin {hydra[part]._target_} is installed")
     at_once = hydra.launcher.get("jobs_at_once")
     if at_once is not None and not (isinstance(at_once, int) and at_once > 0):
         raise ConfigError(f"hydra.launcher.jobs_at_once={at_once} must be a number above 0, or null")
+    if "minimize" in str(hydra.sweeper.get("direction")):  # as Optuna's own config has it
+        raise ConfigError(
+            "hydra.sweeper.direction=minimize: the outcome of a run is to be maximized; use hydra/sweeper=tpe, or "
+            "hydra.sweeper.direction=maximize"
+        )
     if hydra.sweeper.get("max_batch_size") is not None:
         raise ConfigError("hydra.sweeper.max_batch_size: with it a job that fails ends the sweep; leave it out")
     if composed.run_dir is not None and not composed.fork:

@@ -9,7 +9,7 @@ from grpo.config import ConfigError, typed
 from grpo.run.folder import RunFolder
 from grpo.run.halving import Record, best_arms, choose_ladder, ladder, seconds
 from grpo.run.sweep import SweepFolder
-from hydra_plugins.hydra_grpo.halving import HalvingSweeper
+from grpo.sweeps.halving_sweeper import HalvingSweeper
 from tests.run.test_sweep import QUICK
 from tests.runs import launch, rows
 

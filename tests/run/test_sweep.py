@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,32 @@ def test_a_job_that_cannot_start_is_recorded_with_its_values_and_its_folder_can_
     assert again.returncode == 0, again.stderr
 
 
+def test_with_chdir_paths_keep_the_meaning_that_they_have_on_the_command_line(tmp_path):
+    shutil.copytree(ROOT / "tests" / "sums", tmp_path / "sums")
+    own = [
+        *QUICK,
+        "data=jsonl",
+        "data.path=sums",
+        "data.system_prompt=null",
+        "grpo.num_steps=1",
+        "hydra.job.chdir=true",
+    ]
+    single = launch(*own, "run_dir=run", cwd=tmp_path)
+    assert single.returncode == 0, single.stderr
+    assert RunFolder(tmp_path / "run").finished()
+    done = launch("-m", *own, "seed=1", "hydra/launcher=basic", "sweep_dir=sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [job["state"] for job in SweepFolder(tmp_path / "sweep").jobs()] == ["finished"]
+
+
+def test_the_choices_of_a_group_can_be_swept_by_glob_and_jobs_be_named_by_their_number(tmp_path):
+    own = [*QUICK, "grpo.num_steps=1", "hydra/launcher=basic", "hydra.sweep.subdir=${hydra.job.num}", "sweep_dir=sweep"]
+    done = launch("-m", *own, "rollout=glob(*)", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (job,) = SweepFolder(tmp_path / "sweep").jobs()
+    assert (job["folder"], job["overrides"], job["state"]) == ("0", ["rollout=native"], "finished")
+
+
 def test_the_order_of_a_sweep_is_that_of_its_first_launch(cwd):
     """It numbers the jobs, and says which of two values of a key counts."""
     command = [*QUICK, "hydra/launcher=basic", "grpo.num_steps=1", "grpo.epsilon=0.3", "grpo.epsilon=0.1"]
@@ -309,6 +336,33 @@ def test_each_gpu_goes_to_one_process_and_is_free_when_that_ends(tmp_path):
     for process in (first, second, third):
         process.kill()
         process.wait()
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from grpo.run.gpus import claim_gpu
+claim_gpu(1, Path(sys.argv[1]))
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+print(child, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_gpu_is_free_when_its_job_is_killed_though_a_process_that_the_job_forked_lives_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo.run.gpus._held", None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    job = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    child = int(job.stdout.readline())
+    try:
+        job.wait()
+        started = time.monotonic()
+        assert claim_gpu(1, tmp_path) == "0"
+        assert time.monotonic() - started < 30  # and not only when that process ends
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_without_a_gpu_there_is_nothing_to_take(tmp_path, monkeypatch):

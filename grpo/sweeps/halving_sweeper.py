@@ -15,7 +15,7 @@ from grpo.overrides import Overrides
 from grpo.run.folder import RunFolder
 from grpo.run.halving import LEAST_STEPS, Record, arms_of, best_arms, choose_ladder
 from grpo.run.sweep_opening import points_of
-from hydra_plugins.hydra_grpo.launcher import JobFailed
+from grpo.sweeps.launcher import JobFailed
 
 
 class HalvingSweeper(Sweeper):

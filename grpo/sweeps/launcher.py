@@ -61,12 +61,15 @@ class LocalLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.function, self.config = hydra_context, task_function, config
+        if hint := threads_hint(config, self.jobs_at_once or 1, os.cpu_count() or 1):
+            print(hint, flush=True)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run these jobs and return what each returned or raised, in their order. SystemExit after a stop signal."""
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        at_once = self.jobs_at_once or (_gpus() if takes_any_gpu(self.config, "local") else 0) or 1
+        target = self.config.hydra.launcher._target_
+        at_once = self.jobs_at_once or (_gpus() if takes_any_gpu(self.config, target) else 0) or 1
         waiting = deque((place, initial_job_idx + place, list(each)) for place, each in enumerate(job_overrides))
         running: dict[int, _Job] = {}  # by what says that its process has ended
         returns: list[JobReturn | None] = [None] * len(job_overrides)
@@ -220,6 +223,15 @@ class _Forwarding:
         if self.received:
             with suppress(ProcessLookupError):
                 os.kill(job.process.pid, self.received)
+
+
+def threads_hint(config: DictConfig, at_once: int, cores: int) -> str | None:
+    """What to say where jobs at once would each use all cores; dividing them here would change how sums are rounded."""
+    hardware = config.hardware
+    if at_once == 1 or cores == 1 or hardware.threads is not None or hardware.device == "cuda":
+        return None
+    share = max(1, cores // at_once)
+    return f"{at_once} jobs at once, each with threads for all {cores} cores: hardware.threads={share} divides them"
 
 
 def _gpus() -> int:

@@ -1,1 +1,0 @@
-"""Launchers and sweepers of this project, where Hydra looks for them."""
