@@ -14,11 +14,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import grpo.run.before_start  # noqa: F401  registers the resolvers that conf/config.yaml names
-from grpo.config import CONF_DIR, ConfigError, flatten
+from grpo.config import CONF_DIR, ConfigError, copy_value, flatten
 
 # Names that people bring from other trainers, and what they are called here.
 OTHER_NAMES = {
@@ -103,10 +103,7 @@ def apply_overrides(frozen: DictConfig, composed: DictConfig, overrides: Sequenc
             raise ConfigError(
                 f"{override.input_line}: cannot be applied to an existing run folder; name the keys themselves"
             )
-        value = OmegaConf.select(composed, key)
-        with open_dict(result):
-            plain = OmegaConf.to_container(value, resolve=True) if isinstance(value, DictConfig) else value
-            OmegaConf.update(result, key, plain, merge=False, force_add=True)
+        copy_value(composed, key, result)
     return result
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 
@@ -352,3 +352,14 @@ def escape(node: Any) -> Any:
         return [escape(value) for value in node]
     # A backslash before "${" makes it plain text to OmegaConf, and must itself be doubled there.
     return re.sub(r"(\\*)\$\{", lambda m: 2 * m[1] + r"\${", node) if isinstance(node, str) else node
+
+
+def copy_value(source: DictConfig, key: str, target: DictConfig, to: str | None = None) -> None:
+    """Set a key of a config, in place, to another one's value of it; `to`: under another name.
+
+    The value is data from here on: reading it has resolved it, and its text is not interpolated a second time.
+    """
+    value = OmegaConf.select(source, key)
+    plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    with open_dict(target):
+        OmegaConf.update(target, to or key, escape(plain), merge=False, force_add=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from grpo.compose import apply_overrides, compose_config
-from grpo.config import Config, ConfigError, typed
+from grpo.config import Config, ConfigError, escape, typed
 from grpo.run.folder import RunFolder
 from grpo.targets import check_trusted
 
@@ -74,9 +74,9 @@ def find_subject(arguments: Sequence[str]) -> Subject:
     # Of a run that was given more steps and has not made them yet, final_model is from before.
     if folder.finished() and folder.final_model.exists():
         if changed.model.get("lora") is None:
-            changed.model.name = str(folder.final_model)
+            changed.model.name = escape(str(folder.final_model))
         else:
-            changed.model.lora.init_from = str(folder.final_model)
+            changed.model.lora.init_from = escape(str(folder.final_model))
         return Subject(resolved(changed), folder, None, folder.status()["step"])
     from grpo.run.checkpoint import latest_checkpoint, load_state  # imports torch
 

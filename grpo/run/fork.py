@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from grpo.compose import apply_overrides
-from grpo.config import Config, ConfigError, check_training, escape, load_frozen, typed
+from grpo.config import Config, ConfigError, check_training, copy_value, escape, load_frozen, typed
 from grpo.engine.hardware import resolve_hardware
 from grpo.run.checkpoint import (
     MANIFEST,
@@ -37,14 +37,15 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
     frozen = apply_overrides(before, cfg, overrides)
     for key in ("beta", "epsilon"):  # the objective's follow those of grpo.*, unless they were set apart
         if before.objective.get(key) == before.grpo[key] == frozen.objective.get(key):
-            frozen.objective[key] = frozen.grpo[key]
+            copy_value(frozen, f"grpo.{key}", frozen, to=f"objective.{key}")
     check_trusted(frozen, cfg, parent.path)
     manifest = json.loads((source / MANIFEST).read_text())
     lineage = {"run_dir": str(parent.path), "step": state.step, "parent": load_frozen(parent.config_file).get("parent")}
     frozen.parent = escape(lineage | {"weights_sha256": manifest["files"]["model.safetensors"]["sha256"]})
     if cfg.tracking.group is not None:  # such as that of a sweep
-        frozen.tracking.group, frozen.tracking.tags = cfg.tracking.group, cfg.tracking.tags
-    frozen.tracking.name = cfg.tracking.name
+        copy_value(cfg, "tracking.group", frozen)
+        copy_value(cfg, "tracking.tags", frozen)
+    copy_value(cfg, "tracking.name", frozen)
     frozen.run_dir, frozen.resume, frozen.fork, frozen.fork_step = None, False, False, None
     resolve_hardware(frozen)
     config = typed(frozen)

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from grpo.compose import apply_overrides, named_keys
-from grpo.config import Config, ConfigError, check_training, flatten, to_dict, typed
+from grpo.config import Config, ConfigError, check_training, copy_value, flatten, to_dict, typed
 from grpo.run.before_start import check_folder, check_parent, has_finished
 from grpo.run.console import resume_command
 from grpo.run.folder import CHANGEABLE, CUT, OUTPUTS, RunFolder
@@ -232,12 +232,12 @@ def resumed_config(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> 
     check_trusted(changed, cfg, folder.path)
     resolve_hardware(changed)
     for size in PRESET_SIZES:  # only defaults of grpo.*, which is frozen: another preset cuts the same work otherwise
-        changed.hardware[size] = frozen.hardware[size]
+        copy_value(frozen, f"hardware.{size}", changed)
     # Other digits, and another place in W&B, are asked for by their names and not by a group such as tracking=offline.
     kept = {"hardware.compute_dtype", "tracking.group", "tracking.name", "tracking.tags"}
     for key in kept - named_keys(new):
-        OmegaConf.update(changed, key, OmegaConf.select(frozen, key), merge=False)
-    before, after = flatten(frozen), flatten(changed)
+        copy_value(frozen, key, changed)
+    before, after = (flatten(OmegaConf.to_container(each, resolve=True)) for each in (frozen, changed))
     differing = [key for key in before | after if before.get(key) != after.get(key)]
     refused = [key for key in differing if not key.startswith(CHANGEABLE + CUT) and not _is_longer(key, before, after)]
     if refused:
