@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from grpo.compose import apply_overrides, compose_config
 from grpo.config import Config, ConfigError, escape, typed
-from grpo.run.folder import RunFolder
+from grpo.run.folder import RunFolder, check_links
 from grpo.targets import check_trusted
 
 
@@ -49,6 +49,7 @@ def run_folder_of(overrides: Sequence[str]) -> RunFolder | None:
     folder = RunFolder(own["run_dir"].rstrip("/"))
     if not folder.started():
         raise ConfigError(f"run_dir={folder.path} is not a run folder (it has no config.yaml)")
+    check_links(folder.path)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra.core.plugins import Plugins
@@ -12,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config import ConfigError, first_line, typed
 from grpo.run import sweep
-from grpo.run.folder import OUTPUTS, RunFolder, job_folder_name, newest_unfinished
+from grpo.run.folder import OUTPUTS, RunFolder, check_links, job_folder_name, newest_unfinished
 from grpo.run.gpus import remember_gpus
 from grpo.run.halving import Record, arms_of, choose_ladder, seconds
 from grpo.run.lock import locked
@@ -26,7 +27,7 @@ def run_folder(
     if fork:
         parent = RunFolder(run_dir or "")
         named = any(override.startswith("name=") for override in overrides) or not parent.started()
-        return str(OUTPUTS / (name if named else parent.frozen_config().name) / now)
+        return str(OUTPUTS / (name if named else _name_of(parent)) / now)
     if run_dir:
         return run_dir
     # `auto` is for the same command again (a queue that restarts it), so it stays within the experiment's name.
@@ -36,6 +37,13 @@ def run_folder(
             f"resume=true: no unfinished run below {OUTPUTS}/; name one with run_dir=..., or start without resume"
         )
     return str(unfinished.path if unfinished else OUTPUTS / name / now)
+
+
+def _name_of(parent: RunFolder) -> Path:
+    name = Path(str(parent.frozen_config().name))
+    if name.is_absolute() or ".." in name.parts:
+        raise ConfigError(f"{parent.path} has the name {name}, which leads out of {OUTPUTS}/; add name=...")
+    return name
 
 
 def sweep_folder(sweep_dir: str | None, now: str) -> str:
@@ -68,6 +76,7 @@ def check_parent(parent: str | None, resume: bool | str) -> None:
         raise ConfigError("fork=true needs the run to start from: run_dir=outputs/...")
     if not RunFolder(parent).started():
         raise ConfigError(f"fork=true: {parent} is not a run folder (it has no config.yaml)")
+    check_links(Path(parent))
 
 
 def check_folder(run: RunFolder, resume: bool | str, overrides: Sequence[str]) -> None:
@@ -79,6 +88,7 @@ def check_folder(run: RunFolder, resume: bool | str, overrides: Sequence[str]) -
                 f"{path} holds a run already; go on with it: resume=true run_dir={path}, or choose another run_dir"
             )
         return
+    check_links(path)
     if resume == "auto":
         return
     if not path.exists():
@@ -141,6 +151,7 @@ def open_sweep(config: DictConfig, overrides: Sequence[str]) -> None:
     choice = config.hydra.runtime.choices["hydra/sweeper"]
     found = sweep.newest_sweep(overrides, choice) if config.resume and not config.sweep_dir else None
     folder = sweep.SweepFolder(found or config.hydra.sweep.dir)
+    check_links(folder.path)
     known = folder.record()
     if config.resume is True and not known and not any(folder.path.glob("*/config.yaml")):
         raise ConfigError(

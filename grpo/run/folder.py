@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config import Config, escape, load_frozen, to_dict
+from grpo.config import Config, ConfigError, escape, load_frozen, to_dict
 
 OUTPUTS = Path("outputs")
 
@@ -97,7 +97,7 @@ class RunFolder:
 
     def record_launch(self, launch: dict[str, Any]) -> None:
         """Add a line to launches.jsonl: what was asked for, from which step, and on what it runs."""
-        with (self.path / "launches.jsonl").open("a") as file:
+        with open(self.path / "launches.jsonl", "a", encoding="utf-8", opener=no_link) as file:
             file.write(json.dumps(launch) + "\n")
 
     def launches(self) -> list[dict[str, Any]]:
@@ -127,7 +127,7 @@ class RunFolder:
 
     def append_metrics(self, row: dict) -> None:
         """Add a row for one step."""
-        with self.metrics_file.open("a") as file:
+        with open(self.metrics_file, "a", encoding="utf-8", opener=no_link) as file:
             file.write(json.dumps(row) + "\n")
 
     def sync_metrics(self) -> None:
@@ -147,6 +147,7 @@ class RunFolder:
 
         file = self.path / "skipped" / f"step_{step:06d}.safetensors"
         file.parent.mkdir(exist_ok=True)
+        discard(file)
         save_file(tensors, file)
         write_whole(file.with_suffix(".jsonl"), _json_lines(rows))
         return file
@@ -198,7 +199,7 @@ class RunFolder:
     def save_final_model(self, *writers: Callable[[Path], object]) -> None:
         """Write final_model/ by all that write a part of it into a folder (model, tokenizer), whole or not at all."""
         temporary = self.path / "final_model.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard(temporary)
         for write in writers:
             write(temporary)
         move_whole(temporary, self.final_model)
@@ -235,11 +236,37 @@ def read_json(file: Path) -> dict:
     return record
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+def check_links(folder: Path) -> None:
+    """Raise ConfigError where a link leads out of a run folder: what is written there would land elsewhere."""
+    inside = os.path.realpath(folder)
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place, name) for name in (*folders, *files)):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+                raise ConfigError(
+                    f"{path} is a link to {path.readlink()}, outside of {folder}; "
+                    "replace it by a copy of that, or delete it"
+                )
+
+
+def no_link(path: str, flags: int) -> int:
+    """An opener for `open`: raises OSError where the file is a link, which may lead anywhere."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link but not what it points to, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a small file whole or not at all. Where there is a link, the file takes its place."""
     temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
+    discard(temporary)
+    with temporary.open("xb") as stream:  # x: never through a link
+        stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)

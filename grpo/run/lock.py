@@ -29,7 +29,7 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[None]:
     `renew_s` seconds. A line of another machine that is not renewed for 2.5 times as long belongs to a dead process.
     No clocks are compared. Where the file system has no locks, the line alone decides.
     """
-    with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0) as file:
+    with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b", buffering=0) as file:
         holder, taken = _read(folder), _lock(file)
         unsure = bool(holder) and (taken is None or holder.get("machine") != _machine())
         if taken and not unsure:

@@ -2,14 +2,18 @@
 
 import json
 import os
+from contextlib import suppress
 
 import pytest
+import torch
 import yaml
 
+from grpo.commands._common import run_folder_of
 from grpo.compose import compose_config
 from grpo.config import ConfigError, to_dict, typed
-from grpo.run.before_start import check_folder, run_folder, sweep_folder
-from grpo.run.folder import RunFolder, job_folder_name, newest_unfinished, run_folders, write_whole
+from grpo.run.before_start import check_folder, check_parent, run_folder, sweep_folder
+from grpo.run.folder import RunFolder, check_links, job_folder_name, newest_unfinished, run_folders, write_whole
+from grpo.run.lock import locked
 
 ROWS = [{"step": step, "loss": 1 / step} for step in (1, 2, 3, 4)]
 
@@ -116,6 +120,65 @@ def test_what_follows_a_line_of_rubbish_is_left_out(tmp_path):
     assert run.metrics() == [{"step": 1}, {"step": 2}]
 
 
+# Links, which a folder from elsewhere may bring.
+
+
+@pytest.mark.parametrize("name", ["status.json.tmp", "checkpoints", "eval/before.json", "x/y/z", "gone"])
+def test_a_link_that_leads_out_of_a_run_folder_is_refused_with_its_name(tmp_path, name):
+    run = RunFolder(make_run(tmp_path / "run", "interrupted", 100))
+    (tmp_path / "elsewhere").mkdir()
+    link = run.path / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(tmp_path / ("gone" if name == "gone" else "elsewhere"))
+    said = rf"^{link} is a link to {link.readlink()}, outside of {run.path}; replace it by a copy of that, or delete it"
+    for resume in (True, "auto"):
+        with pytest.raises(ConfigError, match=said):
+            check_folder(run, resume, [])
+    with pytest.raises(ConfigError, match=said):
+        check_parent(str(run.path), False)
+    with pytest.raises(ConfigError, match=said):
+        run_folder_of([f"run_dir={run.path}"])
+
+
+def test_links_within_a_run_folder_and_to_it_are_accepted(tmp_path):
+    run = make_run(tmp_path / "run", "interrupted", 100)
+    (run / "latest").symlink_to("config.yaml")
+    (run / "loop").symlink_to("loop")
+    (tmp_path / "alias").symlink_to(run)
+    check_links(run)
+    check_links(tmp_path / "alias")
+
+
+WRITERS = {
+    "status.json": lambda run: run.update_status(step=1),
+    "changes.yaml": lambda run: run.record_changes({"a": 1}),
+    "launches.jsonl": lambda run: run.record_launch({"a": 1}),
+    "metrics/metrics.jsonl": lambda run: run.append_metrics({"step": 1}),
+    "samples/step_000001.jsonl": lambda run: run.write_samples(1, [{}]),
+    "skipped/step_000001.safetensors": lambda run: run.write_skipped(1, {"a": torch.ones(1)}, [{}]),
+    "skipped/step_000001.jsonl": lambda run: run.write_skipped(1, {"a": torch.ones(1)}, [{}]),
+    "preflight.json": lambda run: run.write_preflight({}),
+    "eval/before.json": lambda run: run.write_evaluation("before", {}),
+    "final_model": lambda run: run.save_final_model(lambda folder: (folder.mkdir(), (folder / "a").write_text("new"))),
+    ".lock": lambda run: locked(run.path).__enter__(),
+}
+
+
+@pytest.mark.parametrize("ending", ["", ".tmp"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_nothing_is_written_through_a_link(tmp_path, name, ending):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "a").write_text("{}")
+    run = RunFolder(tmp_path / "run")
+    link = run.path / f"{name}{ending}"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(victim if name == "final_model" else victim / "a")
+    with suppress(OSError):  # what is added to is refused, what is written anew replaces the link
+        WRITERS[name](run)
+    assert {file.name: file.read_text() for file in victim.iterdir()} == {"a": "{}"}
+
+
 # Which folder a launch takes.
 
 
@@ -160,6 +223,10 @@ def test_a_fork_takes_a_new_folder_under_its_parents_name_or_the_name_given(tmp_
     (tmp_path / "theirs" / "config.yaml").write_text("name: sums\n")
     assert run_folder("theirs", False, True, "default", [], "now") == "outputs/sums/now"
     assert run_folder("theirs", False, True, "mine", ["name=mine"], "now") == "outputs/mine/now"
+    for name in ("/etc", "../../x", "a/../../x"):
+        (tmp_path / "theirs" / "config.yaml").write_text(f"name: {name}\n")
+        with pytest.raises(ConfigError, match=f"theirs has the name {name}, which leads out of outputs/; add name="):
+            run_folder("theirs", False, True, "default", [], "now")
 
 
 def test_a_sweep_takes_the_given_folder_or_a_new_one():
