@@ -289,6 +289,8 @@ class Trainer:
         self.evaluate_if_due(run, tracker, saver)
         if due(step, config.checkpoint.every) or step == self.total_steps:
             self.save(run, saver)
+            if step < self.total_steps:  # at the end, the final model is written all the same
+                saver.check()
 
     def preflight_if_due(self, run: Run) -> None:
         """Before the first step, say whether there is anything to learn from."""

@@ -20,10 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from grpo.run.folder import move_whole, write_whole
+from grpo.run.folder import discard, move_whole, write_whole
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+NAME = r"(step_\d{6,}|reference_\d{6,}|best)"  # of a folder that a run writes into checkpoints/
 
 
 @dataclass
@@ -63,7 +64,8 @@ def write_checkpoint(
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for left_over in target.parent.glob("*.tmp"):
-        shutil.rmtree(left_over)
+        if re.fullmatch(NAME, left_over.stem):
+            discard(left_over)
     _check_space(target.parent, sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()))
     temporary = target.with_name(f"{target.name}.tmp")
     temporary.mkdir()

@@ -1,6 +1,7 @@
 """Saving a run's checkpoints, in the way of training or beside it in a thread, and which of them are kept."""
 
 import logging
+import re
 import shutil
 import threading
 import time
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from grpo.config import CheckpointConfig
 from grpo.run.checkpoint import (
+    NAME,
     TrainerState,
     flatten_optimizer,
     reference_folder,
@@ -23,6 +25,7 @@ from grpo.run.checkpoint import (
 )
 
 logger = logging.getLogger(__name__)
+TRIES = 5  # checkpoints in a row that may fail to be written before the run ends
 
 
 class Saver:
@@ -34,6 +37,7 @@ class Saver:
         self._idle = threading.Event()
         self._idle.set()
         self._saved_step = state.step
+        self._failures = 0  # in a row
         has_reference = reference_folder(folder, state.iteration).exists()
         self._reference_iteration = state.iteration if has_reference else 0  # whose reference is on the disk
 
@@ -57,12 +61,16 @@ class Saver:
         state = TrainerState(**vars(state) | {"reduced": dict(state.reduced)})
 
         def write() -> None:
-            if moved:
-                write_checkpoint(place, {"model": moved})
-                self._reference_iteration = state.iteration
             target = step_folder(self._folder, state.step)
-            write_checkpoint(target, tensors, state, place)
-            self._saved_step = state.step
+            try:
+                if moved:
+                    write_checkpoint(place, {"model": moved})
+                    self._reference_iteration = state.iteration
+                write_checkpoint(target, tensors, state, place)
+            except OSError:
+                self._failures += 1
+                raise
+            self._saved_step, self._failures = state.step, 0
             retain(target, self._settings)
 
         self._run(write, f"the checkpoint of step {state.step}")
@@ -72,6 +80,14 @@ class Saver:
         self.close()
         if self._settings.keep_best:
             self._write(lambda: write_checkpoint(self._folder / "best", {"model": weights_of(policy)}, state), "best/")
+
+    def check(self) -> None:
+        """Raise RuntimeError where checkpoints cannot be written: a run that is stopped would lose ever more."""
+        if self._failures >= TRIES:
+            raise RuntimeError(
+                f"the last {TRIES} checkpoints could not be written to {self._folder}, as the warnings say; "
+                "make room there, or make it writable, and resume"
+            )
 
     def close(self) -> None:
         """Wait until nothing is being written, also where a signal comes meanwhile."""
@@ -120,7 +136,7 @@ def retain(newest: Path, settings: CheckpointConfig) -> None:
             _delete(path)
     needed = {_reference_name(path) for path in step_folders(folder)}
     for path in folder.glob("reference_*"):
-        if path.name not in needed:
+        if re.fullmatch(NAME, path.name) and path.name not in needed:
             _delete(path)
 
 

@@ -32,7 +32,7 @@ from grpo.run.checkpoint import (
     step_folders,
     weights_of,
 )
-from grpo.run.saver import Saver, retain
+from grpo.run.saver import TRIES, Saver, retain
 
 FILES = ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "manifest.json"]
 
@@ -279,6 +279,32 @@ def test_a_left_over_of_an_interrupted_save_is_never_chosen_and_goes_with_the_ne
     assert latest_checkpoint(tmp_path).name == "step_000001"
     save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000003"]
+
+
+def test_what_is_not_ours_in_the_folder_stays_and_does_not_stand_in_the_way(tmp_path):
+    (tmp_path / "notes.tmp").write_text("mine")
+    (tmp_path / "step_1.tmp").mkdir()
+    (tmp_path / "reference_of_mine").mkdir()
+    (tmp_path / "step_000001.tmp").write_text("a file where the folder will be")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "best.tmp").symlink_to("elsewhere")
+    save_steps(tmp_path, 1)
+    left = ["elsewhere", "notes.tmp", "reference_of_mine", "step_000001", "step_1.tmp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_a_run_that_cannot_save_ends_after_a_number_of_tries(tmp_path):
+    model = small_model()
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    saver = Saver(tmp_path / "checkpoints", settings(), TrainerState())
+    for step in range(1, TRIES + 1):
+        saver.check()
+        saver.save(model, adamw(model), None, TrainerState(step=step))
+    with pytest.raises(RuntimeError, match=r"the last 5 checkpoints could not be written to .*make room there"):
+        saver.check()
+    (tmp_path / "checkpoints").unlink()
+    saver.save(model, adamw(model), None, TrainerState(step=9))
+    saver.check()
 
 
 def test_a_step_that_is_saved_again_replaces_the_damaged_one(tmp_path):
