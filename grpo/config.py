@@ -21,6 +21,10 @@ class ConfigError(Exception):
     """Bad input, said in one or two lines with the mend. Commands print it and exit with 2."""
 
 
+class FileError(ConfigError, ValueError):
+    """A file of a run folder that is damaged, or is not what its name says; the message names it."""
+
+
 @dataclass
 class LoraSettings:
     rank: int = MISSING

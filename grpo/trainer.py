@@ -351,11 +351,6 @@ class Trainer:
         if run.resumed:
             logger.info("going on after step %d", self.state.step)
         rows = run.folder.cut_metrics(self.state.step)
-        if [row["step"] for row in rows] != list(range(1, self.state.step + 1)):
-            raise RuntimeError(
-                f"{run.folder.metrics_file} lacks rows of the {self.state.step} steps that {latest} stands for; to "
-                "make steps again, move that checkpoint away"
-            )
         known = run.folder.training_evaluations(self.state.step).values()
         self.doctor.replay(rows, known)  # what there was to say of these has been said
         return rows

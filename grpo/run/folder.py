@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config import Config, ConfigError, escape, load_frozen, to_dict
+from grpo.config import Config, ConfigError, FileError, escape, load_frozen, to_dict
 
 OUTPUTS = Path("outputs")
 
@@ -97,12 +97,11 @@ class RunFolder:
 
     def record_launch(self, launch: dict[str, Any]) -> None:
         """Add a line to launches.jsonl: what was asked for, from which step, and on what it runs."""
-        with open(self.path / "launches.jsonl", "a", encoding="utf-8", opener=no_link) as file:
-            file.write(json.dumps(launch) + "\n")
+        write_whole(self.path / "launches.jsonl", _json_lines([*self.launches(), launch]))
 
     def launches(self) -> list[dict[str, Any]]:
         """The launches of this run in order; a torn last line does not count."""
-        return whole_lines(self.path / "launches.jsonl")
+        return read_lines(self.path / "launches.jsonl")
 
     def first_overrides(self) -> list[str]:
         """The command line of the first launch, as Hydra recorded it."""
@@ -110,13 +109,26 @@ class RunFolder:
         return yaml.safe_load(record.read_text()) if record.exists() else []
 
     def metrics(self, up_to_step: int | None = None) -> list[dict]:
-        """The metrics rows, in order, up to a step. What comes after a torn line, as a crash may leave, is left out."""
-        rows = whole_lines(self.metrics_file)
+        """The metrics rows, in order, up to a step; a torn last line does not count. Raises FileError."""
+        rows = read_lines(self.metrics_file)
+        for number, row in enumerate(rows, start=1):
+            if type(row.get("step")) is not int:
+                raise FileError(
+                    f'{self.metrics_file}, line {number}: not a metrics row, which is an object with a "step"'
+                )
         return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
 
     def cut_metrics(self, step: int) -> list[dict]:
-        """Drop the rows after a step, which will be run again. Returns those that stay."""
+        """Drop the rows after a step, which will be run again. Returns those that stay.
+
+        Raises FileError, and changes nothing, where one of theirs is missing or a line is damaged.
+        """
         rows = self.metrics(up_to_step=step)
+        if [row["step"] for row in rows] != list(range(1, step + 1)):
+            raise FileError(
+                f"{self.metrics_file} does not have one row for each of the {step} steps of the checkpoint; restore "
+                "it, or move the checkpoint away to repeat its steps"
+            )
         self.write_metrics(rows)
         return rows
 
@@ -292,16 +304,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def whole_lines(file: Path) -> list[dict]:
-    """The JSON objects of a file up to its first line that is not whole."""
+def read_lines(file: Path) -> list[dict]:
+    """The JSON objects of a file, one a line; without what follows the last newline, which a crash has torn.
+
+    Raises FileError naming file and line where any other line is no object.
+    """
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
     rows = []
-    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else []:
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict) or not line.endswith(b"\n"):
-            break
+        except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+            raise FileError(f"{file}, line {number}: not valid JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise FileError(f"{file}, line {number}: not a JSON object")
         rows.append(row)
     return rows
 

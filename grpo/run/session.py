@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from grpo.compose import apply_overrides, named_keys
-from grpo.config import Config, ConfigError, check_training, copy_value, flatten, to_dict, typed
+from grpo.config import Config, ConfigError, FileError, check_training, copy_value, flatten, to_dict, typed
 from grpo.run.before_start import check_folder, check_parent, has_finished
 from grpo.run.console import resume_command
 from grpo.run.folder import CHANGEABLE, CUT, OUTPUTS, RunFolder
@@ -275,7 +275,7 @@ def _record_end(run: Run, error: BaseException) -> None:
         pending = [f"{key}={value}" for key, value in run.changes.items() if recorded.get(key) != value]
         print(f"interrupted; go on with: {' '.join([command, *pending])}", flush=True)
         return
-    if isinstance(error, ConfigError) and (not run.resumed or run.forked):
+    if isinstance(error, ConfigError) and not isinstance(error, FileError) and (not run.resumed or run.forked):
         _discard(run.folder, run.forked)
         return
     _set_state(run.folder, "failed", f"{type(error).__name__}: {error}")

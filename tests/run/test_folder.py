@@ -112,12 +112,31 @@ def test_samples_and_evaluations_are_files_of_their_own(tmp_path):
     assert (tmp_path / "eval" / "before.json").exists()
 
 
-def test_what_follows_a_line_of_rubbish_is_left_out(tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text.replace(b'"step": 2', b'"step\xff: 2'), "line 2: not valid JSON"),
+        (lambda text: text.replace(b'"step": 2', b'"stop": 2'), "line 2: not a metrics row"),
+        (lambda text: text.partition(b"\n")[2], "does not have one row for each of the 4 steps"),
+        (lambda text: text + text, "does not have one row for each of the 4 steps"),
+        (lambda text: text[:-9], "does not have one row for each of the 4 steps"),
+    ],
+)
+def test_damaged_metrics_are_refused_and_not_touched(folder, damage, said):
+    damaged = damage(folder.metrics_file.read_bytes())
+    folder.metrics_file.write_bytes(damaged)
+    with pytest.raises(ConfigError, match=rf"metrics\.jsonl,? {said}"):
+        folder.cut_metrics(4)
+    assert folder.metrics_file.read_bytes() == damaged
+
+
+def test_a_launch_is_recorded_after_a_torn_line(tmp_path):
     run = RunFolder(tmp_path)
-    run.write_metrics([{"step": 1}, {"step": 2}])
-    with run.metrics_file.open("ab") as file:
-        file.write(b"\0" * 30 + b'\n{"step": 4}\n')
-    assert run.metrics() == [{"step": 1}, {"step": 2}]
+    run.record_launch({"from_step": 0})
+    with (tmp_path / "launches.jsonl").open("a") as file:
+        file.write('{"from_st')
+    run.record_launch({"from_step": 4})
+    assert run.launches() == [{"from_step": 0}, {"from_step": 4}]
 
 
 # Links, which a folder from elsewhere may bring.
