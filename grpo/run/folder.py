@@ -68,6 +68,11 @@ class RunFolder:
     def finished(self) -> bool:
         return self.status().get("state") == "finished"
 
+    def saved_step(self) -> int:
+        """The step of the newest checkpoint that the run is known to have had; 0 where it had none."""
+        starts = (launch.get("from_step") or 0 for launch in self.launches())
+        return max(self.status().get("saved_step") or 0, *starts, 0)
+
     def update_status(self, **changes: object) -> None:
         """Change some keys of status.json, in one rename, so that a reader never sees half a file."""
         write_whole(self.path / "status.json", json.dumps(self.status() | changes, indent=2) + "\n")

@@ -36,7 +36,7 @@ class Saver:
         self._folder, self._settings = folder, settings
         self._idle = threading.Event()
         self._idle.set()
-        self._saved_step = state.step
+        self.saved_step = state.step  # of the newest checkpoint on the disk
         self._failures = 0  # in a row
         has_reference = reference_folder(folder, state.iteration).exists()
         self._reference_iteration = state.iteration if has_reference else 0  # whose reference is on the disk
@@ -50,7 +50,7 @@ class Saver:
         memory at once and written while training goes on.
         """
         self.close()
-        if state.step == self._saved_step:
+        if state.step == self.saved_step:
             return
         tensors = {"model": weights_of(policy), "optimizer": flatten_optimizer(optimizer)}
         moved = weights_of(reference) if reference is not None and self._reference_iteration != state.iteration else {}
@@ -70,7 +70,7 @@ class Saver:
             except OSError:
                 self._failures += 1
                 raise
-            self._saved_step, self._failures = state.step, 0
+            self.saved_step, self._failures = state.step, 0
             retain(target, self._settings)
 
         self._run(write, f"the checkpoint of step {state.step}")
