@@ -50,7 +50,7 @@ def check_manifests(folder: RunFolder) -> int:
     from grpo.run.checkpoint import broken, step_folders
 
     others = [*folder.checkpoints.glob("reference_*"), folder.checkpoints / "best"]
-    checked = [*step_folders(folder.checkpoints), *(p for p in others if p.is_dir() and p.suffix != ".tmp")]
+    checked = [*step_folders(folder.checkpoints), *(p for p in others if p.is_dir() and not p.suffix)]
     problems = {path.name: broken(path) for path in checked}
     damaged = {name: problem for name, problem in problems.items() if problem is not None}
     for name, problem in damaged.items():

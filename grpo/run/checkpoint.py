@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from grpo.run.folder import discard, move_whole, write_whole
+from grpo.run.folder import discard, move_whole, put_back, write_whole
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -63,9 +63,7 @@ def write_checkpoint(
     Raises OSError, before it starts where the disk has too little room.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in target.parent.glob("*.tmp"):
-        if re.fullmatch(NAME, left_over.stem):
-            discard(left_over)
+    clear(target.parent)
     _check_space(target.parent, sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()))
     temporary = target.with_name(f"{target.name}.tmp")
     temporary.mkdir()
@@ -80,6 +78,16 @@ def write_checkpoint(
         if isinstance(error, OSError):
             raise
         raise OSError(str(error)) from error  # safetensors has an exception of its own for a failed write
+
+
+def clear(folder: Path) -> None:
+    """Remove from checkpoints/ what a save that was killed has left. For the process that holds the run folder."""
+    for left_over in [*folder.glob("*.tmp"), *folder.glob("*.old")]:
+        if re.fullmatch(NAME, left_over.stem):
+            if left_over.suffix == ".old":
+                put_back(left_over.with_suffix(""))
+            else:
+                discard(left_over)
 
 
 def step_folders(folder: Path) -> list[Path]:

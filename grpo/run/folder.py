@@ -291,13 +291,31 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 def move_whole(folder: Path, target: Path) -> None:
-    """Give a complete folder its name, in place of what has it, such that it would outlast a power cut."""
+    """Give a complete folder its name, in place of what has it, such that it would outlast a power cut.
+
+    No folder can replace another one in one step: what had the name is `<name>.old` meanwhile, for `put_back`.
+    """
     for path in [*folder.iterdir(), folder]:
         sync(path)
-    if target.exists():
-        shutil.rmtree(target)
+    put_back(target)
+    old = target.with_name(f"{target.name}.old")
+    if os.path.lexists(target):
+        target.rename(old)
     folder.rename(target)
     sync(target.parent)
+    discard(old)
+
+
+def put_back(target: Path) -> None:
+    """After a `move_whole` that was killed: give the old folder its name again, or remove it where the new one has it.
+
+    For the process that holds the run folder.
+    """
+    old = target.with_name(f"{target.name}.old")
+    if os.path.lexists(target):
+        discard(old)
+    elif os.path.lexists(old):
+        old.rename(target)
 
 
 def sync(path: Path) -> None:

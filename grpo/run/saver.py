@@ -15,6 +15,7 @@ from grpo.config import CheckpointConfig
 from grpo.run.checkpoint import (
     NAME,
     TrainerState,
+    clear,
     flatten_optimizer,
     reference_folder,
     reference_of,
@@ -34,6 +35,7 @@ class Saver:
     def __init__(self, folder: Path, settings: CheckpointConfig, state: TrainerState) -> None:
         """state: where the run starts or goes on from, which is on the disk already."""
         self._folder, self._settings = folder, settings
+        clear(folder)
         self._idle = threading.Event()
         self._idle.set()
         self.saved_step = state.step  # of the newest checkpoint on the disk

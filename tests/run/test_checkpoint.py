@@ -481,6 +481,15 @@ def test_best_is_replaced_whole(tmp_path):
     assert (tmp_path / "best").is_dir()
 
 
+def test_the_best_weights_come_back_after_a_kill_while_they_are_replaced(tmp_path):
+    save_best(tmp_path, small_model(), TrainerState(step=1))
+    (tmp_path / "best").rename(tmp_path / "best.old")
+    (tmp_path / "best.tmp").mkdir()
+    Saver(tmp_path, settings(), TrainerState(step=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert broken(tmp_path / "best") is None
+
+
 def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, caplog):
     save_steps(tmp_path, 1, 2, 3)
     (tmp_path / "step_000001").rename(tmp_path / "elsewhere")

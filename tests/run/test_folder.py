@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import textwrap
 from contextlib import suppress
 
 import pytest
@@ -12,7 +15,15 @@ from grpo.commands._common import run_folder_of
 from grpo.compose import compose_config
 from grpo.config import ConfigError, to_dict, typed
 from grpo.run.before_start import check_folder, check_parent, run_folder, sweep_folder
-from grpo.run.folder import RunFolder, check_links, job_folder_name, newest_unfinished, run_folders, write_whole
+from grpo.run.folder import (
+    RunFolder,
+    check_links,
+    job_folder_name,
+    newest_unfinished,
+    put_back,
+    run_folders,
+    write_whole,
+)
 from grpo.run.lock import locked
 
 ROWS = [{"step": step, "loss": 1 / step} for step in (1, 2, 3, 4)]
@@ -196,6 +207,45 @@ def test_nothing_is_written_through_a_link(tmp_path, name, ending):
     with suppress(OSError):  # what is added to is refused, what is written anew replaces the link
         WRITERS[name](run)
     assert {file.name: file.read_text() for file in victim.iterdir()} == {"a": "{}"}
+
+
+def test_a_folder_that_is_replaced_is_the_old_or_the_new_one_whenever_that_is_killed(tmp_path):
+    # Each child dies at its n-th event that touches files.
+    code = """
+        import os, sys
+        from pathlib import Path
+        from grpo.run.folder import move_whole
+        for n in range(1, 99):
+            child = os.fork()
+            if child == 0:
+                count = 0
+                def die_at_the_nth(event, arguments):
+                    global count
+                    if event in ("open", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+                        count += 1
+                        if count == n:
+                            os._exit(9)
+                sys.addaudithook(die_at_the_nth)
+                move_whole(Path(sys.argv[1], str(n), "new"), Path(sys.argv[1], str(n), "best"))
+                os._exit(0)
+            if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+                break
+        print(n)
+    """
+    for n in range(1, 99):
+        for name in ("new", "best"):
+            (tmp_path / str(n) / name).mkdir(parents=True)
+            (tmp_path / str(n) / name / "a").write_text(name)
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    complete = int(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
+    assert 5 < complete < 99
+    found = []
+    for n in range(1, complete + 1):
+        put_back(tmp_path / str(n) / "best")
+        found.append((tmp_path / str(n) / "best" / "a").read_text())
+        assert not (tmp_path / str(n) / "best.old").exists()
+    assert sorted(set(found)) == ["best", "new"]
+    assert found == sorted(found)  # the new one from some operation on
 
 
 # Which folder a launch takes.
