@@ -13,6 +13,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from grpo.config import Config, ConfigError, FileError, escape, load_frozen, to_dict
+from grpo.run.lock import in_use
 
 OUTPUTS = Path("outputs")
 
@@ -230,8 +231,20 @@ def run_folders(root: Path) -> list[RunFolder]:
 
 
 def newest_unfinished(root: Path) -> RunFolder | None:
-    """The run started last, at or below `root`, among those that did not finish."""
-    return next((run for run in reversed(run_folders(root)) if not run.finished()), None)
+    """The run started last, at or below `root`, among those that did not finish and that a resume can take.
+
+    Left out are runs that are running now, jobs of sweeps, which resume with their sweep, and unreadable folders.
+    """
+    return next((run for run in reversed(run_folders(root)) if _can_resume(run, root)), None)
+
+
+def _can_resume(run: RunFolder, root: Path) -> bool:
+    if any((folder / "sweep.json").exists() for folder in run.path.parents if folder.is_relative_to(root)):
+        return False
+    try:
+        return not run.finished() and not in_use(run.path)
+    except FileError:  # naming the folder will say what is wrong with it
+        return False
 
 
 def job_folder_name(number: int, overrides: str, longest: int = 80) -> str:
@@ -243,13 +256,13 @@ def job_folder_name(number: int, overrides: str, longest: int = 80) -> str:
 
 
 def read_json(file: Path) -> dict:
-    """A JSON object from a file. Raises ValueError naming the file if it holds anything else."""
+    """A JSON object from a file. Raises FileError naming the file if it holds anything else."""
     try:
         record = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{file} is not a JSON object")
+        raise FileError(f"{file} is not a JSON object")
     return record
 
 

@@ -53,10 +53,13 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[None]:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether the process that holds the folder lives, as far as a look can say that takes no lock."""
+    """Whether the process that holds the folder lives, as far as a look can say that takes no lock.
+
+    Of another machine, or of this one before it was restarted, that is a guess: its line was renewed a minute ago.
+    """
     holder = _read(folder)
     if holder.get("machine") != _machine():
-        return bool(holder)
+        return bool(holder) and time.time() - (folder / ".lock").stat().st_mtime < 6 * RENEW_S
     try:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:

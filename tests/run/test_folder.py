@@ -265,6 +265,22 @@ def test_the_newest_unfinished_run_is_the_one_started_last_that_did_not_finish(t
     assert [run.path.name for run in run_folders(tmp_path)] == ["0_x", "2", "1", "3"]
 
 
+def test_a_run_that_a_resume_cannot_take_is_not_the_newest_unfinished_one(tmp_path):
+    wanted = make_run(tmp_path / "x" / "killed", "running", 100)
+    RunFolder(make_run(tmp_path / "x" / "unreadable", "running", 200)).path.joinpath("status.json").write_text("{")
+    make_run(tmp_path / "sweep" / "0_a", "interrupted", 300)
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    running = make_run(tmp_path / "x" / "running", "running", 400)
+    with locked(running):
+        assert newest_unfinished(tmp_path).path == wanted
+    assert newest_unfinished(tmp_path).path == running
+    line = {"machine": "as it was before a restart", "host": "here", "pid": 1, "token": "t", "beat": 7}
+    (running / ".lock").write_text(json.dumps(line))
+    assert newest_unfinished(tmp_path).path == wanted
+    os.utime(running / ".lock", (1, 1))
+    assert newest_unfinished(tmp_path).path == running
+
+
 def test_where_every_run_has_finished_there_is_none_to_go_on_with(tmp_path):
     make_run(tmp_path / "a", "finished", 100)
     assert newest_unfinished(tmp_path) is None
