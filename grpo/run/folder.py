@@ -186,7 +186,9 @@ class RunFolder:
         return file
 
     def evaluation(self, name: str) -> dict | None:
-        return self.evaluations().get(name)
+        """The content of eval/<name>.json; None where there is none."""
+        file = self.path / "eval" / f"{name}.json"
+        return read_json(file) if file.exists() else None
 
     def evaluations(self) -> dict[str, dict]:
         """The content of every eval/<name>.json by its name: `before` first, then by step, `after` last."""
@@ -202,9 +204,8 @@ class RunFolder:
 
     def accuracy_at(self, step: int) -> float | None:
         """Held-out accuracy after a step, if it was evaluated there."""
-        made = self.evaluations()
-        names = (name for name in ("after", f"step_{step:06d}") if name in made and made[name]["step"] == step)
-        return next((made[name]["accuracy"] for name in names), None)
+        found = (self.evaluation(name) for name in ("after", f"step_{step:06d}"))
+        return next((each["accuracy"] for each in found if each is not None and each["step"] == step), None)
 
     def objective(self) -> float | None:
         """What a sweep maximises: held-out accuracy after the last step, or else that step's mean reward."""

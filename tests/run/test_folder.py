@@ -123,6 +123,15 @@ def test_samples_and_evaluations_are_files_of_their_own(tmp_path):
     assert (tmp_path / "eval" / "before.json").exists()
 
 
+def test_an_evaluation_is_read_without_the_others(tmp_path):
+    run = RunFolder(tmp_path)
+    run.write_evaluation("after", {"accuracy": 0.5, "step": 7})
+    (tmp_path / "eval" / "evaluate_by_hand.json").write_text("{")
+    assert run.evaluation("after") == {"accuracy": 0.5, "step": 7}
+    assert run.accuracy_at(7) == 0.5
+    assert run.accuracy_at(6) is None
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
