@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from grpo.config import first_line
 from grpo.run.folder import RunFolder
 
 METRICS_FILE = Path("metrics", "metrics.jsonl")
@@ -65,17 +64,13 @@ def load_evaluations(run_dir: str | Path, of_training: bool = False) -> pd.DataF
 
 
 def read_config(run_dir: str | Path) -> dict:
-    """The run's frozen `config.yaml` as plain data, nothing interpolated; empty if there is none."""
-    path = Path(run_dir, "config.yaml")
-    if not path.is_file():
+    """A run's config with what later launches changed in it, as plain data; empty if there is none."""
+    run = RunFolder(run_dir)
+    if not run.started():
         return {}
-    from omegaconf import DictConfig, OmegaConf  # here, because only charts need it
+    from omegaconf import OmegaConf  # here, because only charts need it
 
-    try:
-        config = OmegaConf.load(path)
-    except Exception as error:  # yaml's and OmegaConf's, of many kinds
-        raise ValueError(f"{path} is not valid YAML: {first_line(error)}") from error
-    return OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else {}
+    return OmegaConf.to_container(run.frozen_config(), resolve=True)
 
 
 def finite_values(metrics: pd.DataFrame, column: str) -> pd.Series:
