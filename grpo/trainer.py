@@ -368,8 +368,9 @@ class Trainer:
     def load(self, checkpoint: Path) -> None:
         """Stand where a checkpoint stands. The optimizer comes last, so that memory peaks no higher than in training.
 
-        Raises RuntimeError where it does not fit the model.
+        Raises RuntimeError where it does not fit the model, FileError where it does not fit the optimizer.
         """
+        checkpoints.check_optimizer(checkpoint, self.optimizer)  # before the weights, which this changes
         self.state = checkpoints.load_state(checkpoint)
         self.cut = self.setup.cut(self.state.reduced)
         if self.loss_scale is not None and self.state.loss_scale is not None:

@@ -5,7 +5,9 @@ is written last. `reference_000002/` holds the frozen reference of outer iterati
 iteration share (in iteration 1 it is the starting model), and `best/` the weights of the best held-out accuracy.
 """
 
+import copy
 import hashlib
+import inspect
 import json
 import logging
 import re
@@ -20,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from grpo.config import FileError
 from grpo.run.folder import discard, move_whole, put_back, write_whole
 
 logger = logging.getLogger(__name__)
@@ -153,13 +156,17 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors by `<parameter number>.<name>`. Its settings come from the config, not from here."""
+    """The optimizer's state by `<parameter number>.<name>` and `group.<group number>.<name>`.
+
+    Its settings come from the config, not from here. A plain number becomes a tensor of int64 or float64.
+    """
     entries = {
-        f"{number}.{key}": torch.as_tensor(value).contiguous()
+        f"{number}.{key}": _as_tensor(value)
         for number, (parameter, _) in enumerate(_parameters(optimizer))
         for key, value in optimizer.state.get(parameter, {}).items()
         if value is not None
     }
+    entries |= _group_state(optimizer)
     seen: set[int] = set()
     for key, value in entries.items():  # a table that all parameters share is written for each: one has no two names
         if value.data_ptr() in seen:
@@ -168,18 +175,83 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return entries
 
 
+def _group_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimizer keeps in its groups beside its settings, such as Prodigy's d and k."""
+    settings = {name for each in type(optimizer).__mro__ for name in inspect.signature(each.__init__).parameters}
+    return {
+        f"group.{number}.{name}": _as_tensor(value)
+        for number, group in enumerate(optimizer.param_groups)
+        for name, value in group.items()
+        if isinstance(value, int | float) and name not in settings and value != optimizer.defaults.get(name)
+    }
+
+
+def _as_tensor(value: Any) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else torch.as_tensor(value).contiguous()
+
+
+@torch.no_grad()
+def check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Raise FileError where a checkpoint's state is not of this optimizer and its parameters.
+
+    The optimizer takes a step, from a gradient of ones, to show what state it keeps. So the weights that it trains
+    must be loaded after this; its own state is empty again.
+    """
+    groups = [{name: copy.copy(value) for name, value in group.items()} for group in optimizer.param_groups]
+    parameters = [parameter for parameter, _ in _parameters(optimizer)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    expected = {key: _kind(value) for key, value in flatten_optimizer(optimizer).items() if key[0].isdigit()}
+    optimizer.state.clear()
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        group.update(before)
+
+    file = checkpoint / "optimizer.safetensors"
+    with safe_open(file, "pt") as stored:
+        found = {key: _kind(stored.get_slice(key)) for key in stored.keys()}  # noqa: SIM118
+    stateful = {key.partition(".")[0] for key in found}  # a parameter that had no gradient so far has no state
+    wrong = [key for key, kind in expected.items() if key.partition(".")[0] in stateful and found.get(key) != kind]
+    wrong += [key for key in found if not _is_place(key, optimizer)]
+    if wrong or (expected and not stateful):
+        which = f"entry {wrong[0]} is missing, or of another shape or type" if wrong else "it is empty"
+        raise FileError(f"{file} is not the state of this optimizer and model: {which}; take another checkpoint")
+
+
+def _kind(tensor: Any) -> tuple[tuple[int, ...], bool]:
+    """The shape of a tensor, or of one in a file, and whether it holds whole numbers: a wrong one can crash."""
+    in_file = not isinstance(tensor, Tensor)
+    shape = tuple(tensor.get_shape() if in_file else tensor.shape)
+    floating = "F" in tensor.get_dtype() if in_file else tensor.is_floating_point()
+    return shape, bool(shape) and not floating
+
+
+def _is_place(key: str, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an entry's name begins with the number of a parameter or a group that there is."""
+    parts = key.split(".", 2)
+    if parts[0] == "group" and len(parts) == 3 and parts[1].isdecimal():
+        groups = optimizer.param_groups
+        return int(parts[1]) < len(groups) and isinstance(groups[int(parts[1])].get(parts[2]), int | float)
+    return len(parts) > 1 and parts[0].isdecimal() and int(parts[0]) < len(_parameters(optimizer))
+
+
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Give an optimizer the state that a checkpoint holds; parameters must be in the same order."""
     parameters = _parameters(optimizer)
     optimizer.state.clear()
     for key, value in stored_tensors(checkpoint / "optimizer.safetensors"):
         number, name = key.split(".", 1)
+        if number == "group":
+            number, name = name.split(".", 1)
+            optimizer.param_groups[int(number)][name] = value.item()
+            continue
         parameter, group = parameters[int(number)]
         # By hand, since `load_state_dict` would give it the parameter's dtype, and have it in memory twice meanwhile.
         on_device = name != "step" or group.get("fused") or group.get("capturable")  # where these want even the step
         value = value.to(parameter.device if on_device else value.device, copy=True)
-        whole = value.dim() == 0 and value.dtype == torch.int64  # a counter that is a plain number
-        optimizer.state[parameter][name] = value.item() if whole else value
+        number = value.dim() == 0 and value.dtype in (torch.int64, torch.float64)  # a plain number
+        optimizer.state[parameter][name] = value.item() if number else value
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, dict[str, Any]]]:

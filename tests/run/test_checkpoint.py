@@ -15,13 +15,16 @@ from contextlib import closing
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-from grpo.config import CheckpointConfig, ModelConfig
+import grpo.algorithm.optimizer
+from grpo.config import CheckpointConfig, ConfigError, ModelConfig
 from grpo.engine.model import load_model
 from grpo.run.checkpoint import (
     TrainerState,
     broken,
+    check_optimizer,
     flatten_optimizer,
     latest_checkpoint,
     load_optimizer,
@@ -179,6 +182,74 @@ def test_the_state_of_plain_gradient_descent_comes_back_too(tmp_path):
         load_optimizer(checkpoint, fresh)
         assert bits(flatten_optimizer(fresh)) == bits(flatten_optimizer(optimizer))
         assert bool(flatten_optimizer(fresh)) == (momentum > 0)
+
+
+class WithNumbers(torch.optim.Optimizer):
+    """One that keeps plain numbers, as Prodigy and schedule-free optimizers do: in its groups and in its state."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr, "d": 1e-6, "k": 0, "kept": True})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["k"] += 1
+            group["d"] *= 1.1
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["sum"] = state.get("sum", 0.0) + 0.1
+                state["count"] = state.get("count", 0) + 1
+                parameter.add_(parameter.grad, alpha=-group["lr"] * group["d"] * state["sum"])
+
+
+def test_plain_numbers_that_an_optimizer_keeps_come_back_exactly(tmp_path):
+    model = small_model()
+    optimizer = WithNumbers(model.parameters())
+    for seed in (1, 2, 3):
+        train_a_step(model, optimizer, seed)
+    assert sorted(flatten_optimizer(optimizer)) == ["0.count", "0.sum", "1.count", "1.sum", "group.0.d", "group.0.k"]
+    checkpoint = save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=1))
+    fresh = WithNumbers(model.parameters(), lr=0.7)
+    check_optimizer(checkpoint, fresh)
+    assert (fresh.param_groups[0]["d"], fresh.param_groups[0]["k"], len(fresh.state)) == (1e-6, 0, 0)
+    load_optimizer(checkpoint, fresh)
+    expected = optimizer.state_dict()
+    expected["param_groups"][0]["lr"] = 0.7  # a setting, which the config gives
+    assert fresh.state_dict() == expected
+    assert all(type(value) in (int, float) for state in fresh.state.values() for value in state.values())
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "NAdam", "Adafactor", "MuonWithAdamW", "StochasticAdamW"])
+def test_settings_of_an_optimizer_are_not_in_its_state_and_its_own_checkpoint_fits(tmp_path, name):
+    make = getattr(torch.optim, name, None) or getattr(grpo.algorithm.optimizer, name)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4))
+    optimizer = make(list(model.named_parameters()), lr=0.1)
+    train_a_step(model, optimizer, seed=1)
+    assert not any(key.startswith("group") for key in flatten_optimizer(optimizer))
+    checkpoint = save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=1))
+    check_optimizer(checkpoint, make(list(model.named_parameters()), lr=0.1))
+
+
+CHANGES = {
+    "shape": lambda entries: entries | {"0.exp_avg": torch.zeros(2, 2)},
+    "type": lambda entries: entries | {"1.exp_avg_sq": torch.zeros(2, dtype=torch.uint8)},
+    "name": lambda entries: {key.replace("0.exp_avg", "0.average"): value for key, value in entries.items()},
+    "number": lambda entries: entries | {"2.step": torch.tensor(1.0)},
+    "no number": lambda entries: entries | {"x": torch.tensor(1.0)},
+    "group": lambda entries: entries | {"group.0.params": torch.tensor(1.0)},
+    "empty": lambda entries: {},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_optimizer_state_that_does_not_fit_is_refused_before_it_is_loaded(tmp_path, change):
+    model = small_model()
+    optimizer = adamw(model)
+    train_a_step(model, optimizer, seed=1)
+    checkpoint = save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=1))
+    save_file(CHANGES[change](flatten_optimizer(optimizer)), checkpoint / "optimizer.safetensors")
+    with pytest.raises(ConfigError, match=r"optimizer\.safetensors is not the state of this optimizer and model: "):
+        check_optimizer(checkpoint, adamw(small_model()))
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
