@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 
@@ -326,10 +327,26 @@ def first_line(error: BaseException) -> str:
 
 def load_frozen(path: Path) -> DictConfig:
     """A run folder's config.yaml. Its values are data: nothing in them is interpolated again."""
-    values = yaml.safe_load(path.read_text())
-    if "card" in (values.get("hardware") or {}) and values["hardware"]["card"] is None:  # as it once was written
-        values["hardware"]["card"] = dict.fromkeys(("memory_gb", "tflops", "bandwidth_gb_s"))
-    return OmegaConf.create(escape(values))
+    values = read_yaml(path, dict)
+    hardware = values.get("hardware")
+    if isinstance(hardware, dict) and "card" in hardware and hardware["card"] is None:  # as it once was written
+        hardware["card"] = dict.fromkeys(("memory_gb", "tflops", "bandwidth_gb_s"))
+    try:
+        return OmegaConf.create(escape(values))
+    except OmegaConfBaseException as error:  # such as a date
+        raise FileError(f"{path} is not a config: {first_line(error)}") from error
+
+
+def read_yaml(file: Path, kind: type) -> Any:
+    """What a YAML file holds. Raises FileError naming it where that is not of this kind, a dict or a list."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise FileError(f"{file} is not valid YAML: {first_line(error)}") from error
+    if not isinstance(values, kind):
+        what = "a mapping from keys to values" if kind is dict else "a list"
+        raise FileError(f"{file} is {'empty' if values is None else 'damaged'}: it must hold {what}")
+    return values
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def find_subject(arguments: Sequence[str]) -> Subject:
             changed.model.name = escape(str(folder.final_model))
         else:
             changed.model.lora.init_from = escape(str(folder.final_model))
-        return Subject(resolved(changed), folder, None, folder.status()["step"])
+        return Subject(resolved(changed), folder, None, folder.status().get("step", 0))
     from grpo.run.checkpoint import latest_checkpoint, load_state  # imports torch
 
     weights = latest_checkpoint(folder.checkpoints)

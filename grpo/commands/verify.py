@@ -30,11 +30,12 @@ def main(arguments: list[str]) -> None:
     composed = hardware_found(compose_config(overrides), overrides)
     config = apply_overrides(folder.frozen_config(), composed, overrides)
     check_trusted(config, composed, folder.path)
+    ready = resolved(config)
     damaged = check_manifests(folder)
     start, end = span(folder, own.get("step"))
-    seconds = sum(row["step_time"] for row in folder.metrics() if start < row["step"] <= end)
+    seconds = sum(row.get("step_time", 0.0) for row in folder.metrics() if start < row["step"] <= end)
     print(f"replaying steps {start + 1} to {end}, which took {seconds:.0f} s when they were made", flush=True)
-    difference, compared = replay(folder, resolved(config), start, end)
+    difference, compared = replay(folder, ready, start, end)
     if difference is not None:
         print(f"different: {difference}")
         for line in environment_changes(folder):
@@ -141,16 +142,17 @@ def _same_bits(one: Any, other: Any) -> bool:
 
 def environment_changes(folder: RunFolder) -> list[str]:
     """What is not as it was when the folder was made: another machine or version may round differently."""
+    from grpo.run.checkpoint import load_state
     from grpo.run.environment import environment
 
     launches, here = folder.launches(), environment(resolved(folder.frozen_config()).hardware.device)
-    made = launches[-1]["environment"] if launches else {}
+    made = launches[-1].get("environment", {}) if launches else {}
     lines = [f"here {name} is {here.get(name)}, there it was {value}" for name, value in made.items()]
     lines = [line for line, name in zip(lines, made, strict=True) if here.get(name) != made[name]]
     cut = [key for key in folder.changes() if key.startswith("hardware.")]
     if cut:
         lines.append(f"the work was cut otherwise by a later launch ({', '.join(cut)}): steps before that may differ")
-    states = [json.loads(file.read_text()) for file in folder.checkpoints.glob("step_*/trainer_state.json")]
-    if any(state.get("reduced") for state in states):
+    states = [load_state(file.parent) for file in folder.checkpoints.glob("step_*/trainer_state.json")]
+    if any(state.reduced for state in states):
         lines.append("memory ran out in the run, and from then on fewer rows were worked on at once")
     return lines

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from grpo.config import FileError
-from grpo.run.folder import discard, move_whole, put_back, write_whole
+from grpo.run.folder import discard, move_whole, put_back, read_dataclass, read_json, write_whole
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -117,8 +117,15 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def broken(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, those of its reference included, or None."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = read_json(checkpoint / MANIFEST)
+        needed = ["model.safetensors"]
+        if checkpoint.name.startswith("step_"):
+            needed += ["optimizer.safetensors", "trainer_state.json"]
+        if missing := [name for name in needed if name not in manifest["files"]]:
+            return f"{MANIFEST} does not name {missing[0]}"
         for name, expected in manifest["files"].items():
+            if Path(name).name != name or not (checkpoint / name).is_file():
+                return f"{name} is not a file in it"
             if (checkpoint / name).stat().st_size != expected["size"]:
                 return f"{name} is not {expected['size']} bytes long"
             if _file_digest(checkpoint / name) != expected["sha256"]:
@@ -126,17 +133,19 @@ def broken(checkpoint: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error) or type(error).__name__
     reference = manifest.get("reference")
+    if reference and (checkpoint.name == reference or not re.fullmatch(r"reference_\d{6,}", str(reference))):
+        return f"{reference} is not a reference"
     problem = broken(checkpoint.parent / reference) if reference else None
     return f"its reference {reference}: {problem}" if problem else None
 
 
 def load_state(checkpoint: Path) -> TrainerState:
-    return TrainerState(**json.loads((checkpoint / "trainer_state.json").read_text()))
+    return read_dataclass(TrainerState, checkpoint / "trainer_state.json")
 
 
 def reference_of(checkpoint: Path) -> Path | None:
     """The folder of the reference that a checkpoint goes with; None where that is the starting model."""
-    name = json.loads((checkpoint / MANIFEST).read_text()).get("reference")
+    name = read_json(checkpoint / MANIFEST, {"reference": str | None}).get("reference")
     return checkpoint.parent / name if name else None
 
 

@@ -5,17 +5,24 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config import Config, ConfigError, FileError, escape, load_frozen, to_dict
+from grpo.config import Config, ConfigError, FileError, escape, first_line, load_frozen, read_yaml, to_dict
 from grpo.run.lock import in_use
 
 OUTPUTS = Path("outputs")
+# The types of what the small files hold, as far as it is read.
+STATUS = {"state": str, "step": int, "iteration": int, "total_steps": int, "saved_step": int, "seconds": float}
+STATUS |= {"best_reward": float | None, "error": str | None, "overrides": list}
+EVALUATION = {"step": int, "n": int, "accuracy": float | None, "reward": float | None}
+EVALUATION |= {"rewards": dict | None, "problems": list}
 
 # What may change when a run goes on: how it is watched and kept, and how the work is cut.
 CHANGEABLE = ("preflight", "tracking.", "checkpoint.", "samples.", "eval.every", "eval.after", "grpo.max_skipped_steps")
@@ -64,15 +71,15 @@ class RunFolder:
     def status(self) -> dict:
         """The content of status.json; `{}` where there is none."""
         file = self.path / "status.json"
-        return read_json(file) if file.exists() else {}
+        return read_json(file, STATUS) if file.exists() else {}
 
     def finished(self) -> bool:
         return self.status().get("state") == "finished"
 
     def saved_step(self) -> int:
         """The step of the newest checkpoint that the run is known to have had; 0 where it had none."""
-        starts = (launch.get("from_step") or 0 for launch in self.launches())
-        return max(self.status().get("saved_step") or 0, *starts, 0)
+        starts = [launch.get("from_step") for launch in self.launches()]
+        return max(step for step in (0, self.status().get("saved_step"), *starts) if isinstance(step, int))
 
     def update_status(self, **changes: object) -> None:
         """Change some keys of status.json, in one rename, so that a reader never sees half a file."""
@@ -88,13 +95,16 @@ class RunFolder:
         """The config that the run was started with, and what later launches were allowed to change in it."""
         frozen = load_frozen(self.config_file)
         for key, value in self.changes().items():
-            OmegaConf.update(frozen, key, escape(value), merge=False)
+            try:
+                OmegaConf.update(frozen, key, escape(value), merge=False)
+            except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+                raise FileError(f"{self.path / 'changes.yaml'}: {key}: {first_line(error)}") from error
         return frozen
 
     def changes(self) -> dict[str, Any]:
         """What launches that went on with the run changed, by dotted key; config.yaml itself is never overwritten."""
         file = self.path / "changes.yaml"
-        return yaml.safe_load(file.read_text()) if file.exists() else {}
+        return read_yaml(file, dict) if file.exists() else {}
 
     def record_changes(self, changes: dict[str, Any]) -> None:
         """Add to what later launches changed."""
@@ -112,7 +122,7 @@ class RunFolder:
     def first_overrides(self) -> list[str]:
         """The command line of the first launch, as Hydra recorded it."""
         record = self.path / ".hydra" / "overrides.yaml"
-        return yaml.safe_load(record.read_text()) if record.exists() else []
+        return [str(each) for each in read_yaml(record, list)] if record.exists() else []
 
     def metrics(self, up_to_step: int | None = None) -> list[dict]:
         """The metrics rows, in order, up to a step; a torn last line does not count. Raises FileError."""
@@ -188,11 +198,11 @@ class RunFolder:
     def evaluation(self, name: str) -> dict | None:
         """The content of eval/<name>.json; None where there is none."""
         file = self.path / "eval" / f"{name}.json"
-        return read_json(file) if file.exists() else None
+        return read_json(file, EVALUATION) if file.exists() else None
 
     def evaluations(self) -> dict[str, dict]:
         """The content of every eval/<name>.json by its name: `before` first, then by step, `after` last."""
-        made = {file.stem: read_json(file) for file in self.path.glob("eval/*.json")}
+        made = {file.stem: read_json(file, EVALUATION) for file in self.path.glob("eval/*.json")}
         place = {"before": 0, "after": 2}
         names = sorted(made, key=lambda name: (place.get(name, 1), made[name].get("step") or 0, name))
         return {name: made[name] for name in names}
@@ -200,12 +210,12 @@ class RunFolder:
     def training_evaluations(self, up_to_step: int | None = None) -> dict[str, dict]:
         """Those of the weights that training went through: `before`, and `step_000123`."""
         made = {name: each for name, each in self.evaluations().items() if re.fullmatch(r"before|step_\d+", name)}
-        return {name: each for name, each in made.items() if up_to_step is None or each["step"] <= up_to_step}
+        return {name: each for name, each in made.items() if up_to_step is None or each.get("step", 0) <= up_to_step}
 
     def accuracy_at(self, step: int) -> float | None:
         """Held-out accuracy after a step, if it was evaluated there."""
         found = (self.evaluation(name) for name in ("after", f"step_{step:06d}"))
-        return next((each["accuracy"] for each in found if each is not None and each["step"] == step), None)
+        return next((each.get("accuracy") for each in found if each is not None and each.get("step") == step), None)
 
     def objective(self) -> float | None:
         """What a sweep maximises: held-out accuracy after the last step, or else that step's mean reward."""
@@ -256,15 +266,36 @@ def job_folder_name(number: int, overrides: str, longest: int = 80) -> str:
     return f"{name[: longest - 9]}_{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
 
 
-def read_json(file: Path) -> dict:
-    """A JSON object from a file. Raises FileError naming the file if it holds anything else."""
+def read_json(file: Path, types: Mapping[str, Any] = MappingProxyType({})) -> dict:
+    """A JSON object from a file. Raises FileError naming the file if it holds anything else.
+
+    types: by name what a value must be where there is one, as an annotation such as `float | None`.
+    """
     try:
         record = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise FileError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(record, dict):
         raise FileError(f"{file} is not a JSON object")
+    for name in types.keys() & record.keys():
+        if not _is_of(record[name], types[name]):
+            raise FileError(f"{file}: {name} is {str(record[name])[:80]}, which it cannot be")
     return record
+
+
+def read_dataclass(kind: type, file: Path) -> Any:
+    """A dataclass from the JSON object in a file. Raises FileError naming the file where it does not fit."""
+    record = read_json(file, get_type_hints(kind))
+    try:
+        return kind(**record)
+    except TypeError as error:  # a key is missing, or is not one of its own
+        raise FileError(f"{file}: {first_line(error)}") from error
+
+
+def _is_of(value: Any, annotation: Any) -> bool:
+    allowed = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    classes = tuple(get_origin(each) or each for each in allowed)
+    return isinstance(value, classes) or (float in classes and isinstance(value, int))
 
 
 def check_links(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Forks: a new run that goes on from a checkpoint of another one, with any other settings."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -20,7 +19,7 @@ from grpo.run.checkpoint import (
     step_folder,
     step_folders,
 )
-from grpo.run.folder import RunFolder, sync
+from grpo.run.folder import RunFolder, read_json, sync
 from grpo.targets import check_trusted
 
 
@@ -39,7 +38,7 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
         if before.objective.get(key) == before.grpo[key] == frozen.objective.get(key):
             copy_value(frozen, f"grpo.{key}", frozen, to=f"objective.{key}")
     check_trusted(frozen, cfg, parent.path)
-    manifest = json.loads((source / MANIFEST).read_text())
+    manifest = read_json(source / MANIFEST)
     lineage = {"run_dir": str(parent.path), "step": state.step, "parent": load_frozen(parent.config_file).get("parent")}
     frozen.parent = escape(lineage | {"weights_sha256": manifest["files"]["model.safetensors"]["sha256"]})
     if cfg.tracking.group is not None:  # such as that of a sweep

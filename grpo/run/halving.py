@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo.run.folder import read_json, write_whole
+from grpo.run.folder import read_dataclass, write_whole
 
 LEAST_STEPS = 3  # of the first rung under a budget: so many are made first, to see how long a step takes
 SEED = "seed"
@@ -35,7 +35,7 @@ class Record:
     @classmethod
     def read(cls, folder: Path) -> "Record | None":
         file = folder / "halving.json"
-        return cls(**read_json(file)) if file.exists() else None
+        return read_dataclass(cls, file) if file.exists() else None
 
     def write(self, folder: Path) -> None:
         write_whole(folder / "halving.json", json.dumps(asdict(self), indent=1) + "\n")

@@ -62,7 +62,7 @@ def in_use(folder: Path) -> bool:
         return bool(holder) and time.time() - (folder / ".lock").stat().st_mtime < 6 * RENEW_S
     try:
         os.kill(holder["pid"], 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # a number that no process can have
         return False
     except PermissionError:
         pass
@@ -109,9 +109,10 @@ def _renew(file: BinaryIO, folder: Path, token: str, stop: threading.Event, seco
 
 def _read(folder: Path) -> dict:
     try:
-        return json.loads((folder / ".lock").read_text().strip() or "{}")
+        holder = json.loads((folder / ".lock").read_text().strip() or "{}")
     except (OSError, ValueError):  # while it is written
         return {}
+    return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else {}
 
 
 def _write(file: BinaryIO, token: str, beat: int) -> None:

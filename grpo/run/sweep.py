@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime
@@ -21,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 from yaml import YAMLError
 
-from grpo.config import ConfigError
+from grpo.config import ConfigError, FileError
 from grpo.run.folder import CHANGEABLE, CUT, OUTPUTS, RunFolder, read_json, write_whole
 from grpo.run.halving import Record
 from grpo.run.lock import in_use
@@ -31,6 +32,10 @@ logger = logging.getLogger(__name__)
 SWEEPS = OUTPUTS / "sweeps"
 # Of a command line, what is about this launch and not about the sweep.
 LAUNCH_KEYS = ("resume", "sweep_dir", "plan", "until_step", "sweep.budget_hours")
+
+# The types of what sweep.json holds, as far as it is read.
+RECORD = {"overrides": list, "hydra": list, "keys": list, "planned": list | None, "flags": list, "jobs": list}
+RECORD |= {"name": str, "state": str, "sweeper": str}
 
 opened: "SweepFolder | None" = None  # the sweep of this process's launch; Hydra has no place for it after a failure
 lock_of_sweep = ExitStack()  # held to the end of the launch
@@ -100,7 +105,10 @@ class SweepFolder:
     def record(self) -> dict[str, Any]:
         """The content of sweep.json; `{}` where there is none."""
         file = self.path / "sweep.json"
-        return read_json(file) if file.exists() else {}
+        record = read_json(file, RECORD) if file.exists() else {}
+        if record and not {"overrides", "state"} <= record.keys():
+            raise FileError(f"{file} is not the record of a sweep: it lacks overrides or state")
+        return record
 
     @property
     def swept(self) -> list[str]:
@@ -203,16 +211,20 @@ class SweepFolder:
 
 def run_sweep_or_run(command: Callable[[], int]) -> int:
     """Run a command, and where it was a sweep say what became of its jobs. Returns its exit code; 1 if a job failed."""
-    failed = False
+    failed = unreadable = False
     try:
         code = command()
     finally:
         if opened is not None:
             for number in (signal.SIGINT, signal.SIGTERM):  # all is over but the telling
                 signal.signal(number, signal.SIG_IGN)
-            failed = opened.conclude()
+            try:
+                failed = opened.conclude()
+            except FileError as error:
+                print(f"error: {error}", file=sys.stderr)
+                unreadable = True
             lock_of_sweep.close()
-    return 1 if failed else code
+    return 1 if failed else 2 if unreadable else code
 
 
 def key_of(override: str) -> str:

@@ -301,11 +301,41 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, da
     assert (tmp_path / "step_000002").is_dir()
 
 
-@pytest.mark.parametrize("content", ["null", "[]", "{}", '{"files": []}', "\0"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "null",
+        "[]",
+        "{}",
+        '{"files": []}',
+        "\0",
+        '{"files": {}}',
+        "[" * 99999,
+        '{"files": {"model.safetensors": 3, "optimizer.safetensors": 3, "trainer_state.json": 3}}',
+    ],
+)
 def test_a_manifest_that_says_nothing_is_damage(tmp_path, content):
     save_steps(tmp_path, 1, 2)
     (tmp_path / "step_000002" / "manifest.json").write_text(content)
     assert latest_checkpoint(tmp_path).name == "step_000001"
+
+
+@pytest.mark.parametrize("name", ["../step_000002/model.safetensors", "/dev/zero", "pipe", "."])
+def test_a_manifest_names_plain_files_of_its_own_folder(tmp_path, name):
+    save_steps(tmp_path, 1, 2)
+    os.mkfifo(tmp_path / "step_000001" / "pipe")
+    manifest = json.loads((tmp_path / "step_000001" / "manifest.json").read_text())
+    manifest["files"][name] = {"size": 0, "sha256": "0"}
+    (tmp_path / "step_000001" / "manifest.json").write_text(json.dumps(manifest))
+    assert broken(tmp_path / "step_000001") == f"{name} is not a file in it"
+
+
+@pytest.mark.parametrize("reference", ["step_000001", "../elsewhere", "/", 3, ["x"]])
+def test_a_manifest_names_a_reference_beside_it(tmp_path, reference):
+    save_steps(tmp_path, 1)
+    manifest = json.loads((tmp_path / "step_000001" / "manifest.json").read_text())
+    (tmp_path / "step_000001" / "manifest.json").write_text(json.dumps(manifest | {"reference": reference}))
+    assert broken(tmp_path / "step_000001") == f"{reference} is not a reference"
 
 
 def test_a_copy_made_by_hand_is_no_checkpoint_and_stays(tmp_path):

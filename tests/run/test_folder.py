@@ -15,6 +15,7 @@ from grpo.commands._common import run_folder_of
 from grpo.compose import compose_config
 from grpo.config import ConfigError, to_dict, typed
 from grpo.run.before_start import check_folder, check_parent, run_folder, sweep_folder
+from grpo.run.checkpoint import load_state, reference_of
 from grpo.run.folder import (
     RunFolder,
     check_links,
@@ -24,7 +25,9 @@ from grpo.run.folder import (
     run_folders,
     write_whole,
 )
+from grpo.run.halving import Record
 from grpo.run.lock import locked
+from grpo.run.sweep import SweepFolder
 
 ROWS = [{"step": step, "loss": 1 / step} for step in (1, 2, 3, 4)]
 
@@ -255,6 +258,48 @@ def test_a_folder_that_is_replaced_is_the_old_or_the_new_one_whenever_that_is_ki
         assert not (tmp_path / str(n) / "best.old").exists()
     assert sorted(set(found)) == ["best", "new"]
     assert found == sorted(found)  # the new one from some operation on
+
+
+# Small files that are torn or from elsewhere.
+
+READERS = {
+    "config.yaml": lambda run: run.frozen_config(),
+    "changes.yaml": lambda run: run.frozen_config(),
+    ".hydra/overrides.yaml": lambda run: run.first_overrides(),
+    "status.json": lambda run: run.finished(),
+    "launches.jsonl": lambda run: run.saved_step(),
+    "metrics/metrics.jsonl": lambda run: run.metrics(),
+    "eval/after.json": lambda run: run.accuracy_at(1),
+    "checkpoints/step_000001/trainer_state.json": lambda run: load_state(run.checkpoints / "step_000001"),
+    "checkpoints/step_000001/manifest.json": lambda run: reference_of(run.checkpoints / "step_000001"),
+    "sweep.json": lambda run: SweepFolder(run.path).record(),
+    "halving.json": lambda run: Record.read(run.path),
+}
+TORN = [b"{\n", b"[1, {}\n", b"\xff\n", b"3\n", b"null\n", b"[" * 99999 + b"\n"]
+FOREIGN = {
+    "config.yaml": ["", "- a\n", "a: 2026-01-01\n", "? [a]\n: b\n"],
+    "changes.yaml": ["", "1: 2\n"],
+    ".hydra/overrides.yaml": ["", "a: 1\n"],
+    "status.json": ["", "[]", '{"state": 3}', '{"step": "1"}', '{"seconds": null}'],
+    "metrics/metrics.jsonl": ['{"step": "1"}\n', '{"step": true}\n', "{}\n"],
+    "eval/after.json": ["", '{"step": "1"}', '{"accuracy": "high"}', '{"problems": 3}'],
+    "checkpoints/step_000001/trainer_state.json": ["", '{"step": "1"}', '{"steps": 1}', '{"reduced": []}'],
+    "checkpoints/step_000001/manifest.json": ["", '{"reference": 3}'],
+    "sweep.json": ["", '{"state": "running"}', '{"overrides": "a=1", "state": "running"}'],
+    "halving.json": ["", "{}", '{"total_steps": "9", "arms": [], "eta": 3, "budget_hours": null}'],
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_that_is_torn_or_from_elsewhere_is_named_in_one_line(tmp_path, name):
+    run = RunFolder(make_run(tmp_path, "interrupted", 100))
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    for content in [*TORN, *(text.encode() for text in FOREIGN.get(name, []))]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError) as refused:
+            READERS[name](run)
+        assert str(refused.value).startswith(str(tmp_path / name)), content
+        assert "\n" not in str(refused.value)
 
 
 # Which folder a launch takes.
