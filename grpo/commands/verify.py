@@ -13,7 +13,7 @@ from typing import Any
 from grpo.commands._common import own_arguments, resolved, run_folder_of
 from grpo.compose import apply_overrides, compose_config
 from grpo.config import ConfigError
-from grpo.run.folder import RunFolder
+from grpo.run.folder import RunFolder, step_of
 from grpo.targets import check_trusted
 
 NOT_COMPARED = ("step_time", "timing_s/", "perf/")  # times and memory: what a machine does, not what is computed
@@ -70,7 +70,7 @@ def span(folder: RunFolder, step: str | None) -> tuple[int, int]:
         raise ConfigError(f"{folder.path} has no completed step to replay")
     if steps != list(range(1, rows + 1)):
         raise ConfigError(f"{folder.metrics_file} has gaps or repetitions: it must have one row for each step")
-    kept = [int(path.name.removeprefix("step_")) for path in step_folders(folder.checkpoints) if broken(path) is None]
+    kept = [step_of(path) for path in step_folders(folder.checkpoints) if broken(path) is None]
     if step is None:
         start = max((s for s in kept if s < rows), default=_first(folder))
         return start, min((s for s in kept if s > start), default=rows)

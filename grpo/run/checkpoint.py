@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from grpo.config import FileError
-from grpo.run.folder import discard, move_whole, put_back, read_dataclass, read_json, write_whole
+from grpo.run.folder import discard, move_whole, put_back, read_dataclass, read_json, step_of, write_whole
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -95,7 +95,8 @@ def clear(folder: Path) -> None:
 
 def step_folders(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first; unfinished temporary folders and copies are not among them."""
-    return sorted(p for p in folder.glob("step_*") if p.is_dir() and re.fullmatch(r"step_\d{6,}", p.name))
+    found = (p for p in folder.glob("step_*") if p.is_dir() and re.fullmatch(r"step_\d{6,}", p.name))
+    return sorted(found, key=step_of)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -363,6 +363,11 @@ def put_back(target: Path) -> None:
         old.rename(target)
 
 
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint or of a file of samples; names do not sort by it beyond 999,999."""
+    return int(path.stem.removeprefix("step_"))
+
+
 def sync(path: Path) -> None:
     """Make sure that a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -19,7 +19,7 @@ from grpo.run.checkpoint import (
     step_folder,
     step_folders,
 )
-from grpo.run.folder import RunFolder, read_json, sync
+from grpo.run.folder import RunFolder, read_json, step_of, sync
 from grpo.targets import check_trusted
 
 
@@ -73,7 +73,7 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: list[str]) -> Config:
 
 
 def _checkpoint(parent: RunFolder, step: int | None) -> Path:
-    kept = ", ".join(str(int(path.name.removeprefix("step_"))) for path in step_folders(parent.checkpoints)) or "none"
+    kept = ", ".join(str(step_of(path)) for path in step_folders(parent.checkpoints)) or "none"
     if step is None:
         checkpoint = latest_checkpoint(parent.checkpoints)
         if checkpoint is None:

@@ -24,6 +24,7 @@ from grpo.run.checkpoint import (
     weights_of,
     write_checkpoint,
 )
+from grpo.run.folder import step_of
 
 logger = logging.getLogger(__name__)
 TRIES = 5  # checkpoints in a row that may fail to be written before the run ends
@@ -131,10 +132,9 @@ def retain(newest: Path, settings: CheckpointConfig) -> None:
     warning, not an error.
     """
     folder = newest.parent
-    older = [path for path in step_folders(folder) if path.name <= newest.name][: -settings.keep_last]
+    older = [path for path in step_folders(folder) if step_of(path) <= step_of(newest)][: -settings.keep_last]
     for path in older:
-        step = int(path.name.removeprefix("step_"))
-        if not (settings.keep_every and step % settings.keep_every == 0):
+        if not (settings.keep_every and step_of(path) % settings.keep_every == 0):
             _delete(path)
     needed = {_reference_name(path) for path in step_folders(folder)}
     for path in folder.glob("reference_*"):

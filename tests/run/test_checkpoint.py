@@ -338,6 +338,14 @@ def test_a_manifest_names_a_reference_beside_it(tmp_path, reference):
     assert broken(tmp_path / "step_000001") == f"{reference} is not a reference"
 
 
+def test_checkpoints_are_ordered_by_step_beyond_a_million(tmp_path):
+    save_steps(tmp_path, 999_999, 1_000_000)
+    assert [path.name for path in step_folders(tmp_path)] == ["step_999999", "step_1000000"]
+    assert latest_checkpoint(tmp_path).name == "step_1000000"
+    retain(tmp_path / "step_1000000", settings(keep_last=1))
+    assert [path.name for path in step_folders(tmp_path)] == ["step_1000000"]
+
+
 def test_a_copy_made_by_hand_is_no_checkpoint_and_stays(tmp_path):
     save_steps(tmp_path, 1, 2)
     shutil.copytree(tmp_path / "step_000001", tmp_path / "step_000001_mine")
