@@ -55,10 +55,11 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[None]:
 def in_use(folder: Path) -> bool:
     """Whether the process that holds the folder lives, as far as a look can say that takes no lock.
 
-    Of another machine, or of this one before it was restarted, that is a guess: its line was renewed a minute ago.
+    Of another machine, of this one before it was restarted, or of another container, whose process numbers mean nothing
+    here, that is a guess: its line was renewed within a minute.
     """
     holder = _read(folder)
-    if holder.get("machine") != _machine():
+    if holder.get("machine") != _machine() or holder.get("pid_namespace", _pid_namespace()) != _pid_namespace():
         return bool(holder) and time.time() - (folder / ".lock").stat().st_mtime < 6 * RENEW_S
     try:
         os.kill(holder["pid"], 0)
@@ -117,9 +118,18 @@ def _read(folder: Path) -> dict:
 
 def _write(file: BinaryIO, token: str, beat: int) -> None:
     holder = {"machine": _machine(), "host": platform.node(), "pid": os.getpid(), "token": token, "beat": beat}
+    holder["pid_namespace"] = _pid_namespace()
     # Over what stands there, at one length, so that a full disk cannot leave half a line.
     os.pwrite(file.fileno(), json.dumps(holder).ljust(LINE).encode(), 0)
     os.fsync(file.fileno())
+
+
+def _pid_namespace() -> str | None:
+    """Within which the numbers of processes are unique: containers on one machine have one each; None where unknown."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:  # not on Linux
+        return None
 
 
 def _machine() -> str:
