@@ -289,7 +289,7 @@ def _record_end(run: Run, error: BaseException) -> None:
 def _set_state(folder: RunFolder, state: str, error: str | None) -> None:
     try:
         folder.update_status(state=state, error=error)
-    except OSError as failure:  # a full disk must not hide what ended the run
+    except (OSError, FileError) as failure:  # a full disk or a damaged status.json must not hide what ended the run
         logger.error("%s/status.json could not be written: %s", folder.path, failure)
 
 
