@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf, open_dict
 
@@ -23,6 +24,10 @@ LAUNCH = ["grpo", "train"] if CONF_DIR.parent == _PACKAGE else ["python", "launc
 
 class ConfigError(Exception):
     """Bad input, said in one or two lines with the mend. Commands print it and exit with 2."""
+
+
+class FileError(ConfigError, ValueError):
+    """A file of a run folder that is damaged, or is not what its name says; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,9 @@ class Config:
     tracking: TrackingConfig = group(TrackingConfig, on_resume="free")
 
 
+OPTIONAL_GROUPS: set[str] = set()  # groups that may be null, by dotted name
+
+
 def _facts(schema: type, above: Facts, prefix: str) -> Iterator[tuple[str, Facts]]:
     types = get_type_hints(schema)
     for each in dataclasses.fields(schema):
@@ -207,6 +215,8 @@ def _facts(schema: type, above: Facts, prefix: str) -> Iterator[tuple[str, Facts
         dotted = f"{prefix}{each.name}"
         inner = [one for one in (types[each.name], *get_args(types[each.name])) if dataclasses.is_dataclass(one)]
         if inner:
+            if type(None) in get_args(types[each.name]):
+                OPTIONAL_GROUPS.add(dotted)
             yield from _facts(inner[0], own, f"{dotted}.")
         else:
             yield dotted, own
@@ -380,6 +390,18 @@ def kl_weight(config: Config) -> float:
 def first_line(error: BaseException) -> str:
     """What an error says, short enough for a line of our own; its type where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def read_yaml(file: Path, kind: type) -> Any:
+    """What a YAML file holds. Raises FileError naming it where that is not of this kind, a dict or a list."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise FileError(f"{file} is not valid YAML: {first_line(error)}") from error
+    if not isinstance(values, kind):
+        what = "a mapping from keys to values" if kind is dict else "a list"
+        raise FileError(f"{file} is {'empty' if values is None else 'damaged'}: it must hold {what}")
+    return values
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -5,6 +5,7 @@ All use of `hydra._internal` by launches stands here. It was written for Hydra 1
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,12 +52,14 @@ def only_shows(flags: argparse.Namespace) -> bool:
     return any(each not in (None, False) for each in asked)
 
 
-def show(arguments: Sequence[str], task: Callable[[DictConfig], Any]) -> None:
-    """Let Hydra answer such a command line."""
-    import sys
-
-    sys.argv[1:] = arguments
-    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(task)()
+def show(arguments: Sequence[str], task: Callable[[DictConfig], Any]) -> int:
+    """Let Hydra answer such a command line, and return its exit code."""
+    sys.argv[1:] = arguments  # which Hydra reads
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(task)()
+    except SystemExit as end:  # after --help
+        return int(end.code or 0)
+    return 0
 
 
 class Application:

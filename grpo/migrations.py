@@ -8,13 +8,14 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config import FACTS, LAUNCH_KEYS, ConfigError, escape, flatten
+from grpo.config import FACTS, LAUNCH_KEYS, OPTIONAL_GROUPS, FileError, escape, first_line, flatten, read_yaml
 
 VERSION = 1
 Values = dict[str, Any]
+Migration = Callable[[Values], Values]
 
 # Keys that version 0 wrote and that had no effect on a run.
 WITHOUT_EFFECT_0 = {name.partition(".")[0] for name in LAUNCH_KEYS}
@@ -36,52 +37,47 @@ ADDED_WITHIN_0 = {
 MOVED_0: dict[str, str] = {}
 
 
-def load_frozen(file: Path) -> DictConfig:
+def load_frozen(file: Path, complete: bool = True) -> DictConfig:
     """A run folder's config.yaml, of any version so far. Its values are data: nothing in them is interpolated again.
 
-    Raises ConfigError for a file of a newer version, and for one that is no config.
+    complete: whether every key must be there and known, as to train or to load a model; to show it, that is not needed.
+    Raises FileError for a file of a newer version, and for one that is no config.
     """
+    values = migrate(read_yaml(file, dict), file, CONFIG_STEPS)
+    if complete:
+        _check_keys(flatten(values), file)
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} is not a config: it must hold keys with values")
-    values = migrate(values, file, CONFIG_STEPS)
-    _check_keys(flatten(values), file)
-    return OmegaConf.create(escape(values))
+        return OmegaConf.create(escape(values))
+    except OmegaConfBaseException as error:  # such as a date
+        raise FileError(f"{file} is not a config: {first_line(error)}") from error
 
 
 def _check_keys(flat: Values, file: Path) -> None:
-    """Raise ConfigError for a key that the schema does not have, and for one of the schema that is not there."""
+    """Raise FileError for a key that the schema does not have, and for one of the schema that is not there."""
     schema = [key for key, facts in FACTS.items() if not facts.launch_only]
-    for name, value in flat.items():
-        has_group = any(key.startswith(f"{name}.") for key in schema) and value in (None, {})
-        if not has_group and not any(f"{name}.".startswith(f"{key}.") for key in schema):
-            raise ConfigError(
-                f"{file} has a key that this version does not know, {name}: remove it if it has no effect"
-            )
-    absent = tuple(f"{name}." for name, value in flat.items() if value is None)
+    absent = tuple(f"{name}." for name in OPTIONAL_GROUPS if flat.get(name, "") is None)
+    for name in flat:
+        known = any(f"{name}.".startswith(f"{key}.") for key in schema) or f"{name}." in absent
+        if not known and not any(key.startswith(f"{name}.") for key in schema):
+            raise FileError(f"{file} has a key that this version does not know, {name}: remove it if it has no effect")
     for key in schema:
         if not key.startswith(absent) and not any(f"{name}.".startswith(f"{key}.") for name in flat):
-            raise ConfigError(f"{file} lacks {key}: add it with the value that the run was started with")
+            raise FileError(f"{file} lacks {key}: add it with the value that the run was started with")
 
 
-def migrate(values: Values, file: Path, steps: tuple[Callable[[Values], Values], ...]) -> Values:
-    """A file's content as the present version has it, without its version key. Raises ConfigError."""
+def migrate(values: Values, file: Path, steps: tuple[Migration, ...]) -> Values:
+    """A file's content as the present version has it, without its version key. Raises FileError."""
     values = deepcopy(values)
     version = values.pop("version", 0)
     if not isinstance(version, int) or not 0 <= version <= VERSION:
-        raise ConfigError(
+        raise FileError(
             f"{file} is of version {version}, and this grpo knows versions up to {VERSION}: install a newer one"
         )
     try:
         for step in steps[version:]:
             values = step(values)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file} is not as version {version} wrote it ({type(error).__name__}: {error})") from error
+        raise FileError(f"{file} is not as version {version} wrote it ({type(error).__name__}: {error})") from error
     return values
 
 
@@ -90,11 +86,12 @@ def config_0_to_1(values: Values) -> Values:
     values = {name: value for name, value in values.items() if name not in WITHOUT_EFFECT_0}
     for name, value in ADDED_WITHIN_0.items():
         _set_default(values, name, value)
-    if values["hardware"].get("card") is None:
-        values["hardware"]["card"] = dict.fromkeys(("memory_gb", "tflops", "bandwidth_gb_s"))
+    hardware, objective, grpo = (values.get(group) or {} for group in ("hardware", "objective", "grpo"))
+    if "card" in hardware and hardware["card"] is None:
+        hardware["card"] = dict.fromkeys(("memory_gb", "tflops", "bandwidth_gb_s"))
     for name in ("beta", "epsilon"):
-        if name in values["objective"] and values["objective"][name] == values["grpo"][name]:
-            values["objective"][name] = None
+        if name in objective and objective[name] == grpo.get(name):
+            objective[name] = None
     return _with_moved_targets(values)
 
 
@@ -110,7 +107,9 @@ STATE_STEPS = (state_0_to_1,)
 def _set_default(values: Values, name: str, value: Any) -> None:
     *groups, last = name.split(".")
     for each in groups:
-        values = values[each]
+        values = values.get(each)
+        if not isinstance(values, dict):
+            return
     values.setdefault(last, value)
 
 

@@ -11,10 +11,11 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config import CONF_DIR, Config, ConfigError, first_line, flatten, to_dict
+from grpo.config import CONF_DIR, Config, ConfigError, escape, first_line, flatten, to_dict
 
 EXTRAS = {"bitsandbytes": "8bit"}  # what is installed on demand, by the extra of pyproject.toml that has it
 OWN = ("grpo.algorithm.", "grpo.data.", "torch.optim.")  # where functions made to be named in a config live
+HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_", "_method_")  # orders to `instantiate`
 
 
 def bind(key: str, node: Mapping[str, Any], without: tuple[str, ...] = ()) -> Callable[..., Any]:
@@ -23,14 +24,18 @@ def bind(key: str, node: Mapping[str, Any], without: tuple[str, ...] = ()) -> Ca
     key: where the node stands in the config, for the error. Raises ConfigError where the target is missing, blocked
     (Hydra's blocklist), does not exist, or does not take those arguments.
     """
-    settings = {name: value for name, value in node.items() if name not in without}
-    target = settings.get("_target_")
+    target = node.get("_target_")
+    settings = {str(name): value for name, value in node.items() if name not in ("_target_", *without)}
+    _check_literal(key, settings)
+    if not isinstance(target, str):
+        raise ConfigError(f"{key}._target_={target}: it must be the dotted path of a function")
     try:
-        deferred = instantiate(settings, _partial_=True, _convert_="all")
-        # Hydra's own partial asks its blocklist again on every call, 190 microseconds; it has just been asked.
-        function = functools.partial(deferred.func, *deferred.args, **deferred.keywords)
+        # Hydra is given the target alone: it would resolve interpolations in the settings and build what they name.
+        deferred = instantiate({"_target_": escape(target)}, _partial_=True)
     except HydraException as error:
         raise ConfigError(f"{key}._target_={target}: {_reason(error)}") from error
+    # Hydra's own partial asks its blocklist again on every call, 190 microseconds; it has just been asked.
+    function = functools.partial(deferred.func, **settings)
     _check_keywords(key, function)
     return function
 
@@ -108,6 +113,15 @@ def _is_own(target: str) -> bool:
     except (ImportError, AttributeError):
         return False
     return str(getattr(function, "__module__", "")).startswith(OWN)
+
+
+def _check_literal(key: str, settings: Any) -> None:
+    """Raise ConfigError where settings ask Hydra to build something, which a plain value cannot do."""
+    if isinstance(settings, dict | list):
+        for name, child in settings.items() if isinstance(settings, dict) else enumerate(settings):
+            if name in HYDRA_KEYS:
+                raise ConfigError(f"{key}.{name}: settings are passed as they are; build this in the function instead")
+            _check_literal(f"{key}.{name}", child)
 
 
 def _check_keywords(key: str, function: functools.partial) -> None:

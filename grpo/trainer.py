@@ -23,7 +23,7 @@ from grpo.algorithm.step import (
     learning_rate,
 )
 from grpo.analysis.doctor import Doctor
-from grpo.config import kl_weight, to_dict
+from grpo.config import ConfigError, kl_weight, to_dict
 from grpo.data.prompts import problems_of_step
 from grpo.ending import finish, pause
 from grpo.engine.hardware import peak_memory_gb
@@ -79,7 +79,8 @@ def train(run: Run) -> None:
     earlier = {"rows": rows, "evaluations": evaluations}
     with tracking(to_dict(run.config), run.folder.path, resumed=run.resumed, **earlier) as tracker:
         print("".join(f"{line}\n" for line in tracker.how_to_look), end="", flush=True)
-        run.folder.update_status(total_steps=trainer.total_steps, step=trainer.state.step)
+        at = trainer.state.step
+        run.folder.update_status(total_steps=trainer.total_steps, step=at, saved_step=at)
         trainer.preflight_if_due(run)
         if run.config.eval.before and trainer.state.step == 0 and run.folder.evaluation("before") is None:
             before = trainer.evaluate(run, tracker, "before")
@@ -285,10 +286,13 @@ class Trainer:
             total_steps=self.total_steps,
             best_reward=self.state.best_reward,
             seconds=run.seconds,
+            saved_step=saver.saved_step,
         )
         self.evaluate_if_due(run, tracker, saver)
         if due(step, config.checkpoint.every) or step == self.total_steps:
             self.save(run, saver)
+            if step < self.total_steps:  # at the end, the final model is written all the same
+                saver.check()
 
     def preflight_if_due(self, run: Run) -> None:
         """Before the first step, say whether there is anything to learn from."""
@@ -331,7 +335,10 @@ class Trainer:
         run.folder.sync_metrics()  # a checkpoint counts on the rows of all its steps
         # At the end of an iteration the policy becomes the next reference, and that of the iteration is done with.
         needed = self.state.iteration > 1 and self.state.step % self.config.grpo.num_steps != 0
+        before = saver.saved_step
         saver.save(self.policy, self.optimizer, self.reference if needed else None, self.state)
+        if saver.saved_step != before:  # written already, and not beside training: then the next step records it
+            run.folder.update_status(saved_step=saver.saved_step)
         self._saving_s = time.perf_counter() - started
 
     def save_and_wait(self, run: Run, saver: Saver) -> None:
@@ -346,14 +353,14 @@ class Trainer:
             self.load(latest)
         elif run.config.parent is not None and run.resumed:
             raise RuntimeError(f"{run.folder.checkpoints} is empty, so the fork has lost where it began; fork anew")
+        elif run.resumed and (saved := run.folder.saved_step()) > 0:
+            raise ConfigError(
+                f"{run.folder.checkpoints} has no checkpoint, but the run has saved one at step {saved}; bring its "
+                "checkpoints back, or start a new run"
+            )
         if run.resumed:
             logger.info("going on after step %d", self.state.step)
         rows = run.folder.cut_metrics(self.state.step)
-        if [row["step"] for row in rows] != list(range(1, self.state.step + 1)):
-            raise RuntimeError(
-                f"{run.folder.metrics_file} lacks rows of the {self.state.step} steps that {latest} stands for; to "
-                "make steps again, move that checkpoint away"
-            )
         known = run.folder.training_evaluations(self.state.step).values()
         self.doctor.replay(rows, known)  # what there was to say of these has been said
         return rows
@@ -361,8 +368,9 @@ class Trainer:
     def load(self, checkpoint: Path) -> None:
         """Stand where a checkpoint stands. The optimizer comes last, so that memory peaks no higher than in training.
 
-        Raises RuntimeError where it does not fit the model.
+        Raises RuntimeError where it does not fit the model, FileError where it does not fit the optimizer.
         """
+        checkpoints.check_optimizer(checkpoint, self.optimizer)  # before the weights, which this changes
         self.state = checkpoints.load_state(checkpoint)
         self.cut = self.setup.cut(self.state.reduced)
         if self.loss_scale is not None and self.state.loss_scale is not None:

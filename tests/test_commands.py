@@ -11,7 +11,14 @@ import torch
 import yaml
 
 from grpo.__main__ import commands, main
+from grpo.commands._common import find_subject
+from grpo.compose import compose_config
+from grpo.config import flatten, to_dict, typed
 from grpo.data import arithmetic
+from grpo.overrides import Overrides
+from grpo.run.folder import RunFolder
+from grpo.run.fork import fork
+from grpo.run.resume import resumed_config
 
 
 @pytest.fixture
@@ -169,6 +176,39 @@ def test_a_tool_refuses_to_run_what_only_the_folder_names(command, run, tmp_path
     assert code == 2
     assert "asks to run subprocess.check_output (objective._target_)" in err
     assert not proof.exists()
+
+
+SECRET = "${oc.env:SECRET}"
+TEXTS = ("name", "data.system_prompt", "tracking.name", "tracking.group", "tracking.project", "tracking.entity")
+
+
+@pytest.mark.parametrize("reader", ["evaluate", "resume", "fork"])
+def test_values_of_a_run_folder_are_not_interpolated(run, tmp_path, monkeypatch, reader):
+    monkeypatch.setenv("SECRET", "hunter2")
+    monkeypatch.chdir(tmp_path)
+    frozen = yaml.safe_load((run / "config.yaml").read_text())
+    for key in TEXTS:
+        group, _, name = f".{key}".rpartition(".")
+        (frozen[group[1:]] if group[1:] else frozen)[name] = SECRET
+    frozen["tracking"]["tags"] = ["a", SECRET]
+    (run / "config.yaml").write_text(yaml.safe_dump(frozen))
+    overrides = Overrides(["grpo.num_steps=4", "tracking.project='\\${project}'"])
+    composed = compose_config(overrides.lines)
+    if reader == "evaluate":
+        config = find_subject([f"run_dir={run}", *overrides]).config
+    elif reader == "resume":
+        config, changes = resumed_config(RunFolder(run), composed, overrides)
+        assert changes == {"grpo.num_steps": 4, "tracking.project": "${project}"}
+    else:
+        composed = compose_config(["fork=true", f"run_dir={run}", *overrides])
+        config = fork(RunFolder(tmp_path / "forked"), composed, overrides)
+        config = typed(RunFolder(tmp_path / "forked").frozen_config())
+    found = flatten(to_dict(config))
+    expected = dict.fromkeys(TEXTS, SECRET) | {"tracking.project": "${project}"}
+    if reader == "fork":
+        expected["tracking.name"] = None  # a fork is a run of its own in W&B
+    assert {key: found[key] for key in TEXTS} == expected
+    assert found["tracking.tags"] == ["a", SECRET]
 
 
 def test_chat_answers_a_prompt_as_the_evaluation_did(command, run):

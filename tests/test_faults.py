@@ -131,6 +131,20 @@ def test_without_an_intact_checkpoint_the_run_ends_and_nothing_is_deleted(tmp_pa
     assert len(rows(run_dir)) == 3
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_started_again(tmp_path):
+    run_dir = tmp_path / "run"
+    start(run_dir, fault=("grpo.trainer.problems_of_step", "4", "kill")).wait()
+    (run_dir / "checkpoints").rename(run_dir / "moved")
+    refused = go_on(run_dir)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].endswith(
+        "has no checkpoint, but the run has saved one at step 2; bring its checkpoints back, or start a new run"
+    )
+    assert len(rows(run_dir)) == 3
+    (run_dir / "moved").rename(run_dir / "checkpoints")
+    assert go_on(run_dir).returncode == 0
+
+
 # A disk that is full or read-only.
 
 

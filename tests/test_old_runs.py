@@ -125,7 +125,7 @@ def test_the_objective_follows_grpo_where_it_had_the_same_numbers_and_else_keeps
         ({"colour": "red"}, "has a key that this version does not know, colour: remove it if it has no effect"),
         ({"version": VERSION, "colour": "red"}, "has a key that this version does not know, colour"),
         ({"samples": {}}, r"lacks samples\.every: add it with the value that the run was started with"),
-        ({"grpo": None}, r"is not as version 0 wrote it"),
+        ({"grpo": None}, r"lacks grpo\.num_iterations"),
     ],
 )
 def test_a_config_that_cannot_be_read_is_refused_in_a_line(tmp_path, change, said):

@@ -4,10 +4,12 @@ import sys
 import textwrap
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from grpo.compose import compose_config
-from grpo.config import ConfigError
+from grpo.config import ConfigError, to_dict, typed
+from grpo.migrations import load_frozen
 from grpo.targets import bind, bind_reward, check_trusted
 
 
@@ -22,6 +24,9 @@ def own_module(tmp_path, monkeypatch):
 
             def keyword_free(completions, answer):
                 return [float(text == answer) for text in completions]
+
+            def leave_a_trace(path):
+                open(path, "w").close()
 
             def no_reward(path):
                 return path
@@ -82,6 +87,49 @@ def test_a_reward_function_of_another_form_is_refused(own_module):
     with pytest.raises(ConfigError, match=r"f\(prompts, completions, \*\*columns\) -> list of numbers"):
         bind_reward("reward.components.x", {"_target_": "my_functions.no_reward"})
     assert bind_reward("reward.components.x", {"_target_": "my_functions.keyword_free"})
+
+
+PAYLOADS = [
+    "${oc.create:{_target_: my_functions.leave_a_trace, path: trace}}",
+    "${oc.env:HOME}",
+    "${oc.decode:'[1, 2]'}",
+    "\\${oc.env:HOME}",
+    "\\\\${oc.env:HOME}",
+    {"deep": [{"er": "${oc.create:{_target_: my_functions.leave_a_trace, path: trace}}"}]},
+    ["${oc.env:HOME}", {"a": "${scale}"}],
+    "${",
+    None,
+]
+
+
+@pytest.mark.parametrize("setting", PAYLOADS, ids=str)
+def test_settings_reach_the_function_as_written(own_module, tmp_path, monkeypatch, setting):
+    monkeypatch.chdir(tmp_path)
+    node = {"_target_": "builtins.dict", "tags": setting, "scale": 1}
+    assert bind("data", node)() == {"tags": setting, "scale": 1}
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_literal_in_a_config_reaches_the_function_through_the_whole_config(tmp_path):
+    composed = compose_config(["+reward.components.x={_target_: builtins.dict, pattern: '\\${x}'}"])
+    assert bind("x", typed(composed).reward.components["x"])()["pattern"] == "${x}"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(typed(composed))))
+    reread = typed(load_frozen(tmp_path / "config.yaml"))
+    assert bind("x", reread.reward.components["x"])()["pattern"] == "${x}"
+
+
+@pytest.mark.parametrize("name", ["_target_", "_args_", "_partial_", "_recursive_", "_convert_"])
+def test_settings_that_ask_to_build_something_are_refused(own_module, name):
+    order = {name: ["my_functions.leave_a_trace"]}
+    for node in ({"a": {"b": order}}, {"a": [[order]]}, order):
+        with pytest.raises(ConfigError, match=rf"^objective\..*{name}"):
+            bind("objective", {"_target_": "builtins.dict"} | node)
+
+
+@pytest.mark.parametrize("target", ["${oc.env:HOME}", {"_target_": "my_functions.brief"}, ["x"], 3, None])
+def test_a_target_is_a_text_that_is_not_interpolated(own_module, target):
+    with pytest.raises(ConfigError, match=r"objective\._target_=.*must be the dotted path of a function"):
+        bind("objective", {"_target_": target})
 
 
 # Trust. `frozen` stands for what only a run folder names, `composed` for conf/ and the command line.

@@ -116,6 +116,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if rest:
             self._parts.append(torch.optim.AdamW(rest, betas=betas, eps=eps, fused=True, **shared))
         super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self.defaults = {name: value for part in self._parts for name, value in part.defaults.items()}
         for part in self._parts:
             part.state = self.state
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from grpo.algorithm.math_xml import TAGS, extract_answer, parse_number, same_number
-from grpo.run.folder import whole_lines
+from grpo.run.folder import read_lines, step_of
 
 _LAST_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
@@ -16,9 +16,10 @@ def load_samples(run_dir: str | Path) -> pd.DataFrame:
 
     Columns: step, problem_id, prompt, completion, answer, rewards/<component>, reward, advantage, length (tokens).
     """
-    files = sorted(Path(run_dir, "samples").glob("step_*.jsonl"))
+    found = (file for file in Path(run_dir, "samples").glob("step_*.jsonl") if re.fullmatch(r"step_\d+", file.stem))
+    files = sorted(found, key=step_of)
     # Not by pandas' own reader, which would make numbers of completions that are nothing else.
-    rows = [row for file in files for row in whole_lines(file)]
+    rows = [row for file in files for row in read_lines(file)]
     columns = ["step", "problem_id", "prompt", "completion", "answer", "reward", "advantage", "length"]
     samples = pd.DataFrame(rows, columns=None if rows else columns)
     rewards = [column for column in samples if column.startswith("rewards/")]

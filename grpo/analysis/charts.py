@@ -4,6 +4,7 @@ They use matplotlib's figure objects alone, never `pyplot`: no state is shared, 
 and is freed with its figure.
 """
 
+import io
 import math
 import textwrap
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from grpo.analysis.load import component_columns, finite_values, load_evaluations, load_metrics, read_config
 from grpo.analysis.summary import wilson_interval, write_summary
+from grpo.run.folder import write_whole
 
 DPI = 120
 TEXT, MUTED, GRID = "#2b2b2b", "#767676", "#e3e3e3"
@@ -128,7 +130,9 @@ def _save(figure: Figure, file: Path) -> None:
     # What savefig would do, which lays a figure out twice; that is most of its time.
     figure.get_layout_engine().execute(figure)
     figure.set_layout_engine("none")
-    figure.canvas.print_png(file)
+    picture = io.BytesIO()
+    figure.canvas.print_png(picture)
+    write_whole(file, picture.getvalue())
 
 
 def _figure(run: _Run, width: float, height: float, note: bool = True) -> Figure:

@@ -3,14 +3,12 @@
 The columns keep the metric names of `metrics/metrics.jsonl`, so a notebook and the file speak the same language.
 """
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from grpo.config import first_line
 from grpo.run.folder import RunFolder
 
 METRICS_FILE = Path("metrics", "metrics.jsonl")
@@ -29,7 +27,7 @@ def load_runs(path: str | Path) -> pd.DataFrame:
     path = Path(path)
     rows = []
     for name, run_dir in sorted(_find_runs(path).items()):
-        rows.extend({**row, "run": name} for row in _read_rows(run_dir / METRICS_FILE))
+        rows.extend({**row, "run": name} for row in RunFolder(run_dir).metrics())
     return _frame(rows, ["run", "step", "iteration"])
 
 
@@ -40,7 +38,7 @@ def load_metrics(run_dir: str | Path) -> pd.DataFrame:
     """
     run_dir = Path(run_dir)
     if (run_dir / METRICS_FILE).is_file():
-        return _frame(_read_rows(run_dir / METRICS_FILE), ["step", "iteration"])
+        return _frame(RunFolder(run_dir).metrics(), ["step", "iteration"])
     # A run that stopped before its first step has no metrics yet, but is a run.
     if not any((run_dir / name).is_file() for name in ("config.yaml", "status.json")):
         raise FileNotFoundError(f"{run_dir} is no run folder: it has no config.yaml, status.json or {METRICS_FILE}")
@@ -66,17 +64,13 @@ def load_evaluations(run_dir: str | Path, of_training: bool = False) -> pd.DataF
 
 
 def read_config(run_dir: str | Path) -> dict:
-    """The run's frozen `config.yaml` as plain data, nothing interpolated; empty if there is none."""
-    path = Path(run_dir, "config.yaml")
-    if not path.is_file():
+    """A run's config with what later launches changed in it, as plain data; empty if there is none."""
+    run = RunFolder(run_dir)
+    if not run.started():
         return {}
-    from omegaconf import DictConfig, OmegaConf  # here, because only charts need it
+    from omegaconf import OmegaConf  # here, because only charts need it
 
-    try:
-        config = OmegaConf.load(path)
-    except Exception as error:  # yaml's and OmegaConf's, of many kinds
-        raise ValueError(f"{path} is not valid YAML: {first_line(error)}") from error
-    return OmegaConf.to_container(config, resolve=False) if isinstance(config, DictConfig) else {}
+    return OmegaConf.to_container(run.frozen_config(complete=False), resolve=True)
 
 
 def finite_values(metrics: pd.DataFrame, column: str) -> pd.Series:
@@ -111,23 +105,6 @@ def _find_runs(path: Path) -> dict[str, Path]:
     if not run_dirs:
         raise FileNotFoundError(f"no run found: no {METRICS_FILE} in {path} or in any folder below it")
     return {run_dir.relative_to(path).as_posix(): run_dir for run_dir in run_dirs}
-
-
-def _read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics file, whose last line alone may be broken: a crash can tear it while it is written."""
-    lines = path.read_bytes().rstrip(b"\n").split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # also bytes that are not UTF-8
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(f'{path}, line {number}: not a metrics row, which is an object with a "step"')
-        rows.append(row)
-    return rows
 
 
 def _frame(rows: list[dict], first_columns: list[str]) -> pd.DataFrame:

@@ -13,7 +13,7 @@ from grpo.analysis.doctor import examine
 from grpo.analysis.load import read_config
 from grpo.analysis.page import render
 from grpo.analysis.summary import summarize
-from grpo.run.folder import RunFolder
+from grpo.run.folder import RunFolder, write_whole
 
 CHARTS = ("reward", "loss", "output_length", "loss_vs_reward", "training_progress")
 SHOWN_STEPS = 12  # sampled steps whose completions are in the page, from the first to the last
@@ -28,7 +28,7 @@ def write_run_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     write_charts(run_dir)
     file = run_dir / "report.html"
-    file.write_text(render("run.html", **content(run_dir)), encoding="utf-8")
+    write_whole(file, render("run.html", **content(run_dir)))
     return file
 
 

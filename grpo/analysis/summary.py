@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from grpo.analysis.load import component_columns, finite_values, is_metric, load_metrics
-from grpo.run.folder import RunFolder
+from grpo.run.folder import RunFolder, write_whole
 
 # They count up, so their mean or spread says nothing.
 COUNTERS = ("step", "iteration", "num_tokens")
@@ -52,7 +52,7 @@ def write_summary(run_dir: str | Path, output_dir: str | Path | None = None) -> 
     text = json.dumps(summarize(run_dir), indent=2, allow_nan=False) + "\n"
     path = Path(output_dir or run_dir) / "summary.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     return path
 
 

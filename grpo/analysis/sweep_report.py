@@ -10,6 +10,7 @@ import pandas as pd
 from grpo.analysis import sweep_charts
 from grpo.analysis.page import embedded, render
 from grpo.analysis.sweep import Sweep, verdict
+from grpo.run.folder import write_whole
 from grpo.run.halving import SEED, Record
 from grpo.run.sweep import short
 
@@ -23,9 +24,9 @@ def write_sweep_report(path: str | Path) -> tuple[list[Path], str]:
     """
     sweep = Sweep(path)
     folder = sweep.folder.path
-    sweep.jobs.to_csv(folder / "sweep.csv")
+    write_whole(folder / "sweep.csv", sweep.jobs.to_csv())
     page = render("sweep.html", **content(sweep))
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    write_whole(folder / "report.html", page)
     return [folder / "report.html", folder / "sweep.csv"], headline(sweep)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from grpo.compose import apply_overrides, compose_config
-from grpo.config import Config, ConfigError, typed
+from grpo.config import Config, ConfigError, escape, typed
 from grpo.overrides import Overrides
-from grpo.run.folder import RunFolder
+from grpo.run.folder import RunFolder, check_links
 from grpo.targets import check_trusted
 
 
@@ -50,6 +50,7 @@ def run_folder_of(overrides: Sequence[str]) -> RunFolder | None:
     folder = RunFolder(own["run_dir"].rstrip("/"))
     if not folder.started():
         raise ConfigError(f"run_dir={folder.path} is not a run folder (it has no config.yaml)")
+    check_links(folder.path)
     return folder
 
 
@@ -75,10 +76,10 @@ def find_subject(arguments: Sequence[str]) -> Subject:
     # Of a run that was given more steps and has not made them yet, final_model is from before.
     if folder.finished() and folder.final_model.exists():
         if changed.model.get("lora") is None:
-            changed.model.name = str(folder.final_model)
+            changed.model.name = escape(str(folder.final_model))
         else:
-            changed.model.lora.init_from = str(folder.final_model)
-        return Subject(resolved(changed), folder, None, folder.status()["step"])
+            changed.model.lora.init_from = escape(str(folder.final_model))
+        return Subject(resolved(changed), folder, None, folder.status().get("step", 0))
     from grpo.run.checkpoint import latest_checkpoint, load_state  # imports torch
 
     weights = latest_checkpoint(folder.checkpoints)

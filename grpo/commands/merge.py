@@ -5,12 +5,11 @@ python -m grpo merge run_dir=outputs/... output_dir=DIR model.dtype=bfloat16
 Small changes of a weight are lost in bfloat16; in float32, the default, the model is the trained one to rounding.
 """
 
-import shutil
 from pathlib import Path
 
 from grpo.commands._common import find_subject, own_arguments
 from grpo.config import ConfigError
-from grpo.run.folder import move_whole
+from grpo.run.folder import discard, move_whole
 
 
 def main(arguments: list[str]) -> None:
@@ -35,7 +34,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"{target} exists already; remove it, or give another output_dir=DIR")
     merged = PeftModel.from_pretrained(load_model(model, torch.device("cpu")), model.lora.init_from).merge_and_unload()
     temporary = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    discard(temporary)
     temporary.mkdir(parents=True)
     merged.save_pretrained(temporary)
     load_tokenizer(model).save_pretrained(temporary)

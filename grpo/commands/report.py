@@ -4,8 +4,11 @@ python -m grpo report sweep_dir=outputs/sweeps/...       into its report.html an
 python -m grpo report run_dir=outputs/...                into its report.html
 """
 
+from pathlib import Path
+
 from grpo.commands._common import own_arguments, run_folder_of
 from grpo.config import ConfigError
+from grpo.run.folder import check_links
 
 
 def main(arguments: list[str]) -> None:
@@ -23,6 +26,7 @@ def _report(own: dict[str, str]) -> list[str]:
     if "sweep_dir" in own:
         from grpo.analysis.sweep_report import write_sweep_report
 
+        check_links(Path(own["sweep_dir"]))
         files, headline = write_sweep_report(own["sweep_dir"].rstrip("/"))
         return [headline, *map(str, files)]
     from grpo.analysis.run_report import write_run_report

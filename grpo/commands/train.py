@@ -32,8 +32,7 @@ def main(arguments: list[str]) -> int:
 def _launch(arguments: list[str]) -> int:
     flags = read_flags(arguments)
     if only_shows(flags):
-        show(arguments, train_job)
-        return 0
+        return show(arguments, train_job)
     with decide(flags) as launch:
         if launch is None:  # answered already
             return 0
@@ -43,8 +42,8 @@ def _launch(arguments: list[str]) -> int:
         try:
             code = report_errors(lambda: launch.app.start(train_job, launch.overrides, multirun=True))
         finally:
-            failed = conclude(launch.sweep)
-        return 1 if failed else code
+            ended = report_errors(lambda: int(conclude(launch.sweep)))
+        return ended or code
 
 
 def train_run(launch: Launch, cfg: DictConfig) -> float | None:

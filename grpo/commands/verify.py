@@ -14,7 +14,7 @@ from grpo.commands._common import own_arguments, resolved, run_folder_of
 from grpo.compose import apply_overrides, compose_config
 from grpo.config import ConfigError
 from grpo.overrides import Overrides
-from grpo.run.folder import RunFolder
+from grpo.run.folder import RunFolder, step_of
 from grpo.targets import check_trusted
 
 NOT_COMPARED = ("step_time", "timing_s/", "perf/")  # times and memory: what a machine does, not what is computed
@@ -32,11 +32,12 @@ def main(arguments: list[str]) -> None:
     composed = hardware_found(compose_config(overrides.lines), overrides, compose_config)
     config = apply_overrides(folder.frozen_config(), composed, overrides)
     check_trusted(config, composed, folder.path)
+    ready = resolved(config)
     damaged = check_manifests(folder)
     start, end = span(folder, own.get("step"))
-    seconds = sum(row["step_time"] for row in folder.metrics() if start < row["step"] <= end)
+    seconds = sum(row.get("step_time", 0.0) for row in folder.metrics() if start < row["step"] <= end)
     print(f"replaying steps {start + 1} to {end}, which took {seconds:.0f} s when they were made", flush=True)
-    difference, compared = replay(folder, resolved(config), start, end)
+    difference, compared = replay(folder, ready, start, end)
     if difference is not None:
         print(f"different: {difference}")
         for line in environment_changes(folder):
@@ -52,7 +53,7 @@ def check_manifests(folder: RunFolder) -> int:
     from grpo.run.checkpoint import broken, step_folders
 
     others = [*folder.checkpoints.glob("reference_*"), folder.checkpoints / "best"]
-    checked = [*step_folders(folder.checkpoints), *(p for p in others if p.is_dir() and p.suffix != ".tmp")]
+    checked = [*step_folders(folder.checkpoints), *(p for p in others if p.is_dir() and not p.suffix)]
     problems = {path.name: broken(path) for path in checked}
     damaged = {name: problem for name, problem in problems.items() if problem is not None}
     for name, problem in damaged.items():
@@ -71,7 +72,7 @@ def span(folder: RunFolder, step: str | None) -> tuple[int, int]:
         raise ConfigError(f"{folder.path} has no completed step to replay")
     if steps != list(range(1, rows + 1)):
         raise ConfigError(f"{folder.metrics_file} has gaps or repetitions: it must have one row for each step")
-    kept = [int(path.name.removeprefix("step_")) for path in step_folders(folder.checkpoints) if broken(path) is None]
+    kept = [step_of(path) for path in step_folders(folder.checkpoints) if broken(path) is None]
     if step is None:
         start = max((s for s in kept if s < rows), default=_first(folder))
         return start, min((s for s in kept if s > start), default=rows)
@@ -143,16 +144,17 @@ def _same_bits(one: Any, other: Any) -> bool:
 
 def environment_changes(folder: RunFolder) -> list[str]:
     """What is not as it was when the folder was made: another machine or version may round differently."""
+    from grpo.run.checkpoint import load_state
     from grpo.run.environment import environment
 
     launches, here = folder.launches(), environment(resolved(folder.frozen_config()).hardware.device)
-    made = launches[-1]["environment"] if launches else {}
+    made = launches[-1].get("environment", {}) if launches else {}
     lines = [f"here {name} is {here.get(name)}, there it was {value}" for name, value in made.items()]
     lines = [line for line, name in zip(lines, made, strict=True) if here.get(name) != made[name]]
     cut = [key for key in folder.changes() if key.startswith("hardware.")]
     if cut:
         lines.append(f"the work was cut otherwise by a later launch ({', '.join(cut)}): steps before that may differ")
-    states = [json.loads(file.read_text()) for file in folder.checkpoints.glob("step_*/trainer_state.json")]
-    if any(state.get("reduced") for state in states):
+    states = [load_state(file.parent) for file in folder.checkpoints.glob("step_*/trainer_state.json")]
+    if any(state.reduced for state in states):
         lines.append("memory ran out in the run, and from then on fewer rows were worked on at once")
     return lines

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config import Config, ConfigError, check_device_map
+from grpo.config import Config, ConfigError, check_device_map, escape
 from grpo.overrides import Overrides
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def resolve_hardware(cfg: DictConfig) -> None:
     device = _check_there(cfg)
     if device.startswith("cuda"):
         _check_card(cfg, device)
-    cfg.hardware.device = device.split(":")[0]
+    cfg.hardware.device = escape(device.split(":")[0])
     if cfg.hardware.threads is None:
         cfg.hardware.threads = THREADS
 

@@ -5,7 +5,9 @@ is written last. `reference_000002/` holds the frozen reference of outer iterati
 iteration share (in iteration 1 it is the starting model), and `best/` the weights of the best held-out accuracy.
 """
 
+import copy
 import hashlib
+import inspect
 import json
 import logging
 import re
@@ -20,10 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from grpo.run.folder import move_whole, write_whole
+from grpo.config import FileError
+from grpo.migrations import STATE_STEPS, VERSION
+from grpo.run.folder import discard, move_whole, put_back, read_dataclass, read_json, step_of, write_whole
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+NAME = r"(step_\d{6,}|reference_\d{6,}|best)"  # of a folder that a run writes into checkpoints/
 
 
 @dataclass
@@ -62,8 +67,7 @@ def write_checkpoint(
     Raises OSError, before it starts where the disk has too little room.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in target.parent.glob("*.tmp"):
-        shutil.rmtree(left_over)
+    clear(target.parent)
     _check_space(target.parent, sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()))
     temporary = target.with_name(f"{target.name}.tmp")
     temporary.mkdir()
@@ -71,7 +75,7 @@ def write_checkpoint(
         for name, group in tensors.items():
             save_file(group, temporary / f"{name}.safetensors")
         if state is not None:
-            (temporary / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2))
+            (temporary / "trainer_state.json").write_text(json.dumps({"version": VERSION, **asdict(state)}, indent=2))
         _commit(temporary, target, None if reference is None else reference.name)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
@@ -80,9 +84,20 @@ def write_checkpoint(
         raise OSError(str(error)) from error  # safetensors has an exception of its own for a failed write
 
 
+def clear(folder: Path) -> None:
+    """Remove from checkpoints/ what a save that was killed has left. For the process that holds the run folder."""
+    for left_over in [*folder.glob("*.tmp"), *folder.glob("*.old")]:
+        if re.fullmatch(NAME, left_over.stem):
+            if left_over.suffix == ".old":
+                put_back(left_over.with_suffix(""))
+            else:
+                discard(left_over)
+
+
 def step_folders(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first; unfinished temporary folders and copies are not among them."""
-    return sorted(p for p in folder.glob("step_*") if p.is_dir() and re.fullmatch(r"step_\d{6,}", p.name))
+    found = (p for p in folder.glob("step_*") if p.is_dir() and re.fullmatch(r"step_\d{6,}", p.name))
+    return sorted(found, key=step_of)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -104,8 +119,15 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def broken(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, those of its reference included, or None."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        manifest = read_json(checkpoint / MANIFEST)
+        needed = ["model.safetensors"]
+        if checkpoint.name.startswith("step_"):
+            needed += ["optimizer.safetensors", "trainer_state.json"]
+        if missing := [name for name in needed if name not in manifest["files"]]:
+            return f"{MANIFEST} does not name {missing[0]}"
         for name, expected in manifest["files"].items():
+            if Path(name).name != name or not (checkpoint / name).is_file():
+                return f"{name} is not a file in it"
             if (checkpoint / name).stat().st_size != expected["size"]:
                 return f"{name} is not {expected['size']} bytes long"
             if _file_digest(checkpoint / name) != expected["sha256"]:
@@ -113,17 +135,20 @@ def broken(checkpoint: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error) or type(error).__name__
     reference = manifest.get("reference")
+    if reference and (checkpoint.name == reference or not re.fullmatch(r"reference_\d{6,}", str(reference))):
+        return f"{reference} is not a reference"
     problem = broken(checkpoint.parent / reference) if reference else None
     return f"its reference {reference}: {problem}" if problem else None
 
 
 def load_state(checkpoint: Path) -> TrainerState:
-    return TrainerState(**json.loads((checkpoint / "trainer_state.json").read_text()))
+    """How far a checkpoint is. Raises FileError where its file is damaged, or of a newer version."""
+    return read_dataclass(TrainerState, checkpoint / "trainer_state.json", STATE_STEPS)
 
 
 def reference_of(checkpoint: Path) -> Path | None:
     """The folder of the reference that a checkpoint goes with; None where that is the starting model."""
-    name = json.loads((checkpoint / MANIFEST).read_text()).get("reference")
+    name = read_json(checkpoint / MANIFEST, {"reference": str | None}).get("reference")
     return checkpoint.parent / name if name else None
 
 
@@ -143,13 +168,17 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors by `<parameter number>.<name>`. Its settings come from the config, not from here."""
+    """The optimizer's state by `<parameter number>.<name>` and `group.<group number>.<name>`.
+
+    Its settings come from the config, not from here. A plain number becomes a tensor of int64 or float64.
+    """
     entries = {
-        f"{number}.{key}": torch.as_tensor(value).contiguous()
+        f"{number}.{key}": _as_tensor(value)
         for number, (parameter, _) in enumerate(_parameters(optimizer))
         for key, value in optimizer.state.get(parameter, {}).items()
         if value is not None
     }
+    entries |= _group_state(optimizer)
     seen: set[int] = set()
     for key, value in entries.items():  # a table that all parameters share is written for each: one has no two names
         if value.data_ptr() in seen:
@@ -158,18 +187,83 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return entries
 
 
+def _group_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimizer keeps in its groups beside its settings, such as Prodigy's d and k."""
+    settings = {name for each in type(optimizer).__mro__ for name in inspect.signature(each.__init__).parameters}
+    return {
+        f"group.{number}.{name}": _as_tensor(value)
+        for number, group in enumerate(optimizer.param_groups)
+        for name, value in group.items()
+        if isinstance(value, int | float) and name not in settings and value != optimizer.defaults.get(name)
+    }
+
+
+def _as_tensor(value: Any) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else torch.as_tensor(value).contiguous()
+
+
+@torch.no_grad()
+def check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Raise FileError where a checkpoint's state is not of this optimizer and its parameters.
+
+    The optimizer takes a step, from a gradient of ones, to show what state it keeps. So the weights that it trains
+    must be loaded after this; its own state is empty again.
+    """
+    groups = [{name: copy.copy(value) for name, value in group.items()} for group in optimizer.param_groups]
+    parameters = [parameter for parameter, _ in _parameters(optimizer)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    expected = {key: _kind(value) for key, value in flatten_optimizer(optimizer).items() if key[0].isdigit()}
+    optimizer.state.clear()
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        group.update(before)
+
+    file = checkpoint / "optimizer.safetensors"
+    with safe_open(file, "pt") as stored:
+        found = {key: _kind(stored.get_slice(key)) for key in stored.keys()}  # noqa: SIM118
+    stateful = {key.partition(".")[0] for key in found}  # a parameter that had no gradient so far has no state
+    wrong = [key for key, kind in expected.items() if key.partition(".")[0] in stateful and found.get(key) != kind]
+    wrong += [key for key in found if not _is_place(key, optimizer)]
+    if wrong or (expected and not stateful):
+        which = f"entry {wrong[0]} is missing, or of another shape or type" if wrong else "it is empty"
+        raise FileError(f"{file} is not the state of this optimizer and model: {which}; take another checkpoint")
+
+
+def _kind(tensor: Any) -> tuple[tuple[int, ...], bool]:
+    """The shape of a tensor, or of one in a file, and whether it holds whole numbers: a wrong one can crash."""
+    in_file = not isinstance(tensor, Tensor)
+    shape = tuple(tensor.get_shape() if in_file else tensor.shape)
+    floating = "F" in tensor.get_dtype() if in_file else tensor.is_floating_point()
+    return shape, bool(shape) and not floating
+
+
+def _is_place(key: str, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an entry's name begins with the number of a parameter or a group that there is."""
+    parts = key.split(".", 2)
+    if parts[0] == "group" and len(parts) == 3 and parts[1].isdecimal():
+        groups = optimizer.param_groups
+        return int(parts[1]) < len(groups) and isinstance(groups[int(parts[1])].get(parts[2]), int | float)
+    return len(parts) > 1 and parts[0].isdecimal() and int(parts[0]) < len(_parameters(optimizer))
+
+
 def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     """Give an optimizer the state that a checkpoint holds; parameters must be in the same order."""
     parameters = _parameters(optimizer)
     optimizer.state.clear()
     for key, value in stored_tensors(checkpoint / "optimizer.safetensors"):
         number, name = key.split(".", 1)
+        if number == "group":
+            number, name = name.split(".", 1)
+            optimizer.param_groups[int(number)][name] = value.item()
+            continue
         parameter, group = parameters[int(number)]
         # By hand, since `load_state_dict` would give it the parameter's dtype, and have it in memory twice meanwhile.
         on_device = name != "step" or group.get("fused") or group.get("capturable")  # where these want even the step
         value = value.to(parameter.device if on_device else value.device, copy=True)
-        whole = value.dim() == 0 and value.dtype == torch.int64  # a counter that is a plain number
-        optimizer.state[parameter][name] = value.item() if whole else value
+        number = value.dim() == 0 and value.dtype in (torch.int64, torch.float64)  # a plain number
+        optimizer.state[parameter][name] = value.item() if number else value
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, dict[str, Any]]]:

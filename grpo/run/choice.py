@@ -4,7 +4,7 @@ from pathlib import Path
 
 from grpo.config import ConfigError
 from grpo.overrides import Overrides
-from grpo.run.folder import RunFolder
+from grpo.run.folder import RunFolder, check_links
 from grpo.run.lock import left_by_us
 
 MORE_STEPS = ("grpo.num_steps", "grpo.num_iterations")
@@ -24,6 +24,7 @@ def choose_run(run: RunFolder, resume: bool | str, overrides: Overrides) -> str:
                 f"{path} holds a run already; resume it: resume=true run_dir={path}, or choose another run_dir"
             )
         return "fresh"
+    check_links(path)
     if resume == "auto" and not run.started():
         return "fresh"
     if not path.exists():
@@ -63,3 +64,4 @@ def check_parent(parent: str | None) -> None:
         raise ConfigError("fork=true needs the run to start from: run_dir=outputs/...")
     if not RunFolder(parent).started():
         raise ConfigError(f"fork=true: {parent} is not a run folder (it has no config.yaml)")
+    check_links(Path(parent))

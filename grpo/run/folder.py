@@ -5,16 +5,25 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config import Config, escape, to_dict
-from grpo.migrations import VERSION, load_frozen
+from grpo.config import Config, ConfigError, FileError, escape, first_line, read_yaml, to_dict
+from grpo.migrations import VERSION, Migration, load_frozen, migrate
+from grpo.run.lock import in_use
+
+# The types of what the small files hold, as far as it is read.
+STATUS = {"state": str, "step": int, "iteration": int, "total_steps": int, "saved_step": int, "seconds": float}
+STATUS |= {"best_reward": float | None, "error": str | None, "overrides": list}
+EVALUATION = {"step": int, "n": int, "accuracy": float | None, "reward": float | None}
+EVALUATION |= {"rewards": dict | None, "problems": list}
 
 
 def outputs() -> Path:
@@ -91,10 +100,15 @@ class RunFolder:
     def status(self) -> dict:
         """The content of status.json; `{}` where there is none."""
         file = self.path / "status.json"
-        return read_json(file) if file.exists() else {}
+        return read_json(file, STATUS) if file.exists() else {}
 
     def finished(self) -> bool:
         return self.status().get("state") == "finished"
+
+    def saved_step(self) -> int:
+        """The step of the newest checkpoint that the run is known to have had; 0 where it had none."""
+        starts = [launch.get("from_step") for launch in self.launches()]
+        return max(step for step in (0, self.status().get("saved_step"), *starts) if isinstance(step, int))
 
     def update_status(self, **changes: object) -> None:
         """Change some keys of status.json, in one rename, so that a reader never sees half a file."""
@@ -107,17 +121,23 @@ class RunFolder:
         values = {"version": VERSION, **to_dict(config)}
         write_whole(self.config_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
-    def frozen_config(self) -> DictConfig:
-        """The config that the run was started with, and what later launches were allowed to change in it."""
-        frozen = load_frozen(self.config_file)
+    def frozen_config(self, complete: bool = True) -> DictConfig:
+        """The config that the run was started with, and what later launches were allowed to change in it.
+
+        complete: as in load_frozen.
+        """
+        frozen = load_frozen(self.config_file, complete)
         for key, value in self.changes().items():
-            OmegaConf.update(frozen, key, escape(value), merge=False)
+            try:
+                OmegaConf.update(frozen, key, escape(value), merge=False)
+            except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+                raise FileError(f"{self.path / 'changes.yaml'}: {key}: {first_line(error)}") from error
         return frozen
 
     def changes(self) -> dict[str, Any]:
         """What launches that went on with the run changed, by dotted key; config.yaml itself is never overwritten."""
         file = self.path / "changes.yaml"
-        return yaml.safe_load(file.read_text()) if file.exists() else {}
+        return read_yaml(file, dict) if file.exists() else {}
 
     def record_changes(self, changes: dict[str, Any]) -> None:
         """Add to what later launches changed."""
@@ -126,26 +146,38 @@ class RunFolder:
 
     def record_launch(self, launch: dict[str, Any]) -> None:
         """Add a line to launches.jsonl: what was asked for, from which step, and on what it runs."""
-        with (self.path / "launches.jsonl").open("a") as file:
-            file.write(json.dumps(launch) + "\n")
+        write_whole(self.path / "launches.jsonl", _json_lines([*self.launches(), launch]))
 
     def launches(self) -> list[dict[str, Any]]:
         """The launches of this run in order; a torn last line does not count."""
-        return whole_lines(self.path / "launches.jsonl")
+        return read_lines(self.path / "launches.jsonl")
 
     def first_overrides(self) -> list[str]:
         """The overrides of the first launch; those of a launch that did not get to its first step are not recorded."""
         launches = self.launches()
-        return launches[0]["overrides"] if launches else []
+        return [str(each) for each in launches[0].get("overrides", [])] if launches else []
 
     def metrics(self, up_to_step: int | None = None) -> list[dict]:
-        """The metrics rows, in order, up to a step. What comes after a torn line, as a crash may leave, is left out."""
-        rows = whole_lines(self.metrics_file)
+        """The metrics rows, in order, up to a step; a torn last line does not count. Raises FileError."""
+        rows = read_lines(self.metrics_file)
+        for number, row in enumerate(rows, start=1):
+            if type(row.get("step")) is not int:
+                raise FileError(
+                    f'{self.metrics_file}, line {number}: not a metrics row, which is an object with a "step"'
+                )
         return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
 
     def cut_metrics(self, step: int) -> list[dict]:
-        """Drop the rows after a step, which will be run again. Returns those that stay."""
+        """Drop the rows after a step, which will be run again. Returns those that stay.
+
+        Raises FileError, and changes nothing, where one of theirs is missing or a line is damaged.
+        """
         rows = self.metrics(up_to_step=step)
+        if [row["step"] for row in rows] != list(range(1, step + 1)):
+            raise FileError(
+                f"{self.metrics_file} does not have one row for each of the {step} steps of the checkpoint; restore "
+                "it, or move the checkpoint away to repeat its steps"
+            )
         self.write_metrics(rows)
         return rows
 
@@ -156,7 +188,7 @@ class RunFolder:
 
     def append_metrics(self, row: dict) -> None:
         """Add a row for one step."""
-        with self.metrics_file.open("a") as file:
+        with open(self.metrics_file, "a", encoding="utf-8", opener=no_link) as file:
             file.write(json.dumps(row) + "\n")
 
     def sync_metrics(self) -> None:
@@ -176,6 +208,7 @@ class RunFolder:
 
         file = self.path / "skipped" / f"step_{step:06d}.safetensors"
         file.parent.mkdir(exist_ok=True)
+        discard(file)
         save_file(tensors, file)
         write_whole(file.with_suffix(".jsonl"), _json_lines(rows))
         return file
@@ -196,11 +229,13 @@ class RunFolder:
         return file
 
     def evaluation(self, name: str) -> dict | None:
-        return self.evaluations().get(name)
+        """The content of eval/<name>.json; None where there is none."""
+        file = self.path / "eval" / f"{name}.json"
+        return read_json(file, EVALUATION) if file.exists() else None
 
     def evaluations(self) -> dict[str, dict]:
         """The content of every eval/<name>.json by its name: `before` first, then by step, `after` last."""
-        made = {file.stem: read_json(file) for file in self.path.glob("eval/*.json")}
+        made = {file.stem: read_json(file, EVALUATION) for file in self.path.glob("eval/*.json")}
         place = {"before": 0, "after": 2}
         names = sorted(made, key=lambda name: (place.get(name, 1), made[name].get("step") or 0, name))
         return {name: made[name] for name in names}
@@ -208,13 +243,12 @@ class RunFolder:
     def training_evaluations(self, up_to_step: int | None = None) -> dict[str, dict]:
         """Those of the weights that training went through: `before`, and `step_000123`."""
         made = {name: each for name, each in self.evaluations().items() if re.fullmatch(r"before|step_\d+", name)}
-        return {name: each for name, each in made.items() if up_to_step is None or each["step"] <= up_to_step}
+        return {name: each for name, each in made.items() if up_to_step is None or each.get("step", 0) <= up_to_step}
 
     def accuracy_at(self, step: int) -> float | None:
         """Held-out accuracy after a step, if it was evaluated there."""
-        made = self.evaluations()
-        names = (name for name in ("after", f"step_{step:06d}") if name in made and made[name]["step"] == step)
-        return next((made[name]["accuracy"] for name in names), None)
+        found = (self.evaluation(name) for name in ("after", f"step_{step:06d}"))
+        return next((each.get("accuracy") for each in found if each is not None and each.get("step") == step), None)
 
     def objective(self) -> float | None:
         """What a sweep maximises: held-out accuracy after the last step, or else that step's mean reward."""
@@ -227,7 +261,7 @@ class RunFolder:
     def save_final_model(self, *writers: Callable[[Path], object]) -> None:
         """Write final_model/ by all that write a part of it into a folder (model, tokenizer), whole or not at all."""
         temporary = self.path / "final_model.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard(temporary)
         for write in writers:
             write(temporary)
         move_whole(temporary, self.final_model)
@@ -241,8 +275,20 @@ def run_folders(root: Path) -> list[RunFolder]:
 
 
 def newest_unfinished(root: Path) -> RunFolder | None:
-    """The run started last, at or below `root`, among those that did not finish."""
-    return next((run for run in reversed(run_folders(root)) if not run.finished()), None)
+    """The run started last, at or below `root`, among those that did not finish and that a resume can take.
+
+    Left out are runs that are running now, jobs of sweeps, which resume with their sweep, and unreadable folders.
+    """
+    return next((run for run in reversed(run_folders(root)) if _can_resume(run, root)), None)
+
+
+def _can_resume(run: RunFolder, root: Path) -> bool:
+    if any((folder / "sweep.json").exists() for folder in run.path.parents if folder.is_relative_to(root)):
+        return False
+    try:
+        return not run.finished() and not in_use(run.path)
+    except FileError:  # naming the folder will say what is wrong with it
+        return False
 
 
 def job_folder_name(number: int, overrides: str, longest: int = 80) -> str:
@@ -258,22 +304,81 @@ def hydra_record(folder: str, now: str) -> str:
     return f".hydra/resumes/{now}" if RunFolder(folder).started() else ".hydra"
 
 
-def read_json(file: Path) -> dict:
-    """A JSON object from a file. Raises ValueError naming the file if it holds anything else."""
+def read_json(file: Path, types: Mapping[str, Any] = MappingProxyType({})) -> dict:
+    """A JSON object from a file. Raises FileError naming the file if it holds anything else.
+
+    types: by name what a value must be where there is one, as an annotation such as `float | None`.
+    """
     try:
         record = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{file} is not a JSON object")
+        raise FileError(f"{file} is not a JSON object")
+    _check_types(record, types, file)
     return record
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+def read_dataclass(kind: type, file: Path, steps: tuple[Migration, ...] = ()) -> Any:
+    """A dataclass from the JSON object in a file. Raises FileError naming the file where it does not fit.
+
+    steps: the migrations of a file that has versions.
+    """
+    record = read_json(file)
+    if steps:
+        record = migrate(record, file, steps)
+    _check_types(record, get_type_hints(kind), file)
+    try:
+        return kind(**record)
+    except TypeError as error:  # a key is missing, or is not one of its own
+        raise FileError(f"{file}: {first_line(error)}") from error
+
+
+def _check_types(record: dict[str, Any], types: Mapping[str, Any], file: Path) -> None:
+    for name in types.keys() & record.keys():
+        if not _is_of(record[name], types[name]):
+            raise FileError(f"{file}: {name} is {str(record[name])[:80]}, which it cannot be")
+
+
+def _is_of(value: Any, annotation: Any) -> bool:
+    allowed = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    classes = tuple(get_origin(each) or each for each in allowed)
+    return isinstance(value, classes) or (float in classes and isinstance(value, int))
+
+
+def check_links(folder: Path) -> None:
+    """Raise ConfigError where a link leads out of a run folder: what is written there would land elsewhere."""
+    inside = os.path.realpath(folder)
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place, name) for name in (*folders, *files)):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+                raise ConfigError(
+                    f"{path} is a link to {path.readlink()}, outside of {folder}; "
+                    "replace it by a copy of that, or delete it"
+                )
+        if Path(place) == Path(folder) and "wandb" in folders:
+            folders.remove("wandb")  # in it W&B links to its own logs; nothing of ours is written there
+
+
+def no_link(path: str, flags: int) -> int:
+    """An opener for `open`: raises OSError where the file is a link, which may lead anywhere."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link but not what it points to, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a small file whole or not at all. Where there is a link, the file takes its place."""
     temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
+    discard(temporary)
+    with temporary.open("xb") as stream:  # x: never through a link
+        stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
@@ -281,13 +386,36 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def move_whole(folder: Path, target: Path) -> None:
-    """Give a complete folder its name, in place of what has it, such that it would outlast a power cut."""
+    """Give a complete folder its name, in place of what has it, such that it would outlast a power cut.
+
+    No folder can replace another one in one step: what had the name is `<name>.old` meanwhile, for `put_back`.
+    """
     for path in [*folder.iterdir(), folder]:
         sync(path)
-    if target.exists():
-        shutil.rmtree(target)
+    put_back(target)
+    old = target.with_name(f"{target.name}.old")
+    if os.path.lexists(target):
+        target.rename(old)
     folder.rename(target)
     sync(target.parent)
+    discard(old)
+
+
+def put_back(target: Path) -> None:
+    """After a `move_whole` that was killed: give the old folder its name again, or remove it where the new one has it.
+
+    For the process that holds the run folder.
+    """
+    old = target.with_name(f"{target.name}.old")
+    if os.path.lexists(target):
+        discard(old)
+    elif os.path.lexists(old):
+        old.rename(target)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint or of a file of samples; names do not sort by it beyond 999,999."""
+    return int(path.stem.removeprefix("step_"))
 
 
 def sync(path: Path) -> None:
@@ -299,16 +427,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def whole_lines(file: Path) -> list[dict]:
-    """The JSON objects of a file up to its first line that is not whole."""
+def read_lines(file: Path) -> list[dict]:
+    """The JSON objects of a file, one a line; without what follows the last newline, which a crash has torn.
+
+    Raises FileError naming file and line where any other line is no object.
+    """
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
     rows = []
-    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else []:
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict) or not line.endswith(b"\n"):
-            break
+        except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+            raise FileError(f"{file}, line {number}: not valid JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise FileError(f"{file}, line {number}: not a JSON object")
         rows.append(row)
     return rows
 

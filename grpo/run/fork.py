@@ -1,6 +1,5 @@
 """Forks: a new run that goes on from a checkpoint of another one, with any other settings."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -20,7 +19,7 @@ from grpo.run.checkpoint import (
     step_folder,
     step_folders,
 )
-from grpo.run.folder import RunFolder, sync
+from grpo.run.folder import RunFolder, read_json, step_of, sync
 from grpo.run.freeze import freeze
 from grpo.targets import check_trusted
 
@@ -37,7 +36,7 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     before = parent.frozen_config()
     frozen = apply_overrides(before, cfg, overrides)
     check_trusted(frozen, cfg, parent.path)
-    manifest = json.loads((source / MANIFEST).read_text())
+    manifest = read_json(source / MANIFEST)
     lineage = {
         "run_dir": str(parent.path),
         "step": state.step,
@@ -73,7 +72,7 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
 
 
 def _checkpoint(parent: RunFolder, step: int | None) -> Path:
-    kept = ", ".join(str(int(path.name.removeprefix("step_"))) for path in step_folders(parent.checkpoints)) or "none"
+    kept = ", ".join(str(step_of(path)) for path in step_folders(parent.checkpoints)) or "none"
     if step is None:
         checkpoint = latest_checkpoint(parent.checkpoints)
         if checkpoint is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.overrides import Overrides
-from grpo.run.folder import read_json, write_whole
+from grpo.run.folder import read_dataclass, write_whole
 
 LEAST_STEPS = 3  # of the first rung under a budget: so many are made first, to see how long a step takes
 SEED = "seed"
@@ -36,7 +36,7 @@ class Record:
     @classmethod
     def read(cls, folder: Path) -> "Record | None":
         file = folder / "halving.json"
-        return cls(**read_json(file)) if file.exists() else None
+        return read_dataclass(cls, file) if file.exists() else None
 
     def write(self, folder: Path) -> None:
         write_whole(folder / "halving.json", json.dumps(asdict(self), indent=1) + "\n")

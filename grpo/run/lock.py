@@ -29,7 +29,7 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[None]:
     `renew_s` seconds. A line of another machine that is not renewed for 2.5 times as long belongs to a dead process.
     No clocks are compared. Where the file system has no locks, the line alone decides.
     """
-    with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0) as file:
+    with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b", buffering=0) as file:
         holder, taken = _read(folder), _lock(file)
         unsure = bool(holder) and (taken is None or holder.get("machine") != _machine())
         if taken and not unsure:
@@ -53,13 +53,17 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[None]:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether the process that holds the folder lives, as far as a look can say that takes no lock."""
+    """Whether the process that holds the folder lives, as far as a look can say that takes no lock.
+
+    Of another machine, of this one before it was restarted, or of another container, whose process numbers mean nothing
+    here, that is a guess: its line was renewed within a minute.
+    """
     holder = _read(folder)
-    if holder.get("machine") != _machine():
-        return bool(holder)
+    if holder.get("machine") != _machine() or holder.get("pid_namespace", _pid_namespace()) != _pid_namespace():
+        return bool(holder) and time.time() - (folder / ".lock").stat().st_mtime < 6 * RENEW_S
     try:
         os.kill(holder["pid"], 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # a number that no process can have
         return False
     except PermissionError:
         pass
@@ -111,16 +115,26 @@ def _renew(file: BinaryIO, folder: Path, token: str, stop: threading.Event, seco
 
 def _read(folder: Path) -> dict:
     try:
-        return json.loads((folder / ".lock").read_text().strip() or "{}")
+        holder = json.loads((folder / ".lock").read_text().strip() or "{}")
     except (OSError, ValueError):  # while it is written
         return {}
+    return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else {}
 
 
 def _write(file: BinaryIO, token: str, beat: int) -> None:
     holder = {"machine": _machine(), "host": platform.node(), "pid": os.getpid(), "token": token, "beat": beat}
+    holder["pid_namespace"] = _pid_namespace()
     # Over what stands there, at one length, so that a full disk cannot leave half a line.
     os.pwrite(file.fileno(), json.dumps(holder).ljust(LINE).encode(), 0)
     os.fsync(file.fileno())
+
+
+def _pid_namespace() -> str | None:
+    """Within which the numbers of processes are unique: containers on one machine have one each; None where unknown."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:  # not on Linux
+        return None
 
 
 def _machine() -> str:

@@ -1,6 +1,7 @@
 """Saving a run's checkpoints, in the way of training or beside it in a thread, and which of them are kept."""
 
 import logging
+import re
 import shutil
 import threading
 import time
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from grpo.config import CheckpointConfig
 from grpo.run.checkpoint import (
+    NAME,
     TrainerState,
+    clear,
     flatten_optimizer,
     reference_folder,
     reference_of,
@@ -21,8 +24,10 @@ from grpo.run.checkpoint import (
     weights_of,
     write_checkpoint,
 )
+from grpo.run.folder import step_of
 
 logger = logging.getLogger(__name__)
+TRIES = 5  # checkpoints in a row that may fail to be written before the run ends
 
 
 class Saver:
@@ -31,9 +36,11 @@ class Saver:
     def __init__(self, folder: Path, settings: CheckpointConfig, state: TrainerState) -> None:
         """state: where the run starts or goes on from, which is on the disk already."""
         self._folder, self._settings = folder, settings
+        clear(folder)
         self._idle = threading.Event()
         self._idle.set()
-        self._saved_step = state.step
+        self.saved_step = state.step  # of the newest checkpoint on the disk
+        self._failures = 0  # in a row
         has_reference = reference_folder(folder, state.iteration).exists()
         self._reference_iteration = state.iteration if has_reference else 0  # whose reference is on the disk
 
@@ -46,7 +53,7 @@ class Saver:
         memory at once and written while training goes on.
         """
         self.close()
-        if state.step == self._saved_step:
+        if state.step == self.saved_step:
             return
         tensors = {"model": weights_of(policy), "optimizer": flatten_optimizer(optimizer)}
         moved = weights_of(reference) if reference is not None and self._reference_iteration != state.iteration else {}
@@ -57,12 +64,16 @@ class Saver:
         state = TrainerState(**vars(state) | {"reduced": dict(state.reduced)})
 
         def write() -> None:
-            if moved:
-                write_checkpoint(place, {"model": moved})
-                self._reference_iteration = state.iteration
             target = step_folder(self._folder, state.step)
-            write_checkpoint(target, tensors, state, place)
-            self._saved_step = state.step
+            try:
+                if moved:
+                    write_checkpoint(place, {"model": moved})
+                    self._reference_iteration = state.iteration
+                write_checkpoint(target, tensors, state, place)
+            except OSError:
+                self._failures += 1
+                raise
+            self.saved_step, self._failures = state.step, 0
             retain(target, self._settings)
 
         self._run(write, f"the checkpoint of step {state.step}")
@@ -72,6 +83,14 @@ class Saver:
         self.close()
         if self._settings.keep_best:
             self._write(lambda: write_checkpoint(self._folder / "best", {"model": weights_of(policy)}, state), "best/")
+
+    def check(self) -> None:
+        """Raise RuntimeError where checkpoints cannot be written: a run that is stopped would lose ever more."""
+        if self._failures >= TRIES:
+            raise RuntimeError(
+                f"the last {TRIES} checkpoints could not be written to {self._folder}, as the warnings say; "
+                "make room there, or make it writable, and resume"
+            )
 
     def close(self) -> None:
         """Wait until nothing is being written, also where a signal comes meanwhile."""
@@ -113,14 +132,13 @@ def retain(newest: Path, settings: CheckpointConfig) -> None:
     warning, not an error.
     """
     folder = newest.parent
-    older = [path for path in step_folders(folder) if path.name <= newest.name][: -settings.keep_last]
+    older = [path for path in step_folders(folder) if step_of(path) <= step_of(newest)][: -settings.keep_last]
     for path in older:
-        step = int(path.name.removeprefix("step_"))
-        if not (settings.keep_every and step % settings.keep_every == 0):
+        if not (settings.keep_every and step_of(path) % settings.keep_every == 0):
             _delete(path)
     needed = {_reference_name(path) for path in step_folders(folder)}
     for path in folder.glob("reference_*"):
-        if path.name not in needed:
+        if re.fullmatch(NAME, path.name) and path.name not in needed:
             _delete(path)
 
 

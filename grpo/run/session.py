@@ -14,11 +14,10 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config import Config, ConfigError, to_dict
+from grpo.config import Config, ConfigError, FileError, to_dict
 from grpo.hydra_app import compose_again
 from grpo.overrides import Overrides
 from grpo.run.choice import MORE_STEPS, check_parent, choose_run, has_finished
@@ -122,7 +121,7 @@ def open_run(cfg: DictConfig, decided: RunFolder | None = None) -> Iterator[Run]
     on its own machine.
     """
     if decided is not None:
-        with StopSignals().installed() as stop, _started(decided, cfg, cfg.resume, stop) as run:
+        with StopSignals().installed() as stop, _started(decided, cfg, cfg.resume, stop, is_job=False) as run:
             yield run
         return
     folder = job_folder()
@@ -131,7 +130,11 @@ def open_run(cfg: DictConfig, decided: RunFolder | None = None) -> Iterator[Run]
     resume = "auto" if again else False
     try:
         choose_run(folder, resume, command_line())
-        with StopSignals().installed() as stop, locked(folder.path), _started(folder, cfg, resume, stop) as run:
+        with (
+            StopSignals().installed() as stop,
+            locked(folder.path),
+            _started(folder, cfg, resume, stop, is_job=True) as run,
+        ):
             yield run
     except ConfigError as error:
         logger.error("%s: %s", folder.path, error)  # at once, and not only after all other jobs
@@ -155,8 +158,8 @@ def command_line() -> Overrides:
 
 
 @contextmanager
-def _started(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSignals) -> Iterator[Run]:
-    run = _open(folder, cfg, resume, stop)
+def _started(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSignals, is_job: bool) -> Iterator[Run]:
+    run = _open(folder, cfg, resume, stop, is_job)
     try:
         yield run
     except BaseException as error:
@@ -167,14 +170,14 @@ def _started(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopS
             folder.update_status(seconds=run.seconds)
 
 
-def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSignals) -> Run:
+def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSignals, is_job: bool) -> Run:
     import torch  # here, since it takes seconds
 
     from grpo.engine.hardware import hardware_found
 
     hydra_cfg, overrides = HydraConfig.get(), command_line()
     launcher = hydra_cfg.launcher._target_
-    if hydra_cfg.mode == RunMode.MULTIRUN and takes_any_gpu(cfg, launcher):
+    if is_job and takes_any_gpu(cfg, launcher):
         show_all_gpus(launcher)
         claim_gpu(torch.cuda.device_count())
     started = time.monotonic()
@@ -185,7 +188,7 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
         if resumed:
             config, changes = resumed_config(folder, cfg, overrides)
         else:
-            config = new_config(folder, cfg, overrides)
+            config = new_config(folder, cfg, overrides, is_job)
     except (ConfigError, OmegaConfBaseException, HydraException, SystemExit):
         if not resumed:
             _discard(folder, cfg.fork)
@@ -196,7 +199,9 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
     if done:
         print(f"{folder.path} has finished already: nothing to do")
     else:
-        folder.update_status(state="running", error=None)
+        # A sweeper that finds its points itself leaves no other record of them before the first step.
+        known = {"overrides": overrides.lines} if is_job else {}
+        folder.update_status(state="running", error=None, **known)
     before = folder.status().get("seconds", 0.0)
     return Run(
         folder,
@@ -213,9 +218,9 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
     )
 
 
-def new_config(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
+def new_config(folder: RunFolder, cfg: DictConfig, overrides: Overrides, is_job: bool) -> Config:
     """Freeze the config of a new run or fork, and write it. Raises ConfigError."""
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    if is_job:
         _name_in_tracking(cfg, overrides)
     if cfg.fork:
         check_parent(cfg.run_dir)  # a job of a sweep that is resumed may not have begun
@@ -246,7 +251,7 @@ def _record_end(run: Run, error: BaseException) -> None:
         pending = [f"{key}={value}" for key, value in run.changes.items() if recorded.get(key) != value]
         print(f"interrupted; go on with: {' '.join([command, *pending])}", flush=True)
         return
-    if isinstance(error, ConfigError) and (not run.resumed or run.forked):
+    if isinstance(error, ConfigError) and not isinstance(error, FileError) and (not run.resumed or run.forked):
         _discard(run.folder, run.forked)
         return
     _set_state(run.folder, "failed", f"{type(error).__name__}: {error}")
@@ -260,7 +265,7 @@ def _record_end(run: Run, error: BaseException) -> None:
 def _set_state(folder: RunFolder, state: str, error: str | None) -> None:
     try:
         folder.update_status(state=state, error=error)
-    except OSError as failure:  # a full disk must not hide what ended the run
+    except (OSError, FileError) as failure:  # a full disk or a damaged status.json must not hide what ended the run
         logger.error("%s/status.json could not be written: %s", folder.path, failure)
 
 

@@ -15,13 +15,17 @@ from typing import Any
 from hydra.errors import HydraException
 from yaml import YAMLError
 
-from grpo.config import PASSING_KEYS, ConfigError, on_resume
+from grpo.config import PASSING_KEYS, ConfigError, FileError, on_resume
 from grpo.overrides import Overrides
 from grpo.run.folder import RunFolder, outputs, read_json, write_whole
 from grpo.run.halving import Record
 from grpo.run.lock import in_use
 
 logger = logging.getLogger(__name__)
+
+# The types of what sweep.json holds, as far as it is read.
+RECORD = {"overrides": list, "hydra": list, "keys": list, "planned": list | None, "flags": list, "jobs": list}
+RECORD |= {"name": str, "state": str, "sweeper": str}
 
 
 class SweepFolder:
@@ -81,7 +85,10 @@ class SweepFolder:
     def record(self) -> dict[str, Any]:
         """The content of sweep.json; `{}` where there is none."""
         file = self.path / "sweep.json"
-        return read_json(file) if file.exists() else {}
+        record = read_json(file, RECORD) if file.exists() else {}
+        if record and not {"overrides", "state"} <= record.keys():
+            raise FileError(f"{file} is not the record of a sweep: it lacks overrides or state")
+        return record
 
     @property
     def swept(self) -> list[str]:

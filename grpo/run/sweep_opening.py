@@ -10,7 +10,7 @@ from grpo.config import LAUNCH_KEYS, Config, ConfigError
 from grpo.hydra_app import compose_again, config_flags, has_plugin, split_into_jobs, without_hydra
 from grpo.overrides import Overrides, quoted
 from grpo.run.choice import check_empty
-from grpo.run.folder import outputs, short_path
+from grpo.run.folder import check_links, outputs, short_path
 from grpo.run.sweep import SweepFolder, newest_sweep
 
 Check = Callable[[DictConfig, Overrides], Config]
@@ -50,6 +50,8 @@ def prepare_sweep(composed: DictConfig, overrides: Overrides, check: Check) -> S
     sweeper, choice = composed.hydra.sweeper, composed.hydra.runtime.choices["hydra/sweeper"]
     asked = with_params(overrides.of_experiment, sweeper)
     known = _known_folder(composed, overrides, asked, choice)
+    if known is not None:
+        check_links(known.path)
     record = known.record() if known is not None else {}
     if record:
         known.check_same(asked, choice, composed.resume)

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from grpo.analysis import audit
+from grpo.run.folder import RunFolder
 
 RIGHT = "<reasoning>1+1</reasoning><answer>2</answer>"
 
@@ -79,3 +80,10 @@ def test_extremes_are_of_the_last_step_and_each_text_once():
     ]
     top, bottom = audit.extremes(pd.DataFrame(rows), count=2)
     assert (top["completion"].tolist(), bottom["completion"].tolist()) == (["b", "c"], ["a", "c"])
+
+
+def test_samples_are_ordered_by_step_beyond_a_million(tmp_path):
+    for step in (1_000_000, 999_999):
+        RunFolder(tmp_path).write_samples(step, [{"step": step}])
+    (tmp_path / "samples" / "step_1 copy.jsonl").write_text("")
+    assert audit.load_samples(tmp_path)["step"].tolist() == [999_999, 1_000_000]

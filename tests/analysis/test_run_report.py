@@ -5,6 +5,7 @@ import shutil
 import subprocess
 
 import pytest
+import yaml
 from matplotlib.image import imread
 
 from grpo.analysis.run_report import _spread, content, write_run_report
@@ -36,6 +37,14 @@ def test_completions_are_there_with_what_they_earned_and_as_text(finished_run, t
         "Strict against lenient correctness, share of completions",
         "Signs of gaming",
     ]
+
+
+def test_the_config_is_the_one_that_later_launches_changed(finished_run, tmp_path):
+    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+    run.record_changes({"grpo.num_steps": 777, "tracking.name": "${oc.env:HOME}"})
+    config = yaml.safe_load(content(run.path)["config"])
+    assert config["grpo"]["num_steps"] == 777
+    assert config["tracking"]["name"] == "${oc.env:HOME}"
 
 
 def test_long_runs_are_sampled_from_the_first_step_to_the_last():

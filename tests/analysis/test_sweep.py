@@ -34,8 +34,7 @@ def make_sweep(folder, swept, right, accuracy=True, states=None, fixed=("experim
         if state != "pending":
             run.path.mkdir(parents=True)
             (run.path / "config.yaml").write_text(yaml.safe_dump({"name": "made", "seed": int(values.get("seed", 7))}))
-            (run.path / ".hydra").mkdir()
-            (run.path / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump([*fixed, *point]))
+            run.record_launch({"overrides": [*fixed, *point]})
             error = "ValueError: as it was" if state == "failed" else None
             run.update_status(state=state, step=20, total_steps=20, error=error)
             outcome = right(values)

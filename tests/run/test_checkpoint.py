@@ -15,13 +15,16 @@ from contextlib import closing
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
-from grpo.config import CheckpointConfig, ModelConfig
+import grpo.algorithm.optimizer
+from grpo.config import CheckpointConfig, ConfigError, ModelConfig
 from grpo.engine.model import load_model
 from grpo.run.checkpoint import (
     TrainerState,
     broken,
+    check_optimizer,
     flatten_optimizer,
     latest_checkpoint,
     load_optimizer,
@@ -32,7 +35,7 @@ from grpo.run.checkpoint import (
     step_folders,
     weights_of,
 )
-from grpo.run.saver import Saver, retain
+from grpo.run.saver import TRIES, Saver, retain
 
 FILES = ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "manifest.json"]
 
@@ -181,6 +184,74 @@ def test_the_state_of_plain_gradient_descent_comes_back_too(tmp_path):
         assert bool(flatten_optimizer(fresh)) == (momentum > 0)
 
 
+class WithNumbers(torch.optim.Optimizer):
+    """One that keeps plain numbers, as Prodigy and schedule-free optimizers do: in its groups and in its state."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr, "d": 1e-6, "k": 0, "kept": True})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["k"] += 1
+            group["d"] *= 1.1
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["sum"] = state.get("sum", 0.0) + 0.1
+                state["count"] = state.get("count", 0) + 1
+                parameter.add_(parameter.grad, alpha=-group["lr"] * group["d"] * state["sum"])
+
+
+def test_plain_numbers_that_an_optimizer_keeps_come_back_exactly(tmp_path):
+    model = small_model()
+    optimizer = WithNumbers(model.parameters())
+    for seed in (1, 2, 3):
+        train_a_step(model, optimizer, seed)
+    assert sorted(flatten_optimizer(optimizer)) == ["0.count", "0.sum", "1.count", "1.sum", "group.0.d", "group.0.k"]
+    checkpoint = save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=1))
+    fresh = WithNumbers(model.parameters(), lr=0.7)
+    check_optimizer(checkpoint, fresh)
+    assert (fresh.param_groups[0]["d"], fresh.param_groups[0]["k"], len(fresh.state)) == (1e-6, 0, 0)
+    load_optimizer(checkpoint, fresh)
+    expected = optimizer.state_dict()
+    expected["param_groups"][0]["lr"] = 0.7  # a setting, which the config gives
+    assert fresh.state_dict() == expected
+    assert all(type(value) in (int, float) for state in fresh.state.values() for value in state.values())
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "NAdam", "Adafactor", "MuonWithAdamW", "StochasticAdamW"])
+def test_settings_of_an_optimizer_are_not_in_its_state_and_its_own_checkpoint_fits(tmp_path, name):
+    make = getattr(torch.optim, name, None) or getattr(grpo.algorithm.optimizer, name)
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4))
+    optimizer = make(list(model.named_parameters()), lr=0.1)
+    train_a_step(model, optimizer, seed=1)
+    assert not any(key.startswith("group") for key in flatten_optimizer(optimizer))
+    checkpoint = save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=1))
+    check_optimizer(checkpoint, make(list(model.named_parameters()), lr=0.1))
+
+
+CHANGES = {
+    "shape": lambda entries: entries | {"0.exp_avg": torch.zeros(2, 2)},
+    "type": lambda entries: entries | {"1.exp_avg_sq": torch.zeros(2, dtype=torch.uint8)},
+    "name": lambda entries: {key.replace("0.exp_avg", "0.average"): value for key, value in entries.items()},
+    "number": lambda entries: entries | {"2.step": torch.tensor(1.0)},
+    "no number": lambda entries: entries | {"x": torch.tensor(1.0)},
+    "group": lambda entries: entries | {"group.0.params": torch.tensor(1.0)},
+    "empty": lambda entries: {},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_optimizer_state_that_does_not_fit_is_refused_before_it_is_loaded(tmp_path, change):
+    model = small_model()
+    optimizer = adamw(model)
+    train_a_step(model, optimizer, seed=1)
+    checkpoint = save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=1))
+    save_file(CHANGES[change](flatten_optimizer(optimizer)), checkpoint / "optimizer.safetensors")
+    with pytest.raises(ConfigError, match=r"optimizer\.safetensors is not the state of this optimizer and model: "):
+        check_optimizer(checkpoint, adamw(small_model()))
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     with_bias, without = nn.Linear(3, 2), nn.Linear(3, 2, bias=False)
     for step, ours, theirs in ((1, with_bias, without), (2, without, with_bias)):
@@ -230,11 +301,49 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, da
     assert (tmp_path / "step_000002").is_dir()
 
 
-@pytest.mark.parametrize("content", ["null", "[]", "{}", '{"files": []}', "\0"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "null",
+        "[]",
+        "{}",
+        '{"files": []}',
+        "\0",
+        '{"files": {}}',
+        "[" * 99999,
+        '{"files": {"model.safetensors": 3, "optimizer.safetensors": 3, "trainer_state.json": 3}}',
+    ],
+)
 def test_a_manifest_that_says_nothing_is_damage(tmp_path, content):
     save_steps(tmp_path, 1, 2)
     (tmp_path / "step_000002" / "manifest.json").write_text(content)
     assert latest_checkpoint(tmp_path).name == "step_000001"
+
+
+@pytest.mark.parametrize("name", ["../step_000002/model.safetensors", "/dev/zero", "pipe", "."])
+def test_a_manifest_names_plain_files_of_its_own_folder(tmp_path, name):
+    save_steps(tmp_path, 1, 2)
+    os.mkfifo(tmp_path / "step_000001" / "pipe")
+    manifest = json.loads((tmp_path / "step_000001" / "manifest.json").read_text())
+    manifest["files"][name] = {"size": 0, "sha256": "0"}
+    (tmp_path / "step_000001" / "manifest.json").write_text(json.dumps(manifest))
+    assert broken(tmp_path / "step_000001") == f"{name} is not a file in it"
+
+
+@pytest.mark.parametrize("reference", ["step_000001", "../elsewhere", "/", 3, ["x"]])
+def test_a_manifest_names_a_reference_beside_it(tmp_path, reference):
+    save_steps(tmp_path, 1)
+    manifest = json.loads((tmp_path / "step_000001" / "manifest.json").read_text())
+    (tmp_path / "step_000001" / "manifest.json").write_text(json.dumps(manifest | {"reference": reference}))
+    assert broken(tmp_path / "step_000001") == f"{reference} is not a reference"
+
+
+def test_checkpoints_are_ordered_by_step_beyond_a_million(tmp_path):
+    save_steps(tmp_path, 999_999, 1_000_000)
+    assert [path.name for path in step_folders(tmp_path)] == ["step_999999", "step_1000000"]
+    assert latest_checkpoint(tmp_path).name == "step_1000000"
+    retain(tmp_path / "step_1000000", settings(keep_last=1))
+    assert [path.name for path in step_folders(tmp_path)] == ["step_1000000"]
 
 
 def test_a_copy_made_by_hand_is_no_checkpoint_and_stays(tmp_path):
@@ -279,6 +388,32 @@ def test_a_left_over_of_an_interrupted_save_is_never_chosen_and_goes_with_the_ne
     assert latest_checkpoint(tmp_path).name == "step_000001"
     save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000003"]
+
+
+def test_what_is_not_ours_in_the_folder_stays_and_does_not_stand_in_the_way(tmp_path):
+    (tmp_path / "notes.tmp").write_text("mine")
+    (tmp_path / "step_1.tmp").mkdir()
+    (tmp_path / "reference_of_mine").mkdir()
+    (tmp_path / "step_000001.tmp").write_text("a file where the folder will be")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "best.tmp").symlink_to("elsewhere")
+    save_steps(tmp_path, 1)
+    left = ["elsewhere", "notes.tmp", "reference_of_mine", "step_000001", "step_1.tmp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_a_run_that_cannot_save_ends_after_a_number_of_tries(tmp_path):
+    model = small_model()
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    saver = Saver(tmp_path / "checkpoints", settings(), TrainerState())
+    for step in range(1, TRIES + 1):
+        saver.check()
+        saver.save(model, adamw(model), None, TrainerState(step=step))
+    with pytest.raises(RuntimeError, match=r"the last 5 checkpoints could not be written to .*make room there"):
+        saver.check()
+    (tmp_path / "checkpoints").unlink()
+    saver.save(model, adamw(model), None, TrainerState(step=9))
+    saver.check()
 
 
 def test_a_step_that_is_saved_again_replaces_the_damaged_one(tmp_path):
@@ -453,6 +588,15 @@ def test_best_is_replaced_whole(tmp_path):
     assert broken(tmp_path / "best") is None
     save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=6))
     assert (tmp_path / "best").is_dir()
+
+
+def test_the_best_weights_come_back_after_a_kill_while_they_are_replaced(tmp_path):
+    save_best(tmp_path, small_model(), TrainerState(step=1))
+    (tmp_path / "best").rename(tmp_path / "best.old")
+    (tmp_path / "best.tmp").mkdir()
+    Saver(tmp_path, settings(), TrainerState(step=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+    assert broken(tmp_path / "best") is None
 
 
 def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, caplog):

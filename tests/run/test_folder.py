@@ -2,26 +2,38 @@
 
 import json
 import os
+import subprocess
+import sys
+import textwrap
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 
+from grpo.commands._common import run_folder_of
 from grpo.compose import compose_config
 from grpo.config import ConfigError, to_dict, typed
 from grpo.overrides import Overrides
-from grpo.run.choice import check_empty, choose_run
+from grpo.run.checkpoint import load_state, reference_of
+from grpo.run.choice import check_empty, check_parent, choose_run
 from grpo.run.decide import known_folder, run_name
 from grpo.run.folder import (
     RunFolder,
+    check_links,
     job_folder_name,
     newest_unfinished,
     outputs,
+    put_back,
     release,
     reserve,
     run_folders,
     write_whole,
 )
+from grpo.run.halving import Record
+from grpo.run.lock import locked
+from grpo.run.sweep import SweepFolder
 from tests.runs import ROOT
 
 ROWS = [{"step": step, "loss": 1 / step} for step in (1, 2, 3, 4)]
@@ -121,12 +133,182 @@ def test_samples_and_evaluations_are_files_of_their_own(tmp_path):
     assert (tmp_path / "eval" / "before.json").exists()
 
 
-def test_what_follows_a_line_of_rubbish_is_left_out(tmp_path):
+def test_an_evaluation_is_read_without_the_others(tmp_path):
     run = RunFolder(tmp_path)
-    run.write_metrics([{"step": 1}, {"step": 2}])
-    with run.metrics_file.open("ab") as file:
-        file.write(b"\0" * 30 + b'\n{"step": 4}\n')
-    assert run.metrics() == [{"step": 1}, {"step": 2}]
+    run.write_evaluation("after", {"accuracy": 0.5, "step": 7})
+    (tmp_path / "eval" / "evaluate_by_hand.json").write_text("{")
+    assert run.evaluation("after") == {"accuracy": 0.5, "step": 7}
+    assert run.accuracy_at(7) == 0.5
+    assert run.accuracy_at(6) is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text.replace(b'"step": 2', b'"step\xff: 2'), "line 2: not valid JSON"),
+        (lambda text: text.replace(b'"step": 2', b'"stop": 2'), "line 2: not a metrics row"),
+        (lambda text: text.partition(b"\n")[2], "does not have one row for each of the 4 steps"),
+        (lambda text: text + text, "does not have one row for each of the 4 steps"),
+        (lambda text: text[:-9], "does not have one row for each of the 4 steps"),
+    ],
+)
+def test_damaged_metrics_are_refused_and_not_touched(folder, damage, said):
+    damaged = damage(folder.metrics_file.read_bytes())
+    folder.metrics_file.write_bytes(damaged)
+    with pytest.raises(ConfigError, match=rf"metrics\.jsonl,? {said}"):
+        folder.cut_metrics(4)
+    assert folder.metrics_file.read_bytes() == damaged
+
+
+def test_a_launch_is_recorded_after_a_torn_line(tmp_path):
+    run = RunFolder(tmp_path)
+    run.record_launch({"from_step": 0})
+    with (tmp_path / "launches.jsonl").open("a") as file:
+        file.write('{"from_st')
+    run.record_launch({"from_step": 4})
+    assert run.launches() == [{"from_step": 0}, {"from_step": 4}]
+
+
+# Links, which a folder from elsewhere may bring.
+
+
+@pytest.mark.parametrize("name", ["status.json.tmp", "checkpoints", "eval/before.json", "x/y/z", "gone"])
+def test_a_link_that_leads_out_of_a_run_folder_is_refused_with_its_name(tmp_path, name):
+    run = RunFolder(make_run(tmp_path / "run", "interrupted", 100))
+    (tmp_path / "elsewhere").mkdir()
+    link = run.path / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(tmp_path / ("gone" if name == "gone" else "elsewhere"))
+    said = rf"^{link} is a link to {link.readlink()}, outside of {run.path}; replace it by a copy of that, or delete it"
+    for resume in (True, "auto"):
+        with pytest.raises(ConfigError, match=said):
+            choose_run(run, resume, Overrides([]))
+    with pytest.raises(ConfigError, match=said):
+        check_parent(str(run.path))
+    with pytest.raises(ConfigError, match=said):
+        run_folder_of([f"run_dir={run.path}"])
+
+
+def test_links_within_a_run_folder_and_to_it_are_accepted(tmp_path):
+    run = make_run(tmp_path / "run", "interrupted", 100)
+    (run / "latest").symlink_to("config.yaml")
+    (run / "loop").symlink_to("loop")
+    (run / "wandb").mkdir()
+    (run / "wandb" / "debug.log").symlink_to("/var/log/of-wandb.log")
+    (tmp_path / "alias").symlink_to(run)
+    check_links(run)
+    check_links(tmp_path / "alias")
+
+
+WRITERS = {
+    "status.json": lambda run: run.update_status(step=1),
+    "changes.yaml": lambda run: run.record_changes({"a": 1}),
+    "launches.jsonl": lambda run: run.record_launch({"a": 1}),
+    "metrics/metrics.jsonl": lambda run: run.append_metrics({"step": 1}),
+    "samples/step_000001.jsonl": lambda run: run.write_samples(1, [{}]),
+    "skipped/step_000001.safetensors": lambda run: run.write_skipped(1, {"a": torch.ones(1)}, [{}]),
+    "skipped/step_000001.jsonl": lambda run: run.write_skipped(1, {"a": torch.ones(1)}, [{}]),
+    "preflight.json": lambda run: run.write_preflight({}),
+    "eval/before.json": lambda run: run.write_evaluation("before", {}),
+    "final_model": lambda run: run.save_final_model(lambda folder: (folder.mkdir(), (folder / "a").write_text("new"))),
+    ".lock": lambda run: locked(run.path).__enter__(),
+}
+
+
+@pytest.mark.parametrize("ending", ["", ".tmp"])
+@pytest.mark.parametrize("name", WRITERS)
+def test_nothing_is_written_through_a_link(tmp_path, name, ending):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "a").write_text("{}")
+    run = RunFolder(tmp_path / "run")
+    link = run.path / f"{name}{ending}"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(victim if name == "final_model" else victim / "a")
+    with suppress(OSError):  # what is added to is refused, what is written anew replaces the link
+        WRITERS[name](run)
+    assert {file.name: file.read_text() for file in victim.iterdir()} == {"a": "{}"}
+
+
+def test_a_folder_that_is_replaced_is_the_old_or_the_new_one_whenever_that_is_killed(tmp_path):
+    # Each child dies at its n-th event that touches files.
+    code = """
+        import os, sys
+        from pathlib import Path
+        from grpo.run.folder import move_whole
+        for n in range(1, 99):
+            child = os.fork()
+            if child == 0:
+                count = 0
+                def die_at_the_nth(event, arguments):
+                    global count
+                    if event in ("open", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+                        count += 1
+                        if count == n:
+                            os._exit(9)
+                sys.addaudithook(die_at_the_nth)
+                move_whole(Path(sys.argv[1], str(n), "new"), Path(sys.argv[1], str(n), "best"))
+                os._exit(0)
+            if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+                break
+        print(n)
+    """
+    for n in range(1, 99):
+        for name in ("new", "best"):
+            (tmp_path / str(n) / name).mkdir(parents=True)
+            (tmp_path / str(n) / name / "a").write_text(name)
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    complete = int(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
+    assert 5 < complete < 99
+    found = []
+    for n in range(1, complete + 1):
+        put_back(tmp_path / str(n) / "best")
+        found.append((tmp_path / str(n) / "best" / "a").read_text())
+        assert not (tmp_path / str(n) / "best.old").exists()
+    assert sorted(set(found)) == ["best", "new"]
+    assert found == sorted(found)  # the new one from some operation on
+
+
+# Small files that are torn or from elsewhere.
+
+READERS = {
+    "config.yaml": lambda run: run.frozen_config(),
+    "changes.yaml": lambda run: run.frozen_config(),
+    "status.json": lambda run: run.finished(),
+    "launches.jsonl": lambda run: run.saved_step(),
+    "metrics/metrics.jsonl": lambda run: run.metrics(),
+    "eval/after.json": lambda run: run.accuracy_at(1),
+    "checkpoints/step_000001/trainer_state.json": lambda run: load_state(run.checkpoints / "step_000001"),
+    "checkpoints/step_000001/manifest.json": lambda run: reference_of(run.checkpoints / "step_000001"),
+    "sweep.json": lambda run: SweepFolder(run.path).record(),
+    "halving.json": lambda run: Record.read(run.path),
+}
+TORN = [b"{\n", b"[1, {}\n", b"\xff\n", b"3\n", b"null\n", b"[" * 99999 + b"\n"]
+FOREIGN = {
+    "config.yaml": ["", "- a\n", "a: 2026-01-01\n", "? [a]\n: b\n"],
+    "changes.yaml": ["", "1: 2\n"],
+    "status.json": ["", "[]", '{"state": 3}', '{"step": "1"}', '{"seconds": null}'],
+    "metrics/metrics.jsonl": ['{"step": "1"}\n', '{"step": true}\n', "{}\n"],
+    "eval/after.json": ["", '{"step": "1"}', '{"accuracy": "high"}', '{"problems": 3}'],
+    "checkpoints/step_000001/trainer_state.json": ["", '{"step": "1"}', '{"steps": 1}', '{"reduced": []}'],
+    "checkpoints/step_000001/manifest.json": ["", '{"reference": 3}'],
+    "sweep.json": ["", '{"state": "running"}', '{"overrides": "a=1", "state": "running"}'],
+    "halving.json": ["", "{}", '{"total_steps": "9", "arms": [], "eta": 3, "budget_hours": null}'],
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_that_is_torn_or_from_elsewhere_is_named_in_one_line(tmp_path, config, name):
+    run = RunFolder(make_run(tmp_path, "interrupted", 100))
+    run.config_file.unlink()
+    run.write_config(config)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    for content in [*TORN, *(text.encode() for text in FOREIGN.get(name, []))]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError) as refused:
+            READERS[name](run)
+        assert str(refused.value).startswith(str(tmp_path / name)), content
+        assert "\n" not in str(refused.value)
 
 
 # Which folder a launch takes.
@@ -144,6 +326,22 @@ def test_the_newest_unfinished_run_is_the_one_started_last_that_did_not_finish(t
     assert newest_unfinished(tmp_path / "a").path == tmp_path / "a" / "2"
     assert newest_unfinished(tmp_path / "sweeps").path == tmp_path / "sweeps" / "s" / "0_x"
     assert [run.path.name for run in run_folders(tmp_path)] == ["0_x", "2", "1", "3"]
+
+
+def test_a_run_that_a_resume_cannot_take_is_not_the_newest_unfinished_one(tmp_path):
+    wanted = make_run(tmp_path / "x" / "killed", "running", 100)
+    RunFolder(make_run(tmp_path / "x" / "unreadable", "running", 200)).path.joinpath("status.json").write_text("{")
+    make_run(tmp_path / "sweep" / "0_a", "interrupted", 300)
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    running = make_run(tmp_path / "x" / "running", "running", 400)
+    with locked(running):
+        assert newest_unfinished(tmp_path).path == wanted
+    assert newest_unfinished(tmp_path).path == running
+    line = {"machine": "as it was before a restart", "host": "here", "pid": 1, "token": "t", "beat": 7}
+    (running / ".lock").write_text(json.dumps(line))
+    assert newest_unfinished(tmp_path).path == wanted
+    os.utime(running / ".lock", (1, 1))
+    assert newest_unfinished(tmp_path).path == running
 
 
 def test_where_every_run_has_finished_there_is_none_to_go_on_with(tmp_path):

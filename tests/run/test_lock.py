@@ -13,7 +13,7 @@ import time
 import pytest
 
 from grpo.config import ConfigError
-from grpo.run.lock import locked
+from grpo.run.lock import in_use, locked
 
 HOLD = "import sys; from pathlib import Path; from grpo.run.lock import locked\nwith locked(Path(sys.argv[1]), 0.1):\n"
 HOLD += "    print('held', flush=True)\n    sys.stdin.read()"
@@ -50,6 +50,32 @@ def test_a_folder_held_by_another_process_is_refused_and_free_again_when_that_is
     started = time.monotonic()
     with locked(tmp_path):
         assert time.monotonic() - started < 5  # on the same machine nothing is waited for
+
+
+def test_a_process_number_of_another_container_is_not_looked_up_here(tmp_path):
+    with locked(tmp_path):
+        ours = line(tmp_path)
+        assert in_use(tmp_path)
+    assert not in_use(tmp_path)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    lines = {
+        "ours": ours,
+        "ours, dead": ours | {"pid": dead.pid},
+        "theirs": ours | {"pid": dead.pid, "pid_namespace": "pid:[1]"},
+        "of an earlier version": {key: value for key, value in ours.items() if key != "pid_namespace"},
+        "nonsense": [],
+        "no process": ours | {"pid": 10**30},
+    }
+    found = {}
+    for name, each in lines.items():
+        (tmp_path / ".lock").write_text(json.dumps(each))
+        found[name] = in_use(tmp_path)
+    alive = {"ours", "theirs", "of an earlier version"}
+    assert found == {name: name in alive for name in lines}
+    (tmp_path / ".lock").write_text(json.dumps(ours | {"pid_namespace": "pid:[1]"}))
+    os.utime(tmp_path / ".lock", (1, 1))
+    assert not in_use(tmp_path)  # though a process of that number lives here
 
 
 def test_a_process_that_stands_still_keeps_its_lock(tmp_path, hold):
