@@ -19,7 +19,7 @@ from grpo.run.session import STOP_SIGNALS, StopSignals
 from grpo.setup import prepare
 from grpo.tiny import MODEL_DIR
 from grpo.trainer import Trainer
-from tests.runs import NO_FAULT, SETTINGS, STEPS, assert_same_run, launch, rows, start, status, wait_for_step
+from tests.runs import NO_FAULT, SETTINGS, STEPS, assert_same_run, grpo, launch, rows, start, status, wait_for_step
 
 QUICK = [*SETTINGS, "grpo.num_iterations=1", "grpo.mu=1"]
 
@@ -493,6 +493,10 @@ def fail_without_a_file(completions, **columns):
     return [0.0] * len(completions)
 
 
+def leave(completions, how, **columns):
+    raise {"exit": SystemExit(0), "interrupt": KeyboardInterrupt()}[how]
+
+
 def hang(completions, **columns):
     while True:
         pass
@@ -564,6 +568,27 @@ def test_a_sweep_that_is_not_there_cannot_go_on(tmp_path):
         "resume=true: there is no such sweep; give the overrides that it had, or name it with sweep_dir"
         in refused.stderr
     )
+
+
+# Rewards that leave.
+
+
+@pytest.mark.parametrize(("how", "raised"), [("exit", "SystemExit(0)"), ("interrupt", "KeyboardInterrupt()")])
+def test_an_exit_that_no_signal_asked_for_is_a_failure(my_rewards, how, raised):
+    leaving = f"+reward.components.leave={{_target_: my_rewards.leave, how: {how}}}"
+    failed = launch(*QUICK, "run_dir=run", leaving, cwd=my_rewards)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith(f"failed: RuntimeError: {raised} was raised by code of the run")
+    assert status(my_rewards / "run")["state"] == "failed"
+    assert "my_rewards.py" in (my_rewards / "run" / "launch.log").read_text()
+    assert not (my_rewards / "run" / "checkpoints").exists()
+
+
+def test_an_exit_in_a_command_is_a_failure(my_rewards):
+    leaving = "+reward.components.leave={_target_: my_rewards.leave, how: exit}"
+    failed = grpo("evaluate", "experiment=quickstart", "eval.max_problems=2", leaving, cwd=my_rewards)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith("failed: RuntimeError: SystemExit(0) was raised")
 
 
 # Rewards that hang.

@@ -6,7 +6,6 @@ Prints "equal" and exits with 0, or the first difference and exits with 1. It ch
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,14 @@ from grpo.commands._common import own_arguments, resolved, run_folder_of
 from grpo.compose import apply_overrides, compose_config
 from grpo.config import ConfigError
 from grpo.run.folder import RunFolder
+from grpo.run.session import Exit
 from grpo.targets import check_trusted
 
 NOT_COMPARED = ("step_time", "timing_s/", "perf/")  # times and memory: what a machine does, not what is computed
 
 
 def main(arguments: list[str]) -> None:
-    """Verify and print the verdict; SystemExit with 1 where something differs."""
+    """Verify and print the verdict; raises Exit(1) where something differs."""
     own, overrides = own_arguments(arguments, ["run_dir", "step"])
     folder = run_folder_of(arguments)
     if folder is None:
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
     else:
         print(f"equal: steps {start + 1} to {end}: every completion and metric{compared}")
     if difference is not None or damaged:
-        sys.exit(1)
+        raise Exit(1)
 
 
 def check_manifests(folder: RunFolder) -> int:

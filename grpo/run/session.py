@@ -34,6 +34,26 @@ PRESET_SIZES = ("batch_size", "num_generations", "max_completion_length")
 MORE_STEPS = {"grpo.num_steps", "grpo.num_iterations"}
 
 
+class Exit(SystemExit):
+    """An exit that the suite decided, as after a stop signal; any other SystemExit comes from code that it runs."""
+
+
+@contextmanager
+def exits_are_failures(*allowed: type[BaseException]) -> Iterator[None]:
+    """Turn SystemExit, KeyboardInterrupt and the like, but for those `allowed`, into a RuntimeError.
+
+    A reward that calls `sys.exit(0)` would otherwise end a run as if it had succeeded.
+    """
+    try:
+        yield
+    except (Exception, *allowed):
+        raise
+    except BaseException as error:
+        raise RuntimeError(
+            f"{error!r} was raised by code of the run, although no signal asked it to stop; use an Exception there"
+        ) from error
+
+
 class StopSignals:
     """SIGINT, SIGTERM and SIGUSR1 (what SLURM can send ahead) end the run at once, but within `deferred` with care."""
 
@@ -65,7 +85,7 @@ class StopSignals:
         self._can_be_dropped = can_be_dropped
         try:
             yield
-        except SystemExit:
+        except Exit:  # of another exit nobody knows whether the policy is whole
             self._can_be_dropped = None
             if not self._again:
                 save()
@@ -79,15 +99,15 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN)
 
     def leave_if_asked(self) -> None:
-        """Raise SystemExit if a signal waits."""
+        """Raise Exit if a signal waits."""
         if self.received is not None:
-            raise SystemExit(self.exit_code)
+            raise Exit(self.exit_code)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self._again = self.received is not None
         self.received = number
         if self._again or self._can_be_dropped is None or self._can_be_dropped():
-            raise SystemExit(self.exit_code)
+            raise Exit(self.exit_code)
 
 
 @dataclass
@@ -125,7 +145,8 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
         with stop.installed(), locked(folder.path):
             run = _open(folder, cfg, resume, stop)
             try:
-                yield run
+                with exits_are_failures(Exit):
+                    yield run
             except BaseException as error:
                 _record_end(run, error)
                 raise
@@ -268,7 +289,7 @@ def short_path(path: Path) -> Path:
 
 
 def _record_end(run: Run, error: BaseException) -> None:
-    if isinstance(error, SystemExit):
+    if isinstance(error, Exit):
         _set_state(run.folder, "interrupted", None)
         command = resume_command(run.folder.path, foreign_targets(to_dict(run.config)))
         recorded = run.folder.changes()
