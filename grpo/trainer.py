@@ -46,7 +46,7 @@ from grpo.run.checkpoint import TrainerState
 from grpo.run.console import StepDisplay
 from grpo.run.environment import environment
 from grpo.run.saver import Saver
-from grpo.run.session import Run
+from grpo.run.session import Run, disk_errors_are_warnings
 from grpo.run.tracking import Tracker, tracking
 from grpo.setup import Setup, compute_dtype, prepare, score_completions
 
@@ -279,13 +279,14 @@ class Trainer:
             tracker.log_completions(step, done.samples)
         if done.skipped is not None:
             self._note_skipped(run, done)
-        run.folder.update_status(
-            step=step,
-            iteration=row["iteration"],
-            total_steps=self.total_steps,
-            best_reward=self.state.best_reward,
-            seconds=run.seconds,
-        )
+        with disk_errors_are_warnings(f"{run.folder.path}/status.json"):
+            run.folder.update_status(
+                step=step,
+                iteration=row["iteration"],
+                total_steps=self.total_steps,
+                best_reward=self.state.best_reward,
+                seconds=run.seconds,
+            )
         self.evaluate_if_due(run, tracker, saver)
         if due(step, config.checkpoint.every) or step == self.total_steps:
             self.save(run, saver)

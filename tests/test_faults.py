@@ -184,6 +184,64 @@ def test_where_metrics_cannot_be_written_the_run_ends_with_the_reason_and_goes_o
     assert_same_run(run_dir, straight)
 
 
+FULL = """
+import os
+import signal
+from pathlib import Path
+
+calls = 0
+
+
+def fill_disk(completions, then, **columns):
+    global calls
+    calls += 1
+    if calls == 3:
+        with Path("run/filler").open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(1000))
+            except OSError:
+                pass
+        if then == "raise":
+            raise ValueError("the real reason")
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [0.0] * len(completions)
+
+
+def block_status(completions, **columns):
+    global calls
+    calls += 1
+    if calls == 1:
+        Path("run/status.json.tmp").mkdir()
+    if calls == 3:
+        Path("run/status.json.tmp").rmdir()
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize(("then", "code"), [("raise", 1), ("stop", 143)])
+def test_a_full_disk_does_not_hide_what_ended_the_run(tmp_path, mount, then, code):
+    (tmp_path / "full.py").write_text(FULL)
+    mount(tmp_path / "run", "-t", "tmpfs", "-o", "size=4m", "tmpfs")
+    filling = f"+reward.components.fill={{_target_: full.fill_disk, then: {then}}}"
+    ended = launch(*QUICK, "run_dir=run", "resume=auto", "checkpoint.every=0", filling, cwd=tmp_path)
+    assert ended.returncode == code
+    if then == "raise":
+        last = "failed: RewardError: reward component 'fill' raised ValueError: the real reason"
+        assert ended.stderr.splitlines()[-1] == last
+    assert "run/status.json could not be written: [Errno 28] No space left" in ended.stderr + ended.stdout
+
+
+def test_a_status_that_cannot_be_written_does_not_end_training(tmp_path):
+    (tmp_path / "full.py").write_text(FULL)
+    blocking = "+reward.components.block={_target_: full.block_status}"
+    run = launch(*QUICK, "run_dir=run", "grpo.num_steps=3", "preflight=false", blocking, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert (run.stderr + run.stdout).count("run/status.json could not be written") == 2
+    assert len(rows(tmp_path / "run")) == 3
+    assert status(tmp_path / "run")["state"] == "finished"
+
+
 # Signals.
 
 

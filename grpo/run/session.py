@@ -54,6 +54,15 @@ def exits_are_failures(*allowed: type[BaseException]) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def disk_errors_are_warnings(what: str) -> Iterator[None]:
+    """For what a run can do without: a full disk must neither end a run here nor hide what ended it."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s could not be written: %s", what, error)
+
+
 class StopSignals:
     """SIGINT, SIGTERM and SIGUSR1 (what SLURM can send ahead) end the run at once, but within `deferred` with care."""
 
@@ -88,7 +97,8 @@ class StopSignals:
         except Exit:  # of another exit nobody knows whether the policy is whole
             self._can_be_dropped = None
             if not self._again:
-                save()
+                with disk_errors_are_warnings("a checkpoint of the last step"):
+                    save()
             raise
         finally:
             self._can_be_dropped = None
@@ -152,18 +162,21 @@ def open_run(cfg: DictConfig) -> Iterator[Run]:
                 raise
             finally:
                 if folder.started() and not run.done:
-                    folder.update_status(seconds=run.seconds)
+                    with disk_errors_are_warnings(f"{folder.path}/status.json"):
+                        folder.update_status(seconds=run.seconds)
     except ConfigError as error:
         if sweep:  # said at once, and not only after all other jobs
             logger.error("%s: %s", folder.path, error)
             if not folder.started():
-                folder.path.mkdir(parents=True, exist_ok=True)
-                _set_state(folder, "failed", str(error))
-                folder.update_status(overrides=list(HydraConfig.get().overrides.task))  # the record of them is gone
+                overrides = list(HydraConfig.get().overrides.task)  # the record of them is gone
+                with disk_errors_are_warnings(f"{folder.path}/status.json"):
+                    folder.path.mkdir(parents=True, exist_ok=True)
+                    folder.update_status(state="failed", error=str(error), overrides=overrides)
         raise
     finally:
         if sweep:
-            SweepFolder(HydraConfig.get().sweep.dir).update()
+            with disk_errors_are_warnings(f"{HydraConfig.get().sweep.dir}/sweep.json"):
+                SweepFolder(HydraConfig.get().sweep.dir).update()
 
 
 def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSignals) -> Run:
@@ -308,10 +321,8 @@ def _record_end(run: Run, error: BaseException) -> None:
 
 
 def _set_state(folder: RunFolder, state: str, error: str | None) -> None:
-    try:
+    with disk_errors_are_warnings(f"{folder.path}/status.json"):
         folder.update_status(state=state, error=error)
-    except OSError as failure:  # a full disk must not hide what ended the run
-        logger.error("%s/status.json could not be written: %s", folder.path, failure)
 
 
 def _discard(folder: RunFolder, forked: bool) -> None:
