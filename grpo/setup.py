@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.algorithm.loss import LossOutput
-from grpo.algorithm.reward import Component, Rewards, score
+from grpo.algorithm.reward import Component, Rewards, end_process, score
 from grpo.config import Config, ConfigError, check_complete
 from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import Messages, messages, prompt_lengths, render
@@ -138,14 +138,21 @@ def compute_dtype(config: Config) -> torch.dtype:
     return getattr(torch, config.hardware.compute_dtype or config.model.dtype)
 
 
-def prepare(config: Config, with_problems: bool = True, use: bool = True) -> Setup:
+def prepare(
+    config: Config, with_problems: bool = True, use: bool = True, on_hang: Callable[[str], None] = end_process
+) -> Setup:
     """Find and check every part: functions, data, model, tokenizer, prompt lengths. Raises ConfigError.
 
     with_problems: false where there is nothing to train on or to evaluate. use: false where nothing will be computed
-    on the config's device, which may not be here.
+    on the config's device, which may not be here. on_hang: how to end the process where a reward function cannot be
+    ended.
     """
     check_complete(config)
-    limits = {"timeout_s": config.reward.timeout_s, "skip_errors": config.reward.on_error == "skip"}
+    limits = {
+        "timeout_s": config.reward.timeout_s,
+        "skip_errors": config.reward.on_error == "skip",
+        "on_hang": on_hang,
+    }
     components = [
         Component(name, bind_reward(f"reward.components.{name}", node), float(node.get("weight", 1.0)), **limits)
         for name, node in config.reward.components.items()

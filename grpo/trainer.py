@@ -57,7 +57,7 @@ WORTH_FINISHING_S = 10.0  # a stop waits for the step in progress where no more 
 
 def train(run: Run) -> None:
     """Train from wherever the run folder stands to its end. SystemExit after a stop signal, with all saved."""
-    setup = prepare(run.config)
+    setup = prepare(run.config, on_hang=run.end_process)
     trainer = Trainer(setup)
     rows = trainer.restore(run)
     if run.config.grpo.mu == 1:

@@ -533,6 +533,7 @@ def test_a_second_process_on_a_run_folder_is_refused(tmp_path, straight):
 
 REWARDS = """
 import gc
+import hashlib
 from pathlib import Path
 
 from transformers import Qwen2ForCausalLM
@@ -558,6 +559,10 @@ def leave(completions, how, **columns):
 def hang(completions, **columns):
     while True:
         pass
+
+
+def hang_in_c(completions, **columns):
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 """
 
 
@@ -665,6 +670,15 @@ def test_a_reward_function_that_hangs_ends_the_run_by_its_time_out_or_is_skipped
     (row,) = rows(my_rewards / "b")
     assert row["rewards/hang/mean"] is None
     assert row["reward"] > 0
+
+
+def test_a_reward_function_that_cannot_be_ended_ends_the_run_as_failed(my_rewards):
+    hanging = "+reward.components.hang={_target_: my_rewards.hang_in_c}"
+    failed = launch(*QUICK, "reward.timeout_s=0.5", "run_dir=run", hanging, cwd=my_rewards)
+    assert failed.returncode == 1
+    error = "RewardError: reward component 'hang' took longer than 0.5 s, and could not be ended"
+    assert failed.stderr.splitlines()[-1] == f"failed: {error}"
+    assert status(my_rewards / "run") == {**status(my_rewards / "run"), "state": "failed", "error": error}
 
 
 # Memory.

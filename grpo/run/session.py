@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -140,6 +141,12 @@ class Run:
     def seconds(self) -> float:
         """How long all launches took together, for who pays by the hour."""
         return round(self.seconds_before + time.monotonic() - self.started, 3)
+
+    def end_process(self, error: str) -> None:
+        """Record a failure and end this process, from any thread and whatever the others do."""
+        _set_state(self.folder, "failed", error)
+        print(f"failed: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 @contextmanager
