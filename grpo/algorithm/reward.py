@@ -1,5 +1,6 @@
 """Rewards: named components with weights, each a function in TRL's form, scored apart and summed."""
 
+import copy
 import inspect
 import logging
 import math
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +56,7 @@ def score(
     """Score B completions with every component and sum them by weight; a missing value (None) adds nothing.
 
     prompts, completions: B entries each, message lists or plain strings, as TRL passes them. columns: the data
-    set's other columns, B entries each; each function gets those that it can take.
+    set's other columns, B entries each; each function gets copies of those that it can take.
     Raises RewardError where a function raises, takes longer than its limit, returns another number of values than
     rows, or gives no number, unless its component skips errors.
     """
@@ -91,7 +93,7 @@ def _call(component: Component, prompts: list, completions: list, columns: Mappi
         arguments = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
     try:
         with _time_limit(component):
-            values = component.function(**arguments)
+            values = component.function(**_copied(arguments))
     except _OutOfTime:
         raise RewardError(_too_slow(component)) from None
     except Exception as error:
@@ -103,6 +105,20 @@ def _call(component: Component, prompts: list, completions: list, columns: Mappi
             "it must return a list with one number, or None, for each"
         )
     return values
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy, so that what a function does to its arguments reaches nobody else; fast for lists and dicts."""
+    if type(value) in _UNCHANGEABLE:
+        return value
+    if type(value) is list:
+        return [each if type(each) in _UNCHANGEABLE else _copied(each) for each in value]
+    if type(value) is dict:
+        return {key: _copied(each) for key, each in value.items()}
+    return copy.deepcopy(value)
+
+
+_UNCHANGEABLE = {str, int, float, bool, type(None)}
 
 
 class _OutOfTime(BaseException):

@@ -49,6 +49,31 @@ def test_a_column_named_completions_does_not_stand_in_for_the_models_own():
     assert rewards.total.tolist() == [2.0, 2.0]
 
 
+def test_a_function_that_changes_its_arguments_changes_nothing_for_others():
+    def spoils(prompts, completions, answer, steps, **_):
+        prompts[0][0]["content"] = completions[0][0]["content"] = answer[0] = steps[0]["a"][0] = "spoilt"
+        del prompts[1:], completions[1:], answer[1:], steps[1:]
+        return [0.0, 0.0]
+
+    def prompts():
+        return [[{"role": "user", "content": "p"}]] * 2
+
+    def columns():
+        return {"answer": ["x", "y"], "steps": [{"a": ["1"]}, {"a": ("2", ["3"])}]}
+
+    def sees(**arguments):
+        assert arguments == {"prompts": prompts(), "completions": replies(), **columns()}
+        return [1.0, 1.0]
+
+    def replies():
+        return [[{"role": "assistant", "content": text}] for text in ("a", "bb")]
+
+    given = prompts(), replies(), columns()
+    rewards = score([Component("spoils", spoils), Component("sees", sees)], *given)
+    assert rewards.total.tolist() == [1.0, 1.0]
+    assert given == (prompts(), replies(), columns())
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
