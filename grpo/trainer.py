@@ -83,7 +83,8 @@ def train(run: Run) -> None:
         trainer.preflight_if_due(run)
         if run.config.eval.before and trainer.state.step == 0 and run.folder.evaluation("before") is None:
             before = trainer.evaluate(run, tracker, "before")
-            console.print(f"before training: {before['accuracy']:.1%} of {before['n']} held-out problems right")
+            if before["accuracy"] is not None:
+                console.print(f"before training: {before['accuracy']:.1%} of {before['n']} held-out problems right")
         display = StepDisplay(console, trainer.total_steps, trainer.state.step + 1)
         saver = Saver(run.folder.checkpoints, run.config.checkpoint, trainer.state)
         stop_with_care = run.stop.deferred(trainer.can_be_dropped, save=lambda: trainer.save_and_wait(run, saver))
@@ -310,7 +311,8 @@ class Trainer:
         accuracy = self.evaluate(run, tracker, f"step_{step:06d}")["accuracy"]
         self._interruptible = False
         self.state.evaluated_step = step
-        if self.state.best_accuracy is None or accuracy > self.state.best_accuracy:
+        best = self.state.best_accuracy
+        if accuracy is not None and (best is None or accuracy > best):
             self.state.best_accuracy = accuracy
             saver.save_best(self.policy, self.state)
 

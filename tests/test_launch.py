@@ -500,10 +500,35 @@ def test_a_component_that_scored_no_held_out_problem_is_shown_as_missing():
     assert not re.search(r"\d", line)
 
 
+@pytest.mark.parametrize("none_at_all", [False, True])
+def test_a_problem_that_the_evaluator_could_not_grade_is_missing_and_not_wrong(launch, tmp_path, none_at_all):
+    (tmp_path / "my_rewards.py").write_text(textwrap.dedent(MY_REWARDS))
+    settings = ["experiment=quickstart", "grpo.num_steps=1", "eval.max_problems=8", "eval.every=1", "preflight=false"]
+    settings += [
+        "tracking=disabled",
+        "eval.accuracy._target_=my_rewards.half_graded",
+        f"+eval.accuracy.none={none_at_all}",
+    ]
+    run = launch(*settings, "run_dir=run", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "run" / "eval" / "after.json").read_text())
+    graded = [] if none_at_all else [True] * 4
+    assert [problem["correct"] for problem in result["problems"]] == [*graded, *[None] * (8 - len(graded))]
+    assert (result["n"], result["accuracy"]) == ((0, None) if none_at_all else (4, 1.0))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())["eval"]["after"]
+    assert (summary["n"], summary["accuracy"]) == (result["n"], result["accuracy"])
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 # Rewards of the user.
 
 MY_REWARDS = """
     from pathlib import Path
+
+
+    def half_graded(completions, none, **columns):
+        half = 0 if none else len(completions) // 2
+        return [1.0] * half + [None] * (len(completions) - half)
 
 
     def brief(completions, **columns):
