@@ -69,7 +69,7 @@ def train(run: Run) -> None:
             "from_step": trainer.state.step,
             "overrides": run.overrides,
             "changes": run.changes,
-            "environment": environment(setup.device.type),
+            "environment": environment(setup.device),
         }
     )
     console = Console()

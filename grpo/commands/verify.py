@@ -141,9 +141,10 @@ def _same_bits(one: Any, other: Any) -> bool:
 
 def environment_changes(folder: RunFolder) -> list[str]:
     """What is not as it was when the folder was made: another machine or version may round differently."""
+    from grpo.engine.hardware import device_of  # imports torch
     from grpo.run.environment import environment
 
-    launches, here = folder.launches(), environment(resolved(folder.frozen_config()).hardware.device)
+    launches, here = folder.launches(), environment(device_of(resolved(folder.frozen_config())))
     made = launches[-1]["environment"] if launches else {}
     lines = [f"here {name} is {here.get(name)}, there it was {value}" for name, value in made.items()]
     lines = [line for line, name in zip(lines, made, strict=True) if here.get(name) != made[name]]
