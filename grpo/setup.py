@@ -1,6 +1,7 @@
 """From a config to the parts of a run. Everything that can be checked is checked before any weight is loaded."""
 
 import functools
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,10 +22,12 @@ from grpo.engine.hardware import use_hardware
 from grpo.engine.lean import is_lean
 from grpo.engine.lora import add_adapter, check_adapter, save_adapter, switch_adapter
 from grpo.engine.memory import Cut
-from grpo.engine.model import check_model, copy_in_dtype, load_model, load_tokenizer, stop_token_ids
+from grpo.engine.model import architecture, check_model, copy_in_dtype, load_model, load_tokenizer, stop_token_ids
 from grpo.engine.mps import check_decoding, check_device
 from grpo.engine.rollout import Sampling, rollout
 from grpo.targets import bind, bind_reward
+
+logger = logging.getLogger(__name__)
 
 DATA_KEYS = (
     "system_prompt",
@@ -166,11 +169,43 @@ def prepare(
         check_adapter(config.model.lora)
     tokenizer = load_tokenizer(config.model)
     lengths = prompt_lengths(tokenizer, problems.train + problems.test, config.data) if with_problems else []
+    if with_problems:
+        _check_window(config, lengths[: len(problems.train)], lengths[len(problems.train) :])
     device = use_hardware(config) if use else torch.device("cpu")
     if device.type == "mps":
         check_device(device)
     lengths = lengths[: len(problems.train)]
     return Setup(config, device, tokenizer, problems, lengths, components, accuracy, objective, optimizer)
+
+
+def _check_window(config: Config, train: list[int], test: list[int]) -> None:
+    """Compare the longest prompts, in tokens, and their completions with the positions that the model declares.
+
+    Raises ConfigError where it has no more: learned positions end there. Rotary positions (RoPE) go further, as
+    transformers' generate() lets them, with answers that may be poor: a warning.
+    """
+    text = architecture(config.model.name, config.model.trust_remote_code).get_text_config(decoder=True)
+    window, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None)
+    if window is None:
+        return
+    if rope and rope.get("original_max_position_embeddings"):  # YaRN's models declare the window before it
+        window = max(window, int(rope["original_max_position_embeddings"] * rope.get("factor", 1)))
+    test, evaluated = test[: config.eval.max_problems], config.eval.max_completion_length
+    cases = [("grpo.max_completion_length", config.grpo.max_completion_length, train if evaluated else train + test)]
+    if evaluated:
+        cases.append(("eval.max_completion_length", evaluated, test))
+    for key, completion, lengths in cases:
+        prompt = max(lengths, default=0)
+        if prompt + completion <= window:
+            continue
+        fix = f"lower it to {window - prompt}" if prompt < window else "shorten the prompts"
+        said = (
+            f"{key}={completion}: with the longest prompt ({prompt} tokens) that is {prompt + completion} tokens, and "
+            f"model.name={config.model.name} is for {window}; {fix}, or choose another model"
+        )
+        if not rope:
+            raise ConfigError(said)
+        logger.warning("%s (its positions can be extended, but its answers may become poor)", said)
 
 
 def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:

@@ -17,7 +17,7 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from wandb.util import get_core_path
 
 from grpo.compose import compose_config
@@ -381,6 +381,25 @@ def test_a_template_that_takes_no_system_message_is_refused_with_the_mend(tmp_pa
         ConfigError, match=r"\(no system role\); if it takes no system message, set data\.system_prompt"
     ):
         prepare(typed(compose_config(overrides)))
+
+
+def test_more_tokens_than_a_model_has_positions_for_are_refused_with_the_length_that_fits(tmp_path, caplog):
+    folder = tmp_path / "learned"
+    shutil.copytree(ROOT / "grpo" / "tiny" / "model", folder)
+    GPT2Config(n_positions=64, n_embd=8, n_layer=1, n_head=1).save_pretrained(folder)
+    experiment = ["experiment=quickstart", "hardware.threads=1"]
+    for key in ("grpo.max_completion_length", "eval.max_completion_length"):
+        others = [f"{name}_completion_length=1" for name in ("grpo.max", "eval.max") if not key.startswith(name)]
+        command = [*experiment, f"model.name={folder}", *others]
+        with pytest.raises(ConfigError, match=rf"{key}=60: with the longest prompt .* is for 64; lower it") as refused:
+            prepare(typed(compose_config([*command, f"{key}=60"])))
+        fits = int(re.search(r"lower it to (\d+)", str(refused.value))[1])
+        prepare(typed(compose_config([*command, f"{key}={fits}"])))
+        with pytest.raises(ConfigError, match=f"lower it to {fits}"):
+            prepare(typed(compose_config([*command, f"{key}={fits + 1}"])))
+    assert caplog.text == ""
+    prepare(typed(compose_config([*experiment, "grpo.max_completion_length=512"])))  # rotary positions of 512
+    assert "is for 512; lower it to " in caplog.text
 
 
 # Going on with other hardware, and with what does not work.
