@@ -1,9 +1,10 @@
 """From a config to the parts of a run. Everything that can be checked is checked before any weight is loaded."""
 
 import functools
+import inspect
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.algorithm.loss import LossOutput
 from grpo.algorithm.reward import Component, Rewards, end_process, score
-from grpo.config import Config, ConfigError, check_complete
+from grpo.config import Config, ConfigError, check_complete, first_line
 from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import Messages, messages, prompt_lengths, render
 from grpo.engine.batch import CompletionBatch, PromptBatch, tokenize_prompts
@@ -157,10 +158,10 @@ def prepare(
         "on_hang": on_hang,
     }
     components = [
-        Component(name, bind_reward(f"reward.components.{name}", node), float(node.get("weight", 1.0)), **limits)
+        Component(name, _reward_function(f"reward.components.{name}", node), float(node.get("weight", 1.0)), **limits)
         for name, node in config.reward.components.items()
     ]
-    accuracy = Component("accuracy", bind_reward("eval.accuracy", config.eval.accuracy), **limits)
+    accuracy = Component("accuracy", _reward_function("eval.accuracy", config.eval.accuracy), **limits)
     objective, optimizer = bind("objective", config.objective), bind("optimizer", config.optimizer)
     _check_optimizer(optimizer)
     problems = bind("data", config.data, without=DATA_KEYS)() if with_problems else Problems([], [])
@@ -176,6 +177,24 @@ def prepare(
         check_device(device)
     lengths = lengths[: len(problems.train)]
     return Setup(config, device, tokenizer, problems, lengths, components, accuracy, objective, optimizer)
+
+
+def _reward_function(key: str, node: Mapping[str, Any]) -> Callable[..., list[float | None]]:
+    """A reward function in TRL's form; of a class, one object built with the node's settings. Raises ConfigError."""
+    build = bind(key, node, without=("weight",))
+    if not inspect.isclass(build.func):
+        return bind_reward(key, node)
+    try:
+        scorer = build()
+    except Exception as error:
+        raise ConfigError(f"{key}: {node['_target_']}() raised {type(error).__name__}: {first_line(error)}") from error
+    parameters = inspect.signature(scorer).parameters if callable(scorer) else {}
+    if "completions" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise ConfigError(
+            f"{key}._target_={node['_target_']}: the objects of a class must be callable in the form "
+            "f(prompts, completions, **columns) -> list of numbers"
+        )
+    return scorer
 
 
 def _check_window(config: Config, train: list[int], test: list[int]) -> None:

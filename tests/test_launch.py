@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from wandb.util import get_core_path
 
+from grpo.algorithm.reward import score
 from grpo.compose import compose_config
 from grpo.config import ConfigError, load_frozen, typed
 from grpo.run.console import closing_table, live_numbers
@@ -357,6 +358,39 @@ def test_what_cannot_be_found_is_refused_before_any_weight_is_loaded(overrides, 
         prepare(typed(compose_config(["experiment=quickstart", *overrides])))
     assert said in str(refused.value)
     assert str(refused.value).count("\n") <= 1
+
+
+class Counting:
+    """A reward that is built once and called for every batch."""
+
+    def __init__(self, start):
+        self.calls = start
+
+    def __call__(self, completions, **columns):
+        self.calls += 1
+        return [float(self.calls)] * len(completions)
+
+
+class NotCallable:
+    pass
+
+
+def test_a_class_as_a_reward_is_built_once_and_called_for_each_batch():
+    own = "+reward.components.own={_target_: tests.test_launch.Counting, start: 40, weight: 2}"
+    setup = prepare(typed(compose_config(["experiment=quickstart", own])))
+    component = next(each for each in setup.components if each.name == "own")
+    for call in (41.0, 42.0):
+        assert score([component], ["p"], ["c"], {"answer": ["1"]}).components["own"].tolist() == [call]
+    for node, said in (
+        (
+            "{_target_: tests.test_launch.NotCallable}",
+            "own._target_=tests.test_launch.NotCallable: the objects of a cl",
+        ),
+        ("{_target_: tests.test_launch.Counting}", r"own: tests.test_launch.Counting\(\) raised TypeError: .*'start'"),
+        ("{_target_: tests.test_launch.Counting, end: 1}", "own: Counting.* unexpected keyword argument 'end'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            prepare(typed(compose_config(["experiment=quickstart", f"+reward.components.own={node}"])))
 
 
 def test_a_model_folder_that_is_not_whole_is_refused(tmp_path):
