@@ -8,6 +8,7 @@ import sys
 import grpo.commands
 from grpo.compose import run_command
 from grpo.config import ConfigError
+from grpo.run.session import Exit, exits_are_failures
 
 
 def commands() -> dict[str, str]:
@@ -39,7 +40,8 @@ def _run(name: str, overrides: list[str]) -> None:
     if any(argument in ("-h", "--help") for argument in overrides):
         print(module.__doc__)
         return
-    module.main(overrides)
+    with exits_are_failures(Exit, KeyboardInterrupt):
+        module.main(overrides)
 
 
 if __name__ == "__main__":

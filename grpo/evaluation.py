@@ -16,7 +16,8 @@ def evaluate(model: PreTrainedModel, setup: Setup, cut: Cut, step: int) -> dict[
     """Accuracy and mean rewards of greedy completions of the held-out problems, and each problem's outcome.
 
     step: how many steps the model was trained for, for the record. The result is what eval/*.json holds: accuracy
-    (0 to 1), n (problems), reward, rewards (mean by component), completions/mean_length (tokens), problems.
+    (0 to 1; None without n), n (problems that have a value of it), reward, rewards (mean by component),
+    completions/mean_length (tokens), problems (all of them; correct: None where eval.accuracy gave no value).
     """
     config = setup.config
     length = config.eval.max_completion_length or config.grpo.max_completion_length
@@ -32,7 +33,7 @@ def evaluate(model: PreTrainedModel, setup: Setup, cut: Cut, step: int) -> dict[
         outcomes += _outcomes(setup, some, CompletionBatch(completions.ids[rows], completions.mask[rows]))
     return {
         "step": step,
-        "n": len(outcomes),
+        "n": sum(o["correct"] is not None for o in outcomes),
         "accuracy": _mean([o["correct"] for o in outcomes]),
         "reward": _mean([o["reward"] for o in outcomes]),
         "rewards": {c.name: _mean([o["rewards"][c.name] for o in outcomes]) for c in setup.components},
@@ -43,11 +44,12 @@ def evaluate(model: PreTrainedModel, setup: Setup, cut: Cut, step: int) -> dict[
 
 def _outcomes(setup: Setup, problems: list[Problem], completions: CompletionBatch) -> list[dict[str, Any]]:
     scored = score_completions(setup, problems, completions)
-    correct = score([setup.accuracy], scored.prompts, scored.messages, scored.columns).total
+    accuracy = score([setup.accuracy], scored.prompts, scored.messages, scored.columns)
+    correct = accuracy.components[setup.accuracy.name]
     return [
         {
             "id": problem.id,
-            "correct": bool(correct[row]),
+            "correct": None if torch.isnan(correct[row]) else bool(correct[row]),
             "reward": scored.rewards.total[row].item(),
             "rewards": {name: _value(scores[row]) for name, scores in scored.rewards.components.items()},
             "length": int(scored.lengths[row]),

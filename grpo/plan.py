@@ -17,7 +17,7 @@ from grpo.algorithm.step import Batch
 from grpo.config import Config, check_training, kl_weight, typed
 from grpo.engine import cost
 from grpo.engine.batch import CompletionBatch, PromptBatch
-from grpo.engine.hardware import peak_memory_gb, resolve_hardware
+from grpo.engine.hardware import device_of, peak_memory_gb, resolve_hardware
 from grpo.engine.packed import checkpoint_layers, packs
 from grpo.setup import compute_dtype, prepare
 from grpo.targets import bind
@@ -174,8 +174,9 @@ def _available(config: Config) -> float:
     """Bytes of memory that there are: of the preset's card, else of the device found here."""
     if config.hardware.card.memory_gb is not None:
         return config.hardware.card.memory_gb * GB
-    if config.hardware.device == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory
+    device = device_of(config)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -186,7 +187,7 @@ def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) 
         flops, read = card.tflops * 1e12, card.bandwidth_gb_s * GB
     elif device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
         torch.set_num_threads(config.hardware.threads or torch.get_num_threads())
-        flops, read = cost.machine_rates(compute, torch.device(device))
+        flops, read = cost.machine_rates(compute, device_of(config))
     else:
         return None
     forward = cost.forward_flops(model, work)

@@ -1,8 +1,10 @@
 """From a config to the parts of a run. Everything that can be checked is checked before any weight is loaded."""
 
 import functools
+import inspect
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.algorithm.loss import LossOutput
-from grpo.algorithm.reward import Component, Rewards, score
-from grpo.config import Config, ConfigError, check_complete, kl_weight
+from grpo.algorithm.reward import Component, Rewards, end_process, score
+from grpo.config import Config, ConfigError, check_complete, first_line, kl_weight
 from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import Messages, messages, prompt_lengths, render
 from grpo.engine.batch import CompletionBatch, PromptBatch, tokenize_prompts
@@ -21,10 +23,12 @@ from grpo.engine.hardware import use_hardware
 from grpo.engine.lean import is_lean
 from grpo.engine.lora import add_adapter, check_adapter, save_adapter, switch_adapter
 from grpo.engine.memory import Cut
-from grpo.engine.model import check_model, copy_in_dtype, load_model, load_tokenizer, stop_token_ids
+from grpo.engine.model import architecture, check_model, copy_in_dtype, load_model, load_tokenizer, stop_token_ids
 from grpo.engine.mps import check_decoding, check_device
 from grpo.engine.rollout import Sampling, rollout
 from grpo.targets import bind, bind_reward
+
+logger = logging.getLogger(__name__)
 
 DATA_KEYS = (
     "system_prompt",
@@ -138,19 +142,26 @@ def compute_dtype(config: Config) -> torch.dtype:
     return getattr(torch, config.hardware.compute_dtype or config.model.dtype)
 
 
-def prepare(config: Config, with_problems: bool = True, use: bool = True) -> Setup:
+def prepare(
+    config: Config, with_problems: bool = True, use: bool = True, on_hang: Callable[[str], None] = end_process
+) -> Setup:
     """Find and check every part: functions, data, model, tokenizer, prompt lengths. Raises ConfigError.
 
     with_problems: false where there is nothing to train on or to evaluate. use: false where nothing will be computed
-    on the config's device, which may not be here.
+    on the config's device, which may not be here. on_hang: how to end the process where a reward function cannot be
+    ended.
     """
     check_complete(config)
-    limits = {"timeout_s": config.reward.timeout_s, "skip_errors": config.reward.on_error == "skip"}
+    limits = {
+        "timeout_s": config.reward.timeout_s,
+        "skip_errors": config.reward.on_error == "skip",
+        "on_hang": on_hang,
+    }
     components = [
-        Component(name, bind_reward(f"reward.components.{name}", node), float(node.get("weight", 1.0)), **limits)
+        Component(name, _reward_function(f"reward.components.{name}", node), float(node.get("weight", 1.0)), **limits)
         for name, node in config.reward.components.items()
     ]
-    accuracy = Component("accuracy", bind_reward("eval.accuracy", config.eval.accuracy), **limits)
+    accuracy = Component("accuracy", _reward_function("eval.accuracy", config.eval.accuracy), **limits)
     objective, optimizer = bind_objective(config), bind("optimizer", config.optimizer)
     _check_optimizer(optimizer)
     problems = bind("data", config.data, without=DATA_KEYS)() if with_problems else Problems([], [])
@@ -159,6 +170,8 @@ def prepare(config: Config, with_problems: bool = True, use: bool = True) -> Set
         check_adapter(config.model.lora)
     tokenizer = load_tokenizer(config.model)
     lengths = prompt_lengths(tokenizer, problems.train + problems.test, config.data) if with_problems else []
+    if with_problems:
+        _check_window(config, lengths[: len(problems.train)], lengths[len(problems.train) :])
     device = use_hardware(config) if use else torch.device("cpu")
     if device.type == "mps":
         check_device(device)
@@ -171,6 +184,54 @@ def bind_objective(config: Config) -> Callable[..., LossOutput]:
     own = {"beta": kl_weight(config), "epsilon": config.grpo.epsilon}
     node = {key: own[key] if value is None and key in own else value for key, value in config.objective.items()}
     return bind("objective", node)
+
+
+def _reward_function(key: str, node: Mapping[str, Any]) -> Callable[..., list[float | None]]:
+    """A reward function in TRL's form; of a class, one object built with the node's settings. Raises ConfigError."""
+    build = bind(key, node, without=("weight",))
+    if not inspect.isclass(build.func):
+        return bind_reward(key, node)
+    try:
+        scorer = build()
+    except Exception as error:
+        raise ConfigError(f"{key}: {node['_target_']}() raised {type(error).__name__}: {first_line(error)}") from error
+    parameters = inspect.signature(scorer).parameters if callable(scorer) else {}
+    if "completions" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise ConfigError(
+            f"{key}._target_={node['_target_']}: the objects of a class must be callable in the form "
+            "f(prompts, completions, **columns) -> list of numbers"
+        )
+    return scorer
+
+
+def _check_window(config: Config, train: list[int], test: list[int]) -> None:
+    """Compare the longest prompts, in tokens, and their completions with the positions that the model declares.
+
+    Raises ConfigError where it has no more: learned positions end there. Rotary positions (RoPE) go further, as
+    transformers' generate() lets them, with answers that may be poor: a warning.
+    """
+    text = architecture(config.model.name, config.model.trust_remote_code).get_text_config(decoder=True)
+    window, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None)
+    if window is None:
+        return
+    if rope and rope.get("original_max_position_embeddings"):  # YaRN's models declare the window before it
+        window = max(window, int(rope["original_max_position_embeddings"] * rope.get("factor", 1)))
+    test, evaluated = test[: config.eval.max_problems], config.eval.max_completion_length
+    cases = [("grpo.max_completion_length", config.grpo.max_completion_length, train if evaluated else train + test)]
+    if evaluated:
+        cases.append(("eval.max_completion_length", evaluated, test))
+    for key, completion, lengths in cases:
+        prompt = max(lengths, default=0)
+        if prompt + completion <= window:
+            continue
+        fix = f"lower it to {window - prompt}" if prompt < window else "shorten the prompts"
+        said = (
+            f"{key}={completion}: with the longest prompt ({prompt} tokens) that is {prompt + completion} tokens, and "
+            f"model.name={config.model.name} is for {window}; {fix}, or choose another model"
+        )
+        if not rope:
+            raise ConfigError(said)
+        logger.warning("%s (its positions can be extended, but its answers may become poor)", said)
 
 
 def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:

@@ -57,7 +57,7 @@ WORTH_FINISHING_S = 10.0  # a stop waits for the step in progress where no more 
 
 def train(run: Run) -> None:
     """Train from wherever the run folder stands to its end. SystemExit after a stop signal, with all saved."""
-    setup = prepare(run.config)
+    setup = prepare(run.config, on_hang=run.end_process)
     trainer = Trainer(setup)
     rows = trainer.restore(run)
     if run.config.grpo.mu == 1:
@@ -69,7 +69,7 @@ def train(run: Run) -> None:
             "from_step": trainer.state.step,
             "overrides": run.overrides,
             "changes": run.changes,
-            "environment": environment(setup.device.type),
+            "environment": environment(setup.device),
         }
     )
     console = Console()
@@ -84,7 +84,8 @@ def train(run: Run) -> None:
         trainer.preflight_if_due(run)
         if run.config.eval.before and trainer.state.step == 0 and run.folder.evaluation("before") is None:
             before = trainer.evaluate(run, tracker, "before")
-            console.print(f"before training: {before['accuracy']:.1%} of {before['n']} held-out problems right")
+            if before["accuracy"] is not None:
+                console.print(f"before training: {before['accuracy']:.1%} of {before['n']} held-out problems right")
         display = StepDisplay(console, trainer.total_steps, trainer.state.step + 1)
         saver = Saver(run.folder.checkpoints, run.config.checkpoint, trainer.state)
         stop_with_care = run.stop.deferred(trainer.can_be_dropped, save=lambda: trainer.save_and_wait(run, saver))
@@ -280,14 +281,15 @@ class Trainer:
             tracker.log_completions(step, done.samples)
         if done.skipped is not None:
             self._note_skipped(run, done)
-        run.folder.update_status(
-            step=step,
-            iteration=row["iteration"],
-            total_steps=self.total_steps,
-            best_reward=self.state.best_reward,
-            seconds=run.seconds,
-            saved_step=saver.saved_step,
-        )
+        with disk_errors_are_warnings(f"{run.folder.path}/status.json"):
+            run.folder.update_status(
+                step=step,
+                iteration=row["iteration"],
+                total_steps=self.total_steps,
+                best_reward=self.state.best_reward,
+                seconds=run.seconds,
+                saved_step=saver.saved_step,
+            )
         self.evaluate_if_due(run, tracker, saver)
         if due(step, config.checkpoint.every) or step == self.total_steps:
             self.save(run, saver)
@@ -313,7 +315,8 @@ class Trainer:
         accuracy = self.evaluate(run, tracker, f"step_{step:06d}")["accuracy"]
         self._interruptible = False
         self.state.evaluated_step = step
-        if self.state.best_accuracy is None or accuracy > self.state.best_accuracy:
+        best = self.state.best_accuracy
+        if accuracy is not None and (best is None or accuracy > best):
             self.state.best_accuracy = accuracy
             saver.save_best(self.policy, self.state)
 
@@ -338,7 +341,8 @@ class Trainer:
         before = saver.saved_step
         saver.save(self.policy, self.optimizer, self.reference if needed else None, self.state)
         if saver.saved_step != before:  # written already, and not beside training: then the next step records it
-            run.folder.update_status(saved_step=saver.saved_step)
+            with disk_errors_are_warnings(f"{run.folder.path}/status.json"):
+                run.folder.update_status(saved_step=saver.saved_step)
         self._saving_s = time.perf_counter() - started
 
     def save_and_wait(self, run: Run, saver: Saver) -> None:

@@ -20,7 +20,7 @@ from grpo.run.session import STOP_SIGNALS, StopSignals
 from grpo.setup import prepare
 from grpo.tiny import MODEL_DIR
 from grpo.trainer import Trainer
-from tests.runs import NO_FAULT, SETTINGS, STEPS, assert_same_run, launch, rows, start, status, wait_for_step
+from tests.runs import NO_FAULT, SETTINGS, STEPS, assert_same_run, grpo, launch, rows, start, status, wait_for_step
 
 QUICK = [*SETTINGS, "grpo.num_iterations=1", "grpo.mu=1"]
 
@@ -197,6 +197,64 @@ def test_where_metrics_cannot_be_written_the_run_ends_with_the_reason_and_goes_o
     resumed = go_on(run_dir)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(run_dir, straight)
+
+
+FULL = """
+import os
+import signal
+from pathlib import Path
+
+calls = 0
+
+
+def fill_disk(completions, then, **columns):
+    global calls
+    calls += 1
+    if calls == 3:
+        with Path("run/filler").open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(1000))
+            except OSError:
+                pass
+        if then == "raise":
+            raise ValueError("the real reason")
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [0.0] * len(completions)
+
+
+def block_status(completions, **columns):
+    global calls
+    calls += 1
+    if calls == 1:
+        Path("run/status.json.tmp").mkdir()
+    if calls == 3:
+        Path("run/status.json.tmp").rmdir()
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.mark.parametrize(("then", "code"), [("raise", 1), ("stop", 143)])
+def test_a_full_disk_does_not_hide_what_ended_the_run(tmp_path, mount, then, code):
+    (tmp_path / "full.py").write_text(FULL)
+    mount(tmp_path / "run", "-t", "tmpfs", "-o", "size=4m", "tmpfs")
+    filling = f"+reward.components.fill={{_target_: full.fill_disk, then: {then}}}"
+    ended = launch(*QUICK, "run_dir=run", "resume=auto", "checkpoint.every=0", filling, cwd=tmp_path)
+    assert ended.returncode == code
+    if then == "raise":
+        last = "failed: RewardError: reward component 'fill' raised ValueError: the real reason"
+        assert ended.stderr.splitlines()[-1] == last
+    assert "run/status.json could not be written: [Errno 28] No space left" in ended.stderr + ended.stdout
+
+
+def test_a_status_that_cannot_be_written_does_not_end_training(tmp_path):
+    (tmp_path / "full.py").write_text(FULL)
+    blocking = "+reward.components.block={_target_: full.block_status}"
+    run = launch(*QUICK, "run_dir=run", "grpo.num_steps=3", "preflight=false", blocking, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert (run.stderr + run.stdout).count("run/status.json could not be written") == 2
+    assert len(rows(tmp_path / "run")) == 3
+    assert status(tmp_path / "run")["state"] == "finished"
 
 
 # Signals.
@@ -490,6 +548,7 @@ def test_a_second_process_on_a_run_folder_is_refused(tmp_path, straight):
 
 REWARDS = """
 import gc
+import hashlib
 from pathlib import Path
 
 from transformers import Qwen2ForCausalLM
@@ -508,9 +567,17 @@ def fail_without_a_file(completions, **columns):
     return [0.0] * len(completions)
 
 
+def leave(completions, how, **columns):
+    raise {"exit": SystemExit(0), "interrupt": KeyboardInterrupt()}[how]
+
+
 def hang(completions, **columns):
     while True:
         pass
+
+
+def hang_in_c(completions, **columns):
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
 """
 
 
@@ -581,6 +648,27 @@ def test_a_sweep_that_is_not_there_cannot_go_on(tmp_path):
     )
 
 
+# Rewards that leave.
+
+
+@pytest.mark.parametrize(("how", "raised"), [("exit", "SystemExit(0)"), ("interrupt", "KeyboardInterrupt()")])
+def test_an_exit_that_no_signal_asked_for_is_a_failure(my_rewards, how, raised):
+    leaving = f"+reward.components.leave={{_target_: my_rewards.leave, how: {how}}}"
+    failed = launch(*QUICK, "run_dir=run", leaving, cwd=my_rewards)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith(f"failed: RuntimeError: {raised} was raised by code of the run")
+    assert status(my_rewards / "run")["state"] == "failed"
+    assert "my_rewards.py" in (my_rewards / "run" / "launch.log").read_text()
+    assert not (my_rewards / "run" / "checkpoints").exists()
+
+
+def test_an_exit_in_a_command_is_a_failure(my_rewards):
+    leaving = "+reward.components.leave={_target_: my_rewards.leave, how: exit}"
+    failed = grpo("evaluate", "experiment=quickstart", "eval.max_problems=2", leaving, cwd=my_rewards)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith("failed: RuntimeError: SystemExit(0) was raised")
+
+
 # Rewards that hang.
 
 
@@ -597,6 +685,15 @@ def test_a_reward_function_that_hangs_ends_the_run_by_its_time_out_or_is_skipped
     (row,) = rows(my_rewards / "b")
     assert row["rewards/hang/mean"] is None
     assert row["reward"] > 0
+
+
+def test_a_reward_function_that_cannot_be_ended_ends_the_run_as_failed(my_rewards):
+    hanging = "+reward.components.hang={_target_: my_rewards.hang_in_c}"
+    failed = launch(*QUICK, "reward.timeout_s=0.5", "run_dir=run", hanging, cwd=my_rewards)
+    assert failed.returncode == 1
+    error = "RewardError: reward component 'hang' took longer than 0.5 s, and could not be ended"
+    assert failed.stderr.splitlines()[-1] == f"failed: {error}"
+    assert status(my_rewards / "run") == {**status(my_rewards / "run"), "state": "failed", "error": error}
 
 
 # Memory.

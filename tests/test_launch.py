@@ -17,9 +17,10 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from wandb.util import get_core_path
 
+from grpo.algorithm.reward import score
 from grpo.compose import compose_config
 from grpo.config import ConfigError, typed
 from grpo.migrations import load_frozen
@@ -360,6 +361,39 @@ def test_what_cannot_be_found_is_refused_before_any_weight_is_loaded(overrides, 
     assert str(refused.value).count("\n") <= 1
 
 
+class Counting:
+    """A reward that is built once and called for every batch."""
+
+    def __init__(self, start):
+        self.calls = start
+
+    def __call__(self, completions, **columns):
+        self.calls += 1
+        return [float(self.calls)] * len(completions)
+
+
+class NotCallable:
+    pass
+
+
+def test_a_class_as_a_reward_is_built_once_and_called_for_each_batch():
+    own = "+reward.components.own={_target_: tests.test_launch.Counting, start: 40, weight: 2}"
+    setup = prepare(typed(compose_config(["experiment=quickstart", own])))
+    component = next(each for each in setup.components if each.name == "own")
+    for call in (41.0, 42.0):
+        assert score([component], ["p"], ["c"], {"answer": ["1"]}).components["own"].tolist() == [call]
+    for node, said in (
+        (
+            "{_target_: tests.test_launch.NotCallable}",
+            "own._target_=tests.test_launch.NotCallable: the objects of a cl",
+        ),
+        ("{_target_: tests.test_launch.Counting}", r"own: tests.test_launch.Counting\(\) raised TypeError: .*'start'"),
+        ("{_target_: tests.test_launch.Counting, end: 1}", "own: Counting.* unexpected keyword argument 'end'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            prepare(typed(compose_config(["experiment=quickstart", f"+reward.components.own={node}"])))
+
+
 def test_a_model_folder_that_is_not_whole_is_refused(tmp_path):
     whole = ROOT / "grpo" / "tiny" / "model"
     for broken in ("no_tokenizer", "cut"):
@@ -382,6 +416,25 @@ def test_a_template_that_takes_no_system_message_is_refused_with_the_mend(tmp_pa
         ConfigError, match=r"\(no system role\); if it takes no system message, set data\.system_prompt"
     ):
         prepare(typed(compose_config(overrides)))
+
+
+def test_more_tokens_than_a_model_has_positions_for_are_refused_with_the_length_that_fits(tmp_path, caplog):
+    folder = tmp_path / "learned"
+    shutil.copytree(ROOT / "grpo" / "tiny" / "model", folder)
+    GPT2Config(n_positions=64, n_embd=8, n_layer=1, n_head=1).save_pretrained(folder)
+    experiment = ["experiment=quickstart", "hardware.threads=1"]
+    for key in ("grpo.max_completion_length", "eval.max_completion_length"):
+        others = [f"{name}_completion_length=1" for name in ("grpo.max", "eval.max") if not key.startswith(name)]
+        command = [*experiment, f"model.name={folder}", *others]
+        with pytest.raises(ConfigError, match=rf"{key}=60: with the longest prompt .* is for 64; lower it") as refused:
+            prepare(typed(compose_config([*command, f"{key}=60"])))
+        fits = int(re.search(r"lower it to (\d+)", str(refused.value))[1])
+        prepare(typed(compose_config([*command, f"{key}={fits}"])))
+        with pytest.raises(ConfigError, match=f"lower it to {fits}"):
+            prepare(typed(compose_config([*command, f"{key}={fits + 1}"])))
+    assert caplog.text == ""
+    prepare(typed(compose_config([*experiment, "grpo.max_completion_length=512"])))  # rotary positions of 512
+    assert "is for 512; lower it to " in caplog.text
 
 
 # Going on with other hardware, and with what does not work.
@@ -501,10 +554,35 @@ def test_a_component_that_scored_no_held_out_problem_is_shown_as_missing():
     assert not re.search(r"\d", line)
 
 
+@pytest.mark.parametrize("none_at_all", [False, True])
+def test_a_problem_that_the_evaluator_could_not_grade_is_missing_and_not_wrong(launch, tmp_path, none_at_all):
+    (tmp_path / "my_rewards.py").write_text(textwrap.dedent(MY_REWARDS))
+    settings = ["experiment=quickstart", "grpo.num_steps=1", "eval.max_problems=8", "eval.every=1", "preflight=false"]
+    settings += [
+        "tracking=disabled",
+        "eval.accuracy._target_=my_rewards.half_graded",
+        f"+eval.accuracy.none={none_at_all}",
+    ]
+    run = launch(*settings, "run_dir=run", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "run" / "eval" / "after.json").read_text())
+    graded = [] if none_at_all else [True] * 4
+    assert [problem["correct"] for problem in result["problems"]] == [*graded, *[None] * (8 - len(graded))]
+    assert (result["n"], result["accuracy"]) == ((0, None) if none_at_all else (4, 1.0))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())["eval"]["after"]
+    assert (summary["n"], summary["accuracy"]) == (result["n"], result["accuracy"])
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 # Rewards of the user.
 
 MY_REWARDS = """
     from pathlib import Path
+
+
+    def half_graded(completions, none, **columns):
+        half = 0 if none else len(completions) // 2
+        return [1.0] * half + [None] * (len(completions) - half)
 
 
     def brief(completions, **columns):

@@ -1,18 +1,29 @@
 """Rewards: named components with weights, each a function in TRL's form, scored apart and summed."""
 
+import copy
 import inspect
 import logging
 import math
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+
+def end_process(error: str) -> None:
+    """End this process as a failure, from any thread and whatever the others do."""
+    print(f"failed: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,7 @@ class Component:
     weight: float = 1.0
     timeout_s: float | None = None  # seconds that one call may take; None: no limit
     skip_errors: bool = False  # a call that fails counts as missing values, with a warning, and not as an error
+    on_hang: Callable[[str], None] = end_process  # called in a thread with what to say; it must end the process
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ def score(
     """Score B completions with every component and sum them by weight; a missing value (None) adds nothing.
 
     prompts, completions: B entries each, message lists or plain strings, as TRL passes them. columns: the data
-    set's other columns, B entries each; each function gets those that it can take.
+    set's other columns, B entries each; each function gets copies of those that it can take.
     Raises RewardError where a function raises, takes longer than its limit, returns another number of values than
     rows, or gives no number, unless its component skips errors.
     """
@@ -80,10 +92,10 @@ def _call(component: Component, prompts: list, completions: list, columns: Mappi
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
         arguments = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
     try:
-        with _time_limit(component.timeout_s):
-            values = component.function(**arguments)
+        with _time_limit(component):
+            values = component.function(**_copied(arguments))
     except _OutOfTime:
-        raise RewardError(f"reward component '{component.name}' took longer than {component.timeout_s:g} s") from None
+        raise RewardError(_too_slow(component)) from None
     except Exception as error:
         raise RewardError(f"reward component '{component.name}' raised {type(error).__name__}: {error}") from error
     if not isinstance(values, Sequence) or len(values) != len(completions):
@@ -95,36 +107,100 @@ def _call(component: Component, prompts: list, completions: list, columns: Mappi
     return values
 
 
+def _copied(value: Any) -> Any:
+    """A deep copy, so that what a function does to its arguments reaches nobody else; fast for lists and dicts."""
+    if type(value) in _UNCHANGEABLE:
+        return value
+    if type(value) is list:
+        return [each if type(each) in _UNCHANGEABLE else _copied(each) for each in value]
+    if type(value) is dict:
+        return {key: _copied(each) for key, each in value.items()}
+    return copy.deepcopy(value)
+
+
+_UNCHANGEABLE = {str, int, float, bool, type(None)}
+
+
 class _OutOfTime(BaseException):
     """Not an Exception, so that a function that catches those cannot swallow it."""
 
 
+class _RunningTime:
+    """Seconds in which this process ran: what passes while it is stopped (SIGSTOP, Ctrl-Z) does not count.
+
+    Between two ticks no more than the time of two ticks counts, or the processor time used where that is more: a call
+    into C that holds the interpreter keeps the thread from ticking.
+    """
+
+    def __init__(self, tick_s: float) -> None:
+        self._tick_s = tick_s
+        self._mark = (0.0, time.monotonic(), time.process_time())
+
+    def seconds(self) -> float:
+        counted, when, used = self._mark
+        most = max(2 * self._tick_s, time.process_time() - used)
+        return counted + min(time.monotonic() - when, most)
+
+    def tick(self) -> float:
+        """The seconds so far. To be called by one thread only, every `tick_s` seconds."""
+        counted = self.seconds()
+        self._mark = (counted, time.monotonic(), time.process_time())
+        return counted
+
+
 @contextmanager
-def _time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise _OutOfTime in the block after so many seconds, and each second again where the block caught it.
+def _time_limit(component: Component) -> Iterator[None]:
+    """Raise _OutOfTime in the block after `timeout_s` seconds, and each second again where the block caught it.
 
     By a signal, since it reaches what a thread could not end: sleeping, Python's own loops, and regular expressions.
+    A thread sets the timer anew where the block has used it for itself. Where the block has not ended after twice its
+    time and no less than two seconds more, as in a long call into C, it cannot be left, and `on_hang` is called. What
+    neither looks for signals nor lets other threads run, such as `sum(range(10**12))`, escapes all of this.
     """
-    if seconds is None or threading.current_thread() is not threading.main_thread():
+    seconds = component.timeout_s
+    if seconds is None:
         yield
         return
-
-    out_of_time = False
+    tick_s = min(0.5, seconds / 10)
+    clock, over = _RunningTime(tick_s), threading.Event()
+    by_signal = threading.current_thread() is threading.main_thread()
 
     def stop(*_: object) -> None:
-        nonlocal out_of_time
-        out_of_time = True
-        raise _OutOfTime
+        if over.is_set():
+            return
+        left = seconds - clock.seconds()
+        if left <= 0:
+            raise _OutOfTime
+        signal.setitimer(signal.ITIMER_REAL, left, 1.0)  # the process was stopped meanwhile
 
-    former = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    def watch() -> None:
+        while not over.wait(tick_s):
+            ran = clock.tick()
+            if ran > seconds + max(2.0, seconds):
+                component.on_hang(f"RewardError: {_too_slow(component)}, and could not be ended")
+            disarmed = signal.getitimer(signal.ITIMER_REAL)[0] == 0
+            if by_signal and ran > seconds and disarmed and signal.getsignal(signal.SIGALRM) is stop:
+                signal.setitimer(signal.ITIMER_REAL, 0.001, 1.0)
+
+    former = signal.signal(signal.SIGALRM, stop) if by_signal else None
+    thread = threading.Thread(target=watch, name="reward time limit", daemon=True)
+    thread.start()
     try:
+        if by_signal:
+            signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, former)
-    if out_of_time:  # and the block went on
+        over.set()
+        thread.join()
+        if by_signal:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, former)
+    if clock.seconds() > seconds:  # and the block caught what was raised, or was in C
         raise _OutOfTime
+
+
+def _too_slow(component: Component) -> str:
+    return f"reward component '{component.name}' took longer than {component.timeout_s:g} s"
 
 
 def _number(name: str, value: object) -> float:

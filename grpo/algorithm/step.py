@@ -107,22 +107,44 @@ def accumulate_gradient(
 ) -> tuple[dict[str, float], Tensor]:
     """Add the gradient of the whole batch's loss to what the parameters hold, a part of the batch at a time.
 
+    At beta 0 a part whose advantages are all 0 has a gradient of 0, and is read without one, for the metrics alone.
     loss_scale: what the gradient, and not the metrics, is multiplied by.
     Returns the metrics (loss, and means over the active tokens), and the log-probabilities (B, T).
     """
     counts = BatchCounts(rows=len(batch.completions.ids), tokens=int(batch.completions.mask.sum()))
     logps = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)
-    loss, sums = 0.0, {}
-    for rows in batch.micro_batches(token_budget, packs(model)):
+    loss, sums, parts = 0.0, {}, batch.micro_batches(token_budget, packs(model))
+    teaches = [batch.ref_logps is not None or bool(batch.advantages[rows].any()) for rows in parts]
+    teaches[-1] |= not any(teaches)  # the optimizer is to see a gradient, were it 0
+    for rows, with_gradient in zip(parts, teaches, strict=True):
         part = batch.part(rows)
-        policy = part.logps(model, temperature)
-        output = objective(policy.logps, part.old_logps, part.ref_logps, part.advantages, part.completions.mask, counts)
-        (output.loss * loss_scale).backward()
+        policy, output = _evaluate(model, objective, part, counts, temperature, with_gradient)
+        if not with_gradient and torch.autograd.grad(output.loss, policy.logps)[0].any():
+            with_gradient = True  # this objective has more to it than advantages
+            policy, output = _evaluate(model, objective, part, counts, temperature, with_gradient)
+        if with_gradient:
+            (output.loss * loss_scale).backward()
         logps[rows, : policy.logps.shape[1]] = policy.logps.detach()
         loss += output.loss.detach()
         for name, value in {**output.sums, "entropy": policy.entropy.sum()}.items():
             sums[name] = sums.get(name, 0.0) + value
     return {"loss": float(loss)} | {name: float(value) / counts.tokens for name, value in sums.items()}, logps
+
+
+def _evaluate(
+    model: PreTrainedModel,
+    objective: Callable[..., LossOutput],
+    part: MicroBatch,
+    counts: BatchCounts,
+    temperature: float,
+    with_gradient: bool,
+) -> tuple[TokenLogps, LossOutput]:
+    """The policy's log-probabilities and their loss, which leads to the parameters, or to the former alone."""
+    with torch.set_grad_enabled(with_gradient):
+        policy = part.logps(model, temperature)
+    policy.logps.requires_grad_()
+    masks = part.completions.mask
+    return policy, objective(policy.logps, part.old_logps, part.ref_logps, part.advantages, masks, counts)
 
 
 def apply_gradient(

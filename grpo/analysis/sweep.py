@@ -224,8 +224,9 @@ def _read_jobs(folder: SweepFolder, keys: list[str]) -> tuple[pd.DataFrame, dict
 
 def _correct(run_dir: Path) -> pd.Series:
     made = RunFolder(run_dir).evaluation("after") or {"problems": []}
+    graded = [each for each in made["problems"] if each["correct"] is not None]
     # With its answer, since in files of other problems the same lines may have the same names.
-    return pd.Series({f"{each['id']} {each.get('answer')}": float(each["correct"]) for each in made["problems"]})
+    return pd.Series({f"{each['id']} {each.get('answer')}": float(each["correct"]) for each in graded}, dtype=float)
 
 
 def _results(run_dir: Path) -> dict[str, float | None]:

@@ -6,7 +6,6 @@ Prints "equal" and exits with 0, or the first difference and exits with 1. It ch
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,14 @@ from grpo.compose import apply_overrides, compose_config
 from grpo.config import ConfigError
 from grpo.overrides import Overrides
 from grpo.run.folder import RunFolder, step_of
+from grpo.run.session import Exit
 from grpo.targets import check_trusted
 
 NOT_COMPARED = ("step_time", "timing_s/", "perf/")  # times and memory: what a machine does, not what is computed
 
 
 def main(arguments: list[str]) -> None:
-    """Verify and print the verdict; SystemExit with 1 where something differs."""
+    """Verify and print the verdict; raises Exit(1) where something differs."""
     own, given = own_arguments(arguments, ["run_dir", "step"])
     overrides = Overrides(given)
     folder = run_folder_of(arguments)
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> None:
     else:
         print(f"equal: steps {start + 1} to {end}: every completion and metric{compared}")
     if difference is not None or damaged:
-        sys.exit(1)
+        raise Exit(1)
 
 
 def check_manifests(folder: RunFolder) -> int:
@@ -144,10 +144,11 @@ def _same_bits(one: Any, other: Any) -> bool:
 
 def environment_changes(folder: RunFolder) -> list[str]:
     """What is not as it was when the folder was made: another machine or version may round differently."""
+    from grpo.engine.hardware import device_of  # imports torch
     from grpo.run.checkpoint import load_state
     from grpo.run.environment import environment
 
-    launches, here = folder.launches(), environment(resolved(folder.frozen_config()).hardware.device)
+    launches, here = folder.launches(), environment(device_of(resolved(folder.frozen_config())))
     made = launches[-1].get("environment", {}) if launches else {}
     lines = [f"here {name} is {here.get(name)}, there it was {value}" for name, value in made.items()]
     lines = [line for line, name in zip(lines, made, strict=True) if here.get(name) != made[name]]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grpo.config import ModelConfig
-from grpo.engine.head import LOGITS_PER_CHUNK
+from grpo.engine.head import LOGITS_PER_CHUNK, NARROW_CHUNKS
 from grpo.engine.linear import multiply
 from grpo.engine.logps import head_logps
 from grpo.engine.lora import add_adapter
@@ -129,11 +129,16 @@ def activation_bytes(model: PreTrainedModel, prompts: int, prompt_tokens: int, r
 def head_bytes(model: PreTrainedModel) -> int:
     """Bytes that the output head takes for a while: a chunk of logits with two more as it is worked on, its gradient.
 
-    Where its weights are those of the embedding, the gradients of both exist before they are added up.
+    Where its weights are those of the embedding, the gradients of both exist before they are added up. In narrower
+    dtypes the gradient is summed in float32, from the products of a few chunks that are joined.
     """
     weight = model.get_output_embeddings().weight
     gradients = 0 if not weight.requires_grad else 2 if weight is model.get_input_embeddings().weight else 1
-    return 3 * 4 * max(LOGITS_PER_CHUNK, len(weight)) + gradients * weight.numel() * weight.itemsize
+    chunk, per_weight, per_logit = max(LOGITS_PER_CHUNK, len(weight)), gradients * weight.itemsize, 3 * 4
+    if weight.itemsize < 4:
+        per_logit += 2 * NARROW_CHUNKS * weight.itemsize
+        per_weight = max(per_weight, 4 + weight.itemsize) if gradients else 0
+    return chunk * per_logit + weight.numel() * per_weight
 
 
 class _Counted(PackedGroups):

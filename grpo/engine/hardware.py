@@ -49,7 +49,7 @@ def preset_overrides(device: str) -> list[str]:
         return [f"hardware={device}", *(["hardware.compute_dtype=bfloat16"] if narrow else [])]
     memory = torch.cuda.get_device_properties(device).total_memory / 1e9
     name = next(name for least, name in CUDA_PRESETS if memory >= least)
-    if name == "t4_16gb" or cuda_multiplies_bfloat16():
+    if name == "t4_16gb" or cuda_multiplies_bfloat16(device):
         return [f"hardware={name}"]
     return [f"hardware={name}", "hardware.compute_dtype=float16"] if memory >= 36 else ["hardware=t4_16gb"]
 
@@ -91,7 +91,7 @@ def _check_card(cfg: DictConfig, device: str) -> None:
             f"the preset is for a card of {expected:g} GB, and {card.name} has {memory:.1f} GB: use hardware=auto, or "
             f"hardware.card.memory_gb={memory:.0f} to try it as it is"
         )
-    if "bfloat16" in (hardware.compute_dtype or cfg.model.dtype) and not cuda_multiplies_bfloat16():
+    if "bfloat16" in (hardware.compute_dtype or cfg.model.dtype) and not cuda_multiplies_bfloat16(device):
         asked = "hardware.compute_dtype" if hardware.compute_dtype else "model.dtype"
         mend = "hardware.compute_dtype=float16" if cfg.model.dtype == "float32" else "tuning=lora"
         raise ConfigError(f"{asked}=bfloat16: {card.name} has no bfloat16; use hardware=auto, or {mend}")
@@ -109,22 +109,29 @@ def cpu_multiplies_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def cuda_multiplies_bfloat16() -> bool:
-    """Whether the CUDA device multiplies bfloat16 in hardware."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+def cuda_multiplies_bfloat16(device: str) -> bool:
+    """Whether a CUDA device multiplies bfloat16 in hardware: AMD's do, NVIDIA's since compute capability 8."""
+    return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
+
+
+def device_of(config: Config) -> torch.device:
+    """The device that a config with its hardware resolved asks for, with its number where that is given."""
+    device_map = config.model.device_map
+    return torch.device(config.hardware.device if device_map == "auto" else device_map)
 
 
 def use_hardware(config: Config) -> torch.device:
     """Set torch up as the frozen config says, and return the device."""
     torch.set_num_threads(config.hardware.threads or THREADS)
-    device_map = config.model.device_map
-    device = torch.device(config.hardware.device if device_map == "auto" else device_map)
+    device = device_of(config)
     # Set both ways, since the jobs of a sweep share a process. On a CPU this only replaces atomic additions in the
     # gradient of indexing, at no cost worth measuring.
     _use_deterministic_algorithms(device.type == "cpu" or config.deterministic)
     if device.type == "cpu":
         _keep_freed_memory()
     if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # else what names no device would take memory of the first one
         torch.cuda.reset_peak_memory_stats(device)
     return device
 

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from grpo.engine.linear import multiply
 
 LOGITS_PER_CHUNK = 2**23  # 32 MB of float32: about what the cache of a processor holds, since many passes go over it
+NARROW_CHUNKS = 4  # multiplied at once in 16 bits, where each product also passes over a float32 sum of the gradient
 
 
 class HeadLogps(torch.autograd.Function):
@@ -40,21 +41,37 @@ class HeadLogps(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normalizers = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        narrow = weight.itemsize < 4
+        summed = torch.float32 if narrow else weight.dtype
+        grad_weight = torch.zeros_like(weight, dtype=summed) if ctx.needs_input_grad[1] else None
         grad = grad / ctx.temperature
-        for part in _chunks(len(hidden), weight):
-            logits = _logits(hidden[part], weight, ctx.temperature)
-            logits.sub_(normalizers[part, None]).exp_().mul_(-grad[part, None])
-            logits.scatter_add_(1, targets[part, None], grad[part, None])
-            logits = logits.to(hidden.dtype)
-            grad_hidden[part] = multiply(logits, weight.t())
-            if grad_weight is not None:
-                grad_weight.addmm_(logits.t(), hidden[part])
-        return grad_hidden, grad_weight, None, None, None
+        for block in _chunks(len(hidden), weight, NARROW_CHUNKS if narrow else 1):
+            grad_logits = _grad_logits(hidden[block], weight, targets[block], normalizers[block], grad[block], ctx)
+            grad_hidden[block] = multiply(grad_logits, weight.t())
+            if grad_weight is None:
+                continue
+            if narrow:  # else what a block adds would be rounded to the digits that the sum has in 16 bits
+                grad_weight += grad_logits.t() @ hidden[block]
+            else:
+                grad_weight.addmm_(grad_logits.t(), hidden[block])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
-def _chunks(tokens: int, weight: Tensor) -> list[slice]:
-    size = max(1, LOGITS_PER_CHUNK // len(weight))
+def _grad_logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, normalizers: Tensor, grad: Tensor, ctx: Any
+) -> Tensor:
+    """The gradient (a, V) of some tokens' logits before the temperature, in the dtype of the weights."""
+    parts = []
+    for part in _chunks(len(hidden), weight):
+        logits = _logits(hidden[part], weight, ctx.temperature)
+        logits.sub_(normalizers[part, None]).exp_().mul_(-grad[part, None])
+        logits.scatter_add_(1, targets[part, None], grad[part, None])
+        parts.append(logits.to(hidden.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _chunks(tokens: int, weight: Tensor, times: int = 1) -> list[slice]:
+    size = max(1, LOGITS_PER_CHUNK // len(weight)) * times
     return [slice(start, start + size) for start in range(0, tokens, size)]
 
 

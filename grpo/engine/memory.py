@@ -58,8 +58,13 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the device, or the machine, has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # Raised by the allocators of CPU and MPS as plain RuntimeErrors.
-    return "can't allocate memory" in str(error) or "out of memory" in str(error)
+    # Raised as plain RuntimeErrors by the allocators of CPU and MPS, and by NVIDIA's libraries, which allocate by
+    # themselves; cuBLAS cannot even be initialized where no memory is left for it.
+    said = str(error).lower().replace("_", " ")
+    return any(sign in said for sign in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "alloc failed", "cublas status not initialized")
 
 
 def _free() -> None:

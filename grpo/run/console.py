@@ -76,7 +76,10 @@ def closing_table(evaluations: dict[str, dict[str, Any] | None]) -> Table:
     table.add_column("")
     for name, result in shown.items():
         table.add_column(f"{name} (n={result['n']})", justify="right")
-    lines = {"accuracy": lambda r: f"{r['accuracy']:.1%}", "reward": lambda r: f"{r['reward']:.2f}"}
+    lines = {
+        "accuracy": lambda r: "-" if r["accuracy"] is None else f"{r['accuracy']:.1%}",
+        "reward": lambda r: f"{r['reward']:.2f}",
+    }
     for component in next(iter(shown.values()))["rewards"]:
         lines[component] = lambda r, c=component: _two_digits(r["rewards"][c])
     lines["mean length"] = lambda r: f"{r['completions/mean_length']:.1f}"

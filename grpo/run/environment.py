@@ -8,7 +8,7 @@ import torch
 import transformers
 
 
-def environment(device: str) -> dict[str, str]:
+def environment(device: torch.device) -> dict[str, str]:
     """Versions and hardware whose change can change rounding."""
     result = {
         "python": platform.python_version(),
@@ -18,8 +18,8 @@ def environment(device: str) -> dict[str, str]:
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
-    if device == "cuda":
-        result["gpu"] = torch.cuda.get_device_name()
+    if device.type == "cuda":
+        result["gpu"] = torch.cuda.get_device_name(device)
         result["cuda"] = str(torch.version.cuda)
     return result
 

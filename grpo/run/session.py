@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -33,6 +34,35 @@ from grpo.targets import foreign_targets
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Exit(SystemExit):
+    """An exit that the suite decided, as after a stop signal; any other SystemExit comes from code that it runs."""
+
+
+@contextmanager
+def exits_are_failures(*allowed: type[BaseException]) -> Iterator[None]:
+    """Turn SystemExit, KeyboardInterrupt and the like, but for those `allowed`, into a RuntimeError.
+
+    A reward that calls `sys.exit(0)` would otherwise end a run as if it had succeeded.
+    """
+    try:
+        yield
+    except (Exception, *allowed):
+        raise
+    except BaseException as error:
+        raise RuntimeError(
+            f"{error!r} was raised by code of the run, although no signal asked it to stop; use an Exception there"
+        ) from error
+
+
+@contextmanager
+def disk_errors_are_warnings(what: str) -> Iterator[None]:
+    """For what a run can do without: a full disk, or a damaged file, must neither end a run nor hide what ended it."""
+    try:
+        yield
+    except (OSError, FileError) as error:
+        logger.warning("%s could not be written: %s", what, error)
 
 
 class StopSignals:
@@ -66,10 +96,11 @@ class StopSignals:
         self._can_be_dropped = can_be_dropped
         try:
             yield
-        except SystemExit:
+        except Exit:  # of another exit nobody knows whether the policy is whole
             self._can_be_dropped = None
             if not self._again:
-                save()
+                with disk_errors_are_warnings("a checkpoint of the last step"):
+                    save()
             raise
         finally:
             self._can_be_dropped = None
@@ -80,15 +111,15 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN)
 
     def leave_if_asked(self) -> None:
-        """Raise SystemExit if a signal waits."""
+        """Raise Exit if a signal waits."""
         if self.received is not None:
-            raise SystemExit(self.exit_code)
+            raise Exit(self.exit_code)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self._again = self.received is not None
         self.received = number
         if self._again or self._can_be_dropped is None or self._can_be_dropped():
-            raise SystemExit(self.exit_code)
+            raise Exit(self.exit_code)
 
 
 @dataclass
@@ -111,6 +142,12 @@ class Run:
     def seconds(self) -> float:
         """How long all launches took together, for who pays by the hour."""
         return round(self.seconds_before + time.monotonic() - self.started, 3)
+
+    def end_process(self, error: str) -> None:
+        """Record a failure and end this process, from any thread and whatever the others do."""
+        _set_state(self.folder, "failed", error)
+        print(f"failed: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 @contextmanager
@@ -139,12 +176,13 @@ def open_run(cfg: DictConfig, decided: RunFolder | None = None) -> Iterator[Run]
     except ConfigError as error:
         logger.error("%s: %s", folder.path, error)  # at once, and not only after all other jobs
         if not folder.started():
-            folder.path.mkdir(parents=True, exist_ok=True)
-            _set_state(folder, "failed", str(error))
-            folder.update_status(overrides=command_line().lines)  # the record of them is gone
+            with disk_errors_are_warnings(f"{folder.path}/status.json"):
+                folder.path.mkdir(parents=True, exist_ok=True)
+                folder.update_status(state="failed", error=str(error), overrides=command_line().lines)
         raise
     finally:
-        SweepFolder(HydraConfig.get().sweep.dir).update()
+        with disk_errors_are_warnings(f"{HydraConfig.get().sweep.dir}/sweep.json"):
+            SweepFolder(HydraConfig.get().sweep.dir).update()
 
 
 def job_folder() -> RunFolder:
@@ -161,13 +199,15 @@ def command_line() -> Overrides:
 def _started(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSignals, is_job: bool) -> Iterator[Run]:
     run = _open(folder, cfg, resume, stop, is_job)
     try:
-        yield run
+        with exits_are_failures(Exit):
+            yield run
     except BaseException as error:
         _record_end(run, error)
         raise
     finally:
         if folder.started() and not run.done:
-            folder.update_status(seconds=run.seconds)
+            with disk_errors_are_warnings(f"{folder.path}/status.json"):
+                folder.update_status(seconds=run.seconds)
 
 
 def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSignals, is_job: bool) -> Run:
@@ -244,7 +284,7 @@ def _name_in_tracking(cfg: DictConfig, overrides: Overrides) -> None:
 
 
 def _record_end(run: Run, error: BaseException) -> None:
-    if isinstance(error, SystemExit):
+    if isinstance(error, Exit):
         _set_state(run.folder, "interrupted", None)
         command = resume_command(run.folder.path, foreign_targets(to_dict(run.config)))
         recorded = run.folder.changes()
@@ -263,10 +303,8 @@ def _record_end(run: Run, error: BaseException) -> None:
 
 
 def _set_state(folder: RunFolder, state: str, error: str | None) -> None:
-    try:
+    with disk_errors_are_warnings(f"{folder.path}/status.json"):
         folder.update_status(state=state, error=error)
-    except (OSError, FileError) as failure:  # a full disk or a damaged status.json must not hide what ended the run
-        logger.error("%s/status.json could not be written: %s", folder.path, failure)
 
 
 def _discard(folder: RunFolder, forked: bool) -> None:

@@ -266,6 +266,6 @@ def _one_line(error: BaseException) -> str:
 
 
 def _exit_code(error: BaseException) -> int:
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code != 0:
+        return error.code
     return 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -177,7 +177,7 @@ def _outcome(job: _Job, stopped: bool) -> JobReturn:
         value, error = None, JobFailed(f"job {job.number} ({job.name}): {reason}")
         run = RunFolder(job.folder)
         left = job.process.exitcode in STOPPED  # by a signal that was for it alone: it has saved and said so
-        if not (stopped or left or _state(run.path) in ("finished", "unreadable")):
+        if not (stopped or left or _state(run.path) in ("finished", "failed", "unreadable")):
             run.update_status(state="failed", error=reason)
             logger.error("%s failed: %s", job.folder, reason)
     done = JobReturn(overrides=job.overrides, status=JobStatus.FAILED if error else JobStatus.COMPLETED)

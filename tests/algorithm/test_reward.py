@@ -1,12 +1,17 @@
 import contextlib
+import hashlib
 import math
+import os
 import re
 import signal
+import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from grpo.algorithm.reward import Component, RewardError, score
+from tests.runs import launch
 
 REPLIES = [[{"role": "assistant", "content": text}] for text in ("a", "bb")]
 
@@ -42,6 +47,31 @@ def test_a_function_gets_the_columns_that_it_names():
 def test_a_column_named_completions_does_not_stand_in_for_the_models_own():
     rewards = run(Component("c", lambda completions, **_: [float(len(completions))] * 2), completions=["x"] * 9)
     assert rewards.total.tolist() == [2.0, 2.0]
+
+
+def test_a_function_that_changes_its_arguments_changes_nothing_for_others():
+    def spoils(prompts, completions, answer, steps, **_):
+        prompts[0][0]["content"] = completions[0][0]["content"] = answer[0] = steps[0]["a"][0] = "spoilt"
+        del prompts[1:], completions[1:], answer[1:], steps[1:]
+        return [0.0, 0.0]
+
+    def prompts():
+        return [[{"role": "user", "content": "p"}]] * 2
+
+    def columns():
+        return {"answer": ["x", "y"], "steps": [{"a": ["1"]}, {"a": ("2", ["3"])}]}
+
+    def sees(**arguments):
+        assert arguments == {"prompts": prompts(), "completions": replies(), **columns()}
+        return [1.0, 1.0]
+
+    def replies():
+        return [[{"role": "assistant", "content": text}] for text in ("a", "bb")]
+
+    given = prompts(), replies(), columns()
+    rewards = score([Component("spoils", spoils), Component("sees", sees)], *given)
+    assert rewards.total.tolist() == [1.0, 1.0]
+    assert given == (prompts(), replies(), columns())
 
 
 @pytest.mark.parametrize(
@@ -99,6 +129,14 @@ def hangs_and_catches_everything(completions, **_):
     return [0.0] * len(completions)
 
 
+def hangs_after_it_used_the_timer_itself(completions, **_):
+    former = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(1)
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, former)
+    time.sleep(60)
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -107,6 +145,7 @@ def hangs_and_catches_everything(completions, **_):
         hangs_in_a_regular_expression,
         hangs_and_catches_errors,
         hangs_and_catches_everything,
+        hangs_after_it_used_the_timer_itself,
     ],
 )
 def test_a_function_that_hangs_is_ended_and_named(function):
@@ -116,6 +155,48 @@ def test_a_function_that_hangs_is_ended_and_named(function):
     assert time.monotonic() - started < 5
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def hangs_in_c(completions, **_):
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+
+
+def catches_everything_for_ever(completions, **_):
+    while True:
+        with contextlib.suppress(BaseException):
+            time.sleep(60)
+
+
+def runs_briefly(completions, **_):
+    for _ in range(10):
+        time.sleep(0.02)
+    return [1.0] * len(completions)
+
+
+def score_in_a_process(arguments):
+    function, *seconds = arguments
+    for each in seconds:  # of being stopped
+        subprocess.Popen(["sh", "-c", f"sleep 0.1; kill -STOP {os.getpid()}; sleep {each}; kill -CONT {os.getpid()}"])
+    print(run(Component("slow", globals()[function], timeout_s=0.5)).total.tolist())
+
+
+@pytest.mark.parametrize("function", ["hangs_in_c", "catches_everything_for_ever"])
+def test_where_a_function_cannot_be_ended_its_process_is(tmp_path, function):
+    ended = launch(function, main=score_in_a_process, cwd=tmp_path, timeout=20)
+    assert ended.returncode == 1
+    message = "failed: RewardError: reward component 'slow' took longer than 0.5 s, and could not be ended\n"
+    assert ended.stderr == message
+
+
+def test_a_process_that_was_stopped_does_not_count_as_slow(tmp_path):
+    done = launch("runs_briefly", "3.5", main=score_in_a_process, cwd=tmp_path, timeout=20)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[1.0, 1.0]\n"
+
+
+def test_the_limit_holds_in_a_thread_as_well():
+    with ThreadPoolExecutor() as pool, pytest.raises(RewardError, match="took longer"):
+        pool.submit(run, Component("slow", lambda completions: time.sleep(0.3), timeout_s=0.1)).result()
 
 
 def test_a_function_within_its_limit_is_left_alone():

@@ -1,16 +1,17 @@
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.algorithm.loss import BatchCounts, grpo_loss
+from grpo.algorithm.loss import BatchCounts, LossOutput, grpo_loss
 from grpo.algorithm.step import Batch, accumulate_gradient, all_logps, apply_gradient, learning_rate
 from grpo.engine.batch import CompletionBatch, PromptBatch
 from grpo.engine.linear import use_onednn
-from grpo.engine.packed import try_packing
+from grpo.engine.packed import packs, try_packing
 from grpo.tiny import MODEL_DIR
 from tests.oracles import completion_logps_unshared
 from tests.runs import processes
@@ -57,6 +58,56 @@ def test_cutting_the_batch_does_not_change_the_gradient(model, batch, token_budg
     metrics, gradient = gradient_of(model, batch, token_budget)
     assert (gradient - whole).norm() / whole.norm() < 1e-5
     assert metrics == pytest.approx(whole_metrics, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("taught", "passes"), [((4, 8), [False, True]), ((0, 4), [True, False]), ((0, 0), [False, True])]
+)
+def test_without_kl_a_group_of_equal_rewards_costs_no_backward_pass_and_changes_nothing(model, batch, taught, passes):
+    advantages = torch.zeros(8)
+    advantages[slice(*taught)] = batch.advantages[slice(*taught)]
+    batch = replace(batch, advantages=advantages, ref_logps=None)
+    budget = 30 if packs(model) else 50  # a part for each group
+    parts = batch.micro_batches(budget, packs(model))
+    assert [sorted(rows.tolist()) for rows in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    counts = BatchCounts(8, int(batch.completions.mask.sum()))
+    model.zero_grad()
+    entropy = 0.0
+    for rows in parts:
+        part = batch.part(rows)
+        found = part.logps(model, 1.0)
+        entropy += float(found.entropy.sum())
+        args = part.old_logps, None, part.advantages, part.completions.mask, counts
+        grpo_loss(found.logps, *args, beta=0.0, epsilon=0.1).loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    read = []
+
+    def objective(logps, *args):
+        read.append(not logps.is_leaf)
+        return grpo_loss(logps, *args, beta=0.0, epsilon=0.1)
+
+    model.zero_grad()
+    metrics, _ = accumulate_gradient(model, objective, batch, temperature=1.0, token_budget=budget)
+    assert read == passes
+    assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters()]), expected)
+    assert metrics["entropy"] * counts.tokens == pytest.approx(entropy)
+
+
+def test_an_objective_with_more_to_it_than_advantages_gets_its_gradient(model, batch):
+    batch = replace(batch, advantages=torch.zeros(8), ref_logps=None)
+
+    def objective(logps, old_logps, ref_logps, advantages, mask, counts):
+        return LossOutput((logps * mask).sum() / counts.tokens, {})
+
+    gradients = []
+    for budget in (WHOLE, 30):
+        model.zero_grad()
+        accumulate_gradient(model, objective, batch, temperature=1.0, token_budget=budget)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    whole, split = gradients
+    assert whole.norm() > 0
+    assert (split - whole).norm() / whole.norm() < 1e-5
 
 
 def test_completions_of_like_length_are_together_and_a_prompt_is_not_read_more_often_than_needed(batch):

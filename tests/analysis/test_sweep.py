@@ -85,6 +85,19 @@ def test_the_effect_of_a_key_is_the_mean_over_pairs_that_are_equal_in_all_else(b
     assert [effect.verdict for effect in sweep.effects(in_reward=True)] == ["no difference shown", "higher"]
 
 
+def test_a_problem_without_a_grade_counts_for_nobody(tmp_path):
+    right = {"0": [True, False, True, True], "0.1": [False, False, True, True]}
+    folder = make_sweep(tmp_path / "s", {"grpo.beta": ["0", "0.1"]}, lambda values: right[values["grpo.beta"]])
+    file = folder / "0_job" / "eval" / "after.json"
+    made = json.loads(file.read_text())
+    made["problems"][0]["correct"] = None
+    file.write_text(json.dumps(made | {"n": 3, "accuracy": 2 / 3}))
+    sweep = Sweep(folder)
+    (effect,) = sweep.effects()
+    assert (effect.difference.mean, effect.difference.problems) == (0.0, 3)
+    assert [arm.outcome.mean for arm in sweep.arms] == [2 / 3, 0.5]
+
+
 def test_equal_arms_are_called_equal_and_the_better_ones_better(better_rate):
     text = headline(Sweep(better_rate))
     assert text.startswith("Best: grpo.beta=0 optimizer.lr=5e-6 with ")

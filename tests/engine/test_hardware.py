@@ -7,20 +7,27 @@ import yaml
 from grpo.compose import compose_config
 from grpo.config import CONF_DIR, ConfigError
 from grpo.engine import hardware
-from grpo.engine.hardware import hardware_found, preset_overrides, resolve_hardware, use_hardware
+from grpo.engine.hardware import device_of, hardware_found, preset_overrides, resolve_hardware, use_hardware
 from grpo.overrides import Overrides
+from grpo.plan import _available, resolved
+from grpo.run.environment import environment
 
 
 @pytest.fixture
 def card(monkeypatch):
-    """Let torch say that there is a CUDA card: `card(gigabytes, bfloat16=True)`."""
+    """Let torch say that there are two CUDA cards: `card(gigabytes, bfloat16=True)`, the second from `second`."""
 
-    def pretend(gigabytes, bfloat16=True):
-        properties = type("Card", (), {"total_memory": int(gigabytes * 1e9), "name": "NVIDIA Something"})
+    def pretend(gigabytes, second=None, bfloat16=True):
+        def properties(device):
+            number = torch.device(device).index or 0
+            memory = second if number == 1 and second is not None else gigabytes
+            numbers = {"total_memory": int(memory * 1e9), "major": 8 if bfloat16 else 7}
+            return type("Card", (), {**numbers, "name": "NVIDIA Something" + number * " Else"})
+
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: properties(device).name)
 
     return pretend
 
@@ -43,10 +50,20 @@ def found(*overrides):
     ],
 )
 def test_a_card_gets_the_preset_of_its_memory_in_the_arithmetic_that_it_has(card, gigabytes, bfloat16, expected):
-    card(gigabytes, bfloat16)
+    card(gigabytes, bfloat16=bfloat16)
     assert preset_overrides("cuda") == expected
     cfg = found()
     assert cfg.hardware.compute_dtype == ("bfloat16" if bfloat16 and gigabytes > 20 else "float16")
+
+
+def test_the_card_that_is_asked_for_by_its_number_is_the_one_that_counts(card):
+    card(8, 85.1)
+    cfg = found("model.device_map=cuda:1")
+    assert cfg.hardware.rollout_tokens == compose_config(["hardware=a100_80gb"]).hardware.rollout_tokens
+    config = resolved(cfg)
+    assert device_of(config) == torch.device("cuda:1")
+    assert _available(config) == 85.1e9
+    assert environment(device_of(config))["gpu"] == "NVIDIA Something Else"
 
 
 def test_auto_is_the_preset_found_with_all_that_it_chooses_and_what_is_set_by_hand_stays(card):

@@ -60,4 +60,13 @@ def test_a_real_lack_of_memory_is_recognised():
     assert out_of_memory(raised.value)
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"))
+    for library, call in (
+        ("CUBLAS", "cublasSgemm( handle )"),
+        ("CUDNN", "cudnnCreate(&h)"),
+        ("CUSOLVER", "x( handle )"),
+    ):
+        assert out_of_memory(RuntimeError(f"CUDA error: {library}_STATUS_ALLOC_FAILED when calling `{call}`"))
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"))
+    assert out_of_memory(RuntimeError("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"))
+    assert not out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"))
     assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

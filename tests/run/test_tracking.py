@@ -149,7 +149,7 @@ def test_two_runs_in_one_process_are_separate(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(ValueError("boom"), 1), (KeyboardInterrupt(), 130), (SystemExit(143), 143), (SystemExit(0), 0)]
+    ("error", "code"), [(ValueError("boom"), 1), (KeyboardInterrupt(), 130), (SystemExit(143), 143), (SystemExit(0), 1)]
 )
 def test_crash_marks_the_run_and_propagates(run_dir, error, code):
     with pytest.raises(type(error)) as caught, tracking(config(), run_dir, resumed=False) as tracker:
