@@ -46,7 +46,7 @@ from grpo.run.checkpoint import TrainerState
 from grpo.run.console import StepDisplay
 from grpo.run.environment import environment
 from grpo.run.saver import Saver
-from grpo.run.session import Run
+from grpo.run.session import Run, disk_errors_are_warnings
 from grpo.run.tracking import Tracker, tracking
 from grpo.setup import Setup, compute_dtype, prepare, score_completions
 
