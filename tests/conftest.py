@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import SETTINGS
-from tests.runs import launch as warm_launch
+from tests.launches import SETTINGS
+from tests.launches import launch as warm_launch
+from tests.tiny_model import fast_model, model, plain_model, prompts, tokenizer  # noqa: F401  fixtures
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["GRPO_OUTPUTS"] = "outputs"  # below the working directory of each launch
@@ -72,7 +73,7 @@ def finished_run(finished_launch):
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory):
-    """The run of `tests.runs.SETTINGS` that nothing stops. Only to be read."""
+    """The run of `tests.launches.SETTINGS` that nothing stops. Only to be read."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     result = warm_launch(*SETTINGS, f"run_dir={run_dir}", cwd=run_dir.parent)
     assert result.returncode == 0, result.stderr

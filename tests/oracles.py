@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.engine.batch import CompletionBatch, PromptBatch, positions
-from grpo.engine.logps import TokenLogps
+from grpo.batch import CompletionBatch, PromptBatch, positions
+from grpo.model.logps import TokenLogps
 
 
 def completion_logps_unshared(

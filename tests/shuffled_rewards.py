@@ -2,7 +2,7 @@
 
 import random
 
-from grpo.algorithm import math_xml
+from grpo.rewards import math_xml
 
 
 def correctness(prompts, completions, **columns):

@@ -13,16 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo.config import typed
-from grpo.migrations import load_frozen
-from grpo.run.checkpoint import broken, latest_checkpoint, load_state
-from grpo.run.session import STOP_SIGNALS, StopSignals
-from grpo.setup import prepare
+from grpo.config.migrations import load_frozen
+from grpo.config.schema import typed
+from grpo.launch.session import STOP_SIGNALS, StopSignals
+from grpo.runs.checkpoint import broken, latest_checkpoint, load_state
 from grpo.tiny import MODEL_DIR
-from grpo.trainer import Trainer
-from tests.runs import NO_FAULT, SETTINGS, STEPS, assert_same_run, grpo, launch, rows, start, status, wait_for_step
+from grpo.training.experiment import prepare
+from grpo.training.trainer import Trainer
+from tests.launches import NO_FAULT, SETTINGS, STEPS, assert_same_run, grpo, launch, rows, start, status, wait_for_step
 
 QUICK = [*SETTINGS, "grpo.num_iterations=1", "grpo.mu=1"]
+TRAINER = "grpo.training.trainer"
 
 
 def go_on(run_dir, *arguments, **options):
@@ -39,14 +40,14 @@ def checkpoint_steps(run_dir):
 @pytest.mark.parametrize(
     ("place", "call", "arguments"),
     [
-        pytest.param("grpo.trainer.problems_of_step", "1", [], id="before the first step"),
-        pytest.param("grpo.trainer.Trainer.record", "1", [], id="before the first step is written down"),
-        pytest.param("grpo.trainer.apply_gradient", "6", [], id="between the updates of a batch"),
-        pytest.param("grpo.trainer.problems_of_step", "6", ["checkpoint.every=5"], id="in the middle of an epoch"),
-        pytest.param("grpo.trainer.problems_of_step", "7", ["checkpoint.every=3"], id="at the end of an epoch"),
-        pytest.param("grpo.trainer.problems_of_step", "5", [], id="at the end of an iteration"),
-        pytest.param("grpo.trainer.problems_of_step", "8", ["checkpoint.every=7"], id="before the last step"),
-        pytest.param("grpo.run.folder.RunFolder.save_final_model", "1", [], id="after the last step"),
+        pytest.param(f"{TRAINER}.problems_of_step", "1", [], id="before the first step"),
+        pytest.param(f"{TRAINER}.Trainer.record", "1", [], id="before the first step is written down"),
+        pytest.param(f"{TRAINER}.apply_gradient", "6", [], id="between the updates of a batch"),
+        pytest.param(f"{TRAINER}.problems_of_step", "6", ["checkpoint.every=5"], id="in the middle of an epoch"),
+        pytest.param(f"{TRAINER}.problems_of_step", "7", ["checkpoint.every=3"], id="at the end of an epoch"),
+        pytest.param(f"{TRAINER}.problems_of_step", "5", [], id="at the end of an iteration"),
+        pytest.param(f"{TRAINER}.problems_of_step", "8", ["checkpoint.every=7"], id="before the last step"),
+        pytest.param("grpo.runs.folder.RunFolder.save_final_model", "1", [], id="after the last step"),
         pytest.param("grpo.analysis.charts.write_summary", "1", [], id="while the charts are drawn"),
     ],
 )
@@ -101,7 +102,7 @@ def test_killed_at_random_moments_in_a_long_row_is_bitwise_equal(tmp_path, strai
 @pytest.mark.parametrize("damage", ["truncated", "bit-flipped", "missing"])
 def test_a_damaged_checkpoint_is_passed_over_and_the_outcome_is_the_same(tmp_path, straight, damage):
     run_dir = tmp_path / "run"
-    fault = ("grpo.trainer.problems_of_step", "6", "kill")
+    fault = (f"{TRAINER}.problems_of_step", "6", "kill")
     start(run_dir, "checkpoint.every=1", "checkpoint.keep_last=3", fault=fault).wait()
     file = run_dir / "checkpoints" / "step_000005" / "optimizer.safetensors"
     if damage == "truncated":
@@ -121,7 +122,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_outcome_is_the_same(tmp_pat
 
 def test_without_an_intact_checkpoint_the_run_ends_and_nothing_is_deleted(tmp_path):
     run_dir = tmp_path / "run"
-    start(run_dir, fault=("grpo.trainer.problems_of_step", "4", "kill")).wait()
+    start(run_dir, fault=(f"{TRAINER}.problems_of_step", "4", "kill")).wait()
     os.truncate(run_dir / "checkpoints" / "step_000002" / "model.safetensors", 10)
     before = sorted(run_dir.joinpath("checkpoints").rglob("*"))
     resumed = go_on(run_dir)
@@ -133,7 +134,7 @@ def test_without_an_intact_checkpoint_the_run_ends_and_nothing_is_deleted(tmp_pa
 
 def test_a_run_whose_checkpoints_are_gone_is_not_started_again(tmp_path):
     run_dir = tmp_path / "run"
-    start(run_dir, fault=("grpo.trainer.problems_of_step", "4", "kill")).wait()
+    start(run_dir, fault=(f"{TRAINER}.problems_of_step", "4", "kill")).wait()
     (run_dir / "checkpoints").rename(run_dir / "moved")
     refused = go_on(run_dir)
     assert refused.returncode == 2
@@ -263,11 +264,11 @@ def test_a_status_that_cannot_be_written_does_not_end_training(tmp_path):
 @pytest.mark.parametrize(
     ("place", "call", "name", "code"),
     [
-        ("grpo.engine.rollout._choose", "60", "term", 143),
-        ("grpo.algorithm.step.completion_logps", "8", "int", 130),
+        ("grpo.rollout.native._choose", "60", "term", 143),
+        ("grpo.training.update.completion_logps", "8", "int", 130),
         ("torch.Tensor.backward", "5", "term", 143),
         ("torch.Tensor.backward", "6", "usr1", 138),
-        ("grpo.run.saver.write_checkpoint", "1", "int", 130),
+        ("grpo.runs.saver.write_checkpoint", "1", "int", 130),
     ],
     ids=["in sampling", "in the reference pass", "in backward", "in the second update", "in a save"],
 )
@@ -289,11 +290,11 @@ def test_a_signal_saves_the_step_and_resume_is_bitwise_equal(tmp_path, straight,
 def test_a_step_that_would_take_long_is_dropped(tmp_path, straight):
     # How long a step takes is not known in the first one, so that it counts as long.
     run_dir = tmp_path / "run"
-    stopped = start(run_dir, fault=("grpo.engine.rollout._choose", "5x", "term")).wait()
+    stopped = start(run_dir, fault=("grpo.rollout.native._choose", "5x", "term")).wait()
     assert stopped.returncode == 143
     assert rows(run_dir) == []
     assert checkpoint_steps(run_dir) == []
-    start(run_dir, "resume=true", fault=("grpo.trainer.problems_of_step", "4x", "term")).wait()
+    start(run_dir, "resume=true", fault=(f"{TRAINER}.problems_of_step", "4x", "term")).wait()
     assert checkpoint_steps(run_dir) == [4]
     again = go_on(run_dir, fault=("torch.Tensor.backward", "1x", "term"))
     assert again.returncode == 143
@@ -305,7 +306,7 @@ def test_a_step_that_would_take_long_is_dropped(tmp_path, straight):
 def test_a_step_whose_policy_has_moved_is_never_saved_half(tmp_path, straight):
     run_dir = tmp_path / "run"
     # The second gradient of the first step: the policy has moved once, so the step is finished before it is saved.
-    stopped = start(run_dir, fault=("grpo.trainer.accumulate_gradient", "2x", "term")).wait()
+    stopped = start(run_dir, fault=(f"{TRAINER}.accumulate_gradient", "2x", "term")).wait()
     assert stopped.returncode == 143
     assert [row["step"] for row in rows(run_dir)] == [1]
     assert checkpoint_steps(run_dir) == [1]
@@ -316,7 +317,7 @@ def test_a_step_whose_policy_has_moved_is_never_saved_half(tmp_path, straight):
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_stop_waits_for_the_checkpoint_that_is_written_beside_training(tmp_path, straight, signals):
     run_dir = tmp_path / "run"
-    fault = ("grpo.run.saver.write_checkpoint", "1x", "sleep:3")
+    fault = ("grpo.runs.saver.write_checkpoint", "1x", "sleep:3")
     process = start(run_dir, "checkpoint.overlap=true", "checkpoint.every=3", "resume=auto", fault=fault)
     wait_for_step(run_dir, 3)
     for _ in range(signals):
@@ -381,7 +382,7 @@ def test_an_evaluation_that_is_stopped_is_made_again(tmp_path):
     settings = [*QUICK, "eval.every=2", "grpo.num_steps=4", "eval.max_problems=4"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert launch(*settings, f"run_dir={whole}", cwd=tmp_path).returncode == 0
-    fault = ("grpo.evaluation.score_completions", "2x", "term")
+    fault = ("grpo.training.evaluation.score_completions", "2x", "term")
     assert launch(*settings, f"run_dir={stopped}", cwd=tmp_path, fault=fault).returncode == 143
     assert sorted(path.name for path in (stopped / "eval").iterdir()) == ["step_000002.json"]
     assert checkpoint_steps(stopped) == [4]
@@ -396,7 +397,7 @@ def test_the_same_command_in_a_loop_with_resume_auto_ends(tmp_path, straight):
     run_dir = tmp_path / "run"
     codes = []
     for call in ("2x", "2x", "2x", "99x"):
-        fault = ("grpo.trainer.problems_of_step", call, "usr1")
+        fault = (f"{TRAINER}.problems_of_step", call, "usr1")
         codes.append(start(run_dir, "resume=auto", fault=fault).wait().returncode)
     assert codes == [138, 138, 138, 0]
     again = start(run_dir, "resume=auto").wait()
@@ -422,9 +423,9 @@ def cut_run(tmp_path_factory):
 @pytest.mark.parametrize(
     ("place", "call", "part"),
     [
-        ("grpo.engine.rollout._decode", "1x", "rollout"),
-        ("grpo.trainer.all_logps", "1x", "reference"),
-        ("grpo.trainer.accumulate_gradient", "1x", "update"),
+        ("grpo.rollout.native._decode", "1x", "rollout"),
+        (f"{TRAINER}.all_logps", "1x", "reference"),
+        (f"{TRAINER}.accumulate_gradient", "1x", "update"),
         ("torch.Tensor.backward", "2x", "update"),
     ],
     ids=["in sampling", "in the reference pass", "in forward", "in backward"],
@@ -450,7 +451,7 @@ def test_out_of_memory_halves_the_tokens_and_the_size_is_remembered(tmp_path, cu
     more = ["resume=true", f"run_dir={run_dir}", "grpo.lr_schedule=linear", "grpo.num_steps=3"]
     (run_dir / "status.json").write_text(json.dumps(status(run_dir) | {"state": "interrupted"}))
     shutil.rmtree(run_dir / "checkpoints" / "step_000003")
-    never_again = ("grpo.engine.memory.Cut._halve", "1", "kill")
+    never_again = ("grpo.model.oom.Cut._halve", "1", "kill")
     assert part_tokens(run_dir, part) == budget // 2
     assert launch(*more, cwd=tmp_path, fault=never_again).returncode == 0
     assert load_state(run_dir / "checkpoints" / "step_000003").reduced == {part: {"from": budget, "to": budget // 2}}
@@ -461,7 +462,7 @@ def test_out_of_memory_while_a_gradient_is_handed_to_its_master_adds_nothing_twi
     settings = [*QUICK, "grpo.num_steps=1", "hardware.compute_dtype=bfloat16", "optimizer.lr=1.0", "checkpoint.every=0"]
     settings += ["optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~optimizer.fused", "grpo.warmup_steps=0"]
     weights = [load_file(MODEL_DIR / "model.safetensors")]
-    for name, fault in (("straight", NO_FAULT), ("failing", ("grpo.engine.model._hand_on", "7x", "memory"))):
+    for name, fault in (("straight", NO_FAULT), ("failing", ("grpo.model.loading._hand_on", "7x", "memory"))):
         run_dir = tmp_path / name
         done = launch(*settings, f"run_dir={run_dir}", cwd=tmp_path, fault=fault)
         assert done.returncode == 0, done.stderr
@@ -481,7 +482,7 @@ def part_tokens(run_dir, part):
 
 
 def test_out_of_memory_with_one_completion_says_what_to_lower(tmp_path):
-    fault = ("grpo.trainer.accumulate_gradient", "1", "memory")
+    fault = (f"{TRAINER}.accumulate_gradient", "1", "memory")
     failed = launch(*QUICK, "hardware.micro_batch_tokens=150", f"run_dir={tmp_path / 'run'}", cwd=tmp_path, fault=fault)
     assert failed.returncode == 1
     last = failed.stderr.splitlines()[-1]
@@ -533,7 +534,7 @@ def test_after_too_many_in_a_row_the_run_fails_and_the_checkpoint_is_sound(tmp_p
 
 def test_a_second_process_on_a_run_folder_is_refused(tmp_path, straight):
     run_dir = tmp_path / "run"
-    first = start(run_dir, fault=("grpo.trainer.problems_of_step", "2x", "sleep:60"))
+    first = start(run_dir, fault=(f"{TRAINER}.problems_of_step", "2x", "sleep:60"))
     wait_for_step(run_dir, 1)
     second = go_on(run_dir)
     assert second.returncode == 2
@@ -627,7 +628,7 @@ def test_a_failed_job_of_a_sweep_leaves_nothing_behind_and_is_tried_again(my_rew
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     command = ["-m", *QUICK, "hydra/launcher=basic", "grpo.num_steps=3", "grpo.beta=0.01,0.04", "checkpoint.every=1"]
     assert launch(*command, "sweep_dir=whole", cwd=tmp_path).returncode == 0
-    fault = ("grpo.trainer.problems_of_step", "5", "kill")  # the second step of the second job
+    fault = (f"{TRAINER}.problems_of_step", "5", "kill")  # the second step of the second job
     assert launch(*command, "sweep_dir=sweep", cwd=tmp_path, fault=fault).returncode == -9
     again = launch(*command, "sweep_dir=sweep", "resume=true", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -717,7 +718,7 @@ def test_resuming_needs_no_more_memory_than_training_did(tmp_path):
     run_dir = tmp_path / "run"
     assert launch(*settings, f"run_dir={run_dir}", cwd=tmp_path).returncode == 0
     stopped = tmp_path / "stopped"
-    fault = ("grpo.trainer.problems_of_step", "3", "kill")
+    fault = (f"{TRAINER}.problems_of_step", "3", "kill")
     assert launch(*settings, f"run_dir={stopped}", cwd=tmp_path, fault=fault).returncode == -9
     assert go_on(stopped).returncode == 0
     assert peaks(stopped)[2] < 1.02 * peaks(run_dir)[2]

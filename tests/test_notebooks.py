@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.runs import launch
+from tests.launches import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "grpo.batch_size=4 grpo.num_generations=4 eval.max_problems=8 tracking=disabled"
@@ -90,7 +90,7 @@ def test_the_notebook_of_a_sweep_shows_the_newest_one(tmp_path, monkeypatch):
 
 
 def test_what_the_notebook_asks_for_by_default_composes_to_qwen_with_lora():
-    from grpo.compose import compose_config
+    from grpo.config.compose import compose_config
 
     notebook = nbformat.read(ROOT / "notebooks" / "colab.ipynb", as_version=4)
     values = {}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.engine.noise import random_bits
+from grpo.counter_rng import random_bits
 
 CHUNK = 2**22  # values worked on at once: some ten float32 copies of them exist for a moment
 NOT_FOR_MUON = ("embed", "lm_head", "wte", "wpe")  # in the names of embeddings and output heads

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from grpo.run.folder import RunFolder
+from grpo.runs.folder import RunFolder
 
 METRICS_FILE = Path("metrics", "metrics.jsonl")
 

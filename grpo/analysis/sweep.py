@@ -17,11 +17,11 @@ from grpo.analysis.load import (
     read_config,
 )
 from grpo.analysis.summary import wilson_interval
-from grpo.config import LAUNCH
-from grpo.overrides import Overrides
-from grpo.run.folder import RunFolder
-from grpo.run.halving import SEED, Record
-from grpo.run.sweep import SweepFolder, short
+from grpo.config.overrides import Overrides
+from grpo.config.schema import LAUNCH
+from grpo.runs.folder import RunFolder
+from grpo.runs.halving_state import SEED, Record
+from grpo.runs.sweep_folder import SweepFolder, short
 
 
 @dataclass(frozen=True)

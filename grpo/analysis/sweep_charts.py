@@ -8,7 +8,7 @@ from matplotlib.ticker import PercentFormatter
 
 from grpo.analysis.load import finite_values
 from grpo.analysis.sweep import Arm, Sweep
-from grpo.run.sweep import short
+from grpo.runs.sweep_folder import short
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4fa3", "#767676")
 MOST_ARMS = len(COLORS)  # whose curves can be told apart

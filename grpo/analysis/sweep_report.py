@@ -10,9 +10,9 @@ import pandas as pd
 from grpo.analysis import sweep_charts
 from grpo.analysis.page import embedded, render
 from grpo.analysis.sweep import Sweep, verdict
-from grpo.run.folder import write_whole
-from grpo.run.halving import SEED, Record
-from grpo.run.sweep import short
+from grpo.runs.folder import write_whole
+from grpo.runs.halving_state import SEED, Record
+from grpo.runs.sweep_folder import short
 
 FEW_SEEDS = 3
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from grpo.compose import apply_overrides, compose_config
-from grpo.config import Config, ConfigError, escape, typed
-from grpo.overrides import Overrides
-from grpo.run.folder import RunFolder, check_links
-from grpo.targets import check_trusted
+from grpo.config.compose import apply_overrides, compose_config
+from grpo.config.instantiate import check_trusted
+from grpo.config.overrides import Overrides
+from grpo.config.schema import Config, ConfigError, escape, typed
+from grpo.runs.folder import RunFolder, check_links
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def find_subject(arguments: Sequence[str]) -> Subject:
     """
     folder = run_folder_of(arguments)
     overrides = Overrides(own_arguments(arguments, ["run_dir"])[1])
-    from grpo.engine.hardware import hardware_found  # imports torch
+    from grpo.model.hardware import hardware_found  # imports torch
 
     composed = hardware_found(compose_config(overrides.lines), overrides, compose_config)
     if folder is None:
@@ -80,7 +80,7 @@ def find_subject(arguments: Sequence[str]) -> Subject:
         else:
             changed.model.lora.init_from = escape(str(folder.final_model))
         return Subject(resolved(changed), folder, None, folder.status().get("step", 0))
-    from grpo.run.checkpoint import latest_checkpoint, load_state  # imports torch
+    from grpo.runs.checkpoint import latest_checkpoint, load_state  # imports torch
 
     weights = latest_checkpoint(folder.checkpoints)
     if weights is None:
@@ -90,7 +90,7 @@ def find_subject(arguments: Sequence[str]) -> Subject:
 
 def resolved(cfg: DictConfig) -> Config:
     """The config as dataclasses, with what its hardware leaves open filled in and the device checked."""
-    from grpo.engine.hardware import resolve_hardware  # imports torch
+    from grpo.model.hardware import resolve_hardware  # imports torch
 
     resolve_hardware(cfg)
     return typed(cfg)
@@ -98,8 +98,8 @@ def resolved(cfg: DictConfig) -> Config:
 
 def load_subject(subject: Subject, with_problems: bool = True):
     """The parts of the config and the model: (Setup, PreTrainedModel)."""
-    from grpo.run.checkpoint import load_weights
-    from grpo.setup import prepare
+    from grpo.runs.checkpoint import load_weights
+    from grpo.training.experiment import prepare
 
     setup = prepare(subject.config, with_problems)
     model = setup.for_sampling(setup.load_policy())

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from grpo.commands._common import find_subject, load_subject, own_arguments
-from grpo.overrides import Overrides
+from grpo.config.overrides import Overrides
 
 
 def main(arguments: list[str]) -> None:

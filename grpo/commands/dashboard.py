@@ -11,10 +11,10 @@ from typing import Any
 
 from grpo.analysis.load import read_config
 from grpo.commands._common import own_arguments, run_folder_of
-from grpo.config import ConfigError, flatten
-from grpo.overrides import Overrides
-from grpo.run.halving import SEED
-from grpo.run.sweep import SweepFolder
+from grpo.config.overrides import Overrides
+from grpo.config.schema import ConfigError, flatten
+from grpo.runs.halving_state import SEED
+from grpo.runs.sweep_folder import SweepFolder
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ python -m grpo download model=qwen2_5_0_5b_instruct      any other config; HF_HO
 from pathlib import Path
 
 from grpo.commands._common import own_arguments
-from grpo.compose import compose_config
-from grpo.config import ConfigError, typed
+from grpo.config.compose import compose_config
+from grpo.config.schema import ConfigError, typed
 
 
 def main(arguments: list[str]) -> None:
@@ -17,8 +17,8 @@ def main(arguments: list[str]) -> None:
     if own:
         raise ConfigError("download works on a config, not on a run folder: leave run_dir out")
     config = typed(compose_config(overrides))
-    from grpo.engine.model import EMBEDDED_MODELS, RANDOM_MODELS, model_not_found
-    from grpo.targets import bind
+    from grpo.config.instantiate import bind
+    from grpo.model.loading import EMBEDDED_MODELS, RANDOM_MODELS, model_not_found
 
     if config.model.name in EMBEDDED_MODELS | RANDOM_MODELS or Path(config.model.name).is_dir():
         print(f"model: {config.model.name} is here already")
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
             print(f"model: {snapshot_download(config.model.name, allow_patterns=MODEL_FILES)}")
         except Exception as error:  # the hub, the network, the cache: each has exceptions of its own
             raise model_not_found(config.model.name, error) from error
-    from grpo.setup import DATA_KEYS
+    from grpo.training.experiment import DATA_KEYS
 
     problems = bind("data", config.data, without=DATA_KEYS)()
     print(f"data: {len(problems.train)} problems to train on, {len(problems.test)} held out")

@@ -10,14 +10,14 @@ from datetime import datetime
 from rich.console import Console
 
 from grpo.commands._common import find_subject, load_subject
-from grpo.run.console import closing_table
+from grpo.runs.console import closing_table
 
 
 def main(arguments: list[str]) -> None:
     """Evaluate and print a table."""
     subject = find_subject(arguments)
     setup, model = load_subject(subject)
-    from grpo.evaluation import evaluate  # imports torch
+    from grpo.training.evaluation import evaluate  # imports torch
 
     result = {"model": subject.model, **evaluate(model, setup, setup.cut(), subject.step)}
     console = Console()

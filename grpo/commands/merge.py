@@ -8,8 +8,8 @@ Small changes of a weight are lost in bfloat16; in float32, the default, the mod
 from pathlib import Path
 
 from grpo.commands._common import find_subject, own_arguments
-from grpo.config import ConfigError
-from grpo.run.folder import discard, move_whole
+from grpo.config.schema import ConfigError
+from grpo.runs.folder import discard, move_whole
 
 
 def main(arguments: list[str]) -> None:
@@ -25,8 +25,8 @@ def main(arguments: list[str]) -> None:
     import torch
     from peft import PeftModel
 
-    from grpo.engine.lora import check_adapter
-    from grpo.engine.model import load_model, load_tokenizer
+    from grpo.model.loading import load_model, load_tokenizer
+    from grpo.model.lora import check_adapter
 
     check_adapter(model.lora)
     target = Path(own["output_dir"]) if "output_dir" in own else subject.folder.path / "merged_model"

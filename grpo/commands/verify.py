@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from grpo.commands._common import own_arguments, resolved, run_folder_of
-from grpo.compose import apply_overrides, compose_config
-from grpo.config import ConfigError
-from grpo.overrides import Overrides
-from grpo.run.folder import RunFolder, step_of
-from grpo.run.session import Exit
-from grpo.targets import check_trusted
+from grpo.config.compose import apply_overrides, compose_config
+from grpo.config.instantiate import check_trusted
+from grpo.config.overrides import Overrides
+from grpo.config.schema import ConfigError
+from grpo.launch.session import Exit
+from grpo.runs.folder import RunFolder, step_of
 
 NOT_COMPARED = ("step_time", "timing_s/", "perf/")  # times and memory: what a machine does, not what is computed
 
@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     folder = run_folder_of(arguments)
     if folder is None:
         raise ConfigError("verify needs a run folder: python -m grpo verify run_dir=outputs/...")
-    from grpo.engine.hardware import hardware_found  # imports torch
+    from grpo.model.hardware import hardware_found  # imports torch
 
     composed = hardware_found(compose_config(overrides.lines), overrides, compose_config)
     config = apply_overrides(folder.frozen_config(), composed, overrides)
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
 
 def check_manifests(folder: RunFolder) -> int:
     """Check every checkpoint against its manifest; prints what is damaged and returns how many are."""
-    from grpo.run.checkpoint import broken, step_folders
+    from grpo.runs.checkpoint import broken, step_folders
 
     others = [*folder.checkpoints.glob("reference_*"), folder.checkpoints / "best"]
     checked = [*step_folders(folder.checkpoints), *(p for p in others if p.is_dir() and not p.suffix)]
@@ -64,7 +64,7 @@ def check_manifests(folder: RunFolder) -> int:
 
 def span(folder: RunFolder, step: str | None) -> tuple[int, int]:
     """The steps to replay: after the first number (a checkpoint, or 0 for the start), up to the second."""
-    from grpo.run.checkpoint import broken, step_folders
+    from grpo.runs.checkpoint import broken, step_folders
 
     steps = [row["step"] for row in folder.metrics()]
     rows = len(steps)
@@ -88,9 +88,9 @@ def _first(folder: RunFolder) -> int:
 
 def replay(folder: RunFolder, config: Any, start: int, end: int) -> tuple[str | None, str]:
     """Make the steps again. Returns the first difference in words, or None, and what was compared beside the rows."""
-    from grpo.run.checkpoint import step_folder
-    from grpo.setup import prepare
-    from grpo.trainer import Trainer
+    from grpo.runs.checkpoint import step_folder
+    from grpo.training.experiment import prepare
+    from grpo.training.trainer import Trainer
 
     trainer = Trainer(prepare(config))
     if start > 0:
@@ -109,7 +109,7 @@ def replay(folder: RunFolder, config: Any, start: int, end: int) -> tuple[str | 
 
 
 def _compare_state(trainer: Any, checkpoint: Path) -> tuple[str | None, str]:
-    from grpo.run.checkpoint import broken, flatten_optimizer, load_state, reference_of, stored_tensors, weights_of
+    from grpo.runs.checkpoint import broken, flatten_optimizer, load_state, reference_of, stored_tensors, weights_of
 
     if not checkpoint.exists() or broken(checkpoint) is not None:
         return None, "; no sound checkpoint of that step is kept, so weights were not compared"
@@ -144,9 +144,9 @@ def _same_bits(one: Any, other: Any) -> bool:
 
 def environment_changes(folder: RunFolder) -> list[str]:
     """What is not as it was when the folder was made: another machine or version may round differently."""
-    from grpo.engine.hardware import device_of  # imports torch
-    from grpo.run.checkpoint import load_state
-    from grpo.run.environment import environment
+    from grpo.model.hardware import device_of  # imports torch
+    from grpo.runs.checkpoint import load_state
+    from grpo.runs.environment import environment
 
     launches, here = folder.launches(), environment(device_of(resolved(folder.frozen_config())))
     made = launches[-1].get("environment", {}) if launches else {}

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo.algorithm.math_xml import gsm8k_answer
-from grpo.config import ConfigError
+from grpo.config.schema import ConfigError
 from grpo.data import arithmetic
+from grpo.rewards.math_xml import gsm8k_answer
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config import ConfigError
+from grpo.config.schema import ConfigError
+from grpo.counter_rng import hash64
 from grpo.data.problems import Problem
-from grpo.engine.noise import hash64
 
 Messages = list[dict[str, str]]
 

@@ -10,12 +10,12 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from grpo.config import ConfigError
-from grpo.overrides import Overrides
-from grpo.run.folder import RunFolder
-from grpo.run.halving import LEAST_STEPS, Record, arms_of, best_arms, choose_ladder
-from grpo.run.sweep_opening import points_of
+from grpo.config.overrides import Overrides
+from grpo.config.schema import ConfigError
+from grpo.runs.folder import RunFolder
+from grpo.runs.halving_state import LEAST_STEPS, Record, arms_of, best_arms, choose_ladder
 from grpo.sweeps.launcher import JobFailed
+from grpo.sweeps.opening import points_of
 
 
 class HalvingSweeper(Sweeper):

@@ -14,8 +14,8 @@ import torch
 from tokenizers import AddedToken
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from grpo.algorithm.math_xml import TAGS, accuracy, correctness, tag_format
 from grpo.data.arithmetic import problems
+from grpo.rewards.math_xml import TAGS, accuracy, correctness, tag_format
 from grpo.tiny import MODEL_DIR
 
 CHAT_TEMPLATE = """\

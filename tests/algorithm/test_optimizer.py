@@ -3,7 +3,7 @@ import torch
 
 from grpo.algorithm import optimizer as module
 from grpo.algorithm.optimizer import MuonWithAdamW, StochasticAdamW, round_stochastically
-from grpo.engine.noise import random_bits
+from grpo.counter_rng import random_bits
 
 CPU = torch.device("cpu")
 

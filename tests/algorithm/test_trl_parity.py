@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo.algorithm.loss import BatchCounts, grpo_loss
-from grpo.engine.batch import CompletionBatch, PromptBatch
-from grpo.engine.logps import completion_logps
+from grpo.batch import CompletionBatch, PromptBatch
+from grpo.model.logps import completion_logps
 from grpo.tiny import MODEL_DIR
 
 BETA, EPSILON, TEMPERATURE = 0.04, 0.1, 0.7

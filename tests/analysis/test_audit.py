@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from grpo.analysis import audit
-from grpo.run.folder import RunFolder
+from grpo.runs.folder import RunFolder
 
 RIGHT = "<reasoning>1+1</reasoning><answer>2</answer>"
 

@@ -5,8 +5,8 @@ import random
 import pytest
 
 from grpo.analysis.doctor import RULES, Doctor, examine
-from tests.run.test_sweep import QUICK
-from tests.runs import launch, rows
+from tests.launches import launch, rows
+from tests.sweeps.test_sweep import QUICK
 
 
 def course(steps=60, **metrics):

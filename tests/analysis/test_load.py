@@ -9,7 +9,7 @@ import pytest
 
 from grpo.analysis import load_runs
 from grpo.analysis.load import load_evaluations, load_metrics
-from grpo.run.folder import RunFolder
+from grpo.runs.folder import RunFolder
 
 
 def write_run(run_dir: Path, rows: list[dict], tail: bytes = b"") -> Path:

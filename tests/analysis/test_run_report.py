@@ -9,7 +9,7 @@ import yaml
 from matplotlib.image import imread
 
 from grpo.analysis.run_report import _spread, content, write_run_report
-from grpo.run.folder import RunFolder
+from grpo.runs.folder import RunFolder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -1,4 +1,4 @@
-"""A sweep's report, from folders such as launches leave; tests/run/test_sweep.py has the launches."""
+"""A sweep's report, from folders such as launches leave; tests/sweeps/test_sweep.py has the launches."""
 
 import itertools
 import json
@@ -13,10 +13,10 @@ import yaml
 
 from grpo.analysis.sweep import Sweep
 from grpo.analysis.sweep_report import headline, warnings, write_sweep_report
-from grpo.compose import compose_config
-from grpo.overrides import Overrides
-from grpo.run.folder import RunFolder
-from grpo.run.sweep import SweepFolder, short
+from grpo.config.compose import compose_config
+from grpo.config.overrides import Overrides
+from grpo.runs.folder import RunFolder
+from grpo.runs.sweep_folder import SweepFolder, short
 
 
 def make_sweep(folder, swept, right, accuracy=True, states=None, fixed=("experiment=quickstart",), grid=True):

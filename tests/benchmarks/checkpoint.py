@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.config import CheckpointConfig
-from grpo.engine.model import model_source
-from grpo.run.checkpoint import TrainerState
-from grpo.run.saver import Saver
+from grpo.config.schema import CheckpointConfig
+from grpo.model.loading import model_source
+from grpo.runs.checkpoint import TrainerState
+from grpo.runs.saver import Saver
 
 ROUNDS = 3
 

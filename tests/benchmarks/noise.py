@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from grpo.engine.cache import extend
-from grpo.engine.model import model_source
-from grpo.engine.noise import gumbel_noise, row_keys
+from grpo.counter_rng import gumbel_noise, row_keys
+from grpo.model.kv_cache import extend
+from grpo.model.loading import model_source
 
 PROMPT_TOKENS, ROUNDS = 80, 15
 

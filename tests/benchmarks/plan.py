@@ -31,8 +31,8 @@ SHAPES = [
 ]
 PLANNED = """
 import json, sys
-from grpo.compose import compose_config
-from grpo.plan import plan, resolved
+from grpo.config.compose import compose_config
+from grpo.planning.plan import plan, resolved
 counted = plan(resolved(compose_config(sys.argv[1:])))
 print(json.dumps([counted.peak / 1e9, counted.seconds]))
 """

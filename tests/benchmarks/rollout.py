@@ -17,11 +17,11 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
-import grpo.engine.rollout as engine
-from grpo.config import ModelConfig
-from grpo.engine.batch import PromptBatch
-from grpo.engine.model import RANDOM_MODELS, load_model, model_source
-from grpo.engine.noise import row_keys
+import grpo.rollout.native as engine
+from grpo.batch import PromptBatch
+from grpo.config.schema import ModelConfig
+from grpo.counter_rng import row_keys
+from grpo.model.loading import RANDOM_MODELS, load_model, model_source
 
 STOP, PAD = 2, 0
 

@@ -20,12 +20,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from grpo.algorithm.loss import grpo_loss
-from grpo.algorithm.step import Batch, accumulate_gradient
-from grpo.engine.batch import CompletionBatch, PromptBatch
-from grpo.engine.hardware import peak_memory_gb
-from grpo.engine.linear import use_onednn
-from grpo.engine.packed import try_packing
-from grpo.engine.rollout import Sampling, rollout
+from grpo.batch import CompletionBatch, PromptBatch
+from grpo.model.hardware import peak_memory_gb
+from grpo.model.linear import use_onednn
+from grpo.model.packed import try_packing
+from grpo.rollout.native import Sampling, rollout
+from grpo.training.update import Batch, accumulate_gradient
 
 BASE = {"group": 8, "tokens": 64, "prompt": 64, "vocabulary": 8192}
 SERIES = {"group": (16, 32, 64), "tokens": (64, 128, 256), "prompt": (64, 128, 256), "vocabulary": (32768, 151936)}

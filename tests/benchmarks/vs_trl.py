@@ -87,9 +87,9 @@ def run_ours(args: argparse.Namespace) -> list[float]:
     import numpy as np
     import torch
 
-    import grpo.engine.rollout as rollout
-    from grpo.engine.noise import row_keys
-    from grpo.trainer import Trainer
+    import grpo.rollout.native as rollout
+    from grpo.counter_rng import row_keys
+    from grpo.training.trainer import Trainer
 
     lengths = forced_lengths(args)
     slots, members = np.divmod(np.arange(args.rows), args.group)
@@ -215,12 +215,12 @@ def describe_work(args: argparse.Namespace, folder: str) -> dict:
     """What TRL is to be given, and the floor of a step: its seconds at the rates measured here."""
     import torch
 
-    from grpo.compose import compose_config
-    from grpo.config import typed
+    from grpo.config.compose import compose_config
+    from grpo.config.schema import typed
     from grpo.data.prompts import messages, problems_of_step, render
-    from grpo.engine import cost
-    from grpo.engine.model import RANDOM_MODELS, load_model, model_source
-    from grpo.setup import prepare
+    from grpo.model.loading import RANDOM_MODELS, load_model, model_source
+    from grpo.planning import estimate as cost
+    from grpo.training.experiment import prepare
 
     config = typed(compose_config(settings(args)))
     setup = prepare(config)

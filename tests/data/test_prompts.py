@@ -2,10 +2,10 @@
 
 import pytest
 
-from grpo.config import ConfigError, ModelConfig
+from grpo.config.schema import ConfigError, ModelConfig
 from grpo.data.problems import Problem
 from grpo.data.prompts import epoch_order, messages, problems_of_step, prompt_lengths, render
-from grpo.engine.model import load_tokenizer
+from grpo.model.loading import load_tokenizer
 
 SUM = Problem("1", "What is 27 + 35?", "62")
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2ForCausalLM
 
-from grpo.algorithm.math_xml import TAGS, extract_answer
 from grpo.data.arithmetic import problems
+from grpo.rewards.math_xml import TAGS, extract_answer
 from grpo.tiny import MODEL_DIR
 from grpo.tiny.train import _batch, build_tokenizer, complete, demonstrate
 

@@ -1,0 +1,143 @@
+"""The Hydra application that launches are: its flags, its search path, and composing as it would compose.
+
+All use of `hydra._internal` by launches stands here. It was written for Hydra 1.3.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hydra
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from grpo.config.schema import CONF_DIR, ConfigError
+
+CONFIG_NAME = "config"
+TASK_NAME = "launch"
+
+
+def check_version() -> None:
+    """Raise ConfigError where the Hydra that is installed is not the one that this was written for."""
+    if not hydra.__version__.startswith("1.3."):
+        raise ConfigError(
+            f"this needs Hydra 1.3, and {hydra.__version__} is installed: pip install 'hydra-core>=1.3,<1.4'"
+        )
+
+
+def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """A command line by Hydra's own parser; overrides may stand before and after the flags."""
+    check_version()
+    flags = get_args_parser().parse_intermixed_args(list(arguments))
+    if flags.experimental_rerun is not None:
+        raise ConfigError(
+            "--experimental-rerun: continue a run with resume=true run_dir=..., or give its command again"
+        )
+    if flags.run and flags.multirun:
+        raise ConfigError("give one of --run and --multirun")
+    return flags
+
+
+def only_shows(flags: argparse.Namespace) -> bool:
+    """Whether the command line asks Hydra for its help, the config or a completion, and for no launch."""
+    asked = (flags.help, flags.hydra_help, flags.cfg, flags.info, flags.shell_completion)
+    return any(each not in (None, False) for each in asked)
+
+
+def show(arguments: Sequence[str], task: Callable[[DictConfig], Any]) -> int:
+    """Let Hydra answer such a command line, and return its exit code."""
+    sys.argv[1:] = arguments  # which Hydra reads
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(task)()
+    except SystemExit as end:  # after --help
+        return int(end.code or 0)
+    return 0
+
+
+class Application:
+    """What `hydra.main` sets up: the config's search path, with --config-dir, --config-path and --config-name."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        hydra.version.setbase("1.3")
+        self.config_name = flags.config_name or CONFIG_NAME
+        path = CONF_DIR if flags.config_path is None else CONF_DIR.parent / flags.config_path
+        search_path = create_config_search_path(str(path))
+        if flags.config_dir is not None:
+            added = os.path.abspath(flags.config_dir)
+            if not os.path.isdir(added):
+                raise ConfigError(f"--config-dir={flags.config_dir}: there is no such folder")
+            search_path.prepend("command-line", f"file://{added}", SearchPathQuery(provider="schema"))
+        GlobalHydra.instance().clear()
+        self._hydra = Hydra.create_main_hydra2(TASK_NAME, search_path)
+
+    def compose(self, overrides: Sequence[str], multirun: bool) -> tuple[DictConfig, bool]:
+        """The config with these overrides, and whether it is one of a sweep: by -m or by hydra.mode.
+
+        Raises what Hydra raises, also for several values of a key where it is not.
+        """
+        cfg = self._hydra.compose_config(
+            self.config_name, list(overrides), RunMode.MULTIRUN, validate_sweep_overrides=False
+        )
+        if multirun and cfg.hydra.mode == RunMode.RUN:
+            raise ConfigError("hydra.mode=RUN and --multirun: leave one of them out")
+        multirun = multirun or cfg.hydra.mode == RunMode.MULTIRUN
+        mode = RunMode.MULTIRUN if multirun else RunMode.RUN
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        self._hydra.config_loader.validate_sweep_overrides_legal(parsed, run_mode=mode, from_shell=True)
+        return cfg, multirun
+
+    def start(self, task: Callable[[DictConfig], Any], overrides: Sequence[str], multirun: bool) -> None:
+        """Let Hydra run the task, once or for each job of a sweep. Raises what it raises."""
+        run = self._hydra.multirun if multirun else self._hydra.run
+        mode = RunMode.MULTIRUN if multirun else RunMode.RUN
+        run(self.config_name, task, [*overrides, f"hydra.mode={mode.name}"])
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """A composed config without Hydra's own part."""
+    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+
+
+def compose_again(hydra_cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Within a launch, its config with other overrides of the experiment.
+
+    hydra_cfg: the `hydra` part of the launch's config, from which it takes the config's name and search path.
+    """
+    own = OmegaConf.to_container(hydra_cfg.overrides.hydra, resolve=False)
+    loader = GlobalHydra.instance().config_loader()
+    cfg = loader.load_configuration(hydra_cfg.job.config_name, [*own, *overrides], run_mode=RunMode.RUN)
+    return without_hydra(cfg)
+
+
+def config_flags(hydra_cfg: DictConfig) -> list[str]:
+    """The flags of a launch that say where its config is."""
+    added = [source.path for source in hydra_cfg.runtime.config_sources if source.provider == "command-line"]
+    flags = [each for path in added for each in ("--config-dir", path)]
+    name = hydra_cfg.job.config_name
+    return [*flags, *(["--config-name", name] if name != CONFIG_NAME else [])]
+
+
+def has_plugin(target: str) -> bool:
+    """Whether a launcher or sweeper that the config names is installed."""
+    return target in Plugins.instance().class_name_to_class
+
+
+def split_into_jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job of a sweep over all combinations of the values, in Hydra's order."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    hydra_app = GlobalHydra.instance()
+    loader = (
+        hydra_app.config_loader() if hydra_app.is_initialized() else None
+    )  # tracking=glob(*) asks it for the choices
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return [job for batch in batches for job in batch]

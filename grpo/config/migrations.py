@@ -1,0 +1,128 @@
+"""config.yaml and trainer_state.json of earlier versions, as this version reads them.
+
+One pure function for each step from a version to the next. A file without a version key is of version 0.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from grpo.config.schema import FACTS, LAUNCH_KEYS, OPTIONAL_GROUPS, FileError, escape, first_line, flatten, read_yaml
+
+VERSION = 1
+Values = dict[str, Any]
+Migration = Callable[[Values], Values]
+
+# Keys that version 0 wrote and that had no effect on a run.
+WITHOUT_EFFECT_0 = {name.partition(".")[0] for name in LAUNCH_KEYS}
+# Keys that folders of version 0 may lack, with the values that they were run with.
+ADDED_WITHIN_0 = {
+    "preflight": False,
+    "grpo.max_skipped_steps": 3,
+    "checkpoint.keep_every": 0,
+    "checkpoint.overlap": False,
+    "rollout.min_new_tokens": 0,
+    "reward.on_error": "fail",
+    "reward.timeout_s": None,
+    "hardware.cuda_graphs": None,
+    "tracking.name": None,
+    "model.lora": None,
+    "parent": None,
+}
+# Where functions stand now that version 0 names elsewhere.
+MOVED_0 = {"grpo.algorithm.math_xml.": "grpo.rewards.math_xml."}
+
+
+def load_frozen(file: Path, complete: bool = True) -> DictConfig:
+    """A run folder's config.yaml, of any version so far. Its values are data: nothing in them is interpolated again.
+
+    complete: whether every key must be there and known, as to train or to load a model; to show it, that is not needed.
+    Raises FileError for a file of a newer version, and for one that is no config.
+    """
+    values = migrate(read_yaml(file, dict), file, CONFIG_STEPS)
+    if complete:
+        _check_keys(flatten(values), file)
+    try:
+        return OmegaConf.create(escape(values))
+    except OmegaConfBaseException as error:  # such as a date
+        raise FileError(f"{file} is not a config: {first_line(error)}") from error
+
+
+def _check_keys(flat: Values, file: Path) -> None:
+    """Raise FileError for a key that the schema does not have, and for one of the schema that is not there."""
+    schema = [key for key, facts in FACTS.items() if not facts.launch_only]
+    absent = tuple(f"{name}." for name in OPTIONAL_GROUPS if flat.get(name, "") is None)
+    for name in flat:
+        known = any(f"{name}.".startswith(f"{key}.") for key in schema) or f"{name}." in absent
+        if not known and not any(key.startswith(f"{name}.") for key in schema):
+            raise FileError(f"{file} has a key that this version does not know, {name}: remove it if it has no effect")
+    for key in schema:
+        if not key.startswith(absent) and not any(f"{name}.".startswith(f"{key}.") for name in flat):
+            raise FileError(f"{file} lacks {key}: add it with the value that the run was started with")
+
+
+def migrate(values: Values, file: Path, steps: tuple[Migration, ...]) -> Values:
+    """A file's content as the present version has it, without its version key. Raises FileError."""
+    values = deepcopy(values)
+    version = values.pop("version", 0)
+    if not isinstance(version, int) or not 0 <= version <= VERSION:
+        raise FileError(
+            f"{file} is of version {version}, and this grpo knows versions up to {VERSION}: install a newer one"
+        )
+    try:
+        for step in steps[version:]:
+            values = step(values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{file} is not as version {version} wrote it ({type(error).__name__}: {error})") from error
+    return values
+
+
+def config_0_to_1(values: Values) -> Values:
+    """Drop what concerned one launch, fill in what was added within version 0, and let the objective follow grpo.*."""
+    values = {name: value for name, value in values.items() if name not in WITHOUT_EFFECT_0}
+    for name, value in ADDED_WITHIN_0.items():
+        _set_default(values, name, value)
+    hardware, objective, grpo = (values.get(group) or {} for group in ("hardware", "objective", "grpo"))
+    if "card" in hardware and hardware["card"] is None:
+        hardware["card"] = dict.fromkeys(("memory_gb", "tflops", "bandwidth_gb_s"))
+    for name in ("beta", "epsilon"):
+        if name in objective and objective[name] == grpo.get(name):
+            objective[name] = None
+    return _with_moved_targets(values)
+
+
+def state_0_to_1(values: Values) -> Values:
+    """Nothing changed but the version."""
+    return values
+
+
+CONFIG_STEPS = (config_0_to_1,)
+STATE_STEPS = (state_0_to_1,)
+
+
+def _set_default(values: Values, name: str, value: Any) -> None:
+    *groups, last = name.split(".")
+    for each in groups:
+        values = values.get(each)
+        if not isinstance(values, dict):
+            return
+    values.setdefault(last, value)
+
+
+def _with_moved_targets(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_with_moved_targets(each) for each in node]
+    if not isinstance(node, dict):
+        return node
+    return {name: _moved(child) if name == "_target_" else _with_moved_targets(child) for name, child in node.items()}
+
+
+def _moved(target: Any) -> Any:
+    for before, now in MOVED_0.items():
+        if isinstance(target, str) and target.startswith(before):
+            return now + target.removeprefix(before)
+    return target

@@ -1,0 +1,123 @@
+"""Forks: a new run that goes on from a checkpoint of another one, with any other settings."""
+
+import os
+import shutil
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from grpo.config.compose import apply_overrides
+from grpo.config.instantiate import check_trusted
+from grpo.config.overrides import Overrides
+from grpo.config.schema import Config, ConfigError, copy_value, escape, kl_weight
+from grpo.launch.freeze import freeze
+from grpo.runs.checkpoint import (
+    MANIFEST,
+    TrainerState,
+    broken,
+    latest_checkpoint,
+    load_state,
+    reference_of,
+    step_folder,
+    step_folders,
+)
+from grpo.runs.folder import RunFolder, read_json, step_of, sync
+
+
+def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
+    """Make `folder` a run that stands where a checkpoint of the run in `cfg.run_dir` stands; returns its config.
+
+    It gets the parent's settings but for what the command line names, the checkpoint, and the metrics and evaluations
+    up to it. `parent` in its config.yaml says where it came from. Raises ConfigError where that cannot be.
+    """
+    parent = RunFolder(cfg.run_dir)
+    source = _checkpoint(parent, cfg.fork_step)
+    state = load_state(source)
+    before = parent.frozen_config()
+    frozen = apply_overrides(before, cfg, overrides)
+    check_trusted(frozen, cfg, parent.path)
+    manifest = read_json(source / MANIFEST)
+    lineage = {
+        "run_dir": str(parent.path),
+        "step": state.step,
+        "parent": OmegaConf.to_container(before, resolve=True)["parent"],
+    }
+    frozen.parent = escape(lineage | {"weights_sha256": manifest["files"]["model.safetensors"]["sha256"]})
+    if cfg.tracking.group is not None:  # such as that of a sweep
+        copy_value(cfg, "tracking.group", frozen)
+        copy_value(cfg, "tracking.tags", frozen)
+    copy_value(cfg, "tracking.name", frozen)
+    config = freeze(frozen)
+    _check_steps(config, state, reference_of(source))
+    if config.optimizer["_target_"] != before.optimizer._target_:
+        raise ConfigError(
+            f"optimizer._target_={config.optimizer['_target_']}: the checkpoint holds the states of "
+            f"{before.optimizer._target_}; keep that, or start a new run with model.name={parent.final_model}"
+        )
+
+    best = parent.checkpoints / "best"
+    has_best = broken(best) is None and load_state(best).step <= state.step
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)  # of a fork that was killed before it was one
+    for part in (source, reference_of(source), best if has_best else None):
+        if part is not None:
+            _link_or_copy(part, folder.checkpoints / part.name)
+    folder.write_metrics(parent.metrics(up_to_step=state.step))
+    for name, result in parent.training_evaluations(state.step).items():
+        folder.write_evaluation(name, result)
+    folder.write_config(config)  # last, since it makes the folder a run
+    folder.update_status(
+        state="running", iteration=state.iteration, step=state.step, best_reward=state.best_reward, error=None
+    )
+    return config
+
+
+def _checkpoint(parent: RunFolder, step: int | None) -> Path:
+    kept = ", ".join(str(step_of(path)) for path in step_folders(parent.checkpoints)) or "none"
+    if step is None:
+        checkpoint = latest_checkpoint(parent.checkpoints)
+        if checkpoint is None:
+            raise ConfigError(f"fork=true: {parent.path} has no checkpoint to start from yet")
+        return checkpoint
+    checkpoint = step_folder(parent.checkpoints, step)
+    if not checkpoint.exists():
+        raise ConfigError(f"fork_step={step}: {parent.path} keeps no checkpoint of that step, but of: {kept}")
+    problem = broken(checkpoint)
+    if problem is not None:
+        raise ConfigError(f"fork_step={step}: {checkpoint} is damaged ({problem}); kept are: {kept}")
+    return checkpoint
+
+
+def _check_steps(config: Config, state: TrainerState, reference: Path | None) -> None:
+    grpo = config.grpo
+    total = grpo.num_iterations * grpo.num_steps
+    if total <= state.step:
+        raise ConfigError(
+            f"the fork would start at step {state.step} of {total}: nothing is left to do; "
+            f"set a larger grpo.num_steps, or an earlier fork_step"
+        )
+    within = state.step % grpo.num_steps != 0
+    if kl_weight(config) > 0 and state.iteration > 1 and within and reference is None:
+        raise ConfigError(
+            f"beta={kl_weight(config):g}: the checkpoint has no reference of its iteration {state.iteration}, since "
+            "beta was 0; take a fork_step at the end of an iteration"
+        )
+    iteration = (state.step - 1) // grpo.num_steps + 1
+    if iteration != state.iteration:
+        raise ConfigError(
+            f"with grpo.num_steps={grpo.num_steps} step {state.step} would be of iteration {iteration}, but the "
+            f"checkpoint is of iteration {state.iteration}, with its reference; keep grpo.num_steps"
+        )
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Checkpoint files are never changed in place, so that two folders can share them."""
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copy2(one, other)
+
+    shutil.copytree(source, target, copy_function=link)
+    for path in [*target.iterdir(), target, target.parent]:
+        sync(path)

@@ -1,0 +1,57 @@
+"""plan=true: what the run, or each job of the sweep, takes in memory, on disk and in time."""
+
+from collections.abc import Callable, Sequence
+
+from omegaconf import DictConfig
+
+from grpo.config.hydra_app import compose_again, without_hydra
+from grpo.config.overrides import Overrides
+from grpo.config.schema import ConfigError
+from grpo.runs.halving_state import Record, arms_of, choose_ladder, seconds
+from grpo.sweeps.opening import is_halving, points_of, with_params
+
+
+def print_plan(
+    composed: DictConfig, overrides: Overrides, is_sweep: bool, check: Callable[[DictConfig, Overrides], object]
+) -> None:
+    """Print the plan of the launch that `composed`, Hydra's part included, is of. Raises ConfigError."""
+    from grpo.model.hardware import hardware_found  # imports torch
+    from grpo.planning.plan import print_plans
+
+    if composed.resume or composed.fork:
+        raise ConfigError("plan=true is for a new run: leave resume and fork out")
+
+    def compose(lines: Sequence[str]) -> DictConfig:
+        return compose_again(composed.hydra, lines)
+
+    points = sweep_points(overrides, composed.hydra.sweeper) if is_sweep else [("the run", overrides.of_experiment)]
+    configs = []
+    for name, point in points:
+        config = compose(point.lines) if is_sweep else without_hydra(composed)
+        check(config, point)
+        configs.append((name, hardware_found(config, point, compose)))
+    print_plans(configs)
+    if is_sweep and is_halving(composed.hydra.sweeper):
+        print(halving_summary(composed, [point.lines for _, point in points]))
+
+
+def sweep_points(overrides: Overrides, sweeper: DictConfig) -> list[tuple[str, Overrides]]:
+    """Every job of a sweep over a grid: its name and its overrides. Raises ConfigError for another sweeper."""
+    task = with_params(overrides.of_experiment, sweeper)
+    points = points_of(task, sweeper)
+    if points is None:
+        raise ConfigError("plan=true knows the points of a grid only: add hydra/sweeper=basic")
+    jobs = [Overrides(point) for point in points]
+    return [(" ".join(job.select(task.swept)) or "the run", job) for job in jobs]
+
+
+def halving_summary(config: DictConfig, points: Sequence[Sequence[str]]) -> str:
+    """How much of a whole sweep one by halving takes."""
+    arms = arms_of(points)
+    if config.sweep.budget_hours is not None:
+        return f"hydra/sweeper=halving: {config.sweep.budget_hours:g} hours of jobs at most"
+    total = config.grpo.num_iterations * config.grpo.num_steps
+    rungs = choose_ladder(Record(total, [[0]] * len(arms), config.sweep.eta, None))
+    steps = ", ".join(f"{left} arms to step {step}" for step, left in rungs)
+    share = seconds(rungs, 1, 1.0, 0.0) / (len(arms) * total)
+    return f"hydra/sweeper=halving: {steps}, {share:.0%} of the steps of all"

@@ -1,0 +1,78 @@
+"""The config of a run that is resumed: the frozen one with what the command line names."""
+
+import logging
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from grpo.config.compose import apply_overrides
+from grpo.config.instantiate import check_trusted
+from grpo.config.overrides import Overrides
+from grpo.config.schema import FACTS, Config, ConfigError, copy_value, flatten, to_dict
+from grpo.launch.freeze import freeze
+from grpo.runs.folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+PRESET_SIZES = ("hardware.batch_size", "hardware.num_generations", "hardware.max_completion_length")
+# What a group such as tracking=offline or hardware=cpu does not change of a run, but its own key does.
+BY_NAME_ONLY = ("hardware.compute_dtype", "tracking.group", "tracking.name", "tracking.tags")
+
+
+def resumed_config(folder: RunFolder, composed: DictConfig, overrides: Overrides) -> tuple[Config, dict[str, Any]]:
+    """The config that trains, and by dotted key what this command line changes in the run.
+
+    composed: what conf/ gives with these overrides. Raises ConfigError with the old and the new value where a change
+    would make another experiment of the run, and where the folder asks to run a function that nothing here names.
+    """
+    frozen = folder.frozen_config()
+    new = new_overrides(folder, overrides)
+    changed = apply_overrides(frozen, composed, new)
+    # The sizes are only defaults of grpo.*, which is frozen: another preset splits the same work differently.
+    named = set(new.dotted_keys)
+    kept = [*PRESET_SIZES, *(key for key in BY_NAME_ONLY if key not in named)]
+    for key in kept:
+        copy_value(frozen, key, changed)
+    check_trusted(changed, composed, folder.path)
+    config = freeze(changed)
+    before, after = flatten(OmegaConf.to_container(frozen, resolve=True)), flatten(to_dict(config))
+    differing = [key for key in before | after if before.get(key) != after.get(key)]
+    refused = [key for key in differing if not _may_change(key, before, after)]
+    if refused:
+        changes = ", ".join(f"{key}: {before.get(key)} -> {after.get(key)}" for key in refused)
+        raise ConfigError(
+            f"resume=true: {folder.path} was started with other values ({changes}); start a new run for them"
+        )
+    if any(_policy(key) == "rounding" for key in differing):
+        logger.warning("the work is split differently from here on: equal up to rounding, no longer bit for bit")
+    return config, {key: after.get(key) for key in differing}
+
+
+def new_overrides(folder: RunFolder, overrides: Overrides) -> Overrides:
+    """What this command line says that the first one did not.
+
+    The first may be given again as it was; only what was changed since then is compared by its value.
+    """
+    first = Overrides(folder.first_overrides()).last_by_key
+    changed = tuple(f"{key}." for key in folder.changes())
+    again = {line for key, line in first.items() if not f"{key.replace('/', '.')}.".startswith(changed)}
+    again -= {
+        line for key, line in first.items() if any(each.startswith(f"{key.replace('/', '.')}.") for each in changed)
+    }
+    return Overrides([line for line in overrides if line not in again])
+
+
+def _may_change(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
+    policy = _policy(key)
+    return policy in ("free", "rounding") or (policy == "longer" and _is_longer(key, before, after))
+
+
+def _policy(key: str) -> str | None:
+    return FACTS[key].on_resume if key in FACTS else "refused"
+
+
+def _is_longer(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether a changed key only adds steps to the end, so that those already taken would have been the same."""
+    if after[key] < before[key] or before["grpo.lr_schedule"] != "constant":
+        return False
+    return key == "grpo.num_iterations" or before["grpo.num_iterations"] == 1

@@ -1,0 +1,80 @@
+"""From hidden states to log-probabilities, a few tokens' logits at a time."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grpo.model.linear import multiply
+
+LOGITS_PER_CHUNK = 2**23  # 32 MB of float32: about what the cache of a processor holds, since many passes go over it
+NARROW_CHUNKS = 4  # multiplied at once in 16 bits, where each product also passes over a float32 sum of the gradient
+
+
+class HeadLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / temperature) at the targets, and its entropy where asked for, without gradient.
+
+    hidden (A, H), weight (V, H), targets (A,) -> logps (A,) and entropy (A,), float32. The backward pass computes the
+    logits again, so that never more than a chunk of them exists.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        logps, entropy, normalizers = (hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(3))
+        for part in _chunks(len(hidden), weight):
+            logits = _logits(hidden[part], weight, temperature)
+            normalizers[part] = logits.logsumexp(dim=1)
+            logits -= normalizers[part, None]
+            logps[part] = logits.gather(1, targets[part, None])[:, 0]
+            if with_entropy:
+                entropy[part] = -torch.linalg.vecdot(logits.exp(), logits)
+        ctx.save_for_backward(hidden, weight, targets, normalizers)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logps, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, normalizers = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        narrow = weight.itemsize < 4
+        summed = torch.float32 if narrow else weight.dtype
+        grad_weight = torch.zeros_like(weight, dtype=summed) if ctx.needs_input_grad[1] else None
+        grad = grad / ctx.temperature
+        for block in _chunks(len(hidden), weight, NARROW_CHUNKS if narrow else 1):
+            grad_logits = _grad_logits(hidden[block], weight, targets[block], normalizers[block], grad[block], ctx)
+            grad_hidden[block] = multiply(grad_logits, weight.t())
+            if grad_weight is None:
+                continue
+            if narrow:  # else what a block adds would be rounded to the digits that the sum has in 16 bits
+                grad_weight += grad_logits.t() @ hidden[block]
+            else:
+                grad_weight.addmm_(grad_logits.t(), hidden[block])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
+
+
+def _grad_logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, normalizers: Tensor, grad: Tensor, ctx: Any
+) -> Tensor:
+    """The gradient (a, V) of some tokens' logits before the temperature, in the dtype of the weights."""
+    parts = []
+    for part in _chunks(len(hidden), weight):
+        logits = _logits(hidden[part], weight, ctx.temperature)
+        logits.sub_(normalizers[part, None]).exp_().mul_(-grad[part, None])
+        logits.scatter_add_(1, targets[part, None], grad[part, None])
+        parts.append(logits.to(hidden.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _chunks(tokens: int, weight: Tensor, times: int = 1) -> list[slice]:
+    size = max(1, LOGITS_PER_CHUNK // len(weight)) * times
+    return [slice(start, start + size) for start in range(0, tokens, size)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = multiply(hidden, weight).float()
+    return logits if temperature == 1.0 else logits.div_(temperature)

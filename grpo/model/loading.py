@@ -1,0 +1,185 @@
+"""Loading causal language models and their tokenizers."""
+
+import copy
+import functools
+import json
+import logging
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import import_utils
+from transformers.utils import logging as transformers_logging
+
+from grpo.architectures import ARCHITECTURES_DIR
+from grpo.config.schema import ConfigError, ModelConfig, first_line
+from grpo.model.linear import use_onednn
+from grpo.model.packed import try_packing
+from grpo.tiny import MODEL_DIR as TINY_MODEL_DIR
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_MODELS = {"tiny": TINY_MODEL_DIR}
+RANDOM_MODELS = {"qwen2_5_1_5b_random": ARCHITECTURES_DIR / "qwen2_5_1_5b.json"}  # read with the tiny model's tokenizer
+
+
+def model_source(name: str) -> str:
+    """Where transformers finds a model: the folder of an embedded one, else the hub name or folder as it is."""
+    return str(EMBEDDED_MODELS.get(name, name))
+
+
+def architecture(name: str, trust_remote_code: bool) -> PretrainedConfig:
+    """A model's own config. Raises OSError or ValueError where it cannot be had."""
+    if name in RANDOM_MODELS:
+        return AutoConfig.for_model(**json.loads(RANDOM_MODELS[name].read_text()))
+    return AutoConfig.from_pretrained(model_source(name), trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token. Raises ConfigError where the model cannot be found or reached."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            TINY_MODEL_DIR if config.name in RANDOM_MODELS else model_source(config.name),
+            trust_remote_code=config.trust_remote_code,
+            padding_side="left",
+        )
+    except (OSError, ValueError) as error:
+        raise model_not_found(config.name, error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raise ConfigError unless the model's own config can be read, which takes no weights."""
+    folder = Path(config.name)
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        adapter = json.loads((folder / "adapter_config.json").read_text())
+        raise ConfigError(
+            f"model.name={config.name} is a LoRA adapter, and goes on top of its model; without run_dir: set "
+            f"tuning=lora model.name={adapter.get('base_model_name_or_path')} model.lora.init_from={config.name} "
+            f"model.lora.rank={adapter.get('r')} model.lora.alpha={adapter.get('lora_alpha')}"
+        )
+    try:
+        architecture(config.name, config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise model_not_found(config.name, error) from error
+    available = {
+        "flash_attention_2": import_utils.is_flash_attn_2_available,
+        "flash_attention_3": import_utils.is_flash_attn_3_available,
+    }.get(config.attn_implementation)
+    if available is not None and not available():
+        raise ConfigError(
+            f"model.attn_implementation={config.attn_implementation}: its package is not installed, or there is no "
+            "CUDA device for it; use model.attn_implementation=sdpa, torch's own"
+        )
+
+
+def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
+    """The model on `device`, in evaluation mode (GRPO's ratios need the same network to sample and to train)."""
+    transformers_logging.disable_progress_bar()
+    settings = {
+        "dtype": getattr(torch, config.dtype),
+        "attn_implementation": config.attn_implementation,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    try:
+        if config.name in RANDOM_MODELS:
+            # The same weights each time and on every device, since they are where a run begins.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                drawn = settings | {"dtype": torch.float32}
+                model = AutoModelForCausalLM.from_config(architecture(config.name, False), **drawn)
+            model.config.dtype = settings["dtype"]
+            for parameter in model.parameters():  # and no buffer, as from_pretrained does
+                parameter.data = parameter.data.to(settings["dtype"])
+        else:
+            model = AutoModelForCausalLM.from_pretrained(model_source(config.name), **settings)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ConfigError(f"model.name={config.name} could not be loaded: {first_line(error)}") from error
+    model.to(device).eval()
+    _check_head(model)
+    if not try_packing(model):
+        logger.info("%s reads its batches padded: its attention cannot be told of packed rows", type(model).__name__)
+    use_onednn(model)
+    return model
+
+
+def copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy whose trained parameters have this dtype, or their own where the model has it already.
+
+    Parameters that take no gradient never change, so they are shared. What is no parameter stays as it is.
+    """
+
+    def copied(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
+        if not parameter.requires_grad:
+            return parameter
+        narrowed = parameter.dtype if model.dtype == dtype else dtype
+        return torch.nn.Parameter(parameter.detach().to(narrowed, copy=True))
+
+    # Told beforehand what the parameters become, deepcopy does not copy them first.
+    return copy.deepcopy(model, {id(parameter): copied(parameter) for parameter in model.parameters()})
+
+
+def working_copy(master: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy that computes in a narrower dtype and hands each gradient on to the master's parameters, in theirs.
+
+    An update of 1e-6 would be rounded away in bfloat16, so the optimizer works on the master; `refresh` the copy then.
+    """
+    work = copy_in_dtype(master, dtype)
+    for parameter, original in zip(work.parameters(), master.parameters(), strict=True):
+        if original.requires_grad:
+            parameter.register_post_accumulate_grad_hook(functools.partial(_hand_on, original))
+    return work
+
+
+def _hand_on(original: torch.nn.Parameter, parameter: torch.nn.Parameter) -> None:
+    grad, parameter.grad = parameter.grad.to(original.dtype), None
+    original.grad = grad if original.grad is None else original.grad.add_(grad)
+
+
+@torch.no_grad()
+def refresh(model: PreTrainedModel, master: PreTrainedModel) -> None:
+    """Give a copy the master's present parameters, rounded to its own dtype."""
+    for parameter, original in zip(model.parameters(), master.parameters(), strict=True):
+        if parameter is not original:
+            parameter.copy_(original)
+
+
+def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a completion: the tokenizer's own and those of the model's generation config."""
+    stops = model.generation_config.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops]
+    return sorted({token for token in [tokenizer.eos_token_id, *stops] if token is not None})
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel) -> None:
+    """The engine applies the output head itself; refuse an architecture that does more between it and the logits."""
+    ids = torch.arange(1, 5, device=model.device)[None]
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    if not torch.allclose(model.get_output_embeddings()(hidden), model(ids, use_cache=False).logits, atol=1e-4):
+        raise ConfigError(
+            f"{type(model).__name__} changes its logits after the output head (scaling or soft-capping), "
+            "which this engine does not reproduce; choose another model.name"
+        )
+
+
+def model_not_found(name: str, cause: Exception) -> ConfigError:
+    """The error to raise where neither a folder nor the hub has the model."""
+    if Path(name).is_dir():
+        return ConfigError(
+            f"model.name={name} is not a folder that transformers can load a model from: {first_line(cause)}"
+        )
+    return ConfigError(
+        f"model.name={name} is neither a local folder nor a model that the hub gave (wrong name, no access, or no "
+        "network?); give a folder with model.name=DIR, or fetch it once with: python -m grpo download model.name=..."
+    )

@@ -1,0 +1,88 @@
+"""The log-probabilities that a model gives to completions, with gradient where that is enabled."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from grpo.batch import CompletionBatch, PromptBatch, positions
+from grpo.model.kv_cache import extend, prefill, select_cache_rows
+from grpo.model.lm_head import LOGITS_PER_CHUNK, HeadLogps
+from grpo.model.packed import pack, packs, read
+
+
+@dataclass(frozen=True)
+class TokenLogps:
+    """What the policy thinks of B completions' tokens, at the sampling temperature; 0 outside the mask."""
+
+    logps: Tensor  # (B, T) float32, log-probability of each token
+    entropy: Tensor  # (B, T) float32, in nats, of the distribution it was drawn from; no gradient; 0 unless asked for
+
+
+def completion_logps(
+    model: PreTrainedModel,
+    prompts: PromptBatch,
+    completions: CompletionBatch,
+    prompt_of_row: Tensor,
+    temperature: float,
+    entropy: bool = True,
+) -> TokenLogps:
+    """Log-probabilities of B completions' tokens, each prompt read once for all of its completions.
+
+    prompt_of_row: (B,) int64, the row of `prompts` that each completion answers. With gradient enabled the
+    logps carry it, through the shared prompt as well.
+    """
+    if packs(model):
+        ids, position_ids, packing, source = pack(prompts, completions, prompt_of_row, model.dtype)
+        hidden = read(model, ids, position_ids, packing).index_select(0, source)
+    else:
+        hidden = _hidden_by_cache(model, prompts, completions, prompt_of_row)[completions.mask.bool()]
+    active = completions.mask.flatten().nonzero().squeeze(1)
+    targets = completions.ids.flatten().index_select(0, active)
+    empty = torch.zeros(completions.mask.numel(), dtype=torch.float32, device=hidden.device)
+    found = head_logps(model.get_output_embeddings(), hidden, targets, temperature, entropy)
+    return TokenLogps(*(empty.index_copy(0, active, values).view(completions.mask.shape) for values in found))
+
+
+def _hidden_by_cache(
+    model: PreTrainedModel, prompts: PromptBatch, completions: CompletionBatch, prompt_of_row: Tensor
+) -> Tensor:
+    """The hidden state (B, T, H) that predicts each token, the prompts shared through a cache with gradient."""
+    last_hidden, cache = prefill(model, prompts)
+    select_cache_rows(cache, prompt_of_row)
+    prompt_mask = prompts.mask.index_select(0, prompt_of_row)
+    mask = torch.cat([prompt_mask, completions.mask[:, :-1]], dim=1)
+    hidden = last_hidden.index_select(0, prompt_of_row)[:, None]
+    if completions.ids.shape[1] == 1:
+        return hidden
+    new_positions = positions(mask)[:, prompt_mask.shape[1] :]
+    return torch.cat([hidden, extend(model, cache, completions.ids[:, :-1], mask, new_positions)], dim=1)
+
+
+def head_logps(
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (A,) of the target tokens, and entropies (A,), from the hidden states (A, H) before them.
+
+    The head runs again in the backward pass, so (A, vocabulary) logits never exist.
+    """
+    if isinstance(head, nn.Linear) and head.bias is None:
+        return HeadLogps.apply(hidden, head.weight, targets, temperature, entropy)
+    chunk = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
+    parts = [
+        checkpoint(_chunk_logps, head, h, t, temperature, entropy, use_reentrant=False, preserve_rng_state=False)
+        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    ]
+    logps, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logps, entropies
+
+
+def _chunk_logps(
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    logps = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
+    with torch.no_grad():
+        entropy = -(logps.exp() * logps).sum(dim=-1) if with_entropy else logps.new_zeros(len(logps))
+    return logps.gather(1, targets[:, None]).squeeze(1), entropy

@@ -1,0 +1,251 @@
+"""Many sequences in one packed row, (1, tokens): each prompt once for its whole group, and no padding anywhere.
+
+All of a transformer but its attention works on each token by itself, so only attention needs to know which tokens
+belong together. It is replaced, through the interface that transformers has for that, by one that is told so. This
+serves prefill and the training pass; `grpo/model/kv_cache.py` is the plain form, which gives the same numbers.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from grpo.batch import CompletionBatch, PromptBatch, positions
+from grpo.config.schema import ConfigError
+
+NAME = "grpo_packed"
+# What an architecture raises that has another attention; the plain way serves it.
+OF_ITS_OWN_KIND = (TypeError, AttributeError, KeyError, RuntimeError)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Of padded sequences, (S, tokens, heads, d); causal where no mask is given."""
+    grouped = query.shape[2] != key.shape[2]
+    if grouped and not _takes_groups(query.device.type, mask is not None):
+        key, value = (x.repeat_interleave(query.shape[2] // key.shape[2], dim=2) for x in (key, value))
+        grouped = False
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    attended = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+    return attended.transpose(1, 2)
+
+
+def _takes_groups(device: str, masked: bool) -> bool:
+    """Whether torch's attention is to be given fewer keys than queries: CUDA's fast kernels take no mask with it."""
+    return device == "cpu" or (device == "cuda" and not masked)
+
+
+class Packing(Protocol):
+    """Which tokens of a packed row see which."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query (N, heads, d), key and value (N, key heads, d) of the row's N tokens -> (N, heads, d)."""
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """S sequences of different lengths that stand one after the other."""
+
+    count: int  # S
+    width: int  # tokens of the longest
+    slots: Tensor | None  # (tokens,) int64, each token's place in S * width padded ones; None where all are as long
+
+    @property
+    def tokens(self) -> int:
+        return self.count * self.width if self.slots is None else len(self.slots)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """(tokens, ...) -> (S, width, ...), zero on the right of each sequence."""
+        if self.slots is not None:
+            x = x.new_zeros(self.count * self.width, *x.shape[1:]).index_copy(0, self.slots, x)
+        return x.unflatten(0, (self.count, self.width))
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """(S, width, ...) -> (tokens, ...)."""
+        return x.flatten(0, 1) if self.slots is None else x.flatten(0, 1).index_select(0, self.slots)
+
+
+def ragged(mask: Tensor) -> Ragged:
+    """From a mask (S, width), 1 where a token is, wherever in its row it stands."""
+    if bool(mask.all()):
+        return Ragged(*mask.shape, None)
+    place = mask.cumsum(dim=1) - 1 + torch.arange(len(mask), device=mask.device)[:, None] * mask.shape[1]
+    return Ragged(*mask.shape, place[mask.bool()])
+
+
+@dataclass(frozen=True)
+class PackedPrompts:
+    """P prompts, each attending to itself. Keeps their keys and values for what follows them."""
+
+    prompts: Ragged
+    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer, (P, width, key heads, d)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        key, value = self.prompts.pad(key), self.prompts.pad(value)
+        self.kept[layer] = key, value
+        # Padding stands to the right, where causal attention never looks.
+        return self.prompts.unpad(_attention(self.prompts.pad(query), key, value, scale))
+
+
+@dataclass(frozen=True)
+class PackedGroups:
+    """P prompts and after them n completions, each of which attends to its prompt and to itself."""
+
+    prompts: Ragged
+    completions: Ragged
+    prompt_of_row: Tensor  # (n,) int64
+    mask: Tensor  # (n, 1, width, prompt width + width), 0 where a completion's token sees another and -inf elsewhere
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        sizes = [self.prompts.tokens, self.completions.tokens]
+        (query, new_query), (key, new_key), (value, new_value) = (x.split(sizes) for x in (query, key, value))
+        key, value = self.prompts.pad(key), self.prompts.pad(value)
+        of_prompts = self.prompts.unpad(self.attention(self.prompts.pad(query), key, value, scale))
+        key = torch.cat([key.index_select(0, self.prompt_of_row), self.completions.pad(new_key)], dim=1)
+        value = torch.cat([value.index_select(0, self.prompt_of_row), self.completions.pad(new_value)], dim=1)
+        new = self.attention(self.completions.pad(new_query), key, value, scale, self.mask)
+        return torch.cat([of_prompts, self.completions.unpad(new)])
+
+    attention = staticmethod(_attention)
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _: Tensor | None,
+    *,
+    scaling: float,
+    packing: Packing,
+    **__: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in place of a model's own attention."""
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    return packing.attend(module.layer_idx, query, key, value, scaling)[None], None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)
+
+
+def pack(
+    prompts: PromptBatch, completions: CompletionBatch, prompt_of_row: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, PackedGroups, Tensor]:
+    """P prompts and n completions as one packed row, for a model of this dtype.
+
+    Returns ids (N,), position_ids (N,), their `PackedGroups`, and for each active token of the completions, in order,
+    the place in the row (A,) whose hidden state predicts it. The last token of a completion predicts nothing, so it is
+    left out.
+    """
+    lengths, inputs = prompts.mask.sum(dim=1), completions.mask[:, 1:]
+    ids = torch.cat([prompts.ids[prompts.mask.bool()], completions.ids[:, :-1][inputs.bool()]])
+    new_positions = lengths[prompt_of_row][:, None] + torch.arange(inputs.shape[1], device=ids.device)
+    position_ids = torch.cat([positions(prompts.mask)[prompts.mask.bool()], new_positions[inputs.bool()]])
+
+    width = int(lengths.max())
+    prompt, rows = ragged(torch.arange(width, device=ids.device) < lengths[:, None]), ragged(inputs)
+    of_prompt = torch.arange(width, device=ids.device) < lengths[prompt_of_row][:, None]
+    causal = torch.ones(rows.width, rows.width, dtype=torch.bool, device=ids.device).tril()
+    n, t = inputs.shape
+    mask = torch.cat([of_prompt[:, None].expand(n, t, width), causal.expand(n, t, t)], dim=2)[:, None]
+    mask = torch.zeros(mask.shape, dtype=dtype, device=ids.device).masked_fill(~mask, -torch.inf)
+
+    last = lengths.cumsum(dim=0) - 1
+    later = int(lengths.sum()) + inputs.flatten().cumsum(dim=0).view(n, t) - 1
+    source = torch.cat([last[prompt_of_row][:, None], later], dim=1)[completions.mask.bool()]
+    return ids, position_ids, PackedGroups(prompt, rows, prompt_of_row, mask), source
+
+
+@contextmanager
+def _packed_attention(model: PreTrainedModel) -> Iterator[None]:
+    former = model.config._attn_implementation
+    model.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = former
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Keep only each layer's input for the backward pass, which computes the layer again.
+
+    Safe for packed rows, whose attention changes nothing; a layer that writes to a cache would write twice. Not by
+    transformers' own switch, which works in training mode only, where some layers would drop out. Raises ConfigError
+    where rows are not packed.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if not layers or not packs(model):
+        raise ConfigError(
+            f"hardware.activation_checkpointing=true: {type(model).__name__} with model.attn_implementation="
+            f"{model.config._attn_implementation} cannot be read in packed rows, which this needs; set it to false"
+        )
+    for layer in layers:
+        layer.forward = functools.partial(_checkpointed, model, layer.forward)
+
+
+def _checkpointed(model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _packed_attention(model):  # the second time comes when `read` has returned
+            return forward(*args, **kwargs)
+
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether the model can read packed rows, as `try_packing` found when it was loaded."""
+    return getattr(model, "reads_packed_rows", False)
+
+
+@torch.no_grad()
+def try_packing(model: PreTrainedModel) -> bool:
+    """Find out whether this model reads packed rows as it should, by reading one, and note it on the model.
+
+    It does not where attention is not sdpa's of all earlier tokens, or not called through transformers' interface.
+    """
+    model.reads_packed_rows = False
+    if not may_pack(model):
+        return False
+    lengths, device = torch.tensor([[5], [3]]), model.device
+    mask = (torch.arange(5) < lengths).long().to(device)
+    ids = (torch.arange(10).view(2, 5) + 1).to(device)
+    prompts, first = PromptBatch(ids[:, :2], mask[:, :2]), mask[:, 2:]
+    packed_ids, position_ids, packing, _ = pack(
+        prompts, CompletionBatch(ids[:, 2:], first), torch.arange(2).to(device), model.dtype
+    )
+    plain = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    expected = torch.cat([plain[:, :2].flatten(0, 1), plain[0, 2:4]])
+    try:
+        found = read(model, packed_ids, position_ids, packing)
+    except OF_ITS_OWN_KIND:
+        return False
+    rounding = 1e-4 if model.dtype == torch.float32 else 5e-2
+    model.reads_packed_rows = bool((found - expected).abs().max() <= rounding * expected.abs().max())
+    return model.reads_packed_rows
+
+
+def may_pack(model: PreTrainedModel) -> bool:
+    """What its config says of it: attention by sdpa, of all earlier tokens and not of a window."""
+    if model.config._attn_implementation != "sdpa":
+        return False
+    kinds = getattr(model.config, "layer_types", None)
+    if kinds is not None:
+        return all(kind == "full_attention" for kind in kinds)
+    return getattr(model.config, "sliding_window", None) is None
+
+
+def read(model: PreTrainedModel, ids: Tensor, position_ids: Tensor, packing: Packing) -> Tensor:
+    """Hidden states (N, H) of the N tokens of a packed row."""
+    with _packed_attention(model):
+        decoder = model.get_decoder()
+        return decoder(input_ids=ids[None], position_ids=position_ids[None], use_cache=False, packing=packing)[0][0]

@@ -1,0 +1,183 @@
+"""What a training step costs, counted before any weight is loaded: operations, bytes read, and bytes held.
+
+The model is built on torch's meta device, where tensors have shapes and no memory, so that what is counted is what
+the real layers would keep, whatever the architecture.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from grpo.config.schema import ModelConfig
+from grpo.model.linear import multiply
+from grpo.model.lm_head import LOGITS_PER_CHUNK, NARROW_CHUNKS
+from grpo.model.loading import architecture
+from grpo.model.logps import head_logps
+from grpo.model.lora import add_adapter
+from grpo.model.packed import OF_ITS_OWN_KIND, PackedGroups, Ragged, may_pack, packs, read
+
+
+@dataclass(frozen=True)
+class Work:
+    """The completions of a step: P prompts with G completions each."""
+
+    prompts: int
+    group: int
+    prompt_tokens: int  # of each prompt, on average
+    lengths: list[int]  # tokens of each of the P * G completions
+
+
+def meta_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The architecture of a model in the dtype of its arithmetic, with its adapter, without its weights."""
+    remote = config.trust_remote_code
+    settings = {"dtype": dtype, "attn_implementation": config.attn_implementation, "trust_remote_code": remote}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(architecture(config.name, remote), **settings).eval()
+        if config.lora is not None:
+            add_adapter(model, replace(config.lora, init_from=None), getattr(torch, config.dtype), seed=0)
+    model.reads_packed_rows = may_pack(model) and _reads_packed(model)  # its numbers are looked at once they are there
+    return model
+
+
+def _reads_packed(model: PreTrainedModel) -> bool:
+    ids = torch.zeros(4, dtype=torch.long, device="meta")
+    try:
+        read(model, ids, ids, _Counted(Ragged(1, 2, None), Ragged(1, 2, None)))
+    except OF_ITS_OWN_KIND:
+        return False
+    return True
+
+
+def parameters(model: nn.Module) -> tuple[int, int]:
+    """How many parameters are trained, and how many stay as they are, tied ones once."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trained, sum(parameter.numel() for parameter in model.parameters()) - trained
+
+
+def products(model: PreTrainedModel) -> tuple[int, int]:
+    """Parameters of the linear layers, and of the output head, each of which multiplies once a token."""
+    head = model.get_output_embeddings()
+    body = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    return body, head.weight.numel()
+
+
+def forward_flops(model: PreTrainedModel, work: Work) -> float:
+    """Operations of the matrix products of one forward pass over all of a step's tokens, each prompt read once."""
+    (body, head), config = products(model), model.config
+    inputs = work.prompts * work.prompt_tokens + sum(work.lengths) - len(work.lengths)
+    width = _head_size(config) * config.num_attention_heads * config.num_hidden_layers
+    attended = work.prompts * work.prompt_tokens**2 / 2 + sum(n * (work.prompt_tokens + n / 2) for n in work.lengths)
+    return 2 * body * inputs + 2 * head * sum(work.lengths) + 4 * width * attended
+
+
+def step_flops(model: PreTrainedModel, work: Work, reference: bool, updates: int) -> float:
+    """Operations of a step's matrix products: sampling, the reference pass where there is one, and the updates."""
+    frozen = parameters(model)[1] > 0  # whose gradient nobody computes
+    return forward_flops(model, work) * (1 + reference + (2 if frozen else 3) * updates)
+
+
+def decode_bytes(model: PreTrainedModel, work: Work, itemsize: int) -> float:
+    """Bytes of weights read while decoding, all of them once for every token of the longest completion."""
+    return max(work.lengths) * sum(products(model)) * itemsize
+
+
+def cache_bytes(model: PreTrainedModel, tokens: float, itemsize: int) -> float:
+    """Bytes of the keys and values of so many tokens."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * _head_size(config) * tokens * itemsize
+
+
+def activation_bytes(model: PreTrainedModel, prompts: int, prompt_tokens: int, rows: int, tokens: int) -> float:
+    """Bytes that the backward pass of one micro-batch needs kept: `rows` completions of `tokens`, and their prompts.
+
+    model: from `meta_model`.
+    """
+    held: dict[int, Tensor] = {}
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            held[storage._cdata] = tensor
+        return tensor
+
+    meta = torch.device("meta")
+    inputs = prompts * prompt_tokens + rows * (tokens - 1)
+    ids = torch.zeros(inputs, dtype=torch.long, device=meta)
+    packing = _Counted(Ragged(prompts, prompt_tokens, None), Ragged(rows, tokens - 1, None))
+    active = torch.zeros(rows * tokens, dtype=torch.long, device=meta)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        if packs(model):
+            hidden = read(model, ids, ids, packing)
+        else:
+            width = prompt_tokens + tokens
+            padded = torch.zeros(rows, width, dtype=torch.long, device=meta)
+            mask = torch.zeros(rows, 1, width, width, dtype=model.dtype, device=meta)  # to make one, numbers are needed
+            hidden = model.get_decoder()(input_ids=padded, attention_mask=mask, use_cache=False)[0].flatten(0, 1)
+        hidden = hidden.index_select(0, active)
+        logps, _ = head_logps(model.get_output_embeddings(), hidden, active, 0.9)
+    assert logps.requires_grad  # else nothing would have been kept
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+
+
+def head_bytes(model: PreTrainedModel) -> int:
+    """Bytes that the output head takes for a while: a chunk of logits with two more as it is worked on, its gradient.
+
+    Where its weights are those of the embedding, the gradients of both exist before they are added up. In narrower
+    dtypes the gradient is summed in float32, from the products of a few chunks that are joined.
+    """
+    weight = model.get_output_embeddings().weight
+    gradients = 0 if not weight.requires_grad else 2 if weight is model.get_input_embeddings().weight else 1
+    chunk, per_weight, per_logit = max(LOGITS_PER_CHUNK, len(weight)), gradients * weight.itemsize, 3 * 4
+    if weight.itemsize < 4:
+        per_logit += 2 * NARROW_CHUNKS * weight.itemsize
+        per_weight = max(per_weight, 4 + weight.itemsize) if gradients else 0
+    return chunk * per_logit + weight.numel() * per_weight
+
+
+class _Counted(PackedGroups):
+    """Stands for attention where only what it keeps is asked for."""
+
+    def __init__(self, prompts: Ragged, completions: Ragged) -> None:
+        rows = torch.zeros(completions.count, dtype=torch.long, device="meta")
+        super().__init__(prompts, completions, rows, torch.zeros(0, device="meta"))
+
+    def attention(self, *tensors: Any) -> Tensor:
+        return _Kept.apply(*tensors[:3])
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output, normalizers = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, normalizers)
+        return output
+
+
+def machine_rates(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
+    """What this machine reaches: FLOP/s of a large matrix product, and bytes/s of reading memory."""
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    big = torch.zeros(2**28 if cuda else 2**27, device=device)
+
+    def best(work: Callable[[], Tensor]) -> float:
+        seconds = []
+        for _ in range(8):
+            started = time.perf_counter()
+            work()[:1].tolist()  # waits until it is done
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    product = min(best(lambda: (a @ b)[0]), best(lambda: multiply(a, b)[0]))
+    return 2 * size**3 / product, big.numel() * 4 / best(lambda: big.sum()[None])
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,0 +1,274 @@
+"""`plan=true`: what a launch, or every point of a sweep, would take in memory, on disk and in time. Loads no weight."""
+
+import functools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Column, Table
+
+from grpo.batch import CompletionBatch, PromptBatch
+from grpo.config.instantiate import bind
+from grpo.config.schema import Config, check_training, kl_weight, typed
+from grpo.model.hardware import device_of, peak_memory_gb, resolve_hardware
+from grpo.model.packed import checkpoint_layers, packs
+from grpo.planning import estimate as cost
+from grpo.training.experiment import compute_dtype, prepare
+from grpo.training.update import Batch
+
+GB = 1e9
+# Measured step time over the time of its products alone (tests/benchmarks/NOTES.md); a card's is an expectation.
+OVER_FLOOR = {("cpu", torch.float32): 1.7, ("cpu", torch.bfloat16): 2.3}
+EXPECTED_OVER_FLOOR = 2.0
+OPERATION_S = 5e-4  # that starting a layer's operations takes for each token decoded
+# Of the activations, what the C library keeps beside them in pieces, where no gradients of whole weights take those up.
+HOLES = 0.5
+BYTES_PER_SAMPLE = 1500  # of a completion in samples/, its prompt and rewards included
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run takes. Memory and disk in bytes."""
+
+    parameters: int  # of the model
+    trained: int  # of them, or of the adapter
+    memory: dict[str, float]  # by part; they are not all there at once
+    peak: float
+    available: float  # of the device: the preset's card, else this machine
+    disk: dict[str, float]
+    steps: int
+    tokens: float  # a step: each prompt once a completion, as num_tokens counts, completions at their limit
+    seconds: float | None  # a step; None where nothing is known of the device
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.available
+
+
+def plan(config: Config) -> Plan:
+    """Count what a run of this config takes. Raises ConfigError for what could not start."""
+    check_training(config)
+    setup = prepare(config, use=False)
+    _program()  # now, since what follows takes memory
+    grpo, hardware = config.grpo, config.hardware
+    dtype, compute = getattr(torch, config.model.dtype), compute_dtype(config)
+    model = cost.meta_model(config.model, compute)
+    prompt_tokens = math.ceil(sum(setup.prompt_lengths) / len(setup.prompt_lengths))
+    rows = grpo.batch_size * grpo.num_generations
+    work = cost.Work(grpo.batch_size, grpo.num_generations, prompt_tokens, [grpo.max_completion_length] * rows)
+
+    trained, frozen = cost.parameters(model)
+    memory = _memory(config, model, work)
+    resident = sum(memory[part] for part in ("program", "weights", "working copy", "reference", "optimizer"))
+    sampling = memory["keys and values"] + memory["packed weights"]
+    # Activations go while gradients come, unless a micro-batch before has brought all of them.
+    several = len(_micro_batches(work, hardware.micro_batch_tokens, packs(model))) > 1
+    kept, grown = memory["activations"] + memory["holes"] + memory["output head"], memory["gradients"]
+    update = kept + grown if several else max(kept, grown) + min(kept, grown) / 2
+    peak = resident + memory["checkpoint copy"] + max(sampling, update)
+    return Plan(
+        parameters=frozen or trained,
+        trained=trained,
+        memory=memory,
+        peak=peak,
+        available=_available(config),
+        disk=_disk(config, trained * dtype.itemsize, memory["optimizer"], rows),
+        steps=grpo.num_iterations * grpo.num_steps,
+        tokens=rows * (prompt_tokens + grpo.max_completion_length),
+        seconds=_seconds(config, model, work, compute),
+    )
+
+
+def _memory(config: Config, model: Any, work: cost.Work) -> dict[str, float]:
+    on_cpu, budget = config.hardware.device == "cpu", config.hardware.micro_batch_tokens
+    largest = max(_micro_batches(work, budget, packs(model)), key=len)
+    prompts, length = len({int(row) // work.group for row in largest}), max(work.lengths)
+    rows = min(len(work.lengths), max(1, config.hardware.rollout_tokens // length))
+    vocabulary, dtype, compute = model.config.vocab_size, getattr(torch, config.model.dtype), compute_dtype(config)
+    (trained, frozen), whole = cost.parameters(model), config.model.lora is None
+    weights, optimizer = trained * dtype.itemsize, _optimizer_bytes(config, model, dtype)
+    copied = trained * (compute if whole else dtype).itemsize  # of a second model, which shares what is frozen
+    activations = _activations(config, model, prompts, work.prompt_tokens, len(largest), length)
+    return {
+        "program": _program() if on_cpu else 0.0,
+        "weights": weights + frozen * compute.itemsize,
+        "working copy": copied if whole and compute != dtype else 0.0,
+        "reference": copied if kl_weight(config) > 0 else 0.0,
+        "optimizer": optimizer,
+        "gradients": weights,
+        "activations": activations,
+        "holes": HOLES * activations if on_cpu and not whole else 0.0,
+        "output head": max(cost.head_bytes(model), 4 * 4 * rows * vocabulary),
+        "keys and values": cost.cache_bytes(model, work.prompts * work.prompt_tokens + rows * length, compute.itemsize),
+        "packed weights": sum(cost.products(model)) * compute.itemsize if on_cpu else 0.0,
+        "checkpoint copy": weights + optimizer if config.checkpoint.overlap and on_cpu else 0.0,
+    }
+
+
+def _activations(config: Config, model: Any, *shape: int) -> float:
+    everything = cost.activation_bytes(model, *shape)
+    if not config.hardware.activation_checkpointing:
+        return everything
+    checkpoint_layers(model)
+    return cost.activation_bytes(model, *shape) + everything / model.config.num_hidden_layers
+
+
+@functools.cache
+def _program() -> float:
+    """Bytes of this process with its libraries, before it has worked."""
+    return peak_memory_gb(torch.device("cpu")) * GB
+
+
+def _micro_batches(work: cost.Work, token_budget: int, shared: bool) -> list[torch.Tensor]:
+    """How the training would cut this work."""
+    rows, longest = len(work.lengths), max(work.lengths)
+    prompts = torch.ones(work.prompts, work.prompt_tokens, dtype=torch.long)
+    completions = torch.ones(rows, longest, dtype=torch.long)
+    batch = Batch(PromptBatch(prompts, prompts), CompletionBatch(completions, completions), torch.zeros(rows))
+    return batch.micro_batches(token_budget, shared)
+
+
+def _optimizer_bytes(config: Config, model: Any, dtype: torch.dtype) -> float:
+    """What the optimizer keeps, found by letting it make a step on small parameters that stand for the model's."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    small = {
+        name: torch.nn.Parameter(torch.zeros([min(size, 256) for size in parameter.shape], dtype=dtype))
+        for name, parameter in trained.items()
+    }
+    optimizer = bind("optimizer", config.optimizer)(list(small.items()))
+    for parameter in small.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    total = 0.0
+    for name, parameter in small.items():
+        kept = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+        kept = sum(value.numel() * value.itemsize for value in kept if value.dim())
+        total += kept / parameter.numel() * trained[name].numel()
+    return total
+
+
+def _disk(config: Config, weights: float, optimizer: float, rows: int) -> dict[str, float]:
+    """What the finished run's folder holds, and what one more checkpoint needs while it is written."""
+    keep, grpo = config.checkpoint, config.grpo
+    steps = grpo.num_iterations * grpo.num_steps
+    kept = min(keep.keep_last, math.ceil(steps / keep.every) if keep.every else 1)
+    kept += steps // keep.keep_every if keep.keep_every else 0
+    reference = weights if grpo.num_iterations > 1 and kl_weight(config) > 0 else 0.0
+    samples = steps // config.samples.every * rows * BYTES_PER_SAMPLE if config.samples.every else 0.0
+    return {
+        "checkpoints": kept * (weights + optimizer) + reference,
+        "best": weights if keep.keep_best and config.eval.every else 0.0,
+        "final model": weights,
+        "samples": samples,
+        "while saving": weights + optimizer,
+    }
+
+
+def _available(config: Config) -> float:
+    """Bytes of memory that there are: of the preset's card, else of the device found here."""
+    if config.hardware.card.memory_gb is not None:
+        return config.hardware.card.memory_gb * GB
+    device = device_of(config)
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) -> float | None:
+    """A step's time: its products at the device's rate and the reading of weights in decoding, times what is usual."""
+    device, card = config.hardware.device, config.hardware.card
+    if card.tflops is not None and card.bandwidth_gb_s is not None:
+        flops, read = card.tflops * 1e12, card.bandwidth_gb_s * GB
+    elif device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
+        torch.set_num_threads(config.hardware.threads or torch.get_num_threads())
+        flops, read = cost.machine_rates(compute, device_of(config))
+    else:
+        return None
+    forward = cost.forward_flops(model, work)
+    decoding = max(forward / flops, cost.decode_bytes(model, work, compute.itemsize) / read)
+    starting = OPERATION_S * model.config.num_hidden_layers * max(work.lengths)
+    rest = cost.step_flops(model, work, kl_weight(config) > 0, config.grpo.mu) - forward
+    return OVER_FLOOR.get((device, compute), EXPECTED_OVER_FLOOR) * (decoding + rest / flops) + starting
+
+
+def resolved(cfg: DictConfig) -> Config:
+    """The config with the hardware filled in, a preset's also where its card is not here."""
+    if cfg.hardware.device == "cpu" or cfg.hardware.card.memory_gb is None:
+        resolve_hardware(cfg)
+    return typed(cfg)
+
+
+def print_plans(points: Sequence[tuple[str, DictConfig]]) -> None:
+    """Print the plan of each (name, composed config): of one in full, of several as a table and their disk together."""
+    plans = [(name, plan(resolved(cfg))) for name, cfg in points]
+    console = Console()
+    largest = max((each for _, each in plans), key=lambda each: each.peak)
+    if len(plans) > 1:
+        print(
+            f"{'parameters':>12} {'peak GB':>8} {'disk GB':>8} {'tokens/step':>11} {'s/step':>7} {'hours':>7} fits  run"
+        )
+        for name, each in plans:
+            hours, fits = each.seconds and each.seconds * each.steps / 3600, "yes" if each.fits else "no"
+            print(
+                f"{each.parameters / 1e6:>10,.1f} M {each.peak / GB:>8.3g} {_folder(each) / GB:>8.3g} "
+                f"{each.tokens:>11,.0f} {_about(each.seconds):>7} {_about(hours):>7} {fits:4}  {name}"
+            )
+        hours = [each.seconds and each.seconds * each.steps / 3600 for _, each in plans]
+        in_all = _about(sum(hours) if all(hours) else None)
+        print(f"time of all {len(plans)} runs: {in_all} hours of jobs, evaluations not counted")
+        total = sum(_folder(each) for _, each in plans) + largest.disk["while saving"]
+        console.print(
+            f"disk of all {len(plans)} runs: {_gb(total)}; the parts of the largest in memory:", soft_wrap=True
+        )
+    _print_parts(console, largest, alone=len(plans) == 1)
+
+
+def _print_parts(console: Console, one: Plan, alone: bool) -> None:
+    table = Table("memory", Column("GB", justify="right"), box=SIMPLE)
+    for part, size in one.memory.items():
+        if size:
+            table.add_row(part, f"{size / GB:.3g}")
+    table.add_row("peak", f"{one.peak / GB:.3g}")
+    console.print(table)
+    console.print("not all at once: activations come when keys, values and packed weights are gone", soft_wrap=True)
+    console.print(
+        f"{one.parameters / 1e6:,.1f} million parameters{_adapter(one)}; "
+        f"peak memory {_gb(one.peak)} of {_gb(one.available)}: "
+        + (
+            "fits"
+            if one.fits
+            else "does not fit; take tuning=full_bf16 or tuning=lora, or lower hardware.micro_batch_tokens"
+        ),
+        soft_wrap=True,
+    )
+    if alone:
+        disk = ", ".join(f"{part} {_gb(size)}" for part, size in one.disk.items() if size)
+        console.print(f"disk: {_gb(sum(one.disk.values()))} ({disk})", soft_wrap=True)
+        hours = _about(one.seconds and one.seconds * one.steps / 3600)
+        console.print(
+            f"{one.tokens:,.0f} tokens a step at most, {_about(one.seconds)} seconds a step (an estimate), {one.steps} "
+            f"steps: {hours} hours, evaluations not counted",
+            soft_wrap=True,
+        )
+
+
+def _adapter(one: Plan) -> str:
+    return "" if one.trained == one.parameters else f" and an adapter of {one.trained / 1e6:,.1f} million"
+
+
+def _folder(one: Plan) -> float:
+    return sum(size for part, size in one.disk.items() if part != "while saving")
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.3g} GB"
+
+
+def _about(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2g}" if value < 10 else f"{value:,.0f}"

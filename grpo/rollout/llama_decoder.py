@@ -1,0 +1,232 @@
+"""Decoding with the fewest operations: the layers of the Llama family written out, one token a row.
+
+With one token a row the time goes into starting operations and into reading weights. So here a layer is some twenty
+operations instead of seventy, its products are made by as few and on packed weights, and a prompt's keys and values
+are held and read once for its whole group. On CUDA they may be started together, as a graph: then attention looks at
+places that no token has taken yet, which are hidden. `CachedDecoder` in `grpo/rollout/native.py` is the plain form.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from grpo.batch import PromptBatch, positions
+from grpo.model.linear import available, multiply, packed
+from grpo.model.lora import low_rank
+from grpo.model.packed import PackedPrompts, Ragged, packs, ragged, read
+from grpo.rollout.cuda_graph import recorded
+
+# Their layers are: norm, attention with rotary positions, norm, gated SiLU. Biases and norms of heads may be there.
+FAMILY = {"LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel"}
+GRAPH_WIDTH = 128  # a graph serves until a row's own tokens are so many more
+
+
+def is_lean(model: PreTrainedModel) -> bool:
+    """Whether `LeanDecoder` can stand for this model."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    linear = (m for m in decoder.modules() if hasattr(m, "in_features"))
+    return (
+        packs(model)
+        and type(decoder).__name__ in FAMILY
+        and decoder.config.hidden_act == "silu"
+        and isinstance(head, nn.Linear)
+        and all(isinstance(getattr(m, "base_layer", m), nn.Linear) for m in linear)
+    )
+
+
+class Product:
+    """The outputs of linear layers that read the same input, side by side, for a few rows at a time."""
+
+    def __init__(self, rows: int, *layers: nn.Module) -> None:
+        self._added = _side_by_side(layers)
+        self._layers = layers = [getattr(layer, "base_layer", layer) for layer in layers]
+        self._packed, self._bias = None, None
+        if available(layers[0].weight):
+            weight = torch.cat([layer.weight for layer in layers])
+            if self._added is not None and weight.dtype == self._added[1].dtype:  # else it would lose digits
+                down, up = self._added
+                weight, self._added = weight.addmm_(up, down), None
+            self._packed = packed(weight, rows)
+            if layers[0].bias is not None:
+                self._bias = torch.cat([layer.bias for layer in layers])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._packed is not None:
+            y = multiply(x, self._packed, self._bias)
+        else:
+            y = torch.cat([F.linear(x, layer.weight, layer.bias) for layer in self._layers], dim=-1)
+        if self._added is None:
+            return y
+        down, up = self._added
+        return torch.addmm(y.to(up.dtype), x.to(down.dtype) @ down.t(), up.t()).to(y.dtype)
+
+
+def _side_by_side(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
+    """What LoRA adds to these layers, as the two factors (ranks, inputs) and (outputs, ranks) for all of them."""
+    factors = [low_rank(layer) for layer in layers]
+    if not any(factors):
+        return None
+    empty = [layer.weight.new_zeros(layer.out_features, 0) for layer in layers]
+    ups = [factor[1] if factor else none for factor, none in zip(factors, empty, strict=True)]
+    return torch.cat([factor[0] for factor in factors if factor]), torch.block_diag(*ups)
+
+
+@dataclass
+class Layer:
+    module: Any  # the layer as transformers has it
+    qkv: Product
+    output: Product
+    gate_up: Product
+    down: Product
+    prompt_keys: Tensor  # (P * key heads, width, d)
+    prompt_values: Tensor
+    keys: Tensor  # (R, key heads, new tokens, d), of each row's own tokens so far
+    values: Tensor
+
+
+class LeanDecoder:
+    """The model at the end of R rows, which are ordered by prompt; `logits` (R, V) are those of the next token."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: PromptBatch,
+        prompt_of_row: Tensor,
+        max_tokens: int,
+        *,
+        cuda_graphs: bool = False,
+    ) -> None:
+        lengths, real = prompts.mask.sum(dim=1), prompts.mask.bool()
+        packing = PackedPrompts(ragged(torch.arange(int(lengths.max()), device=real.device) < lengths[:, None]))
+        hidden = read(model, prompts.ids[real], positions(prompts.mask)[real], packing)
+        hidden = hidden[lengths.cumsum(dim=0) - 1][prompt_of_row]
+        rows, self._decoder, config = len(prompt_of_row), model.get_decoder(), model.config
+        self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
+        self._first_position, self._max_tokens = lengths[prompt_of_row], max_tokens
+        self._length, self._width, self._cuda_graphs = 0, 0, cuda_graphs
+        self._prompt_of_row, self._groups = prompt_of_row, rows_by_prompt(prompt_of_row, len(lengths))
+        self._head = Product(rows, model.get_output_embeddings())
+        self._layers = [
+            _layer(module, packing.kept[number], rows, max_tokens, clear=cuda_graphs)
+            for number, module in enumerate(self._decoder.layers)
+        ]
+        self._bias = hidden.new_zeros(1, 1, 1)
+        if packing.prompts.slots is not None:  # hides the padding of the shorter prompts
+            beyond = torch.arange(packing.prompts.width, device=real.device) >= lengths[:, None]
+            bias = hidden.new_zeros(beyond.shape).masked_fill(beyond, -torch.inf)
+            self._bias = bias.repeat_interleave(self._key_heads, dim=0)[:, None]
+        self._own_bias = hidden.new_full((1, 1, max_tokens), -torch.inf)  # hides places that no token has taken
+        self._place = torch.zeros(1, dtype=torch.long, device=real.device)  # of the token that is read
+        self._tokens, self._replay = torch.zeros_like(prompt_of_row), None
+        self.logits = self._head(hidden)
+
+    def read(self, tokens: Tensor) -> None:
+        """One more token of each row, (R,)."""
+        self._tokens.copy_(tokens)
+        self._place.fill_(self._length)
+        self._length += 1
+        if self._length > self._width:
+            self._replay = self.logits = None  # give back the memory of a graph before the next is recorded
+            if self._cuda_graphs:
+                self._width = min(self._length - 1 + GRAPH_WIDTH, self._max_tokens)
+                self._replay = recorded(self._read, self._tokens.device)
+                self._cuda_graphs = self._replay is not None
+            if not self._cuda_graphs:
+                self._width = self._length
+        self.logits = self._read() if self._replay is None else self._replay()
+
+    def _read(self) -> Tensor:
+        """The logits after `_tokens` at `_place` of each row. Nothing but these two changes from token to token."""
+        self._own_bias.index_fill_(2, self._place, 0.0)
+        x = self._decoder.embed_tokens(self._tokens)
+        cos, sin = (a[0, :, None] for a in self._decoder.rotary_emb(x, (self._first_position + self._place)[None]))
+        first, second = sin.chunk(2, dim=-1)
+        rotation = cos, torch.cat([-first, second], dim=-1)
+        for layer in self._layers:
+            x = x + layer.output(self._attend(layer, _norm(layer.module.input_layernorm, x), rotation))
+            gate, up = layer.gate_up(_norm(layer.module.post_attention_layernorm, x)).chunk(2, dim=-1)
+            x = x + layer.down(F.silu(gate) * up)
+        return self._head(_norm(self._decoder.norm, x))
+
+    def _attend(self, layer: Layer, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """(R, H) -> (R, heads * d)."""
+        attention, heads, key_heads, rows = layer.module.self_attn, self._heads, self._key_heads, len(x)
+        x = layer.qkv(x).view(rows, heads + 2 * key_heads, -1)
+        rotated, value = x[:, : heads + key_heads], x[:, heads + key_heads :]
+        if hasattr(attention, "q_norm"):
+            parts = _norm(attention.q_norm, x[:, :heads]), _norm(attention.k_norm, x[:, heads : heads + key_heads])
+            rotated = torch.cat(parts, dim=1)
+        cos, sin = rotation
+        rotated = torch.addcmul(rotated * cos, rotated.roll(rotated.shape[2] // 2, dims=2), sin)
+        end, size = self._width, rotated.shape[2]
+        layer.keys.index_copy_(2, self._place, rotated[:, heads:, None])
+        layer.values.index_copy_(2, self._place, value[:, :, None])
+        keys, values = layer.keys[:, :, :end].flatten(0, 1), layer.values[:, :, :end].flatten(0, 1)
+
+        query = rotated[:, :heads].unflatten(1, (key_heads, -1))  # (R, key heads, queries that share a key, d)
+        grouped = self._by_prompt(query)
+        of_prompt = torch.baddbmm(self._bias, grouped, layer.prompt_keys.transpose(1, 2), alpha=attention.scaling)
+        query, bias = query.reshape(rows * key_heads, -1, size), self._own_bias[:, :, :end]
+        hide = int(self._cuda_graphs)  # else every place is taken
+        own = torch.baddbmm(bias, query, keys.transpose(1, 2), beta=hide, alpha=attention.scaling)
+        own = own.view(rows, key_heads, -1, end)
+        weights = torch.cat([self._by_row(of_prompt), own], dim=3).softmax(dim=3, dtype=torch.float32).to(x.dtype)
+        of_prompt, own = weights.split([layer.prompt_keys.shape[1], end], dim=3)
+        attended = self._by_row(torch.bmm(self._by_prompt(of_prompt), layer.prompt_values))
+        return (attended + torch.bmm(own.flatten(0, 1), values).view(attended.shape)).reshape(rows, -1)
+
+    def _by_prompt(self, x: Tensor) -> Tensor:
+        """(R, key heads, queries, n) -> (P * key heads, group * queries, n), so that a prompt's keys are read once."""
+        return self._groups.pad(x).transpose(1, 2).reshape(-1, self._groups.width * x.shape[2], x.shape[3])
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        x = x.view(self._groups.count, self._key_heads, self._groups.width, -1, x.shape[2])
+        return self._groups.unpad(x.transpose(1, 2))
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these (ascending), within the memory that there is."""
+        self._first_position, self._prompt_of_row = self._first_position[rows], self._prompt_of_row[rows]
+        self._tokens, self._width = self._tokens[rows], self._length  # so that the next token is recorded anew
+        self._groups = rows_by_prompt(self._prompt_of_row, self._groups.count)
+        for layer in self._layers:
+            for x in (layer.keys, layer.values):
+                x[: len(rows), :, : self._length] = x[:, :, : self._length].index_select(0, rows)
+            layer.keys, layer.values = layer.keys[: len(rows)], layer.values[: len(rows)]
+
+
+def rows_by_prompt(prompt_of_row: Tensor, prompts: int) -> Ragged:
+    """The rows of each prompt as a sequence."""
+    sizes = prompt_of_row.bincount(minlength=prompts)
+    return ragged(torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None])
+
+
+def _layer(module: Any, kept: tuple[Tensor, Tensor], rows: int, new_tokens: int, clear: bool) -> Layer:
+    """clear: whether places without a token are multiplied, with weights of 0."""
+    attention, mlp = module.self_attn, module.mlp
+    prompt_keys, prompt_values = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in kept)
+    keys, values = (x.new_empty(rows, x.shape[2], new_tokens, x.shape[3]) for x in kept)
+    if clear:
+        keys.zero_(), values.zero_()
+    return Layer(
+        module,
+        Product(rows, attention.q_proj, attention.k_proj, attention.v_proj),
+        Product(rows, attention.o_proj),
+        Product(rows, mlp.gate_proj, mlp.up_proj),
+        Product(rows, mlp.down_proj),
+        prompt_keys,
+        prompt_values,
+        keys,
+        values,
+    )
+
+
+def _norm(module: Any, x: Tensor) -> Tensor:
+    """What the family's RMSNorm computes, rounded where it rounds."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
+    return module.weight * F.rms_norm(x.float(), module.weight.shape, None, module.variance_epsilon).to(x.dtype)

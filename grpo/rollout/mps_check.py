@@ -1,0 +1,60 @@
+"""Apple's GPU, where torch has given wrong numbers before: what is checked before a run relies on it.
+
+What is known to break there is not used: transformers' growing cache (keys and values have a fixed place in
+`LeanDecoder`), float64, and grouped heads within torch's attention.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo.batch import CompletionBatch, PromptBatch
+from grpo.config.schema import ConfigError, ModelConfig
+from grpo.model.loading import load_model
+from grpo.model.logps import completion_logps
+from grpo.rollout.llama_decoder import FAMILY, is_lean
+from grpo.rollout.native import Sampling, rollout
+
+EMBEDDED = ModelConfig("tiny", "sdpa", "float32", "auto", False)
+ROUNDING = 1e-3  # largest relative difference of a log-probability's or a gradient's norm
+
+
+def check_device(device: torch.device) -> None:
+    """Let the embedded model sample, read and learn on `device` and on the processor, and compare.
+
+    Raises ConfigError where the two differ by more than rounding.
+    """
+    names = ("completions", "log-probabilities", "gradient")
+    for name, here, there in zip(names, _work(device), _work(torch.device("cpu")), strict=True):
+        difference = (here - there).norm() / there.norm() if here.shape == there.shape else torch.tensor(torch.inf)
+        if not difference <= ROUNDING:  # so put, not-a-number fails too
+            raise ConfigError(
+                f"the {name} of the embedded model on {device} differ from the processor's by {difference:.2g} of "
+                f"their size: torch {torch.__version__} cannot be relied on here; update it, or use hardware=cpu"
+            )
+
+
+def check_decoding(model: PreTrainedModel) -> None:
+    """Raise ConfigError where a model could only be sampled from through transformers' growing cache."""
+    if not is_lean(model):
+        families = ", ".join(sorted(name.removesuffix("Model") for name in FAMILY))
+        raise ConfigError(
+            f"{type(model).__name__} with model.attn_implementation={model.config._attn_implementation} needs "
+            f"transformers' cache for sampling, which gives not-a-number on Apple's GPU; take hardware=cpu, or one of "
+            f"{families} with model.attn_implementation=sdpa"
+        )
+
+
+def _work(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Greedy completions, their log-probabilities, and the gradient of those, on the processor."""
+    model = load_model(EMBEDDED, torch.device("cpu")).to(device)
+    ids = torch.arange(5, 29, device=device).view(2, 12)
+    mask = (torch.arange(12, device=device) >= torch.tensor([[0], [3]], device=device)).long()
+    prompts, greedy = PromptBatch(ids, mask), Sampling(16, 0.0, (model.config.eos_token_id,), 0)
+    completions = rollout(model, prompts, 2, greedy, seed=0, step=0, token_budget=10**6)
+    one = torch.ones_like(completions.ids[:, :8])
+    rows = torch.arange(4, device=device) // 2
+    logps = completion_logps(model, prompts, CompletionBatch(completions.ids[:, :8], one), rows, 1.0).logps
+    logps.sum().backward()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    return tuple(x.detach().float().cpu() for x in (completions.ids * completions.mask, logps, gradient))

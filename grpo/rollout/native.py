@@ -1,0 +1,160 @@
+"""Sampling completions: each prompt is read once for its whole group, finished rows leave the batch."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo.batch import CompletionBatch, PromptBatch, positions, split_rows
+from grpo.counter_rng import gumbel_noise, row_keys
+from grpo.model.kv_cache import extend, prefill, select_cache_rows
+from grpo.rollout.llama_decoder import LeanDecoder, is_lean
+
+# After how many tokens to look which rows have ended, and below which share of running rows to drop the others. A
+# processor's time goes by the row; an accelerator's hardly does, and each look waits for its queue.
+ON_CPU, ELSEWHERE = (1, 1.0), (16, 0.75)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to draw completions. `temperature=0` is greedy decoding, which needs no noise."""
+
+    max_new_tokens: int
+    temperature: float
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    min_new_tokens: int = 0
+
+
+@torch.no_grad()
+def rollout(
+    model: PreTrainedModel,
+    prompts: PromptBatch,
+    num_generations: int,
+    sampling: Sampling,
+    *,
+    seed: int,
+    step: int,
+    token_budget: int,
+    cuda_graphs: bool = False,
+) -> CompletionBatch:
+    """Sample `num_generations` completions for each of P prompts -> B = P * num_generations rows.
+
+    The noise of every token comes from the counter (seed, step, slot of the prompt in the batch, completion,
+    token, vocabulary index), so a completion does not depend on which rows are decoded together beyond the rounding
+    of the model itself. token_budget: how many tokens' keys and values there is memory for. cuda_graphs: whether to
+    record the operations of a token on CUDA, where `LeanDecoder` serves the model.
+    """
+    slots, members = np.divmod(np.arange(len(prompts.ids) * num_generations), num_generations)
+    keys = row_keys(seed, step, slots, members).to(prompts.ids.device)
+    prompt_of_row = torch.from_numpy(slots).to(prompts.ids.device)
+    parts = []
+    lengths, lean = prompts.mask.sum(dim=1), is_lean(model)
+    kind = functools.partial(LeanDecoder, cuda_graphs=cuda_graphs and keys.is_cuda) if lean else CachedDecoder
+    for rows in split_rows(lengths, prompt_of_row, sampling.max_new_tokens, token_budget, shared=lean):
+        start = functools.partial(kind, model, *_take_prompts(prompts, prompt_of_row[rows]), sampling.max_new_tokens)
+        parts.append(_decode(start, keys[rows], sampling))
+    longest = max(ids.shape[1] for ids, _ in parts)
+    ids, logps = (
+        torch.cat([torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=padding) for x in values])
+        for values, padding in zip(zip(*parts, strict=True), (sampling.pad_id, 0.0), strict=True)
+    )
+    mask = completion_mask(ids, sampling.stop_ids)
+    return CompletionBatch(ids, mask, logps * mask)
+
+
+def completion_mask(ids: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
+    """1 through the first end-of-sequence token, inclusive; all ones where there is none. (B, T) -> (B, T) int64."""
+    stop = torch.isin(ids, torch.tensor(stop_ids, device=ids.device)).long()
+    return (stop.cumsum(dim=1) - stop == 0).long()
+
+
+def _take_prompts(prompts: PromptBatch, prompt_of_row: Tensor) -> tuple[PromptBatch, Tensor]:
+    """Only the prompts that these rows answer, and each row's place among them."""
+    used, place = prompt_of_row.unique(return_inverse=True)
+    return prompts.take(used), place
+
+
+def _decode(start: Callable[[], "Decoder"], keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Decode some rows together. Returns token ids and their log-probabilities, (rows, T), padded after each end."""
+    rows, device = len(keys), keys.device
+    stop_ids = torch.tensor(sampling.stop_ids, device=device)
+    ids = torch.full((rows, sampling.max_new_tokens), sampling.pad_id, device=device)
+    logps = torch.zeros(ids.shape, device=device)
+    running = torch.arange(rows, device=device)  # the rows of `ids` that this batch still works on
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    decoder = start()
+    look_every, compact_below = ON_CPU if device.type == "cpu" else ELSEWHERE
+    for t in range(sampling.max_new_tokens):
+        tokens, logps[running, t] = _choose(decoder.logits.float(), keys, t, sampling, stop_ids)
+        tokens = torch.where(ended, sampling.pad_id, tokens)
+        ids[running, t] = tokens
+        ended = ended | torch.isin(tokens, stop_ids)
+        if t + 1 == sampling.max_new_tokens:
+            break
+        if (t + 1) % look_every == 0:
+            alive = (~ended).nonzero().squeeze(1)
+            if len(alive) == 0:
+                return ids[:, : t + 1], logps[:, : t + 1]
+            if len(alive) < compact_below * len(ended):
+                decoder.keep(alive)
+                running, ended, keys, tokens = running[alive], ended[alive], keys[alive], tokens[alive]
+        decoder.read(tokens)
+    return ids, logps
+
+
+class Decoder(Protocol):
+    """The model at the end of R rows, which it reads on token by token."""
+
+    logits: Tensor  # (R, V) of the next token
+
+    def read(self, tokens: Tensor) -> None:
+        """One more token of each row, (R,)."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these, (n,) int64 ascending."""
+
+
+class CachedDecoder:
+    """The plain way, with transformers' own cache and prompts padded on the left."""
+
+    def __init__(self, model: PreTrainedModel, prompts: PromptBatch, prompt_of_row: Tensor, max_tokens: int) -> None:
+        hidden, self._cache = prefill(model, prompts)
+        select_cache_rows(self._cache, prompt_of_row)
+        mask = prompts.mask[prompt_of_row]
+        self._model, self._length = model, mask.shape[1]
+        self._mask = torch.cat([mask, mask.new_ones(len(mask), max_tokens)], dim=1)
+        self._next_position = positions(mask)[:, -1:] + 1
+        self.logits = model.get_output_embeddings()(hidden[prompt_of_row])
+
+    def read(self, tokens: Tensor) -> None:
+        self._length += 1
+        hidden = extend(self._model, self._cache, tokens[:, None], self._mask[:, : self._length], self._next_position)
+        self._next_position = self._next_position + 1
+        self.logits = self._model.get_output_embeddings()(hidden[:, -1])
+
+    def keep(self, rows: Tensor) -> None:
+        select_cache_rows(self._cache, rows)
+        self._mask, self._next_position = self._mask[rows], self._next_position[rows]
+
+
+def _choose(logits: Tensor, keys: Tensor, t: int, sampling: Sampling, stop_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The next token (rows,) from float32 logits (rows, vocabulary): greedy, or Gumbel-max with counter noise.
+
+    And its log-probability (rows,), as the training pass is to find it again: nothing held back; 0 where greedy.
+    """
+    if sampling.temperature == 0:
+        return _without_early_stop(logits, t, sampling, stop_ids).argmax(dim=1), logits.new_zeros(len(logits))
+    logits = logits / sampling.temperature
+    allowed = _without_early_stop(logits, t, sampling, stop_ids)
+    tokens = (allowed + gumbel_noise(keys, t, logits.shape[1])).argmax(dim=1)
+    return tokens, logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+
+
+def _without_early_stop(logits: Tensor, t: int, sampling: Sampling, stop_ids: Tensor) -> Tensor:
+    return logits.index_fill(1, stop_ids, -torch.inf) if t < sampling.min_new_tokens else logits

@@ -1,0 +1,312 @@
+"""Checkpoints: complete or absent, checked by checksum, read without executing code.
+
+`checkpoints/step_000050/` holds model.safetensors, optimizer.safetensors, trainer_state.json and manifest.json, which
+is written last. `reference_000002/` holds the frozen reference of outer iteration 2, which all checkpoints of that
+iteration share (in iteration 1 it is the starting model), and `best/` the weights of the best held-out accuracy.
+"""
+
+import copy
+import hashlib
+import inspect
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from grpo.config.migrations import STATE_STEPS, VERSION
+from grpo.config.schema import FileError
+from grpo.runs.folder import discard, move_whole, put_back, read_dataclass, read_json, step_of, write_whole
+
+logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
+NAME = r"(step_\d{6,}|reference_\d{6,}|best)"  # of a folder that a run writes into checkpoints/
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands after a step. No random state: the noise of a step follows from its number."""
+
+    step: int = 0  # completed steps over all iterations
+    iteration: int = 0  # outer iteration of that step, from 1
+    num_tokens: int = 0  # prompt and completion tokens seen so far
+    best_reward: float | None = None  # highest mean reward of a step
+    best_accuracy: float | None = None  # highest held-out accuracy
+    evaluated_step: int = 0  # the last step that `eval.every` had evaluated
+    skipped_in_a_row: int = 0  # steps up to this one whose update was not finite and so not made
+    loss_scale: dict[str, float] | None = None  # `LossScale`, where the arithmetic is float16
+    # What running out of memory made of the cut: part of a step -> {"from": rows set, "to": rows in use}
+    reduced: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step_{step:06d}"
+
+
+def reference_folder(folder: Path, iteration: int) -> Path:
+    return folder / f"reference_{iteration:06d}"
+
+
+def write_checkpoint(
+    target: Path,
+    tensors: Mapping[str, dict[str, Tensor]],
+    state: TrainerState | None = None,
+    reference: Path | None = None,
+) -> None:
+    """Write the folder `target`, complete or not at all: a temporary folder, everything synced, then one rename.
+
+    tensors: by file name without its ending. reference: the folder beside it without which it is not complete.
+    Raises OSError, before it starts where the disk has too little room.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clear(target.parent)
+    _check_space(target.parent, sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()))
+    temporary = target.with_name(f"{target.name}.tmp")
+    temporary.mkdir()
+    try:
+        for name, group in tensors.items():
+            save_file(group, temporary / f"{name}.safetensors")
+        if state is not None:
+            (temporary / "trainer_state.json").write_text(json.dumps({"version": VERSION, **asdict(state)}, indent=2))
+        _commit(temporary, target, None if reference is None else reference.name)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
+        if isinstance(error, OSError):
+            raise
+        raise OSError(str(error)) from error  # safetensors has an exception of its own for a failed write
+
+
+def clear(folder: Path) -> None:
+    """Remove from checkpoints/ what a save that was killed has left. For the process that holds the run folder."""
+    for left_over in [*folder.glob("*.tmp"), *folder.glob("*.old")]:
+        if re.fullmatch(NAME, left_over.stem):
+            if left_over.suffix == ".old":
+                put_back(left_over.with_suffix(""))
+            else:
+                discard(left_over)
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first; unfinished temporary folders and copies are not among them."""
+    found = (p for p in folder.glob("step_*") if p.is_dir() and re.fullmatch(r"step_\d{6,}", p.name))
+    return sorted(found, key=step_of)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all as its manifest says, with a loud warning for each that is not.
+
+    None where there is no checkpoint at all. Raises RuntimeError where there are some and none is intact.
+    """
+    found = step_folders(folder)
+    for checkpoint in reversed(found):
+        problem = broken(checkpoint)
+        if problem is None:
+            return checkpoint
+        logger.warning("checkpoint %s is damaged (%s); trying the one before it", checkpoint, problem)
+    if found:
+        raise RuntimeError(f"none of the {len(found)} checkpoints in {folder} is intact; nothing was deleted")
+    return None
+
+
+def broken(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, those of its reference included, or None."""
+    try:
+        manifest = read_json(checkpoint / MANIFEST)
+        needed = ["model.safetensors"]
+        if checkpoint.name.startswith("step_"):
+            needed += ["optimizer.safetensors", "trainer_state.json"]
+        if missing := [name for name in needed if name not in manifest["files"]]:
+            return f"{MANIFEST} does not name {missing[0]}"
+        for name, expected in manifest["files"].items():
+            if Path(name).name != name or not (checkpoint / name).is_file():
+                return f"{name} is not a file in it"
+            if (checkpoint / name).stat().st_size != expected["size"]:
+                return f"{name} is not {expected['size']} bytes long"
+            if _file_digest(checkpoint / name) != expected["sha256"]:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return str(error) or type(error).__name__
+    reference = manifest.get("reference")
+    if reference and (checkpoint.name == reference or not re.fullmatch(r"reference_\d{6,}", str(reference))):
+        return f"{reference} is not a reference"
+    problem = broken(checkpoint.parent / reference) if reference else None
+    return f"its reference {reference}: {problem}" if problem else None
+
+
+def load_state(checkpoint: Path) -> TrainerState:
+    """How far a checkpoint is. Raises FileError where its file is damaged, or of a newer version."""
+    return read_dataclass(TrainerState, checkpoint / "trainer_state.json", STATE_STEPS)
+
+
+def reference_of(checkpoint: Path) -> Path | None:
+    """The folder of the reference that a checkpoint goes with; None where that is the starting model."""
+    name = read_json(checkpoint / MANIFEST, {"reference": str | None}).get("reference")
+    return checkpoint.parent / name if name else None
+
+
+@torch.no_grad()
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Put a checkpoint's weights into a model of the same shapes. Raises RuntimeError where they do not fit."""
+    parameters = _trained(model)
+    names = set()
+    for name, value in stored_tensors(checkpoint / "model.safetensors"):
+        names.add(name)
+        if name in parameters and parameters[name].shape == value.shape:
+            parameters[name].copy_(value)
+        else:
+            raise RuntimeError(f"{checkpoint} does not fit the model: it has no {name} of shape {tuple(value.shape)}")
+    if missing := sorted(parameters.keys() - names):
+        raise RuntimeError(f"{checkpoint} does not fit the model: it lacks {', '.join(missing)}")
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by `<parameter number>.<name>` and `group.<group number>.<name>`.
+
+    Its settings come from the config, not from here. A plain number becomes a tensor of int64 or float64.
+    """
+    entries = {
+        f"{number}.{key}": _as_tensor(value)
+        for number, (parameter, _) in enumerate(_parameters(optimizer))
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if value is not None
+    }
+    entries |= _group_state(optimizer)
+    seen: set[int] = set()
+    for key, value in entries.items():  # a table that all parameters share is written for each: one has no two names
+        if value.data_ptr() in seen:
+            entries[key] = value.clone()
+        seen.add(value.data_ptr())
+    return entries
+
+
+def _group_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What an optimizer keeps in its groups beside its settings, such as Prodigy's d and k."""
+    settings = {name for each in type(optimizer).__mro__ for name in inspect.signature(each.__init__).parameters}
+    return {
+        f"group.{number}.{name}": _as_tensor(value)
+        for number, group in enumerate(optimizer.param_groups)
+        for name, value in group.items()
+        if isinstance(value, int | float) and name not in settings and value != optimizer.defaults.get(name)
+    }
+
+
+def _as_tensor(value: Any) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else torch.as_tensor(value).contiguous()
+
+
+@torch.no_grad()
+def check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Raise FileError where a checkpoint's state is not of this optimizer and its parameters.
+
+    The optimizer takes a step, from a gradient of ones, to show what state it keeps. So the weights that it trains
+    must be loaded after this; its own state is empty again.
+    """
+    groups = [{name: copy.copy(value) for name, value in group.items()} for group in optimizer.param_groups]
+    parameters = [parameter for parameter, _ in _parameters(optimizer)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    expected = {key: _kind(value) for key, value in flatten_optimizer(optimizer).items() if key[0].isdigit()}
+    optimizer.state.clear()
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        group.update(before)
+
+    file = checkpoint / "optimizer.safetensors"
+    with safe_open(file, "pt") as stored:
+        found = {key: _kind(stored.get_slice(key)) for key in stored.keys()}  # noqa: SIM118
+    stateful = {key.partition(".")[0] for key in found}  # a parameter that had no gradient so far has no state
+    wrong = [key for key, kind in expected.items() if key.partition(".")[0] in stateful and found.get(key) != kind]
+    wrong += [key for key in found if not _is_place(key, optimizer)]
+    if wrong or (expected and not stateful):
+        which = f"entry {wrong[0]} is missing, or of another shape or type" if wrong else "it is empty"
+        raise FileError(f"{file} is not the state of this optimizer and model: {which}; take another checkpoint")
+
+
+def _kind(tensor: Any) -> tuple[tuple[int, ...], bool]:
+    """The shape of a tensor, or of one in a file, and whether it holds whole numbers: a wrong one can crash."""
+    in_file = not isinstance(tensor, Tensor)
+    shape = tuple(tensor.get_shape() if in_file else tensor.shape)
+    floating = "F" in tensor.get_dtype() if in_file else tensor.is_floating_point()
+    return shape, bool(shape) and not floating
+
+
+def _is_place(key: str, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an entry's name begins with the number of a parameter or a group that there is."""
+    parts = key.split(".", 2)
+    if parts[0] == "group" and len(parts) == 3 and parts[1].isdecimal():
+        groups = optimizer.param_groups
+        return int(parts[1]) < len(groups) and isinstance(groups[int(parts[1])].get(parts[2]), int | float)
+    return len(parts) > 1 and parts[0].isdecimal() and int(parts[0]) < len(_parameters(optimizer))
+
+
+def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer the state that a checkpoint holds; parameters must be in the same order."""
+    parameters = _parameters(optimizer)
+    optimizer.state.clear()
+    for key, value in stored_tensors(checkpoint / "optimizer.safetensors"):
+        number, name = key.split(".", 1)
+        if number == "group":
+            number, name = name.split(".", 1)
+            optimizer.param_groups[int(number)][name] = value.item()
+            continue
+        parameter, group = parameters[int(number)]
+        # By hand, since `load_state_dict` would give it the parameter's dtype, and have it in memory twice meanwhile.
+        on_device = name != "step" or group.get("fused") or group.get("capturable")  # where these want even the step
+        value = value.to(parameter.device if on_device else value.device, copy=True)
+        number = value.dim() == 0 and value.dtype in (torch.int64, torch.float64)  # a plain number
+        optimizer.state[parameter][name] = value.item() if number else value
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+    """Every parameter with its group, in the order that numbers them."""
+    return [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """A file's tensors by name, one at a time; each is valid until the next is asked for.
+
+    The file is opened anew for each: it is mapped into memory, and its pages count until it is closed.
+    """
+    with safe_open(file, "pt") as stored:
+        names = list(stored.keys())
+    for name in names:
+        with safe_open(file, "pt") as stored:
+            yield name, stored.get_tensor(name)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A model's trained weights by name, each once: tied ones appear under their first name."""
+    return {name: parameter.detach().contiguous() for name, parameter in _trained(model).items()}
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"it takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free in {folder}")
+
+
+def _commit(temporary: Path, target: Path, reference: str | None) -> None:
+    """Write the manifest, sync every file, and move the folder to its name."""
+    files = {
+        file.name: {"size": file.stat().st_size, "sha256": _file_digest(file)} for file in sorted(temporary.iterdir())
+    }
+    write_whole(temporary / MANIFEST, json.dumps({"files": files, "reference": reference}, indent=2))
+    move_whole(temporary, target)
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

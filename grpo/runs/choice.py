@@ -1,0 +1,67 @@
+"""What a launch does with a run folder: start a new run, resume, or nothing, where it has finished."""
+
+from pathlib import Path
+
+from grpo.config.overrides import Overrides
+from grpo.config.schema import ConfigError
+from grpo.runs.folder import RunFolder, check_links
+from grpo.runs.lock import left_by_us
+
+MORE_STEPS = ("grpo.num_steps", "grpo.num_iterations")
+BEFORE_START = {".lock", ".hydra", "launch.log"}  # what a launch creates before its config.yaml
+
+
+def choose_run(run: RunFolder, resume: bool | str, overrides: Overrides) -> str:
+    """`fresh`, `resume` or `done`.
+
+    resume: false | true | auto, which resumes if there is something to resume. Raises ConfigError where this launch
+    would spoil the folder, or has nothing to resume.
+    """
+    path = run.path
+    if not resume:
+        if run.started():
+            raise ConfigError(
+                f"{path} holds a run already; resume it: resume=true run_dir={path}, or choose another run_dir"
+            )
+        return "fresh"
+    check_links(path)
+    if resume == "auto" and not run.started():
+        return "fresh"
+    if not path.exists():
+        raise ConfigError(
+            f"resume=true: there is no folder {path}; leave run_dir out to take the newest unfinished run"
+        )
+    if not any(path.iterdir()):
+        raise ConfigError(f"resume=true: {path} is empty; start a run there without resume=true")
+    if not run.started():
+        raise ConfigError(f"resume=true: {path} is not a run folder (it has no config.yaml)")
+    if run.finished() and not overrides.names(*MORE_STEPS):
+        if resume is True:
+            raise ConfigError(has_finished(run))
+        return "done"
+    return "resume"
+
+
+def has_finished(run: RunFolder) -> str:
+    """What to say where a run is to be resumed that has no steps left."""
+    return f"resume=true: {run.path} has finished already; to train it further, add a larger grpo.num_steps"
+
+
+def check_empty(path: Path) -> None:
+    """Raise ConfigError where a new run would be among files that are not of a launch that ended before its start."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a folder; choose another one")
+    found = sorted(each.name for each in path.iterdir())
+    if found and not (left_by_us(path) and set(found) <= BEFORE_START):
+        raise ConfigError(f"{path} is not empty (it holds {found[0]}); choose a new or an empty folder")
+
+
+def check_parent(parent: str | None) -> None:
+    """Raise ConfigError where there is nothing to fork from."""
+    if not parent:
+        raise ConfigError("fork=true needs the run to start from: run_dir=outputs/...")
+    if not RunFolder(parent).started():
+        raise ConfigError(f"fork=true: {parent} is not a run folder (it has no config.yaml)")
+    check_links(Path(parent))

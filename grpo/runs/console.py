@@ -1,0 +1,125 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
+
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from grpo.config.schema import LAUNCH
+
+PLAIN_LINE_SECONDS = 10  # where nobody can see a bar, a line at most this often (and the first and the last step)
+
+
+class StepDisplay:
+    """Shows the live numbers of each step."""
+
+    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
+        self._console, self._total, self._first = console, total_steps, first_step
+        self._started = self._last_line = time.monotonic()
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=console,
+            )
+            self._task = self._progress.add_task("", total=total_steps, completed=first_step - 1, numbers="")
+
+    @contextmanager
+    def shown(self) -> Iterator["StepDisplay"]:
+        if self._progress is None:
+            yield self
+        else:
+            with self._progress:
+                yield self
+
+    def update(self, row: dict[str, Any]) -> None:
+        """Show a metrics row."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=row["step"], numbers=live_numbers(row))
+            return
+        now = time.monotonic()
+        if row["step"] in (self._first, self._total) or now - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = now
+            done = row["step"] - self._first + 1
+            left = (now - self._started) / done * (self._total - row["step"])
+            print(f"step {row['step']}/{self._total}  {live_numbers(row)}  {left:.0f} s left", flush=True)
+
+
+def live_numbers(row: dict[str, Any]) -> str:
+    """The few numbers of a row that are worth watching, in one line."""
+    parts = [name.split("/")[1] for name in row if name.startswith("rewards/") and name.endswith("/mean")]
+    components = " ".join(f"{part} {_two_digits(row[f'rewards/{part}/mean'])}" for part in parts)
+    numbers = [
+        f"reward {row['reward']:.2f} ({components})",
+        f"length {row['completions/mean_length']:.0f}",
+        "loss -" if row["loss"] is None else f"loss {row['loss']:+.4f}",
+    ]
+    if row.get("kl") is not None:
+        numbers.append(f"kl {row['kl']:.3f}")
+    return "  ".join([*numbers, f"{row['step_time']:.1f} s"])
+
+
+def closing_table(evaluations: dict[str, dict[str, Any] | None]) -> Table:
+    """Before and after training, on the held-out problems."""
+    shown = {name: result for name, result in evaluations.items() if result}
+    table = Table(title="held-out problems, greedy decoding")
+    table.add_column("")
+    for name, result in shown.items():
+        table.add_column(f"{name} (n={result['n']})", justify="right")
+    lines = {
+        "accuracy": lambda r: "-" if r["accuracy"] is None else f"{r['accuracy']:.1%}",
+        "reward": lambda r: f"{r['reward']:.2f}",
+    }
+    for component in next(iter(shown.values()))["rewards"]:
+        lines[component] = lambda r, c=component: _two_digits(r["rewards"][c])
+    lines["mean length"] = lambda r: f"{r['completions/mean_length']:.1f}"
+    for label, value in lines.items():
+        table.add_row(label, *(value(result) for result in shown.values()))
+    return table
+
+
+def next_commands(run_dir: Path, foreign: Mapping[str, str], more_steps: str | None) -> str:
+    """What to type after a run.
+
+    foreign: key -> target of the user's own functions, which only a command line can allow. more_steps: the override
+    with which the run could go on, if it can.
+    """
+    name, allow = _run_dir(run_dir), _allowing(foreign)
+    lines = [
+        f"run folder: {run_dir}",
+        *([f"  report    {run_dir / 'report.html'}"] if (run_dir / "report.html").exists() else []),
+        f"  plot      python -m grpo plot {name}",
+        f"  evaluate  python -m grpo evaluate {name}{allow}",
+        f"  try it    python -m grpo chat {name}{allow}",
+    ]
+    if more_steps is not None:
+        lines.append(f"  go on     {resume_command(run_dir, foreign)} {more_steps}")
+    return "\n".join(lines)
+
+
+def resume_command(run_dir: Path, foreign: Mapping[str, str]) -> str:
+    """The command that goes on with a run."""
+    return f"{' '.join(LAUNCH)} resume=true {_run_dir(run_dir)}{_allowing(foreign)}"
+
+
+def _run_dir(run_dir: Path) -> str:
+    return shlex.quote(f"run_dir={run_dir}")
+
+
+def _allowing(foreign: Mapping[str, str]) -> str:
+    own = [f"++{key}={value}" for key, value in foreign.items()]  # ++: whether conf/ has the key or not
+    return "".join(f" {shlex.quote(argument)}" for argument in own)
+
+
+def _two_digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

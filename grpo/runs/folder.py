@@ -1,0 +1,457 @@
+"""The run folder: what one experiment leaves on disk, and all that is needed to go on with it."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from grpo.config.migrations import VERSION, Migration, load_frozen, migrate
+from grpo.config.schema import Config, ConfigError, FileError, escape, first_line, read_yaml, to_dict
+from grpo.runs.lock import in_use
+
+# The types of what the small files hold, as far as it is read.
+STATUS = {"state": str, "step": int, "iteration": int, "total_steps": int, "saved_step": int, "seconds": float}
+STATUS |= {"best_reward": float | None, "error": str | None, "overrides": list}
+EVALUATION = {"step": int, "n": int, "accuracy": float | None, "reward": float | None}
+EVALUATION |= {"rewards": dict | None, "problems": list}
+
+
+def outputs() -> Path:
+    """Where new run folders are created: $GRPO_OUTPUTS, or outputs/ in the repository, where grpo runs from one."""
+    given = os.environ.get("GRPO_OUTPUTS")
+    checkout = Path(__file__).resolve().parents[2]
+    root = checkout if (checkout / "launch.py").exists() else Path.cwd()
+    return short_path(Path(given) if given else root / "outputs")
+
+
+def short_path(path: str | Path) -> Path:
+    """The path as a person would type it: relative where it lies below the working directory."""
+    path = Path(path)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def reserve(wanted: Path, suffix: bool) -> tuple[Path, list[Path]]:
+    """Create a folder that no other launch takes. Returns it, and all folders that were created for it.
+
+    suffix: give it another name where it exists, since two launches may start in the same second; without, a folder
+    that exists is taken as it is.
+    """
+    missing = [each for each in wanted.parents if not each.exists()]
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    path, number = wanted, 1
+    while True:
+        try:
+            path.mkdir()
+            return path, [path, *missing]
+        except FileExistsError:
+            if not suffix:
+                return path, []
+            number += 1
+            path = wanted.with_name(f"{wanted.name}_{number}")
+
+
+def release(path: Path, created: Iterable[Path]) -> None:
+    """Undo `reserve` after a launch that did not start: remove what it had begun, and the folders that are empty."""
+    if path.is_dir():
+        for name in (".lock", "launch.log"):
+            (path / name).unlink(missing_ok=True)
+        shutil.rmtree(path / ".hydra", ignore_errors=True)
+    for folder in created:
+        with suppress(OSError):  # another launch may have put something there
+            folder.rmdir()
+
+
+class RunFolder:
+    """Names and small files of one run folder; see README.md for what stands where."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final_model(self) -> Path:
+        return self.path / "final_model"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics" / "metrics.jsonl"
+
+    def started(self) -> bool:
+        """Whether a run was ever started here."""
+        return self.config_file.exists()
+
+    def status(self) -> dict:
+        """The content of status.json; `{}` where there is none."""
+        file = self.path / "status.json"
+        return read_json(file, STATUS) if file.exists() else {}
+
+    def finished(self) -> bool:
+        return self.status().get("state") == "finished"
+
+    def saved_step(self) -> int:
+        """The step of the newest checkpoint that the run is known to have had; 0 where it had none."""
+        starts = [launch.get("from_step") for launch in self.launches()]
+        return max(step for step in (0, self.status().get("saved_step"), *starts) if isinstance(step, int))
+
+    def update_status(self, **changes: object) -> None:
+        """Change some keys of status.json, in one rename, so that a reader never sees half a file."""
+        write_whole(self.path / "status.json", json.dumps(self.status() | changes, indent=2) + "\n")
+
+    def write_config(self, config: Config) -> None:
+        """Freeze the resolved config. It is written once and never overwritten."""
+        if self.started():
+            raise FileExistsError(f"{self.config_file} is written once and exists already")
+        values = {"version": VERSION, **to_dict(config)}
+        write_whole(self.config_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+    def frozen_config(self, complete: bool = True) -> DictConfig:
+        """The config that the run was started with, and what later launches were allowed to change in it.
+
+        complete: as in load_frozen.
+        """
+        frozen = load_frozen(self.config_file, complete)
+        for key, value in self.changes().items():
+            try:
+                OmegaConf.update(frozen, key, escape(value), merge=False)
+            except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
+                raise FileError(f"{self.path / 'changes.yaml'}: {key}: {first_line(error)}") from error
+        return frozen
+
+    def changes(self) -> dict[str, Any]:
+        """What launches that went on with the run changed, by dotted key; config.yaml itself is never overwritten."""
+        file = self.path / "changes.yaml"
+        return read_yaml(file, dict) if file.exists() else {}
+
+    def record_changes(self, changes: dict[str, Any]) -> None:
+        """Add to what later launches changed."""
+        if changes:
+            write_whole(self.path / "changes.yaml", yaml.safe_dump(self.changes() | changes, allow_unicode=True))
+
+    def record_launch(self, launch: dict[str, Any]) -> None:
+        """Add a line to launches.jsonl: what was asked for, from which step, and on what it runs."""
+        write_whole(self.path / "launches.jsonl", _json_lines([*self.launches(), launch]))
+
+    def launches(self) -> list[dict[str, Any]]:
+        """The launches of this run in order; a torn last line does not count."""
+        return read_lines(self.path / "launches.jsonl")
+
+    def first_overrides(self) -> list[str]:
+        """The overrides of the first launch; those of a launch that did not get to its first step are not recorded."""
+        launches = self.launches()
+        return [str(each) for each in launches[0].get("overrides", [])] if launches else []
+
+    def metrics(self, up_to_step: int | None = None) -> list[dict]:
+        """The metrics rows, in order, up to a step; a torn last line does not count. Raises FileError."""
+        rows = read_lines(self.metrics_file)
+        for number, row in enumerate(rows, start=1):
+            if type(row.get("step")) is not int:
+                raise FileError(
+                    f'{self.metrics_file}, line {number}: not a metrics row, which is an object with a "step"'
+                )
+        return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
+
+    def cut_metrics(self, step: int) -> list[dict]:
+        """Drop the rows after a step, which will be run again. Returns those that stay.
+
+        Raises FileError, and changes nothing, where one of theirs is missing or a line is damaged.
+        """
+        rows = self.metrics(up_to_step=step)
+        if [row["step"] for row in rows] != list(range(1, step + 1)):
+            raise FileError(
+                f"{self.metrics_file} does not have one row for each of the {step} steps of the checkpoint; restore "
+                "it, or move the checkpoint away to repeat its steps"
+            )
+        self.write_metrics(rows)
+        return rows
+
+    def write_metrics(self, rows: Iterable[dict]) -> None:
+        """Write the whole file anew."""
+        self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.metrics_file, _json_lines(rows))
+
+    def append_metrics(self, row: dict) -> None:
+        """Add a row for one step."""
+        with open(self.metrics_file, "a", encoding="utf-8", opener=no_link) as file:
+            file.write(json.dumps(row) + "\n")
+
+    def sync_metrics(self) -> None:
+        """Make sure that the rows written so far would outlast a power cut."""
+        if self.metrics_file.exists():
+            sync(self.metrics_file)
+
+    def write_samples(self, step: int, rows: Iterable[dict]) -> None:
+        """Every completion of a step, one JSON object a line."""
+        file = self.path / "samples" / f"step_{step:06d}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, _json_lines(rows))
+
+    def write_skipped(self, step: int, tensors: dict[str, Any], rows: Iterable[dict]) -> Path:
+        """The batch of a step whose loss or gradient was not finite, as skipped/step_000012.{safetensors,jsonl}."""
+        from safetensors.torch import save_file  # here, since it imports torch
+
+        file = self.path / "skipped" / f"step_{step:06d}.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        discard(file)
+        save_file(tensors, file)
+        write_whole(file.with_suffix(".jsonl"), _json_lines(rows))
+        return file
+
+    @property
+    def preflight_file(self) -> Path:
+        return self.path / "preflight.json"
+
+    def write_preflight(self, found: dict) -> None:
+        """What the pre-flight found, as preflight.json."""
+        write_whole(self.preflight_file, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+    def write_evaluation(self, name: str, result: dict) -> Path:
+        """An evaluation as eval/<name>.json."""
+        file = self.path / "eval" / f"{name}.json"
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        return file
+
+    def evaluation(self, name: str) -> dict | None:
+        """The content of eval/<name>.json; None where there is none."""
+        file = self.path / "eval" / f"{name}.json"
+        return read_json(file, EVALUATION) if file.exists() else None
+
+    def evaluations(self) -> dict[str, dict]:
+        """The content of every eval/<name>.json by its name: `before` first, then by step, `after` last."""
+        made = {file.stem: read_json(file, EVALUATION) for file in self.path.glob("eval/*.json")}
+        place = {"before": 0, "after": 2}
+        names = sorted(made, key=lambda name: (place.get(name, 1), made[name].get("step") or 0, name))
+        return {name: made[name] for name in names}
+
+    def training_evaluations(self, up_to_step: int | None = None) -> dict[str, dict]:
+        """Those of the weights that training went through: `before`, and `step_000123`."""
+        made = {name: each for name, each in self.evaluations().items() if re.fullmatch(r"before|step_\d+", name)}
+        return {name: each for name, each in made.items() if up_to_step is None or each.get("step", 0) <= up_to_step}
+
+    def accuracy_at(self, step: int) -> float | None:
+        """Held-out accuracy after a step, if it was evaluated there."""
+        found = (self.evaluation(name) for name in ("after", f"step_{step:06d}"))
+        return next((each.get("accuracy") for each in found if each is not None and each.get("step") == step), None)
+
+    def objective(self) -> float | None:
+        """What a sweep maximises: held-out accuracy after the last step, or else that step's mean reward."""
+        rows = self.metrics()
+        if not rows:
+            return None
+        accuracy = self.accuracy_at(rows[-1]["step"])
+        return rows[-1]["reward"] if accuracy is None else accuracy
+
+    def save_final_model(self, *writers: Callable[[Path], object]) -> None:
+        """Write final_model/ by all that write a part of it into a folder (model, tokenizer), whole or not at all."""
+        temporary = self.path / "final_model.tmp"
+        discard(temporary)
+        for write in writers:
+            write(temporary)
+        move_whole(temporary, self.final_model)
+
+
+def run_folders(root: Path) -> list[RunFolder]:
+    """Every run folder at or below `root`, oldest first by the time of its config."""
+    return [
+        RunFolder(file.parent) for file in sorted(root.rglob("config.yaml"), key=_started_at) if _is_run(file.parent)
+    ]
+
+
+def newest_unfinished(root: Path) -> RunFolder | None:
+    """The run started last, at or below `root`, among those that did not finish and that a resume can take.
+
+    Left out are runs that are running now, jobs of sweeps, which resume with their sweep, and unreadable folders.
+    """
+    return next((run for run in reversed(run_folders(root)) if _can_resume(run, root)), None)
+
+
+def _can_resume(run: RunFolder, root: Path) -> bool:
+    if any((folder / "sweep.json").exists() for folder in run.path.parents if folder.is_relative_to(root)):
+        return False
+    try:
+        return not run.finished() and not in_use(run.path)
+    except FileError:  # naming the folder will say what is wrong with it
+        return False
+
+
+def job_folder_name(number: int, overrides: str, longest: int = 80) -> str:
+    """A sweep job's folder: `<number>_<overrides>`, free of `=`, `,` and `/`, cut with a hash where long."""
+    name = f"{number}_{re.sub(r'[^A-Za-z0-9._+-]+', '_', overrides)}".rstrip("_")
+    if len(name) <= longest:
+        return name
+    return f"{name[: longest - 9]}_{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+def hydra_record(folder: str, now: str) -> str:
+    """Where Hydra records a launch within a run folder: not over its record of the first one."""
+    return f".hydra/resumes/{now}" if RunFolder(folder).started() else ".hydra"
+
+
+def read_json(file: Path, types: Mapping[str, Any] = MappingProxyType({})) -> dict:
+    """A JSON object from a file. Raises FileError naming the file if it holds anything else.
+
+    types: by name what a value must be where there is one, as an annotation such as `float | None`.
+    """
+    try:
+        record = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise FileError(f"{file} is not a JSON object")
+    _check_types(record, types, file)
+    return record
+
+
+def read_dataclass(kind: type, file: Path, steps: tuple[Migration, ...] = ()) -> Any:
+    """A dataclass from the JSON object in a file. Raises FileError naming the file where it does not fit.
+
+    steps: the migrations of a file that has versions.
+    """
+    record = read_json(file)
+    if steps:
+        record = migrate(record, file, steps)
+    _check_types(record, get_type_hints(kind), file)
+    try:
+        return kind(**record)
+    except TypeError as error:  # a key is missing, or is not one of its own
+        raise FileError(f"{file}: {first_line(error)}") from error
+
+
+def _check_types(record: dict[str, Any], types: Mapping[str, Any], file: Path) -> None:
+    for name in types.keys() & record.keys():
+        if not _is_of(record[name], types[name]):
+            raise FileError(f"{file}: {name} is {str(record[name])[:80]}, which it cannot be")
+
+
+def _is_of(value: Any, annotation: Any) -> bool:
+    allowed = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    classes = tuple(get_origin(each) or each for each in allowed)
+    return isinstance(value, classes) or (float in classes and isinstance(value, int))
+
+
+def check_links(folder: Path) -> None:
+    """Raise ConfigError where a link leads out of a run folder: what is written there would land elsewhere."""
+    inside = os.path.realpath(folder)
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place, name) for name in (*folders, *files)):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+                raise ConfigError(
+                    f"{path} is a link to {path.readlink()}, outside of {folder}; "
+                    "replace it by a copy of that, or delete it"
+                )
+        if Path(place) == Path(folder) and "wandb" in folders:
+            folders.remove("wandb")  # in it W&B links to its own logs; nothing of ours is written there
+
+
+def no_link(path: str, flags: int) -> int:
+    """An opener for `open`: raises OSError where the file is a link, which may lead anywhere."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link but not what it points to, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a small file whole or not at all. Where there is a link, the file takes its place."""
+    temporary = file.with_name(file.name + ".tmp")
+    discard(temporary)
+    with temporary.open("xb") as stream:  # x: never through a link
+        stream.write(content.encode() if isinstance(content, str) else content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+    sync(file.parent)
+
+
+def move_whole(folder: Path, target: Path) -> None:
+    """Give a complete folder its name, in place of what has it, such that it would outlast a power cut.
+
+    No folder can replace another one in one step: what had the name is `<name>.old` meanwhile, for `put_back`.
+    """
+    for path in [*folder.iterdir(), folder]:
+        sync(path)
+    put_back(target)
+    old = target.with_name(f"{target.name}.old")
+    if os.path.lexists(target):
+        target.rename(old)
+    folder.rename(target)
+    sync(target.parent)
+    discard(old)
+
+
+def put_back(target: Path) -> None:
+    """After a `move_whole` that was killed: give the old folder its name again, or remove it where the new one has it.
+
+    For the process that holds the run folder.
+    """
+    old = target.with_name(f"{target.name}.old")
+    if os.path.lexists(target):
+        discard(old)
+    elif os.path.lexists(old):
+        old.rename(target)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint or of a file of samples; names do not sort by it beyond 999,999."""
+    return int(path.stem.removeprefix("step_"))
+
+
+def sync(path: Path) -> None:
+    """Make sure that a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The JSON objects of a file, one a line; without what follows the last newline, which a crash has torn.
+
+    Raises FileError naming file and line where any other line is no object.
+    """
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+            raise FileError(f"{file}, line {number}: not valid JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise FileError(f"{file}, line {number}: not a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _json_lines(rows: Iterable[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "status.json").exists()
+
+
+def _started_at(file: Path) -> float:
+    return file.stat().st_mtime

@@ -1,0 +1,112 @@
+"""Successive halving (Jamieson and Talwalkar, arXiv 1502.07943) over the arms of a sweep, with a budget of time.
+
+All arms make the steps of a first rung; the best of them go on to the next, and so on, until the last ones have made
+all. Since a run that goes on is the run that never stopped, nothing is paid twice.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grpo.config.overrides import Overrides
+from grpo.runs.folder import read_dataclass, write_whole
+
+LEAST_STEPS = 3  # of the first rung under a budget: so many are made first, to see how long a step takes
+SEED = "seed"
+Ladder = list[tuple[int, int]]  # (steps made by the end of the rung, arms that make them)
+
+
+@dataclass
+class Record:
+    """What has been decided, as halving.json has it: enough to go on after any interruption."""
+
+    total_steps: int
+    arms: list[list[int]]  # the numbers of each arm's jobs, one a seed
+    eta: int
+    budget_hours: float | None
+    step_s: float | None = None  # seconds of a step, as last measured
+    start_s: float | None = None  # seconds of a job beside its steps: loading and evaluating
+    ladder: Ladder = field(default_factory=list)
+    entered: list[int] | None = None  # arms of the rung that is going on
+    rungs: list[dict[str, Any]] = field(default_factory=list)  # each: steps, scores by arm, kept arms, hours spent
+    state: str = "running"  # running | finished | out of budget
+
+    @classmethod
+    def read(cls, folder: Path) -> "Record | None":
+        file = folder / "halving.json"
+        return read_dataclass(cls, file) if file.exists() else None
+
+    def write(self, folder: Path) -> None:
+        write_whole(folder / "halving.json", json.dumps(asdict(self), indent=1) + "\n")
+
+    def seconds(self, ladder: Ladder) -> float:
+        """What a ladder takes, in seconds of jobs."""
+        return seconds(ladder, len(self.arms[0]), self.step_s, self.start_s)
+
+    def in_words(self) -> dict[str, Any]:
+        """For the report: what the time bought, and each rung."""
+        spent = self.rungs[-1]["spent_hours"] if self.rungs else 0.0
+        full = self.seconds([(self.total_steps, len(self.arms))]) / 3600 if self.step_s is not None else None
+        budget = f" of {self.budget_hours:g}" if self.budget_hours is not None else ""
+        text = f"{spent:.2f}{budget} hours of jobs were spent."
+        if full:
+            text += f" All {len(self.arms)} arms to the end would take about {full:.2f}: {spent / full:.0%} of that."
+        if self.state == "out of budget":
+            text += " The budget ended before any arm had made all its steps."
+        return {"text": text, "rungs": self.rungs}
+
+
+def arms_of(points: Sequence[Sequence[str]]) -> list[list[int]]:
+    """The numbers of the jobs that differ in their seed only, arm by arm."""
+    arms: dict[tuple[str, ...], list[int]] = {}
+    for number, point in enumerate(points):
+        arms.setdefault(tuple(Overrides(point).without({SEED})), []).append(number)
+    return list(arms.values())
+
+
+def ladder(total_steps: int, arms: int, eta: int, first: int) -> Ladder:
+    """The rungs from `first` steps on: eta times the steps for the best 1/eta of the arms each time."""
+    rungs, steps, left = [], first, arms
+    while True:
+        steps = total_steps if left == 1 else min(steps, total_steps)
+        rungs.append((steps, left))
+        if steps == total_steps:
+            return rungs
+        steps, left = steps * eta, max(1, left // eta)
+
+
+def seconds(rungs: Ladder, seeds: int, step_s: float, start_s: float) -> float:
+    """What a ladder takes in all: each job of a rung is started once, and goes on from the rung before."""
+    made, total = 0, 0.0
+    for steps, arms in rungs:
+        total += arms * seeds * ((steps - made) * step_s + start_s)
+        made = steps
+    return total
+
+
+def choose_ladder(record: Record) -> Ladder:
+    """The longest first rung that the budget pays for; without one, rungs such that one arm is left for the last.
+
+    Raises ValueError with the least budget in hours where even a few steps for all are too much.
+    """
+    total, arms = record.total_steps, len(record.arms)
+    if record.budget_hours is None:
+        first, left = total, arms
+        while left >= record.eta:
+            first, left = first / record.eta, left // record.eta
+        return ladder(total, arms, record.eta, max(1, int(first)))
+    firsts = range(total, min(LEAST_STEPS, total) - 1, -1)
+    for first in firsts:
+        rungs = ladder(total, arms, record.eta, first)
+        if record.seconds(rungs) <= 3600 * record.budget_hours:
+            return rungs
+    least = min(record.seconds(ladder(total, arms, record.eta, first)) for first in firsts)
+    raise ValueError(f"{least / 3600:.3g}")
+
+
+def best_arms(scores: Sequence[float | None], keep: int) -> list[int]:
+    """The arms with the best scores, best first; those without one are out, and of equal ones the first stays."""
+    ranked = sorted((number for number, score in enumerate(scores) if score is not None), key=lambda n: -scores[n])
+    return ranked[:keep]

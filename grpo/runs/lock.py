@@ -1,0 +1,143 @@
+"""One process at a time in a run folder, also where several machines share the disk."""
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from grpo.config.schema import ConfigError
+
+logger = logging.getLogger(__name__)
+RENEW_S = 10.0
+LINE = 512  # bytes
+
+
+@contextmanager
+def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[None]:
+    """Hold a folder for this process; raises ConfigError where another live process holds it.
+
+    On one machine the system's lock of `.lock` decides, which goes with its process however that dies. Other machines
+    may not see that lock, or see it still after its machine died; so the holder also renews a line in the file every
+    `renew_s` seconds. A line of another machine that is not renewed for 2.5 times as long belongs to a dead process.
+    No clocks are compared. Where the file system has no locks, the line alone decides.
+    """
+    with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b", buffering=0) as file:
+        holder, taken = _read(folder), _lock(file)
+        unsure = bool(holder) and (taken is None or holder.get("machine") != _machine())
+        if taken and not unsure:
+            raise ConfigError(f"{folder} is in use by another process; wait for it, or choose another folder")
+        if unsure and _is_renewed(folder, holder, 2.5 * renew_s):
+            raise ConfigError(
+                f"{folder} is in use on {holder.get('host')} (process {holder.get('pid')}); wait for it, or choose "
+                "another folder"
+            )
+        stop, token = threading.Event(), uuid.uuid4().hex
+        _write(file, token, 0)
+        thread = threading.Thread(target=_renew, args=(file, folder, token, stop, renew_s), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            with suppress(OSError):
+                os.ftruncate(file.fileno(), 0)
+
+
+def in_use(folder: Path) -> bool:
+    """Whether the process that holds the folder lives, as far as a look can say that takes no lock.
+
+    Of another machine, of this one before it was restarted, or of another container, whose process numbers mean nothing
+    here, that is a guess: its line was renewed within a minute.
+    """
+    holder = _read(folder)
+    if holder.get("machine") != _machine() or holder.get("pid_namespace", _pid_namespace()) != _pid_namespace():
+        return bool(holder) and time.time() - (folder / ".lock").stat().st_mtime < 6 * RENEW_S
+    try:
+        os.kill(holder["pid"], 0)
+    except (ProcessLookupError, OverflowError):  # a number that no process can have
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def left_by_us(folder: Path) -> bool:
+    """Whether a process of ours held this folder and was killed: at any other end it empties its `.lock`."""
+    return "token" in _read(folder)
+
+
+def _lock(file: BinaryIO) -> bool | None:
+    """Whether another process has the system's lock; None where the file system has none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        logger.warning("no lock on %s (%s): two launches here at the same moment would not notice", file.name, error)
+        return None
+    return False
+
+
+def _is_renewed(folder: Path, holder: dict, seconds: float) -> bool:
+    """Watch whether a line changes within so many seconds."""
+    print(f"waiting {seconds:.0f} s to see whether the process on {holder.get('host')} is alive", flush=True)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, seconds / 10))
+        if _read(folder) != holder:
+            return True
+    return False
+
+
+def _renew(file: BinaryIO, folder: Path, token: str, stop: threading.Event, seconds: float) -> None:
+    beat = 0
+    while not stop.wait(seconds):
+        holder = _read(folder)
+        if holder and holder.get("token") != token:
+            # This process stood still for so long that another machine took it for dead and went on.
+            print(
+                f"{folder} was taken over by {holder.get('host')} (process {holder.get('pid')}); stopping", flush=True
+            )
+            os._exit(1)
+        beat += 1
+        with suppress(OSError):  # a full disk must not end the run
+            _write(file, token, beat)
+
+
+def _read(folder: Path) -> dict:
+    try:
+        holder = json.loads((folder / ".lock").read_text().strip() or "{}")
+    except (OSError, ValueError):  # while it is written
+        return {}
+    return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else {}
+
+
+def _write(file: BinaryIO, token: str, beat: int) -> None:
+    holder = {"machine": _machine(), "host": platform.node(), "pid": os.getpid(), "token": token, "beat": beat}
+    holder["pid_namespace"] = _pid_namespace()
+    # Over what stands there, at one length, so that a full disk cannot leave half a line.
+    os.pwrite(file.fileno(), json.dumps(holder).ljust(LINE).encode(), 0)
+    os.fsync(file.fileno())
+
+
+def _pid_namespace() -> str | None:
+    """Within which the numbers of processes are unique: containers on one machine have one each; None where unknown."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:  # not on Linux
+        return None
+
+
+def _machine() -> str:
+    """The same within one boot of one machine only: names of hosts need not be unique."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text().strip() if boot.exists() else f"{uuid.getnode():x}"

@@ -1,0 +1,161 @@
+"""Saving a run's checkpoints, in the way of training or beside it in a thread, and which of them are kept."""
+
+import logging
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from grpo.config.schema import CheckpointConfig
+from grpo.runs.checkpoint import (
+    NAME,
+    TrainerState,
+    clear,
+    flatten_optimizer,
+    reference_folder,
+    reference_of,
+    step_folder,
+    step_folders,
+    weights_of,
+    write_checkpoint,
+)
+from grpo.runs.folder import step_of
+
+logger = logging.getLogger(__name__)
+TRIES = 5  # checkpoints in a row that may fail to be written before the run ends
+
+
+class Saver:
+    """Writes the checkpoints of one run. What the disk refuses is a warning: the checkpoint before it stays."""
+
+    def __init__(self, folder: Path, settings: CheckpointConfig, state: TrainerState) -> None:
+        """state: where the run starts or goes on from, which is on the disk already."""
+        self._folder, self._settings = folder, settings
+        clear(folder)
+        self._idle = threading.Event()
+        self._idle.set()
+        self.saved_step = state.step  # of the newest checkpoint on the disk
+        self._failures = 0  # in a row
+        has_reference = reference_folder(folder, state.iteration).exists()
+        self._reference_iteration = state.iteration if has_reference else 0  # whose reference is on the disk
+
+    def save(
+        self, policy: nn.Module, optimizer: torch.optim.Optimizer, reference: nn.Module | None, state: TrainerState
+    ) -> None:
+        """Save the present step, unless it is saved already, and delete what is not to be kept.
+
+        reference: given where it is no longer the starting model. With `overlap`, what is saved is copied to host
+        memory at once and written while training goes on.
+        """
+        self.close()
+        if state.step == self.saved_step:
+            return
+        tensors = {"model": weights_of(policy), "optimizer": flatten_optimizer(optimizer)}
+        moved = weights_of(reference) if reference is not None and self._reference_iteration != state.iteration else {}
+        if self._settings.overlap:
+            tensors, moved = {name: _copied(group) for name, group in tensors.items()}, _copied(moved)
+        place = None if reference is None else reference_folder(self._folder, state.iteration)
+        # The thread must not see what the next steps make of it.
+        state = TrainerState(**vars(state) | {"reduced": dict(state.reduced)})
+
+        def write() -> None:
+            target = step_folder(self._folder, state.step)
+            try:
+                if moved:
+                    write_checkpoint(place, {"model": moved})
+                    self._reference_iteration = state.iteration
+                write_checkpoint(target, tensors, state, place)
+            except OSError:
+                self._failures += 1
+                raise
+            self.saved_step, self._failures = state.step, 0
+            retain(target, self._settings)
+
+        self._run(write, f"the checkpoint of step {state.step}")
+
+    def save_best(self, policy: nn.Module, state: TrainerState) -> None:
+        """Replace `best/` by the present weights."""
+        self.close()
+        if self._settings.keep_best:
+            self._write(lambda: write_checkpoint(self._folder / "best", {"model": weights_of(policy)}, state), "best/")
+
+    def check(self) -> None:
+        """Raise RuntimeError where checkpoints cannot be written: a run that is stopped would lose ever more."""
+        if self._failures >= TRIES:
+            raise RuntimeError(
+                f"the last {TRIES} checkpoints could not be written to {self._folder}, as the warnings say; "
+                "make room there, or make it writable, and resume"
+            )
+
+    def close(self) -> None:
+        """Wait until nothing is being written, also where a signal comes meanwhile."""
+        try:
+            self._idle.wait()
+        except BaseException:
+            self._idle.wait()
+            raise
+
+    def _run(self, write: Callable[[], None], what: str) -> None:
+        if not self._settings.overlap:
+            self._write(write, what)
+            return
+
+        def beside() -> None:
+            try:
+                self._write(write, what)
+            finally:
+                self._idle.set()
+
+        self._idle.clear()
+        threading.Thread(target=beside, name="checkpoint").start()
+
+    def _write(self, write: Callable[[], None], what: str) -> None:
+        started = time.perf_counter()
+        try:
+            write()
+        except OSError as error:
+            logger.warning("%s could not be written (%s); training goes on, and the one before it stays", what, error)
+            return
+        logger.info("%s was written in %.3g s", what, time.perf_counter() - started)
+
+
+def retain(newest: Path, settings: CheckpointConfig) -> None:
+    """Delete what is not to be kept: all but the last `keep_last` checkpoints and those of every `keep_every` steps.
+
+    newest: just written, and so the last that counts: what bears a later step is damaged, since the run would have
+    gone on from there. A reference goes with the last checkpoint that needs it; best/ stays. A failed delete is a
+    warning, not an error.
+    """
+    folder = newest.parent
+    older = [path for path in step_folders(folder) if step_of(path) <= step_of(newest)][: -settings.keep_last]
+    for path in older:
+        if not (settings.keep_every and step_of(path) % settings.keep_every == 0):
+            _delete(path)
+    needed = {_reference_name(path) for path in step_folders(folder)}
+    for path in folder.glob("reference_*"):
+        if re.fullmatch(NAME, path.name) and path.name not in needed:
+            _delete(path)
+
+
+def _reference_name(checkpoint: Path) -> str | None:
+    try:
+        reference = reference_of(checkpoint)
+    except (OSError, ValueError):  # damaged: nothing goes on from it
+        return None
+    return None if reference is None else reference.name
+
+
+def _delete(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("could not delete the old checkpoint %s: %s", path, error)
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}

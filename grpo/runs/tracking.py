@@ -1,0 +1,271 @@
+"""Weights & Biases, kept at arm's length: training never stops for it and waits a bounded time only.
+
+Every call into wandb runs in a thread of its own with a time limit. The first one that raises or does not come back
+costs one warning, and nothing more is tracked: metrics.jsonl and samples/ hold everything anyway. When the `with`
+block ends, nothing of wandb is left in the process, so that the jobs of a sweep are separate runs.
+"""
+
+import importlib
+import logging
+import os
+import queue
+import shlex
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from grpo.runs.folder import write_whole
+
+logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 20.0  # for handing over one row; wandb only queues it, usually in about a millisecond
+FINISH_SECONDS = 30.0  # for uploading what is left at the end
+TEARDOWN_SECONDS = 5.0  # for wandb's background process to end
+MAX_TABLE_ROWS = 64
+
+
+class Tracker:
+    """Hands metrics to one W&B run. Without a run, or after the first failure, every method does nothing.
+
+    `how_to_look` says in plain lines where the run can be seen. No method raises what comes from wandb.
+    """
+
+    def __init__(self, run: Any = None):
+        """`run` is an open wandb run, or None for no tracking."""
+        self.how_to_look: list[str] = []
+        self._run = run
+        self._usable = self._takes_tables = run is not None  # until something fails
+        self._responds = True  # until something does not come back in time
+        self._open_step = 0  # the first step that W&B still takes: it drops what comes for an earlier one
+        if run is not None:
+            self._open_step = run.starting_step
+            folder = shlex.quote(str(run.sync_dir))
+            self._upload_line = f"upload it: wandb sync {folder}"
+            look = f"look at the run: {f'wandb leet {folder}' if run.offline else run.url}"
+            self.how_to_look = [look, self._upload_line] if run.offline else [look]
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Log one step's metrics. `row` holds "step"; values that are None are left out."""
+        step = row["step"]
+        self._open_step = max(step, self._open_step)
+        values = {key: value for key, value in row.items() if value is not None}
+        self._do("logging", lambda: self._run.log(values, step=step))
+
+    def log_completions(self, step: int, rows: list[dict]) -> None:
+        """Log the first 64 completions of a step as the table "completions"; the keys of `rows` are its columns."""
+        rows = rows[:MAX_TABLE_ROWS]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        data = [[row.get(column) for column in columns] for row in rows]
+        self._open_step = step = max(step, self._open_step)
+
+        def log_table() -> None:
+            # A column may hold numbers in one row and text in the next (answers), which a typed table refuses.
+            table = importlib.import_module("wandb").Table(columns=columns, data=data, allow_mixed_types=True)
+            self._run.log({"step": step, "completions": table}, step=step)
+
+        # Online, wandb asks the server before it takes a table, whereas it only queues metrics: a network that is gone
+        # for a while must not cost more than the tables.
+        _, error = _attempt(LOG_SECONDS, log_table) if self._usable and self._takes_tables else (None, None)
+        if error is not None:
+            logger.warning("W&B: logging completions failed (%s). No more tables are sent.", _one_line(error))
+            self._takes_tables = False
+
+    def log_evaluation(self, name: str, step: int, values: Mapping[str, Any]) -> None:
+        """Log an evaluation after `step` steps, `values` such as {"accuracy": 0.7, "n": 100}.
+
+        The history gets eval/accuracy, eval/n, ..., in the row of that step; the summary gets eval/<name>/accuracy,
+        ..., for comparing runs. An evaluation of a step that W&B has closed already (after a crash it may be ahead of
+        the checkpoint) goes to the first step still open, since W&B would drop it.
+        """
+        history = {f"eval/{key}": value for key, value in values.items()}
+        self.log({**history, "step": max(step, self._open_step)})
+        self.set_summary({f"eval/{name}/{key}": value for key, value in values.items()})
+
+    def alert(self, title: str, text: str) -> None:
+        """Send an alert, which W&B passes on by mail or chat as the user has set it up there."""
+        self._do("an alert", lambda: self._run.alert(title=title, text=text, level="WARN"))
+
+    def set_summary(self, values: Mapping[str, Any]) -> None:
+        """Set values of the run as a whole."""
+        self._do("writing the summary", lambda: self._run.summary.update(dict(values)))
+
+    def replay(self, rows: Iterable[Mapping[str, Any]], evaluations: Mapping[str, Mapping[str, Any]]) -> None:
+        """Log what of earlier launches this run does not have: all in a fresh run, else what it missed.
+
+        evaluations: by name, as `log_evaluation` takes them, each with its "step".
+        """
+        first = self._open_step
+        of_step: dict[int, list[str]] = {}
+        for name, values in evaluations.items():
+            of_step.setdefault(values["step"], []).append(name)
+        by_step = {row["step"]: row for row in rows}
+        for step in sorted(by_step.keys() | of_step.keys()):
+            if step >= first:
+                if step in by_step:
+                    self.log(by_step[step])
+                for name in of_step.get(step, []):
+                    self.log_evaluation(name, step, {k: v for k, v in evaluations[name].items() if k != "step"})
+
+    def close(self, exit_code: int) -> None:
+        """Finish the run, failed if `exit_code` is not 0, and free what wandb holds in this process."""
+        if self._run is None:
+            return
+        if self._responds:
+            self._note("finishing", _attempt(FINISH_SECONDS, lambda: self._run.finish(exit_code))[1])
+        self._usable = False
+        _teardown(exit_code, TEARDOWN_SECONDS)
+
+    def _do(self, doing: str, call: Callable[[], Any]) -> None:
+        if self._usable:
+            self._note(doing, _attempt(LOG_SECONDS, call)[1])
+
+    def _note(self, doing: str, error: BaseException | None) -> None:
+        if error is not None and self._usable:
+            text = "W&B: %s failed (%s). Nothing more is tracked; what W&B has is on disk, %s"
+            logger.warning(text, doing, _one_line(error), self._upload_line)
+            self.how_to_look = list(dict.fromkeys([*self.how_to_look, self._upload_line]))
+            self._usable, self._responds = False, not isinstance(error, TimeoutError)
+
+
+@contextmanager
+def tracking(
+    cfg: Mapping[str, Any],
+    run_dir: Path,
+    *,
+    resumed: bool,
+    rows: Iterable[Mapping[str, Any]] = (),
+    evaluations: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+) -> Iterator[Tracker]:
+    """Track one training run, as `cfg["tracking"]` says, with wandb's files under `run_dir`/wandb.
+
+    `cfg` is the resolved config as plain dicts and is sent along. mode=auto is online for a user who is logged in,
+    else offline; an online run that cannot start goes on offline. `rows` are the metrics rows of earlier launches,
+    `evaluations` theirs by name.
+    Opening takes `init_timeout` seconds at most. An exception inside the block marks the run failed and propagates.
+    """
+    hooks = sys.exit, sys.excepthook
+    tracker = _open(cfg, Path(run_dir).absolute(), resumed)
+    exit_code = 0
+    try:
+        tracker.replay(rows, evaluations)
+        yield tracker
+    except BaseException as error:
+        exit_code = _exit_code(error)
+        raise
+    finally:
+        tracker.close(exit_code)
+        # wandb wraps both whenever it starts its background process, and never takes that back.
+        sys.exit, sys.excepthook = hooks
+
+
+def _open(cfg: Mapping[str, Any], run_dir: Path, resumed: bool) -> Tracker:
+    mode, seconds = cfg["tracking"]["mode"], cfg["tracking"]["init_timeout"]
+    if mode == "disabled" or (mode == "auto" and os.environ.get("WANDB_MODE") == "disabled"):
+        return Tracker()
+    # Else wandb sends usage statistics, also from offline runs, and on a bad network holds up the exit for 20 s.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    deadline = time.monotonic() + seconds
+    if mode != "offline":
+        reserve = min(10.0, seconds / 2)  # so that an online start that hangs leaves time to start offline
+        tracker, error = _open_online(cfg, run_dir, resumed, seconds - reserve)
+        if tracker is not None:
+            return tracker
+        if error is not None:
+            logger.warning("W&B: no online run (%s). Going on offline.", _one_line(error))
+            _teardown(1, reserve / 2)
+        elif mode == "online":
+            logger.warning("W&B: not logged in, or switched off by WANDB_MODE. Going on offline; see `wandb login`.")
+    tracker, error = _attempt(deadline - time.monotonic(), lambda: Tracker(_init(cfg, run_dir, "offline", seconds)))
+    if error is not None:
+        logger.warning("W&B: no run (%s). Nothing is tracked.", _one_line(error))
+        _teardown(1, 0.1)
+    return tracker or Tracker()
+
+
+def _open_online(cfg: Mapping[str, Any], run_dir: Path, resumed: bool, seconds: float) -> tuple:
+    """The online run of this folder, new or gone on with, and the error; both None if no user is logged in."""
+    id_file = run_dir / "wandb_run_id"
+    known = id_file.read_text().strip() if resumed and id_file.exists() else ""
+    run_id = known or uuid.uuid4().hex[:12]
+    write_whole(id_file, run_id + "\n")  # before the run exists, so that no crash can separate the two
+
+    def start() -> Tracker | None:
+        if not _silent_wandb().login(prompt=False, verify=False):
+            return None
+        return Tracker(_init(cfg, run_dir, "online", seconds, id=run_id, resume="must" if known else "never"))
+
+    tracker, error = _attempt(seconds, start)
+    if tracker is None and not known:
+        id_file.unlink()  # there is no such run to go on with
+    return tracker, error
+
+
+def _silent_wandb() -> Any:
+    """The wandb module, told not to write to the terminal nor ask for a key there; `login` then needs no network."""
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
+    return wandb
+
+
+def _init(cfg: Mapping[str, Any], run_dir: Path, mode: str, seconds: float, **identity: str) -> Any:
+    """A new wandb run. Raises what wandb raises."""
+    wandb = _silent_wandb()
+    settings = wandb.Settings(
+        console="off",
+        symlink=False,
+        use_dot_wandb=False,
+        init_timeout=0.9 * seconds,  # so that wandb gives up by itself before it is left behind
+        finish_timeout=0.9 * FINISH_SECONDS,
+        finish_timeout_raises=True,
+    )
+    run = wandb.init(
+        **{key: cfg["tracking"][key] for key in ("project", "entity", "group", "job_type", "tags")},
+        name=cfg["tracking"].get("name") or f"{cfg['name']}/{run_dir.name}",
+        config=dict(cfg),
+        dir=str(run_dir),
+        mode=mode,
+        reinit="create_new",  # never the run that something else in this process has left open
+        settings=settings,
+        **identity,
+    )
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def _teardown(exit_code: int, seconds: float) -> None:
+    """End wandb's background process and forget its state; after `seconds` a hanging one is left behind."""
+    _attempt(seconds, lambda: importlib.import_module("wandb").teardown(exit_code))
+
+
+def _attempt(seconds: float, call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    """The result of `call` and its error, one of them None; TimeoutError after `seconds`, with `call` left behind."""
+    outcome: queue.SimpleQueue = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            outcome.put((call(), None))
+        except BaseException as error:  # also SystemExit, which wandb raises when its process ends badly
+            outcome.put((None, error))
+
+    threading.Thread(target=work, name="wandb-call", daemon=True).start()
+    try:
+        return outcome.get(timeout=max(0.0, seconds))
+    except queue.Empty:
+        return None, TimeoutError(f"no answer within {seconds:.0f} s")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code != 0:
+        return error.code
+    return 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -1,0 +1,69 @@
+"""The end of a sweep: what became of each job, the report, and how to resume."""
+
+import logging
+import shlex
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from grpo.config.overrides import Overrides
+from grpo.config.schema import LAUNCH
+from grpo.runs.halving_state import Record
+from grpo.runs.sweep_folder import SweepFolder, short
+
+logger = logging.getLogger(__name__)
+
+
+def conclude(sweep: SweepFolder) -> bool:
+    """Print what became of each job, write the report, and say how to resume. Returns whether a job failed."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # everything else has ended
+        signal.signal(number, signal.SIG_IGN)
+    jobs = sweep.jobs()
+    if not jobs:
+        return False
+    states = {job["state"] for job in jobs} - {"stopped early"}
+    bad = states & {"failed", "unreadable"}
+    state = "failed" if bad else "interrupted"
+    sweep.update("finished" if states == {"finished"} else state)
+    Console().print(_table(jobs, sweep.swept))
+    for job in jobs:
+        if job["state"] in bad:
+            print(f"job {job['job']} {job['state']}: {job['error']}")
+    print(f"sweep folder: {sweep.path}")
+    _report(sweep)
+    halving = Record.read(sweep.path)
+    if states != {"finished"} and (halving is None or halving.state != "finished"):
+        record = sweep.record()
+        given = [*record.get("flags", []), "-m", *record["hydra"], *record["overrides"]]
+        print(f"  go on     {shlex.join([*LAUNCH, *given, 'resume=true', f'sweep_dir={sweep.path}'])}")
+    return bool(bad)
+
+
+def _report(sweep: SweepFolder) -> None:
+    from grpo.analysis.sweep_report import write_sweep_report  # here, since it takes a second to import
+
+    try:
+        files, headline = write_sweep_report(sweep.path)
+    except Exception as error:  # a report can be made again, and must not hide how the sweep ended
+        logger.warning(
+            "no report (%s: %s); make it: python -m grpo report sweep_dir=%s", type(error).__name__, error, sweep.path
+        )
+        return
+    print(f"{headline}\n  report    {files[0]}")
+
+
+def _table(jobs: list[dict[str, Any]], keys: Sequence[str]) -> Table:
+    table = Table(title="jobs of the sweep")
+    for column in ("job", *keys, "state", "step", "held-out accuracy"):
+        table.add_column(column, justify="left" if column == "state" else "right", overflow="fold")
+    for job in jobs:
+        values = Overrides(job["overrides"]).texts
+        steps = f"{job['step']}/{job['total_steps']}" if job["total_steps"] else "-"
+        accuracy = "-" if job["accuracy"] is None else f"{job['accuracy']:.1%}"
+        shown = (escape(short(values.get(key, "-"))) for key in keys)  # a list looks like Rich's markup
+        table.add_row(str(job["job"]), *shown, job["state"], steps, accuracy)
+    return table

@@ -1,0 +1,142 @@
+"""Before a sweep starts: which folder it has, its jobs, and whether each of them can run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from omegaconf import DictConfig, OmegaConf
+
+from grpo.config.hydra_app import compose_again, config_flags, has_plugin, split_into_jobs, without_hydra
+from grpo.config.overrides import Overrides, quoted
+from grpo.config.schema import LAUNCH_KEYS, Config, ConfigError
+from grpo.runs.choice import check_empty
+from grpo.runs.folder import check_links, outputs, short_path
+from grpo.runs.sweep_folder import SweepFolder, newest_sweep
+
+Check = Callable[[DictConfig, Overrides], Config]
+
+
+@dataclass(frozen=True)
+class SweepOpening:
+    """A sweep that nothing speaks against, not yet on disk."""
+
+    folder: SweepFolder  # the one to resume, or the wanted name of a new one
+    is_new: bool  # in which case it gets another name where that is taken
+    overrides: Overrides  # of the experiment, as sweep.json keeps them
+    task: Overrides  # the same with the values of each swept key as a list, for Hydra
+    points: list[list[str]] | None  # the overrides of each job; None where the sweeper finds its points itself
+    hydra: Overrides  # of Hydra's own settings
+    sweeper: str  # the choice of hydra/sweeper
+    flags: list[str]  # that say where the config is
+    excluded: list[str]  # keys that do not name a job's folder
+    has_params: bool  # whether the sweeper's own params are among the overrides
+
+    def begin(self, folder: SweepFolder) -> None:
+        """Write sweep.json, or the state of the one that is there."""
+        folder.begin(self.overrides, self.task.swept, self.points, self.hydra.lines, self.sweeper, self.flags)
+
+    def overrides_for(self, folder: SweepFolder) -> list[str]:
+        """What Hydra is started with; the config of each job is composed with these, in whichever process it is."""
+        own = [f"hydra.sweep.dir={quoted(str(folder.path))}"]
+        own.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(self.excluded)}]")
+        if self.has_params:
+            own.append("hydra.sweeper.params=null")
+        return [*self.hydra.without({"hydra.sweep.dir"}), *own, *self.task]
+
+
+def prepare_sweep(composed: DictConfig, overrides: Overrides, check: Check) -> SweepOpening:
+    """The sweep that a command line asks for, a new one or one to resume. Raises ConfigError, or what Hydra raises."""
+    check_sweep(composed)
+    sweeper, choice = composed.hydra.sweeper, composed.hydra.runtime.choices["hydra/sweeper"]
+    asked = with_params(overrides.of_experiment, sweeper)
+    known = _known_folder(composed, overrides, asked, choice)
+    if known is not None:
+        check_links(known.path)
+    record = known.record() if known is not None else {}
+    if record:
+        known.check_same(asked, choice, composed.resume)
+    elif known is not None and not known.begun():
+        check_empty(known.path)
+    named = known.continued(asked) if record else asked
+    # Read once, since `seed=shuffle(1,2,3)` would give the jobs another order each time.
+    task = named.expand(record.get("planned") or points_of(named, sweeper) or ())
+    points = points_of(task, sweeper)
+    _check_points(composed, task, points, check)
+    excluded = {*composed.hydra.job.config.override_dirname.exclude_keys, *LAUNCH_KEYS}
+    excluded |= set(task.keys) - set(task.swept)
+    return SweepOpening(
+        folder=known or SweepFolder(outputs() / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"),
+        is_new=known is None,
+        overrides=named,
+        task=task,
+        points=points,
+        hydra=overrides.of_hydra.without({"hydra.mode"}),
+        sweeper=choice,
+        flags=config_flags(composed.hydra),
+        excluded=sorted(excluded),
+        has_params=bool(sweeper.get("params")),
+    )
+
+
+def _known_folder(composed: DictConfig, overrides: Overrides, asked: Overrides, choice: str) -> SweepFolder | None:
+    """The folder that the command line names, or that of the same sweep where it resumes; None: a new one."""
+    named = composed.sweep_dir or overrides.value("hydra.sweep.dir")
+    path = named or (newest_sweep(asked, choice) if composed.resume else None)
+    folder = SweepFolder(short_path(path)) if path is not None else None
+    if composed.resume is True and (folder is None or not folder.begun()):
+        raise ConfigError(
+            "resume=true: there is no such sweep; give the overrides that it had, or name it with "
+            "sweep_dir=outputs/sweeps/..."
+        )
+    return folder
+
+
+def check_sweep(composed: DictConfig) -> None:
+    """Raise ConfigError for what a sweep cannot do."""
+    hydra = composed.hydra
+    for part in ("launcher", "sweeper"):
+        if not has_plugin(hydra[part]._target_):
+            choice = hydra.runtime.choices[f"hydra/{part}"]
+            raise ConfigError(f"hydra/{part}={choice}: no Hydra plugin {hydra[part]._target_} is installed")
+    at_once = hydra.launcher.get("jobs_at_once")
+    if at_once is not None and not (isinstance(at_once, int) and at_once > 0):
+        raise ConfigError(f"hydra.launcher.jobs_at_once={at_once} must be a number above 0, or null")
+    if "minimize" in str(hydra.sweeper.get("direction")):  # as Optuna's own config has it
+        raise ConfigError(
+            "hydra.sweeper.direction=minimize: the outcome of a run is to be maximized; use hydra/sweeper=tpe, or "
+            "hydra.sweeper.direction=maximize"
+        )
+    if hydra.sweeper.get("max_batch_size") is not None:
+        raise ConfigError("hydra.sweeper.max_batch_size: with it a job that fails ends the sweep; leave it out")
+    if composed.run_dir is not None and not composed.fork:
+        raise ConfigError("run_dir names the folder of one run; that of a sweep is sweep_dir=...")
+
+
+def _check_points(composed: DictConfig, task: Overrides, points: list[list[str]] | None, check: Check) -> None:
+    """Raise ConfigError, or what Hydra raises, for a job that cannot start; None: for what all have in common."""
+    if points is None:
+        configs = [check(without_hydra(composed), task)]
+    else:
+        configs = [check(compose_again(composed.hydra, point), Overrides(point)) for point in points]
+    steps = {each.grpo.num_iterations * each.grpo.num_steps for each in configs}
+    if is_halving(composed.hydra.sweeper) and len(steps) > 1:
+        raise ConfigError("hydra/sweeper=halving compares arms after equal steps: leave grpo.num_steps out")
+
+
+def with_params(overrides: Overrides, sweeper: DictConfig) -> Overrides:
+    """The overrides of a sweep with what the sweeper's own params add before them."""
+    params = OmegaConf.to_container(sweeper.get("params") or OmegaConf.create(), resolve=False)
+    added = Overrides([f"{key}={value}" for key, value in params.items()])
+    return Overrides([*added.without(overrides.keys), *overrides])
+
+
+def points_of(overrides: Overrides, sweeper: DictConfig) -> list[list[str]] | None:
+    """The overrides of each job of a sweep over all combinations; None where the sweeper finds its points itself."""
+    if not sweeper._target_.endswith(("BasicSweeper", "HalvingSweeper")):
+        return None
+    return split_into_jobs(overrides.lines)
+
+
+def is_halving(sweeper: DictConfig) -> bool:
+    """Whether the sweeper is successive halving."""
+    return sweeper._target_.endswith("HalvingSweeper")

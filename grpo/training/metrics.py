@@ -1,0 +1,126 @@
+"""A step's metrics row and its completions, under the field's names (TRL's where it has one)."""
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo.algorithm.advantage import equal_groups
+from grpo.batch import CompletionBatch
+from grpo.data.problems import Problem
+from grpo.training.experiment import Scored
+
+
+class Timer:
+    """Seconds spent in the named parts of a step, as `timing_s/<part>`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[f"timing_s/{part}"] = time.perf_counter() - started
+
+
+def reward_metrics(scored: Scored, group_size: int) -> dict[str, float | None]:
+    """Rewards of a step: total and by component. Missing values (a component that gave None) do not count."""
+    groups = scored.rewards.total.view(-1, group_size)
+    row: dict[str, float | None] = {
+        "reward": groups.mean().item(),
+        "reward_std": groups.std(dim=1).mean().item(),
+        "frac_reward_zero_std": equal_groups(groups).float().mean().item(),
+    }
+    for name, values in scored.rewards.components.items():
+        present = values[~torch.isnan(values)]
+        row[f"rewards/{name}/mean"] = present.mean().item() if len(present) else None
+        row[f"rewards/{name}/std"] = present.std().item() if len(present) > 1 else None
+    return row
+
+
+def completion_metrics(completions: CompletionBatch, stop_ids: tuple[int, ...]) -> dict[str, Any]:
+    """Lengths in tokens, the share that was cut at the limit, and a digest of every token sampled."""
+    lengths = completions.mask.sum(dim=1)
+    return {
+        "completions/mean_length": lengths.float().mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": 1.0 - ended(completions, stop_ids).float().mean().item(),
+        "digest/completions": completions_digest(completions),
+    }
+
+
+def ended(completions: CompletionBatch, stop_ids: tuple[int, ...]) -> Tensor:
+    """Which completions reached an end-of-sequence token, (B,) bool."""
+    stop = torch.isin(completions.ids, torch.tensor(stop_ids, device=completions.ids.device))
+    return (stop & completions.mask.bool()).any(dim=1)
+
+
+def completions_digest(completions: CompletionBatch) -> str:
+    """SHA-256 (first 16 hex digits) over the tokens of each completion in order, padding left out."""
+    sha = hashlib.sha256()
+    for ids, length in zip(completions.ids.cpu(), completions.mask.sum(dim=1).tolist(), strict=True):
+        sha.update(length.to_bytes(4, "little") + ids[:length].numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def evaluation_metrics(result: dict[str, Any]) -> dict[str, float | None]:
+    """The numbers of an evaluation that are worth a curve."""
+    numbers = {key: result[key] for key in ("accuracy", "reward", "completions/mean_length")}
+    return numbers | {f"rewards/{key}": value for key, value in result["rewards"].items()}
+
+
+def sampling_metrics(completions: CompletionBatch, logps: Tensor) -> dict[str, float | None]:
+    """How far sampling and training are apart in what they think of the same tokens, in nats of log-probability.
+
+    logps: (B, T), as the training pass found them before the first update.
+    """
+    difference = ((logps - completions.sampling_logps) * completions.mask).abs()
+    values = {"mean": difference.sum() / completions.mask.sum(), "max": difference.max()}
+    return {f"sampling/logp_difference/{name}": _finite(value.item()) for name, value in values.items()}
+
+
+def update_metrics(updates: list[dict[str, float]]) -> dict[str, float | None]:
+    """Means over the `mu` updates of a step; None where one was not finite."""
+    mean = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
+    clip = {f"clip_ratio/{part}": mean.pop(key) for part, key in _CLIP_NAMES.items() if key in mean}
+    return {name: _finite(value) for name, value in {**mean, **clip}.items()}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+_CLIP_NAMES = {"low_mean": "clip_low", "high_mean": "clip_high", "region_mean": "clip_region"}
+
+
+def sample_rows(step: int, problems: list[Problem], scored: Scored, advantages: Tensor) -> list[dict[str, Any]]:
+    """Every completion of a step with its prompt, rewards and advantage, as samples/*.jsonl and W&B's table hold it."""
+    group_size = len(scored.texts) // len(problems)
+    rows = []
+    for b, text in enumerate(scored.texts):
+        problem = problems[b // group_size]
+        rewards = {
+            name: None if torch.isnan(values[b]) else values[b].item()
+            for name, values in scored.rewards.components.items()
+        }
+        rows.append(
+            {
+                "step": step,
+                "problem_id": problem.id,
+                "prompt": scored.prompts[b][-1]["content"],
+                "completion": text,
+                "answer": problem.answer,
+                **{f"rewards/{name}": value for name, value in rewards.items()},
+                "reward": scored.rewards.total[b].item(),
+                "advantage": advantages[b].item(),
+                "length": int(scored.lengths[b]),
+            }
+        )
+    return rows

@@ -1,0 +1,103 @@
+"""Before the first step: a few groups sampled and scored, to see whether there is anything to learn from."""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from grpo.algorithm.advantage import equal_groups
+from grpo.data.prompts import problems_of_step
+from grpo.model.oom import Cut
+from grpo.training.experiment import Scored, Setup, score_completions
+from grpo.training.metrics import ended
+
+MOST_GROUPS = 8
+OFTEN = 0.25  # share of completions cut at the limit from which on it is worth a word
+MOSTLY = 0.75  # share of groups with equal rewards from which on it is worth one
+
+
+def preflight(model: PreTrainedModel, setup: Setup, cut: Cut) -> dict[str, Any]:
+    """What the untrained model earns for problems of the first step, at most as many as a step has.
+
+    Returns what preflight.json holds: prompts, completions (how many), components (of each the share of completions
+    where it is not 0, its mean, and the share where it gave none), reward, frac_reward_zero_std,
+    completions/mean_length and clipped_ratio, prompt_lengths of all training problems, warnings, seconds.
+    """
+    grpo, started = setup.config.grpo, time.perf_counter()
+    problems = problems_of_step(setup.problems.train, setup.config.seed, 1, min(grpo.batch_size, MOST_GROUPS))
+    prompts, sampling = setup.prompt_batch(setup.conversations(problems)), setup.sampling(model)
+    # Step 0 has noise of its own, so that this tells of the step to come without being it.
+    completions = setup.complete(model, prompts, sampling, cut, group_size=grpo.num_generations, step=0)
+    scored = score_completions(setup, problems, completions)
+    lengths = setup.prompt_lengths
+    found = {
+        "prompts": len(problems),
+        "completions": len(scored.texts),
+        "components": {name: _component(values) for name, values in scored.rewards.components.items()},
+        "reward": scored.rewards.total.mean().item(),
+        "frac_reward_zero_std": _equal(scored, grpo.num_generations),
+        "completions/mean_length": scored.lengths.float().mean().item(),
+        "completions/clipped_ratio": 1.0 - ended(completions, sampling.stop_ids).float().mean().item(),
+        "prompt_lengths": {"min": min(lengths), "median": statistics.median(lengths), "max": max(lengths)},
+    }
+    said = warnings(found, grpo.max_completion_length)
+    return found | {"warnings": said, "seconds": time.perf_counter() - started}
+
+
+def warnings(found: dict[str, Any], max_completion_length: int) -> list[str]:
+    """What stands in the way of learning, with the mend, one text each."""
+    said = []
+    for name, component in found["components"].items():
+        if component["missing"] == 1.0:
+            said.append(f"{name} gave no value for any completion: does its function know these problems?")
+        elif component["nonzero"] == 0.0:
+            said.append(
+                f"{name} is 0 for all {found['completions']} completions, so nothing leads there: show solved "
+                "problems (data.examples), say in data.system_prompt what is asked, or take a larger model.name or "
+                "easier problems"
+            )
+    if found["frac_reward_zero_std"] >= MOSTLY:
+        said.append(
+            f"{found['frac_reward_zero_std']:.0%} of the groups have equal rewards, and nothing is learned from them: "
+            "take problems that the model solves now and then, a larger grpo.num_generations, or a reward with degrees"
+        )
+    if found["completions/clipped_ratio"] >= OFTEN:
+        said.append(
+            f"{found['completions/clipped_ratio']:.0%} of the completions are cut at {max_completion_length} tokens "
+            f"before they end: set grpo.max_completion_length={2 * max_completion_length}, or ask for shorter answers"
+        )
+    return said
+
+
+def lines(found: dict[str, Any], max_completion_length: int) -> list[str]:
+    """What a person reads of it."""
+    shown = [
+        f"pre-flight: {found['prompts']} problems, {found['completions']} completions in {found['seconds']:.1f} s "
+        "(preflight=false skips it)"
+    ]
+    for name, component in found["components"].items():
+        mean = "none" if component["mean"] is None else f"{component['mean']:.2f}"
+        shown.append(f"  {name:<14} mean {mean}, not 0 in {component['nonzero']:.0%}")
+    prompt = found["prompt_lengths"]
+    shown += [
+        f"  {'groups':<14} {found['frac_reward_zero_std']:.0%} with equal rewards",
+        f"  {'completions':<14} {found['completions/mean_length']:.0f} tokens, "
+        f"{found['completions/clipped_ratio']:.0%} cut at {max_completion_length}",
+        f"  {'prompts':<14} {prompt['min']} to {prompt['max']} tokens, half below {prompt['median']:.0f}",
+    ]
+    return shown + [f"warning: {text}" for text in found["warnings"]]
+
+
+def _component(values: torch.Tensor) -> dict[str, float | None]:
+    present = values[~torch.isnan(values)]
+    return {
+        "nonzero": (present != 0).float().sum().item() / len(values),
+        "mean": present.mean().item() if len(present) else None,
+        "missing": 1.0 - len(present) / len(values),
+    }
+
+
+def _equal(scored: Scored, group_size: int) -> float:
+    return equal_groups(scored.rewards.total.view(-1, group_size)).float().mean().item()

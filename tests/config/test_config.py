@@ -1,0 +1,480 @@
+"""Composing conf/, the checks on its values, and what is said of bad ones."""
+
+import dataclasses
+
+import pytest
+from omegaconf.errors import InterpolationResolutionError
+
+from grpo.config.compose import compose_config, explain, run_command
+from grpo.config.migrations import load_frozen
+from grpo.config.overrides import Overrides
+from grpo.config.schema import CONF_DIR, Config, ConfigError, check_training, flatten, kl_weight, to_dict, typed
+from grpo.launch.decide import check_runnable
+from grpo.launch.resume import resumed_config
+from grpo.runs.folder import RunFolder
+from grpo.training.experiment import bind_objective
+
+CHOICES = [f"{group.name}={file.stem}" for group in sorted(CONF_DIR.iterdir()) for file in sorted(group.glob("*.yaml"))]
+
+
+def compose_typed(*overrides):
+    return typed(compose_config(overrides))
+
+
+def complaint(*overrides):
+    """What is said of these overrides. They must be refused as bad input."""
+    errors = []
+
+    def compose():
+        try:
+            compose_typed(*overrides)
+        except Exception as error:
+            errors.append(error)
+            raise
+
+    assert run_command(compose) == 2
+    return explain(errors[0])
+
+
+@pytest.fixture(scope="module")
+def defaults():
+    """What `python launch.py` composes, with dotted keys."""
+    return flatten(to_dict(compose_typed()))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_of_every_group_composes_and_passes_the_checks(choice):
+    assert isinstance(compose_typed(choice), Config)
+
+
+def test_all_groups_of_the_layout_have_choices():
+    groups = {choice.split("=")[0] for choice in CHOICES}
+    wanted = {"model", "data", "reward", "grpo", "objective", "optimizer", "hardware", "rollout", "tracking"}
+    assert wanted | {"experiment"} <= groups
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.name", "Qwen/Qwen2.5-1.5B-Instruct"),
+        ("model.attn_implementation", "sdpa"),
+        ("model.dtype", "float32"),
+        ("model.device_map", "auto"),
+        ("model.trust_remote_code", False),
+        ("data.path", "openai/gsm8k"),
+        ("data.name", "main"),
+        ("grpo.num_iterations", 1),
+        ("grpo.num_steps", 500),
+        ("grpo.batch_size", None),
+        ("grpo.num_generations", None),
+        ("grpo.max_completion_length", None),
+        ("grpo.beta", 0.04),
+        ("grpo.mu", 1),
+        ("grpo.epsilon", 0.1),
+        ("objective.beta", None),
+        ("objective.epsilon", None),
+        ("optimizer.lr", 5e-6),
+        ("reward.components.correctness.weight", 1.0),
+        ("reward.components.format.weight", 1.0),
+        ("checkpoint.every", 50),
+        ("checkpoint.keep_last", 1),
+        ("samples.every", 10),
+        ("rollout.temperature", 1.0),
+        ("tracking.mode", "auto"),
+    ],
+)
+def test_default_of(defaults, key, value):
+    assert defaults[key] == value
+    assert type(defaults[key]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "batch_size", "num_generations", "max_completion_length"),
+    [
+        ("a100_80gb", 8, 16, 512),
+        ("h100_80gb", 8, 16, 512),
+        ("a100_40gb", 4, 8, 400),
+        ("rtx_24gb", 2, 4, 256),
+        ("auto", None, None, None),
+    ],
+)
+def test_a_hardware_preset_carries_the_three_sizes(preset, batch_size, num_generations, max_completion_length):
+    grpo = compose_typed(f"hardware={preset}").grpo
+    assert (grpo.batch_size, grpo.num_generations, grpo.max_completion_length) == (
+        batch_size,
+        num_generations,
+        max_completion_length,
+    )
+
+
+def test_a_grpo_value_overrides_that_of_the_preset():
+    grpo = compose_typed("hardware=a100_80gb", "grpo.num_generations=6", "grpo.max_completion_length=99").grpo
+    assert (grpo.batch_size, grpo.num_generations, grpo.max_completion_length) == (8, 6, 99)
+
+
+def test_an_experiment_gives_the_same_learning_problem_on_every_machine():
+    on_cpu = compose_typed("experiment=quickstart")
+    on_card = compose_typed("experiment=quickstart", "hardware=a100_80gb")
+    assert on_cpu.grpo == on_card.grpo
+    assert on_card.hardware.device == "cuda"
+
+
+def test_the_experiment_gsm8k_qwen_is_the_default_by_name():
+    assert compose_typed("experiment=gsm8k_qwen") == compose_typed()
+
+
+@pytest.mark.parametrize(
+    ("experiment", "model", "rank", "lr"),
+    [
+        ("gsm8k_qwen_lora", "Qwen/Qwen2.5-1.5B-Instruct", 32, 5e-5),
+        ("gsm8k_qwen_0_5b", "Qwen/Qwen2.5-0.5B-Instruct", None, 5e-6),
+    ],
+)
+def test_a_variant_of_the_recipe_differs_in_what_its_name_says(experiment, model, rank, lr):
+    variant, default = compose_typed(f"experiment={experiment}"), compose_typed()
+    assert variant.model.name == model
+    assert (variant.model.lora.rank if rank else variant.model.lora) == rank
+    assert variant.optimizer == default.optimizer | {"lr": lr}
+    same = {"name": default.name, "model": default.model, "optimizer": default.optimizer}
+    assert dataclasses.replace(variant, **same) == default
+
+
+def test_lora_takes_ten_times_the_learning_rate_and_an_experiment_or_the_command_line_still_sets_it():
+    assert compose_typed("tuning=lora").optimizer["lr"] == pytest.approx(10 * compose_typed().optimizer["lr"])
+    assert compose_typed("tuning=lora", "optimizer.lr=1e-4").optimizer["lr"] == 1e-4
+    assert compose_typed("tuning=lora", "experiment=quickstart").optimizer["lr"] == 2e-4
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "muon"])
+def test_weights_that_would_not_move_are_refused(optimizer):
+    config = compose_typed("tuning=full_bf16", f"optimizer={optimizer}")
+    with pytest.raises(ConfigError, match="use tuning=full_bf16, whose optimizer rounds stochastically"):
+        check_training(config)
+    for sound in (["tuning=full_bf16"], [f"optimizer={optimizer}", "hardware=a100_80gb"], ["tuning=lora"]):
+        check_training(compose_typed(*sound))
+
+
+def test_the_objective_follows_beta_and_epsilon_of_grpo_or_has_its_own():
+    config = compose_typed("grpo.beta=0.5", "grpo.epsilon=0.3")
+    assert bind_objective(config).keywords == {"beta": 0.5, "epsilon": 0.3}
+    own = compose_typed("objective.beta=0", "objective.epsilon=3e-4")
+    assert bind_objective(own).keywords == {"beta": 0.0, "epsilon": 3e-4}
+    assert (kl_weight(config), kl_weight(own)) == (0.5, 0.0)
+
+
+def test_a_number_of_grpo_is_refused_where_the_objective_has_its_own():
+    both = ["objective.epsilon=3e-4", "grpo.epsilon=0.2"]
+    with pytest.raises(ConfigError, match=r"grpo\.epsilon: the objective has its own, objective\.epsilon=0\.0003; set"):
+        check_runnable(compose_config(both), Overrides(both))
+    for allowed in (both[:1], [*both, "objective.epsilon=null"], ["grpo.beta=0"]):
+        check_runnable(compose_config(allowed), Overrides(allowed))
+
+
+def test_a_reward_component_can_be_dropped_and_one_added():
+    config = compose_typed("~reward.components.format", "+reward.components.brief={_target_: my.brief, weight: 0.5}")
+    assert list(config.reward.components) == ["correctness", "brief"]
+    assert config.reward.components["brief"] == {"_target_": "my.brief", "weight": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("override", "right_key"),
+    [
+        ("learning_rate=1e-5", "optimizer.lr"),
+        ("lr=1e-5", "optimizer.lr"),
+        ("grpo.lr=1e-5", "optimizer.lr"),
+        ("model_name=Qwen/Qwen2.5-0.5B", "model.name"),
+        ("torch_dtype=bfloat16", "model.dtype"),
+        ("model.torch_dtype=bfloat16", "model.dtype"),
+        ("kl_coef=0.1", "grpo.beta"),
+        ("grpo.kl_coef=0.1", "grpo.beta"),
+        ("+grpo.kl_coef=0.1", "grpo.beta"),
+        ("max_steps=10", "grpo.num_steps"),
+        ("temperature=0.7", "rollout.temperature"),
+    ],
+)
+def test_the_name_of_another_trainer_is_pointed_to_the_key_here(override, right_key):
+    bare = override.lstrip("+").split("=")[0]
+    assert complaint(override) == f"there is no key '{bare}'; here it is called {right_key}"
+
+
+@pytest.mark.parametrize(
+    ("override", "real_key"),
+    [
+        ("grpo.num_step=3", "grpo.num_steps"),
+        ("grpo.betta=0", "grpo.beta"),
+        ("num_steps=3", "grpo.num_steps"),
+        ("+num_steps=3", "grpo.num_steps"),
+        ("epsilon=0.2", "grpo.epsilon"),
+        ("optimizer.weight_deccay=0.1", "optimizer.weight_decay"),
+        ("data.paht=here", "data.path"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_real_one(override, real_key):
+    text = complaint(override)
+    bare = override.lstrip("+").split("=")[0]
+    assert f"there is no key '{bare}'; did you mean" in text
+    assert real_key in text.split("did you mean ")[1].rstrip("?").split(" or ")
+
+
+def test_a_key_like_no_other_is_answered_with_where_to_see_them_all():
+    assert complaint("qqq=1") == "there is no key 'qqq'; `python launch.py --cfg job` prints every key"
+
+
+def test_an_unknown_preset_is_answered_with_the_choices_and_the_nearest():
+    text = complaint("hardware=a100")
+    for preset in ("a100_40gb", "a100_80gb", "auto", "cpu", "h100_80gb", "mps", "rtx_24gb", "t4_16gb"):
+        assert preset in text
+    assert text.endswith("Did you mean hardware=a100_80gb?")
+    assert "quickstart" in complaint("experiment=nonsense")
+
+
+@pytest.mark.parametrize(
+    ("override", "mend"),
+    [
+        ("model=Qwen/Qwen2.5-0.5B-Instruct", "give model.name=Qwen/Qwen2.5-0.5B-Instruct"),
+        ("model=./final_model", "give model.name=./final_model"),
+        ("data=openai/gsm8k", "give data.path=openai/gsm8k"),
+    ],
+)
+def test_a_hub_name_or_folder_given_to_a_group_is_pointed_to_its_key(override, mend):
+    assert complaint(override).endswith(mend)
+
+
+def test_several_values_without_m_are_answered_with_both_mends():
+    assert complaint("grpo.beta=0.01,0.04") == (
+        "grpo.beta=0.01,0.04 names several values: for one run of each add -m, for a list write key=[a,b]"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("grpo.num_steps=many", "'many'"),
+        ("grpo.num_steps=1.5", "'1.5'"),
+        ("seed=x", "'x'"),
+        ("eval.before=perhaps", "'perhaps'"),
+        ("name=null", "not Optional"),
+        ("tracking.tags=a", "list"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_its_key(override, reason):
+    text = complaint(override)
+    assert text.startswith(f"{override}: ")
+    assert reason in text
+
+
+def test_arithmetic_wider_than_the_weights_is_refused():
+    said = complaint("model.dtype=bfloat16", "hardware.compute_dtype=float32")
+    assert said.startswith("hardware.compute_dtype=float32 has digits that model.dtype=bfloat16 has not")
+
+
+@pytest.mark.parametrize(
+    ("override", "mend"),
+    [
+        ("grpo.num_generations=1", "must be 2 or more; a group of one"),
+        ("hardware.num_generations=1", "grpo.num_generations=1: must be 2 or more; a group of one"),
+        ("grpo.beta=-0.1", "grpo.beta=-0.1: must be 0 or more"),
+        ("grpo.beta=nan", "grpo.beta=nan"),
+        ("grpo.num_steps=0", "grpo.num_steps=0: must be 1 or more"),
+        ("grpo.mu=0", "grpo.mu=0: must be 1 or more"),
+        ("grpo.batch_size=0", "grpo.batch_size=0: must be 1 or more"),
+        ("grpo.epsilon=0", "between 0 and 1"),
+        ("grpo.epsilon=1.0", "between 0 and 1"),
+        ("grpo.max_grad_norm=0", "1e9 never clips"),
+        ("grpo.lr_schedule=step", "must be one of constant, linear, cosine"),
+        ("rollout.temperature=0", "rollout.temperature=0.0: must be above 0"),
+        ("optimizer.lr=-1e-5", "optimizer.lr=-1e-05: must be 0 or more"),
+        ("optimizer.lr=fast", "optimizer.lr=fast: must be a number"),
+        ("optimizer.lr=nan", "optimizer.lr=nan"),
+        ("optimizer.lr=null", "optimizer.lr=null: must be a number"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last=0: must be 1 or more"),
+        ("checkpoint.every=-1", "checkpoint.every=-1: must be 0 or more"),
+        ("eval.max_problems=0", "eval.max_problems=0: must be 1 or more"),
+        ("model.dtype=float16", "must be one of float32, bfloat16"),
+        ("model.device_map=balanced", "auto, cpu, mps, cuda or cuda:N"),
+        ("model.device_map={lm_head: 0}", "a model spread over devices cannot be trained here"),
+        ("hardware.device=tpu", "must be one of auto, cuda, mps, cpu"),
+        ("hardware.compute_dtype=float8", "must be one of null, float32, bfloat16, float16"),
+        ("tracking.mode=on", "must be one of auto, online, offline, disabled"),
+        ("resume=maybe", "must be one of true, false, auto"),
+        ("data.max_prompt_length=long", "data.max_prompt_length=long"),
+        ("reward.components.format.weight=much", "reward.components.format.weight=much: must be a number"),
+        ("reward.components.format._target_=null", "reward.components.format needs a _target_"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_with_the_mend(override, mend):
+    assert mend in complaint(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "mend"),
+    [
+        ("model.lora.rank=0", "model.lora.rank=0: must be 1 or more"),
+        ("model.lora.alpha=-1", "model.lora.alpha=-1.0: must be above 0"),
+        ("model.lora.target_modules=7", "must be all-linear, or a list"),
+        ("model.lora.target_modules=[1]", "must be all-linear, or a list"),
+    ],
+)
+def test_an_adapter_that_cannot_be_is_refused(override, mend):
+    assert mend in complaint("tuning=lora", override)
+
+
+def test_an_adapters_keys_without_an_adapter_are_answered_with_what_makes_one(capsys):
+    assert run_command(lambda: compose_typed("model.lora.rank=8")) == 2
+    assert capsys.readouterr().err.endswith("for model.lora.* add tuning=lora\n")
+
+
+def test_an_error_of_ours_is_said_as_it_is_whatever_wraps_it():
+    try:
+        try:
+            raise ConfigError("the cause")
+        except ConfigError as cause:
+            raise InterpolationResolutionError("raised while resolving interpolation") from cause
+    except InterpolationResolutionError as error:
+        assert explain(error) == "the cause"
+
+
+def test_what_is_said_fits_in_two_lines():
+    bad = ["learning_rate=1", "grpo.num_step=3", "hardware=a100", "grpo.num_steps=many", "resume=maybe", "grpo.beta={"]
+    for override in bad:
+        assert complaint(override).count("\n") <= 1
+
+
+def test_a_reward_without_components_is_refused():
+    text = complaint("~reward.components.format", "~reward.components.correctness")
+    assert "at least one component" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("grpo.beta=0=1", "'='"), ("grpo.beta={", "'{'"), ("grpo.beta=${nope}", "nope")],
+)
+def test_an_override_that_cannot_be_read_is_bad_input(override, named):
+    assert named in complaint(override)
+
+
+def test_a_group_set_to_null_is_bad_input(capsys):
+    assert run_command(lambda: compose_config(["data=null"])) == 2
+    assert "a config group cannot be null" in capsys.readouterr().err
+
+
+def test_a_failure_is_said_in_a_line_and_ends_with_1(capsys):
+    def fail():
+        raise RuntimeError("the disk is full")
+
+    assert run_command(fail) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "failed: RuntimeError: the disk is full"
+    assert run_command(lambda: None) == 0
+
+
+# What a run may change when it goes on.
+
+FIRST = ["experiment=quickstart", "grpo.num_steps=7", "grpo.beta=0.01", "optimizer.lr=0.0005"]
+
+
+@pytest.fixture
+def run_with(tmp_path):
+    """A started run folder: its experiment and its first command line."""
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.write_config(compose_typed(*FIRST))
+    folder.record_launch({"overrides": FIRST})
+    return folder
+
+
+def resumed(folder, *overrides):
+    return resumed_config(folder, compose_config(overrides), Overrides(overrides))[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "change"),
+    [
+        ("optimizer.lr=0.002", "optimizer.lr: 0.0005 -> 0.002"),
+        ("grpo.beta=0.04", "grpo.beta: 0.01 -> 0.04"),
+        ("model.name=/other/model", "model.name: tiny -> /other/model"),
+        ("seed=2", "seed: 1 -> 2"),
+        ("grpo.num_steps=5", "grpo.num_steps: 7 -> 5"),
+    ],
+)
+def test_resume_refuses_a_change_of_the_experiment_with_the_old_and_the_new_value(run_with, override, change):
+    with pytest.raises(ConfigError) as refused:
+        resumed(run_with, override)
+    assert change in str(refused.value)
+
+
+def test_resume_accepts_a_change_of_how_the_run_is_watched_and_kept(run_with):
+    config = resumed(run_with, "tracking=disabled", "checkpoint.every=3", "samples.every=2", "eval.every=5")
+    assert (config.tracking.mode, config.checkpoint.every, config.samples.every, config.eval.every) == (
+        "disabled",
+        3,
+        2,
+        5,
+    )
+    assert (config.grpo.num_steps, config.optimizer["lr"], config.model.name) == (7, 0.0005, "tiny")
+
+
+def test_a_group_of_tracking_changes_how_a_run_is_tracked_and_not_its_place(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_config(compose_typed(*FIRST, "tracking.group=sweep", "tracking.name=mine", "tracking.tags=[a]"))
+    kept = resumed(folder, "tracking=disabled").tracking
+    assert (kept.mode, kept.group, kept.name, kept.tags) == ("disabled", "sweep", "mine", ["a"])
+    assert resumed(folder, "tracking=disabled", "tracking.name=other").tracking.name == "other"
+
+
+def test_resume_accepts_another_cut_and_says_what_that_costs(run_with, caplog):
+    assert resumed(run_with, "hardware.micro_batch_tokens=2").hardware.micro_batch_tokens == 2
+    # Another card's preset cuts otherwise; other digits are asked for by their name.
+    moved = resumed(run_with, "hardware=a100_80gb", "hardware.device=cpu")
+    assert (moved.hardware.micro_batch_tokens, moved.hardware.compute_dtype) == (4096, None)
+    assert resumed(run_with, "hardware=auto").hardware.compute_dtype is None
+    for spelt in ("hardware.compute_dtype", "++hardware.compute_dtype"):
+        assert resumed(run_with, f"{spelt}=bfloat16").hardware.compute_dtype == "bfloat16"
+    assert "no longer bit for bit" in caplog.text
+
+
+def test_a_card_for_the_plan_changes_nothing_of_a_run(run_with, caplog):
+    assert resumed(run_with, "hardware.card.memory_gb=5").hardware.card.memory_gb == 5
+    assert caplog.text == ""
+
+
+def test_resume_takes_nothing_from_conf_that_the_command_line_does_not_name(run_with):
+    assert resumed(run_with) == typed(run_with.frozen_config())
+
+
+def test_the_first_command_line_can_be_given_again(run_with):
+    config = resumed(run_with, *FIRST, "checkpoint.every=1")
+    assert (config.grpo.num_steps, config.checkpoint.every) == (7, 1)
+
+
+def test_the_first_command_line_does_not_undo_a_later_change_in_silence(run_with):
+    run_with.record_changes({"checkpoint.every": 3, "grpo.num_steps": 9})
+    assert resumed(run_with, "experiment=quickstart").grpo.num_steps == 9
+    with pytest.raises(ConfigError, match=r"grpo\.num_steps: 9 -> 7"):
+        resumed(run_with, *FIRST)
+
+
+def test_resume_refuses_another_experiment(run_with):
+    with pytest.raises(ConfigError, match=r"experiment=gsm8k_qwen.*name the keys themselves"):
+        resumed(run_with, "experiment=gsm8k_qwen")
+
+
+@pytest.mark.parametrize("text", ["${oc.env:HOME}", "a ${seed} b", "${", "\\${seed}", "C:\\new\\${x}", "$${y}", "\\"])
+def test_values_of_a_frozen_config_are_never_interpolated(tmp_path, text):
+    config = compose_typed("data=arithmetic")
+    config.data["system_prompt"] = text
+    config.tracking.tags = [text]
+    folder = RunFolder(tmp_path)
+    folder.write_config(config)
+    assert typed(folder.frozen_config()) == config
+    assert resumed(folder, "checkpoint.every=3").data["system_prompt"] == text
+
+
+def test_an_escaped_value_of_the_command_line_stays_literal():
+    assert compose_typed(r"data.system_prompt='\${oc.env:HOME}'").data["system_prompt"] == "${oc.env:HOME}"
+
+
+def test_a_frozen_config_is_read_without_making_objects(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("a: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(Exception, match="could not determine a constructor"):
+        load_frozen(file)

@@ -1,0 +1,159 @@
+"""Run folders that an earlier version wrote are resumed, evaluated, verified, forked and reported by this one.
+
+tests/old_runs/version_0 was written by the version without a version key: four runs of the embedded model, two of them
+stopped after step 2 of 4.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grpo.config.migrations import VERSION, config_0_to_1, load_frozen
+from grpo.config.schema import ConfigError
+from grpo.runs.environment import environment
+from grpo.runs.folder import RunFolder
+from tests.launches import grpo, launch, rows
+
+OLD = Path(__file__).resolve().parent / "old_runs" / "version_0"
+KINDS = ("full", "lora")
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A copy of one of the old runs: `old("full_finished")`."""
+
+    def copied(name):
+        return shutil.copytree(OLD / name, tmp_path / name)
+
+    return copied
+
+
+def written_here(run_dir):
+    """Whether a run was written on a processor and with libraries like these, so that its bytes come out here."""
+    return RunFolder(run_dir).launches()[0]["environment"] == environment("cpu")
+
+
+def tensors(run_dir):
+    files = [*run_dir.glob("checkpoints/step_000004/*.safetensors"), *run_dir.glob("final_model/*.safetensors")]
+    return {str(file.relative_to(run_dir)): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_old_run_is_resumed_and_becomes_the_run_that_nothing_stopped(old, kind):
+    run, straight = old(f"{kind}_interrupted"), OLD / f"{kind}_finished"
+    done = launch("resume=true", f"run_dir={run}", cwd=run.parent)
+    assert done.returncode == 0, done.stderr
+    assert RunFolder(run).finished()
+    if written_here(straight):
+        assert rows(run) == rows(straight)
+        assert tensors(run) == tensors(straight)
+        for step in range(1, 5):
+            name = f"samples/step_{step:06d}.jsonl"
+            assert (run / name).read_text() == (straight / name).read_text()
+    else:
+        assert [row["loss"] for row in rows(run)] == pytest.approx([row["loss"] for row in rows(straight)], abs=0.05)
+        assert tensors(run).keys() == tensors(straight).keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_old_run_is_evaluated_verified_and_reported(old, kind):
+    run = old(f"{kind}_finished")
+    evaluated = grpo("evaluate", f"run_dir={run}", cwd=run.parent)
+    assert evaluated.returncode == 0, evaluated.stderr
+    (result,) = run.glob("eval/evaluate_*.json")
+    now, then = json.loads(result.read_text()), json.loads((run / "eval" / "after.json").read_text())
+    verified = grpo("verify", f"run_dir={run}", cwd=run.parent)
+    assert "checksums: 1 of 1 checkpoint folders are intact" in verified.stdout, verified.stderr
+    if written_here(run):
+        assert now["accuracy"] == then["accuracy"]
+        assert "equal: steps 1 to 4: every completion and metric" in verified.stdout
+    reported = grpo("report", f"run_dir={run}", cwd=run.parent)
+    assert reported.returncode == 0, reported.stderr
+    assert "num_steps: 4" in (run / "report.html").read_text()
+
+
+def test_an_old_run_is_forked_with_another_objective(old):
+    parent = old("full_interrupted")
+    fork = ["fork=true", f"run_dir={parent}", "objective=grpo", "objective.epsilon=0.3", "grpo.beta=0.02"]
+    done = launch(*fork, cwd=parent.parent)
+    assert done.returncode == 0, done.stderr
+    (run,) = parent.parent.glob("outputs/quickstart/*")
+    config = load_frozen(run / "config.yaml")
+    assert (config.objective.beta, config.objective.epsilon, config.grpo.beta) == (None, 0.3, 0.02)
+    assert config.parent.step == 2
+    assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
+    assert rows(run)[:2] == rows(parent)
+
+
+# What a config.yaml of another version becomes.
+
+
+def frozen(**changes):
+    values = yaml.safe_load((OLD / "full_finished" / "config.yaml").read_text())
+    return values | changes
+
+
+def test_what_concerned_one_launch_is_dropped_and_what_was_added_later_is_filled_in():
+    values = frozen(run_dir="r", until_step=3, resume="auto")
+    del values["grpo"]["max_skipped_steps"], values["hardware"]["cuda_graphs"], values["reward"]["on_error"]
+    values["hardware"]["card"] = None
+    new = config_0_to_1(values)
+    assert not {"run_dir", "until_step", "resume", "fork", "sweep", "plan"} & new.keys()
+    assert (new["grpo"]["max_skipped_steps"], new["reward"]["on_error"]) == (3, "fail")
+    assert new["hardware"]["card"] == {"memory_gb": None, "tflops": None, "bandwidth_gb_s": None}
+    assert values["run_dir"] == "r"  # the argument is left as it is
+
+
+def test_the_objective_follows_grpo_where_it_had_the_same_numbers_and_else_keeps_its_own():
+    values = frozen()
+    values["objective"]["epsilon"] = 0.25
+    objective = config_0_to_1(values)["objective"]
+    assert (objective["beta"], objective["epsilon"]) == (None, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"version": VERSION + 1},
+            rf"is of version {VERSION + 1}, and this grpo knows versions up to {VERSION}: install",
+        ),
+        ({"version": "new"}, "is of version new"),
+        ({"colour": "red"}, "has a key that this version does not know, colour: remove it if it has no effect"),
+        ({"version": VERSION, "colour": "red"}, "has a key that this version does not know, colour"),
+        ({"samples": {}}, r"lacks samples\.every: add it with the value that the run was started with"),
+        ({"grpo": None}, r"lacks grpo\.num_iterations"),
+    ],
+)
+def test_a_config_that_cannot_be_read_is_refused_in_a_line(tmp_path, change, said):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(frozen(**change)))
+    with pytest.raises(ConfigError, match=said) as refused:
+        load_frozen(file)
+    assert str(refused.value).startswith(str(file))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\0"])
+def test_what_is_no_config_is_refused_in_a_line(tmp_path, text):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        load_frozen(file)
+    assert str(refused.value).startswith(str(file))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_folder_of_a_newer_version_is_refused_and_left_as_it_is(old):
+    run = old("full_interrupted")
+    (run / "config.yaml").write_text(f"version: {VERSION + 1}\n" + (run / "config.yaml").read_text())
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    refused = launch("resume=true", f"run_dir={run}", cwd=run.parent)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith(f"error: {run.name}/config.yaml is of version {VERSION + 1}"), line
+    after = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    assert before == after

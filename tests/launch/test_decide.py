@@ -1,0 +1,146 @@
+"""What a launch decides before Hydra starts: its folder, its config, or that it cannot be."""
+
+import json
+
+import pytest
+import yaml
+
+from tests.conftest import SMALL_RUN
+from tests.launches import SETTINGS, Launch, launch, start, wait_for_step
+
+QUICK = [each for each in SMALL_RUN if not each.startswith("grpo.num_steps")]
+QUICK += ["grpo.num_steps=1", "eval.before=false", "eval.after=false", "preflight=false"]
+# An experiment that leaves the hardware open.
+MINE = """# @package _global_
+defaults:
+  - override /model: tiny
+  - override /data: arithmetic
+name: mine
+grpo: {num_steps: 1, batch_size: 2, num_generations: 2, max_completion_length: 8}
+data: {system_prompt: null}
+eval: {before: false, after: false}
+preflight: false
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A folder with a config and an experiment of the user's own."""
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text(MINE)
+    (tmp_path / "own" / "my.yaml").write_text("defaults: [config, {override experiment: mine}]\nseed: 7\n")
+    return tmp_path / "own"
+
+
+def contents(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def configs(cwd):
+    found = [yaml.safe_load(file.read_text()) for file in cwd.glob("outputs/**/config.yaml")]
+    return [each for each in found if "version" in each]  # not those of Hydra's records
+
+
+def test_two_launches_at_the_same_moment_get_two_folders_runs_and_sweeps(tmp_path):
+    for several in ([], ["-m", "hydra/launcher=basic"]):
+        both = [Launch(*several, *QUICK, f"seed={seed}", cwd=tmp_path) for seed in (1, 2)]
+        for each in both:
+            assert each.wait().returncode == 0, each.stderr
+    runs = sorted(tmp_path.glob("outputs/quickstart/*/config.yaml"))
+    jobs = sorted(tmp_path.glob("outputs/sweeps/*/*/config.yaml"))
+    for files in (runs, jobs):
+        assert len({file.parents[1 if files is jobs else 0] for file in files}) == 2
+        assert {yaml.safe_load(file.read_text())["seed"] for file in files} == {1, 2}
+
+
+def test_a_refused_launch_changes_nothing_in_the_folder_of_another(tmp_path):
+    run = tmp_path / "run"
+    first = start(run, "grpo.num_steps=4000", "seed=1")
+    wait_for_step(run, 1)
+    recorded = contents(run / ".hydra")
+    refused = launch(*SETTINGS, f"run_dir={run}", "seed=2", cwd=tmp_path)
+    resumed = launch("resume=true", f"run_dir={run}", cwd=tmp_path)
+    first.kill()
+    first.wait()
+    assert (refused.returncode, resumed.returncode) == (2, 2)
+    assert "holds a run already; resume it: resume=true" in refused.stderr
+    assert "is in use by another process" in resumed.stderr
+    assert contents(run / ".hydra") == recorded
+    other = launch(*SETTINGS, "grpo.num_steps=4000", "resume=true", f"run_dir={run}", "seed=2", cwd=tmp_path)
+    assert (other.returncode, "seed: 1 -> 2" in other.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["model.device_map=cuda"], "model.device_map=cuda: torch sees no CUDA device here; use model.device_map=auto"),
+        (["data.path=missing.jsonl", "data=jsonl"], "missing.jsonl"),
+        (["name=../../elsewhere"], "name=../../elsewhere: must be the name of a folder below outputs/, without .."),
+        (["resume=true"], "resume=true: no unfinished run below outputs/; name one with run_dir="),
+        (["run_dir=mine"], "mine is not empty (it holds .hydra); choose a new or an empty folder"),
+        (["-m", "sweep_dir=mine", "seed=1,2"], "mine is not empty (it holds .hydra); choose a new or an empty folder"),
+        (["-m", "run_dir=mine", "seed=1,2"], "run_dir names the folder of one run; that of a sweep is sweep_dir="),
+        (["--experimental-rerun", "x"], "--experimental-rerun: continue a run with resume=true run_dir="),
+        (["--config-dir", "nowhere"], "--config-dir=nowhere: there is no such folder"),
+        (["grpo.beta=0.5", "objective.beta=0.1"], "grpo.beta: the objective has its own, objective.beta=0.1; set that"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_its_own_words_and_leaves_what_was_there(tmp_path, arguments, said):
+    for name in (".hydra/config.yaml", "launch.log", "status.json", "final_model/weights", "notes.tmp"):
+        (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / name).write_text("the user's")
+    before = contents(tmp_path)
+    refused = launch(*QUICK, *arguments, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert said in refused.stderr
+    assert "interpolation" not in refused.stderr
+    assert contents(tmp_path) == before
+    assert [each.name for each in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_config_of_ones_own_works_with_hardware_auto_wherever_it_is(tmp_path, own):
+    search = f"hydra.searchpath=[file://{own}]"
+    for arguments in ([search, "experiment=mine"], ["--config-dir", str(own), "--config-name", "my"]):
+        for several in ([], ["-m", "grpo.mu=1,2"]):
+            planned = launch(*several, *arguments, "plan=true", cwd=tmp_path)
+            assert planned.returncode == 0, planned.stderr
+            assert ("all 2 runs" in planned.stdout) == bool(several)
+            assert not (tmp_path / "outputs").exists()
+    for several in ([], ["-m", "grpo.mu=1,2"]):
+        done = launch(*several, search, "experiment=mine", "tracking=disabled", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr + done.stdout
+        done = launch(*several, "--config-dir", own, "--config-name", "my", "tracking=disabled", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr + done.stdout
+    found = configs(tmp_path)
+    assert sorted((each["seed"], each["grpo"]["mu"]) for each in found) == [
+        (1, 1),
+        (1, 1),
+        (1, 2),
+        (7, 1),
+        (7, 1),
+        (7, 2),
+    ]
+    assert {(each["name"], each["hardware"]["device"], each["grpo"]["batch_size"]) for each in found} == {
+        ("mine", "cpu", 2)
+    }
+
+
+def test_a_sweep_may_be_asked_for_before_or_after_its_values_or_by_the_config(tmp_path):
+    for arguments in (["seed=1,2", "-m"], ["-m", "seed=1,2"], ["seed=1,2", "hydra.mode=MULTIRUN"]):
+        planned = launch(*QUICK[:1], *arguments, *QUICK[1:], "plan=true", cwd=tmp_path)
+        assert (planned.returncode, "all 2 runs" in planned.stdout) == (0, True), planned.stderr
+
+
+def test_flags_of_hydra_that_start_nothing_pass_through(tmp_path):
+    for arguments in ([*QUICK, "--cfg", "job"], [*QUICK, "--info", "searchpath"], ["--hydra-help"], ["--help"]):
+        shown = launch(*arguments, cwd=tmp_path)
+        assert (shown.returncode, list(tmp_path.iterdir())) == (0, []), shown.stderr
+        assert shown.stdout
+
+
+def test_the_first_command_line_of_a_run_is_in_a_file_of_the_run(finished_run):
+    (first,) = (json.loads(line) for line in (finished_run / "launches.jsonl").read_text().splitlines())
+    assert first["overrides"] == [*SMALL_RUN, "optimizer.lr=0.001", "eval.every=1"]
+    config = yaml.safe_load((finished_run / "config.yaml").read_text())
+    assert config["version"] == 1
+    assert not {"resume", "run_dir", "fork", "plan", "sweep", "sweep_dir", "until_step"} & config.keys()

@@ -1,0 +1,151 @@
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from grpo.batch import CompletionBatch
+from grpo.model import lm_head as head
+from grpo.model.lm_head import HeadLogps
+from grpo.model.loading import load_model
+from grpo.model.logps import completion_logps, head_logps
+from grpo.model.packed import checkpoint_layers, try_packing
+from tests.oracles import completion_logps_unshared
+from tests.tiny_model import tiny_config
+
+
+@pytest.fixture
+def completions():
+    generator = torch.Generator().manual_seed(0)
+    mask = (torch.arange(9) < torch.tensor([9, 4, 1, 7, 9, 2])[:, None]).long()
+    return CompletionBatch(torch.randint(5, 250, (6, 9), generator=generator), mask)
+
+
+PROMPT_OF_ROW = torch.tensor([0, 0, 1, 1, 2, 2])
+
+
+def gradient(model, value):
+    model.zero_grad()
+    value.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_sharing_the_prompt_changes_neither_log_probabilities_nor_their_gradient(model, prompts, completions):
+    weights = torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
+    shared = completion_logps(model, prompts, completions, PROMPT_OF_ROW, 0.7)
+    plain = completion_logps_unshared(model, prompts, completions, PROMPT_OF_ROW, 0.7)
+    torch.testing.assert_close(shared.logps, plain.logps, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(shared.entropy, plain.entropy, rtol=1e-5, atol=2e-5)
+    ours, theirs = (gradient(model, (x.logps * weights).sum()) for x in (shared, plain))
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+def test_log_probabilities_are_zero_outside_the_mask(model, prompts, completions):
+    result = completion_logps(model, prompts, completions, PROMPT_OF_ROW, 1.0)
+    outside = completions.mask == 0
+    assert (result.logps[outside] == 0).all()
+    assert (result.entropy[outside] == 0).all()
+    assert (result.logps[~outside] < 0).all()
+
+
+def test_the_size_of_the_logit_chunks_changes_nothing(model, prompts, completions, monkeypatch):
+    whole = completion_logps(model, prompts, completions, PROMPT_OF_ROW, 1.0)
+    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 3 * model.config.vocab_size)
+    chunked = completion_logps(model, prompts, completions, PROMPT_OF_ROW, 1.0)
+    torch.testing.assert_close(chunked.logps, whole.logps, rtol=1e-6, atol=1e-6)
+    ours, theirs = (gradient(model, x.logps.sum()) for x in (chunked, whole))
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+def test_completions_of_one_token_need_no_second_forward(model, prompts):
+    one = CompletionBatch(torch.tensor([[7]] * 6), torch.ones(6, 1, dtype=torch.long))
+    shared = completion_logps(model, prompts, one, PROMPT_OF_ROW, 1.0)
+    plain = completion_logps_unshared(model, prompts, one, PROMPT_OF_ROW, 1.0)
+    torch.testing.assert_close(shared.logps, plain.logps, rtol=1e-5, atol=1e-5)
+
+
+def test_every_parameter_gets_the_gradient_of_the_plain_pass(plain_model, fast_model, prompts, completions):
+    """By name, and not as one norm, in which a small part could hide."""
+    weights = torch.randn(6, 9, generator=torch.Generator().manual_seed(2))
+    for model, function in ((fast_model, completion_logps), (plain_model, completion_logps_unshared)):
+        model.zero_grad()
+        (function(model, prompts, completions, PROMPT_OF_ROW, 1.3).logps * weights).sum().backward()
+    for (name, ours), theirs in zip(fast_model.named_parameters(), plain_model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3 * theirs.grad.abs().max(), msg=name)
+
+
+def test_computing_layers_twice_changes_no_bit(prompts, completions):
+    """Activation checkpointing, through the shared prompts as well."""
+    gradients = []
+    for twice in (False, True):
+        model = load_model(tiny_config(), torch.device("cpu"))
+        calls = []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(1))
+        if twice:
+            checkpoint_layers(model)
+        result = completion_logps(model, prompts, completions, PROMPT_OF_ROW, 0.7)
+        gradients.append((result.logps.detach(), gradient(model, result.logps.sum())))
+        assert len(calls) == 1 + twice
+    for once, again in zip(*gradients, strict=True):
+        assert torch.equal(once, again)
+
+
+def test_the_head_gives_what_log_softmax_gives_and_its_gradients(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(7, 5, generator=generator), torch.randn(11, 5, generator=generator)
+    targets, factors = torch.tensor([0, 10, 3, 3, 5, 9, 1]), torch.randn(7, generator=generator)
+    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 3 * 11)  # chunks of 3, 3 and 1 tokens
+    results = []
+    for plain in (False, True):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if plain:
+            distribution = torch.log_softmax(h @ w.T / 0.7, dim=1)
+            logps = distribution.gather(1, targets[:, None])[:, 0]
+            entropy = -(distribution.exp() * distribution).sum(dim=1)
+        else:
+            logps, entropy = HeadLogps.apply(h, w, targets, 0.7, True)
+            assert not entropy.requires_grad
+        (logps * factors).sum().backward()
+        results.append((logps.detach(), entropy.detach(), h.grad, w.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_in_bfloat16_the_gradient_of_the_head_is_as_good_as_one_rounding(monkeypatch):
+    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 8 * 64)  # 8 of 4000 tokens at a time
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4000, 16, generator=generator) + 0.5, torch.randn(64, 16, generator=generator) / 4
+    targets, factors = torch.randint(64, (4000,), generator=generator), torch.randn(4000, generator=generator)
+    h, w = (each.bfloat16().requires_grad_() for each in (hidden, weight))
+    (HeadLogps.apply(h, w, targets, 1.0, False)[0] * factors).sum().backward()
+    exact_h, exact_w = (each.detach().double().requires_grad_() for each in (h, w))
+    logps = torch.log_softmax(exact_h @ exact_w.T, dim=1).gather(1, targets[:, None])[:, 0]
+    (logps * factors).sum().backward()
+    for ours, exact in ((h.grad, exact_h.grad), (w.grad, exact_w.grad)):
+        assert (ours - exact).norm() < 0.005 * exact.norm()  # rounding alone is 0.0016
+
+
+def test_a_head_with_a_bias_takes_the_general_way():
+    torch.manual_seed(0)
+    layer, hidden, targets = nn.Linear(5, 11), torch.randn(4, 5), torch.tensor([0, 10, 3, 3])
+    ours, _ = head_logps(layer, hidden, targets, 0.7)
+    plain = torch.log_softmax(layer(hidden) / 0.7, dim=1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(ours, plain)
+    gradients = [torch.autograd.grad((x * x).sum(), list(layer.parameters())) for x in (ours, plain)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_model_that_looks_at_a_window_or_has_other_attention_is_read_padded():
+    torch.manual_seed(0)
+
+    def model(kind, implementation="sdpa", **settings):
+        sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+        config = AutoConfig.for_model(kind, **sizes, num_attention_heads=2, **settings)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+
+    assert try_packing(model("llama"))
+    assert not try_packing(model("llama", "eager"))
+    assert not try_packing(model("mistral", sliding_window=4))
+    assert not try_packing(model("falcon"))
+    for kind in ("gpt_neox", "opt", "phi", "olmo2"):
+        assert try_packing(model(kind)), kind

@@ -1,0 +1,72 @@
+import pytest
+import torch
+
+from grpo.model.oom import Cut, out_of_memory
+
+
+def runs_out_above(limit, sizes):
+    """Work that fits in memory with at most `limit` tokens; notes the sizes that were tried."""
+
+    def work(tokens):
+        sizes.append(tokens)
+        if tokens > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return tokens
+
+    return work
+
+
+def test_tokens_are_halved_until_they_fit_and_stay_so():
+    sizes, reduced = [], {}
+    cut = Cut({"update": 13, "rollout": 8}, reduced)
+    assert cut.run("update", runs_out_above(4, sizes), 1, 100) == 3
+    assert cut.run("update", runs_out_above(4, sizes), 1, 100) == 3
+    assert sizes == [13, 6, 3, 3]
+    assert reduced == {"update": {"from": 13, "to": 3}}
+    assert cut.tokens("rollout") == 8
+
+
+def test_what_was_reduced_holds_only_for_the_size_it_was_reduced_from():
+    reduced = {"update": {"from": 8, "to": 2}}
+    assert Cut({"update": 8}, reduced).tokens("update") == 2
+    assert Cut({"update": 16}, reduced).tokens("update") == 16  # set anew by the user
+
+
+def test_a_budget_larger_than_the_work_is_halved_from_the_work():
+    sizes, reduced = [], {}
+    Cut({"update": 10**6}, reduced).run("update", runs_out_above(500, sizes), 100, 900)
+    assert sizes == [10**6, 450]
+    assert reduced == {"update": {"from": 10**6, "to": 450}}
+
+
+def test_one_completion_that_does_not_fit_is_an_error_with_the_mend():
+    sizes = []
+    with pytest.raises(RuntimeError, match=r"out of memory in the rollout with one completion at a time; lower grpo"):
+        Cut({"rollout": 200}).run("rollout", runs_out_above(0, sizes), 60, 1000)
+    assert sizes == [200, 100, 50]
+
+
+def test_other_errors_pass():
+    def work(tokens):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        Cut({"update": 4}).run("update", work, 1, 4)
+
+
+def test_a_real_lack_of_memory_is_recognised():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**55, dtype=torch.uint8)
+    assert out_of_memory(raised.value)
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"))
+    for library, call in (
+        ("CUBLAS", "cublasSgemm( handle )"),
+        ("CUDNN", "cudnnCreate(&h)"),
+        ("CUSOLVER", "x( handle )"),
+    ):
+        assert out_of_memory(RuntimeError(f"CUDA error: {library}_STATUS_ALLOC_FAILED when calling `{call}`"))
+    assert out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"))
+    assert out_of_memory(RuntimeError("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"))
+    assert not out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"))
+    assert not out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

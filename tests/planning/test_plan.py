@@ -1,0 +1,228 @@
+import re
+import shutil
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from grpo.batch import CompletionBatch, PromptBatch
+from grpo.config.compose import compose_config
+from grpo.config.migrations import load_frozen
+from grpo.config.overrides import Overrides
+from grpo.config.schema import ConfigError
+from grpo.launch.plan import sweep_points
+from grpo.model.loading import load_model
+from grpo.model.logps import completion_logps
+from grpo.model.packed import packs
+from grpo.planning import estimate as cost
+from grpo.planning import plan as planning
+from grpo.tiny import MODEL_DIR
+from tests.tiny_model import tiny_config
+
+QUICK = ["experiment=quickstart"]
+
+
+def plan(*overrides):
+    return planning.plan(planning.resolved(compose_config([*QUICK, *overrides])))
+
+
+def test_it_says_what_a_launch_takes_and_leaves_nothing_behind(launch, tmp_path):
+    done = launch(*QUICK, "plan=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for part in ("weights", "optimizer", "reference", "gradients", "activations", "keys and values", "peak"):
+        assert re.search(rf"{part} +[\d.]+", done.stdout), part
+    assert ": fits" in done.stdout
+    assert "seconds a step" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_point_of_a_sweep_has_a_line_and_no_folder_is_made(launch, tmp_path):
+    done = launch("-m", *QUICK, "grpo.beta=0,0.04", "grpo.num_steps=5,10", "plan=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for beta in ("0", "0.04"):
+        for steps in (5, 10):
+            assert f"grpo.beta={beta} grpo.num_steps={steps}" in " ".join(done.stdout.split())
+    assert "disk of all 4 runs" in done.stdout
+    assert "time of all 4 runs" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_by_halving_says_how_much_of_the_whole_it_makes(launch, tmp_path):
+    arms = ["optimizer.lr=1e-5,2e-5,3e-5,4e-5", "seed=1,2", "grpo.num_steps=8", "sweep.eta=2"]
+    done = launch("-m", *QUICK, *arms, "hydra/sweeper=halving", "plan=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    # 4 arms make 2 steps, 2 make 2 more, 1 makes 4 more: 16 of 32
+    assert "4 arms to step 2, 2 arms to step 4, 1 arms to step 8, 50% of the steps of all" in done.stdout
+
+
+def test_a_sweep_of_an_experiment_of_ones_own_is_planned(launch, tmp_path):
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text("# @package _global_\ngrpo: {num_steps: 7}\n")
+    mine = ["--config-dir", "own", "experiment=mine", "model=tiny", "data=arithmetic", "data.system_prompt=null"]
+    done = launch("-m", *mine, "grpo.beta=0,0.04", "plan=true", cwd=tmp_path)
+    assert (done.returncode, "disk of all 2 runs" in done.stdout) == (0, True), done.stderr
+
+
+def test_points_may_be_named_by_the_sweeper_and_another_sweeper_is_refused():
+    basic = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": {"grpo.beta": "0,0.04"}}
+    points = sweep_points(Overrides([*QUICK, "seed=1,2"]), OmegaConf.create(basic))
+    pairs = [(beta, seed) for beta in ("0", "0.04") for seed in (1, 2)]
+    assert [name for name, _ in points] == [f"grpo.beta={beta} seed={seed}" for beta, seed in pairs]
+    assert [job.lines for _, job in points] == [
+        [f"grpo.beta={beta}", "experiment=quickstart", f"seed={seed}"] for beta, seed in pairs
+    ]
+    optuna = OmegaConf.create({"_target_": "hydra_plugins.hydra_optuna_sweeper.OptunaSweeper"})
+    with pytest.raises(ConfigError, match="points of a grid only"):
+        sweep_points(Overrides(QUICK), optuna)
+
+
+def test_a_bad_value_is_refused_as_in_a_launch(launch, tmp_path):
+    for arguments in ([*QUICK, "grpo.mu=0"], ["-m", *QUICK, "grpo.mu=0,1"]):
+        refused = launch(*arguments, "plan=true", cwd=tmp_path)
+        assert (refused.returncode, list(tmp_path.iterdir())) == (2, [])
+        assert "grpo.mu=0: must be 1 or more" in refused.stderr
+
+
+def test_what_the_plan_cannot_count_ends_it_and_starts_nothing(launch, tmp_path, monkeypatch):
+    """Of an error in a callback Hydra would only warn, and train."""
+    for extra in ([], ["-m", "seed=1,2"]):
+        failed = launch(
+            *extra, *QUICK, "plan=true", cwd=tmp_path, fault=("grpo.planning.estimate.parameters", "1", "memory")
+        )
+        assert failed.returncode == 1
+        assert failed.stderr.splitlines()[-1].startswith("failed: RuntimeError: ")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_it_is_for_new_runs(launch, tmp_path, finished_run):
+    for key in ("resume", "fork"):
+        refused = launch(f"{key}=true", f"run_dir={finished_run}", "plan=true", cwd=tmp_path)
+        assert refused.returncode == 2
+        assert "plan=true is for a new run" in refused.stderr
+
+
+def test_a_model_that_is_read_padded_is_planned_so(tmp_path):
+    sizes = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    for kind, extra in (("falcon", {}), ("mistral", {"sliding_window": 8, "num_key_value_heads": 2})):
+        AutoConfig.for_model(kind, **sizes, num_attention_heads=4, **extra).save_pretrained(tmp_path)
+        for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(MODEL_DIR / file, tmp_path)
+        config = tiny_config(name=str(tmp_path))
+        model = cost.meta_model(config, torch.float32)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+        assert not packs(model) and not packs(load_model(config, torch.device("cpu")))
+        assert cost.activation_bytes(model, 2, 10, 6, 20) > cost.activation_bytes(model, 1, 10, 3, 20) > 0
+        padded, packed = (
+            planning._micro_batches(cost.Work(2, 4, 50, [10] * 8), 130, shared) for shared in (False, True)
+        )
+        assert max(map(len, padded)) == 2 < max(map(len, packed))
+        with pytest.raises(ConfigError, match="cannot be read in packed rows"):
+            plan(f"model.name={tmp_path}", "hardware.activation_checkpointing=true")
+
+
+def test_a_card_of_ones_own_is_judged_by_what_is_said_of_it():
+    assert plan("hardware.card.memory_gb=0.1").available == 0.1e9
+    assert not plan("hardware.card.memory_gb=0.1").fits
+    assert plan("hardware.card={tflops: 1.0, bandwidth_gb_s: 10.0}").available > 1e9
+
+
+def test_no_weights_are_needed(tmp_path):
+    for file in MODEL_DIR.iterdir():
+        if file.name != "model.safetensors":
+            shutil.copy(file, tmp_path)
+    expected = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(MODEL_DIR).parameters())
+    assert plan(f"model.name={tmp_path}").parameters == expected
+
+
+BIG = ["model=qwen2_5_1_5b_random", "data=arithmetic", "data.max_prompt_length=512"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "gigabytes", "trained"),
+    [
+        ("a100_80gb", 80, "all"),
+        ("h100_80gb", 80, "all"),
+        ("a100_40gb", 40, "all"),
+        ("rtx_24gb", 24, "all"),
+        ("t4_16gb", 16, "adapter"),
+        ("mps", 16, "adapter"),
+        ("cpu", None, "adapter"),
+    ],
+)
+def test_every_preset_trains_the_default_model_within_what_it_names(preset, gigabytes, trained):
+    """With a tenth to spare, since the card keeps some for itself, and within 50 GB of disk."""
+    made = planning.plan(planning.resolved(compose_config([*BIG, f"hardware={preset}"])))
+    assert made.parameters == 1_543_714_304
+    assert (made.trained == made.parameters) == (trained == "all")
+    if gigabytes is not None:
+        assert made.available == gigabytes * 1e9
+        assert made.peak < 0.9 * made.available
+    assert sum(made.disk.values()) < 50e9
+
+
+def test_what_is_trained_decides_what_is_held():
+    full, narrow, lora = (
+        planning.plan(planning.resolved(compose_config([*BIG, "hardware=a100_80gb", f"tuning={tuning}"])))
+        for tuning in ("full", "full_bf16", "lora")
+    )
+    count, adapter = full.parameters, lora.trained
+    assert full.memory["weights"] == 4 * count
+    assert full.memory["optimizer"] == 8 * count
+    assert full.memory["working copy"] == full.memory["reference"] == 2 * count
+    assert narrow.memory["weights"] == narrow.memory["gradients"] == narrow.memory["reference"] == 2 * count
+    assert (narrow.memory["optimizer"], narrow.memory["working copy"]) == (4 * count, 0)
+    assert 1e7 < adapter < 1e8
+    assert lora.memory["weights"] == 2 * count + 4 * adapter
+    assert lora.memory["optimizer"] == 2 * lora.memory["reference"] == 2 * lora.memory["gradients"] == 8 * adapter
+    assert lora.disk["final model"] == 4 * adapter
+    assert lora.seconds < full.seconds
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "least", "most"), [("adamw_8bit", 2.0, 2.2), ("muon", 4.0, 5.0), ("adamw", 8, 8)]
+)
+def test_the_states_of_any_optimizer_are_counted(optimizer, least, most):
+    """Muon keeps one number for a matrix within a layer, and AdamW two for an embedding, a sixth of this model."""
+    made = planning.plan(planning.resolved(compose_config([*BIG, "hardware=a100_80gb", f"optimizer={optimizer}"])))
+    assert least <= made.memory["optimizer"] / made.parameters <= most
+
+
+def test_what_a_setting_adds_is_counted():
+    base = plan()
+    assert plan("grpo.beta=0").memory["reference"] == 0 < base.memory["reference"]
+    assert plan("optimizer._target_=torch.optim.SGD", "~optimizer.betas").memory["optimizer"] == 0
+    assert plan("checkpoint.overlap=true").memory["checkpoint copy"] == pytest.approx(3 * 4 * base.parameters, rel=0.01)
+    assert plan("hardware.activation_checkpointing=true").memory["activations"] < 0.7 * base.memory["activations"]
+    assert plan("grpo.num_steps=120").steps == 2 * base.steps
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_activations_are_counted_as_the_real_pass_keeps_them(monkeypatch, twice):
+    """Saved tensors of a real forward pass, by storage, without the parameters."""
+    model, prompts, rows, tokens = load_model(tiny_config(), torch.device("cpu")), 2, 6, 20
+    counted = cost.meta_model(tiny_config(), torch.float32)
+    if twice:
+        planning.checkpoint_layers(model), planning.checkpoint_layers(counted)
+    held, weights = {}, {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def keep(tensor):
+        if tensor.untyped_storage()._cdata not in weights:
+            held[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    ids = torch.randint(5, 200, (prompts, 15))
+    completions = CompletionBatch(torch.randint(5, 200, (rows, tokens)), torch.ones(rows, tokens, dtype=torch.long))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        completion_logps(model, PromptBatch(ids, torch.ones_like(ids)), completions, torch.arange(rows) // 3, 0.9)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    assert cost.activation_bytes(counted, prompts, 15, rows, tokens) == pytest.approx(real, rel=0.05)
+
+
+def test_disk_is_what_a_run_leaves(finished_run):
+    frozen = planning.typed(load_frozen(finished_run / "config.yaml"))
+    count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(MODEL_DIR).parameters())
+    disk = planning._disk(frozen, 4 * count, 8 * count, rows=1)
+    for parts, folder in ((("checkpoints", "best"), "checkpoints"), (("final model",), "final_model")):
+        real = sum(f.stat().st_size for f in (finished_run / folder).rglob("*.safetensors"))
+        assert sum(disk[part] for part in parts) == pytest.approx(real, rel=0.05)

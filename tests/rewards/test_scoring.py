@@ -1,0 +1,225 @@
+import contextlib
+import hashlib
+import math
+import os
+import re
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from grpo.rewards.scoring import Component, RewardError, score
+from tests.launches import launch
+
+REPLIES = [[{"role": "assistant", "content": text}] for text in ("a", "bb")]
+
+
+def run(*components, **columns):
+    return score(list(components), ["p", "p"], REPLIES, columns)
+
+
+def test_components_are_kept_apart_and_summed_by_weight():
+    rewards = run(
+        Component("correctness", lambda completions, **_: [2.0, 0.0]),
+        Component("format", lambda completions, **_: [0.2, 0.8], weight=0.5),
+    )
+    assert rewards.components["correctness"].tolist() == [2.0, 0.0]
+    assert rewards.components["format"].tolist() == [0.2, 0.8]
+    assert rewards.total.tolist() == [2.1, 0.4]
+
+
+def test_none_means_missing_and_adds_nothing():
+    rewards = run(Component("a", lambda completions: [None, 1.0]), Component("b", lambda completions: [0.5, 0.5]))
+    assert math.isnan(rewards.components["a"][0])
+    assert rewards.total.tolist() == [0.5, 1.5]
+
+
+def test_a_function_gets_the_columns_that_it_names():
+    def by_answer(completions, answer):
+        return [float(c[0]["content"] == a) for c, a in zip(completions, answer, strict=True)]
+
+    rewards = run(Component("c", by_answer), answer=["a", "x"], other=[1, 2])
+    assert rewards.total.tolist() == [1.0, 0.0]
+
+
+def test_a_column_named_completions_does_not_stand_in_for_the_models_own():
+    rewards = run(Component("c", lambda completions, **_: [float(len(completions))] * 2), completions=["x"] * 9)
+    assert rewards.total.tolist() == [2.0, 2.0]
+
+
+def test_a_function_that_changes_its_arguments_changes_nothing_for_others():
+    def spoils(prompts, completions, answer, steps, **_):
+        prompts[0][0]["content"] = completions[0][0]["content"] = answer[0] = steps[0]["a"][0] = "spoilt"
+        del prompts[1:], completions[1:], answer[1:], steps[1:]
+        return [0.0, 0.0]
+
+    def prompts():
+        return [[{"role": "user", "content": "p"}]] * 2
+
+    def columns():
+        return {"answer": ["x", "y"], "steps": [{"a": ["1"]}, {"a": ("2", ["3"])}]}
+
+    def sees(**arguments):
+        assert arguments == {"prompts": prompts(), "completions": replies(), **columns()}
+        return [1.0, 1.0]
+
+    def replies():
+        return [[{"role": "assistant", "content": text}] for text in ("a", "bb")]
+
+    given = prompts(), replies(), columns()
+    rewards = score([Component("spoils", spoils), Component("sees", sees)], *given)
+    assert rewards.total.tolist() == [1.0, 1.0]
+    assert given == (prompts(), replies(), columns())
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda completions: 1 / 0, "raised ZeroDivisionError"),
+        (lambda completions: None, "returned NoneType"),
+        (lambda completions: [1.0], "returned 1 values for 2 completions"),
+        (lambda completions: [1.0, math.nan], "returned nan"),
+        (lambda completions: [1.0, math.inf], "returned inf"),
+        (lambda completions: [1.0, "x"], "returned 'x'"),
+    ],
+)
+def test_a_function_that_breaks_its_contract_is_named_with_the_reason(function, reason):
+    with pytest.raises(RewardError, match=f"'mine' {reason}"):
+        run(Component("mine", function))
+
+
+def test_rewards_written_for_trl_work_unchanged():
+    from trl.rewards import get_soft_overlong_punishment, think_format_reward
+
+    replies = [[{"role": "assistant", "content": "<think>\nx\n</think>\n18"}], [{"role": "assistant", "content": "18"}]]
+    components = [Component("think", think_format_reward), Component("overlong", get_soft_overlong_punishment(10, 5))]
+    rewards = score(components, ["p", "p"], replies, {"completion_ids": [[1] * 4, [1] * 12], "answer": ["18", "18"]})
+    assert rewards.components["think"].tolist() == [1.0, 0.0]
+    assert rewards.components["overlong"].tolist() == [0.0, -1.0]
+
+
+# Limits.
+
+
+def hangs_in_python(completions, **_):
+    while True:
+        pass
+
+
+def hangs_asleep(completions, **_):
+    time.sleep(60)
+
+
+def hangs_in_a_regular_expression(completions, **_):
+    re.match(r"(a+)+$", "a" * 40 + "b")
+
+
+def hangs_and_catches_errors(completions, **_):
+    while True:
+        with contextlib.suppress(Exception):
+            time.sleep(60)
+
+
+def hangs_and_catches_everything(completions, **_):
+    for _ in completions:
+        with contextlib.suppress(BaseException):  # as a bare `except:` would
+            time.sleep(60)
+    return [0.0] * len(completions)
+
+
+def hangs_after_it_used_the_timer_itself(completions, **_):
+    former = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(1)
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, former)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        hangs_in_python,
+        hangs_asleep,
+        hangs_in_a_regular_expression,
+        hangs_and_catches_errors,
+        hangs_and_catches_everything,
+        hangs_after_it_used_the_timer_itself,
+    ],
+)
+def test_a_function_that_hangs_is_ended_and_named(function):
+    started = time.monotonic()
+    with pytest.raises(RewardError, match=r"reward component 'slow' took longer than 0\.2 s"):
+        run(Component("slow", function, timeout_s=0.2))
+    assert time.monotonic() - started < 5
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def hangs_in_c(completions, **_):
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+
+
+def catches_everything_for_ever(completions, **_):
+    while True:
+        with contextlib.suppress(BaseException):
+            time.sleep(60)
+
+
+def runs_briefly(completions, **_):
+    for _ in range(10):
+        time.sleep(0.02)
+    return [1.0] * len(completions)
+
+
+def score_in_a_process(arguments):
+    function, *seconds = arguments
+    for each in seconds:  # of being stopped
+        subprocess.Popen(["sh", "-c", f"sleep 0.1; kill -STOP {os.getpid()}; sleep {each}; kill -CONT {os.getpid()}"])
+    print(run(Component("slow", globals()[function], timeout_s=0.5)).total.tolist())
+
+
+@pytest.mark.parametrize("function", ["hangs_in_c", "catches_everything_for_ever"])
+def test_where_a_function_cannot_be_ended_its_process_is(tmp_path, function):
+    ended = launch(function, main=score_in_a_process, cwd=tmp_path, timeout=20)
+    assert ended.returncode == 1
+    message = "failed: RewardError: reward component 'slow' took longer than 0.5 s, and could not be ended\n"
+    assert ended.stderr == message
+
+
+def test_a_process_that_was_stopped_does_not_count_as_slow(tmp_path):
+    done = launch("runs_briefly", "3.5", main=score_in_a_process, cwd=tmp_path, timeout=20)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[1.0, 1.0]\n"
+
+
+def test_the_limit_holds_in_a_thread_as_well():
+    with ThreadPoolExecutor() as pool, pytest.raises(RewardError, match="took longer"):
+        pool.submit(run, Component("slow", lambda completions: time.sleep(0.3), timeout_s=0.1)).result()
+
+
+def test_a_function_within_its_limit_is_left_alone():
+    rewards = run(Component("c", lambda completions, **_: [1.0] * len(completions), timeout_s=30))
+    assert rewards.total.tolist() == [1.0, 1.0]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_errors_can_be_skipped_and_count_as_missing(caplog):
+    def raises(completions, **_):
+        raise KeyError("x")
+
+    rewards = run(
+        Component("good", lambda completions, **_: [1.0, 2.0], weight=2.0),
+        Component("raises", raises, skip_errors=True),
+        Component("short", lambda completions, **_: [5.0], skip_errors=True),
+        Component("one", lambda completions, **_: [float("nan"), 3.0], skip_errors=True),
+        Component("slow", hangs_asleep, timeout_s=0.1, skip_errors=True),
+    )
+    assert rewards.total.tolist() == [2.0, 7.0]
+    assert len(caplog.records) == 4
+    for name in ("raises", "short", "slow"):
+        assert rewards.components[name].isnan().all()
+    assert rewards.components["one"].isnan().tolist() == [True, False]
+    assert "reward component 'raises' raised KeyError: 'x'; skipped for 2 completions" in caplog.text
+    assert "reward component 'one' returned nan; it must be a finite number or None; skipped for 1 comp" in caplog.text

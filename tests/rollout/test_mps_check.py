@@ -1,0 +1,110 @@
+"""What a run on Apple's GPU relies on, on a processor: its choices, and the checks that come first."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache
+
+from grpo.batch import CompletionBatch
+from grpo.config.compose import compose_config
+from grpo.config.schema import ConfigError, LoraSettings, typed
+from grpo.model import packed
+from grpo.model.loading import load_model
+from grpo.model.logps import completion_logps
+from grpo.model.lora import add_adapter
+from grpo.rollout.mps_check import check_decoding, check_device
+from grpo.training.experiment import prepare
+from grpo.training.trainer import Trainer
+from grpo.training.update import Batch
+from tests.launches import SETTINGS
+from tests.tiny_model import tiny_config
+
+CPU = torch.device("cpu")
+
+
+class Dtypes(TorchDispatchMode):
+    """Counts the dtypes of all that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.seen.update(x.dtype for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+        return result
+
+
+@pytest.mark.parametrize("compute", ["float32", "float16"])
+def test_sampling_and_an_update_use_no_growing_cache_and_no_float64(monkeypatch, compute):
+    """All of a step but the scoring of texts, which is the processor's everywhere."""
+    threads = torch.get_num_threads()
+    overrides = [*SETTINGS, "tuning=lora", f"hardware.compute_dtype={compute}"]
+    trainer = Trainer(prepare(typed(compose_config(overrides))))
+    check_decoding(trainer.policy)
+
+    def refuse(self, *args, **kwargs):
+        raise AssertionError("a growing cache was made")
+
+    monkeypatch.setattr(DynamicCache, "__init__", refuse)
+    monkeypatch.setattr(packed, "_takes_groups", lambda device, masked: False)
+    setup = trainer.setup
+    prompts = setup.prompt_batch(setup.conversations(setup.problems.train[:3]))
+    try:
+        with Dtypes() as dtypes:
+            completions = setup.complete(trainer.worker, prompts, trainer.sampling, trainer.cut, group_size=2, step=1)
+            rows = torch.arange(6) // 2
+            batch = Batch(prompts, completions, torch.tensor([1.0, -1.0] * 3), torch.zeros(completions.ids.shape))
+            assert all(trainer._update(batch)[2] for _ in range(2))
+            completion_logps(trainer.reference, prompts, completions, rows, 1.0)
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+    assert dtypes.seen[getattr(torch, compute)] > 0
+    assert dtypes.seen[torch.float64] == 0
+
+
+def test_repeated_heads_give_what_grouped_ones_give(monkeypatch, prompts):
+    model = load_model(tiny_config(), CPU)
+    completions = CompletionBatch(torch.randint(5, 200, (6, 9)), torch.ones(6, 9, dtype=torch.long))
+    assert model.config.num_attention_heads != model.config.num_key_value_heads
+    results = []
+    for grouped in (True, False):
+        monkeypatch.setattr(packed, "_takes_groups", lambda device, masked, grouped=grouped: grouped)
+        results.append(completion_logps(model, prompts, completions, torch.arange(6) // 2, 1.0).logps)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_a_device_that_computes_as_the_processor_passes():
+    check_device(CPU)
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, 1.05])
+def test_a_device_that_computes_otherwise_is_refused(monkeypatch, wrong):
+    """torch's attention gone wrong on the first of the two devices, in the last of its calls."""
+    attention, calls, broken = torch.nn.functional.scaled_dot_product_attention, Counter(), set()
+
+    def counted(*args, **kwargs):
+        calls["attention"] += 1
+        return attention(*args, **kwargs) * (wrong if calls["attention"] in broken else 1.0)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    check_device(CPU)
+    broken.add(calls["attention"] + calls["attention"] // 2)
+    with pytest.raises(ConfigError, match="the log-probabilities of the embedded model on cpu differ"):
+        check_device(CPU)
+
+
+def test_a_model_that_needs_the_growing_cache_is_refused():
+    model = load_model(tiny_config(attn_implementation="eager"), CPU)
+    with pytest.raises(ConfigError, match="take hardware=cpu, or one of Llama, Mistral, Qwen2, Qwen3 with"):
+        check_decoding(model)
+
+
+def test_an_adapter_changes_nothing_of_that():
+    model = load_model(tiny_config(), CPU)
+    add_adapter(model, LoraSettings(4, 8, "all-linear", None), torch.float32, seed=1)
+    check_decoding(model)

@@ -1,0 +1,257 @@
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from grpo.batch import PromptBatch, split_rows
+from grpo.model.linear import use_onednn
+from grpo.model.packed import try_packing
+from grpo.rollout import llama_decoder as lean_module
+from grpo.rollout import native as engine
+from grpo.rollout.cuda_graph import recorded
+from grpo.rollout.llama_decoder import LeanDecoder, is_lean
+from grpo.rollout.native import CachedDecoder, Sampling, completion_mask, rollout
+from tests.oracles import completion_logps_unshared
+
+
+@pytest.fixture
+def sampling(tokenizer):
+    return Sampling(32, 1.0, (tokenizer.eos_token_id,), tokenizer.pad_token_id)
+
+
+def sample(model, prompts, sampling, generations=4, seed=1, step=1, token_budget=10**6, **how):
+    return rollout(model, prompts, generations, sampling, seed=seed, step=step, token_budget=token_budget, **how)
+
+
+def test_greedy_decoding_is_that_of_transformers(model, tokenizer, prompts, sampling):
+    ours = sample(model, prompts, replace(sampling, temperature=0.0), generations=1)
+    theirs = model.generate(prompts.ids, attention_mask=prompts.mask, max_new_tokens=32, do_sample=False)
+    theirs = theirs[:, prompts.ids.shape[1] :]
+    assert torch.equal(ours.ids * ours.mask, theirs * completion_mask(theirs, sampling.stop_ids))
+
+
+def test_the_same_seed_and_step_give_the_same_completions_and_others_do_not(model, prompts, sampling):
+    first, again = sample(model, prompts, sampling), sample(model, prompts, sampling)
+    assert torch.equal(first.ids, again.ids)
+    for other in (sample(model, prompts, sampling, seed=2), sample(model, prompts, sampling, step=2)):
+        assert other.ids.shape != first.ids.shape or not torch.equal(other.ids, first.ids)
+
+
+def test_a_group_holds_different_completions(model, prompts, sampling):
+    completions = sample(model, prompts, sampling, generations=8)
+    assert len({tuple(row.tolist()) for row in completions.ids[:8]}) > 1
+
+
+@pytest.mark.parametrize("token_budget", [1, 200, 350])
+def test_decoding_fewer_rows_at_once_gives_the_same_completions(model, prompts, sampling, token_budget):
+    whole = sample(model, prompts, sampling)
+    parts = sample(model, prompts, sampling, token_budget=token_budget)
+    # Rows that differ by rounding do so only where two tokens nearly tie, which these do not.
+    assert torch.equal(whole.ids * whole.mask, parts.ids * parts.mask)
+
+
+def test_a_prompt_is_answered_alike_whatever_stands_beside_it(model, prompts, sampling):
+    both = sample(model, prompts, sampling)
+    alone = sample(model, PromptBatch(prompts.ids[:1], prompts.mask[:1]), sampling)
+    width = alone.ids.shape[1]
+    assert torch.equal(both.ids[:4, :width] * alone.mask, alone.ids * alone.mask)
+
+
+def test_tokens_are_drawn_from_the_models_distribution(model, prompts, sampling):
+    """The first token of many completions of one prompt, against the model's own probabilities."""
+    one = PromptBatch(prompts.ids[:1], prompts.mask[:1])
+    first = replace(sampling, max_new_tokens=1, temperature=1.7)
+    drawn = rollout(model, one, 4000, first, seed=3, step=1, token_budget=10**6).ids[:, 0]
+    probabilities = (model(one.ids, attention_mask=one.mask).logits[0, -1].double() / 1.7).softmax(0)
+    common = probabilities * 4000 >= 5
+    expected = torch.cat([probabilities[common], probabilities[~common].sum()[None]]) * 4000
+    counts = drawn.bincount(minlength=len(probabilities)).double()
+    counts = torch.cat([counts[common], counts[~common].sum()[None]])
+    chi_square = ((counts - expected) ** 2 / expected.clamp(min=1)).sum()
+    degrees = len(expected) - 1
+    assert degrees >= 1
+    assert chi_square < degrees + 4 * (2 * degrees) ** 0.5 + 4
+
+
+def test_the_mask_ends_with_the_first_end_of_sequence_token():
+    ids = torch.tensor([[5, 9, 5, 9], [9, 5, 5, 5], [5, 5, 5, 5]])
+    assert completion_mask(ids, (9,)).tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+
+
+def test_no_completion_ends_before_min_new_tokens(model, prompts, sampling):
+    forced = sample(model, prompts, replace(sampling, min_new_tokens=32), generations=2)
+    assert forced.mask.sum(dim=1).tolist() == [32] * 6
+
+
+def test_rows_that_ended_leave_the_batch(model, prompts, sampling, monkeypatch):
+    """The model must not be run on finished rows; counted by a hook on the real model."""
+    rows = []
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda module, args: rows.append(args[0].numel()))
+    completions = sample(model, prompts, sampling, generations=16)
+    hook.remove()
+    lengths = completions.mask.sum(dim=1)
+    assert rows[0] in (prompts.ids.numel(), prompts.mask.sum())  # the prompts, once each
+    assert rows[1] == 48
+    assert rows[-1] < 48
+    assert len(rows) == lengths.max()  # and nothing after the last row has ended
+
+
+def test_completions_are_as_likely_as_their_temperature_says(model, prompts, sampling):
+    """Colder sampling gives likelier completions under the same model."""
+    prompt_of_row = torch.arange(3).repeat_interleave(16)
+    means = []
+    for temperature in (0.3, 1.0, 2.0):
+        completions = sample(model, prompts, replace(sampling, temperature=temperature), generations=16)
+        logps = completion_logps_unshared(model, prompts, completions, prompt_of_row, 1.0).logps
+        means.append((logps.sum() / completions.mask.sum()).item())
+    assert means[0] > means[1] > means[2]
+
+
+def test_sampling_finds_the_log_probabilities_that_the_training_pass_finds(model, prompts, sampling):
+    warm = replace(sampling, temperature=0.7, min_new_tokens=3)
+    completions = sample(model, prompts, warm)
+    expected = completion_logps_unshared(model, prompts, completions, torch.arange(3).repeat_interleave(4), 0.7).logps
+    torch.testing.assert_close(completions.sampling_logps, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_lean_decoding_gives_the_tokens_of_the_plain_way(plain_model, fast_model, prompts, sampling, temperature):
+    lean, plain = (
+        sample(each, prompts, replace(sampling, temperature=temperature), 8) for each in (fast_model, plain_model)
+    )
+    assert lean.ids.shape[1] == plain.ids.shape[1]
+    assert torch.equal(lean.ids * lean.mask, plain.ids * plain.mask)
+
+
+def model_of_the_family(kind, tied):
+    settings = {"vocab_size": 600, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "head_dim": 16}
+    if kind == "mistral":
+        settings["sliding_window"] = None
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings, tie_word_embeddings=tied)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # biases and norms too
+    assert try_packing(model)
+    use_onednn(model)
+    return model
+
+
+def test_rows_of_one_prompt_alone_are_decoded(prompts, sampling):
+    model = model_of_the_family("qwen2", True)
+    one = PromptBatch(prompts.ids[:1], prompts.mask[:1])
+    check_lean_decoding(model, one, torch.zeros(8, dtype=torch.long))
+
+
+def test_a_decoder_is_gone_when_nobody_holds_it(prompts):
+    """It holds the keys and values of its rows, and on a CPU another copy of the weights."""
+    with torch.no_grad():
+        decoder = LeanDecoder(model_of_the_family("llama", True), prompts, torch.arange(3), 4)
+        for _ in range(2):
+            decoder.read(torch.tensor([5, 6, 7]))
+    held = weakref.ref(decoder)
+    del decoder
+    assert held() is None
+
+
+def check_lean_decoding(model, prompts, prompt_of_row=None, **how):
+    """Logits step by step, with rows that leave on the way."""
+    assert is_lean(model)
+    prompt_of_row = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2]) if prompt_of_row is None else prompt_of_row
+    tokens = torch.randint(5, 600, (8, 8), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        plain, lean = (
+            CachedDecoder(model, prompts, prompt_of_row, 8),
+            LeanDecoder(model, prompts, prompt_of_row, 8, **how),
+        )
+    torch.testing.assert_close(lean.logits, plain.logits, rtol=1e-4, atol=1e-4)
+    before = list(range(8))
+    with torch.no_grad():
+        for t, rows in enumerate([before] * 4 + [[0, 2, 3, 4, 6], [0, 2, 3, 4, 6], [0, 3, 4], [4]]):
+            for decoder in (lean, plain):
+                if rows != before:
+                    decoder.keep(torch.tensor([before.index(row) for row in rows]))
+                decoder.read(tokens[rows, t])
+            before = rows
+            torch.testing.assert_close(lean.logits, plain.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_each_model_of_the_family_is_decoded_lean_as_plainly(kind, tied, prompts):
+    """Biases (Qwen2), norms of heads (Qwen3), none (Llama)."""
+    check_lean_decoding(model_of_the_family(kind, tied), prompts)
+
+
+@pytest.mark.parametrize(("width", "needed"), [(1, 8), (2, 5), (3, 5), (100, 4)])
+def test_a_token_decoded_from_a_recording_is_the_same(prompts, monkeypatch, width, needed):
+    """Recorded by torch's tracer: as in a CUDA graph, the operations with the tensors they had, and no Python."""
+    recordings = []
+
+    def recorded(step, _):
+        recordings.append(make_fx(lambda: step())())
+        return recordings[-1]
+
+    monkeypatch.setattr(lean_module, "recorded", recorded)
+    monkeypatch.setattr(lean_module, "GRAPH_WIDTH", width)
+    monkeypatch.setattr(lean_module, "available", lambda _: False)  # oneDNN's packed weights cannot be traced
+    check_lean_decoding(model_of_the_family("qwen3", True), prompts, cuda_graphs=True)
+    assert len(recordings) == needed  # one for every width, and for every number of rows
+
+
+@pytest.mark.gpu
+def test_a_token_decoded_from_a_cuda_graph_is_the_same(prompts, sampling, monkeypatch):
+    monkeypatch.setattr(lean_module, "GRAPH_WIDTH", 3)
+    recordings = []
+
+    def counted(*arguments):
+        recordings.append(recorded(*arguments))
+        return recordings[-1]
+
+    monkeypatch.setattr(lean_module, "recorded", counted)
+    model = model_of_the_family("qwen2", True).cuda()
+    on_card = PromptBatch(prompts.ids.cuda(), prompts.mask.cuda())
+    eager, graph = (sample(model, on_card, sampling, generations=8, cuda_graphs=graphs) for graphs in (False, True))
+    assert torch.equal(eager.ids, graph.ids)
+    assert recordings and None not in recordings
+
+
+def test_a_step_that_cannot_be_recorded_is_run_as_it_is(prompts, monkeypatch):
+    asked = []
+    monkeypatch.setattr(lean_module, "recorded", lambda *_: asked.append(1))
+    check_lean_decoding(model_of_the_family("llama", True), prompts, cuda_graphs=True)
+    assert len(asked) == 1
+
+
+def test_split_rows_counts_each_prompt_once_in_a_part_and_never_cuts_below_a_row():
+    lengths, prompt_of_row = torch.tensor([10, 20]), torch.tensor([0, 0, 0, 1, 1])
+
+    def parts(row_lengths, budget, shared=True):
+        return [part.tolist() for part in split_rows(lengths, prompt_of_row, row_lengths, budget, shared)]
+
+    assert parts(5, 55) == [[0, 1, 2, 3, 4]]  # 10 + 3 * 5 + 20 + 2 * 5
+    assert parts(5, 54) == [[0, 1, 2, 3], [4]]
+    assert parts(5, 25) == [[0, 1, 2], [3], [4]]
+    assert parts(torch.tensor([15, 1, 1, 1, 1]), 27) == [[0, 1, 2], [3, 4]]
+    assert parts(5, 1) == [[0], [1], [2], [3], [4]]
+    assert parts(5, 30, shared=False) == [[0, 1], [2], [3], [4]]  # 2 * (10 + 5); then 10 + 5 + 20 + 5 is too much
+    # Padded, 9 * (100 + 1) is over eight times 110, and 4 * (2 + 15) over twice 26.
+    ten = torch.zeros(10, dtype=torch.long)
+    assert [len(part) for part in split_rows(torch.tensor([100]), ten, 1, 110, shared=True)] == [8, 2]
+    lengths = torch.tensor([2, 2])
+    assert parts(torch.tensor([15, 1, 1, 1, 1]), 26, shared=False) == [[0, 1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("habits", [(4, 0.75), (16, 0.75), (1, 0.5)])
+def test_when_finished_rows_are_looked_for_and_dropped_changes_nothing(model, prompts, sampling, monkeypatch, habits):
+    """As on accelerators, where looking at every token would wait for the queue."""
+    expected = sample(model, prompts, sampling, generations=8)
+    monkeypatch.setattr(engine, "ON_CPU", habits)
+    seldom = sample(model, prompts, sampling, generations=8)
+    width = expected.ids.shape[1]
+    assert torch.equal(seldom.ids[:, :width] * expected.mask, expected.ids * expected.mask)
+    assert torch.equal(seldom.mask.sum(dim=1), expected.mask.sum(dim=1))
+    torch.testing.assert_close(seldom.sampling_logps[:, :width], expected.sampling_logps, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,208 @@
+"""The sweep with a budget: its arithmetic, and that its runs are those that never stopped."""
+
+import json
+
+import pytest
+
+from grpo.config.compose import compose_config
+from grpo.config.schema import ConfigError, typed
+from grpo.runs.folder import RunFolder
+from grpo.runs.halving_state import Record, best_arms, choose_ladder, ladder, seconds
+from grpo.runs.sweep_folder import SweepFolder
+from grpo.sweeps.halving_sweeper import HalvingSweeper
+from tests.launches import launch, rows
+from tests.sweeps.test_sweep import QUICK
+
+
+def test_ladders_worked_out_by_hand():
+    assert ladder(90, 9, 3, 10) == [(10, 9), (30, 3), (90, 1)]
+    assert ladder(100, 4, 3, 20) == [(20, 4), (100, 1)]  # one arm is left: it makes all that remain
+    assert ladder(100, 9, 3, 50) == [(50, 9), (100, 3)]
+    assert ladder(100, 9, 3, 100) == [(100, 9)]  # the full sweep
+    # 9 jobs of 10 steps, 3 of 20 more, 1 of 60 more, two seconds a step, and thirteen starts of five.
+    assert seconds(ladder(90, 9, 3, 10), 1, 2.0, 5.0) == 2 * (90 + 60 + 60) + 13 * 5
+    assert seconds([(10, 2)], 3, 2.0, 5.0) == 2 * 3 * 25
+
+
+def record(budget_hours, arms=9):
+    return Record(90, [[n] for n in range(arms)], 3, budget_hours, step_s=36.0, start_s=0.0)
+
+
+def test_the_first_rung_is_as_long_as_the_budget_pays_for():
+    assert choose_ladder(record(None)) == [(10, 9), (30, 3), (90, 1)]
+    assert choose_ladder(record(8.1)) == [(90, 9)]  # 9 * 90 steps of 36 s
+    chosen = choose_ladder(record(3.0))
+    longer = ladder(90, 9, 3, chosen[0][0] + 1)
+    assert record(3.0).seconds(chosen) <= 3 * 3600 < record(3.0).seconds(longer)
+    with pytest.raises(ValueError, match=r"^\d"):
+        choose_ladder(record(0.2))
+
+
+def test_the_best_arms_are_kept_and_those_without_a_score_are_out():
+    assert best_arms([0.2, None, 0.7, 0.7, 0.1], 2) == [2, 3]
+    assert best_arms([None, 0.5], 2) == [1]
+
+
+def test_what_is_overspent_pays_for_no_arm():
+    sweeper = HalvingSweeper(3, 0.01)
+    sweeper.record, sweeper.folders = record(0.01), []
+    sweeper.record.ladder = [(10, 9), (30, 3), (90, 1)]
+    sweeper._spent = lambda: 100.0
+    assert sweeper._affordable([0, 1, 2], 1) == []
+
+
+HALVING = [
+    "hydra/sweeper=halving",
+    "hydra/launcher=basic",
+    *(each for each in QUICK if each != "eval.after=false"),
+    "eval.max_problems=60",
+    "grpo.num_steps=4",
+    "grpo.batch_size=8",
+    "grpo.num_generations=8",
+    "sweep.eta=2",
+    "optimizer.lr=0,0.00001,0.0005,0.0001",
+]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A sweep by halving that nothing stopped, and its jobs as runs of their own."""
+    cwd = tmp_path_factory.mktemp("halving")
+    done = launch("-m", *HALVING, "sweep_dir=sweep", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd, done
+
+
+def assert_equal(run_dir, other):
+    """Every metric, and every byte of what is saved last, the checkpoint and the final model."""
+    assert rows(run_dir) == rows(other)
+    for pattern in ("checkpoints/*/*.safetensors", "final_model/*.safetensors"):
+        files = sorted(run_dir.glob(pattern))
+        assert [file.relative_to(run_dir) for file in files] == [
+            f.relative_to(other) for f in sorted(other.glob(pattern))
+        ]
+        assert all(file.read_bytes() == (other / file.relative_to(run_dir)).read_bytes() for file in files)
+    assert list(run_dir.glob("checkpoints/*/model.safetensors"))
+
+
+def test_arms_stop_early_and_the_best_one_is_the_run_that_it_would_have_been(straight):
+    cwd, done = straight
+    halving = json.loads((cwd / "sweep" / "halving.json").read_text())
+    assert halving["ladder"] == [[1, 4], [2, 2], [4, 1]]
+    assert [len(rung["kept"]) for rung in halving["rungs"]] == [2, 1, 1]
+    (best,) = halving["rungs"][-1]["kept"]
+    jobs = SweepFolder(cwd / "sweep").jobs()
+    assert [job["state"] for job in jobs].count("stopped early") == 3
+    assert jobs[best]["state"] == "finished"
+    assert sorted(len(rows(cwd / "sweep" / job["folder"])) for job in jobs) == [1, 1, 2, 4]
+    assert SweepFolder(cwd / "sweep").record()["state"] == "finished"
+    whole = [each for each in HALVING if not each.startswith(("hydra/", "optimizer.lr"))]
+    alone = launch(*whole, jobs[best]["overrides"][0], "run_dir=alone", cwd=cwd)
+    assert alone.returncode == 0, alone.stderr
+    assert_equal(cwd / "sweep" / jobs[best]["folder"], cwd / "alone")
+    assert (cwd / "alone" / "final_model").exists()
+    page = (cwd / "sweep" / "report.html").read_text()
+    assert "What the budget bought" in page
+    assert "go on     python launch.py -m" not in done.stdout
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_decisions(straight):
+    cwd, _ = straight
+    fault = ("grpo.training.trainer.problems_of_step", "6", "kill")  # of 8 steps in all: in the second rung
+    assert launch("-m", *HALVING, "sweep_dir=killed", cwd=cwd, fault=fault).returncode == -9
+    made = [RunFolder(cwd / "killed" / job["folder"]) for job in SweepFolder(cwd / "killed").jobs()]
+    assert all(run.status()["seconds"] > sum(row["step_time"] for row in run.metrics()) for run in made)
+    again = launch("-m", *HALVING, "sweep_dir=killed", "resume=true", cwd=cwd)
+    assert again.returncode == 0, again.stderr
+    one, other = (json.loads((cwd / name / "halving.json").read_text())["rungs"] for name in ("sweep", "killed"))
+    assert [(rung["steps"], rung["scores"], rung["kept"]) for rung in one] == [
+        (rung["steps"], rung["scores"], rung["kept"]) for rung in other
+    ]
+    for job in SweepFolder(cwd / "sweep").jobs():
+        assert_equal(cwd / "killed" / job["folder"], cwd / "sweep" / job["folder"])
+
+
+def test_a_budget_that_is_too_small_is_refused_with_the_least_one_and_a_larger_one_goes_on(tmp_path):
+    command = ["-m", *(each for each in HALVING if not each.startswith("optimizer.lr")), "optimizer.lr=0,0.0001"]
+    command += ["sweep_dir=sweep", "grpo.batch_size=2", "grpo.num_generations=4"]
+    refused = launch(*command, "sweep.budget_hours=0.0001", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "hours; raise it, or sweep fewer values" in refused.stderr
+    still = launch(*command, "resume=true", cwd=tmp_path)
+    assert (still.returncode, "sweep.budget_hours=0.0001" in still.stderr) == (
+        2,
+        True,
+    )  # it stays unless a new one is given
+    more = launch(*command, "sweep.budget_hours=1", "resume=true", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    halving = json.loads((tmp_path / "sweep" / "halving.json").read_text())
+    assert (halving["ladder"], halving["state"]) == ([[4, 2]], "finished")  # enough for all to the end
+
+
+TROUBLE = """
+import os
+import signal
+from pathlib import Path
+
+
+def trouble(completions, **columns):
+    armed = Path("armed").read_text() if Path("armed").exists() else ""
+    if armed == "stop":
+        Path("armed").unlink()  # for one job
+        os.kill(os.getpid(), signal.SIGTERM)
+    return fail(completions, on=armed == "fail")
+
+
+def fail(completions, on, **columns):
+    if on:
+        raise OSError("no space left on device")
+    return [0.0] * len(completions)
+"""
+
+
+def test_an_arm_that_fails_twice_is_out_and_the_others_go_on(tmp_path):
+    (tmp_path / "mine.py").write_text(TROUBLE)
+    command = [each for each in HALVING if not each.startswith("optimizer.lr")]
+    command += ["+reward.components.t={_target_: mine.fail, weight: 0}", "+reward.components.t.on=1,0"]
+    command = ["-m", *command, "sweep.budget_hours=1", "sweep_dir=sweep"]
+    first = launch(*command, cwd=tmp_path)
+    assert (first.returncode, "no space left" in first.stderr, "Traceback" in first.stderr) == (1, True, False)
+    assert [job["state"] for job in SweepFolder(tmp_path / "sweep").jobs()] == ["failed", "finished"]
+    again = launch(*command, "resume=true", cwd=tmp_path)
+    assert (again.returncode, "job 0 failed in an earlier launch, and its arm is out" in again.stderr) == (1, True)
+
+
+def test_a_rung_is_decided_only_when_its_jobs_have_come_so_far(tmp_path):
+    (tmp_path / "mine.py").write_text(TROUBLE)
+    (tmp_path / "armed").write_text("fail")
+    command = ["-m", *(each for each in HALVING if not each.startswith(("optimizer.lr", "hydra/launcher")))]
+    command.append("optimizer.lr=0,0.0001")
+    command += ["+reward.components.t={_target_: mine.trouble, weight: 0}", "sweep_dir=sweep"]
+    command += ["grpo.batch_size=2", "grpo.num_generations=4"]
+    failed = launch(*command, "hydra/launcher=basic", cwd=tmp_path)
+    assert failed.returncode == 1
+    assert json.loads((tmp_path / "sweep" / "halving.json").read_text())["rungs"] == []
+    first, _ = SweepFolder(tmp_path / "sweep").jobs()
+    assert len(RunFolder(tmp_path / "sweep" / first["folder"]).launches()) == 2  # it was tried once more
+
+    (tmp_path / "armed").write_text("stop")
+    stopped = launch(*command, "hydra/launcher=local", "resume=true", cwd=tmp_path)
+    assert stopped.returncode == 1
+    assert "was stopped before step 2, so its rung is not decided" in stopped.stderr
+    assert "go on     python launch.py -m" in stopped.stdout
+
+    done = launch(*command, "hydra/launcher=basic", "resume=true", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "sweep" / "halving.json").read_text())
+    assert (record["state"], len(record["rungs"][0]["scores"])) == ("finished", len(record["arms"]))
+
+
+@pytest.mark.parametrize(("key", "value"), [("sweep.eta", "1"), ("sweep.budget_hours", "0"), ("until_step", "0")])
+def test_values_that_cannot_be_are_refused(tmp_path, key, value):
+    with pytest.raises(ConfigError, match=key):
+        typed(compose_config(["experiment=quickstart", f"{key}={value}"]))
+
+
+def test_arms_of_unequal_steps_are_not_compared(tmp_path):
+    refused = launch("-m", *HALVING, "grpo.num_steps=2,4", cwd=tmp_path)
+    assert (refused.returncode, "leave grpo.num_steps out" in refused.stderr) == (2, True)

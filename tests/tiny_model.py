@@ -1,0 +1,54 @@
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo.batch import tokenize_prompts
+from grpo.config.schema import ModelConfig
+from grpo.model.loading import load_model
+from grpo.model.packed import packs
+from grpo.rollout.llama_decoder import is_lean
+from grpo.tiny import MODEL_DIR
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL_DIR, padding_side="left")
+
+
+@pytest.fixture(scope="session")
+def plain_model():
+    """As transformers loads it: read padded, with transformers' cache."""
+    return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def fast_model():
+    """As the suite loads it: read packed, decoded by `LeanDecoder`, multiplied by oneDNN."""
+    model = load_model(tiny_config(), torch.device("cpu"))
+    assert packs(model)
+    assert is_lean(model)
+    return model
+
+
+@pytest.fixture(scope="session", params=["plain", "fast"])
+def model(request, plain_model, fast_model):
+    """Either of them: what holds of one holds of the other."""
+    return {"plain": plain_model, "fast": fast_model}[request.param]
+
+
+def tiny_config(**changes):
+    settings = {"name": "tiny", "attn_implementation": "sdpa", "dtype": "float32", "device_map": "auto"}
+    return ModelConfig(**settings | {"trust_remote_code": False} | changes)
+
+
+@pytest.fixture(scope="session")
+def prompts(tokenizer):
+    """Three prompts of different lengths, so that there is padding."""
+    questions = ["What is 37 + 48?", "Ann has 12 apples and buys 30 more. How many apples has Ann now?", "12 + 9?"]
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
+        for q in questions
+    ]
+    batch = tokenize_prompts(tokenizer, texts, torch.device("cpu"))
+    assert batch.mask.sum(dim=1).unique().numel() > 1
+    return batch

@@ -1,0 +1,97 @@
+"""Arithmetic in float16: the loss is scaled, so that its gradient neither vanishes nor overflows."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+
+from grpo.algorithm.loss import grpo_loss
+from grpo.batch import CompletionBatch, PromptBatch
+from grpo.config.compose import compose_config
+from grpo.config.schema import typed
+from grpo.model.loading import load_model
+from grpo.runs.checkpoint import load_state
+from grpo.training.experiment import prepare
+from grpo.training.trainer import Trainer
+from grpo.training.update import Batch, LossScale, accumulate_gradient, apply_gradient
+from tests.launches import SETTINGS, assert_same_run, launch, rows
+from tests.tiny_model import tiny_config
+
+
+@pytest.fixture
+def trainer():
+    """Of a run in float16 over float32 weights."""
+    overrides = [*SETTINGS, "hardware.compute_dtype=float16", "grpo.lr_schedule=constant", "grpo.warmup_steps=0"]
+    threads = torch.get_num_threads()
+    yield lambda: Trainer(prepare(typed(compose_config(overrides))))
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_the_scale_is_of_the_gradient_alone_and_taken_back():
+    model = load_model(tiny_config(), torch.device("cpu"))
+    ids = torch.randint(5, 200, (4, 9), generator=torch.Generator().manual_seed(0))
+    batch = Batch(
+        PromptBatch(ids[:2, :5], torch.ones(2, 5, dtype=torch.long)),
+        CompletionBatch(ids, torch.ones_like(ids)),
+        torch.tensor([1.0, -1.0, 0.5, -0.5]),
+    )
+    objective = partial(grpo_loss, beta=0.0, epsilon=0.1)
+    results = []
+    for scale in (1.0, 1024.0):
+        scaled = copy.deepcopy(model)
+        metrics, _ = accumulate_gradient(
+            scaled, objective, batch, temperature=1.0, token_budget=10**4, loss_scale=scale
+        )
+        first = next(scaled.parameters()).grad.clone()
+        optimizer = torch.optim.SGD(scaled.parameters(), lr=0.1)
+        norm, made = apply_gradient(scaled, optimizer, metrics["loss"], max_grad_norm=0.5, loss_scale=scale)
+        assert made
+        results.append((metrics, norm, first / scale, [p.detach() for p in scaled.parameters()]))
+    (metrics, norm, grad, weights), (metrics_scaled, norm_scaled, grad_scaled, weights_scaled) = results
+    assert (metrics, norm) == (metrics_scaled, pytest.approx(norm_scaled, rel=1e-6))
+    assert torch.equal(grad, grad_scaled)  # a power of two changes no digit
+    assert all(torch.allclose(a, b, rtol=1e-6, atol=0) for a, b in zip(weights, weights_scaled, strict=True))
+
+
+def test_a_gradient_that_overflows_is_computed_again_with_half_the_scale(trainer):
+    """Nothing of the step is lost: it comes out as if the scale had been right at once."""
+    overflowing = trainer()
+    overflowing.loss_scale = LossScale(2.0**40)
+    row = overflowing.step(1).row
+    assert 1 <= row["loss_scale"] < 2.0**40
+    straight, start = trainer(), trainer().policy
+    straight.loss_scale = LossScale(row["loss_scale"])
+    assert straight.step(1).row["grad_norm"] == row["grad_norm"]
+    weights = zip(overflowing.policy.parameters(), straight.policy.parameters(), start.parameters(), strict=True)
+    assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in weights)
+
+
+def test_what_no_scale_makes_finite_is_a_skipped_step_and_costs_the_next_ones_a_half(trainer, monkeypatch):
+    skipping = trainer()
+    monkeypatch.setattr("grpo.training.trainer.apply_gradient", lambda *_: (float("inf"), False))
+    assert skipping.step(1).skipped is not None
+    assert skipping.state.loss_scale == {"value": 2.0**15, "updates": 0}
+
+
+def test_the_scale_grows_after_many_updates():
+    scale = LossScale(8.0)
+    for _ in range(1999):
+        scale.updated()
+    assert scale.value == 8.0
+    scale.updated()
+    assert scale == LossScale(16.0, 0)
+
+
+def test_resume_in_float16_is_bitwise_equal(tmp_path):
+    settings = [*SETTINGS, "hardware.compute_dtype=float16", "tuning=lora"]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert launch(*settings, f"run_dir={straight}", cwd=tmp_path).returncode == 0
+    fault = ("grpo.training.trainer.apply_gradient", "10", "kill")  # two a step: in step 5
+    assert launch(*settings, f"run_dir={killed}", cwd=tmp_path, fault=fault).returncode != 0
+    assert load_state(killed / "checkpoints" / "step_000004").loss_scale == {"value": 65536.0, "updates": 8}
+    result = launch("resume=true", f"run_dir={killed}", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(killed, straight)
+    assert {row["loss_scale"] for row in rows(straight)} == {65536.0}

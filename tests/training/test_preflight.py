@@ -1,0 +1,99 @@
+"""What is found before the first step, and what is said of it."""
+
+import json
+
+import pytest
+import torch
+
+from grpo.config.compose import compose_config
+from grpo.config.schema import typed
+from grpo.training.experiment import prepare
+from grpo.training.preflight import lines, preflight, warnings
+from tests.launches import SETTINGS, assert_same_run, launch
+
+FINE = {
+    "prompts": 4,
+    "completions": 32,
+    "components": {
+        "correctness": {"nonzero": 0.2, "mean": 0.4, "missing": 0.0},
+        "format": {"nonzero": 0.9, "mean": 0.6, "missing": 0.0},
+    },
+    "reward": 1.0,
+    "frac_reward_zero_std": 0.25,
+    "completions/mean_length": 80.0,
+    "completions/clipped_ratio": 0.1,
+    "prompt_lengths": {"min": 20, "median": 50.5, "max": 99},
+    "seconds": 1.0,
+}
+
+
+@pytest.fixture
+def found():
+    """Pre-flight with these overrides."""
+
+    def run(*overrides):
+        setup = prepare(typed(compose_config([*SETTINGS, *overrides])))
+        return setup, preflight(setup.load_policy(), setup, setup.cut())
+
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_it_is_what_the_completions_of_the_first_steps_problems_earn(found):
+    setup, result = found("grpo.batch_size=9", "grpo.num_generations=16")
+    assert (result["prompts"], result["completions"]) == (8, 128)
+    parts = result["components"]
+    assert result["reward"] == pytest.approx(sum(part["mean"] for part in parts.values()))
+    assert 0 < parts["correctness"]["nonzero"] < 1
+    # The embedded model's tags: a mean of 0.8 times the share that has all four, and less for some.
+    assert parts["format"]["mean"] <= 0.8 * parts["format"]["nonzero"]
+    texts = setup.conversations(setup.problems.train)
+    lengths = [int(setup.prompt_batch([text]).mask.sum()) for text in texts]
+    assert (result["prompt_lengths"]["min"], result["prompt_lengths"]["max"]) == (min(lengths), max(lengths))
+    assert result["warnings"] == []
+
+
+def test_a_limit_that_is_too_low_is_seen(found):
+    _, result = found("grpo.max_completion_length=6")
+    assert result["completions/clipped_ratio"] == 1.0
+    assert result["completions/mean_length"] == 6.0
+    assert any("set grpo.max_completion_length=12" in text for text in result["warnings"])
+
+
+def test_a_component_that_nothing_earns_is_seen(found):
+    """Cut before the answer, no completion is right."""
+    _, result = found("~reward.components.format", "grpo.max_completion_length=6")
+    assert result["components"] == {"correctness": {"nonzero": 0.0, "mean": 0.0, "missing": 0.0}}
+    assert result["frac_reward_zero_std"] == 1.0
+    assert [text.partition(" ")[0] for text in result["warnings"]] == ["correctness", "100%", "100%"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, None),
+        ({"frac_reward_zero_std": 0.8}, "80% of the groups have equal rewards"),
+        ({"completions/clipped_ratio": 0.5}, "50% of the completions are cut at 512 tokens"),
+        ({"components": {"mine": {"nonzero": 0.0, "mean": 0.0, "missing": 0.0}}}, "mine is 0 for all 32 completions"),
+        ({"components": {"mine": {"nonzero": 0.0, "mean": None, "missing": 1.0}}}, "mine gave no value"),
+        ({"components": {"mine": {"nonzero": 0.0, "mean": 0.0, "missing": 0.5}}}, "mine is 0 for all 32 completions"),
+    ],
+)
+def test_what_stands_in_the_way_is_said_once_with_the_mend(change, said):
+    texts = warnings(FINE | change, 512)
+    assert len(texts) == (said is not None)
+    assert all(said in text for text in texts)
+    assert [line for line in lines(FINE | {"warnings": texts}, 512) if line.startswith("warning")] == [
+        f"warning: {text}" for text in texts
+    ]
+
+
+def test_a_run_says_it_once_keeps_it_and_is_the_same_without(tmp_path, straight):
+    assert json.loads((straight / "preflight.json").read_text())["completions"] == 12
+    without = tmp_path / "run"
+    result = launch(*SETTINGS, f"run_dir={without}", "preflight=false", cwd=tmp_path)
+    assert "pre-flight" not in result.stdout
+    assert not (without / "preflight.json").exists()
+    assert_same_run(without, straight)

@@ -1,0 +1,212 @@
+import copy
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from grpo.algorithm.loss import BatchCounts, LossOutput, grpo_loss
+from grpo.batch import CompletionBatch, PromptBatch
+from grpo.model.linear import use_onednn
+from grpo.model.packed import packs, try_packing
+from grpo.tiny import MODEL_DIR
+from grpo.training.update import Batch, accumulate_gradient, all_logps, apply_gradient, learning_rate
+from tests.launches import processes
+from tests.oracles import completion_logps_unshared
+
+
+@pytest.fixture(scope="module", params=["padded", "packed"])
+def model(request):
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+    if request.param == "packed":
+        assert try_packing(model)
+        use_onednn(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Two prompts and four completions each, of very unequal lengths, with off-policy old log-probabilities."""
+    generator = torch.Generator().manual_seed(0)
+    prompt_mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    mask = (torch.arange(12) < torch.tensor([12, 1, 7, 3, 2, 5, 11, 4])[:, None]).long()
+    return Batch(
+        PromptBatch(torch.randint(5, 250, (2, 5), generator=generator), prompt_mask),
+        CompletionBatch(torch.randint(5, 250, (8, 12), generator=generator), mask),
+        advantages=torch.randn(8, generator=generator),
+        ref_logps=-8 + torch.randn(8, 12, generator=generator),
+        old_logps=-8 + torch.randn(8, 12, generator=generator),
+    )
+
+
+WHOLE = 1000  # tokens: more than the batch has
+
+
+def gradient_of(model, batch, token_budget, beta=0.04):
+    """The metrics of the loss, and its gradient as one vector, which the model holds as well."""
+    objective = partial(grpo_loss, beta=beta, epsilon=0.1)
+    model.zero_grad()
+    metrics, _ = accumulate_gradient(model, objective, batch, temperature=1.0, token_budget=token_budget)
+    return metrics, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("token_budget", [1, 10, 17, 25, 40])
+def test_cutting_the_batch_does_not_change_the_gradient(model, batch, token_budget):
+    whole_metrics, whole = gradient_of(model, batch, WHOLE)
+    metrics, gradient = gradient_of(model, batch, token_budget)
+    assert (gradient - whole).norm() / whole.norm() < 1e-5
+    assert metrics == pytest.approx(whole_metrics, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("taught", "passes"), [((4, 8), [False, True]), ((0, 4), [True, False]), ((0, 0), [False, True])]
+)
+def test_without_kl_a_group_of_equal_rewards_costs_no_backward_pass_and_changes_nothing(model, batch, taught, passes):
+    advantages = torch.zeros(8)
+    advantages[slice(*taught)] = batch.advantages[slice(*taught)]
+    batch = replace(batch, advantages=advantages, ref_logps=None)
+    budget = 30 if packs(model) else 50  # a part for each group
+    parts = batch.micro_batches(budget, packs(model))
+    assert [sorted(rows.tolist()) for rows in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    counts = BatchCounts(8, int(batch.completions.mask.sum()))
+    model.zero_grad()
+    entropy = 0.0
+    for rows in parts:
+        part = batch.part(rows)
+        found = part.logps(model, 1.0)
+        entropy += float(found.entropy.sum())
+        args = part.old_logps, None, part.advantages, part.completions.mask, counts
+        grpo_loss(found.logps, *args, beta=0.0, epsilon=0.1).loss.backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    read = []
+
+    def objective(logps, *args):
+        read.append(not logps.is_leaf)
+        return grpo_loss(logps, *args, beta=0.0, epsilon=0.1)
+
+    model.zero_grad()
+    metrics, _ = accumulate_gradient(model, objective, batch, temperature=1.0, token_budget=budget)
+    assert read == passes
+    assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters()]), expected)
+    assert metrics["entropy"] * counts.tokens == pytest.approx(entropy)
+
+
+def test_an_objective_with_more_to_it_than_advantages_gets_its_gradient(model, batch):
+    batch = replace(batch, advantages=torch.zeros(8), ref_logps=None)
+
+    def objective(logps, old_logps, ref_logps, advantages, mask, counts):
+        return LossOutput((logps * mask).sum() / counts.tokens, {})
+
+    gradients = []
+    for budget in (WHOLE, 30):
+        model.zero_grad()
+        accumulate_gradient(model, objective, batch, temperature=1.0, token_budget=budget)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    whole, split = gradients
+    assert whole.norm() > 0
+    assert (split - whole).norm() / whole.norm() < 1e-5
+
+
+def test_completions_of_like_length_are_together_and_a_prompt_is_not_read_more_often_than_needed(batch):
+    lengths = batch.completions.mask.sum(dim=1)
+    parts = [part.tolist() for part in batch.micro_batches(28, shared=True)]
+    assert [lengths[part].tolist() for part in parts] == [[12, 7, 3, 1], [11, 5, 4, 2]]
+    assert batch.micro_batches(WHOLE, shared=True)[0].tolist() == [0, 2, 3, 1, 6, 5, 7, 4]
+    assert sorted(int(row) for part in batch.micro_batches(15, shared=True) for row in part) == list(range(8))
+    assert batch.token_range(shared=True) == (16, 45 + 8)
+    for shared in (True, False):  # all of it fits into a part of as many tokens as are said to be all
+        _, most = batch.token_range(shared)
+        assert [len(batch.micro_batches(budget, shared)) for budget in (most, most - 1)] == [1, 2]
+
+
+def gradient_of_rows(batch, start, stop, file):
+    """What one of several processes does: the gradient of its rows, divided by the counts of the whole batch."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
+    part = batch.part(torch.arange(start, stop))
+    counts = BatchCounts(rows=len(batch.completions.ids), tokens=int(batch.completions.mask.sum()))
+    logps = part.logps(model, temperature=1.0).logps
+    mask, advantages = part.completions.mask, part.advantages
+    settings = {"beta": 0.04, "epsilon": 0.1}
+    grpo_loss(logps, part.old_logps, part.ref_logps, advantages, mask, counts, **settings).loss.backward()
+    torch.save(torch.cat([p.grad.flatten() for p in model.parameters()]), file)
+
+
+def test_the_gradients_of_two_processes_add_up_to_that_of_the_batch(model, batch, tmp_path):
+    _, whole = gradient_of(model, batch, WHOLE)
+    files = [tmp_path / "0", tmp_path / "1"]
+    halves = [
+        processes.Process(target=gradient_of_rows, args=(batch, start, stop, file))
+        for (start, stop), file in zip(((0, 3), (3, 8)), files, strict=True)
+    ]
+    for half in halves:
+        half.start()
+    for half in halves:
+        half.join(60)
+        assert half.exitcode == 0
+    first, second = (torch.load(file, weights_only=True) for file in files)
+    assert first.norm() > 0.01 * whole.norm()
+    assert (first + second - whole).norm() / whole.norm() < 1e-5
+
+
+def test_an_update_makes_good_completions_likelier_and_bad_ones_less_likely(model, batch):
+    on_policy = Batch(batch.prompts, batch.completions, torch.tensor([1.0, -1.0] * 4))
+    model_after = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model_after.parameters(), lr=1e-3)
+    metrics, _ = gradient_of(model_after, on_policy, WHOLE, beta=0.0)
+    norm, made = apply_gradient(model_after, optimizer, metrics["loss"], max_grad_norm=1e9)
+    assert made
+    assert norm > 0
+    assert all(p.grad is None for p in model_after.parameters())
+    change = all_logps(model_after, on_policy, 1.0, WHOLE) - all_logps(model, on_policy, 1.0, WHOLE)
+    lengths = batch.completions.mask.sum(dim=1)
+    change = (change.sum(dim=1) / lengths * on_policy.advantages).mean()
+    assert change > 0
+
+
+def test_logps_of_the_whole_batch_do_not_depend_on_the_cut(model, batch):
+    prompt_of_row = torch.arange(8) // 4
+    plain = completion_logps_unshared(model, batch.prompts, batch.completions, prompt_of_row, 0.8).logps
+    for size in (1, 20, WHOLE):
+        torch.testing.assert_close(all_logps(model, batch, 0.8, size), plain.detach(), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_changes_no_weight(model, batch, where):
+    broken = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(broken.parameters(), lr=0.1)
+    if where == "loss":
+        bad = Batch(batch.prompts, batch.completions, torch.tensor([float("nan")] + [1.0] * 7))
+        loss = gradient_of(broken, bad, 20, beta=0.0)[0]["loss"]
+        assert math.isnan(loss)
+    else:
+        loss = gradient_of(broken, batch, 20)[0]["loss"]
+        next(broken.parameters()).grad[0] = float("inf")
+    norm, made = apply_gradient(broken, optimizer, loss, max_grad_norm=1.0)
+    assert not made
+    assert not math.isfinite(norm)
+    assert all(torch.equal(a, b) for a, b in zip(broken.parameters(), model.parameters(), strict=True))
+    assert all(p.grad is None for p in broken.parameters())
+    assert optimizer.state_dict()["state"] == {}
+
+
+def test_the_gradient_is_clipped_to_its_norm(model, batch):
+    clipped = copy.deepcopy(model)
+    _, gradient = gradient_of(clipped, batch, WHOLE)
+    optimizer = torch.optim.SGD(clipped.parameters(), lr=1.0)
+    norm, _ = apply_gradient(clipped, optimizer, 0.0, max_grad_norm=0.01)
+    assert norm == pytest.approx(gradient.norm().item(), rel=1e-5)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), clipped.parameters(), strict=True)])
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_schedules_at_their_ends():
+    assert learning_rate(1.0, "constant", 100, 100, 0) == 1.0
+    assert [learning_rate(1.0, "constant", step, 100, 3) for step in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
+    assert learning_rate(1.0, "linear", 1, 4, 0) == 1.0
+    assert learning_rate(1.0, "linear", 4, 4, 0) == 0.25
+    assert learning_rate(1.0, "cosine", 1, 10, 0) == 1.0
+    assert learning_rate(2.0, "cosine", 6, 10, 0) == pytest.approx(1.0)
+    assert 0 < learning_rate(1.0, "cosine", 10, 10, 0) < 0.1
