@@ -6,9 +6,9 @@ import pkgutil
 import sys
 
 import grpo.commands
-from grpo.config.compose import run_command
-from grpo.config.schema import ConfigError
-from grpo.launch.session import Exit, exits_are_failures
+from grpo.config.errors import ConfigError
+from grpo.launch.process import run_command
+from grpo.runs.stop_signals import Exit, exits_are_failures
 
 
 def commands() -> dict[str, str]:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grpo.config.checks import typed
 from grpo.config.migrations import load_frozen
-from grpo.config.schema import typed
-from grpo.launch.session import STOP_SIGNALS, StopSignals
 from grpo.runs.checkpoint import broken, latest_checkpoint, load_state
+from grpo.runs.stop_signals import STOP_SIGNALS, StopSignals
 from grpo.tiny import MODEL_DIR
 from grpo.training.experiment import prepare
 from grpo.training.trainer import Trainer

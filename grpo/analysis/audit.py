@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from grpo.rewards.math_xml import TAGS, extract_answer, parse_number, same_number
-from grpo.runs.folder import read_lines, step_of
+from grpo.runs.files import read_lines, step_of
 
 _LAST_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 

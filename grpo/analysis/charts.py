@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from grpo.analysis.load import component_columns, finite_values, load_evaluations, load_metrics, read_config
 from grpo.analysis.summary import wilson_interval, write_summary
-from grpo.runs.folder import write_whole
+from grpo.runs.files import write_whole
 
 DPI = 120
 TEXT, MUTED, GRID = "#2b2b2b", "#767676", "#e3e3e3"

@@ -13,7 +13,8 @@ from grpo.analysis.doctor import examine
 from grpo.analysis.load import read_config
 from grpo.analysis.page import render
 from grpo.analysis.summary import summarize
-from grpo.runs.folder import RunFolder, write_whole
+from grpo.runs.files import write_whole
+from grpo.runs.folder import RunFolder
 
 CHARTS = ("reward", "loss", "output_length", "loss_vs_reward", "training_progress")
 SHOWN_STEPS = 12  # sampled steps whose completions are in the page, from the first to the last

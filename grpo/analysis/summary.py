@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from grpo.analysis.load import component_columns, finite_values, is_metric, load_metrics
-from grpo.runs.folder import RunFolder, write_whole
+from grpo.runs.files import write_whole
+from grpo.runs.folder import RunFolder
 
 # They count up, so their mean or spread says nothing.
 COUNTERS = ("step", "iteration", "num_tokens")

@@ -18,7 +18,7 @@ from grpo.analysis.load import (
 )
 from grpo.analysis.summary import wilson_interval
 from grpo.config.overrides import Overrides
-from grpo.config.schema import LAUNCH
+from grpo.config.paths import LAUNCH
 from grpo.runs.folder import RunFolder
 from grpo.runs.halving_state import SEED, Record
 from grpo.runs.sweep_folder import SweepFolder, short

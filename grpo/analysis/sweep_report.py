@@ -10,7 +10,7 @@ import pandas as pd
 from grpo.analysis import sweep_charts
 from grpo.analysis.page import embedded, render
 from grpo.analysis.sweep import Sweep, verdict
-from grpo.runs.folder import write_whole
+from grpo.runs.files import write_whole
 from grpo.runs.halving_state import SEED, Record
 from grpo.runs.sweep_folder import short
 

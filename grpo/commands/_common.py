@@ -6,11 +6,15 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from grpo.config.checks import typed
 from grpo.config.compose import apply_overrides, compose_config
-from grpo.config.instantiate import check_trusted
+from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
-from grpo.config.schema import Config, ConfigError, escape, typed
-from grpo.runs.folder import RunFolder, check_links
+from grpo.config.schema import Config
+from grpo.config.trust import check_trusted
+from grpo.config.values import escape
+from grpo.runs.files import check_links
+from grpo.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def find_subject(arguments: Sequence[str]) -> Subject:
     """
     folder = run_folder_of(arguments)
     overrides = Overrides(own_arguments(arguments, ["run_dir"])[1])
-    from grpo.model.hardware import hardware_found  # imports torch
+    from grpo.launch.preset import hardware_found  # imports torch
 
     composed = hardware_found(compose_config(overrides.lines), overrides, compose_config)
     if folder is None:

@@ -11,8 +11,9 @@ from typing import Any
 
 from grpo.analysis.load import read_config
 from grpo.commands._common import own_arguments, run_folder_of
+from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
-from grpo.config.schema import ConfigError, flatten
+from grpo.config.values import flatten
 from grpo.runs.halving_state import SEED
 from grpo.runs.sweep_folder import SweepFolder
 

@@ -7,8 +7,9 @@ python -m grpo download model=qwen2_5_0_5b_instruct      any other config; HF_HO
 from pathlib import Path
 
 from grpo.commands._common import own_arguments
+from grpo.config.checks import typed
 from grpo.config.compose import compose_config
-from grpo.config.schema import ConfigError, typed
+from grpo.config.errors import ConfigError
 
 
 def main(arguments: list[str]) -> None:

@@ -8,8 +8,8 @@ Small changes of a weight are lost in bfloat16; in float32, the default, the mod
 from pathlib import Path
 
 from grpo.commands._common import find_subject, own_arguments
-from grpo.config.schema import ConfigError
-from grpo.runs.folder import discard, move_whole
+from grpo.config.errors import ConfigError
+from grpo.runs.files import discard, move_whole
 
 
 def main(arguments: list[str]) -> None:

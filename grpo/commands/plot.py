@@ -7,7 +7,7 @@ python -m grpo plot run_dir=outputs/... output_dir=DIR   into a folder of choice
 from pathlib import Path
 
 from grpo.commands._common import own_arguments, run_folder_of
-from grpo.config.schema import ConfigError
+from grpo.config.errors import ConfigError
 
 
 def main(arguments: list[str]) -> None:

@@ -7,8 +7,8 @@ python -m grpo report run_dir=outputs/...                into its report.html
 from pathlib import Path
 
 from grpo.commands._common import own_arguments, run_folder_of
-from grpo.config.schema import ConfigError
-from grpo.runs.folder import check_links
+from grpo.config.errors import ConfigError
+from grpo.runs.files import check_links
 
 
 def main(arguments: list[str]) -> None:

@@ -15,9 +15,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_original_cwd
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config.compose import report_errors, run_command
 from grpo.config.hydra_app import only_shows, read_flags, show
 from grpo.launch.decide import Launch, decide
+from grpo.launch.process import report_errors, run_command
 from grpo.launch.session import open_run
 from grpo.runs.folder import hydra_record, job_folder_name
 from grpo.sweeps.closing import conclude
@@ -59,7 +59,7 @@ def train_job(cfg: DictConfig, launch: Launch | None = None) -> float | None:
         os.chdir(get_original_cwd())
     with open_run(cfg, launch.run if launch else None) as run:
         if not run.done:
-            from grpo.training.trainer import train  # here, since it imports torch: --help and --cfg answer without
+            from grpo.training.train import train  # here, since it imports torch: --help and --cfg answer without
 
             train(run)
         return run.folder.objective()

@@ -11,11 +11,12 @@ from typing import Any
 
 from grpo.commands._common import own_arguments, resolved, run_folder_of
 from grpo.config.compose import apply_overrides, compose_config
-from grpo.config.instantiate import check_trusted
+from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
-from grpo.config.schema import ConfigError
-from grpo.launch.session import Exit
-from grpo.runs.folder import RunFolder, step_of
+from grpo.config.trust import check_trusted
+from grpo.runs.files import step_of
+from grpo.runs.folder import RunFolder
+from grpo.runs.stop_signals import Exit
 
 NOT_COMPARED = ("step_time", "timing_s/", "perf/")  # times and memory: what a machine does, not what is computed
 
@@ -27,7 +28,7 @@ def main(arguments: list[str]) -> None:
     folder = run_folder_of(arguments)
     if folder is None:
         raise ConfigError("verify needs a run folder: python -m grpo verify run_dir=outputs/...")
-    from grpo.model.hardware import hardware_found  # imports torch
+    from grpo.launch.preset import hardware_found  # imports torch
 
     composed = hardware_found(compose_config(overrides.lines), overrides, compose_config)
     config = apply_overrides(folder.frozen_config(), composed, overrides)

@@ -19,7 +19,8 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config.schema import CONF_DIR, ConfigError
+from grpo.config.errors import ConfigError
+from grpo.config.paths import CONF_DIR
 
 CONFIG_NAME = "config"
 TASK_NAME = "launch"

@@ -11,7 +11,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config.schema import FACTS, LAUNCH_KEYS, OPTIONAL_GROUPS, FileError, escape, first_line, flatten, read_yaml
+from grpo.config.errors import FileError, first_line
+from grpo.config.schema import FACTS, LAUNCH_KEYS, OPTIONAL_GROUPS
+from grpo.config.values import escape, flatten, read_yaml
 
 VERSION = 1
 Values = dict[str, Any]

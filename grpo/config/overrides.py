@@ -7,7 +7,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 
-from grpo.config.schema import escape
+from grpo.config.values import escape
 
 
 class Overrides:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo.config.schema import ConfigError
+from grpo.config.errors import ConfigError
 from grpo.data import arithmetic
 from grpo.rewards.math_xml import gsm8k_answer
 

@@ -7,7 +7,7 @@ import numpy as np
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config.schema import ConfigError
+from grpo.config.errors import ConfigError
 from grpo.counter_rng import hash64
 from grpo.data.problems import Problem
 

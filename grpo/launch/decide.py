@@ -9,13 +9,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from grpo.config.checks import check_name, typed
+from grpo.config.errors import ConfigError
 from grpo.config.hydra_app import Application, without_hydra
 from grpo.config.instantiate import check_importable
 from grpo.config.overrides import Overrides, quoted
-from grpo.config.schema import Config, ConfigError, check_name, typed
+from grpo.config.schema import Config
 from grpo.launch.plan import print_plan
 from grpo.runs.choice import check_empty, check_parent, choose_run
-from grpo.runs.folder import RunFolder, newest_unfinished, outputs, release, reserve, short_path
+from grpo.runs.files import short_path
+from grpo.runs.folder import RunFolder, newest_unfinished, outputs, release, reserve
 from grpo.runs.gpu_queue import remember_gpus
 from grpo.runs.lock import locked
 from grpo.runs.sweep_folder import SweepFolder

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from grpo.config.checks import kl_weight
 from grpo.config.compose import apply_overrides
-from grpo.config.instantiate import check_trusted
+from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
-from grpo.config.schema import Config, ConfigError, copy_value, escape, kl_weight
+from grpo.config.schema import Config
+from grpo.config.trust import check_trusted
+from grpo.config.values import copy_value, escape
 from grpo.launch.freeze import freeze
 from grpo.runs.checkpoint import (
     MANIFEST,
@@ -21,7 +24,8 @@ from grpo.runs.checkpoint import (
     step_folder,
     step_folders,
 )
-from grpo.runs.folder import RunFolder, read_json, step_of, sync
+from grpo.runs.files import read_json, step_of, sync
+from grpo.runs.folder import RunFolder
 
 
 def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:

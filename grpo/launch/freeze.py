@@ -2,7 +2,8 @@
 
 from omegaconf import DictConfig
 
-from grpo.config.schema import Config, check_training, typed
+from grpo.config.checks import check_training, typed
+from grpo.config.schema import Config
 
 
 def freeze(cfg: DictConfig) -> Config:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 from omegaconf import DictConfig
 
+from grpo.config.errors import ConfigError
 from grpo.config.hydra_app import compose_again, without_hydra
 from grpo.config.overrides import Overrides
-from grpo.config.schema import ConfigError
 from grpo.runs.halving_state import Record, arms_of, choose_ladder, seconds
 from grpo.sweeps.opening import is_halving, points_of, with_params
 
@@ -15,7 +15,7 @@ def print_plan(
     composed: DictConfig, overrides: Overrides, is_sweep: bool, check: Callable[[DictConfig, Overrides], object]
 ) -> None:
     """Print the plan of the launch that `composed`, Hydra's part included, is of. Raises ConfigError."""
-    from grpo.model.hardware import hardware_found  # imports torch
+    from grpo.launch.preset import hardware_found  # imports torch
     from grpo.planning.plan import print_plans
 
     if composed.resume or composed.fork:

@@ -6,9 +6,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from grpo.config.compose import apply_overrides
-from grpo.config.instantiate import check_trusted
+from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
-from grpo.config.schema import FACTS, Config, ConfigError, copy_value, flatten, to_dict
+from grpo.config.schema import FACTS, Config
+from grpo.config.trust import check_trusted
+from grpo.config.values import copy_value, flatten, to_dict
 from grpo.launch.freeze import freeze
 from grpo.runs.folder import RunFolder
 

@@ -20,7 +20,8 @@ from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
 
 from grpo.architectures import ARCHITECTURES_DIR
-from grpo.config.schema import ConfigError, ModelConfig, first_line
+from grpo.config.errors import ConfigError, first_line
+from grpo.config.schema import ModelConfig
 from grpo.model.linear import use_onednn
 from grpo.model.packed import try_packing
 from grpo.tiny import MODEL_DIR as TINY_MODEL_DIR

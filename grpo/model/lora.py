@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.config.schema import ConfigError, LoraSettings, first_line
+from grpo.config.errors import ConfigError, first_line
+from grpo.config.schema import LoraSettings
 
 PLAIN = {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
 

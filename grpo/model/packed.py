@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo.batch import CompletionBatch, PromptBatch, positions
-from grpo.config.schema import ConfigError
+from grpo.config.errors import ConfigError
 
 NAME = "grpo_packed"
 # What an architecture raises that has another attention; the plain way serves it.

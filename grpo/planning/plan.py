@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from grpo.batch import CompletionBatch, PromptBatch
+from grpo.config.checks import check_training, kl_weight, typed
 from grpo.config.instantiate import bind
-from grpo.config.schema import Config, check_training, kl_weight, typed
+from grpo.config.schema import Config
 from grpo.model.hardware import device_of, peak_memory_gb, resolve_hardware
 from grpo.model.packed import checkpoint_layers, packs
 from grpo.planning import estimate as cost

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.batch import CompletionBatch, PromptBatch
-from grpo.config.schema import ConfigError, ModelConfig
+from grpo.config.errors import ConfigError
+from grpo.config.schema import ModelConfig
 from grpo.model.loading import load_model
 from grpo.model.logps import completion_logps
 from grpo.rollout.llama_decoder import FAMILY, is_lean

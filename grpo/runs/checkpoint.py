@@ -22,9 +22,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from grpo.config.errors import FileError
 from grpo.config.migrations import STATE_STEPS, VERSION
-from grpo.config.schema import FileError
-from grpo.runs.folder import discard, move_whole, put_back, read_dataclass, read_json, step_of, write_whole
+from grpo.runs.files import discard, move_whole, put_back, read_dataclass, read_json, step_of, write_whole
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
-from grpo.config.schema import ConfigError
-from grpo.runs.folder import RunFolder, check_links
+from grpo.runs.files import check_links
+from grpo.runs.folder import RunFolder
 from grpo.runs.lock import left_by_us
 
 MORE_STEPS = ("grpo.num_steps", "grpo.num_iterations")

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from grpo.config.schema import LAUNCH
+from grpo.config.paths import LAUNCH
 
 PLAIN_LINE_SECONDS = 10  # where nobody can see a bar, a line at most this often (and the first and the last step)
 

@@ -5,18 +5,30 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config.migrations import VERSION, Migration, load_frozen, migrate
-from grpo.config.schema import Config, ConfigError, FileError, escape, first_line, read_yaml, to_dict
+from grpo.config.errors import FileError, first_line
+from grpo.config.migrations import VERSION, load_frozen
+from grpo.config.schema import Config
+from grpo.config.values import escape, read_yaml, to_dict
+from grpo.runs.files import (
+    discard,
+    json_lines,
+    move_whole,
+    no_link,
+    read_json,
+    read_lines,
+    short_path,
+    sync,
+    write_whole,
+)
 from grpo.runs.lock import in_use
 
 # The types of what the small files hold, as far as it is read.
@@ -32,12 +44,6 @@ def outputs() -> Path:
     checkout = Path(__file__).resolve().parents[2]
     root = checkout if (checkout / "launch.py").exists() else Path.cwd()
     return short_path(Path(given) if given else root / "outputs")
-
-
-def short_path(path: str | Path) -> Path:
-    """The path as a person would type it: relative where it lies below the working directory."""
-    path = Path(path)
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def reserve(wanted: Path, suffix: bool) -> tuple[Path, list[Path]]:
@@ -146,7 +152,7 @@ class RunFolder:
 
     def record_launch(self, launch: dict[str, Any]) -> None:
         """Add a line to launches.jsonl: what was asked for, from which step, and on what it runs."""
-        write_whole(self.path / "launches.jsonl", _json_lines([*self.launches(), launch]))
+        write_whole(self.path / "launches.jsonl", json_lines([*self.launches(), launch]))
 
     def launches(self) -> list[dict[str, Any]]:
         """The launches of this run in order; a torn last line does not count."""
@@ -184,7 +190,7 @@ class RunFolder:
     def write_metrics(self, rows: Iterable[dict]) -> None:
         """Write the whole file anew."""
         self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.metrics_file, _json_lines(rows))
+        write_whole(self.metrics_file, json_lines(rows))
 
     def append_metrics(self, row: dict) -> None:
         """Add a row for one step."""
@@ -200,7 +206,7 @@ class RunFolder:
         """Every completion of a step, one JSON object a line."""
         file = self.path / "samples" / f"step_{step:06d}.jsonl"
         file.parent.mkdir(exist_ok=True)
-        write_whole(file, _json_lines(rows))
+        write_whole(file, json_lines(rows))
 
     def write_skipped(self, step: int, tensors: dict[str, Any], rows: Iterable[dict]) -> Path:
         """The batch of a step whose loss or gradient was not finite, as skipped/step_000012.{safetensors,jsonl}."""
@@ -210,7 +216,7 @@ class RunFolder:
         file.parent.mkdir(exist_ok=True)
         discard(file)
         save_file(tensors, file)
-        write_whole(file.with_suffix(".jsonl"), _json_lines(rows))
+        write_whole(file.with_suffix(".jsonl"), json_lines(rows))
         return file
 
     @property
@@ -302,151 +308,6 @@ def job_folder_name(number: int, overrides: str, longest: int = 80) -> str:
 def hydra_record(folder: str, now: str) -> str:
     """Where Hydra records a launch within a run folder: not over its record of the first one."""
     return f".hydra/resumes/{now}" if RunFolder(folder).started() else ".hydra"
-
-
-def read_json(file: Path, types: Mapping[str, Any] = MappingProxyType({})) -> dict:
-    """A JSON object from a file. Raises FileError naming the file if it holds anything else.
-
-    types: by name what a value must be where there is one, as an annotation such as `float | None`.
-    """
-    try:
-        record = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise FileError(f"{file} is not a JSON object")
-    _check_types(record, types, file)
-    return record
-
-
-def read_dataclass(kind: type, file: Path, steps: tuple[Migration, ...] = ()) -> Any:
-    """A dataclass from the JSON object in a file. Raises FileError naming the file where it does not fit.
-
-    steps: the migrations of a file that has versions.
-    """
-    record = read_json(file)
-    if steps:
-        record = migrate(record, file, steps)
-    _check_types(record, get_type_hints(kind), file)
-    try:
-        return kind(**record)
-    except TypeError as error:  # a key is missing, or is not one of its own
-        raise FileError(f"{file}: {first_line(error)}") from error
-
-
-def _check_types(record: dict[str, Any], types: Mapping[str, Any], file: Path) -> None:
-    for name in types.keys() & record.keys():
-        if not _is_of(record[name], types[name]):
-            raise FileError(f"{file}: {name} is {str(record[name])[:80]}, which it cannot be")
-
-
-def _is_of(value: Any, annotation: Any) -> bool:
-    allowed = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    classes = tuple(get_origin(each) or each for each in allowed)
-    return isinstance(value, classes) or (float in classes and isinstance(value, int))
-
-
-def check_links(folder: Path) -> None:
-    """Raise ConfigError where a link leads out of a run folder: what is written there would land elsewhere."""
-    inside = os.path.realpath(folder)
-    for place, folders, files in os.walk(folder):
-        for path in (Path(place, name) for name in (*folders, *files)):
-            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
-                raise ConfigError(
-                    f"{path} is a link to {path.readlink()}, outside of {folder}; "
-                    "replace it by a copy of that, or delete it"
-                )
-        if Path(place) == Path(folder) and "wandb" in folders:
-            folders.remove("wandb")  # in it W&B links to its own logs; nothing of ours is written there
-
-
-def no_link(path: str, flags: int) -> int:
-    """An opener for `open`: raises OSError where the file is a link, which may lead anywhere."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
-def discard(path: Path) -> None:
-    """Remove a file, a folder with all that is in it, or a link but not what it points to, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a small file whole or not at all. Where there is a link, the file takes its place."""
-    temporary = file.with_name(file.name + ".tmp")
-    discard(temporary)
-    with temporary.open("xb") as stream:  # x: never through a link
-        stream.write(content.encode() if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-    sync(file.parent)
-
-
-def move_whole(folder: Path, target: Path) -> None:
-    """Give a complete folder its name, in place of what has it, such that it would outlast a power cut.
-
-    No folder can replace another one in one step: what had the name is `<name>.old` meanwhile, for `put_back`.
-    """
-    for path in [*folder.iterdir(), folder]:
-        sync(path)
-    put_back(target)
-    old = target.with_name(f"{target.name}.old")
-    if os.path.lexists(target):
-        target.rename(old)
-    folder.rename(target)
-    sync(target.parent)
-    discard(old)
-
-
-def put_back(target: Path) -> None:
-    """After a `move_whole` that was killed: give the old folder its name again, or remove it where the new one has it.
-
-    For the process that holds the run folder.
-    """
-    old = target.with_name(f"{target.name}.old")
-    if os.path.lexists(target):
-        discard(old)
-    elif os.path.lexists(old):
-        old.rename(target)
-
-
-def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint or of a file of samples; names do not sort by it beyond 999,999."""
-    return int(path.stem.removeprefix("step_"))
-
-
-def sync(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_lines(file: Path) -> list[dict]:
-    """The JSON objects of a file, one a line; without what follows the last newline, which a crash has torn.
-
-    Raises FileError naming file and line where any other line is no object.
-    """
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
-            raise FileError(f"{file}, line {number}: not valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise FileError(f"{file}, line {number}: not a JSON object")
-        rows.append(row)
-    return rows
-
-
-def _json_lines(rows: Iterable[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _is_run(folder: Path) -> bool:

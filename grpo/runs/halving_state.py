@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config.overrides import Overrides
-from grpo.runs.folder import read_dataclass, write_whole
+from grpo.runs.files import read_dataclass, write_whole
 
 LEAST_STEPS = 3  # of the first rung under a budget: so many are made first, to see how long a step takes
 SEED = "seed"

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from grpo.config.schema import ConfigError
+from grpo.config.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 RENEW_S = 10.0

@@ -24,7 +24,7 @@ from grpo.runs.checkpoint import (
     weights_of,
     write_checkpoint,
 )
-from grpo.runs.folder import step_of
+from grpo.runs.files import step_of
 
 logger = logging.getLogger(__name__)
 TRIES = 5  # checkpoints in a row that may fail to be written before the run ends

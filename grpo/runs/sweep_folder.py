@@ -15,9 +15,11 @@ from typing import Any
 from hydra.errors import HydraException
 from yaml import YAMLError
 
+from grpo.config.errors import ConfigError, FileError
 from grpo.config.overrides import Overrides
-from grpo.config.schema import PASSING_KEYS, ConfigError, FileError, on_resume
-from grpo.runs.folder import RunFolder, outputs, read_json, write_whole
+from grpo.config.schema import PASSING_KEYS, on_resume
+from grpo.runs.files import read_json, write_whole
+from grpo.runs.folder import RunFolder, outputs
 from grpo.runs.halving_state import Record
 from grpo.runs.lock import in_use
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from grpo.runs.folder import write_whole
+from grpo.runs.files import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from grpo.config.overrides import Overrides
-from grpo.config.schema import LAUNCH
+from grpo.config.paths import LAUNCH
 from grpo.runs.halving_state import Record
 from grpo.runs.sweep_folder import SweepFolder, short
 

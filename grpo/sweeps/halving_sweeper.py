@@ -10,8 +10,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
-from grpo.config.schema import ConfigError
 from grpo.runs.folder import RunFolder
 from grpo.runs.halving_state import LEAST_STEPS, Record, arms_of, best_arms, choose_ladder
 from grpo.sweeps.launcher import JobFailed

@@ -23,10 +23,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from grpo.config.schema import ConfigError, first_line
-from grpo.launch.session import STOP_SIGNALS
+from grpo.config.errors import ConfigError, first_line
 from grpo.runs.folder import RunFolder
 from grpo.runs.gpu_queue import takes_any_gpu
+from grpo.runs.stop_signals import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,13 @@ from datetime import datetime
 
 from omegaconf import DictConfig, OmegaConf
 
+from grpo.config.errors import ConfigError
 from grpo.config.hydra_app import compose_again, config_flags, has_plugin, split_into_jobs, without_hydra
 from grpo.config.overrides import Overrides, quoted
-from grpo.config.schema import LAUNCH_KEYS, Config, ConfigError
+from grpo.config.schema import LAUNCH_KEYS, Config
 from grpo.runs.choice import check_empty
-from grpo.runs.folder import check_links, outputs, short_path
+from grpo.runs.files import check_links, short_path
+from grpo.runs.folder import outputs
 from grpo.runs.sweep_folder import SweepFolder, newest_sweep
 
 Check = Callable[[DictConfig, Overrides], Config]

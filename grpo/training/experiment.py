@@ -15,8 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.algorithm.loss import LossOutput
 from grpo.batch import CompletionBatch, PromptBatch, tokenize_prompts
+from grpo.config.checks import check_complete, kl_weight
+from grpo.config.errors import ConfigError, first_line
 from grpo.config.instantiate import bind, bind_reward
-from grpo.config.schema import Config, ConfigError, check_complete, first_line, kl_weight
+from grpo.config.schema import Config
 from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import Messages, messages, prompt_lengths, render
 from grpo.model.hardware import use_hardware

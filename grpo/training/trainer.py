@@ -3,34 +3,30 @@
 import logging
 import math
 import time
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from grpo.algorithm.advantage import group_advantages
 from grpo.analysis.doctor import Doctor
-from grpo.config.schema import ConfigError, kl_weight, to_dict
+from grpo.config.checks import kl_weight
+from grpo.config.errors import ConfigError
 from grpo.data.prompts import problems_of_step
-from grpo.launch.session import Run, disk_errors_are_warnings
 from grpo.model.hardware import peak_memory_gb
 from grpo.model.loading import refresh, working_copy
 from grpo.model.lora import switch_adapter
 from grpo.model.packed import checkpoint_layers, packs
 from grpo.runs import checkpoint as checkpoints
 from grpo.runs.checkpoint import TrainerState
-from grpo.runs.console import StepDisplay
-from grpo.runs.environment import environment
+from grpo.runs.files import disk_errors_are_warnings
+from grpo.runs.run import Run
 from grpo.runs.saver import Saver
-from grpo.runs.tracking import Tracker, tracking
-from grpo.training.ending import finish, pause
+from grpo.runs.tracking import Tracker
 from grpo.training.evaluation import evaluate
-from grpo.training.experiment import Setup, compute_dtype, prepare, score_completions
+from grpo.training.experiment import Setup, compute_dtype, score_completions
 from grpo.training.metrics import (
     Timer,
     completion_metrics,
@@ -53,61 +49,6 @@ from grpo.training.update import (
 logger = logging.getLogger(__name__)
 
 WORTH_FINISHING_S = 10.0  # a stop waits for the step in progress where no more than this seems left of it
-
-
-def train(run: Run) -> None:
-    """Train from wherever the run folder stands to its end. SystemExit after a stop signal, with all saved."""
-    setup = prepare(run.config, on_hang=run.end_process)
-    trainer = Trainer(setup)
-    rows = trainer.restore(run)
-    if run.config.grpo.mu == 1:
-        logger.info("mu=1: the ratio is 1 at every update, so the loss says little; its gradient is what counts")
-    run.folder.record_changes(run.changes)  # only now that they are known to work
-    run.folder.record_launch(
-        {
-            "time": datetime.now().isoformat(timespec="seconds"),
-            "from_step": trainer.state.step,
-            "overrides": run.overrides,
-            "changes": run.changes,
-            "environment": environment(setup.device),
-        }
-    )
-    console = Console()
-    print(f"{'going on in' if run.resumed else 'run folder'} {run.folder.path}")
-    made = run.folder.training_evaluations(trainer.state.step)
-    evaluations = {name: evaluation_metrics(result) | {"step": result["step"]} for name, result in made.items()}
-    earlier = {"rows": rows, "evaluations": evaluations}
-    with tracking(to_dict(run.config), run.folder.path, resumed=run.resumed, **earlier) as tracker:
-        print("".join(f"{line}\n" for line in tracker.how_to_look), end="", flush=True)
-        at = trainer.state.step
-        run.folder.update_status(total_steps=trainer.total_steps, step=at, saved_step=at)
-        trainer.preflight_if_due(run)
-        if run.config.eval.before and trainer.state.step == 0 and run.folder.evaluation("before") is None:
-            before = trainer.evaluate(run, tracker, "before")
-            if before["accuracy"] is not None:
-                console.print(f"before training: {before['accuracy']:.1%} of {before['n']} held-out problems right")
-        display = StepDisplay(console, trainer.total_steps, trainer.state.step + 1)
-        saver = Saver(run.folder.checkpoints, run.config.checkpoint, trainer.state)
-        stop_with_care = run.stop.deferred(trainer.can_be_dropped, save=lambda: trainer.save_and_wait(run, saver))
-        with display.shown(), stop_with_care, closing(saver):
-            trainer.evaluate_if_due(run, tracker, saver)  # where a stop cut that short
-            until = min(trainer.total_steps, run.until_step or trainer.total_steps)
-            for step in range(trainer.state.step + 1, until + 1):
-                done = trainer.step(step)
-                trainer.record(run, tracker, saver, done)
-                for finding in trainer.doctor.look(done.row):
-                    console.print(f"doctor: {finding.text}", style="yellow", soft_wrap=True)
-                    tracker.alert(finding.rule, f"step {finding.step}: {finding.text}")
-                display.update(done.row)
-                run.stop.leave_if_asked()
-            if until < trainer.total_steps:
-                trainer.save(run, saver)
-            saver.close()
-            run.stop.leave_if_asked()
-        if until < trainer.total_steps:
-            pause(trainer, run, tracker)
-        else:
-            finish(trainer, run, tracker, console)
 
 
 @dataclass(frozen=True)

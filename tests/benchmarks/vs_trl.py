@@ -215,8 +215,8 @@ def describe_work(args: argparse.Namespace, folder: str) -> dict:
     """What TRL is to be given, and the floor of a step: its seconds at the rates measured here."""
     import torch
 
+    from grpo.config.checks import typed
     from grpo.config.compose import compose_config
-    from grpo.config.schema import typed
     from grpo.data.prompts import messages, problems_of_step, render
     from grpo.model.loading import RANDOM_MODELS, load_model, model_source
     from grpo.planning import estimate as cost

@@ -12,9 +12,10 @@ import yaml
 
 from grpo.__main__ import commands, main
 from grpo.commands._common import find_subject
+from grpo.config.checks import typed
 from grpo.config.compose import compose_config
 from grpo.config.overrides import Overrides
-from grpo.config.schema import flatten, to_dict, typed
+from grpo.config.values import flatten, to_dict
 from grpo.data import arithmetic
 from grpo.launch.fork import fork
 from grpo.launch.resume import resumed_config

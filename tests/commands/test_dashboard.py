@@ -6,9 +6,9 @@ import pytest
 
 from grpo.__main__ import main
 from grpo.commands.dashboard import View, _view, panels, workspace
+from grpo.config.checks import typed
 from grpo.config.compose import compose_config
 from grpo.config.overrides import Overrides
-from grpo.config.schema import typed
 from grpo.runs.folder import RunFolder
 from grpo.runs.sweep_folder import SweepFolder
 from tests.launches import launch

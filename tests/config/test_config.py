@@ -5,11 +5,17 @@ import dataclasses
 import pytest
 from omegaconf.errors import InterpolationResolutionError
 
-from grpo.config.compose import compose_config, explain, run_command
+from grpo.config.checks import check_training, kl_weight, typed
+from grpo.config.compose import compose_config
+from grpo.config.errors import ConfigError
+from grpo.config.explain import explain
 from grpo.config.migrations import load_frozen
 from grpo.config.overrides import Overrides
-from grpo.config.schema import CONF_DIR, Config, ConfigError, check_training, flatten, kl_weight, to_dict, typed
+from grpo.config.paths import CONF_DIR
+from grpo.config.schema import Config
+from grpo.config.values import flatten, to_dict
 from grpo.launch.decide import check_runnable
+from grpo.launch.process import run_command
 from grpo.launch.resume import resumed_config
 from grpo.runs.folder import RunFolder
 from grpo.training.experiment import bind_objective

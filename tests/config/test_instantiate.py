@@ -7,10 +7,13 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from grpo.config.checks import typed
 from grpo.config.compose import compose_config
-from grpo.config.instantiate import bind, bind_reward, check_trusted
+from grpo.config.errors import ConfigError
+from grpo.config.instantiate import bind, bind_reward
 from grpo.config.migrations import load_frozen
-from grpo.config.schema import ConfigError, to_dict, typed
+from grpo.config.trust import check_trusted
+from grpo.config.values import to_dict
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from grpo.config.errors import ConfigError
 from grpo.config.migrations import VERSION, config_0_to_1, load_frozen
-from grpo.config.schema import ConfigError
 from grpo.runs.environment import environment
 from grpo.runs.folder import RunFolder
 from tests.launches import grpo, launch, rows
@@ -33,7 +34,7 @@ def old(tmp_path):
 
 def written_here(run_dir):
     """Whether a run was written on a processor and with libraries like these, so that its bytes come out here."""
-    return RunFolder(run_dir).launches()[0]["environment"] == environment("cpu")
+    return RunFolder(run_dir).launches()[0]["environment"] == environment(torch.device("cpu"))
 
 
 def tensors(run_dir):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from grpo.config.schema import ConfigError
+from grpo.config.errors import ConfigError
 from grpo.data import arithmetic
 from grpo.data.problems import Problem, Problems, load_arithmetic, load_gsm8k, load_jsonl
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from grpo.config.schema import ConfigError, ModelConfig
+from grpo.config.errors import ConfigError
+from grpo.config.schema import ModelConfig
 from grpo.data.problems import Problem
 from grpo.data.prompts import epoch_order, messages, problems_of_step, prompt_lengths, render
 from grpo.model.loading import load_tokenizer

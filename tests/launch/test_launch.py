@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from wandb.util import get_core_path
 
+from grpo.config.checks import typed
 from grpo.config.compose import compose_config
+from grpo.config.errors import ConfigError
 from grpo.config.migrations import load_frozen
-from grpo.config.schema import ConfigError, typed
 from grpo.rewards.scoring import score
 from grpo.runs.console import closing_table, live_numbers
 from grpo.training.experiment import prepare

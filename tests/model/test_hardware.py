@@ -5,10 +5,12 @@ import torch
 import yaml
 
 from grpo.config.compose import compose_config
+from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
-from grpo.config.schema import CONF_DIR, ConfigError
+from grpo.config.paths import CONF_DIR
+from grpo.launch.preset import hardware_found, preset_overrides
 from grpo.model import hardware
-from grpo.model.hardware import device_of, hardware_found, preset_overrides, resolve_hardware, use_hardware
+from grpo.model.hardware import device_of, resolve_hardware, use_hardware
 from grpo.planning.plan import _available, resolved
 from grpo.runs.environment import environment
 
@@ -146,7 +148,7 @@ def test_a_device_that_is_not_there_is_said_of_the_key_that_asks_for_it(override
 
 
 def test_threads_left_open_are_those_that_torch_found_whatever_an_earlier_job_set(tmp_path):
-    from grpo.config.schema import typed
+    from grpo.config.checks import typed
 
     try:
         for wanted, threads in (("1", 1), ("null", hardware.THREADS)):

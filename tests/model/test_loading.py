@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from grpo.config.schema import ConfigError
+from grpo.config.errors import ConfigError
 from grpo.model import loading as model_module
 from grpo.model.loading import copy_in_dtype, load_model, load_tokenizer, refresh, stop_token_ids, working_copy
 from grpo.tiny import MODEL_DIR

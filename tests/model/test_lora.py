@@ -6,7 +6,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 
 from grpo.batch import CompletionBatch
-from grpo.config.schema import ConfigError, LoraSettings
+from grpo.config.errors import ConfigError
+from grpo.config.schema import LoraSettings
 from grpo.model.loading import copy_in_dtype, load_model, refresh
 from grpo.model.logps import completion_logps
 from grpo.model.lora import add_adapter, check_adapter, save_adapter, switch_adapter

@@ -8,9 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.batch import CompletionBatch, PromptBatch
 from grpo.config.compose import compose_config
+from grpo.config.errors import ConfigError
 from grpo.config.migrations import load_frozen
 from grpo.config.overrides import Overrides
-from grpo.config.schema import ConfigError
 from grpo.launch.plan import sweep_points
 from grpo.model.loading import load_model
 from grpo.model.logps import completion_logps

@@ -9,8 +9,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
 from grpo.batch import CompletionBatch
+from grpo.config.checks import typed
 from grpo.config.compose import compose_config
-from grpo.config.schema import ConfigError, LoraSettings, typed
+from grpo.config.errors import ConfigError
+from grpo.config.schema import LoraSettings
 from grpo.model import packed
 from grpo.model.loading import load_model
 from grpo.model.logps import completion_logps

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import grpo.algorithm.optimizer
-from grpo.config.schema import CheckpointConfig, ConfigError, ModelConfig
+from grpo.config.errors import ConfigError
+from grpo.config.schema import CheckpointConfig, ModelConfig
 from grpo.model.loading import load_model
 from grpo.runs.checkpoint import (
     TrainerState,

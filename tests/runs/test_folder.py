@@ -13,24 +13,16 @@ import torch
 import yaml
 
 from grpo.commands._common import run_folder_of
+from grpo.config.checks import typed
 from grpo.config.compose import compose_config
+from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
-from grpo.config.schema import ConfigError, to_dict, typed
+from grpo.config.values import to_dict
 from grpo.launch.decide import known_folder, run_name
 from grpo.runs.checkpoint import load_state, reference_of
 from grpo.runs.choice import check_empty, check_parent, choose_run
-from grpo.runs.folder import (
-    RunFolder,
-    check_links,
-    job_folder_name,
-    newest_unfinished,
-    outputs,
-    put_back,
-    release,
-    reserve,
-    run_folders,
-    write_whole,
-)
+from grpo.runs.files import check_links, put_back, write_whole
+from grpo.runs.folder import RunFolder, job_folder_name, newest_unfinished, outputs, release, reserve, run_folders
 from grpo.runs.halving_state import Record
 from grpo.runs.lock import locked
 from grpo.runs.sweep_folder import SweepFolder
@@ -235,7 +227,7 @@ def test_a_folder_that_is_replaced_is_the_old_or_the_new_one_whenever_that_is_ki
     code = """
         import os, sys
         from pathlib import Path
-        from grpo.runs.folder import move_whole
+        from grpo.runs.files import move_whole
         for n in range(1, 99):
             child = os.fork()
             if child == 0:

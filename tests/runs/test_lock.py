@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from grpo.config.schema import ConfigError
+from grpo.config.errors import ConfigError
 from grpo.runs.lock import in_use, locked
 
 HOLD = "import sys; from pathlib import Path; from grpo.runs.lock import locked\nwith locked(Path(sys.argv[1]), 0.1):\n"

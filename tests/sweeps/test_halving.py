@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from grpo.config.checks import typed
 from grpo.config.compose import compose_config
-from grpo.config.schema import ConfigError, typed
+from grpo.config.errors import ConfigError
 from grpo.runs.folder import RunFolder
 from grpo.runs.halving_state import Record, best_arms, choose_ladder, ladder, seconds
 from grpo.runs.sweep_folder import SweepFolder

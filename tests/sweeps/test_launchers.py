@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from grpo.config.compose import compose_config
-from grpo.config.schema import CONF_DIR
+from grpo.config.paths import CONF_DIR
 from grpo.runs.gpu_queue import LOCAL_LAUNCHERS, takes_any_gpu
 from grpo.runs.sweep_folder import SweepFolder
 from grpo.sweeps.launcher import threads_hint
@@ -89,7 +89,7 @@ def test_what_would_be_handed_to_slurm_is_a_script_with_the_settings(tmp_path):
         "mem": f"{settings['mem_gb']}GB",
     }
     script = f"""
-from grpo.config.compose import run_command
+from grpo.launch.process import run_command
 
 def show():
     from submitit.slurm.slurm import _make_sbatch_string

@@ -11,8 +11,8 @@ import time
 import pytest
 from omegaconf import OmegaConf
 
+from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
-from grpo.config.schema import ConfigError
 from grpo.runs.folder import RunFolder
 from grpo.runs.gpu_queue import claim_gpu
 from grpo.runs.sweep_folder import SweepFolder, newest_sweep

@@ -8,8 +8,8 @@ import torch
 
 from grpo.algorithm.loss import grpo_loss
 from grpo.batch import CompletionBatch, PromptBatch
+from grpo.config.checks import typed
 from grpo.config.compose import compose_config
-from grpo.config.schema import typed
 from grpo.model.loading import load_model
 from grpo.runs.checkpoint import load_state
 from grpo.training.experiment import prepare

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from grpo.config.checks import typed
 from grpo.config.compose import compose_config
-from grpo.config.schema import typed
 from grpo.training.experiment import prepare
 from grpo.training.preflight import lines, preflight, warnings
 from tests.launches import SETTINGS, assert_same_run, launch

@@ -1,0 +1,160 @@
+"""The checks of a whole config: what the schema says of each key, and what reaches across keys."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from grpo.config.errors import ConfigError
+from grpo.config.schema import FACTS, Config, Facts, LoraSettings
+from grpo.config.values import escape, flatten
+
+
+def typed(cfg: DictConfig) -> Config:
+    """The composed config as plain dataclasses, checked across fields. Raises ConfigError."""
+    values = escape(OmegaConf.to_container(cfg, resolve=True))  # resolved once, and not a second time
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError naming the first value that cannot work, and the mend. None (not yet known) passes."""
+    _check_facts(config)
+    check_name(config.name)
+    _number("optimizer.lr", config.optimizer.get("lr"))
+    if config.optimizer["lr"] < 0:
+        raise ConfigError(f"optimizer.lr={config.optimizer['lr']}: must be 0 or more")
+    _number("data.max_prompt_length", config.data.get("max_prompt_length"))
+    for name in ("beta", "epsilon"):
+        own = config.objective.get(name)
+        if own is not None:
+            _number(f"objective.{name}", own)
+            _check_number(f"objective.{name}", own, FACTS[f"grpo.{name}"])
+    check_device_map(config.model.device_map)
+    if config.model.lora is not None:
+        _check_lora(config.model.lora)
+    if not 0 <= config.seed < 2**63:
+        raise ConfigError(f"seed={config.seed}: must lie between 0 and 2**63 - 1")
+    compute = config.hardware.compute_dtype
+    if config.model.dtype == "bfloat16" and compute not in (None, "bfloat16") and config.model.lora is None:
+        raise ConfigError(
+            f"hardware.compute_dtype={compute} has digits that model.dtype=bfloat16 has not: what they gain is rounded "
+            "away from the weights; set model.dtype=float32, or hardware.compute_dtype=null"
+        )
+    _check_prompts(config.data)
+    if not config.reward.components:
+        raise ConfigError("reward.components is empty: give at least one component with a _target_")
+    for name, component in config.reward.components.items():
+        place = f"reward.components.{name}"
+        if not isinstance(component, dict) or not component.get("_target_"):
+            raise ConfigError(f"{place} needs a _target_: the dotted path of its function")
+        _number(f"{place}.weight", component.get("weight", 1.0))
+
+
+def _check_prompts(data: dict[str, Any]) -> None:
+    examples, system_prompt = data.get("examples"), data.get("system_prompt")
+    if not isinstance(examples, list) or not all(
+        isinstance(each, dict) and all(isinstance(each.get(key), str) for key in ("question", "completion"))
+        for each in examples
+    ):
+        raise ConfigError("data.examples must be a list of {question: text, completion: text}, [] for none")
+    if system_prompt is not None and not isinstance(system_prompt, str):
+        raise ConfigError(f"data.system_prompt={system_prompt}: must be text, or null for none")
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError where runs of this name would lie outside outputs/."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts:
+        raise ConfigError(f"name={name}: must be the name of a folder below outputs/, without ..")
+
+
+def check_complete(config: Config) -> None:
+    """Raise ConfigError where a size is still open after the hardware was resolved."""
+    for group, keys in {
+        "grpo": ("batch_size", "num_generations", "max_completion_length"),
+        "hardware": ("micro_batch_tokens", "rollout_tokens"),
+    }.items():
+        for key in keys:
+            if getattr(getattr(config, group), key) is None:
+                raise ConfigError(f"{group}.{key}=null: must be a number, unless hardware=auto chooses it")
+
+
+def check_training(config: Config) -> None:
+    """Raise ConfigError where training would go on and change nothing: for evaluating, the same config is sound."""
+    target = str(config.optimizer["_target_"])
+    nearest = target.startswith(("torch.optim.", "bitsandbytes.")) or target.endswith(".MuonWithAdamW")
+    if config.model.dtype == "bfloat16" and nearest:
+        raise ConfigError(
+            f"optimizer._target_={target} with model.dtype=bfloat16: steps below 0.2 % of a weight are rounded away, "
+            f"at optimizer.lr={config.optimizer['lr']} nearly all; use tuning=full_bf16, whose optimizer rounds "
+            "stochastically, or model.dtype=float32 with hardware.compute_dtype=bfloat16"
+        )
+
+
+def check_device_map(device_map: object) -> None:
+    """Raise ConfigError where it is not one device."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(device_map)):
+        raise ConfigError(
+            f"model.device_map={device_map}: a model spread over devices cannot be trained here, which takes one: "
+            "auto, cpu, mps, cuda or cuda:N"
+        )
+
+
+def _check_facts(config: Config) -> None:
+    """What the schema says of each key's value; None (not yet known, or none) passes where it is no choice."""
+    flat = flatten(dataclasses.asdict(config))
+    for name, facts in FACTS.items():
+        if name not in flat:  # below a group that is null
+            continue
+        value = flat[name]
+        if facts.choices:
+            if not any(value is each or (value == each and type(value) is type(each)) for each in facts.choices):
+                raise ConfigError(f"{name}={_yaml(value)}: must be one of {', '.join(map(_yaml, facts.choices))}")
+        elif value is not None:
+            _check_number(name, value, facts)
+
+
+def _check_number(name: str, value: float, facts: Facts) -> None:
+    wanted = _outside(value, facts)
+    if wanted is not None:
+        raise ConfigError(f"{name}={value}: must {wanted}{facts.hint and '; ' + facts.hint}")
+
+
+def _outside(value: float, facts: Facts) -> str | None:
+    """What a number must be, where it is not; not-a-number never is."""
+    if facts.below is not None and not facts.above < value < facts.below:
+        return f"lie between {facts.above:g} and {facts.below:g}"
+    if facts.above is not None and not value > facts.above:
+        return f"be above {facts.above:g}"
+    if facts.least is not None and not value >= facts.least:
+        return f"be {facts.least:g} or more"
+    return None
+
+
+def _check_lora(lora: LoraSettings) -> None:
+    modules = lora.target_modules
+    if modules != "all-linear" and not (isinstance(modules, list) and all(isinstance(m, str) for m in modules)):
+        raise ConfigError(
+            f"model.lora.target_modules={modules}: must be all-linear, or a list of layers' names such as "
+            "[q_proj,v_proj]"
+        )
+
+
+def _number(key: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{key}={_yaml(value)}: must be a number")
+
+
+def _yaml(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def kl_weight(config: Config) -> float:
+    """The weight of the KL penalty: the objective's own, or else grpo.beta; 0 needs no reference model."""
+    own = config.objective.get("beta")
+    return config.grpo.beta if own is None else own

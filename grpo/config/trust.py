@@ -1,0 +1,68 @@
+"""What a run folder may ask to run: functions of this project and of torch.optim, and what the user names."""
+
+import importlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from grpo.config.errors import ConfigError
+from grpo.config.paths import CONF_DIR
+from grpo.config.values import flatten
+
+# Where functions live that are there to be named in a config.
+OWN = ("grpo.algorithm.", "grpo.data.", "grpo.rewards.", "torch.optim.")
+
+
+def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
+    """Refuse to run what only a run folder names; raise ConfigError with the argument that would allow it.
+
+    Allowed are functions defined under grpo. and torch.optim., and whatever the present conf/ or command line names.
+    """
+    foreign = foreign_targets(frozen, {target for _, target in targets_in(composed)})
+    if foreign:
+        known = flatten(composed)
+        arguments = " ".join(f"{'' if key in known else '+'}{key}={target}" for key, target in foreign.items())
+        raise ConfigError(
+            f"{folder} asks to run {', '.join(f'{target} ({key})' for key, target in foreign.items())}, which neither "
+            f"conf/ nor this command line names; if you trust it, add: {arguments}"
+        )
+    if OmegaConf.select(frozen, "model.trust_remote_code") and not composed.model.trust_remote_code:
+        raise ConfigError(
+            f"{folder} asks to run code that comes with the model {frozen.model.name}; "
+            "if you trust it, add: model.trust_remote_code=true"
+        )
+
+
+def foreign_targets(config: Any, named: set[str] = frozenset()) -> dict[str, str]:
+    """Key -> target of what a config runs and neither the suite, torch.optim, conf/ nor `named` has."""
+    named = set(named)
+    for file in CONF_DIR.rglob("*.yaml"):
+        named.update(re.findall(r"^\s*_target_:\s*(\S+)", file.read_text(), flags=re.MULTILINE))
+    return {key: target for key, target in targets_in(config) if target not in named and not _is_own(str(target))}
+
+
+def targets_in(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every `_target_` below a config node with its dotted key; Hydra instantiates inside lists, too."""
+    if isinstance(node, DictConfig):
+        node = OmegaConf.to_container(node)
+    if isinstance(node, dict | list):
+        for name, child in node.items() if isinstance(node, dict) else enumerate(node):
+            path = f"{key}.{name}" if key else str(name)
+            if name == "_target_":
+                yield path, child
+            yield from targets_in(child, path)
+
+
+def _is_own(target: str) -> bool:
+    # `grpo.data.problems.json.load` is below grpo. by its name only: the path must lead to a module of ours, not
+    # through what one imports, and the function must have been defined in such a module as well.
+    if not target.startswith(OWN):
+        return False
+    module, _, name = target.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return False
+    return str(getattr(function, "__module__", "")).startswith(OWN)

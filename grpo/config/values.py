@@ -1,0 +1,64 @@
+"""Configs as plain values: nested, flat, and taken literally."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+
+from grpo.config.errors import FileError, first_line
+from grpo.config.schema import LAUNCH_KEYS, Config
+
+
+def read_yaml(file: Path, kind: type) -> Any:
+    """What a YAML file holds. Raises FileError naming it where that is not of this kind, a dict or a list."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise FileError(f"{file} is not valid YAML: {first_line(error)}") from error
+    if not isinstance(values, kind):
+        what = "a mapping from keys to values" if kind is dict else "a list"
+        raise FileError(f"{file} is {'empty' if values is None else 'damaged'}: it must hold {what}")
+    return values
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config of the experiment as plain nested dicts: without what is about one launch only."""
+    values = dataclasses.asdict(config)
+    for name in {key.partition(".")[0] for key in LAUNCH_KEYS}:
+        del values[name]
+    return values
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys; lists count as values."""
+    if isinstance(node, DictConfig | ListConfig):
+        node = OmegaConf.to_container(node)
+    if not isinstance(node, dict) or not node:
+        return {prefix: node}
+    return {
+        k: v for key, child in node.items() for k, v in flatten(child, f"{prefix}.{key}" if prefix else key).items()
+    }
+
+
+def escape(node: Any) -> Any:
+    """Plain values such that OmegaConf takes every text in them literally."""
+    if isinstance(node, dict):
+        return {key: escape(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [escape(value) for value in node]
+    # A backslash before "${" makes it plain text to OmegaConf, and must itself be doubled there.
+    return re.sub(r"(\\*)\$\{", lambda m: 2 * m[1] + r"\${", node) if isinstance(node, str) else node
+
+
+def copy_value(source: DictConfig, key: str, target: DictConfig, to: str | None = None) -> None:
+    """Set a key of a config, in place, to another one's value of it; `to`: under another name.
+
+    The value is data from here on: reading it has resolved it, and its text is not interpolated a second time.
+    """
+    value = OmegaConf.select(source, key)
+    plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    with open_dict(target):
+        OmegaConf.update(target, to or key, escape(plain), merge=False, force_add=True)
