@@ -125,6 +125,17 @@ def test_a_config_of_ones_own_works_with_hardware_auto_wherever_it_is(tmp_path, 
     }
 
 
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_config_of_ones_own_reaches_the_jobs_of_other_launchers(tmp_path, own, launcher):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
+    search = [f"hydra.searchpath=[file://{own}]", "experiment=mine"]
+    place = search if launcher == "joblib" else ["--config-dir", own, "--config-name", "my"]
+    sweep = ["-m", "grpo.mu=1,2", f"hydra/launcher={launcher}", "tracking=disabled"]
+    done = launch(*sweep, *place, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert sorted((each["name"], each["grpo"]["mu"]) for each in configs(tmp_path)) == [("mine", 1), ("mine", 2)]
+
+
 def test_a_sweep_may_be_asked_for_before_or_after_its_values_or_by_the_config(tmp_path):
     for arguments in (["seed=1,2", "-m"], ["-m", "seed=1,2"], ["seed=1,2", "hydra.mode=MULTIRUN"]):
         planned = launch(*QUICK[:1], *arguments, *QUICK[1:], "plan=true", cwd=tmp_path)
