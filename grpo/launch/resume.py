@@ -55,11 +55,12 @@ def new_overrides(folder: RunFolder, overrides: Overrides) -> Overrides:
 
     The first may be given again as it was; only what was changed since then is compared by its value.
     """
-    first = Overrides(folder.first_overrides()).last_by_key
-    changed = tuple(f"{key}." for key in folder.changes())
-    again = {line for key, line in first.items() if not f"{key.replace('/', '.')}.".startswith(changed)}
-    again -= {
-        line for key, line in first.items() if any(each.startswith(f"{key.replace('/', '.')}.") for each in changed)
+    first = Overrides(list(Overrides(folder.first_overrides()).last_by_key.values()))
+    changed = [f"{key}." for key in folder.changes()]
+    again = {
+        line
+        for key, line in zip(first.dotted_keys, first, strict=True)
+        if not any(each.startswith(f"{key}.") for each in changed)
     }
     return Overrides([line for line in overrides if line not in again])
 
