@@ -97,12 +97,23 @@ def use_hardware(config: Config) -> torch.device:
     # gradient of indexing, at no cost worth measuring.
     _use_deterministic_algorithms(device.type == "cpu" or config.deterministic)
     if device.type == "cpu":
+        _limit_primitive_caches()
         _keep_freed_memory()
     if device.type == "cuda":
         if device.index is not None:
             torch.cuda.set_device(device)  # else what names no device would take memory of the first one
         torch.cuda.reset_peak_memory_stats(device)
     return device
+
+
+def _limit_primitive_caches() -> None:
+    """Let oneDNN, and torch before it, keep what they prepared for the last few shapes of a product only.
+
+    Working memory is included, batches of text have ever new shapes, and by default the last 1024 are kept. Read when
+    the first product is computed.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "32")
 
 
 def _keep_freed_memory() -> None:

@@ -85,6 +85,16 @@ def test_torch_is_not_imported_before_training(tmp_path, arguments):
     assert result.stdout.splitlines()[-1].split() == ["imported:"], result.stderr
 
 
+def test_importing_the_package_changes_nothing_of_the_process():
+    code = """
+        import os, sys, threading
+        before = dict(os.environ), sys.path[:], threading.active_count()
+        import grpo
+        assert (dict(os.environ), sys.path, threading.active_count()) == before
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
+
+
 def test_cfg_job_prints_the_whole_config(launch, tmp_path):
     printed = yaml.safe_load(launch("--cfg", "job", "grpo.beta=0.5", cwd=tmp_path).stdout)
     assert printed["grpo"]["beta"] == 0.5
