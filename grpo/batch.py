@@ -51,12 +51,13 @@ def split_rows(
     Padded to the longest prompt and row of their part, its rows take no more than a few budgets: two where all of a
     model works on padding, eight where only attention does, which holds a small part of what a token holds.
     """
-    lengths = row_lengths.tolist() if isinstance(row_lengths, Tensor) else [row_lengths] * len(prompt_of_row)
-    prompts, prompt_lengths = prompt_of_row.tolist(), prompt_lengths.tolist()
+    lengths: list[int] = row_lengths.tolist() if isinstance(row_lengths, Tensor) else [row_lengths] * len(prompt_of_row)
+    prompts: list[int] = prompt_of_row.tolist()
+    of_prompt: list[int] = prompt_lengths.tolist()
     starts, used, longest, longest_prompt = [0], 0, 0, 0
     for row, length in enumerate(lengths):
         new = row == starts[-1] or not shared or prompts[row] != prompts[row - 1]
-        prompt = prompt_lengths[prompts[row]]
+        prompt = of_prompt[prompts[row]]
         needed = length + (prompt if new else 0)
         padded = (row + 1 - starts[-1]) * (max(longest, length) + max(longest_prompt, prompt))
         if row > starts[-1] and (used + needed > budget or padded > (8 if shared else 2) * budget):

@@ -83,6 +83,7 @@ def grpo_loss(
     high = (ratio > 1 + epsilon) & (advantages > 0)
     sums = {"clip_low": low * mask, "clip_high": high * mask, "clip_region": (low | high) * mask}
     if beta > 0:
+        assert ref_logps is not None  # else there is nothing to measure the distance from
         kl = kl_k3(logps, ref_logps.where(keep, 0.0))
         per_token = per_token + beta * kl
         sums["kl"] = kl.detach() * mask

@@ -1,6 +1,6 @@
 """Optimizers that torch has not: AdamW on bfloat16 weights, and Muon with AdamW for what it cannot take."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ class StochasticAdamW(torch.optim.Optimizer):
         self._seed = seed
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """One update of every parameter that has a gradient. No closure is called."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
+        """One update of every parameter that has a gradient."""
         groups = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
         for number, (group, parameter) in enumerate(groups):
             if parameter.grad is None:
@@ -53,7 +53,7 @@ class StochasticAdamW(torch.optim.Optimizer):
                 bits = None
                 if parameter.dtype == torch.bfloat16:
                     bits = random_bits((self._seed, step, number), start, len(parts[0]), parameter.device)
-                _adamw(group, step, *parts, bits)
+                _adamw(group, step, *parts, bits=bits)
 
 
 def _adamw(
@@ -63,6 +63,7 @@ def _adamw(
     mean: Tensor,
     square: Tensor,
     grad: Tensor,
+    *,
     bits: Tensor | None,
 ) -> None:
     """Update values (n,) and their states in place. bits: (n,) int32 to round to bfloat16 by; None: no rounding."""
@@ -105,22 +106,28 @@ class MuonWithAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        matrices, rest = [], []
+        matrices: list[tuple[str, torch.nn.Parameter]] = []
+        rest: list[tuple[str, torch.nn.Parameter]] = []
         for name, parameter in params:
             embeds = any(part in name for part in NOT_FOR_MUON)
             (matrices if parameter.dim() == 2 and not embeds else rest).append((name, parameter))
-        shared = {"lr": lr, "weight_decay": weight_decay}
         self._parts: list[torch.optim.Optimizer] = []
         if matrices:
-            self._parts.append(torch.optim.Muon(matrices, momentum=momentum, adjust_lr_fn="match_rms_adamw", **shared))
+            self._parts.append(
+                torch.optim.Muon(
+                    matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+                )
+            )
         if rest:
-            self._parts.append(torch.optim.AdamW(rest, betas=betas, eps=eps, fused=True, **shared))
+            self._parts.append(
+                torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True)
+            )
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         self.defaults = {name: value for part in self._parts for name, value in part.defaults.items()}
         for part in self._parts:
             part.state = self.state
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """One update of every parameter that has a gradient. No closure is called."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
+        """One update of every parameter that has a gradient."""
         for part in self._parts:
             part.step()

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,17 @@ from omegaconf import DictConfig, OmegaConf
 from grpo.config.errors import ConfigError
 from grpo.config.schema import FACTS, Config, Facts, LoraSettings
 from grpo.config.values import escape, flatten
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that may be null in a config until the hardware is resolved, all of them known."""
+
+    batch_size: int  # prompts of a step
+    num_generations: int
+    max_completion_length: int
+    micro_batch_tokens: int
+    rollout_tokens: int
 
 
 def typed(cfg: DictConfig) -> Config:
@@ -73,15 +85,22 @@ def check_name(name: str) -> None:
         raise ConfigError(f"name={name}: must be the name of a folder below outputs/, without ..")
 
 
-def check_complete(config: Config) -> None:
-    """Raise ConfigError where a size is still open after the hardware was resolved."""
-    for group, keys in {
-        "grpo": ("batch_size", "num_generations", "max_completion_length"),
-        "hardware": ("micro_batch_tokens", "rollout_tokens"),
-    }.items():
-        for key in keys:
-            if getattr(getattr(config, group), key) is None:
-                raise ConfigError(f"{group}.{key}=null: must be a number, unless hardware=auto chooses it")
+def complete_sizes(config: Config) -> Sizes:
+    """The sizes, once the hardware is resolved. Raises ConfigError where one is still null."""
+    grpo, hardware = config.grpo, config.hardware
+    return Sizes(
+        batch_size=_not_null("grpo.batch_size", grpo.batch_size),
+        num_generations=_not_null("grpo.num_generations", grpo.num_generations),
+        max_completion_length=_not_null("grpo.max_completion_length", grpo.max_completion_length),
+        micro_batch_tokens=_not_null("hardware.micro_batch_tokens", hardware.micro_batch_tokens),
+        rollout_tokens=_not_null("hardware.rollout_tokens", hardware.rollout_tokens),
+    )
+
+
+def _not_null(key: str, size: int | None) -> int:
+    if size is None:
+        raise ConfigError(f"{key}=null: must be a number, unless hardware=auto chooses it")
+    return size
 
 
 def check_training(config: Config) -> None:

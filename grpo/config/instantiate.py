@@ -17,7 +17,7 @@ EXTRAS = {"bitsandbytes": "8bit"}  # what is installed on demand, by the extra o
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_", "_method_")  # orders to `instantiate`
 
 
-def bind(key: str, node: Mapping[str, Any], without: tuple[str, ...] = ()) -> Callable[..., Any]:
+def bind(key: str, node: Mapping[str, Any], without: tuple[str, ...] = ()) -> functools.partial[Any]:
     """The function that `node['_target_']` names, with the node's other keys but `without` as keyword arguments.
 
     key: where the node stands in the config, for the error. Raises ConfigError where the target is missing, blocked

@@ -82,7 +82,7 @@ def hold_run(app: Application, composed: DictConfig, overrides: Overrides) -> It
     run = known_folder(without_hydra(composed), overrides)
     chosen = "new"
     if run is not None:
-        chosen = choose_run(run, composed.resume and not composed.fork, overrides)
+        chosen = choose_run(run, composed.resume, overrides)
     if chosen == "done":
         print(f"{run.path} has finished already: nothing to do")
         yield None

@@ -2,8 +2,10 @@
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
@@ -26,15 +28,15 @@ def extend(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tenso
     ids, position_ids: (rows, L); mask: (rows, length of the cache + L).
     """
     decoder = model.get_decoder()
-    cached = {_cache_argument(type(decoder)): cache}
+    cached = {_cache_argument(type(decoder).forward): cache}
     output = decoder(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=True, **cached)
     return output.last_hidden_state
 
 
 @functools.cache
-def _cache_argument(decoder: type[nn.Module]) -> str:
+def _cache_argument(forward: Callable[..., Any]) -> str:
     """transformers renamed it in 5.24; a model that comes with its own code may have the older name in any version."""
-    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def select_cache_rows(cache: DynamicCache, rows: Tensor) -> None:
@@ -42,6 +44,7 @@ def select_cache_rows(cache: DynamicCache, rows: Tensor) -> None:
 
     `index_select` and not indexing, because its gradient adds up repeated rows in a fixed order.
     """
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers  # each with keys and values, since tokens have been read
+    for layer in layers:
         layer.keys = layer.keys.index_select(0, rows)
         layer.values = layer.values.index_select(0, rows)

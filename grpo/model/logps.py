@@ -1,6 +1,7 @@
 """The log-probabilities that a model gives to completions, with gradient where that is enabled."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ def _hidden_by_cache(
 
 
 def head_logps(
-    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool = True
+    head: Any, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (A,) of the target tokens, and entropies (A,), from the hidden states (A, H) before them.
 

@@ -33,7 +33,7 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings, dtype: torch.dty
     modules = settings.target_modules
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank
         target_modules=modules,
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.name_or_path,
@@ -89,7 +89,7 @@ def _begin_with(model: PreTrainedModel, folder: str) -> None:
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    found = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
+    found: Any = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
     lacking = [key for key in found.missing_keys if "lora_" in key]
     if lacking or found.unexpected_keys:
         raise ConfigError(
@@ -139,7 +139,8 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     from peft import get_peft_model_state_dict
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    replace(model.peft_config["default"], inference_mode=True).save_pretrained(folder)
+    settings: Any = model.peft_config["default"]  # peft's dataclass
+    replace(settings, inference_mode=True).save_pretrained(folder)
     # The names are those within the wrapper that peft would have around the model.
     weights = {f"base_model.model.{k}": v.contiguous() for k, v in get_peft_model_state_dict(model).items()}
     save_file(weights, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -76,10 +76,11 @@ class Ragged:
 
 def ragged(mask: Tensor) -> Ragged:
     """From a mask (S, width), 1 where a token is, wherever in its row it stands."""
+    count, width = mask.shape
     if bool(mask.all()):
-        return Ragged(*mask.shape, None)
-    place = mask.cumsum(dim=1) - 1 + torch.arange(len(mask), device=mask.device)[:, None] * mask.shape[1]
-    return Ragged(*mask.shape, place[mask.bool()])
+        return Ragged(count, width, None)
+    place = mask.cumsum(dim=1) - 1 + torch.arange(count, device=mask.device)[:, None] * width
+    return Ragged(count, width, place[mask.bool()])
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class PackedGroups:
 
 
 def _forward(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -203,17 +204,25 @@ def _checkpointed(model: PreTrainedModel, forward: Callable[..., Any], *args: An
 
 
 def packs(model: PreTrainedModel) -> bool:
-    """Whether the model can read packed rows, as `try_packing` found when it was loaded."""
+    """Whether the model can read packed rows, as noted when it was loaded."""
     return getattr(model, "reads_packed_rows", False)
 
 
-@torch.no_grad()
-def try_packing(model: PreTrainedModel) -> bool:
-    """Find out whether this model reads packed rows as it should, by reading one, and note it on the model.
+def note_packing(model: Any, found: bool) -> None:
+    """Note on a model whether it can read packed rows, for `packs` to tell."""
+    model.reads_packed_rows = found
 
-    It does not where attention is not sdpa's of all earlier tokens, or not called through transformers' interface.
-    """
-    model.reads_packed_rows = False
+
+def try_packing(model: PreTrainedModel) -> bool:
+    """Find out whether this model reads packed rows as it should, by reading one, and note it on the model."""
+    found = _reads_packed(model)
+    note_packing(model, found)
+    return found
+
+
+@torch.no_grad()
+def _reads_packed(model: PreTrainedModel) -> bool:
+    """False where attention is not sdpa's of all earlier tokens, or not called through transformers' interface."""
     if not may_pack(model):
         return False
     lengths, device = torch.tensor([[5], [3]]), model.device
@@ -230,8 +239,7 @@ def try_packing(model: PreTrainedModel) -> bool:
     except OF_ITS_OWN_KIND:
         return False
     rounding = 1e-4 if model.dtype == torch.float32 else 5e-2
-    model.reads_packed_rows = bool((found - expected).abs().max() <= rounding * expected.abs().max())
-    return model.reads_packed_rows
+    return bool((found - expected).abs().max() <= rounding * expected.abs().max())
 
 
 def may_pack(model: PreTrainedModel) -> bool:

@@ -19,7 +19,7 @@ from grpo.model.lm_head import LOGITS_PER_CHUNK, NARROW_CHUNKS
 from grpo.model.loading import architecture
 from grpo.model.logps import head_logps
 from grpo.model.lora import add_adapter
-from grpo.model.packed import OF_ITS_OWN_KIND, PackedGroups, Ragged, may_pack, packs, read
+from grpo.model.packed import OF_ITS_OWN_KIND, PackedGroups, Ragged, may_pack, note_packing, packs, read
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def meta_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(architecture(config.name, remote), **settings).eval()
         if config.lora is not None:
             add_adapter(model, replace(config.lora, init_from=None), getattr(torch, config.dtype), seed=0)
-    model.reads_packed_rows = may_pack(model) and _reads_packed(model)  # its numbers are looked at once they are there
+    note_packing(model, may_pack(model) and _reads_packed(model))  # its numbers are looked at once they are there
     return model
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from grpo.batch import CompletionBatch, PromptBatch
-from grpo.config.checks import check_training, kl_weight, typed
+from grpo.config.checks import Sizes, check_training, kl_weight, typed
 from grpo.config.instantiate import bind
 from grpo.config.schema import Config
 from grpo.model.hardware import device_of, peak_memory_gb, resolve_hardware
@@ -57,19 +57,19 @@ def plan(config: Config) -> Plan:
     check_training(config)
     setup = prepare(config, use=False)
     _program()  # now, since what follows takes memory
-    grpo, hardware = config.grpo, config.hardware
+    grpo, sizes = config.grpo, setup.sizes
     dtype, compute = getattr(torch, config.model.dtype), compute_dtype(config)
     model = cost.meta_model(config.model, compute)
     prompt_tokens = math.ceil(sum(setup.prompt_lengths) / len(setup.prompt_lengths))
-    rows = grpo.batch_size * grpo.num_generations
-    work = cost.Work(grpo.batch_size, grpo.num_generations, prompt_tokens, [grpo.max_completion_length] * rows)
+    rows = sizes.batch_size * sizes.num_generations
+    work = cost.Work(sizes.batch_size, sizes.num_generations, prompt_tokens, [sizes.max_completion_length] * rows)
 
     trained, frozen = cost.parameters(model)
-    memory = _memory(config, model, work)
+    memory = _memory(config, sizes, model, work)
     resident = sum(memory[part] for part in ("program", "weights", "working copy", "reference", "optimizer"))
     sampling = memory["keys and values"] + memory["packed weights"]
     # Activations go while gradients come, unless a micro-batch before has brought all of them.
-    several = len(_micro_batches(work, hardware.micro_batch_tokens, packs(model))) > 1
+    several = len(_micro_batches(work, sizes.micro_batch_tokens, packs(model))) > 1
     kept, grown = memory["activations"] + memory["holes"] + memory["output head"], memory["gradients"]
     update = kept + grown if several else max(kept, grown) + min(kept, grown) / 2
     peak = resident + memory["checkpoint copy"] + max(sampling, update)
@@ -81,16 +81,16 @@ def plan(config: Config) -> Plan:
         available=_available(config),
         disk=_disk(config, trained * dtype.itemsize, memory["optimizer"], rows),
         steps=grpo.num_iterations * grpo.num_steps,
-        tokens=rows * (prompt_tokens + grpo.max_completion_length),
+        tokens=rows * (prompt_tokens + sizes.max_completion_length),
         seconds=_seconds(config, model, work, compute),
     )
 
 
-def _memory(config: Config, model: Any, work: cost.Work) -> dict[str, float]:
-    on_cpu, budget = config.hardware.device == "cpu", config.hardware.micro_batch_tokens
-    largest = max(_micro_batches(work, budget, packs(model)), key=len)
+def _memory(config: Config, sizes: Sizes, model: Any, work: cost.Work) -> dict[str, float]:
+    on_cpu = config.hardware.device == "cpu"
+    largest = max(_micro_batches(work, sizes.micro_batch_tokens, packs(model)), key=len)
     prompts, length = len({int(row) // work.group for row in largest}), max(work.lengths)
-    rows = min(len(work.lengths), max(1, config.hardware.rollout_tokens // length))
+    rows = min(len(work.lengths), max(1, sizes.rollout_tokens // length))
     vocabulary, dtype, compute = model.config.vocab_size, getattr(torch, config.model.dtype), compute_dtype(config)
     (trained, frozen), whole = cost.parameters(model), config.model.lora is None
     weights, optimizer = trained * dtype.itemsize, _optimizer_bytes(config, model, dtype)
@@ -149,8 +149,8 @@ def _optimizer_bytes(config: Config, model: Any, dtype: torch.dtype) -> float:
     total = 0.0
     for name, parameter in small.items():
         kept = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
-        kept = sum(value.numel() * value.itemsize for value in kept if value.dim())
-        total += kept / parameter.numel() * trained[name].numel()
+        size = sum(value.numel() * value.itemsize for value in kept if value.dim())
+        total += size / parameter.numel() * trained[name].numel()
     return total
 
 
@@ -220,8 +220,8 @@ def print_plans(points: Sequence[tuple[str, DictConfig]]) -> None:
                 f"{each.parameters / 1e6:>10,.1f} M {each.peak / GB:>8.3g} {_folder(each) / GB:>8.3g} "
                 f"{each.tokens:>11,.0f} {_about(each.seconds):>7} {_about(hours):>7} {fits:4}  {name}"
             )
-        hours = [each.seconds and each.seconds * each.steps / 3600 for _, each in plans]
-        in_all = _about(sum(hours) if all(hours) else None)
+        known = [each.seconds * each.steps / 3600 for _, each in plans if each.seconds is not None]
+        in_all = _about(sum(known) if len(known) == len(plans) else None)
         print(f"time of all {len(plans)} runs: {in_all} hours of jobs, evaluations not counted")
         total = sum(_folder(each) for _, each in plans) + largest.disk["while saving"]
         console.print(

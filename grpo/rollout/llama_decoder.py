@@ -6,7 +6,7 @@ are held and read once for its whole group. On CUDA they may be started together
 places that no token has taken yet, which are hidden. `CachedDecoder` in `grpo/rollout/native.py` is the plain form.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,31 +42,32 @@ def is_lean(model: PreTrainedModel) -> bool:
 class Product:
     """The outputs of linear layers that read the same input, side by side, for a few rows at a time."""
 
-    def __init__(self, rows: int, *layers: nn.Module) -> None:
+    def __init__(self, rows: int, *layers: Any) -> None:
         self._added = _side_by_side(layers)
-        self._layers = layers = [getattr(layer, "base_layer", layer) for layer in layers]
-        self._packed, self._bias = None, None
-        if available(layers[0].weight):
-            weight = torch.cat([layer.weight for layer in layers])
+        self._linear: list[nn.Linear] = [getattr(layer, "base_layer", layer) for layer in layers]
+        self._packed: Tensor | None = None
+        self._bias: Tensor | None = None
+        if available(self._linear[0].weight):
+            weight = torch.cat([linear.weight for linear in self._linear])
             if self._added is not None and weight.dtype == self._added[1].dtype:  # else it would lose digits
                 down, up = self._added
                 weight, self._added = weight.addmm_(up, down), None
             self._packed = packed(weight, rows)
-            if layers[0].bias is not None:
-                self._bias = torch.cat([layer.bias for layer in layers])
+            if self._linear[0].bias is not None:
+                self._bias = torch.cat([linear.bias for linear in self._linear])
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._packed is not None:
             y = multiply(x, self._packed, self._bias)
         else:
-            y = torch.cat([F.linear(x, layer.weight, layer.bias) for layer in self._layers], dim=-1)
+            y = torch.cat([F.linear(x, linear.weight, linear.bias) for linear in self._linear], dim=-1)
         if self._added is None:
             return y
         down, up = self._added
         return torch.addmm(y.to(up.dtype), x.to(down.dtype) @ down.t(), up.t()).to(y.dtype)
 
 
-def _side_by_side(layers: Sequence[nn.Module]) -> tuple[Tensor, Tensor] | None:
+def _side_by_side(layers: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
     """What LoRA adds to these layers, as the two factors (ranks, inputs) and (outputs, ranks) for all of them."""
     factors = [low_rank(layer) for layer in layers]
     if not any(factors):
@@ -122,7 +123,8 @@ class LeanDecoder:
             self._bias = bias.repeat_interleave(self._key_heads, dim=0)[:, None]
         self._own_bias = hidden.new_full((1, 1, max_tokens), -torch.inf)  # hides places that no token has taken
         self._place = torch.zeros(1, dtype=torch.long, device=real.device)  # of the token that is read
-        self._tokens, self._replay = torch.zeros_like(prompt_of_row), None
+        self._tokens = torch.zeros_like(prompt_of_row)
+        self._replay: Callable[[], Tensor] | None = None
         self.logits = self._head(hidden)
 
     def read(self, tokens: Tensor) -> None:
@@ -131,7 +133,8 @@ class LeanDecoder:
         self._place.fill_(self._length)
         self._length += 1
         if self._length > self._width:
-            self._replay = self.logits = None  # give back the memory of a graph before the next is recorded
+            self._replay = None  # give back the memory of a graph before the next is recorded
+            del self.logits
             if self._cuda_graphs:
                 self._width = min(self._length - 1 + GRAPH_WIDTH, self._max_tokens)
                 self._replay = recorded(self._read, self._tokens.device)

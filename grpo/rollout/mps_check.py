@@ -46,9 +46,10 @@ def check_decoding(model: PreTrainedModel) -> None:
         )
 
 
-def _work(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _work(device: torch.device) -> tuple[Tensor, ...]:
     """Greedy completions, their log-probabilities, and the gradient of those, on the processor."""
-    model = load_model(EMBEDDED, torch.device("cpu")).to(device)
+    model = load_model(EMBEDDED, torch.device("cpu"))
+    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides that this is a method
     ids = torch.arange(5, 29, device=device).view(2, 12)
     mask = (torch.arange(12, device=device) >= torch.tensor([[0], [3]], device=device)).long()
     prompts, greedy = PromptBatch(ids, mask), Sampling(16, 0.0, (model.config.eos_token_id,), 0)
@@ -56,6 +57,6 @@ def _work(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     one = torch.ones_like(completions.ids[:, :8])
     rows = torch.arange(4, device=device) // 2
     logps = completion_logps(model, prompts, CompletionBatch(completions.ids[:, :8], one), rows, 1.0).logps
-    logps.sum().backward()
-    gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    gradients = torch.autograd.grad(logps.sum(), list(model.parameters()))
+    gradient = torch.cat([each.flatten() for each in gradients])
     return tuple(x.detach().float().cpu() for x in (completions.ids * completions.mask, logps, gradient))

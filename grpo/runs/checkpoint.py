@@ -42,7 +42,7 @@ class TrainerState:
     best_accuracy: float | None = None  # highest held-out accuracy
     evaluated_step: int = 0  # the last step that `eval.every` had evaluated
     skipped_in_a_row: int = 0  # steps up to this one whose update was not finite and so not made
-    loss_scale: dict[str, float] | None = None  # `LossScale`, where the arithmetic is float16
+    loss_scale: dict[str, Any] | None = None  # `LossScale`, where the arithmetic is float16
     # What running out of memory made of the cut: part of a step -> {"from": rows set, "to": rows in use}
     reduced: dict[str, dict[str, int]] = field(default_factory=dict)
 

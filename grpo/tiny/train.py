@@ -170,7 +170,9 @@ def _batch(prompts: list[list[int]], completions: list[list[int]], pad_id: int) 
 def render(tokenizer: Qwen2Tokenizer, question: str) -> str:
     """The question as a chat without a system message, up to where the assistant begins."""
     messages = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)  # not tokenized
+    return text
 
 
 @torch.no_grad()

@@ -19,16 +19,16 @@ def evaluate(model: PreTrainedModel, setup: Setup, cut: Cut, step: int) -> dict[
     (0 to 1; None without n), n (problems that have a value of it), reward, rewards (mean by component),
     completions/mean_length (tokens), problems (all of them; correct: None where eval.accuracy gave no value).
     """
-    config = setup.config
-    length = config.eval.max_completion_length or config.grpo.max_completion_length
+    config, sizes = setup.config.eval, setup.sizes
+    length = config.max_completion_length or sizes.max_completion_length
     sampling = setup.sampling(model, temperature=0.0, max_new_tokens=length)
     # Problems of like length together, so that little of a batch is padding.
-    problems = sorted(setup.problems.test[: config.eval.max_problems], key=lambda problem: len(problem.question))
+    problems = sorted(setup.problems.test[: config.max_problems], key=lambda problem: len(problem.question))
     prompts = setup.prompt_batch(setup.conversations(problems))
     completions = setup.complete(model, prompts, sampling, cut, group_size=1, step=0)
     outcomes = []
     # Scored by as many as in a step, since that is what reward.timeout_s is meant for.
-    for rows in torch.arange(len(problems)).split(config.grpo.batch_size * config.grpo.num_generations):
+    for rows in torch.arange(len(problems)).split(sizes.batch_size * sizes.num_generations):
         some = [problems[row] for row in rows]
         outcomes += _outcomes(setup, some, CompletionBatch(completions.ids[rows], completions.mask[rows]))
     return {

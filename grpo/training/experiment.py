@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.algorithm.loss import LossOutput
 from grpo.batch import CompletionBatch, PromptBatch, tokenize_prompts
-from grpo.config.checks import check_complete, kl_weight
+from grpo.config.checks import Sizes, complete_sizes, kl_weight
 from grpo.config.errors import ConfigError, first_line
 from grpo.config.instantiate import bind, bind_reward
 from grpo.config.schema import Config
@@ -44,6 +44,7 @@ class Setup:
     """What a run works with, but for the weights."""
 
     config: Config
+    sizes: Sizes
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     problems: Problems
@@ -85,7 +86,7 @@ class Setup:
     def sampling(self, model: PreTrainedModel, **changes: Any) -> Sampling:
         """How the training samples, with these fields changed."""
         settings = {
-            "max_new_tokens": self.config.grpo.max_completion_length,
+            "max_new_tokens": self.sizes.max_completion_length,
             "temperature": self.config.rollout.temperature,
             "stop_ids": tuple(stop_token_ids(model, self.tokenizer)),
             "pad_id": self.tokenizer.pad_token_id,
@@ -122,9 +123,8 @@ class Setup:
 
     def cut(self, reduced: dict[str, dict[str, int]] | None = None) -> Cut:
         """How the work is cut, with what earlier lacks of memory reduced."""
-        hardware = self.config.hardware
-        parts = {"rollout": hardware.rollout_tokens, "reference": hardware.micro_batch_tokens}
-        return Cut(parts | {"update": hardware.micro_batch_tokens}, reduced)
+        reading = self.sizes.micro_batch_tokens
+        return Cut({"rollout": self.sizes.rollout_tokens, "reference": reading, "update": reading}, reduced)
 
 
 @dataclass(frozen=True)
@@ -153,17 +153,18 @@ def prepare(
     on the config's device, which may not be here. on_hang: how to end the process where a reward function cannot be
     ended.
     """
-    check_complete(config)
-    limits = {
-        "timeout_s": config.reward.timeout_s,
-        "skip_errors": config.reward.on_error == "skip",
-        "on_hang": on_hang,
-    }
+    sizes = complete_sizes(config)
+    component = functools.partial(
+        Component,
+        timeout_s=config.reward.timeout_s,
+        skip_errors=config.reward.on_error == "skip",
+        on_hang=on_hang,
+    )
     components = [
-        Component(name, _reward_function(f"reward.components.{name}", node), float(node.get("weight", 1.0)), **limits)
+        component(name, _reward_function(f"reward.components.{name}", node), float(node.get("weight", 1.0)))
         for name, node in config.reward.components.items()
     ]
-    accuracy = Component("accuracy", _reward_function("eval.accuracy", config.eval.accuracy), **limits)
+    accuracy = component("accuracy", _reward_function("eval.accuracy", config.eval.accuracy))
     objective, optimizer = bind_objective(config), bind("optimizer", config.optimizer)
     _check_optimizer(optimizer)
     problems = bind("data", config.data, without=DATA_KEYS)() if with_problems else Problems([], [])
@@ -173,12 +174,12 @@ def prepare(
     tokenizer = load_tokenizer(config.model)
     lengths = prompt_lengths(tokenizer, problems.train + problems.test, config.data) if with_problems else []
     if with_problems:
-        _check_window(config, lengths[: len(problems.train)], lengths[len(problems.train) :])
+        _check_window(config, sizes, lengths[: len(problems.train)], lengths[len(problems.train) :])
     device = use_hardware(config) if use else torch.device("cpu")
     if device.type == "mps":
         check_device(device)
     lengths = lengths[: len(problems.train)]
-    return Setup(config, device, tokenizer, problems, lengths, components, accuracy, objective, optimizer)
+    return Setup(config, sizes, device, tokenizer, problems, lengths, components, accuracy, objective, optimizer)
 
 
 def bind_objective(config: Config) -> Callable[..., LossOutput]:
@@ -206,7 +207,7 @@ def _reward_function(key: str, node: Mapping[str, Any]) -> Callable[..., list[fl
     return scorer
 
 
-def _check_window(config: Config, train: list[int], test: list[int]) -> None:
+def _check_window(config: Config, sizes: Sizes, train: list[int], test: list[int]) -> None:
     """Compare the longest prompts, in tokens, and their completions with the positions that the model declares.
 
     Raises ConfigError where it has no more: learned positions end there. Rotary positions (RoPE) go further, as
@@ -219,7 +220,7 @@ def _check_window(config: Config, train: list[int], test: list[int]) -> None:
     if rope and rope.get("original_max_position_embeddings"):  # YaRN's models declare the window before it
         window = max(window, int(rope["original_max_position_embeddings"] * rope.get("factor", 1)))
     test, evaluated = test[: config.eval.max_problems], config.eval.max_completion_length
-    cases = [("grpo.max_completion_length", config.grpo.max_completion_length, train if evaluated else train + test)]
+    cases = [("grpo.max_completion_length", sizes.max_completion_length, train if evaluated else train + test)]
     if evaluated:
         cases.append(("eval.max_completion_length", evaluated, test))
     for key, completion, lengths in cases:

@@ -81,6 +81,7 @@ def sampling_metrics(completions: CompletionBatch, logps: Tensor) -> dict[str, f
 
     logps: (B, T), as the training pass found them before the first update.
     """
+    assert completions.sampling_logps is not None  # the rollout notes them
     difference = ((logps - completions.sampling_logps) * completions.mask).abs()
     values = {"mean": difference.sum() / completions.mask.sum(), "max": difference.max()}
     return {f"sampling/logp_difference/{name}": _finite(value.item()) for name, value in values.items()}

@@ -25,11 +25,11 @@ def preflight(model: PreTrainedModel, setup: Setup, cut: Cut) -> dict[str, Any]:
     where it is not 0, its mean, and the share where it gave none), reward, frac_reward_zero_std,
     completions/mean_length and clipped_ratio, prompt_lengths of all training problems, warnings, seconds.
     """
-    grpo, started = setup.config.grpo, time.perf_counter()
-    problems = problems_of_step(setup.problems.train, setup.config.seed, 1, min(grpo.batch_size, MOST_GROUPS))
+    sizes, started = setup.sizes, time.perf_counter()
+    problems = problems_of_step(setup.problems.train, setup.config.seed, 1, min(sizes.batch_size, MOST_GROUPS))
     prompts, sampling = setup.prompt_batch(setup.conversations(problems)), setup.sampling(model)
     # Step 0 has noise of its own, so that this tells of the step to come without being it.
-    completions = setup.complete(model, prompts, sampling, cut, group_size=grpo.num_generations, step=0)
+    completions = setup.complete(model, prompts, sampling, cut, group_size=sizes.num_generations, step=0)
     scored = score_completions(setup, problems, completions)
     lengths = setup.prompt_lengths
     found = {
@@ -37,12 +37,12 @@ def preflight(model: PreTrainedModel, setup: Setup, cut: Cut) -> dict[str, Any]:
         "completions": len(scored.texts),
         "components": {name: _component(values) for name, values in scored.rewards.components.items()},
         "reward": scored.rewards.total.mean().item(),
-        "frac_reward_zero_std": _equal(scored, grpo.num_generations),
+        "frac_reward_zero_std": _equal(scored, sizes.num_generations),
         "completions/mean_length": scored.lengths.float().mean().item(),
         "completions/clipped_ratio": 1.0 - ended(completions, sampling.stop_ids).float().mean().item(),
         "prompt_lengths": {"min": min(lengths), "median": statistics.median(lengths), "max": max(lengths)},
     }
-    said = warnings(found, grpo.max_completion_length)
+    said = warnings(found, sizes.max_completion_length)
     return found | {"warnings": said, "seconds": time.perf_counter() - started}
 
 

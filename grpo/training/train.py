@@ -44,8 +44,8 @@ def train(run: Run) -> None:
     print(f"{'going on in' if run.resumed else 'run folder'} {run.folder.path}")
     made = run.folder.training_evaluations(trainer.state.step)
     evaluations = {name: evaluation_metrics(result) | {"step": result["step"]} for name, result in made.items()}
-    earlier = {"rows": rows, "evaluations": evaluations}
-    with tracking(to_dict(run.config), run.folder.path, resumed=run.resumed, **earlier) as tracker:
+    config, path = to_dict(run.config), run.folder.path
+    with tracking(config, path, resumed=run.resumed, rows=rows, evaluations=evaluations) as tracker:
         print("".join(f"{line}\n" for line in tracker.how_to_look), end="", flush=True)
         at = trainer.state.step
         run.folder.update_status(total_steps=trainer.total_steps, step=at, saved_step=at)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from grpo.algorithm.advantage import group_advantages
 from grpo.analysis.doctor import Doctor
@@ -86,18 +87,18 @@ class Trainer:
 
     def step(self, step: int) -> Step:
         """One step of the algorithm: sample a batch, score it, update the policy `mu` times."""
-        grpo, setup, timer = self.config.grpo, self.setup, Timer()
+        grpo, sizes, setup, timer = self.config.grpo, self.setup.sizes, self.setup, Timer()
         self._step_started, self._interruptible = time.perf_counter(), True
         iteration = (step - 1) // grpo.num_steps + 1
-        problems = problems_of_step(setup.problems.train, self.config.seed, step, grpo.batch_size)
+        problems = problems_of_step(setup.problems.train, self.config.seed, step, sizes.batch_size)
         prompts = setup.prompt_batch(setup.conversations(problems))
         with timer("rollout"):
             completions = setup.complete(
-                self.worker, prompts, self.sampling, self.cut, group_size=grpo.num_generations, step=step
+                self.worker, prompts, self.sampling, self.cut, group_size=sizes.num_generations, step=step
             )
         with timer("reward"):
             scored = score_completions(setup, problems, completions)
-            rewards = scored.rewards.total.view(grpo.batch_size, grpo.num_generations)
+            rewards = scored.rewards.total.view(sizes.batch_size, sizes.num_generations)
             advantages = group_advantages(rewards).flatten()
         batch = Batch(prompts, completions, advantages.float().to(setup.device))
         with timer("reference"):
@@ -105,20 +106,20 @@ class Trainer:
                 if iteration > 1 and (step - 1) % grpo.num_steps == 0:  # a new outer iteration: Algorithm 1, line 3
                     switch_adapter(self.reference, on=True)
                     refresh(self.reference, self.policy)
-                batch = replace(batch, ref_logps=self._reference_logps(batch))
+                batch = replace(batch, ref_logps=self._reference_logps(self.reference, batch))
         with timer("update"):
             rate = self._set_learning_rate(step)
             updates, logps, skipped = self._updates(batch)
 
         self._step_seconds = time.perf_counter() - self._step_started
         tokens = int(completions.mask.sum())
-        self.state.num_tokens += tokens + int(prompts.mask.sum()) * grpo.num_generations
+        self.state.num_tokens += tokens + int(prompts.mask.sum()) * sizes.num_generations
         self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if skipped else 0
         row = {
             "step": step,
             "iteration": iteration,
             **update_metrics(updates),
-            **reward_metrics(scored, grpo.num_generations),
+            **reward_metrics(scored, sizes.num_generations),
             **completion_metrics(completions, self.sampling.stop_ids),
             **sampling_metrics(completions, logps),
             "learning_rate": rate,
@@ -142,29 +143,24 @@ class Trainer:
         left = self._step_seconds - (time.perf_counter() - self._step_started)
         return self._interruptible and not 0 <= left <= WORTH_FINISHING_S
 
-    def _reference_logps(self, batch: Batch) -> Tensor:
+    def _reference_logps(self, reference: PreTrainedModel, batch: Batch) -> Tensor:
         def read(token_budget: int) -> Tensor:
-            return all_logps(self.reference, batch, self.sampling.temperature, token_budget)
+            return all_logps(reference, batch, self.sampling.temperature, token_budget)
 
-        return self.cut.run("reference", read, *batch.token_range(packs(self.reference)))
+        return self.cut.run("reference", read, *batch.token_range(packs(reference)))
 
     def _updates(self, batch: Batch) -> tuple[list[dict[str, float]], Tensor, bool]:
         """Update the policy `mu` times.
 
         Returns the metrics of each, the log-probabilities (B, T) before the first, and whether one was not finite.
         """
-        results, first = [], None
-        for _ in range(self.config.grpo.mu):
-            metrics, logps, finite = self._update(batch)
-            first = logps if first is None else first
-            if self.worker is not self.policy:
-                refresh(self.worker, self.policy)
+        metrics, first, finite = self._update(batch)
+        results = [metrics]
+        batch = replace(batch, old_logps=first)  # those of the policy that sampled, for the updates after the first
+        while finite and len(results) < self.config.grpo.mu:
+            metrics, _, finite = self._update(batch)
             results.append(metrics)
-            if not finite:
-                return results, first, True
-            if batch.old_logps is None:  # those of the policy that sampled, for the updates after the first
-                batch = replace(batch, old_logps=logps)
-        return results, first, False
+        return results, first, not finite
 
     def _update(self, batch: Batch) -> tuple[dict[str, float], Tensor, bool]:
         """One update: its metrics, the log-probabilities (B, T) before it, and whether it was finite and so made."""
@@ -180,6 +176,8 @@ class Trainer:
                 self.config.grpo.max_grad_norm,
                 1.0 if scale is None else scale.value,
             )
+            if finite and self.worker is not self.policy:
+                refresh(self.worker, self.policy)
             if finite and scale is not None:
                 scale.updated()
             if finite or scale is None or not math.isfinite(metrics["loss"]):
@@ -221,7 +219,7 @@ class Trainer:
         if due(step, config.tracking.completions_every):
             tracker.log_completions(step, done.samples)
         if done.skipped is not None:
-            self._note_skipped(run, done)
+            self._note_skipped(run, done, done.skipped)
         with disk_errors_are_warnings(f"{run.folder.path}/status.json"):
             run.folder.update_status(
                 step=step,
@@ -245,7 +243,7 @@ class Trainer:
         run.folder.write_preflight(found)
         for text in found["warnings"]:
             logger.info("pre-flight: %s", text)
-        print("\n".join(lines(found, self.config.grpo.max_completion_length)), flush=True)
+        print("\n".join(lines(found, self.setup.sizes.max_completion_length)), flush=True)
 
     def evaluate_if_due(self, run: Run, tracker: Tracker, saver: Saver) -> None:
         """Evaluate after the present step if `eval.every` says so, and keep the weights if they are the best so far."""
@@ -261,10 +259,10 @@ class Trainer:
             self.state.best_accuracy = accuracy
             saver.save_best(self.policy, self.state)
 
-    def _note_skipped(self, run: Run, done: Step) -> None:
+    def _note_skipped(self, run: Run, done: Step, batch: Batch) -> None:
         """Keep the batch of a step that was not finite for inspection, and end the run after too many in a row."""
         step, limit = self.state.step, self.config.grpo.max_skipped_steps
-        place = run.folder.write_skipped(step, done.skipped.tensors(), done.samples)
+        place = run.folder.write_skipped(step, batch.tensors(), done.samples)
         numbers = f"loss {done.row['loss']} and gradient norm {done.row['grad_norm']} (null: not finite)"
         logger.warning("step %d: %s, so no update was made; its batch is in %s", step, numbers, place)
         if self.state.skipped_in_a_row > limit:

@@ -50,16 +50,16 @@ class Batch:
         prompts, prompt_of_row = self.prompt_of_row()[rows].unique(return_inverse=True)
         width = int(self.completions.mask[rows].sum(dim=1).max())  # the others' length is not paid for
 
-        def cut(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[rows, :width]
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[rows, :width]
 
         return MicroBatch(
             self.prompts.take(prompts),
             CompletionBatch(cut(self.completions.ids), cut(self.completions.mask)),
             prompt_of_row,
             self.advantages[rows],
-            cut(self.ref_logps),
-            cut(self.old_logps),
+            None if self.ref_logps is None else cut(self.ref_logps),
+            None if self.old_logps is None else cut(self.old_logps),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -113,7 +113,9 @@ def accumulate_gradient(
     """
     counts = BatchCounts(rows=len(batch.completions.ids), tokens=int(batch.completions.mask.sum()))
     logps = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)
-    loss, sums, parts = 0.0, {}, batch.micro_batches(token_budget, packs(model))
+    loss: Tensor | float = 0.0
+    sums: dict[str, Tensor] = {}
+    parts = batch.micro_batches(token_budget, packs(model))
     teaches = [batch.ref_logps is not None or bool(batch.advantages[rows].any()) for rows in parts]
     teaches[-1] |= not any(teaches)  # the optimizer is to see a gradient, were it 0
     for rows, with_gradient in zip(parts, teaches, strict=True):

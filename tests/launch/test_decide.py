@@ -53,6 +53,15 @@ def test_two_launches_at_the_same_moment_get_two_folders_runs_and_sweeps(tmp_pat
         assert {yaml.safe_load(file.read_text())["seed"] for file in files} == {1, 2}
 
 
+def test_resume_auto_starts_a_run_in_a_folder_that_is_not_there_and_does_nothing_once_it_has_finished(tmp_path):
+    first = launch(*QUICK, "resume=auto", "run_dir=run", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    before = contents(tmp_path / "run")
+    again = launch("experiment=quickstart", "resume=auto", "run_dir=run", cwd=tmp_path)
+    assert (again.returncode, again.stdout) == (0, "run has finished already: nothing to do\n"), again.stderr
+    assert contents(tmp_path / "run") == before
+
+
 def test_a_refused_launch_changes_nothing_in_the_folder_of_another(tmp_path):
     run = tmp_path / "run"
     first = start(run, "grpo.num_steps=4000", "seed=1")

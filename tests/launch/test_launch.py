@@ -143,6 +143,7 @@ def test_the_status_of_a_finished_run(finished_run):
         "step": 2,
         "total_steps": 2,
         "best_reward": max(row["reward"] for row in rows),
+        "saved_step": 2,
     }
 
 
@@ -388,18 +389,21 @@ class NotCallable:
 
 
 def test_a_class_as_a_reward_is_built_once_and_called_for_each_batch():
-    own = "+reward.components.own={_target_: tests.test_launch.Counting, start: 40, weight: 2}"
+    own = "+reward.components.own={_target_: tests.launch.test_launch.Counting, start: 40, weight: 2}"
     setup = prepare(typed(compose_config(["experiment=quickstart", own])))
     component = next(each for each in setup.components if each.name == "own")
     for call in (41.0, 42.0):
         assert score([component], ["p"], ["c"], {"answer": ["1"]}).components["own"].tolist() == [call]
     for node, said in (
         (
-            "{_target_: tests.test_launch.NotCallable}",
-            "own._target_=tests.test_launch.NotCallable: the objects of a cl",
+            "{_target_: tests.launch.test_launch.NotCallable}",
+            "own._target_=tests.launch.test_launch.NotCallable: the objects of a cl",
         ),
-        ("{_target_: tests.test_launch.Counting}", r"own: tests.test_launch.Counting\(\) raised TypeError: .*'start'"),
-        ("{_target_: tests.test_launch.Counting, end: 1}", "own: Counting.* unexpected keyword argument 'end'"),
+        (
+            "{_target_: tests.launch.test_launch.Counting}",
+            r"own: tests.launch.test_launch.Counting\(\) raised TypeError: .*'start'",
+        ),
+        ("{_target_: tests.launch.test_launch.Counting, end: 1}", "own: Counting.* unexpected keyword argument 'end'"),
     ):
         with pytest.raises(ConfigError, match=said):
             prepare(typed(compose_config(["experiment=quickstart", f"+reward.components.own={node}"])))

@@ -8,6 +8,7 @@ from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
 from grpo.config.paths import CONF_DIR
+from grpo.launch import preset
 from grpo.launch.preset import hardware_found, preset_overrides
 from grpo.model import hardware
 from grpo.model.hardware import device_of, resolve_hardware, use_hardware
@@ -94,8 +95,8 @@ def test_auto_leaves_what_an_experiment_sets(card, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("able", [True, False])
 def test_auto_takes_bfloat16_where_the_processor_multiplies_it_unless_told_otherwise(monkeypatch, able):
-    monkeypatch.setattr(hardware, "cpu_multiplies_bfloat16", lambda: able)
-    monkeypatch.setattr(hardware, "find_device", lambda: "cpu")
+    monkeypatch.setattr(preset, "cpu_multiplies_bfloat16", lambda: able)
+    monkeypatch.setattr(preset, "find_device", lambda: "cpu")
     for overrides, expected in (
         ([], "bfloat16" if able else None),
         (["hardware.compute_dtype=float32"], "float32"),
