@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from grpo.analysis.load import component_columns, finite_values, load_evaluations, load_metrics, read_config
@@ -128,17 +130,18 @@ def _read_run(run_dir: Path) -> _Run:
 
 def _save(figure: Figure, file: Path) -> None:
     # What savefig would do, which lays a figure out twice; that is most of its time.
-    figure.get_layout_engine().execute(figure)
+    canvas = FigureCanvasAgg(figure)
+    if (layout := figure.get_layout_engine()) is not None:
+        layout.execute(figure)
     figure.set_layout_engine("none")
     picture = io.BytesIO()
-    figure.canvas.print_png(picture)
+    canvas.print_png(picture)
     write_whole(file, picture.getvalue())
 
 
 def _figure(run: _Run, width: float, height: float, note: bool = True) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1)  # inches
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
     # Dollar signs in a run's name are not mathematics, and a sweep's name can be long.
     title = textwrap.fill(run.title, width=int(width * 8))
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=TEXT, parse_math=False)
@@ -220,12 +223,12 @@ def _reward(ax: Axes, run: _Run) -> None:
     for name, maximum in _maxima(run).items():
         color = colors[name]
         ax.axhline(maximum, color=color, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
-        place = {"xy": (1, maximum), "xycoords": ax.get_yaxis_transform(), "xytext": (4, 0)}
+        place: dict[str, Any] = {"xy": (1, maximum), "xycoords": ax.get_yaxis_transform(), "xytext": (4, 0)}
         ax.annotate(f"max {maximum:.1f}", **place, textcoords="offset points", va="center", fontsize=8, color=color)
     held_out = run.evaluations.dropna(subset=["reward"])
     if len(held_out):
-        style = {"marker": "D", "markersize": 7, "markeredgecolor": "white", "linestyle": "none", "zorder": 4}
-        ax.plot(held_out["step"], held_out["reward"], color=TEXT, label="combined, held-out", **style)
+        style: dict[str, Any] = {"marker": "D", "markersize": 7, "markeredgecolor": "white", "linestyle": "none"}
+        ax.plot(held_out["step"], held_out["reward"], color=TEXT, label="combined, held-out", zorder=4, **style)
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, 0), high)
     _legend(ax)
@@ -253,8 +256,8 @@ def _length(ax: Axes, run: _Run) -> None:
             ax.vlines(run.steps, low, high, color=color, alpha=0.3, linewidth=6)
     _curves(ax, run, "Output length", "tokens", {"completions/mean_length": ("mean", color)})
     if run.length_limit:
-        style = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 3))}
-        ax.axhline(run.length_limit, **style, label=f"limit ({run.length_limit})")
+        label = f"limit ({run.length_limit})"
+        ax.axhline(run.length_limit, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label=label)
     ax.set_ylim(bottom=0)
     _legend(ax)
 
@@ -264,7 +267,7 @@ def _accuracy(ax: Axes, run: _Run) -> None:
     accuracy = points["accuracy"].to_numpy()
     intervals = [wilson_interval(a, int(n)) for a, n in zip(accuracy, points["n"].fillna(0), strict=True)]
     bounds = np.array([interval or (a, a) for a, interval in zip(accuracy, intervals, strict=True)]).T
-    style = {"color": COLORS["accuracy"], "marker": "D", "markersize": 6, "linewidth": 1.5}
+    style: dict[str, Any] = {"color": COLORS["accuracy"], "marker": "D", "markersize": 6, "linewidth": 1.5}
     style |= {"ecolor": MUTED, "elinewidth": 1, "capsize": 4, "label": "accuracy with its 95 % interval"}
     ax.errorbar(points["step"], accuracy, yerr=np.abs(bounds - accuracy), **style)
     counts = sorted({int(n) for n in points["n"].dropna()})
@@ -291,7 +294,8 @@ def _loss_vs_reward(ax: Axes, run: _Run) -> None:
     bar = ax.figure.colorbar(scatter, ax=ax, pad=0.02, ticks=MaxNLocator(6, integer=True))
     bar.set_label("step", fontsize=9, color=TEXT)
     bar.outline.set_visible(False)
-    bar.solids.set_alpha(1)
+    if bar.solids is not None:
+        bar.solids.set_alpha(1)
     bar.ax.tick_params(labelsize=8, colors=MUTED)
 
 
@@ -333,8 +337,9 @@ def _legend(ax: Axes) -> None:
     """A legend between the title and the axes, where it can cover no curve."""
     if not ax.get_legend_handles_labels()[0]:
         return
-    style = {"fontsize": 8, "frameon": False, "labelcolor": TEXT, "handlelength": 1.6, "columnspacing": 1.4}
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderpad": 0, "borderaxespad": 0.4}
+    style: dict[str, Any] = {"fontsize": 8, "frameon": False, "labelcolor": TEXT}
+    style |= {"handlelength": 1.6, "columnspacing": 1.4}
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderpad": 0, "borderaxespad": 0.4}
     ax.legend(ncols=LEGEND_COLUMNS, **place, **style)
     _title(ax, ax.get_title(loc="left"), _legend_rows(ax))
 

@@ -12,8 +12,7 @@ class Estimate:
     """A mean with its 95 % interval, in the unit of its values; the interval is None where nothing could vary."""
 
     mean: float
-    low: float | None
-    high: float | None
+    interval: tuple[float, float] | None  # its low and its high end
     seeds: int
     problems: int
 
@@ -21,7 +20,7 @@ class Estimate:
     def shown(self) -> bool:
         """Of a difference: whether the interval leaves out that there is none."""
         rounding = 1e-9
-        return self.low is not None and (self.low > rounding or self.high < -rounding)
+        return self.interval is not None and (self.interval[0] > rounding or self.interval[1] < -rounding)
 
 
 def crossed_mean(values: pd.DataFrame, comparisons: int = 1) -> Estimate:
@@ -59,10 +58,10 @@ def crossed_mean(values: pd.DataFrame, comparisons: int = 1) -> Estimate:
             # Where the terms nearly cancel it would go to 0, and the interval to infinity.
             sources.append((variance, max(freedom, min(seeds, problems) - 1)))
     if not sources:
-        return Estimate(mean, None, None, seeds, problems)
+        return Estimate(mean, None, seeds, problems)
     quantile = 1 - 0.025 / comparisons
     half = max(float(stats.t.ppf(quantile, freedom) * np.sqrt(square / table.size)) for square, freedom in sources)
-    return Estimate(mean, mean - half, mean + half, seeds, problems)
+    return Estimate(mean, (mean - half, mean + half), seeds, problems)
 
 
 def paired_difference(difference: pd.DataFrame, comparisons: int = 1) -> Estimate:
@@ -75,5 +74,7 @@ def paired_difference(difference: pd.DataFrame, comparisons: int = 1) -> Estimat
     if estimate.seeds > 1 or estimate.problems < 2:
         return estimate
     wider = crossed_mean(difference.assign(one=1.0, other=-1.0), comparisons)
-    half = (wider.high - wider.low) / 2
-    return replace(estimate, low=estimate.mean - half, high=estimate.mean + half)
+    assert wider.interval is not None  # it has more than one problem
+    low, high = wider.interval
+    half = (high - low) / 2
+    return replace(estimate, interval=(estimate.mean - half, estimate.mean + half))

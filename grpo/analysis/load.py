@@ -5,6 +5,7 @@ The columns keep the metric names of `metrics/metrics.jsonl`, so a notebook and 
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ def load_runs(path: str | Path) -> pd.DataFrame:
     line.
     """
     path = Path(path)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, run_dir in sorted(_find_runs(path).items()):
         rows.extend({**row, "run": name} for row in RunFolder(run_dir).metrics())
     return _frame(rows, ["run", "step", "iteration"])
@@ -70,7 +71,8 @@ def read_config(run_dir: str | Path) -> dict:
         return {}
     from omegaconf import OmegaConf  # here, because only charts need it
 
-    return OmegaConf.to_container(run.frozen_config(complete=False), resolve=True)
+    values: Any = OmegaConf.to_container(run.frozen_config(complete=False), resolve=True)  # a dict
+    return values
 
 
 def finite_values(metrics: pd.DataFrame, column: str) -> pd.Series:

@@ -41,7 +41,7 @@ def summarize(run_dir: str | Path) -> dict:
         "iterations": int(metrics["iteration"].nunique()),
         "metrics": {name: _statistics(metrics, name, with_best=name in rewards) for name in names},
         "totals": {
-            "tokens": _number(finite_values(metrics, "num_tokens").max(), int),
+            "tokens": _whole(finite_values(metrics, "num_tokens").max()),
             "seconds": _number(finite_values(metrics, "step_time").sum(min_count=1)),
         },
         "eval": {name: _evaluation(evaluations[name]) for name in ("before", "after") if name in evaluations},
@@ -63,7 +63,7 @@ def wilson_interval(accuracy: float | None, n: int | None) -> list[float] | None
     Unlike the normal approximation it stays within 0 and 1 and is sound for few problems and for accuracies near
     the ends (Wilson, "Probable inference", 1927).
     """
-    if not n or _number(accuracy) is None:
+    if not n or accuracy is None or not math.isfinite(accuracy):
         return None
     from scipy.stats import binomtest  # here, since it takes a second to import
 
@@ -92,7 +92,7 @@ def _statistics(metrics: pd.DataFrame, name: str, with_best: bool) -> dict:
 
 def _evaluation(record: dict) -> dict:
     accuracy = _number(record.get("accuracy"))
-    n = _number(record.get("n"), int)
+    n = _whole(record.get("n"))
     return {
         "accuracy": accuracy,
         "n": n,
@@ -102,6 +102,11 @@ def _evaluation(record: dict) -> dict:
     }
 
 
-def _number(value: float | None, kind: type = float) -> float | int | None:
+def _number(value: float | None) -> float | None:
     """A plain number that JSON can hold: None for a missing, null or infinite one."""
-    return None if value is None or not math.isfinite(value) else kind(value)
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _whole(value: float | None) -> int | None:
+    """The same of a count."""
+    return None if value is None or not math.isfinite(value) else int(value)

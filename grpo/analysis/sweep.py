@@ -119,8 +119,10 @@ class Sweep:
 
         Those that have no seed or no problem in common with the best are not there.
         """
-        best, *others = self.arms or [None]
-        compared = {}
+        compared: dict[Arm, Estimate] = {}
+        if not self.arms:
+            return compared
+        best, *others = self.arms
         for arm in others:
             seeds = [{self.jobs.loc[job].get(SEED): job for job in each.jobs} for each in (best, arm)]
             pairs = [(seeds[0][seed], seeds[1][seed]) for seed in seeds[0] if seed in seeds[1]]
@@ -157,13 +159,14 @@ class Sweep:
         if table.empty:  # they were evaluated on different problems
             table = pd.DataFrame([[row.mean()] for row in rows])
         estimate = crossed_mean(table)
-        if not self.by_accuracy or estimate.low is None:
+        wilson = wilson_interval(estimate.mean, max(len(row) for row in rows)) if self.by_accuracy else None
+        if wilson is None or estimate.interval is None:
             return estimate
         # Every job right in nearly the same problems, usually in all of them, is no sign of certainty.
-        low, high = wilson_interval(estimate.mean, max(len(row) for row in rows))
+        (low, high), (seen_low, seen_high) = wilson, estimate.interval
         if len(jobs) > 1:
-            low, high = max(0.0, min(low, estimate.low)), min(1.0, max(high, estimate.high))
-        return replace(estimate, low=low, high=high)
+            low, high = max(0.0, min(low, seen_low)), min(1.0, max(high, seen_high))
+        return replace(estimate, interval=(low, high))
 
     def _pairs(self, finished: pd.DataFrame, key: str, base: str, value: str, rest: list[str]) -> list[tuple[int, int]]:
         def by_rest(of: str) -> dict[Hashable, int]:
@@ -187,9 +190,10 @@ class Sweep:
             return None
         seeds = [self.jobs.loc[before].get(SEED, "") for before, _ in rows]
         estimate = paired_difference(table.groupby(seeds).mean(), comparisons)
-        if outcomes is self._rewards or estimate.low is None:
+        if outcomes is self._rewards or estimate.interval is None:
             return estimate
-        return replace(estimate, low=max(-1.0, estimate.low), high=min(1.0, estimate.high))
+        low, high = estimate.interval
+        return replace(estimate, interval=(max(-1.0, low), min(1.0, high)))
 
 
 def _read_jobs(folder: SweepFolder, keys: list[str]) -> tuple[pd.DataFrame, dict[int, int], dict[int, pd.Series]]:

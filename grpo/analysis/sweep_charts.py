@@ -1,5 +1,7 @@
 """The charts of a sweep, as matplotlib figures."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -36,7 +38,7 @@ def held_out(sweep: Sweep) -> Figure | None:
     return figure
 
 
-def _lines(sweep: Sweep, tables: list[pd.DataFrame | None], title: str, **style: object) -> Figure | None:
+def _lines(sweep: Sweep, tables: list[pd.DataFrame | None], title: str, **style: Any) -> Figure | None:
     """Of each arm a table by step, a column a job; None where no arm has one."""
     figure, axes = _figure()
     for color, arm, table in zip(COLORS, sweep.arms, tables, strict=False):
@@ -61,8 +63,8 @@ def cost(sweep: Sweep) -> Figure:
         jobs = sweep.jobs.loc[list(arm.jobs)]
         axes.scatter(jobs["num_tokens"], jobs[outcome], color=color, alpha=0.4, s=18)
         estimate, center = arm.outcome, jobs["num_tokens"].mean()
-        if estimate.low is not None:
-            axes.plot([center, center], [estimate.low, estimate.high], color=color)
+        if estimate.interval is not None:
+            axes.plot([center, center], estimate.interval, color=color)
         label = sweep.label(arm) if number < MOST_ARMS else "others" if number == MOST_ARMS else None
         axes.scatter([center], [estimate.mean], color=color, marker="D", s=36, label=label)
     axes.set(xlabel="tokens seen in training", ylabel=_outcome(sweep), title="outcome against cost")

@@ -75,7 +75,7 @@ def headline(sweep: Sweep) -> str:
         return "No job has finished, so there is nothing to compare."
     best, form = sweep.arms[0], _form(sweep)
     outcome = best.outcome
-    interval = f", 95 % interval {form(outcome.low)} to {form(outcome.high)}" if outcome.low is not None else ""
+    interval = ", 95 % interval {} to {}".format(*map(form, outcome.interval)) if outcome.interval is not None else ""
     text = f"Best: {sweep.label(best)} with {form(outcome.mean)}{interval}."
     if len(sweep.arms) == 1:
         return text

@@ -47,11 +47,14 @@ def own_arguments(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[
 
 
 def run_folder_of(overrides: Sequence[str]) -> RunFolder | None:
-    """The run folder that `run_dir=` names, checked to be one. Raises ConfigError."""
+    """The run folder that `run_dir=` names, if one is named. Raises ConfigError where it is none."""
     own, _ = own_arguments(overrides, ["run_dir"])
-    if "run_dir" not in own:
-        return None
-    folder = RunFolder(own["run_dir"].rstrip("/"))
+    return existing_run(own["run_dir"]) if "run_dir" in own else None
+
+
+def existing_run(path: str) -> RunFolder:
+    """The run folder at a path. Raises ConfigError where there is none."""
+    folder = RunFolder(path.rstrip("/"))
     if not folder.started():
         raise ConfigError(f"run_dir={folder.path} is not a run folder (it has no config.yaml)")
     check_links(folder.path)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.analysis.load import read_config
-from grpo.commands._common import own_arguments, run_folder_of
+from grpo.commands._common import existing_run, own_arguments
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
 from grpo.config.values import flatten
@@ -54,7 +54,7 @@ def _view(own: dict[str, str]) -> View:
         group = config["tracking"]["group"] if config else None
         return _of_config(config, own, group=group, keys=_arm_keys(sweep, configs))
     if "run_dir" in own:
-        return _of_config(read_config(run_folder_of([f"run_dir={own['run_dir']}"]).path), own)
+        return _of_config(read_config(existing_run(own["run_dir"]).path), own)
     return View(own["project"], ["correctness", "format"])
 
 
@@ -135,12 +135,12 @@ def workspace(view: View, entity: str) -> Any:
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
-    arms = {"groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"} if view.keys else {}
+    arms: dict[str, Any] = {"groupby_aggfunc": "mean", "groupby_rangefunc": "minmax"} if view.keys else {}
     sections = [
         ws.Section(
             name=section,
             is_open=True,
-            panels=[wr.LinePlot(title=title, x="step", y=metrics, **arms) for title, metrics in plots.items()],
+            panels=[wr.LinePlot(title=title, x="step", y=[*metrics], **arms) for title, metrics in plots.items()],
         )
         for section, plots in panels(view).items()
     ]

@@ -20,7 +20,11 @@ def main(arguments: list[str]) -> None:
     if model.lora is None or model.lora.init_from is None or subject.weights is not None:
         what = "has no adapter" if model.lora is None else "has no final_model/ with its adapter yet"
         raise ConfigError(f"nothing to merge: {subject.folder.path if subject.folder else model.name} {what}")
-    if "output_dir" not in own and subject.folder is None:
+    if "output_dir" in own:
+        target = Path(own["output_dir"])
+    elif subject.folder is not None:
+        target = subject.folder.path / "merged_model"
+    else:
         raise ConfigError("merge needs output_dir=DIR where no run folder is named")
     import torch
     from peft import PeftModel
@@ -29,7 +33,6 @@ def main(arguments: list[str]) -> None:
     from grpo.model.lora import check_adapter
 
     check_adapter(model.lora)
-    target = Path(own["output_dir"]) if "output_dir" in own else subject.folder.path / "merged_model"
     if target.exists():
         raise ConfigError(f"{target} exists already; remove it, or give another output_dir=DIR")
     merged = PeftModel.from_pretrained(load_model(model, torch.device("cpu")), model.lora.init_from).merge_and_unload()

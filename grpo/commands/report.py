@@ -6,7 +6,7 @@ python -m grpo report run_dir=outputs/...                into its report.html
 
 from pathlib import Path
 
-from grpo.commands._common import own_arguments, run_folder_of
+from grpo.commands._common import existing_run, own_arguments
 from grpo.config.errors import ConfigError
 from grpo.runs.files import check_links
 
@@ -31,4 +31,4 @@ def _report(own: dict[str, str]) -> list[str]:
         return [headline, *map(str, files)]
     from grpo.analysis.run_report import write_run_report
 
-    return [str(write_run_report(run_folder_of([f"run_dir={own['run_dir']}"]).path))]
+    return [str(write_run_report(existing_run(own["run_dir"]).path))]

@@ -36,13 +36,14 @@ def _launch(arguments: list[str]) -> int:
     with decide(flags) as launch:
         if launch is None:  # answered already
             return 0
-        if launch.sweep is None:
+        sweep = launch.sweep
+        if sweep is None:
             launch.app.start(partial(train_run, launch), launch.overrides, multirun=False)
             return 0
         try:
             code = report_errors(lambda: launch.app.start(train_job, launch.overrides, multirun=True))
         finally:
-            ended = report_errors(lambda: int(conclude(launch.sweep)))
+            ended = report_errors(lambda: int(conclude(sweep)))
         return ended or code
 
 

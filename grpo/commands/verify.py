@@ -120,8 +120,9 @@ def _compare_state(trainer: Any, checkpoint: Path) -> tuple[str | None, str]:
             return f"step {trainer.state.step}, {name}: {stored_state[name]} in the folder, {state[name]} now", ""
     present = {"model": weights_of(trainer.policy), "optimizer": flatten_optimizer(trainer.optimizer)}
     files = {name: (checkpoint / f"{name}.safetensors", tensors) for name, tensors in present.items()}
-    if reference_of(checkpoint) is not None and trainer.reference is not None:
-        files["reference"] = (reference_of(checkpoint) / "model.safetensors", weights_of(trainer.reference))
+    reference = reference_of(checkpoint)
+    if reference is not None and trainer.reference is not None:
+        files["reference"] = (reference / "model.safetensors", weights_of(trainer.reference))
     for part, (file, tensors) in files.items():
         missing = set(tensors)
         for name, stored in stored_tensors(file):

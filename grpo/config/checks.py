@@ -29,6 +29,7 @@ def typed(cfg: DictConfig) -> Config:
     """The composed config as plain dataclasses, checked across fields. Raises ConfigError."""
     values = escape(OmegaConf.to_container(cfg, resolve=True))  # resolved once, and not a second time
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
+    assert isinstance(config, Config)  # since the values were merged into its schema
     check(config)
     return config
 
@@ -146,8 +147,8 @@ def _check_number(name: str, value: float, facts: Facts) -> None:
 
 def _outside(value: float, facts: Facts) -> str | None:
     """What a number must be, where it is not; not-a-number never is."""
-    if facts.below is not None and not facts.above < value < facts.below:
-        return f"lie between {facts.above:g} and {facts.below:g}"
+    if facts.between is not None and not facts.between[0] < value < facts.between[1]:
+        return "lie between {:g} and {:g}".format(*facts.between)
     if facts.above is not None and not value > facts.above:
         return f"be above {facts.above:g}"
     if facts.least is not None and not value >= facts.least:

@@ -4,6 +4,8 @@ import difflib
 import re
 from collections.abc import Sequence
 
+from hydra.errors import MissingConfigException
+
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
 from grpo.config.paths import CONF_DIR, LAUNCH
@@ -49,8 +51,10 @@ def explain(error: Exception) -> str:
             return str(cause).strip()
         cause = cause.__cause__
     text = str(error).strip()
-    if (getattr(error, "missing_cfg_file", None) or "").startswith("hydra/"):
-        return unknown_plugin(error.missing_cfg_file, error.options)
+    if isinstance(error, MissingConfigException):
+        missing = error.missing_cfg_file or ""
+        if missing.startswith("hydra/"):
+            return unknown_plugin(missing, error.options)
     key = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
     full_key = re.search(r"full_key: (\S+)", text)
     if key:
@@ -64,8 +68,8 @@ def explain(error: Exception) -> str:
         return unknown_choice(*choice.groups())
     override = re.search(r"Error merging override (\S*)", text)
     if override:
-        cause = str(error.__cause__ or "").strip().splitlines()
-        return f"{override.group(1)}: {cause[0] if cause else 'not a value that this key can have'}"
+        reason = str(error.__cause__ or "").strip().splitlines()
+        return f"{override.group(1)}: {reason[0] if reason else 'not a value that this key can have'}"
     ambiguous = re.search(r"Ambiguous value for argument '([^']+)'", text)
     if ambiguous:
         return f"{ambiguous.group(1)} names several values: for one run of each add -m, for a list write key=[a,b]"

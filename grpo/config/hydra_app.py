@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.conf import HydraConf
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -92,7 +94,7 @@ class Application:
         multirun = multirun or cfg.hydra.mode == RunMode.MULTIRUN
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
         parsed = OverridesParser.create().parse_overrides(list(overrides))
-        self._hydra.config_loader.validate_sweep_overrides_legal(parsed, run_mode=mode, from_shell=True)
+        ConfigLoaderImpl.validate_sweep_overrides_legal(parsed, run_mode=mode, from_shell=True)
         return cfg, multirun
 
     def start(self, task: Callable[[DictConfig], Any], overrides: Sequence[str], multirun: bool) -> None:
@@ -104,25 +106,25 @@ class Application:
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
     """A composed config without Hydra's own part."""
-    return OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
-def compose_again(hydra_cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def compose_again(hydra_cfg: HydraConf, overrides: Sequence[str]) -> DictConfig:
     """Within a launch, its config with other overrides of the experiment.
 
     hydra_cfg: the `hydra` part of the launch's config, from which it takes the config's name and search path.
     """
-    own = OmegaConf.to_container(hydra_cfg.overrides.hydra, resolve=False)
+    own: Any = OmegaConf.to_container(hydra_cfg.overrides.hydra, resolve=False)  # a list of texts
     loader = GlobalHydra.instance().config_loader()
     cfg = loader.load_configuration(hydra_cfg.job.config_name, [*own, *overrides], run_mode=RunMode.RUN)
     return without_hydra(cfg)
 
 
-def config_flags(hydra_cfg: DictConfig) -> list[str]:
+def config_flags(hydra_cfg: HydraConf) -> list[str]:
     """The flags of a launch that say where its config is."""
     added = [source.path for source in hydra_cfg.runtime.config_sources if source.provider == "command-line"]
     flags = [each for path in added for each in ("--config-dir", path)]
-    name = hydra_cfg.job.config_name
+    name = hydra_cfg.job.config_name or CONFIG_NAME
     return [*flags, *(["--config-name", name] if name != CONFIG_NAME else [])]
 
 

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from hydra.errors import HydraException
@@ -49,10 +50,9 @@ def check_importable(config: Config) -> None:
 def bind_reward(key: str, node: Mapping[str, Any]) -> Callable[..., list[float | None]]:
     """A reward function in TRL's form, `f(prompts, completions, **columns)`. Raises ConfigError for another form."""
     function = bind(key, node, without=("weight",))
-    try:
+    parameters: Mapping[str, inspect.Parameter] = {}
+    with suppress(TypeError, ValueError):  # a builtin without a signature
         parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        parameters = {}
     if "completions" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise ConfigError(
             f"{key}._target_={node['_target_']}: a reward function has the form "
@@ -84,7 +84,7 @@ def _reason(error: BaseException) -> str:
         return "Hydra refuses to run this from a config; name a function made for this key"
     while error.__cause__ is not None:
         error = error.__cause__
-    extra = EXTRAS.get(getattr(error, "name", None))
-    if extra is not None:
-        return f'{error.name} is not installed; add it with: pip install -e ".[{extra}]"'
+    missing = error.name if isinstance(error, ImportError) else None
+    if missing in EXTRAS:
+        return f'{missing} is not installed; add it with: pip install -e ".[{EXTRAS[missing]}]"'
     return f"{first_line(error)}; it must be the dotted path of a function that Python can import from here"

@@ -108,11 +108,12 @@ STATE_STEPS = (state_0_to_1,)
 
 def _set_default(values: Values, name: str, value: Any) -> None:
     *groups, last = name.split(".")
+    node: Any = values
     for each in groups:
-        values = values.get(each)
-        if not isinstance(values, dict):
+        node = node.get(each)
+        if not isinstance(node, dict):
             return
-    values.setdefault(last, value)
+    node.setdefault(last, value)
 
 
 def _with_moved_targets(node: Any) -> Any:

@@ -82,12 +82,12 @@ class Overrides:
     @property
     def of_hydra(self) -> "Overrides":
         """Those of Hydra's own settings."""
-        return Overrides([each.input_line for each in self.parsed if each.is_hydra_override()])
+        return Overrides([line for line, each in self._lines() if each.is_hydra_override()])
 
     @property
     def of_experiment(self) -> "Overrides":
         """All others."""
-        return Overrides([each.input_line for each in self.parsed if not each.is_hydra_override()])
+        return Overrides([line for line, each in self._lines() if not each.is_hydra_override()])
 
     def expand(self, points: Sequence[Sequence[str]]) -> "Overrides":
         """The same with each swept key as a plain list of the values that it has in these points, in their order.
@@ -120,6 +120,9 @@ class Overrides:
         ]
         known = set(Overrides(kept).keys)
         return Overrides([*kept, *new.without(known)])
+
+    def _lines(self) -> Iterator[tuple[str, Override]]:
+        return zip(self.lines, self.parsed, strict=True)
 
     def _pairs(self) -> Iterator[tuple[str, Override]]:
         return zip(self.keys, self.parsed, strict=True)

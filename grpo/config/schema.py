@@ -19,12 +19,12 @@ class Facts:
 
     least: float | None = None  # the smallest value allowed
     above: float | None = None  # every value must be larger than this
-    below: float | None = None  # and smaller than this
+    between: tuple[float, float] | None = None  # every value must lie between these, and be neither
     choices: tuple[Any, ...] = ()  # empty: any value
     hint: str = ""  # what an error about the value adds
     # Whether a resumed run may change it: refused | free: how the run is watched and kept | rounding: the results stay
-    # equal up to rounding | longer: only to add steps. None: as the group.
-    on_resume: str | None = None
+    # equal up to rounding | longer: only to add steps. Empty: as the group.
+    on_resume: str = ""
     launch_only: bool = False  # about one launch, and never written to config.yaml; so are all keys of such a group
     of_sweep: bool = False  # of such a key: the jobs of a sweep depend on it, so that sweep.json keeps it
 
@@ -69,7 +69,7 @@ class GrpoConfig:
     max_completion_length: int | None = key(least=1)
     beta: float = key(least=0)
     mu: int = key(least=1)
-    epsilon: float = key(above=0, below=1, hint="usually 0.1 or 0.2")
+    epsilon: float = key(between=(0, 1), hint="usually 0.1 or 0.2")
     max_grad_norm: float = key(above=0, hint="1e9 never clips")
     lr_schedule: str = key(choices=("constant", "linear", "cosine"))
     warmup_steps: int = key(least=0)
@@ -196,7 +196,8 @@ def _facts(schema: type, above: Facts, prefix: str) -> Iterator[tuple[str, Facts
         own = each.metadata.get("facts", Facts())
         own = replace(own, on_resume=own.on_resume or above.on_resume, launch_only=own.launch_only or above.launch_only)
         dotted = f"{prefix}{each.name}"
-        inner = [one for one in (types[each.name], *get_args(types[each.name])) if dataclasses.is_dataclass(one)]
+        possible = (types[each.name], *get_args(types[each.name]))
+        inner = [one for one in possible if isinstance(one, type) and dataclasses.is_dataclass(one)]
         if inner:
             if type(None) in get_args(types[each.name]):
                 OPTIONAL_GROUPS.add(dotted)

@@ -2,7 +2,7 @@
 
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -35,12 +35,12 @@ def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
         )
 
 
-def foreign_targets(config: Any, named: set[str] = frozenset()) -> dict[str, str]:
+def foreign_targets(config: Any, named: Collection[str] = ()) -> dict[str, str]:
     """Key -> target of what a config runs and neither the suite, torch.optim, conf/ nor `named` has."""
-    named = set(named)
+    known = set(named)
     for file in CONF_DIR.rglob("*.yaml"):
-        named.update(re.findall(r"^\s*_target_:\s*(\S+)", file.read_text(), flags=re.MULTILINE))
-    return {key: target for key, target in targets_in(config) if target not in named and not _is_own(str(target))}
+        known.update(re.findall(r"^\s*_target_:\s*(\S+)", file.read_text(), flags=re.MULTILINE))
+    return {key: target for key, target in targets_in(config) if target not in known and not _is_own(str(target))}
 
 
 def targets_in(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:

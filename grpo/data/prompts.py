@@ -29,7 +29,9 @@ def render(tokenizer: PreTrainedTokenizerBase, conversation: Messages) -> str:
     """The text that a model reads, up to where its answer begins. Without a chat template: the plain contents."""
     if tokenizer.chat_template is None:
         return "\n\n".join(message["content"] for message in conversation) + "\n\n"
-    return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)  # since it was not to tokenize
+    return text
 
 
 def prompt_lengths(

@@ -80,24 +80,22 @@ def check_runnable(config: DictConfig, overrides: Overrides) -> Config:
 def hold_run(app: Application, composed: DictConfig, overrides: Overrides) -> Iterator[Launch | None]:
     """Choose, reserve and lock the folder of a single run; None where it has finished already."""
     run = known_folder(without_hydra(composed), overrides)
-    chosen = "new"
-    if run is not None:
-        chosen = choose_run(run, composed.resume, overrides)
-    if chosen == "done":
-        print(f"{run.path} has finished already: nothing to do")
-        yield None
-        return
-    if chosen == "resume":
-        run.frozen_config()  # refused here, with nothing written to the folder, if it cannot be read
-        holding = locked(run.path)
-    elif chosen == "fresh":
-        check_empty(run.path)
-        holding = reserved(run.path, suffix=False)
+    if run is None:
+        wanted = outputs() / run_name(composed, overrides) / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        holding = reserved(wanted, suffix=True)
     else:
-        path = outputs() / run_name(composed, overrides) / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-        holding = reserved(path, suffix=True)
-    with holding as new:
-        path = run.path if new is None else new
+        chosen = choose_run(run, composed.resume, overrides)
+        if chosen == "done":
+            print(f"{run.path} has finished already: nothing to do")
+            yield None
+            return
+        if chosen == "resume":
+            run.frozen_config()  # refused here, with nothing written to the folder, if it cannot be read
+            holding = locked(run.path)
+        else:
+            check_empty(run.path)
+            holding = reserved(run.path, suffix=False)
+    with holding as path:
         own = f"hydra.run.dir={quoted(str(path))}"
         final = [*overrides.without({"hydra.run.dir"}), own]
         yield Launch(app, final, without_hydra(composed), run=RunFolder(path))

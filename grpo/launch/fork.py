@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -41,11 +42,8 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     frozen = apply_overrides(before, cfg, overrides)
     check_trusted(frozen, cfg, parent.path)
     manifest = read_json(source / MANIFEST)
-    lineage = {
-        "run_dir": str(parent.path),
-        "step": state.step,
-        "parent": OmegaConf.to_container(before, resolve=True)["parent"],
-    }
+    values: Any = OmegaConf.to_container(before, resolve=True)  # a dict
+    lineage = {"run_dir": str(parent.path), "step": state.step, "parent": values["parent"]}
     frozen.parent = escape(lineage | {"weights_sha256": manifest["files"]["model.safetensors"]["sha256"]})
     if cfg.tracking.group is not None:  # such as that of a sweep
         copy_value(cfg, "tracking.group", frozen)

@@ -70,7 +70,7 @@ def _may_change(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool
     return policy in ("free", "rounding") or (policy == "longer" and _is_longer(key, before, after))
 
 
-def _policy(key: str) -> str | None:
+def _policy(key: str) -> str:
     return FACTS[key].on_resume if key in FACTS else "refused"
 
 

@@ -77,7 +77,8 @@ def job_folder() -> RunFolder:
 
 def command_line() -> Overrides:
     """The overrides of the experiment that Hydra composed this run with."""
-    return Overrides(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
+    lines: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # a list of texts
+    return Overrides(lines)
 
 
 @contextmanager
@@ -182,7 +183,7 @@ def _record_end(run: Run, error: BaseException) -> None:
     run.record_state("failed", f"{type(error).__name__}: {error}")
     logger.info("the run failed", exc_info=error)  # into launch.log; the console gets the one line below
     logger.error("%s failed: %s: %s", run.folder.path, type(error).__name__, error)
-    error.logged = True
+    vars(error)["logged"] = True  # for `report_errors`
     # Hydra keeps a failed job's exception for the rest of a sweep, and with its frames the model.
     traceback.clear_frames(error.__traceback__)
 

@@ -61,7 +61,8 @@ def score(
     rows, or gives no number, unless its component skips errors.
     """
     scores = {c.name: _score(c, prompts, completions, columns) for c in components}
-    total = sum(c.weight * torch.nan_to_num(scores[c.name], nan=0.0) for c in components)
+    parts = (c.weight * torch.nan_to_num(scores[c.name], nan=0.0) for c in components)
+    total = sum(parts, start=torch.zeros(len(completions), dtype=torch.float64))
     return Rewards(scores, total)
 
 
@@ -203,7 +204,7 @@ def _too_slow(component: Component) -> str:
     return f"reward component '{component.name}' took longer than {component.timeout_s:g} s"
 
 
-def _number(name: str, value: object) -> float:
+def _number(name: str, value: Any) -> float:
     if value is None:
         return math.nan
     try:

@@ -189,7 +189,8 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def _group_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What an optimizer keeps in its groups beside its settings, such as Prodigy's d and k."""
-    settings = {name for each in type(optimizer).__mro__ for name in inspect.signature(each.__init__).parameters}
+    constructors = [each.__init__ for each in type(optimizer).__mro__]  # type: ignore[misc]  # of classes, not instances
+    settings = {name for each in constructors for name in inspect.signature(each).parameters}
     return {
         f"group.{number}.{name}": _as_tensor(value)
         for number, group in enumerate(optimizer.param_groups)
@@ -262,8 +263,8 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
         # By hand, since `load_state_dict` would give it the parameter's dtype, and have it in memory twice meanwhile.
         on_device = name != "step" or group.get("fused") or group.get("capturable")  # where these want even the step
         value = value.to(parameter.device if on_device else value.device, copy=True)
-        number = value.dim() == 0 and value.dtype in (torch.int64, torch.float64)  # a plain number
-        optimizer.state[parameter][name] = value.item() if number else value
+        is_plain = value.dim() == 0 and value.dtype in (torch.int64, torch.float64)  # a number
+        optimizer.state[parameter][name] = value.item() if is_plain else value
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, dict[str, Any]]]:

@@ -72,19 +72,16 @@ def live_numbers(row: dict[str, Any]) -> str:
 def closing_table(evaluations: dict[str, dict[str, Any] | None]) -> Table:
     """Before and after training, on the held-out problems."""
     shown = {name: result for name, result in evaluations.items() if result}
+    results = list(shown.values())
     table = Table(title="held-out problems, greedy decoding")
     table.add_column("")
     for name, result in shown.items():
         table.add_column(f"{name} (n={result['n']})", justify="right")
-    lines = {
-        "accuracy": lambda r: "-" if r["accuracy"] is None else f"{r['accuracy']:.1%}",
-        "reward": lambda r: f"{r['reward']:.2f}",
-    }
-    for component in next(iter(shown.values()))["rewards"]:
-        lines[component] = lambda r, c=component: _two_digits(r["rewards"][c])
-    lines["mean length"] = lambda r: f"{r['completions/mean_length']:.1f}"
-    for label, value in lines.items():
-        table.add_row(label, *(value(result) for result in shown.values()))
+    table.add_row("accuracy", *("-" if r["accuracy"] is None else f"{r['accuracy']:.1%}" for r in results))
+    table.add_row("reward", *(f"{r['reward']:.2f}" for r in results))
+    for component in results[0]["rewards"]:
+        table.add_row(component, *(_two_digits(r["rewards"][component]) for r in results))
+    table.add_row("mean length", *(f"{r['completions/mean_length']:.1f}" for r in results))
     return table
 
 

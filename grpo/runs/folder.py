@@ -32,9 +32,9 @@ from grpo.runs.files import (
 from grpo.runs.lock import in_use
 
 # The types of what the small files hold, as far as it is read.
-STATUS = {"state": str, "step": int, "iteration": int, "total_steps": int, "saved_step": int, "seconds": float}
-STATUS |= {"best_reward": float | None, "error": str | None, "overrides": list}
-EVALUATION = {"step": int, "n": int, "accuracy": float | None, "reward": float | None}
+STATUS: dict[str, Any] = {"state": str, "step": int, "iteration": int, "total_steps": int, "saved_step": int}
+STATUS |= {"seconds": float, "best_reward": float | None, "error": str | None, "overrides": list}
+EVALUATION: dict[str, Any] = {"step": int, "n": int, "accuracy": float | None, "reward": float | None}
 EVALUATION |= {"rewards": dict | None, "problems": list}
 
 

@@ -42,7 +42,8 @@ class Record:
         write_whole(folder / "halving.json", json.dumps(asdict(self), indent=1) + "\n")
 
     def seconds(self, ladder: Ladder) -> float:
-        """What a ladder takes, in seconds of jobs."""
+        """What a ladder takes, in seconds of jobs, by the `step_s` and `start_s` that were measured."""
+        assert self.step_s is not None and self.start_s is not None  # both are measured at once
         return seconds(ladder, len(self.arms[0]), self.step_s, self.start_s)
 
     def in_words(self) -> dict[str, Any]:
@@ -93,10 +94,10 @@ def choose_ladder(record: Record) -> Ladder:
     """
     total, arms = record.total_steps, len(record.arms)
     if record.budget_hours is None:
-        first, left = total, arms
+        share, left = float(total), arms
         while left >= record.eta:
-            first, left = first / record.eta, left // record.eta
-        return ladder(total, arms, record.eta, max(1, int(first)))
+            share, left = share / record.eta, left // record.eta
+        return ladder(total, arms, record.eta, max(1, int(share)))
     firsts = range(total, min(LEAST_STEPS, total) - 1, -1)
     for first in firsts:
         rungs = ladder(total, arms, record.eta, first)
@@ -108,5 +109,5 @@ def choose_ladder(record: Record) -> Ladder:
 
 def best_arms(scores: Sequence[float | None], keep: int) -> list[int]:
     """The arms with the best scores, best first; those without one are out, and of equal ones the first stays."""
-    ranked = sorted((number for number, score in enumerate(scores) if score is not None), key=lambda n: -scores[n])
-    return ranked[:keep]
+    ranked = sorted((-score, number) for number, score in enumerate(scores) if score is not None)
+    return [number for _, number in ranked[:keep]]

@@ -21,8 +21,8 @@ LINE = 512  # bytes
 
 
 @contextmanager
-def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[None]:
-    """Hold a folder for this process; raises ConfigError where another live process holds it.
+def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[Path]:
+    """Hold a folder, which it yields, for this process; raises ConfigError where another live process holds it.
 
     On one machine the system's lock of `.lock` decides, which goes with its process however that dies. Other machines
     may not see that lock, or see it still after its machine died; so the holder also renews a line in the file every
@@ -44,7 +44,7 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[None]:
         thread = threading.Thread(target=_renew, args=(file, folder, token, stop, renew_s), daemon=True)
         thread.start()
         try:
-            yield
+            yield folder
         finally:
             stop.set()
             thread.join()

@@ -66,7 +66,7 @@ class Saver:
         def write() -> None:
             target = step_folder(self._folder, state.step)
             try:
-                if moved:
+                if place is not None and moved:
                     write_checkpoint(place, {"model": moved})
                     self._reference_iteration = state.iteration
                 write_checkpoint(target, tensors, state, place)

@@ -20,9 +20,10 @@ def exits_are_failures(*allowed: type[BaseException]) -> Iterator[None]:
 
     A reward that calls `sys.exit(0)` would otherwise end a run as if it had succeeded.
     """
+    passed_on: tuple[type[BaseException], ...] = (Exception, *allowed)
     try:
         yield
-    except (Exception, *allowed):
+    except passed_on:
         raise
     except BaseException as error:
         raise RuntimeError(

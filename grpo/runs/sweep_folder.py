@@ -26,8 +26,8 @@ from grpo.runs.lock import in_use
 logger = logging.getLogger(__name__)
 
 # The types of what sweep.json holds, as far as it is read.
-RECORD = {"overrides": list, "hydra": list, "keys": list, "planned": list | None, "flags": list, "jobs": list}
-RECORD |= {"name": str, "state": str, "sweeper": str}
+RECORD: dict[str, Any] = {"overrides": list, "hydra": list, "keys": list, "planned": list | None, "flags": list}
+RECORD |= {"jobs": list, "name": str, "state": str, "sweeper": str}
 
 
 class SweepFolder:
@@ -127,7 +127,7 @@ class SweepFolder:
         except (ValueError, YAMLError) as broken:  # of one job, which the others have nothing to do with
             status = {"state": "unreadable", "error": str(broken)}
         state = status.get("state", "pending")
-        if state == "running" and not in_use(run.path):  # it was killed
+        if run is not None and state == "running" and not in_use(run.path):  # it was killed
             state = "interrupted"
         if halved and state == "interrupted":
             state = "stopped early"

@@ -6,16 +6,16 @@ from typing import Any
 
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from grpo.config.errors import ConfigError
-from grpo.config.overrides import Overrides
+from grpo.config.hydra_app import split_into_jobs
 from grpo.runs.folder import RunFolder
 from grpo.runs.halving_state import LEAST_STEPS, Record, arms_of, best_arms, choose_ladder
 from grpo.sweeps.launcher import JobFailed
-from grpo.sweeps.opening import points_of
 
 
 class HalvingSweeper(Sweeper):
@@ -24,6 +24,10 @@ class HalvingSweeper(Sweeper):
     eta: the best 1/eta of the arms go on from each rung, to eta times the steps. budget_hours: of jobs, added up;
     None for rungs that leave one arm for the last. What is decided is in halving.json in the sweep's folder.
     """
+
+    hydra_context: HydraContext  # these three from `setup`
+    config: DictConfig
+    launcher: Launcher
 
     def __init__(self, eta: int, budget_hours: float | None, params: DictConfig | None = None) -> None:
         self.eta, self.budget_hours = eta, budget_hours
@@ -36,7 +40,7 @@ class HalvingSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Climb the ladder; raises what the first job that failed raised, after all others are done."""
-        self.points = [list(point) for point in points_of(Overrides(arguments), self.config.hydra.sweeper)]
+        self.points = split_into_jobs(arguments)
         self.validate_batch_is_legal(self.points)
         self.folder = Path(self.config.hydra.sweep.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,25 +89,25 @@ class HalvingSweeper(Sweeper):
                 record.entered, record.state = None, "out of budget"
                 break
             record.write(self.folder)
-            if not (alive := self._rung(place)):
+            if not (alive := self._rung(place, record.entered)):
                 return  # none came so far: the same command tries them again
         else:
             record.state = "finished"
         record.write(self.folder)
 
-    def _rung(self, place: int) -> list[int]:
+    def _rung(self, place: int, entered: list[int]) -> list[int]:
         """Let the arms that entered a rung make its steps; returns those that go on, best first, and records them."""
         record, (steps, _) = self.record, self.record.ladder[place]
-        jobs = [job for arm in record.entered for job in record.arms[arm]]
+        jobs = [job for arm in entered for job in record.arms[arm]]
         for _ in range(2):  # what failed is tried once more, as the memory or the disk may have been short
             self._launch(jobs, steps)
             for job in jobs:
                 if not self._stands_at(job, steps) and self._state(job) != "failed":
                     raise JobFailed(f"job {job} was stopped before step {steps}, so its rung is not decided")
         self._measure()
-        scores = self._scores(record.entered, steps)
+        scores = self._scores(entered, steps)
         last = place + 1 == len(record.ladder)
-        kept = best_arms(scores, len(record.entered) if last else record.ladder[place + 1][1])
+        kept = best_arms(scores, len(entered) if last else record.ladder[place + 1][1])
         if kept:
             by_arm = {str(arm): score for arm, score in enumerate(scores) if score is not None}
             record.rungs.append({"steps": steps, "scores": by_arm, "kept": kept, "spent_hours": self._spent() / 3600})
@@ -164,8 +168,9 @@ class HalvingSweeper(Sweeper):
         """
         rows = {job: RunFolder(self.folders[job]).metrics(steps) for arm in alive for job in self.record.arms[arm]}
         there = {job: made[-max(1, steps // 10) :] for job, made in rows.items() if len(made) == steps}
-        scores = {job: RunFolder(self.folders[job]).accuracy_at(steps) for job in there}
-        if None in scores.values():
+        accuracies = {job: RunFolder(self.folders[job]).accuracy_at(steps) for job in there}
+        scores = {job: accuracy for job, accuracy in accuracies.items() if accuracy is not None}
+        if len(scores) < len(there):
             scores = {job: statistics.fmean(row["reward"] for row in last) for job, last in there.items()}
         of_arms = [[scores[job] for job in jobs if job in scores] for jobs in self.record.arms]
         return [statistics.fmean(made) if made else None for made in of_arms]

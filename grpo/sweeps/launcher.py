@@ -71,28 +71,30 @@ class LocalLauncher(Launcher):
         target = self.config.hydra.launcher._target_
         at_once = self.jobs_at_once or (_gpus() if takes_any_gpu(self.config, target) else 0) or 1
         waiting = deque((place, initial_job_idx + place, list(each)) for place, each in enumerate(job_overrides))
-        running: dict[int, _Job] = {}  # by what says that its process has ended
-        returns: list[JobReturn | None] = [None] * len(job_overrides)
+        running: dict[Any, _Job] = {}  # by what says that its process has ended
+        returns: dict[int, JobReturn] = {}  # by the job's place
         with _Forwarding(running) as stop:
             while (waiting and not stop.received) or running:
                 while waiting and len(running) < at_once and not stop.received:
                     place, number, overrides = waiting.popleft()
                     config = self._composed(number, overrides)
-                    returns[place] = _done_before(config)
-                    if returns[place] is None and not stop.received:
+                    before = _done_before(config)
+                    if before is not None:
+                        returns[place] = before
+                    elif not stop.received:
                         job = self._start(place, number, overrides, config, quiet=at_once > 1)
                         running[job.process.sentinel] = job
                         stop.pass_on(job)  # what came while it was started
                 for sentinel in wait(list(running)) if running else ():
                     job = running.pop(sentinel)
-                    returns[job.place] = _outcome(job, stopped=bool(stop.received))
+                    returns[job.place] = done = _outcome(job, stopped=bool(stop.received))
                     if at_once > 1:
-                        state = _state(job.folder) if returns[job.place].status == JobStatus.FAILED else "done"
+                        state = _state(job.folder) if done.status == JobStatus.FAILED else "done"
                         minutes = (time.monotonic() - job.started) / 60
                         print(f"job {job.number} ({job.name}): {state}, {minutes:.1f} minutes", flush=True)
         if stop.received:
             raise SystemExit(128 + stop.received)
-        return returns
+        return [returns[place] for place in range(len(job_overrides))]
 
     def _composed(self, number: int, overrides: list[str]) -> DictConfig:
         config = self.context.config_loader.load_sweep_config(self.config, overrides)
@@ -163,20 +165,24 @@ def _run(call: bytes, sender: Connection, console: Path | None) -> None:
 
 
 def _end_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # the launcher started this process
+    wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _outcome(job: _Job, stopped: bool) -> JobReturn:
     """What an ended job left."""
     job.process.join()
+    code = job.process.exitcode
+    assert code is not None  # it has ended
     try:
         value, error = job.result.recv()
     except EOFError:  # it was ended, and had no time to say anything
-        reason = f"its process ended with {_in_words(job.process.exitcode)}"
+        reason = f"its process ended with {_in_words(code)}"
         value, error = None, JobFailed(f"job {job.number} ({job.name}): {reason}")
         run = RunFolder(job.folder)
-        left = job.process.exitcode in STOPPED  # by a signal that was for it alone: it has saved and said so
+        left = code in STOPPED  # by a signal that was for it alone: it has saved and said so
         if not (stopped or left or _state(run.path) in ("finished", "failed", "unreadable")):
             run.update_status(state="failed", error=reason)
             logger.error("%s failed: %s", job.folder, reason)
@@ -201,7 +207,7 @@ class JobFailed(Exception):
 class _Forwarding:
     """Passes stop signals on to the jobs that run."""
 
-    def __init__(self, running: dict[int, _Job]) -> None:
+    def __init__(self, running: dict[Any, _Job]) -> None:
         self.running, self.received = running, 0
         self._former: dict[int, Any] = {}
 
@@ -220,9 +226,10 @@ class _Forwarding:
 
     def pass_on(self, job: _Job) -> None:
         """Send a job the signal that was received, if one was; it may have ended meanwhile."""
-        if self.received:
+        pid = job.process.pid
+        if self.received and pid is not None:
             with suppress(ProcessLookupError):
-                os.kill(job.process.pid, self.received)
+                os.kill(pid, self.received)
 
 
 def threads_hint(config: DictConfig, at_once: int, cores: int) -> str | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -52,14 +53,15 @@ def prepare_sweep(composed: DictConfig, overrides: Overrides, check: Check) -> S
     sweeper, choice = composed.hydra.sweeper, composed.hydra.runtime.choices["hydra/sweeper"]
     asked = with_params(overrides.of_experiment, sweeper)
     known = _known_folder(composed, overrides, asked, choice)
+    named, record = asked, {}
     if known is not None:
         check_links(known.path)
-    record = known.record() if known is not None else {}
-    if record:
-        known.check_same(asked, choice, composed.resume)
-    elif known is not None and not known.begun():
-        check_empty(known.path)
-    named = known.continued(asked) if record else asked
+        record = known.record()
+        if record:
+            known.check_same(asked, choice, composed.resume)
+            named = known.continued(asked)
+        elif not known.begun():
+            check_empty(known.path)
     # Read once, since `seed=shuffle(1,2,3)` would give the jobs another order each time.
     task = named.expand(record.get("planned") or points_of(named, sweeper) or ())
     points = points_of(task, sweeper)
@@ -127,7 +129,7 @@ def _check_points(composed: DictConfig, task: Overrides, points: list[list[str]]
 
 def with_params(overrides: Overrides, sweeper: DictConfig) -> Overrides:
     """The overrides of a sweep with what the sweeper's own params add before them."""
-    params = OmegaConf.to_container(sweeper.get("params") or OmegaConf.create(), resolve=False)
+    params: Any = OmegaConf.to_container(sweeper.get("params") or OmegaConf.create(), resolve=False)  # a dict
     added = Overrides([f"{key}={value}" for key, value in params.items()])
     return Overrides([*added.without(overrides.keys), *overrides])
 
