@@ -35,7 +35,8 @@ def cases(smollm2: str | None, gsm8k: str | None) -> dict[str, list[str]]:
     if smollm2 is not None:
         common = [
             "experiment=smollm2_gsm8k", f"model.name={smollm2}", f"data.path={gsm8k}", "grpo.num_steps=3",
-            "grpo.beta=0.04", "hardware.threads=2", "eval.before=false", "eval.after=false", "samples.every=1",
+            "grpo.beta=0.04", "grpo.num_generations=4", "grpo.max_completion_length=64", "hardware.threads=2",
+            "eval.before=false", "eval.after=false", "preflight=false", "samples.every=1",
         ]  # fmt: skip
         found |= {f"smollm2 mu={mu}": [*common, f"grpo.mu={mu}"] for mu in (1, 2)}
     return found
