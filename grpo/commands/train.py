@@ -9,7 +9,9 @@ In a checkout `python launch.py` is the same.
 """
 
 import os
+import signal
 from functools import partial
+from types import FrameType
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_original_cwd
@@ -20,6 +22,7 @@ from grpo.launch.decide import Launch, decide
 from grpo.launch.process import report_errors, run_command
 from grpo.launch.session import open_run
 from grpo.runs.folder import hydra_record, job_folder_name
+from grpo.runs.stop_signals import Exit
 from grpo.sweeps.closing import conclude
 
 
@@ -30,6 +33,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _launch(arguments: list[str]) -> int:
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the run handles them itself: leave, and clean up
+        signal.signal(number, _leave)
     flags = read_flags(arguments)
     if only_shows(flags):
         return show(arguments, train_job)
@@ -47,11 +52,15 @@ def _launch(arguments: list[str]) -> int:
         return ended or code
 
 
+def _leave(number: int, _: FrameType | None) -> None:
+    raise Exit(128 + number)
+
+
 def train_run(launch: Launch, cfg: DictConfig) -> float | None:
     """The one run of a launch, in the folder that was decided."""
-    if cfg != launch.config:
+    if OmegaConf.to_container(cfg, resolve=False) != OmegaConf.to_container(launch.config, resolve=False):
         raise RuntimeError("Hydra composed another config than the one that was decided on")
-    return train_job(cfg, launch)
+    return train_job(launch.config, launch)
 
 
 def train_job(cfg: DictConfig, launch: Launch | None = None) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from grpo.config.errors import ConfigError
+from grpo.config.overrides import Overrides
 from grpo.config.schema import FACTS, Config, Facts, LoraSettings
 from grpo.config.values import escape, flatten
 
@@ -114,6 +115,17 @@ def check_training(config: Config) -> None:
             f"at optimizer.lr={config.optimizer['lr']} nearly all; use tuning=full_bf16, whose optimizer rounds "
             "stochastically, or model.dtype=float32 with hardware.compute_dtype=bfloat16"
         )
+
+
+def check_followed(config: Config, overrides: Overrides) -> None:
+    """Raise ConfigError where a command line sets a number of grpo.* that the objective does not follow."""
+    for name in ("beta", "epsilon"):
+        own = config.objective.get(name)
+        if own is not None and own != getattr(config.grpo, name) and overrides.names(f"grpo.{name}"):
+            raise ConfigError(
+                f"grpo.{name}: the objective has its own, objective.{name}={own:g}; set that one, or "
+                f"objective.{name}=null to follow grpo.{name}"
+            )
 
 
 def check_device_map(device_map: object) -> None:

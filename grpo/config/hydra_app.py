@@ -16,6 +16,7 @@ from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.conf import HydraConf
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.types import RunMode
@@ -89,6 +90,7 @@ class Application:
         cfg = self._hydra.compose_config(
             self.config_name, list(overrides), RunMode.MULTIRUN, validate_sweep_overrides=False
         )
+        HydraConfig.instance().set_config(cfg)  # for ${hydra:...} in the config
         if multirun and cfg.hydra.mode == RunMode.RUN:
             raise ConfigError("hydra.mode=RUN and --multirun: leave one of them out")
         multirun = multirun or cfg.hydra.mode == RunMode.MULTIRUN

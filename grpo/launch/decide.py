@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from grpo.config.checks import check_name, typed
+from grpo.config.checks import check_followed, check_name, typed
 from grpo.config.errors import ConfigError
 from grpo.config.hydra_app import Application, without_hydra
 from grpo.config.instantiate import check_importable
@@ -18,7 +19,7 @@ from grpo.config.schema import Config
 from grpo.launch.plan import print_plan
 from grpo.runs.choice import check_empty, check_parent, choose_run
 from grpo.runs.files import short_path
-from grpo.runs.folder import RunFolder, newest_unfinished, outputs, release, reserve
+from grpo.runs.folder import RunFolder, newest_unfinished, outputs, release, remove_empty, reserve
 from grpo.runs.gpu_queue import remember_gpus
 from grpo.runs.lock import locked
 from grpo.runs.sweep_folder import SweepFolder
@@ -63,13 +64,7 @@ def decide(flags: argparse.Namespace) -> Iterator[Launch | None]:
 def check_runnable(config: DictConfig, overrides: Overrides) -> Config:
     """The config of one run as dataclasses. Raises ConfigError where it cannot run on any machine."""
     checked = typed(config)
-    for key in ("beta", "epsilon"):
-        own = checked.objective.get(key)
-        if own is not None and own != getattr(checked.grpo, key) and overrides.names(f"grpo.{key}"):
-            raise ConfigError(
-                f"grpo.{key}: the objective has its own, objective.{key}={own:g}; set that one, or "
-                f"objective.{key}=null to follow grpo.{key}"
-            )
+    check_followed(checked, overrides)
     check_importable(checked)
     if checked.fork:
         check_parent(checked.run_dir)
@@ -79,12 +74,13 @@ def check_runnable(config: DictConfig, overrides: Overrides) -> Config:
 @contextmanager
 def hold_run(app: Application, composed: DictConfig, overrides: Overrides) -> Iterator[Launch | None]:
     """Choose, reserve and lock the folder of a single run; None where it has finished already."""
-    run = known_folder(without_hydra(composed), overrides)
+    config = without_hydra(composed)
+    run = known_folder(config, named_folder(composed.hydra.run, "${run_dir}"))
     if run is None:
-        wanted = outputs() / run_name(composed, overrides) / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        wanted = outputs() / run_name(config, overrides) / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
         holding = reserved(wanted, suffix=True)
     else:
-        chosen = choose_run(run, composed.resume, overrides)
+        chosen = choose_run(run, config.resume, overrides)
         if chosen == "done":
             print(f"{run.path} has finished already: nothing to do")
             yield None
@@ -97,15 +93,23 @@ def hold_run(app: Application, composed: DictConfig, overrides: Overrides) -> It
             holding = reserved(run.path, suffix=False)
     with holding as path:
         own = f"hydra.run.dir={quoted(str(path))}"
-        final = [*overrides.without({"hydra.run.dir"}), own]
-        yield Launch(app, final, without_hydra(composed), run=RunFolder(path))
+        yield Launch(app, [*overrides.without({"hydra.run.dir"}), own], config, run=RunFolder(path))
 
 
-def known_folder(config: DictConfig, overrides: Overrides) -> RunFolder | None:
-    """The folder that the command line names, or the newest unfinished one where it resumes; None: a new one."""
-    named = overrides.value("hydra.run.dir") or (None if config.fork else config.run_dir)
-    if named is not None:
-        return RunFolder(short_path(named))
+def named_folder(place: DictConfig, default: str) -> str | None:
+    """The folder that hydra.run or hydra.sweep names, on the command line or in a config; None: conf's own default."""
+    written: Any = OmegaConf.to_container(place, resolve=False)  # a dict
+    return None if written["dir"] == default else str(place.dir)
+
+
+def known_folder(config: DictConfig, named: str | None = None) -> RunFolder | None:
+    """The folder that the launch names, or the newest unfinished one where it resumes; None: a new one.
+
+    named: by hydra.run.dir. A fork's run_dir is another folder, that of its parent.
+    """
+    path = named or (None if config.fork else config.run_dir)
+    if path is not None:
+        return RunFolder(short_path(path))
     if not config.resume or config.fork:
         return None
     # `auto` is for the same command again, as a queue restarts it, so it stays within the experiment's name.
@@ -128,7 +132,7 @@ def run_name(config: DictConfig, overrides: Overrides) -> str:
 
 @contextmanager
 def reserved(wanted: Path, suffix: bool) -> Iterator[Path]:
-    """Hold the folder of a new run for this process. If no run came to be in it, nothing of it stays.
+    """Hold the folder of a new run for this process. Where no run starts in it, it is removed again.
 
     suffix: give it another name where the wanted one is taken.
     """
@@ -136,25 +140,34 @@ def reserved(wanted: Path, suffix: bool) -> Iterator[Path]:
     run = RunFolder(path)
     try:
         with locked(path):
-            if run.started():
-                raise ConfigError(f"{path} became a run of another launch a moment ago; choose another run_dir")
-            yield path
+            try:
+                if run.started():
+                    raise ConfigError(f"{path} became a run of another launch a moment ago; choose another run_dir")
+                yield path
+            finally:
+                if not run.started():  # while it is locked, since only its holder may remove anything
+                    release(path)
     finally:
-        if not run.started():
-            release(path, created)
+        remove_empty(created)
 
 
 @contextmanager
 def hold_sweep(app: Application, composed: DictConfig, overrides: Overrides) -> Iterator[Launch]:
-    """Choose, reserve and lock the folder of a sweep, and begin its sweep.json."""
-    opening = prepare_sweep(composed, overrides, check_runnable)
+    """Choose, reserve and lock the folder of a sweep, and begin its sweep.json; removed again if no job starts."""
+    named = composed.sweep_dir or named_folder(composed.hydra.sweep, "${sweep_dir}")
+    opening = prepare_sweep(composed, overrides, named, check_runnable)
     path, created = reserve(opening.folder.path, suffix=opening.is_new)
     folder = SweepFolder(path)
     try:
         with locked(path):
             remember_gpus()
+            resumed = folder.begun()
             opening.begin(folder)
-            yield Launch(app, opening.overrides_for(folder), without_hydra(composed), sweep=folder)
+            try:
+                yield Launch(app, opening.overrides_for(folder), without_hydra(composed), sweep=folder)
+            finally:
+                if not resumed and not folder.has_jobs():
+                    folder.discard()
+                    release(path)
     finally:
-        if not folder.record():
-            release(path, created)
+        remove_empty(created)

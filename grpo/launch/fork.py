@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config.checks import kl_weight
+from grpo.config.checks import check_followed, kl_weight
 from grpo.config.compose import apply_overrides
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
@@ -50,6 +50,7 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
         copy_value(cfg, "tracking.tags", frozen)
     copy_value(cfg, "tracking.name", frozen)
     config = freeze(frozen)
+    check_followed(config, overrides)
     _check_steps(config, state, reference_of(source))
     if config.optimizer["_target_"] != before.optimizer._target_:
         raise ConfigError(

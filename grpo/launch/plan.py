@@ -7,12 +7,13 @@ from omegaconf import DictConfig
 from grpo.config.errors import ConfigError
 from grpo.config.hydra_app import compose_again, without_hydra
 from grpo.config.overrides import Overrides
+from grpo.config.schema import Config
 from grpo.runs.halving_state import Record, arms_of, choose_ladder, seconds
-from grpo.sweeps.opening import is_halving, points_of, with_params
+from grpo.sweeps.opening import check_equal_steps, is_halving, points_of, with_params
 
 
 def print_plan(
-    composed: DictConfig, overrides: Overrides, is_sweep: bool, check: Callable[[DictConfig, Overrides], object]
+    composed: DictConfig, overrides: Overrides, is_sweep: bool, check: Callable[[DictConfig, Overrides], Config]
 ) -> None:
     """Print the plan of the launch that `composed`, Hydra's part included, is of. Raises ConfigError."""
     from grpo.launch.preset import hardware_found  # imports torch
@@ -25,11 +26,12 @@ def print_plan(
         return compose_again(composed.hydra, lines)
 
     points = sweep_points(overrides, composed.hydra.sweeper) if is_sweep else [("the run", overrides.of_experiment)]
-    configs = []
+    configs, checked = [], []
     for name, point in points:
         config = compose(point.lines) if is_sweep else without_hydra(composed)
-        check(config, point)
+        checked.append(check(config, point))
         configs.append((name, hardware_found(config, point, compose)))
+    check_equal_steps(checked, composed.hydra.sweeper)
     print_plans(configs)
     if is_sweep and is_halving(composed.hydra.sweeper):
         print(halving_summary(composed, [point.lines for _, point in points]))

@@ -30,7 +30,9 @@ def hardware_found(cfg: DictConfig, overrides: Overrides, compose: Callable[[Seq
     # What an experiment sets itself is in cfg already, since `auto` leaves it open.
     still_open = [key for key in Overrides(adapted).keys if OmegaConf.select(cfg, key) is None]
     kept = overrides.without({"hardware", "hardware.device"})
-    return compose([preset, *Overrides(adapted).select(still_open), *kept])
+    found = compose([preset, *Overrides(adapted).select(still_open), *kept])
+    OmegaConf.copy_cache(from_config=cfg, to_config=found)  # such as the time in a name
+    return found
 
 
 def preset_overrides(device: str) -> list[str]:

@@ -1,14 +1,18 @@
 """One launch in one run folder: opening it, freezing or reading its config, and leaving it in a known state."""
 
+import json
 import logging
 import os
-import shutil
+import shlex
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -24,8 +28,8 @@ from grpo.launch.freeze import freeze
 from grpo.launch.resume import resumed_config
 from grpo.runs.choice import MORE_STEPS, check_parent, choose_run, has_finished
 from grpo.runs.console import resume_command
-from grpo.runs.files import disk_errors_are_warnings, short_path
-from grpo.runs.folder import RunFolder
+from grpo.runs.files import discard, disk_errors_are_warnings, short_path
+from grpo.runs.folder import RunFolder, release, remove_empty
 from grpo.runs.gpu_queue import claim_gpu, show_all_gpus, takes_any_gpu
 from grpo.runs.lock import locked
 from grpo.runs.run import Run
@@ -116,11 +120,14 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
         else:
             config = new_config(folder, cfg, overrides, is_job)
     except (ConfigError, OmegaConfBaseException, HydraException, SystemExit):
-        if not resumed:
-            _discard(folder, cfg.fork)
+        if resumed:
+            _discard_record(hydra_cfg)
+        else:
+            _discard(folder)
         raise
     done = folder.finished() and not changes.keys() & set(MORE_STEPS)
     if done and resume is True:
+        _discard_record(hydra_cfg)
         raise ConfigError(has_finished(folder))
     if done:
         print(f"{folder.path} has finished already: nothing to do")
@@ -148,6 +155,8 @@ def new_config(folder: RunFolder, cfg: DictConfig, overrides: Overrides, is_job:
     """Freeze the config of a new run or fork, and write it. Raises ConfigError."""
     if is_job:
         _name_in_tracking(cfg, overrides)
+    now = datetime.now().isoformat(timespec="seconds")
+    folder.record_launch({"time": now, "overrides": overrides.lines})  # before there is a run to resume
     if cfg.fork:
         check_parent(cfg.run_dir)  # a job of a sweep that is resumed may not have begun
         from grpo.launch.fork import fork  # imports torch
@@ -174,11 +183,14 @@ def _record_end(run: Run, error: BaseException) -> None:
         run.record_state("interrupted", None)
         command = resume_command(run.folder.path, foreign_targets(to_dict(run.config)))
         recorded = run.folder.changes()
-        pending = [f"{key}={value}" for key, value in run.changes.items() if recorded.get(key) != value]
+        changed = {key: value for key, value in run.changes.items() if recorded.get(key) != value}
+        pending = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in changed.items()]
         print(f"interrupted; go on with: {' '.join([command, *pending])}", flush=True)
         return
-    if isinstance(error, ConfigError) and not isinstance(error, FileError) and (not run.resumed or run.forked):
-        _discard(run.folder, run.forked)
+    is_new = not run.resumed or run.forked
+    refused = isinstance(error, ConfigError) and not isinstance(error, FileError)
+    if is_new and refused and not run.folder.has_trained():
+        _discard(run.folder)
         return
     run.record_state("failed", f"{type(error).__name__}: {error}")
     logger.info("the run failed", exc_info=error)  # into launch.log; the console gets the one line below
@@ -188,11 +200,17 @@ def _record_end(run: Run, error: BaseException) -> None:
     traceback.clear_frames(error.__traceback__)
 
 
-def _discard(folder: RunFolder, forked: bool) -> None:
+def _discard(folder: RunFolder) -> None:
     """Remove what a launch created that could not even start, so that no empty run stands in the way."""
-    for name in ("config.yaml", "status.json", ".lock", "launch.log"):
-        (folder.path / name).unlink(missing_ok=True)
-    for name in (".hydra", "checkpoints", "metrics", "eval") if forked else (".hydra",):
-        shutil.rmtree(folder.path / name, ignore_errors=True)
-    with suppress(OSError):  # it may hold what a launcher prints to
-        folder.path.rmdir()
+    for name in ("config.yaml", "status.json", "preflight.json", "samples"):
+        discard(folder.path / name)
+    release(folder.path)
+    remove_empty([folder.path])  # unless it holds what a launcher prints to
+
+
+def _discard_record(hydra_cfg: HydraConf) -> None:
+    """Remove Hydra's record of a launch that cannot resume its run."""
+    record = Path(hydra_cfg.runtime.output_dir, str(hydra_cfg.output_subdir))
+    if record.parent.name == "resumes":
+        discard(record)
+        remove_empty([record.parent])

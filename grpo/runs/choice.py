@@ -5,11 +5,10 @@ from pathlib import Path
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
 from grpo.runs.files import check_links
-from grpo.runs.folder import RunFolder
+from grpo.runs.folder import BEFORE_START, RunFolder
 from grpo.runs.lock import left_by_us
 
 MORE_STEPS = ("grpo.num_steps", "grpo.num_iterations")
-BEFORE_START = {".lock", ".hydra", "launch.log"}  # what a launch creates before its config.yaml
 
 
 def choose_run(run: RunFolder, resume: bool | str, overrides: Overrides) -> str:
@@ -19,6 +18,8 @@ def choose_run(run: RunFolder, resume: bool | str, overrides: Overrides) -> str:
     would spoil the folder, or has nothing to resume.
     """
     path = run.path
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{path} is not a folder; choose another one")
     if not resume:
         if run.started():
             raise ConfigError(
@@ -52,11 +53,10 @@ def check_empty(path: Path) -> None:
     """Raise ConfigError where a new run would be among files that are not of a launch that ended before its start."""
     if not path.exists():
         return
-    if not path.is_dir():
-        raise ConfigError(f"{path} is not a folder; choose another one")
     found = sorted(each.name for each in path.iterdir())
-    if found and not (left_by_us(path) and set(found) <= BEFORE_START):
-        raise ConfigError(f"{path} is not empty (it holds {found[0]}); choose a new or an empty folder")
+    foreign = [name for name in found if name not in BEFORE_START or not left_by_us(path)]
+    if foreign:
+        raise ConfigError(f"{path} is not empty (it holds {foreign[0]}); choose a new or an empty folder")
 
 
 def check_parent(parent: str | None) -> None:

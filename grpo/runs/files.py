@@ -74,8 +74,8 @@ def check_links(folder: Path) -> None:
                     f"{path} is a link to {path.readlink()}, outside of {folder}; "
                     "replace it by a copy of that, or delete it"
                 )
-        if Path(place) == Path(folder) and "wandb" in folders:
-            folders.remove("wandb")  # in it W&B links to its own logs; nothing of ours is written there
+        if "wandb" in folders and (Path(place) == Path(folder) or "config.yaml" in files):
+            folders.remove("wandb")  # of a run: in it W&B links to its own logs; nothing of ours is written there
 
 
 def no_link(path: str, flags: int) -> int:

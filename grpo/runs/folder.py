@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -38,6 +37,10 @@ EVALUATION: dict[str, Any] = {"step": int, "n": int, "accuracy": float | None, "
 EVALUATION |= {"rewards": dict | None, "problems": list}
 
 
+# What a launch writes before the config.yaml that makes a folder a run; of a fork, its checkpoint and history.
+BEFORE_START = (".lock", ".hydra", "launch.log", "launches.jsonl", "checkpoints", "metrics", "eval")
+
+
 def outputs() -> Path:
     """Where new run folders are created: $GRPO_OUTPUTS, or outputs/ in the repository, where grpo runs from one."""
     given = os.environ.get("GRPO_OUTPUTS")
@@ -66,13 +69,15 @@ def reserve(wanted: Path, suffix: bool) -> tuple[Path, list[Path]]:
             path = wanted.with_name(f"{wanted.name}_{number}")
 
 
-def release(path: Path, created: Iterable[Path]) -> None:
-    """Undo `reserve` after a launch that did not start: remove what it had begun, and the folders that are empty."""
-    if path.is_dir():
-        for name in (".lock", "launch.log"):
-            (path / name).unlink(missing_ok=True)
-        shutil.rmtree(path / ".hydra", ignore_errors=True)
-    for folder in created:
+def release(path: Path) -> None:
+    """Remove from a reserved folder what a launch writes before its run starts. For the process that holds it."""
+    for name in BEFORE_START:
+        discard(path / name)
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders that are empty."""
+    for folder in folders:
         with suppress(OSError):  # another launch may have put something there
             folder.rmdir()
 
@@ -150,13 +155,21 @@ class RunFolder:
         if changes:
             write_whole(self.path / "changes.yaml", yaml.safe_dump(self.changes() | changes, allow_unicode=True))
 
-    def record_launch(self, launch: dict[str, Any]) -> None:
-        """Add a line to launches.jsonl: what was asked for, from which step, and on what it runs."""
-        write_whole(self.path / "launches.jsonl", json_lines([*self.launches(), launch]))
+    def record_launch(self, launch: dict[str, Any], begun: bool = False) -> None:
+        """Add a line to launches.jsonl: what was asked for, from which step, and on what it runs.
+
+        begun: in place of the last line, which recorded the command line before the run could start.
+        """
+        known = self.launches()
+        write_whole(self.path / "launches.jsonl", json_lines([*(known[:-1] if begun else known), launch]))
 
     def launches(self) -> list[dict[str, Any]]:
         """The launches of this run in order; a torn last line does not count."""
         return read_lines(self.path / "launches.jsonl")
+
+    def has_trained(self) -> bool:
+        """Whether a launch got to its first step: what it runs on is recorded right before that."""
+        return any("environment" in launch for launch in self.launches())
 
     def first_overrides(self) -> list[str]:
         """The overrides of the first launch; those of a launch that did not get to its first step are not recorded."""

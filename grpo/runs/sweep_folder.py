@@ -18,7 +18,7 @@ from yaml import YAMLError
 from grpo.config.errors import ConfigError, FileError
 from grpo.config.overrides import Overrides
 from grpo.config.schema import PASSING_KEYS, on_resume
-from grpo.runs.files import read_json, write_whole
+from grpo.runs.files import discard, read_json, write_whole
 from grpo.runs.folder import RunFolder, outputs
 from grpo.runs.halving_state import Record
 from grpo.runs.lock import in_use
@@ -83,6 +83,15 @@ class SweepFolder:
     def begun(self) -> bool:
         """Whether a sweep was ever started here."""
         return bool(self.record()) or any(self.path.glob("[0-9]*/config.yaml"))
+
+    def has_jobs(self) -> bool:
+        """Whether any job has a folder."""
+        return any(self.path.glob("[0-9]*/"))
+
+    def discard(self) -> None:
+        """Remove what describes the sweep, and no job of it."""
+        for name in ("sweep.json", "multirun.yaml", "halving.json"):
+            discard(self.path / name)
 
     def record(self) -> dict[str, Any]:
         """The content of sweep.json; `{}` where there is none."""

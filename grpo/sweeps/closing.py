@@ -23,7 +23,7 @@ def conclude(sweep: SweepFolder) -> bool:
     for number in (signal.SIGINT, signal.SIGTERM):  # everything else has ended
         signal.signal(number, signal.SIG_IGN)
     jobs = sweep.jobs()
-    if not jobs:
+    if not sweep.has_jobs():
         return False
     states = {job["state"] for job in jobs} - {"stopped early"}
     bad = states & {"failed", "unreadable"}

@@ -1,6 +1,6 @@
 """Before a sweep starts: which folder it has, its jobs, and whether each of them can run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -47,23 +47,27 @@ class SweepOpening:
         return [*self.hydra.without({"hydra.sweep.dir"}), *own, *self.task]
 
 
-def prepare_sweep(composed: DictConfig, overrides: Overrides, check: Check) -> SweepOpening:
-    """The sweep that a command line asks for, a new one or one to resume. Raises ConfigError, or what Hydra raises."""
+def prepare_sweep(composed: DictConfig, overrides: Overrides, named: str | None, check: Check) -> SweepOpening:
+    """The sweep that a command line asks for, a new one or one to resume. Raises ConfigError, or what Hydra raises.
+
+    named: the folder that it names.
+    """
     check_sweep(composed)
     sweeper, choice = composed.hydra.sweeper, composed.hydra.runtime.choices["hydra/sweeper"]
     asked = with_params(overrides.of_experiment, sweeper)
-    known = _known_folder(composed, overrides, asked, choice)
-    named, record = asked, {}
+    known = _known_folder(composed, named, asked, choice)
+    kept = asked
+    record: dict[str, Any] = {}
     if known is not None:
         check_links(known.path)
         record = known.record()
         if record:
             known.check_same(asked, choice, composed.resume)
-            named = known.continued(asked)
+            kept = known.continued(asked)
         elif not known.begun():
             check_empty(known.path)
     # Read once, since `seed=shuffle(1,2,3)` would give the jobs another order each time.
-    task = named.expand(record.get("planned") or points_of(named, sweeper) or ())
+    task = kept.expand(record.get("planned") or points_of(kept, sweeper) or ())
     points = points_of(task, sweeper)
     _check_points(composed, task, points, check)
     excluded = {*composed.hydra.job.config.override_dirname.exclude_keys, *LAUNCH_KEYS}
@@ -71,7 +75,7 @@ def prepare_sweep(composed: DictConfig, overrides: Overrides, check: Check) -> S
     return SweepOpening(
         folder=known or SweepFolder(outputs() / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"),
         is_new=known is None,
-        overrides=named,
+        overrides=kept,
         task=task,
         points=points,
         hydra=overrides.of_hydra.without({"hydra.mode"}),
@@ -82,9 +86,8 @@ def prepare_sweep(composed: DictConfig, overrides: Overrides, check: Check) -> S
     )
 
 
-def _known_folder(composed: DictConfig, overrides: Overrides, asked: Overrides, choice: str) -> SweepFolder | None:
+def _known_folder(composed: DictConfig, named: str | None, asked: Overrides, choice: str) -> SweepFolder | None:
     """The folder that the command line names, or that of the same sweep where it resumes; None: a new one."""
-    named = composed.sweep_dir or overrides.value("hydra.sweep.dir")
     path = named or (newest_sweep(asked, choice) if composed.resume else None)
     folder = SweepFolder(short_path(path)) if path is not None else None
     if composed.resume is True and (folder is None or not folder.begun()):
@@ -122,8 +125,13 @@ def _check_points(composed: DictConfig, task: Overrides, points: list[list[str]]
         configs = [check(without_hydra(composed), task)]
     else:
         configs = [check(compose_again(composed.hydra, point), Overrides(point)) for point in points]
+    check_equal_steps(configs, composed.hydra.sweeper)
+
+
+def check_equal_steps(configs: Sequence[Config], sweeper: DictConfig) -> None:
+    """Raise ConfigError where halving would compare arms after other numbers of steps."""
     steps = {each.grpo.num_iterations * each.grpo.num_steps for each in configs}
-    if is_halving(composed.hydra.sweeper) and len(steps) > 1:
+    if is_halving(sweeper) and len(steps) > 1:
         raise ConfigError("hydra/sweeper=halving compares arms after equal steps: leave grpo.num_steps out")
 
 

@@ -38,7 +38,8 @@ def train(run: Run) -> None:
             "overrides": run.overrides,
             "changes": run.changes,
             "environment": environment(setup.device),
-        }
+        },
+        begun=run.forked or not run.resumed,
     )
     console = Console()
     print(f"{'going on in' if run.resumed else 'run folder'} {run.folder.path}")

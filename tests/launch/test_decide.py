@@ -1,10 +1,12 @@
 """What a launch decides before Hydra starts: its folder, its config, or that it cannot be."""
 
 import json
+import shutil
 
 import pytest
 import yaml
 
+from grpo.runs.folder import RunFolder
 from tests.conftest import SMALL_RUN
 from tests.launches import SETTINGS, Launch, launch, start, wait_for_step
 
@@ -86,9 +88,15 @@ def test_a_refused_launch_changes_nothing_in_the_folder_of_another(tmp_path):
         (["data.path=missing.jsonl", "data=jsonl"], "missing.jsonl"),
         (["name=../../elsewhere"], "name=../../elsewhere: must be the name of a folder below outputs/, without .."),
         (["resume=true"], "resume=true: no unfinished run below outputs/; name one with run_dir="),
+        (["run_dir=mine/launch.log"], "mine/launch.log is not a folder; choose another one"),
+        (["resume=auto", "run_dir=mine/launch.log"], "mine/launch.log is not a folder; choose another one"),
         (["run_dir=mine"], "mine is not empty (it holds .hydra); choose a new or an empty folder"),
         (["-m", "sweep_dir=mine", "seed=1,2"], "mine is not empty (it holds .hydra); choose a new or an empty folder"),
         (["-m", "run_dir=mine", "seed=1,2"], "run_dir names the folder of one run; that of a sweep is sweep_dir="),
+        (
+            ["-m", "plan=true", "hydra/sweeper=halving", "grpo.num_steps=2,9"],
+            "halving compares arms after equal steps: leave grpo.num_steps out",
+        ),
         (["--experimental-rerun", "x"], "--experimental-rerun: continue a run with resume=true run_dir="),
         (["--config-dir", "nowhere"], "--config-dir=nowhere: there is no such folder"),
         (["grpo.beta=0.5", "objective.beta=0.1"], "grpo.beta: the objective has its own, objective.beta=0.1; set that"),
@@ -164,3 +172,68 @@ def test_the_first_command_line_of_a_run_is_in_a_file_of_the_run(finished_run):
     config = yaml.safe_load((finished_run / "config.yaml").read_text())
     assert config["version"] == 1
     assert not {"resume", "run_dir", "fork", "plan", "sweep", "sweep_dir", "until_step"} & config.keys()
+
+
+def test_hydras_own_name_for_the_folder_counts_also_with_an_interpolation_and_in_an_experiment(tmp_path, own):
+    done = launch(*QUICK, "name=named", "hydra.run.dir=r_${name}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r_named" / "final_model").exists()
+    experiment = own / "experiment" / "mine.yaml"
+    experiment.write_text(
+        experiment.read_text() + "hydra: {run: {dir: 'scratch/${name}'}, sweep: {dir: scratch/sweep}}\n"
+    )
+    for several, place in ([], "scratch/mine"), (["-m", "seed=1,2"], "scratch/sweep/0_seed_1"):
+        done = launch(*several, "--config-dir", own, "experiment=mine", "tracking=disabled", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / place / "final_model").exists()
+
+
+def test_the_time_in_a_name_is_read_once(tmp_path):
+    done = launch(*QUICK, "name='${now:%f}'", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (config,) = configs(tmp_path)
+    assert (tmp_path / "outputs" / config["name"]).exists()
+
+
+def test_a_run_killed_before_its_first_step_is_resumed_by_its_own_command(tmp_path):
+    command = [*QUICK, "run_dir=run", "resume=auto"]
+    killed = launch(*command, cwd=tmp_path, fault=("grpo.training.trainer.Trainer.restore", "1", "kill"))
+    assert killed.returncode == -9
+    done = launch(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [each["overrides"] for each in RunFolder(tmp_path / "run").launches()] == [command, command]
+
+
+def test_a_resume_that_is_refused_leaves_nothing_in_the_folder(finished_run, tmp_path):
+    run = shutil.copytree(finished_run, tmp_path / "run", symlinks=True)
+    before = contents(run)
+    for change in ("grpo.beta=0.5", "grpo.num_steps=1"):
+        refused = launch("resume=true", "run_dir=run", change, cwd=tmp_path)
+        assert (refused.returncode, contents(run)) == (2, before), refused.stderr
+
+
+def test_a_sweep_of_which_no_job_starts_leaves_nothing(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    tpe = ["hydra/sweeper=tpe", "optimizer.lr=interval(1e-6,1e-4)", "hydra.sweeper.sampler._target_=nope.Sampler"]
+    refused = launch("-m", *QUICK, *tpe, cwd=tmp_path)
+    assert refused.returncode != 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fork_that_was_killed_may_have_its_folder_again(finished_run, tmp_path):
+    command = ["fork=true", f"run_dir={finished_run}", "grpo.num_steps=3", "hydra.run.dir=fork"]
+    killed = launch(*command, cwd=tmp_path, fault=("grpo.runs.folder.RunFolder.write_config", "1", "kill"))
+    assert killed.returncode == -9
+    assert (tmp_path / "fork" / "checkpoints").exists()
+    done = launch(*command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_fork_is_refused_a_number_that_its_objective_does_not_follow(finished_run, tmp_path):
+    parent = shutil.copytree(finished_run, tmp_path / "parent", symlinks=True)
+    text = (parent / "config.yaml").read_text()
+    (parent / "config.yaml").write_text(text.replace("\n  beta: null\n", "\n  beta: 0.05\n"))
+    refused = launch("fork=true", "run_dir=parent", "grpo.num_steps=3", "grpo.beta=0.2", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "grpo.beta: the objective has its own, objective.beta=0.05" in refused.stderr
+    assert [each.name for each in tmp_path.iterdir()] == ["parent"]

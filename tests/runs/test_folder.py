@@ -18,11 +18,20 @@ from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
 from grpo.config.values import to_dict
-from grpo.launch.decide import known_folder, run_name
+from grpo.launch.decide import known_folder, reserved, run_name
 from grpo.runs.checkpoint import load_state, reference_of
 from grpo.runs.choice import check_empty, check_parent, choose_run
 from grpo.runs.files import check_links, put_back, write_whole
-from grpo.runs.folder import RunFolder, job_folder_name, newest_unfinished, outputs, release, reserve, run_folders
+from grpo.runs.folder import (
+    RunFolder,
+    job_folder_name,
+    newest_unfinished,
+    outputs,
+    release,
+    remove_empty,
+    reserve,
+    run_folders,
+)
 from grpo.runs.halving_state import Record
 from grpo.runs.lock import locked
 from grpo.runs.sweep_folder import SweepFolder
@@ -187,6 +196,13 @@ def test_links_within_a_run_folder_and_to_it_are_accepted(tmp_path):
     (run / "loop").symlink_to("loop")
     (run / "wandb").mkdir()
     (run / "wandb" / "debug.log").symlink_to("/var/log/of-wandb.log")
+    job = make_run(tmp_path / "sweep" / "0_seed_1", "interrupted", 100)
+    (job / "wandb").mkdir()
+    (job / "wandb" / "debug.log").symlink_to("/var/log/of-wandb.log")
+    check_links(tmp_path / "sweep")
+    (tmp_path / "sweep" / "1_seed_2").symlink_to("/var/log")
+    with pytest.raises(ConfigError, match="1_seed_2 is a link to /var/log"):
+        check_links(tmp_path / "sweep")
     (tmp_path / "alias").symlink_to(run)
     check_links(run)
     check_links(tmp_path / "alias")
@@ -344,7 +360,7 @@ def test_where_every_run_has_finished_there_is_none_to_go_on_with(tmp_path):
 def wanted(*overrides, name="quickstart"):
     """The folder that a launch with these overrides would take, with its time of start as NOW."""
     composed = compose_config(["experiment=quickstart", *overrides, f"name={name}"])
-    known = known_folder(composed, Overrides(overrides))
+    known = known_folder(composed)
     return str(known.path) if known else f"outputs/{run_name(composed, Overrides(overrides))}/NOW"
 
 
@@ -394,13 +410,23 @@ def test_two_launches_in_the_same_second_get_two_folders(tmp_path):
     assert names == ["now", "now_2", "now_3"]
 
 
+def test_a_launch_that_is_refused_removes_nothing_of_the_one_that_holds_the_folder(tmp_path):
+    with reserved(tmp_path / "run", suffix=False) as path:
+        (path / "launch.log").write_text("of the first")
+        with pytest.raises(ConfigError, match="in use by another process"), reserved(path, suffix=False):
+            pass
+        assert {each.name for each in path.iterdir()} == {".lock", "launch.log"}
+    assert not path.exists()
+
+
 def test_a_launch_that_did_not_start_leaves_the_folders_that_were_there_and_no_other(tmp_path):
     (tmp_path / "there").mkdir()
     path, created = reserve(tmp_path / "there" / "a" / "b", suffix=True)
     (path / ".hydra").mkdir()
     (path / ".hydra" / "config.yaml").write_text("")
     (path / ".lock").write_text("")
-    release(path, created)
+    release(path)
+    remove_empty(created)
     assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
 
 
