@@ -1,4 +1,4 @@
-"""What a run folder may ask to run: this project's algorithms, data and rewards, torch.optim, and what the user names."""
+"""What a run folder may ask to run: algorithms, data and rewards of grpo, torch.optim, and what the user names."""
 
 import importlib
 import re
