@@ -58,12 +58,19 @@ def only_shows(flags: argparse.Namespace) -> bool:
 
 def show(arguments: Sequence[str], task: Callable[[DictConfig], Any]) -> int:
     """Let Hydra answer such a command line, and return its exit code."""
-    sys.argv[1:] = arguments  # which Hydra reads
+    flags = read_flags(arguments)
+    # Which Hydra reads: it takes the last --config-path, and resolves a relative one against the task's module.
+    sys.argv[1:] = arguments if flags.config_path is None else [*arguments, "--config-path", _config_path(flags)]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(task)()
     except SystemExit as end:  # after --help
         return int(end.code or 0)
     return 0
+
+
+def _config_path(flags: argparse.Namespace) -> str:
+    """The folder of the config; a relative --config-path is one beside conf/."""
+    return str(CONF_DIR if flags.config_path is None else CONF_DIR.parent / flags.config_path)
 
 
 class Application:
@@ -72,8 +79,7 @@ class Application:
     def __init__(self, flags: argparse.Namespace) -> None:
         hydra.version.setbase("1.3")
         self.config_name = flags.config_name or CONFIG_NAME
-        path = CONF_DIR if flags.config_path is None else CONF_DIR.parent / flags.config_path
-        search_path = create_config_search_path(str(path))
+        search_path = create_config_search_path(_config_path(flags))
         if flags.config_dir is not None:
             added = os.path.abspath(flags.config_dir)
             if not os.path.isdir(added):

@@ -1,5 +1,7 @@
 """The overrides of a command line, read as Hydra reads them. Nothing else here understands `key=value`."""
 
+import re
+import shlex
 from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -25,12 +27,6 @@ class Overrides:
 
     def __len__(self) -> int:
         return len(self.lines)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Overrides) and self.lines == other.lines
-
-    def __repr__(self) -> str:
-        return f"Overrides({self.lines})"
 
     @cached_property
     def parsed(self) -> list[Override]:
@@ -136,3 +132,11 @@ def text_of(line: str) -> str:
 def quoted(text: str) -> str:
     """Text as the value of an override, taken literally whatever characters are in it."""
     return QuotedString(escape(text), Quote.single).with_quotes()
+
+
+def typed_in_shell(key: str, text: object) -> str:
+    """An override as it is typed in a shell, its value taken literally by that and by Hydra; plain where it can be."""
+    plain = f"{key}={text}"
+    if not re.fullmatch(r"[A-Za-z0-9_./-]+", str(text)) or Overrides([plain]).value(key.lstrip("+")) != str(text):
+        plain = f"{key}={quoted(str(text))}"  # also of what Hydra would read as a number, true or null
+    return shlex.quote(plain)

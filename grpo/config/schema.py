@@ -1,5 +1,5 @@
 # ruff: noqa: RUF009  (key and group are functions that return fields)
-"""The configuration's types, and the checks that reach across its fields. Values live in conf/*.yaml.
+"""The configuration's types, and what is known about each key. Values live in conf/*.yaml, other checks in checks.py.
 
 Imports no torch: `--help`, `--cfg job` and every configuration error answer at once.
 """
@@ -15,7 +15,7 @@ from omegaconf import MISSING
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about a key beside its type. `check` reads the bounds, `--resume` the rest."""
+    """What is known about a key beside its type. `check` reads the bounds, resume.py the rest."""
 
     least: float | None = None  # the smallest value allowed
     above: float | None = None  # every value must be larger than this
@@ -210,7 +210,6 @@ def _facts(schema: type, above: Facts, prefix: str) -> Iterator[tuple[str, Facts
 FACTS = dict(_facts(Config, Facts(on_resume="refused"), ""))
 LAUNCH_KEYS = frozenset(name for name, facts in FACTS.items() if facts.launch_only)
 PASSING_KEYS = frozenset(name for name in LAUNCH_KEYS if not FACTS[name].of_sweep)
-COMPUTE_KEYS = frozenset(name for name, facts in FACTS.items() if facts.on_resume == "rounding")
 
 
 def on_resume(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run folder may ask to run: functions of this project and of torch.optim, and what the user names."""
+"""What a run folder may ask to run: algorithms, data and rewards of grpo, torch.optim, and what the user names."""
 
 import importlib
 import re
@@ -18,7 +18,8 @@ OWN = ("grpo.algorithm.", "grpo.data.", "grpo.rewards.", "torch.optim.")
 def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
     """Refuse to run what only a run folder names; raise ConfigError with the argument that would allow it.
 
-    Allowed are functions defined under grpo. and torch.optim., and whatever the present conf/ or command line names.
+    Allowed are functions defined below grpo.algorithm, grpo.data, grpo.rewards and torch.optim, and whatever the
+    present conf/ or command line names.
     """
     foreign = foreign_targets(frozen, {target for _, target in targets_in(composed)})
     if foreign:
@@ -36,7 +37,7 @@ def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
 
 
 def foreign_targets(config: Any, named: Collection[str] = ()) -> dict[str, str]:
-    """Key -> target of what a config runs and neither the suite, torch.optim, conf/ nor `named` has."""
+    """Key -> target of what a config runs and neither OWN, conf/ nor `named` has."""
     known = set(named)
     for file in CONF_DIR.rglob("*.yaml"):
         known.update(re.findall(r"^\s*_target_:\s*(\S+)", file.read_text(), flags=re.MULTILINE))

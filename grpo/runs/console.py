@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
+"""What a person sees during a run: a progress bar on a terminal, plain lines elsewhere."""
 
 import shlex
 import time
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from grpo.config.overrides import typed_in_shell
 from grpo.config.paths import LAUNCH
 
 PLAIN_LINE_SECONDS = 10  # where nobody can see a bar, a line at most this often (and the first and the last step)
@@ -89,9 +90,9 @@ def next_commands(run_dir: Path, foreign: Mapping[str, str], more_steps: str | N
     """What to type after a run.
 
     foreign: key -> target of the user's own functions, which only a command line can allow. more_steps: the override
-    with which the run could go on, if it can.
+    with which the run could continue, if it can.
     """
-    name, allow = _run_dir(run_dir), _allowing(foreign)
+    name, allow = shlex.quote(f"run_dir={run_dir}"), _allowing(foreign)  # commands take their own arguments literally
     lines = [
         f"run folder: {run_dir}",
         *([f"  report    {run_dir / 'report.html'}"] if (run_dir / "report.html").exists() else []),
@@ -100,22 +101,18 @@ def next_commands(run_dir: Path, foreign: Mapping[str, str], more_steps: str | N
         f"  try it    python -m grpo chat {name}{allow}",
     ]
     if more_steps is not None:
-        lines.append(f"  go on     {resume_command(run_dir, foreign)} {more_steps}")
+        lines.append(f"  resume    {resume_command(run_dir, foreign)} {more_steps}")
     return "\n".join(lines)
 
 
 def resume_command(run_dir: Path, foreign: Mapping[str, str]) -> str:
-    """The command that goes on with a run."""
-    return f"{' '.join(LAUNCH)} resume=true {_run_dir(run_dir)}{_allowing(foreign)}"
-
-
-def _run_dir(run_dir: Path) -> str:
-    return shlex.quote(f"run_dir={run_dir}")
+    """The command that resumes a run."""
+    return f"{' '.join(LAUNCH)} resume=true {typed_in_shell('run_dir', run_dir)}{_allowing(foreign)}"
 
 
 def _allowing(foreign: Mapping[str, str]) -> str:
-    own = [f"++{key}={value}" for key, value in foreign.items()]  # ++: whether conf/ has the key or not
-    return "".join(f" {shlex.quote(argument)}" for argument in own)
+    # ++: whether conf/ has the key or not
+    return "".join(f" {typed_in_shell(f'++{key}', target)}" for key, target in foreign.items())
 
 
 def _two_digits(value: float | None) -> str:

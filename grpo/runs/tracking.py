@@ -145,7 +145,7 @@ def tracking(
     """Track one training run, as `cfg["tracking"]` says, with wandb's files under `run_dir`/wandb.
 
     `cfg` is the resolved config as plain dicts and is sent along. mode=auto is online for a user who is logged in,
-    else offline; an online run that cannot start goes on offline. `rows` are the metrics rows of earlier launches,
+    else offline; an online run that cannot start continues offline. `rows` are the metrics rows of earlier launches,
     `evaluations` theirs by name.
     Opening takes `init_timeout` seconds at most. An exception inside the block marks the run failed and propagates.
     """
@@ -177,10 +177,10 @@ def _open(cfg: Mapping[str, Any], run_dir: Path, resumed: bool) -> Tracker:
         if tracker is not None:
             return tracker
         if error is not None:
-            logger.warning("W&B: no online run (%s). Going on offline.", _one_line(error))
+            logger.warning("W&B: no online run (%s). Continuing offline.", _one_line(error))
             _teardown(1, reserve / 2)
         elif mode == "online":
-            logger.warning("W&B: not logged in, or switched off by WANDB_MODE. Going on offline; see `wandb login`.")
+            logger.warning("W&B: not logged in, or switched off by WANDB_MODE. Continuing offline; see `wandb login`.")
     tracker, error = _attempt(deadline - time.monotonic(), lambda: Tracker(_init(cfg, run_dir, "offline", seconds)))
     if error is not None:
         logger.warning("W&B: no run (%s). Nothing is tracked.", _one_line(error))
@@ -189,7 +189,7 @@ def _open(cfg: Mapping[str, Any], run_dir: Path, resumed: bool) -> Tracker:
 
 
 def _open_online(cfg: Mapping[str, Any], run_dir: Path, resumed: bool, seconds: float) -> tuple:
-    """The online run of this folder, new or gone on with, and the error; both None if no user is logged in."""
+    """The online run of this folder, new or resumed, and the error; both None if no user is logged in."""
     id_file = run_dir / "wandb_run_id"
     known = id_file.read_text().strip() if resumed and id_file.exists() else ""
     run_id = known or uuid.uuid4().hex[:12]
@@ -202,7 +202,7 @@ def _open_online(cfg: Mapping[str, Any], run_dir: Path, resumed: bool, seconds: 
 
     tracker, error = _attempt(seconds, start)
     if tracker is None and not known:
-        id_file.unlink()  # there is no such run to go on with
+        id_file.unlink()  # there is no such run to resume
     return tracker, error
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from grpo.config.overrides import Overrides
+from grpo.config.overrides import Overrides, typed_in_shell
 from grpo.config.paths import LAUNCH
 from grpo.runs.halving_state import Record
 from grpo.runs.sweep_folder import SweepFolder, short
@@ -38,8 +38,8 @@ def conclude(sweep: SweepFolder) -> bool:
     halving = Record.read(sweep.path)
     if states != {"finished"} and (halving is None or halving.state != "finished"):
         record = sweep.record()
-        given = [*record.get("flags", []), "-m", *record["hydra"], *record["overrides"]]
-        print(f"  go on     {shlex.join([*LAUNCH, *given, 'resume=true', f'sweep_dir={sweep.path}'])}")
+        given = [*record.get("flags", []), "-m", *record["hydra"], *record["overrides"], "resume=true"]
+        print(f"  resume    {shlex.join([*LAUNCH, *given])} {typed_in_shell('sweep_dir', sweep.path)}")
     return bool(bad)
 
 
@@ -49,9 +49,8 @@ def _report(sweep: SweepFolder) -> None:
     try:
         files, headline = write_sweep_report(sweep.path)
     except Exception as error:  # a report can be made again, and must not hide how the sweep ended
-        logger.warning(
-            "no report (%s: %s); make it: python -m grpo report sweep_dir=%s", type(error).__name__, error, sweep.path
-        )
+        command = f"python -m grpo report {shlex.quote(f'sweep_dir={sweep.path}')}"
+        logger.warning("no report (%s: %s); make it: %s", type(error).__name__, error, command)
         return
     print(f"{headline}\n  report    {files[0]}")
 

@@ -21,7 +21,7 @@ from grpo.sweeps.launcher import JobFailed
 class HalvingSweeper(Sweeper):
     """Successive halving over a grid; arms are what differs in more than the seed.
 
-    eta: the best 1/eta of the arms go on from each rung, to eta times the steps. budget_hours: of jobs, added up;
+    eta: the best 1/eta of the arms continue from each rung, to eta times the steps. budget_hours: of jobs, added up;
     None for rungs that leave one arm for the last. What is decided is in halving.json in the sweep's folder.
     """
 
@@ -96,7 +96,7 @@ class HalvingSweeper(Sweeper):
         record.write(self.folder)
 
     def _rung(self, place: int, entered: list[int]) -> list[int]:
-        """Let the arms that entered a rung make its steps; returns those that go on, best first, and records them."""
+        """Let the arms that entered a rung make its steps; returns the kept ones, best first, and records them."""
         record, (steps, _) = self.record, self.record.ladder[place]
         jobs = [job for arm in entered for job in record.arms[arm]]
         for _ in range(2):  # what failed is tried once more, as the memory or the disk may have been short
@@ -113,7 +113,7 @@ class HalvingSweeper(Sweeper):
             record.rungs.append({"steps": steps, "scores": by_arm, "kept": kept, "spent_hours": self._spent() / 3600})
             record.entered = None
             record.write(self.folder)
-            print(f"rung {place + 1} of {len(record.ladder)}, step {steps}: arms {kept} go on", flush=True)
+            print(f"rung {place + 1} of {len(record.ladder)}, step {steps}: arms {kept} continue", flush=True)
         return kept
 
     def _choose(self) -> None:
@@ -140,7 +140,7 @@ class HalvingSweeper(Sweeper):
         return alive[: max(0, int((3600 * record.budget_hours - self._spent()) / one))]
 
     def _launch(self, jobs: list[int], steps: int) -> None:
-        """Let jobs go on up to a step, but for those that stand there already."""
+        """Let jobs continue up to a step, but for those that stand there already."""
         jobs = [job for job in jobs if not self._stands_at(job, steps)]
         if not jobs:
             return

@@ -1,12 +1,13 @@
 """The training loop: GRPO as Algorithm 1 of DeepSeekMath (arXiv 2402.03300) has it, from a run folder to its end."""
 
 import logging
+import shlex
 from contextlib import closing
 from datetime import datetime
 
 from rich.console import Console
 
-from grpo.config.errors import first_line
+from grpo.config.errors import ConfigError, first_line
 from grpo.config.trust import foreign_targets
 from grpo.config.values import to_dict
 from grpo.runs.console import StepDisplay, closing_table, next_commands, resume_command
@@ -28,6 +29,7 @@ def train(run: Run) -> None:
     setup = prepare(run.config, on_hang=run.end_process)
     trainer = Trainer(setup)
     rows = trainer.restore(run)
+    check_until(run.until_step, trainer.state.step)
     if run.config.grpo.mu == 1:
         logger.info("mu=1: the ratio is 1 at every update, so the loss says little; its gradient is what counts")
     run.folder.record_changes(run.changes)  # only now that they are known to work
@@ -42,7 +44,7 @@ def train(run: Run) -> None:
         begun=run.forked or not run.resumed,
     )
     console = Console()
-    print(f"{'going on in' if run.resumed else 'run folder'} {run.folder.path}")
+    print(f"{'resuming' if run.resumed else 'run folder'} {run.folder.path}")
     made = run.folder.training_evaluations(trainer.state.step)
     evaluations = {name: evaluation_metrics(result) | {"step": result["step"]} for name, result in made.items()}
     config, path = to_dict(run.config), run.folder.path
@@ -79,14 +81,20 @@ def train(run: Run) -> None:
             finish(trainer, run, tracker, console)
 
 
+def check_until(until_step: int | None, step: int) -> None:
+    """Raise ConfigError for an until_step that a run has passed; at it, an evaluation may still be missing."""
+    if until_step is not None and until_step < step:
+        raise ConfigError(f"until_step={until_step}: the run is at step {step} already; give a later one, or none")
+
+
 def pause(trainer: Trainer, run: Run, tracker: Tracker) -> None:
-    """Evaluate where the run stands, and leave it to go on later as the run that it would have been."""
+    """Evaluate where the run stands, and leave it to be resumed as the run that it would have been."""
     name = f"step_{trainer.state.step:06d}"
     if trainer.config.eval.after and run.folder.evaluation(name) is None:
         trainer.evaluate(run, tracker, name)
     run.folder.update_status(state="interrupted")
     resume = resume_command(run.folder.path, foreign_targets(to_dict(trainer.config)))
-    print(f"stopped after step {trainer.state.step}, as asked; go on with: {resume}")
+    print(f"stopped after step {trainer.state.step}, as asked; resume with: {resume}")
 
 
 def finish(trainer: Trainer, run: Run, tracker: Tracker, console: Console) -> None:
@@ -102,7 +110,7 @@ def finish(trainer: Trainer, run: Run, tracker: Tracker, console: Console) -> No
     try:
         write_run_report(run.folder.path)
     except Exception as error:  # the run has finished, and this can be made again
-        command = f"python -m grpo report run_dir={run.folder.path}"
+        command = f"python -m grpo report {shlex.quote(f'run_dir={run.folder.path}')}"
         logger.warning("no report (%s: %s); try again: %s", type(error).__name__, first_line(error), command)
     evaluations = {name: run.folder.evaluation(name) for name in ("before", "after")}
     if any(evaluations.values()):

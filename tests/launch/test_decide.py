@@ -160,7 +160,9 @@ def test_a_sweep_may_be_asked_for_before_or_after_its_values_or_by_the_config(tm
 
 
 def test_flags_of_hydra_that_start_nothing_pass_through(tmp_path):
-    for arguments in ([*QUICK, "--cfg", "job"], [*QUICK, "--info", "searchpath"], ["--hydra-help"], ["--help"]):
+    config = [*QUICK, "--cfg", "job"]
+    beside = ["--config-path", "conf", *config]
+    for arguments in (config, beside, [*QUICK, "--info", "searchpath"], ["--hydra-help"], ["--help"]):
         shown = launch(*arguments, cwd=tmp_path)
         assert (shown.returncode, list(tmp_path.iterdir())) == (0, []), shown.stderr
         assert shown.stdout

@@ -5,7 +5,9 @@ import signal
 
 import pytest
 
+from grpo.config.errors import ConfigError
 from grpo.runs.checkpoint import stored_tensors
+from grpo.training.train import check_until
 from tests.launches import SETTINGS, assert_same_run, launch, rows, start, status, wait_for_step
 
 
@@ -138,3 +140,10 @@ def test_a_torn_last_row_is_mended(tmp_path, straight):
     result = launch("resume=true", f"run_dir={run_dir}", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert_same_run(run_dir, straight)
+
+
+def test_an_until_step_that_the_run_has_passed_is_refused():
+    with pytest.raises(ConfigError, match="until_step=20: the run is at step 50 already"):
+        check_until(20, 50)
+    for fine in (None, 50, 51):  # at 50 its evaluation may be missing
+        check_until(fine, 50)

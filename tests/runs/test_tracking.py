@@ -283,7 +283,7 @@ def test_unreachable_server_keeps_the_data_offline_in_bounded_time(run_dir, capl
         assert time.monotonic() - begin < 8.5
         tracker.log(ROWS[0])
     (warning,) = messages(caplog)
-    assert "Going on offline" in warning
+    assert "Continuing offline" in warning
     assert history(records(folders(run_dir)[-1])) == SHOWN[:1]
     assert not (run_dir / "wandb_run_id").exists()
     assert capfd.readouterr() == ("", "")
@@ -302,7 +302,7 @@ def test_failing_resume_online_keeps_the_id_and_replays_offline(run_dir, caplog,
     monkeypatch.setattr(wandb, "init", no_such_run)
     with tracking(config("online"), run_dir, resumed=True, rows=ROWS[:4]) as tracker:
         tracker.log(ROWS[4])
-    assert messages(caplog) == ["W&B: no online run (UsageError: run abc123 does not exist). Going on offline."]
+    assert messages(caplog) == ["W&B: no online run (UsageError: run abc123 does not exist). Continuing offline."]
     assert history(records(*folders(run_dir))) == SHOWN
     assert (run_dir / "wandb_run_id").read_text() == "abc123\n"
 

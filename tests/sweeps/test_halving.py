@@ -104,7 +104,7 @@ def test_arms_stop_early_and_the_best_one_is_the_run_that_it_would_have_been(str
     assert (cwd / "alone" / "final_model").exists()
     page = (cwd / "sweep" / "report.html").read_text()
     assert "What the budget bought" in page
-    assert "go on     python launch.py -m" not in done.stdout
+    assert "resume    python launch.py -m" not in done.stdout
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_decisions(straight):
@@ -190,7 +190,7 @@ def test_a_rung_is_decided_only_when_its_jobs_have_come_so_far(tmp_path):
     stopped = launch(*command, "hydra/launcher=local", "resume=true", cwd=tmp_path)
     assert stopped.returncode == 1
     assert "was stopped before step 2, so its rung is not decided" in stopped.stderr
-    assert "go on     python launch.py -m" in stopped.stdout
+    assert "resume    python launch.py -m" in stopped.stdout
 
     done = launch(*command, "hydra/launcher=basic", "resume=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

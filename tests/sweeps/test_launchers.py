@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import yaml
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 
 from grpo.config.compose import compose_config
 from grpo.config.paths import CONF_DIR
@@ -53,6 +55,15 @@ def test_each_launcher_makes_the_same_runs(basic, tmp_path, launcher):
     for job in jobs:
         assert rows(tmp_path / "sweep" / job["folder"]) == rows(basic / job["folder"])
     assert (tmp_path / "sweep" / "report.html").exists()
+
+
+@pytest.mark.parametrize("plugin", ["launcher/local", "sweeper/halving"])
+def test_a_setting_that_a_plugin_does_not_have_is_refused_where_hydra_builds_it(plugin):
+    settings = yaml.safe_load((CONF_DIR / "hydra" / f"{plugin}.yaml").read_text())
+    plain = {key: None if str(value).startswith("${") else value for key, value in settings.items()}
+    instantiate(plain)
+    with pytest.raises(InstantiationException, match="unexpected keyword argument 'foo'"):
+        instantiate({**plain, "foo": 1})
 
 
 @installed("hydra_optuna_sweeper")

@@ -111,7 +111,7 @@ def test_a_stop_reaches_the_jobs_which_save_and_go_on_later(cwd):
     assert stopped.returncode == 143
     sweep = sweep_of(cwd)
     assert [job["state"] for job in sweep.jobs()] == ["interrupted"] * 2
-    assert "go on     python launch.py -m" in stopped.stdout
+    assert "resume    python launch.py -m" in stopped.stdout
     done = [rows(sweep.path / job["folder"]) for job in sweep.jobs()]
     assert all(1 <= len(each) < 6 for each in done)
     again = launch(*command, "resume=true", cwd=cwd)
@@ -119,7 +119,7 @@ def test_a_stop_reaches_the_jobs_which_save_and_go_on_later(cwd):
     for job, before in zip(sweep.jobs(), done, strict=True):
         assert rows(sweep.path / job["folder"])[: len(before)] == before
         assert len(rows(sweep.path / job["folder"])) == 6
-        assert "going on in" in (sweep.path / job["folder"] / "console.log").read_text()
+        assert "resuming " in (sweep.path / job["folder"] / "console.log").read_text()
 
 
 def test_a_signal_for_one_job_stops_that_one_alone(cwd):
