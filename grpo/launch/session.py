@@ -185,7 +185,7 @@ def _record_end(run: Run, error: BaseException) -> None:
         recorded = run.folder.changes()
         changed = {key: value for key, value in run.changes.items() if recorded.get(key) != value}
         pending = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in changed.items()]
-        print(f"interrupted; go on with: {' '.join([command, *pending])}", flush=True)
+        print(f"interrupted; resume with: {' '.join([command, *pending])}", flush=True)
         return
     is_new = not run.resumed or run.forked
     refused = isinstance(error, ConfigError) and not isinstance(error, FileError)

@@ -54,9 +54,15 @@ def check_empty(path: Path) -> None:
     if not path.exists():
         return
     found = sorted(each.name for each in path.iterdir())
-    foreign = [name for name in found if name not in BEFORE_START or not left_by_us(path)]
+    left = BEFORE_START if left_by_us(path) else ()
+    foreign = [name for name in found if name not in left and not _is_empty_folder(path / name)]
     if foreign:
         raise ConfigError(f"{path} is not empty (it holds {foreign[0]}); choose a new or an empty folder")
+
+
+def _is_empty_folder(path: Path) -> bool:
+    """Such as a disk of its own that is mounted for the checkpoints of a run."""
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
 def check_parent(parent: str | None) -> None:

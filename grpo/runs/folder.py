@@ -72,7 +72,8 @@ def reserve(wanted: Path, suffix: bool) -> tuple[Path, list[Path]]:
 def release(path: Path) -> None:
     """Remove from a reserved folder what a launch writes before its run starts. For the process that holds it."""
     for name in BEFORE_START:
-        discard(path / name)
+        with suppress(OSError):  # such as of a mounted disk
+            discard(path / name)
 
 
 def remove_empty(folders: Iterable[Path]) -> None:

@@ -215,7 +215,8 @@ class Trainer:
         run.folder.append_metrics(row)
         tracker.log(row)
         if due(step, config.samples.every):
-            run.folder.write_samples(step, done.samples)
+            with disk_errors_are_warnings(f"the samples of step {step}"):
+                run.folder.write_samples(step, done.samples)
         if due(step, config.tracking.completions_every):
             tracker.log_completions(step, done.samples)
         if done.skipped is not None:
