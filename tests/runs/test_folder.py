@@ -468,9 +468,16 @@ def test_resume_says_of_a_missing_an_empty_a_foreign_and_a_finished_folder_what_
 
 @pytest.mark.parametrize("name", ["thesis.tex", ".hydra", "launch.log", "status.json", "final_model"])
 def test_a_new_run_is_refused_among_files_of_the_user(tmp_path, name):
-    (tmp_path / name).mkdir() if name in (".hydra", "final_model") else (tmp_path / name).write_text("mine")
+    file = tmp_path / name / "mine" if name in (".hydra", "final_model") else tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("the user's")
     with pytest.raises(ConfigError, match=f"is not empty .it holds {name}.; choose a new or an empty folder"):
         check_empty(tmp_path)
+
+
+def test_an_empty_folder_such_as_a_mounted_disk_is_no_file_of_the_user(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    check_empty(tmp_path)
 
 
 def test_a_new_run_may_take_the_folder_of_a_launch_that_was_killed_before_it_started(tmp_path):
