@@ -143,12 +143,12 @@ def test_a_config_of_ones_own_works_with_hardware_auto_wherever_it_is(tmp_path, 
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_a_config_of_ones_own_reaches_the_jobs_of_other_launchers(tmp_path, own, launcher):
+def test_a_config_of_ones_own_reaches_the_jobs_of_other_launchers(tmp_path, own, cold, launcher):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
     search = [f"hydra.searchpath=[file://{own}]", "experiment=mine"]
     place = search if launcher == "joblib" else ["--config-dir", own, "--config-name", "my"]
     sweep = ["-m", "grpo.mu=1,2", f"hydra/launcher={launcher}", "tracking=disabled"]
-    done = launch(*sweep, *place, cwd=tmp_path)
+    done = cold(*sweep, *place, cwd=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
     assert sorted((each["name"], each["grpo"]["mu"]) for each in configs(tmp_path)) == [("mine", 1), ("mine", 2)]
 
@@ -208,9 +208,11 @@ def test_a_run_killed_before_its_first_step_is_resumed_by_its_own_command(tmp_pa
 
 def test_a_resume_that_is_refused_leaves_nothing_in_the_folder(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run", symlinks=True)
+    (run / "launch.log").unlink()  # which says that it was refused
     before = contents(run)
     for change in ("grpo.beta=0.5", "grpo.num_steps=1"):
         refused = launch("resume=true", "run_dir=run", change, cwd=tmp_path)
+        (run / "launch.log").unlink()
         assert (refused.returncode, contents(run)) == (2, before), refused.stderr
 
 
