@@ -212,8 +212,10 @@ def test_a_resume_that_is_refused_leaves_nothing_in_the_folder(finished_run, tmp
     before = contents(run)
     for change in ("grpo.beta=0.5", "grpo.num_steps=1"):
         refused = launch("resume=true", "run_dir=run", change, cwd=tmp_path)
-        (run / "launch.log").unlink()
-        assert (refused.returncode, contents(run)) == (2, before), refused.stderr
+        (run / "launch.log").unlink(missing_ok=True)
+        assert refused.returncode == 2
+        after = contents(run)
+        assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == set()
 
 
 def test_a_sweep_of_which_no_job_starts_leaves_nothing(tmp_path):
