@@ -51,7 +51,7 @@ def test_the_installed_commands_work_from_any_folder_without_the_checkout(wheel,
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    found = run(sys.executable, "-c", "import grpo.config.schema; print(grpo.__file__, grpo.config.paths.CONF_DIR)")
+    found = run(sys.executable, "-c", "import grpo.config.paths; print(grpo.__file__, grpo.config.paths.CONF_DIR)")
     assert found == f"{site / 'grpo' / '__init__.py'} {site / 'grpo' / 'conf'}\n"
 
     grpo = str(site / "bin" / "grpo")
