@@ -109,8 +109,8 @@ def warnings(sweep: Sweep) -> list[str]:
     # The most that a comparison has; where there is none, the best arm.
     seeds = max((each.seeds for each in sweep.behind.values()), default=len(sweep.arms[0].jobs) if sweep.arms else 0)
     if seeds == 1:
-        mend = "add seed=1,2,3" if SEED not in sweep.swept else "let the jobs of other seeds finish"
-        said.append(f"One seed: the intervals speak of other problems, not of other trainings; {mend}.")
+        fix = "add seed=1,2,3" if SEED not in sweep.swept else "let the jobs of other seeds finish"
+        said.append(f"One seed: the intervals speak of other problems, not of other trainings; {fix}.")
     elif 1 < seeds < FEW_SEEDS:
         said.append(f"{seeds} seeds say little of how trainings vary; three is the least that is worth trusting.")
     apart = len(sweep.arms) - 1 - len(sweep.behind)

@@ -36,7 +36,7 @@ def typed(cfg: DictConfig) -> Config:
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError naming the first value that cannot work, and the mend. None (not yet known) passes."""
+    """Raise ConfigError naming the first value that cannot work, and the fix. None (not yet known) passes."""
     _check_facts(config)
     check_name(config.name)
     _number("optimizer.lr", config.optimizer.get("lr"))
@@ -56,7 +56,7 @@ def check(config: Config) -> None:
     compute = config.hardware.compute_dtype
     if config.model.dtype == "bfloat16" and compute not in (None, "bfloat16") and config.model.lora is None:
         raise ConfigError(
-            f"hardware.compute_dtype={compute} has digits that model.dtype=bfloat16 has not: what they gain is rounded "
+            f"hardware.compute_dtype={compute} is more precise than model.dtype=bfloat16: what it gains is rounded "
             "away from the weights; set model.dtype=float32, or hardware.compute_dtype=null"
         )
     _check_prompts(config.data)
@@ -106,7 +106,7 @@ def _not_null(key: str, size: int | None) -> int:
 
 
 def check_training(config: Config) -> None:
-    """Raise ConfigError where training would go on and change nothing: for evaluating, the same config is sound."""
+    """Raise ConfigError where training would run and change nothing: for evaluating, the same config is sound."""
     target = str(config.optimizer["_target_"])
     nearest = target.startswith(("torch.optim.", "bitsandbytes.")) or target.endswith(".MuonWithAdamW")
     if config.model.dtype == "bfloat16" and nearest:

@@ -2,7 +2,7 @@
 
 
 class ConfigError(Exception):
-    """Bad input, said in one or two lines with the mend. Commands print it and exit with 2."""
+    """Bad input: the message is one or two lines with the fix. Commands print it and exit with 2."""
 
 
 class FileError(ConfigError, ValueError):

@@ -44,7 +44,7 @@ EXTRA_PLUGINS = ("joblib", "optuna", "ray", "submitit_local", "submitit_slurm") 
 
 
 def explain(error: Exception) -> str:
-    """One or two lines for the user: what is wrong with the input, and the mend."""
+    """One or two lines for the user: what is wrong with the input, and the fix."""
     cause: BaseException | None = error
     while cause is not None:  # Hydra and OmegaConf wrap what is raised while they work
         if isinstance(cause, ConfigError):

@@ -28,7 +28,7 @@ from grpo.sweeps.opening import prepare_sweep
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that nothing speaks against: what Hydra is started with, and the folder, which this process holds."""
+    """A launch that passed every check: what Hydra is started with, and the folder, which this process holds."""
 
     app: Application
     overrides: list[str]  # for Hydra
@@ -39,9 +39,10 @@ class Launch:
 
 @contextmanager
 def decide(flags: argparse.Namespace) -> Iterator[Launch | None]:
-    """Hold the folder of the launch that the flags ask for; None where a plan, or no more than a line, was the answer.
+    """Hold the folder of the launch that the flags ask for; None where there is nothing to launch: after a plan, or
+    where the run has finished.
 
-    Raises ConfigError, or what Hydra raises, for what cannot be, with nothing left on disk.
+    Raises ConfigError, or what Hydra raises, for a command or config that cannot work, with nothing left on disk.
     """
     app = Application(flags)
     overrides = Overrides(flags.overrides)
@@ -89,7 +90,7 @@ def hold_run(app: Application, composed: DictConfig, overrides: Overrides) -> It
             run.frozen_config()  # refused here, with nothing written to the folder, if it cannot be read
             holding = locked(run.path)
         else:
-            check_empty(run.path)
+            check_empty(run.path, config.fork)
             holding = reserved(run.path, suffix=False)
     with holding as path:
         own = f"hydra.run.dir={quoted(str(path))}"
@@ -145,7 +146,8 @@ def reserved(wanted: Path, suffix: bool) -> Iterator[Path]:
                     raise ConfigError(f"{path} became a run of another launch a moment ago; choose another run_dir")
                 yield path
             finally:
-                if not run.started():  # while it is locked, since only its holder may remove anything
+                # While it is locked, since only its holder may remove anything.
+                if not run.started() and not run.has_trained():
                     release(path)
     finally:
         remove_empty(created)
@@ -153,7 +155,10 @@ def reserved(wanted: Path, suffix: bool) -> Iterator[Path]:
 
 @contextmanager
 def hold_sweep(app: Application, composed: DictConfig, overrides: Overrides) -> Iterator[Launch]:
-    """Choose, reserve and lock the folder of a sweep, and begin its sweep.json; removed again if no job starts."""
+    """Choose, reserve and lock the folder of a sweep, and begin its sweep.json.
+
+    Where Hydra refuses a new sweep, so that no launcher got a job, both are removed again.
+    """
     named = composed.sweep_dir or named_folder(composed.hydra.sweep, "${sweep_dir}")
     opening = prepare_sweep(composed, overrides, named, check_runnable)
     path, created = reserve(opening.folder.path, suffix=opening.is_new)
@@ -163,11 +168,9 @@ def hold_sweep(app: Application, composed: DictConfig, overrides: Overrides) -> 
             remember_gpus()
             resumed = folder.begun()
             opening.begin(folder)
-            try:
-                yield Launch(app, opening.overrides_for(folder), without_hydra(composed), sweep=folder)
-            finally:
-                if not resumed and not folder.has_jobs():
-                    folder.discard()
-                    release(path)
+            yield Launch(app, opening.overrides_for(folder), without_hydra(composed), sweep=folder)
+            if not resumed and folder.holds_records_only():
+                folder.discard()
+                release(path)
     finally:
         remove_empty(created)

@@ -29,7 +29,7 @@ from grpo.launch.resume import resumed_config
 from grpo.runs.choice import MORE_STEPS, check_parent, choose_run, has_finished
 from grpo.runs.console import resume_command
 from grpo.runs.files import discard, disk_errors_are_warnings, short_path
-from grpo.runs.folder import RunFolder, release, remove_empty
+from grpo.runs.folder import COPIED_BY_FORK, RunFolder, release, remove_empty
 from grpo.runs.gpu_queue import claim_gpu, show_all_gpus, takes_any_gpu
 from grpo.runs.lock import locked
 from grpo.runs.run import Run
@@ -123,7 +123,7 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
         if resumed:
             _discard_record(hydra_cfg)
         else:
-            _discard(folder)
+            _discard(folder, cfg.fork)
         raise
     done = folder.finished() and not changes.keys() & set(MORE_STEPS)
     if done and resume is True:
@@ -190,7 +190,7 @@ def _record_end(run: Run, error: BaseException) -> None:
     is_new = not run.resumed or run.forked
     refused = isinstance(error, ConfigError) and not isinstance(error, FileError)
     if is_new and refused and not run.folder.has_trained():
-        _discard(run.folder)
+        _discard(run.folder, run.forked)
         return
     run.record_state("failed", f"{type(error).__name__}: {error}")
     logger.info("the run failed", exc_info=error)  # into launch.log; the console gets the one line below
@@ -200,9 +200,9 @@ def _record_end(run: Run, error: BaseException) -> None:
     traceback.clear_frames(error.__traceback__)
 
 
-def _discard(folder: RunFolder) -> None:
-    """Remove what a launch created that could not even start, so that no empty run stands in the way."""
-    for name in ("config.yaml", "status.json", "preflight.json", "samples"):
+def _discard(folder: RunFolder, forked: bool) -> None:
+    """Remove what a launch wrote that was refused before its first step, so that no empty run stands in the way."""
+    for name in ("config.yaml", "status.json", *(COPIED_BY_FORK if forked else ())):
         discard(folder.path / name)
     release(folder.path)
     remove_empty([folder.path])  # unless it holds what a launcher prints to

@@ -42,12 +42,12 @@ def asked_device(cfg: DictConfig) -> str:
     by_map = cfg.model.device_map != "auto"
     device = cfg.model.device_map if by_map else cfg.hardware.device
     asked = f"model.device_map={device}" if by_map else f"hardware.device={device}"
-    mend = "model.device_map=auto" if by_map else "hardware=auto or hardware=cpu"
+    fix = "model.device_map=auto" if by_map else "hardware=auto or hardware=cpu"
     number = int(device.partition(":")[2] or 0)
     if device.startswith("cuda") and number >= (seen := torch.cuda.device_count()):
-        raise ConfigError(f"{asked}: torch sees {seen or 'no'} CUDA device{'s' * (seen > 1)} here; use {mend}")
+        raise ConfigError(f"{asked}: torch sees {seen or 'no'} CUDA device{'s' * (seen > 1)} here; use {fix}")
     if device == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError(f"{asked}: torch sees no Apple GPU here; use {mend}")
+        raise ConfigError(f"{asked}: torch sees no Apple GPU here; use {fix}")
     return device
 
 
@@ -62,8 +62,8 @@ def _check_card(cfg: DictConfig, device: str) -> None:
         )
     if "bfloat16" in (hardware.compute_dtype or cfg.model.dtype) and not cuda_multiplies_bfloat16(device):
         asked = "hardware.compute_dtype" if hardware.compute_dtype else "model.dtype"
-        mend = "hardware.compute_dtype=float16" if cfg.model.dtype == "float32" else "tuning=lora"
-        raise ConfigError(f"{asked}=bfloat16: {card.name} has no bfloat16; use hardware=auto, or {mend}")
+        fix = "hardware.compute_dtype=float16" if cfg.model.dtype == "float32" else "tuning=lora"
+        raise ConfigError(f"{asked}=bfloat16: {card.name} has no bfloat16; use hardware=auto, or {fix}")
 
 
 def find_device() -> str:

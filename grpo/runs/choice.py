@@ -5,7 +5,7 @@ from pathlib import Path
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
 from grpo.runs.files import check_links
-from grpo.runs.folder import BEFORE_START, RunFolder
+from grpo.runs.folder import BEFORE_START, COPIED_BY_FORK, RunFolder
 from grpo.runs.lock import left_by_us
 
 MORE_STEPS = ("grpo.num_steps", "grpo.num_iterations")
@@ -49,12 +49,15 @@ def has_finished(run: RunFolder) -> str:
     return f"resume=true: {run.path} has finished already; to train it further, add a larger grpo.num_steps"
 
 
-def check_empty(path: Path) -> None:
-    """Raise ConfigError where a new run would be among files that are not of a launch that ended before its start."""
+def check_empty(path: Path, fork: bool = False) -> None:
+    """Raise ConfigError where a new run would be among files that are not of a launch that was killed before its start.
+
+    fork: whether the new run is a fork, which may find what an earlier try of it had copied.
+    """
     if not path.exists():
         return
     found = sorted(each.name for each in path.iterdir())
-    left = BEFORE_START if left_by_us(path) else ()
+    left = (*BEFORE_START, *(COPIED_BY_FORK if fork else ())) if left_by_us(path) else ()
     foreign = [name for name in found if name not in left and not _is_empty_folder(path / name)]
     if foreign:
         raise ConfigError(f"{path} is not empty (it holds {foreign[0]}); choose a new or an empty folder")

@@ -37,8 +37,9 @@ EVALUATION: dict[str, Any] = {"step": int, "n": int, "accuracy": float | None, "
 EVALUATION |= {"rewards": dict | None, "problems": list}
 
 
-# What a launch writes before the config.yaml that makes a folder a run; of a fork, its checkpoint and history.
-BEFORE_START = (".lock", ".hydra", "launch.log", "launches.jsonl", "checkpoints", "metrics", "eval")
+# What a launch writes before the config.yaml that makes a folder a run, and what a fork copies before that.
+BEFORE_START = (".lock", ".hydra", "launch.log", "launches.jsonl")
+COPIED_BY_FORK = ("checkpoints", "metrics", "eval")
 
 
 def outputs() -> Path:

@@ -18,19 +18,19 @@ class Run:
 
     folder: RunFolder
     config: Config
-    resumed: bool  # goes on from what the folder holds
+    resumed: bool  # continues from what the folder holds
     forked: bool  # which it took over from another run just now
     done: bool  # finished before, and no further steps are asked for
     stop: StopSignals
     overrides: list[str]  # of this launch's command line
-    changes: dict[str, Any]  # what it changes in a run that it goes on with
+    changes: dict[str, Any]  # what it changes in a run that it resumes
     until_step: int | None  # where this launch stops, if before the end
     started: float  # by time.monotonic
     seconds_before: float  # of all launches so far
 
     @property
     def seconds(self) -> float:
-        """How long all launches took together, for who pays by the hour."""
+        """How long all launches took together."""
         return round(self.seconds_before + time.monotonic() - self.started, 3)
 
     def record_state(self, state: str, error: str | None) -> None:

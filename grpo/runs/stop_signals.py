@@ -55,7 +55,7 @@ class StopSignals:
 
     @contextmanager
     def deferred(self, can_be_dropped: Callable[[], bool], save: Callable[[], None]) -> Iterator[None]:
-        """Within the block a signal waits for `leave_if_asked`, unless what goes on can be dropped; then `save`.
+        """Within the block a signal waits for `leave_if_asked`, unless the present work can be dropped; then `save`.
 
         A second signal neither waits nor saves.
         """

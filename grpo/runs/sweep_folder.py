@@ -25,6 +25,7 @@ from grpo.runs.lock import in_use
 
 logger = logging.getLogger(__name__)
 
+RECORDS = ("sweep.json", "multirun.yaml", "halving.json")  # what is written before any job
 # The types of what sweep.json holds, as far as it is read.
 RECORD: dict[str, Any] = {"overrides": list, "hydra": list, "keys": list, "planned": list | None, "flags": list}
 RECORD |= {"jobs": list, "name": str, "state": str, "sweeper": str}
@@ -84,13 +85,13 @@ class SweepFolder:
         """Whether a sweep was ever started here."""
         return bool(self.record()) or any(self.path.glob("[0-9]*/config.yaml"))
 
-    def has_jobs(self) -> bool:
-        """Whether any job has a folder."""
-        return any(self.path.glob("[0-9]*/"))
+    def holds_records_only(self) -> bool:
+        """Whether there is no job, and nothing of a launcher, which may have jobs that wait in a queue."""
+        return {each.name for each in self.path.iterdir()} <= {".lock", *RECORDS}
 
     def discard(self) -> None:
         """Remove what describes the sweep, and no job of it."""
-        for name in ("sweep.json", "multirun.yaml", "halving.json"):
+        for name in RECORDS:
             discard(self.path / name)
 
     def record(self) -> dict[str, Any]:

@@ -22,9 +22,9 @@ def conclude(sweep: SweepFolder) -> bool:
     """Print what became of each job, write the report, and say how to resume. Returns whether a job failed."""
     for number in (signal.SIGINT, signal.SIGTERM):  # everything else has ended
         signal.signal(number, signal.SIG_IGN)
-    jobs = sweep.jobs()
-    if not sweep.has_jobs():
+    if sweep.holds_records_only():
         return False
+    jobs = sweep.jobs()
     states = {job["state"] for job in jobs} - {"stopped early"}
     bad = states & {"failed", "unreadable"}
     state = "failed" if bad else "interrupted"

@@ -21,7 +21,7 @@ Check = Callable[[DictConfig, Overrides], Config]
 
 @dataclass(frozen=True)
 class SweepOpening:
-    """A sweep that nothing speaks against, not yet on disk."""
+    """A sweep that passed every check, not yet on disk."""
 
     folder: SweepFolder  # the one to resume, or the wanted name of a new one
     is_new: bool  # in which case it gets another name where that is taken

@@ -244,8 +244,8 @@ def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
         raise ConfigError(f"optimizer: it must take pairs of name and parameter, and fails with: {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        mend = f"; leave it out with ~optimizer.{unknown[1]}" if unknown else ""
-        raise ConfigError(f"optimizer: {error}{mend}") from error
+        fix = f"; leave it out with ~optimizer.{unknown[1]}" if unknown else ""
+        raise ConfigError(f"optimizer: {error}{fix}") from error
 
 
 def score_completions(setup: Setup, problems: Sequence[Problem], completions: CompletionBatch) -> Scored:

@@ -47,7 +47,7 @@ def preflight(model: PreTrainedModel, setup: Setup, cut: Cut) -> dict[str, Any]:
 
 
 def warnings(found: dict[str, Any], max_completion_length: int) -> list[str]:
-    """What stands in the way of learning, with the mend, one text each."""
+    """What stands in the way of learning, with the fix, one text each."""
     said = []
     for name, component in found["components"].items():
         if component["missing"] == 1.0:

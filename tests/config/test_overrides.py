@@ -1,4 +1,4 @@
-"""The overrides of a command line: keys and values, however they are spelt."""
+"""The overrides of a command line: keys and values, however they are written."""
 
 import shlex
 from pathlib import Path
@@ -12,11 +12,11 @@ from grpo.config.overrides import Overrides, quoted, typed_in_shell
 from grpo.config.schema import PASSING_KEYS
 from grpo.runs.console import next_commands, resume_command
 
-SPELT = ["grpo.beta=0.1", "+grpo.beta=0.1", "++grpo.beta=0.1", "~grpo.beta", "grpo.beta=0.1,0.2"]
+WRITTEN = ["grpo.beta=0.1", "+grpo.beta=0.1", "++grpo.beta=0.1", "~grpo.beta", "grpo.beta=0.1,0.2"]
 
 
-@pytest.mark.parametrize("line", SPELT)
-def test_a_key_is_the_same_however_it_is_spelt(line):
+@pytest.mark.parametrize("line", WRITTEN)
+def test_a_key_is_the_same_however_it_is_written(line):
     overrides = Overrides(["seed=1", line])
     assert overrides.keys == ["seed", "grpo.beta"]
     assert overrides.names("grpo.beta")

@@ -87,12 +87,16 @@ def test_torch_is_not_imported_before_training(tmp_path, arguments):
 
 def test_importing_the_package_changes_nothing_of_the_process():
     code = """
-        import os, sys, threading
-        before = dict(os.environ), sys.path[:], threading.active_count()
+        import json, os, sys, threading
+        def state():
+            return [dict(os.environ), sys.path[:], threading.active_count()]
+        before = state()
         import grpo
-        assert (dict(os.environ), sys.path, threading.active_count()) == before
+        print(json.dumps([before, state()]))
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    before, after = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout)
+    assert after == before
 
 
 def test_cfg_job_prints_the_whole_config(launch, tmp_path):

@@ -30,6 +30,13 @@ def test_resume_after_kill_is_bitwise_equal(tmp_path, straight, step):
     assert_same_run(run_dir, straight)
 
 
+def kill_after_step(run_dir, step):
+    process = start(run_dir)
+    wait_for_step(run_dir, step)
+    process.kill()
+    process.wait()
+
+
 def test_resume_in_bfloat16_over_float32_weights_is_bitwise_equal(tmp_path):
     """Through two updates a step, a second iteration with its own reference, and layers computed twice."""
     settings = [*SETTINGS, "hardware.compute_dtype=bfloat16", "hardware.activation_checkpointing=true"]
@@ -100,10 +107,7 @@ def test_a_signal_saves_the_step_in_progress_and_resume_is_bitwise_equal(tmp_pat
 
 def test_resume_keeps_the_first_records_and_config(tmp_path, straight):
     run_dir = tmp_path / "run"
-    process = start(run_dir)
-    wait_for_step(run_dir, 1)
-    process.kill()
-    process.wait()
+    kill_after_step(run_dir, 1)
     kept = {file: file.read_bytes() for file in (run_dir / "config.yaml", run_dir / ".hydra" / "overrides.yaml")}
     result = launch("resume=true", f"run_dir={run_dir}", "checkpoint.every=3", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -129,12 +133,9 @@ def test_a_finished_run_that_gets_more_steps_is_one_that_had_them_from_the_start
     assert (extended / "changes.yaml").read_text() == "grpo.num_steps: 6\n"
 
 
-def test_a_torn_last_row_is_mended(tmp_path, straight):
+def test_a_torn_last_row_is_dropped_and_computed_again(tmp_path, straight):
     run_dir = tmp_path / "run"
-    process = start(run_dir)
-    wait_for_step(run_dir, 3)
-    process.kill()
-    process.wait()
+    kill_after_step(run_dir, 3)
     file = run_dir / "metrics" / "metrics.jsonl"
     os.truncate(file, file.stat().st_size - 20)
     result = launch("resume=true", f"run_dir={run_dir}", cwd=tmp_path)

@@ -441,11 +441,11 @@ def test_a_used_run_folder_is_refused(tmp_path):
     assert choose_run(run, "auto", Overrides([])) == "resume"
 
 
-def test_a_finished_run_has_steps_left_only_where_more_are_asked_for_however_that_is_spelt(tmp_path):
+def test_a_finished_run_has_steps_left_only_where_more_are_asked_for_however_that_is_written(tmp_path):
     run = RunFolder(make_run(tmp_path / "finished", "finished", 100))
     assert choose_run(run, "auto", Overrides(["seed=1"])) == "done"
-    for spelt in ("grpo.num_steps=9", "++grpo.num_steps=9", "+grpo.num_iterations=2"):
-        assert choose_run(run, True, Overrides([spelt])) == "resume"
+    for line in ("grpo.num_steps=9", "++grpo.num_steps=9", "+grpo.num_iterations=2"):
+        assert choose_run(run, True, Overrides([line])) == "resume"
 
 
 def test_resume_says_of_a_missing_an_empty_a_foreign_and_a_finished_folder_what_is_wrong(tmp_path):
