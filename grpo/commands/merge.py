@@ -9,7 +9,7 @@ from pathlib import Path
 
 from grpo.commands._common import find_subject, own_arguments
 from grpo.config.errors import ConfigError
-from grpo.runs.files import discard, move_whole
+from grpo.runs.files import move_whole
 
 
 def main(arguments: list[str]) -> None:
@@ -35,9 +35,10 @@ def main(arguments: list[str]) -> None:
     check_adapter(model.lora)
     if target.exists():
         raise ConfigError(f"{target} exists already; remove it, or give another output_dir=DIR")
-    merged = PeftModel.from_pretrained(load_model(model, torch.device("cpu")), model.lora.init_from).merge_and_unload()
     temporary = target.with_name(f"{target.name}.tmp")
-    discard(temporary)
+    if temporary.exists():
+        raise ConfigError(f"{temporary} is in the way, as a merge that was killed leaves it; remove it")
+    merged = PeftModel.from_pretrained(load_model(model, torch.device("cpu")), model.lora.init_from).merge_and_unload()
     temporary.mkdir(parents=True)
     merged.save_pretrained(temporary)
     load_tokenizer(model).save_pretrained(temporary)

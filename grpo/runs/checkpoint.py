@@ -86,12 +86,12 @@ def write_checkpoint(
 
 def clear(folder: Path) -> None:
     """Remove from checkpoints/ what a save that was killed has left. For the process that holds the run folder."""
-    for left_over in [*folder.glob("*.tmp"), *folder.glob("*.old")]:
+    for left_over in folder.glob("*.tmp"):
         if re.fullmatch(NAME, left_over.stem):
-            if left_over.suffix == ".old":
-                put_back(left_over.with_suffix(""))
-            else:
-                discard(left_over)
+            discard(left_over)
+    for left_over in folder.glob(".*.replaced"):
+        if re.fullmatch(NAME, name := left_over.stem.removeprefix(".")):
+            put_back(folder / name)
 
 
 def step_folders(folder: Path) -> list[Path]:

@@ -94,7 +94,8 @@ def discard(path: Path) -> None:
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write a small file whole or not at all. Where there is a link, the file takes its place."""
     temporary = file.with_name(file.name + ".tmp")
-    discard(temporary)
+    if temporary.is_symlink() or not temporary.is_dir():  # a folder is not ours, and is an error below
+        temporary.unlink(missing_ok=True)
     with temporary.open("xb") as stream:  # x: never through a link
         stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
@@ -104,14 +105,15 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 def move_whole(folder: Path, target: Path) -> None:
-    """Give a complete folder its name, in place of what has it, such that it would outlast a power cut.
+    """Give a complete folder its name, in place of what has it, such that it would outlast a power failure.
 
-    No folder can replace another one in one step: what had the name is `<name>.old` meanwhile, for `put_back`.
+    No folder can replace another one in one step: what had the name is called `.<name>.replaced` meanwhile, for
+    `put_back`; a name that nobody would give a folder of their own.
     """
     for path in [*folder.iterdir(), folder]:
         sync(path)
     put_back(target)
-    old = target.with_name(f"{target.name}.old")
+    old = target.with_name(f".{target.name}.replaced")
     if os.path.lexists(target):
         target.rename(old)
     folder.rename(target)
@@ -124,7 +126,7 @@ def put_back(target: Path) -> None:
 
     For the process that holds the run folder.
     """
-    old = target.with_name(f"{target.name}.old")
+    old = target.with_name(f".{target.name}.replaced")
     if os.path.lexists(target):
         discard(old)
     elif os.path.lexists(old):

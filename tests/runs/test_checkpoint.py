@@ -393,13 +393,14 @@ def test_a_left_over_of_an_interrupted_save_is_never_chosen_and_goes_with_the_ne
 
 def test_what_is_not_ours_in_the_folder_stays_and_does_not_stand_in_the_way(tmp_path):
     (tmp_path / "notes.tmp").write_text("mine")
+    (tmp_path / "step_000001.old").mkdir()
     (tmp_path / "step_1.tmp").mkdir()
     (tmp_path / "reference_of_mine").mkdir()
     (tmp_path / "step_000001.tmp").write_text("a file where the folder will be")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "best.tmp").symlink_to("elsewhere")
     save_steps(tmp_path, 1)
-    left = ["elsewhere", "notes.tmp", "reference_of_mine", "step_000001", "step_1.tmp"]
+    left = ["elsewhere", "notes.tmp", "reference_of_mine", "step_000001", "step_000001.old", "step_1.tmp"]
     assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
@@ -593,7 +594,7 @@ def test_best_is_replaced_whole(tmp_path):
 
 def test_the_best_weights_come_back_after_a_kill_while_they_are_replaced(tmp_path):
     save_best(tmp_path, small_model(), TrainerState(step=1))
-    (tmp_path / "best").rename(tmp_path / "best.old")
+    (tmp_path / "best").rename(tmp_path / ".best.replaced")
     (tmp_path / "best.tmp").mkdir()
     Saver(tmp_path, settings(), TrainerState(step=1))
     assert [path.name for path in tmp_path.iterdir()] == ["best"]

@@ -272,7 +272,7 @@ def test_a_folder_that_is_replaced_is_the_old_or_the_new_one_whenever_that_is_ki
     for n in range(1, complete + 1):
         put_back(tmp_path / str(n) / "best")
         found.append((tmp_path / str(n) / "best" / "a").read_text())
-        assert not (tmp_path / str(n) / "best.old").exists()
+        assert not (tmp_path / str(n) / ".best.replaced").exists()
     assert sorted(set(found)) == ["best", "new"]
     assert found == sorted(found)  # the new one from some operation on
 
