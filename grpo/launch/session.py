@@ -26,7 +26,7 @@ from grpo.config.trust import foreign_targets
 from grpo.config.values import to_dict
 from grpo.launch.freeze import freeze
 from grpo.launch.resume import resumed_config
-from grpo.runs.choice import MORE_STEPS, check_parent, choose_run, has_finished
+from grpo.runs.choice import MORE_STEPS, check_empty, check_parent, choose_run, has_finished
 from grpo.runs.console import resume_command
 from grpo.runs.files import discard, disk_errors_are_warnings, short_path
 from grpo.runs.folder import COPIED_BY_FORK, RunFolder, release, remove_empty
@@ -55,7 +55,8 @@ def open_run(cfg: DictConfig, decided: RunFolder | None = None) -> Iterator[Run]
     again = cfg.resume or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     resume = "auto" if again else False
     try:
-        choose_run(folder, resume, command_line())
+        if choose_run(folder, resume, command_line()) == "fresh":
+            check_empty(folder.path, cfg.fork, job=True)
         with (
             StopSignals().installed() as stop,
             locked(folder.path),
@@ -140,7 +141,7 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
         folder,
         config,
         resumed=resumed or cfg.fork,
-        forked=cfg.fork,
+        forked=cfg.fork and not resumed,
         done=done,
         stop=stop,
         overrides=overrides.lines,

@@ -8,6 +8,7 @@ from grpo.runs.files import check_links
 from grpo.runs.folder import BEFORE_START, COPIED_BY_FORK, RunFolder
 from grpo.runs.lock import left_by_us
 
+OF_JOB = ("console.log", "status.json")  # what a job of a sweep has beside them before its run starts
 MORE_STEPS = ("grpo.num_steps", "grpo.num_iterations")
 
 
@@ -49,15 +50,20 @@ def has_finished(run: RunFolder) -> str:
     return f"resume=true: {run.path} has finished already; to train it further, add a larger grpo.num_steps"
 
 
-def check_empty(path: Path, fork: bool = False) -> None:
+def check_empty(path: Path, fork: bool = False, job: bool = False) -> None:
     """Raise ConfigError where a new run would be among files that are not of a launch that was killed before its start.
 
-    fork: whether the new run is a fork, which may find what an earlier try of it had copied.
+    fork: whether the new run is a fork, which may find what an earlier try of it had copied. job: whether it is a job
+    of a sweep, for which Hydra and the launcher have written there already, as may an earlier try that was refused.
     """
     if not path.exists():
         return
+    if RunFolder(path).has_trained():
+        raise ConfigError(f"{path} has lost the config.yaml of its run; restore that, or choose another folder")
     found = sorted(each.name for each in path.iterdir())
-    left = (*BEFORE_START, *(COPIED_BY_FORK if fork else ())) if left_by_us(path) else ()
+    left: tuple[str, ...] = ()
+    if job or left_by_us(path):
+        left = (*BEFORE_START, *(COPIED_BY_FORK if fork else ()), *(OF_JOB if job else ()))
     foreign = [name for name in found if name not in left and not _is_empty_folder(path / name)]
     if foreign:
         raise ConfigError(f"{path} is not empty (it holds {foreign[0]}); choose a new or an empty folder")

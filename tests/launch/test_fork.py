@@ -126,12 +126,20 @@ def test_a_sweep_of_forks_that_was_killed_goes_on(parent, tmp_path):
     assert again.returncode == 0, again.stderr
     same, other = sorted(path for path in (tmp_path / "sweep").iterdir() if path.is_dir())
     assert rows(same) == rows(parent)
+    launches = [json.loads(line) for line in (same / "launches.jsonl").read_text().splitlines()]
+    assert [each["from_step"] for each in launches] == [6, 6]
     assert status(other)["state"] == "finished"
     # The parent has other numbers of steps than the defaults, which asks for nothing.
     done = launch(*sweep[:-1], "resume=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("has finished already: nothing to do") == 2
     assert "job 0:" not in done.stdout, "a process was started"
+    # A job whose config.yaml is lost is not started again over what it has.
+    (other / "config.yaml").unlink()
+    kept = rows(other)
+    refused = launch(*sweep, "resume=true", cwd=tmp_path)
+    assert (refused.returncode, rows(other)) == (1, kept)
+    assert "has lost the config.yaml of its run; restore that" in refused.stdout + refused.stderr
 
 
 @pytest.mark.parametrize(
