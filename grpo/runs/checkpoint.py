@@ -5,7 +5,6 @@ is written last. `reference_000002/` holds the frozen reference of outer iterati
 iteration share (in iteration 1 it is the starting model), and `best/` the weights of the best held-out accuracy.
 """
 
-import copy
 import hashlib
 import inspect
 import json
@@ -205,21 +204,16 @@ def _as_tensor(value: Any) -> Tensor:
 
 @torch.no_grad()
 def check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Raise FileError where a checkpoint's state is not of this optimizer and its parameters.
+    """Raise FileError where a checkpoint's state is not of such an optimizer and its parameters.
 
-    The optimizer takes a step, from a gradient of ones, to show what state it keeps. So the weights that it trains
-    must be loaded after this; its own state is empty again.
+    optimizer: one of its own kind and over the same parameters, to be thrown away. It takes a step, from a gradient of
+    ones, to show what state it keeps, so the weights must be loaded after this.
     """
-    groups = [{name: copy.copy(value) for name, value in group.items()} for group in optimizer.param_groups]
-    parameters = [parameter for parameter, _ in _parameters(optimizer)]
-    for parameter in parameters:
+    for parameter, _ in _parameters(optimizer):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     expected = {key: _kind(value) for key, value in flatten_optimizer(optimizer).items() if key[0].isdigit()}
-    optimizer.state.clear()
-    for group, before in zip(optimizer.param_groups, groups, strict=True):
-        group.update(before)
 
     file = checkpoint / "optimizer.safetensors"
     with safe_open(file, "pt") as stored:
@@ -227,7 +221,9 @@ def check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     stateful = {key.partition(".")[0] for key in found}  # a parameter that had no gradient so far has no state
     wrong = [key for key, kind in expected.items() if key.partition(".")[0] in stateful and found.get(key) != kind]
     wrong += [key for key in found if not _is_place(key, optimizer)]
-    if wrong or (expected and not stateful):
+    state = load_state(checkpoint)
+    no_update_so_far = state.skipped_in_a_row == state.step  # every loss or gradient was not finite
+    if wrong or (expected and not stateful and not no_update_so_far):
         which = f"entry {wrong[0]} is missing, or of another shape or type" if wrong else "it is empty"
         raise FileError(f"{file} is not the state of this optimizer and model: {which}; take another checkpoint")
 

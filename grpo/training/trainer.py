@@ -74,7 +74,7 @@ class Trainer:
         self.reference = setup.reference(self.policy) if kl_weight(setup.config) > 0 else None
         if setup.config.hardware.activation_checkpointing:
             checkpoint_layers(self.worker)
-        self.optimizer = setup.optimizer([(name, p) for name, p in self.policy.named_parameters() if p.requires_grad])
+        self.optimizer = self._new_optimizer()
         self.sampling = setup.sampling(self.policy)
         self.state = TrainerState()
         self.loss_scale = LossScale() if dtype == torch.float16 else None
@@ -84,6 +84,9 @@ class Trainer:
         self._step_seconds = math.inf  # what the last step took; unknown before the first
         self._interruptible = False  # whether what goes on could be dropped, since the policy has not moved in it
         self._saving_s = 0.0  # seconds that the last save held up: reported by the step after it
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return self.setup.optimizer([(name, p) for name, p in self.policy.named_parameters() if p.requires_grad])
 
     def step(self, step: int) -> Step:
         """One step of the algorithm: sample a batch, score it, update the policy `mu` times."""
@@ -314,7 +317,7 @@ class Trainer:
 
         Raises RuntimeError where it does not fit the model, FileError where it does not fit the optimizer.
         """
-        checkpoints.check_optimizer(checkpoint, self.optimizer)  # before the weights, which this changes
+        checkpoints.check_optimizer(checkpoint, self._new_optimizer())  # before the weights, which this changes
         self.state = checkpoints.load_state(checkpoint)
         self.cut = self.setup.cut(self.state.reduced)
         if self.loss_scale is not None and self.state.loss_scale is not None:
