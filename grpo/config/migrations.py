@@ -1,4 +1,4 @@
-"""config.yaml and trainer_state.json of earlier versions, as this version reads them.
+"""config.yaml, trainer_state.json and sweep.json of earlier versions, as this version reads them.
 
 One pure function for each step from a version to the next. A file without a version key is of version 0.
 """
@@ -102,8 +102,14 @@ def state_0_to_1(values: Values) -> Values:
     return values
 
 
+def sweep_0_to_1(values: Values) -> Values:
+    """The choice of hydra/sweeper that was `optuna` is `tpe` now."""
+    return values | {"sweeper": "tpe"} if values.get("sweeper") == "optuna" else values
+
+
 CONFIG_STEPS = (config_0_to_1,)
 STATE_STEPS = (state_0_to_1,)
+SWEEP_STEPS = (sweep_0_to_1,)
 
 
 def _set_default(values: Values, name: str, value: Any) -> None:

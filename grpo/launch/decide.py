@@ -165,12 +165,15 @@ def hold_sweep(app: Application, composed: DictConfig, overrides: Overrides) -> 
     folder = SweepFolder(path)
     try:
         with locked(path):
+            if folder.begun() != opening.begun:
+                raise ConfigError(f"{path} became a sweep of another launch a moment ago; choose another sweep_dir")
             remember_gpus()
-            resumed = folder.begun()
             opening.begin(folder)
-            yield Launch(app, opening.overrides_for(folder), without_hydra(composed), sweep=folder)
-            if not resumed and folder.holds_records_only():
-                folder.discard()
-                release(path)
+            try:
+                yield Launch(app, opening.overrides_for(folder), without_hydra(composed), sweep=folder)
+            finally:
+                if not opening.begun and folder.holds_records_only():
+                    folder.discard()
+                    release(path)
     finally:
         remove_empty(created)

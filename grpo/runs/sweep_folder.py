@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from yaml import YAMLError
 
 from grpo.config.errors import ConfigError, FileError
+from grpo.config.migrations import SWEEP_STEPS, VERSION, migrate
 from grpo.config.overrides import Overrides
 from grpo.config.schema import PASSING_KEYS, on_resume
 from grpo.runs.files import discard, read_json, write_whole
@@ -97,7 +98,7 @@ class SweepFolder:
     def record(self) -> dict[str, Any]:
         """The content of sweep.json; `{}` where there is none."""
         file = self.path / "sweep.json"
-        record = read_json(file, RECORD) if file.exists() else {}
+        record = migrate(read_json(file, RECORD), file, SWEEP_STEPS) if file.exists() else {}
         if record and not {"overrides", "state"} <= record.keys():
             raise FileError(f"{file} is not the record of a sweep: it lacks overrides or state")
         return record
@@ -161,7 +162,7 @@ class SweepFolder:
     def _write(self, record: dict[str, Any]) -> None:
         # Several jobs may do so at once; each writes the truth, in a file of its own before it gets its name.
         file = self.path / f"sweep.json.{os.getpid()}"
-        write_whole(file, json.dumps(record, indent=1) + "\n")
+        write_whole(file, json.dumps({"version": VERSION, **record}, indent=1) + "\n")
         file.replace(self.path / "sweep.json")
 
 
@@ -178,14 +179,14 @@ def newest_sweep(overrides: Overrides, sweeper: str = "basic") -> Path | None:
     wanted, found = (fixed_values(overrides), sweeper), []
     for file in (outputs() / "sweeps").glob("*/sweep.json"):
         with suppress(ValueError, KeyError, HydraException):  # of another version, or broken: not this one
-            record = read_json(file)
+            record = SweepFolder(file.parent).record()
             if (fixed_values(Overrides(record["overrides"])), record["sweeper"]) == wanted:
                 found.append((record["started"], file.parent))
     return max(found)[1] if found else None
 
 
 def short(value: str) -> str:
-    """An override's value for people to read: a long decimal number with four digits, a long text cut."""
+    """An override's value for people to read: a long decimal number with four digits, a long text shortened."""
     try:
         return f"{float(value):.4g}" if len(value) > 8 and not value.lstrip("-").isdigit() else value
     except ValueError:

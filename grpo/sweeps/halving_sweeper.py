@@ -146,7 +146,9 @@ class HalvingSweeper(Sweeper):
             return
         own = [f"until_step={steps}", "resume=auto"]
         # The folder by its name, since the launcher numbers the jobs of each rung anew.
-        points = [[*self.points[job], *own, f"hydra.sweep.subdir='{self.folders[job].name}'"] for job in jobs]
+        places = [str(self.folders[job].relative_to(self.folder)) for job in jobs]
+        named = zip(jobs, places, strict=True)
+        points = [[*self.points[job], *own, f"hydra.sweep.subdir={quoted(place)}"] for job, place in named]
         for job, done in zip(jobs, self.launcher.launch(points, initial_job_idx=0), strict=True):
             self.returns[job] = done
 

@@ -25,6 +25,7 @@ class SweepOpening:
 
     folder: SweepFolder  # the one to resume, or the wanted name of a new one
     is_new: bool  # in which case it gets another name where that is taken
+    begun: bool  # whether a sweep was started there before
     overrides: Overrides  # of the experiment, as sweep.json keeps them
     task: Overrides  # the same with the values of each swept key as a list, for Hydra
     points: list[list[str]] | None  # the overrides of each job; None where the sweeper finds its points itself
@@ -75,6 +76,7 @@ def prepare_sweep(composed: DictConfig, overrides: Overrides, named: str | None,
     return SweepOpening(
         folder=known or SweepFolder(outputs() / "sweeps" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"),
         is_new=known is None,
+        begun=known is not None and known.begun(),
         overrides=kept,
         task=task,
         points=points,
@@ -105,6 +107,11 @@ def check_sweep(composed: DictConfig) -> None:
         if not has_plugin(hydra[part]._target_):
             choice = hydra.runtime.choices[f"hydra/{part}"]
             raise ConfigError(f"hydra/{part}={choice}: no Hydra plugin {hydra[part]._target_} is installed")
+    subdir: Any = OmegaConf.to_container(hydra.sweep, resolve=False)  # a dict
+    if not subdir["subdir"].startswith(("${job_folder:", "${hydra.job.num}")):
+        raise ConfigError(
+            f"hydra.sweep.subdir={subdir['subdir']}: must begin with ${{hydra.job.num}}, the number by which a job is found"
+        )
     at_once = hydra.launcher.get("jobs_at_once")
     if at_once is not None and not (isinstance(at_once, int) and at_once > 0):
         raise ConfigError(f"hydra.launcher.jobs_at_once={at_once} must be a number above 0, or null")

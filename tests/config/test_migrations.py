@@ -1,6 +1,6 @@
 """Run folders that an earlier version wrote are resumed, evaluated, verified, forked and reported by this one.
 
-tests/old_runs/version_0 was written by the version without a version key: four runs of the embedded model, two of them
+old_runs/version_0 was written by the version without a version key: four runs of the embedded model, two of them
 stopped after step 2 of 4.
 """
 
@@ -14,8 +14,10 @@ import yaml
 
 from grpo.config.errors import ConfigError
 from grpo.config.migrations import VERSION, config_0_to_1, load_frozen
+from grpo.config.overrides import Overrides
 from grpo.runs.environment import environment
 from grpo.runs.folder import RunFolder
+from grpo.runs.sweep_folder import SweepFolder
 from tests.launches import grpo, launch, rows
 
 OLD = Path(__file__).resolve().parent / "old_runs" / "version_0"
@@ -57,6 +59,7 @@ def test_an_old_run_is_resumed_and_becomes_the_run_that_nothing_stopped(old, kin
     else:
         assert [row["loss"] for row in rows(run)] == pytest.approx([row["loss"] for row in rows(straight)], abs=0.05)
         assert tensors(run).keys() == tensors(straight).keys()
+        pytest.skip("bytes are not compared: this processor, or these libraries, are not those that wrote the run")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,6 +116,17 @@ def test_the_objective_follows_grpo_where_it_had_the_same_numbers_and_else_keeps
     values["objective"]["epsilon"] = 0.25
     objective = config_0_to_1(values)["objective"]
     assert (objective["beta"], objective["epsilon"]) == (None, 0.25)
+
+
+def test_an_old_sweep_by_optuna_is_one_by_tpe(tmp_path):
+    record = {"overrides": ["seed=1,2"], "state": "interrupted", "sweeper": "optuna"}
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
+    assert SweepFolder(tmp_path).record() == record | {"sweeper": "tpe"}
+    SweepFolder(tmp_path).begin(Overrides(["seed=1,2"]), ["seed"], None)
+    assert json.loads((tmp_path / "sweep.json").read_text())["version"] == VERSION
+    (tmp_path / "sweep.json").write_text(json.dumps(record | {"version": VERSION + 1}))
+    with pytest.raises(ConfigError, match=f"sweep.json is of version {VERSION + 1}"):
+        SweepFolder(tmp_path).record()
 
 
 @pytest.mark.parametrize(

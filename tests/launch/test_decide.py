@@ -97,6 +97,10 @@ def test_a_refused_launch_changes_nothing_in_the_folder_of_another(tmp_path):
             ["-m", "plan=true", "hydra/sweeper=halving", "grpo.num_steps=2,9"],
             "halving compares arms after equal steps: leave grpo.num_steps out",
         ),
+        (
+            ["-m", "seed=1,2", "hydra.sweep.subdir=mine_${hydra.job.num}"],
+            "hydra.sweep.subdir=mine_${hydra.job.num}: must begin with ${hydra.job.num}, the number by which a job is found",
+        ),
         (["--experimental-rerun", "x"], "--experimental-rerun: continue a run with resume=true run_dir="),
         (["--config-dir", "nowhere"], "--config-dir=nowhere: there is no such folder"),
         (["grpo.beta=0.5", "objective.beta=0.1"], "grpo.beta: the objective has its own, objective.beta=0.1; set that"),
