@@ -31,6 +31,8 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[Path]:
     """
     with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b", buffering=0) as file:
         holder, taken = _read(folder), _lock(file)
+        if not _is_still_there(file, folder / ".lock"):
+            raise ConfigError(f"{folder} was given up by another launch a moment ago; give the command again")
         unsure = bool(holder) and (taken is None or holder.get("machine") != _machine())
         if taken and not unsure:
             raise ConfigError(f"{folder} is in use by another process; wait for it, or choose another folder")
@@ -50,6 +52,14 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[Path]:
             thread.join()
             with suppress(OSError):
                 os.ftruncate(file.fileno(), 0)
+
+
+def _is_still_there(file: BinaryIO, path: Path) -> bool:
+    """Whether the file that is open has still its name: a launch that is refused removes it, and so does not wait."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def in_use(folder: Path) -> bool:

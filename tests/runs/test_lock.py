@@ -170,3 +170,17 @@ def test_a_process_whose_folder_another_machine_took_over_ends_at_once(tmp_path,
     other_machine(tmp_path, 0)
     assert holder.wait(timeout=10) == 1
     assert "was taken over by node7 (process 12); stopping" in holder.stdout.read()
+
+
+def test_a_lock_file_that_its_holder_removed_meanwhile_locks_nothing(tmp_path, monkeypatch):
+    # The holder removes the file between this one's opening of it and its lock.
+    def lock_after_removal(file, flags):
+        (tmp_path / ".lock").unlink()
+
+    monkeypatch.setattr(fcntl, "flock", lock_after_removal)
+    with (
+        pytest.raises(ConfigError, match="given up by another launch a moment ago; give the command again"),
+        locked(tmp_path),
+    ):
+        pass
+    assert not (tmp_path / ".lock").exists()
