@@ -29,6 +29,12 @@ def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
             f"{folder} asks to run {', '.join(f'{target} ({key})' for key, target in foreign.items())}, which neither "
             f"conf/ nor this command line names; if you trust it, add: {arguments}"
         )
+    attention = str(OmegaConf.select(frozen, "model.attn_implementation"))
+    if "/" in attention and attention != composed.model.attn_implementation:  # transformers gets its code from the hub
+        raise ConfigError(
+            f"{folder} asks to run code of the hub for attention, {attention}; "
+            f"if you trust it, add: model.attn_implementation={attention}"
+        )
     if OmegaConf.select(frozen, "model.trust_remote_code") and not composed.model.trust_remote_code:
         raise ConfigError(
             f"{folder} asks to run code that comes with the model {frozen.model.name}; "

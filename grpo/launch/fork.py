@@ -58,13 +58,14 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
             f"{before.optimizer._target_}; keep that, or start a new run with model.name={parent.final_model}"
         )
 
+    history = parent.metrics_of_steps(state.step)
     best = parent.checkpoints / "best"
     has_best = broken(best) is None and load_state(best).step <= state.step
     shutil.rmtree(folder.checkpoints, ignore_errors=True)  # of a fork that was killed before it was one
     for part in (source, reference_of(source), best if has_best else None):
         if part is not None:
             _link_or_copy(part, folder.checkpoints / part.name)
-    folder.write_metrics(parent.metrics(up_to_step=state.step))
+    folder.write_metrics(history)
     for name, result in parent.training_evaluations(state.step).items():
         folder.write_evaluation(name, result)
     folder.write_config(config)  # last, since it makes the folder a run

@@ -120,8 +120,18 @@ class RunFolder:
 
     def saved_step(self) -> int:
         """The step of the newest checkpoint that the run is known to have had; 0 where it had none."""
+        status = self.status()
         starts = [launch.get("from_step") for launch in self.launches()]
-        return max(step for step in (0, self.status().get("saved_step"), *starts) if isinstance(step, int))
+        saved = status["saved_step"] if "saved_step" in status else self._saved_step_of_version_0(status)
+        return max(step for step in (0, saved, *starts) if isinstance(step, int))
+
+    def _saved_step_of_version_0(self, status: dict[str, Any]) -> int:
+        """The same from what version 0 recorded: a stop saves, and so does every `checkpoint.every`-th step."""
+        step = status.get("step", 0)
+        if status.get("state") in ("interrupted", "finished") or not self.started():
+            return step
+        every = self.frozen_config(complete=False).get("checkpoint", {}).get("every", 0)
+        return step - step % every if every else 0
 
     def update_status(self, **changes: object) -> None:
         """Change some keys of status.json, in one rename, so that a reader never sees half a file."""
@@ -174,7 +184,7 @@ class RunFolder:
         return any("environment" in launch for launch in self.launches())
 
     def first_overrides(self) -> list[str]:
-        """The overrides of the first launch; those of a launch that did not get to its first step are not recorded."""
+        """The overrides of the first launch."""
         launches = self.launches()
         return [str(each) for each in launches[0].get("overrides", [])] if launches else []
 
@@ -188,17 +198,22 @@ class RunFolder:
                 )
         return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
 
+    def metrics_of_steps(self, steps: int) -> list[dict]:
+        """One row for each of the first steps. Raises FileError where one is missing or a line is damaged."""
+        rows = self.metrics(up_to_step=steps)
+        if [row["step"] for row in rows] != list(range(1, steps + 1)):
+            raise FileError(
+                f"{self.metrics_file} does not have one row for each of the {steps} steps of the checkpoint; restore "
+                "it, or move the checkpoint away to repeat its steps"
+            )
+        return rows
+
     def cut_metrics(self, step: int) -> list[dict]:
         """Drop the rows after a step, which will be run again. Returns those that stay.
 
         Raises FileError, and changes nothing, where one of theirs is missing or a line is damaged.
         """
-        rows = self.metrics(up_to_step=step)
-        if [row["step"] for row in rows] != list(range(1, step + 1)):
-            raise FileError(
-                f"{self.metrics_file} does not have one row for each of the {step} steps of the checkpoint; restore "
-                "it, or move the checkpoint away to repeat its steps"
-            )
+        rows = self.metrics_of_steps(step)
         self.write_metrics(rows)
         return rows
 

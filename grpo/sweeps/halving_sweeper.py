@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from grpo.config.errors import ConfigError
 from grpo.config.hydra_app import split_into_jobs
+from grpo.config.overrides import quoted
 from grpo.runs.folder import RunFolder
 from grpo.runs.halving_state import LEAST_STEPS, Record, arms_of, best_arms, choose_ladder
 from grpo.sweeps.launcher import JobFailed

@@ -110,7 +110,7 @@ def check_sweep(composed: DictConfig) -> None:
     subdir: Any = OmegaConf.to_container(hydra.sweep, resolve=False)  # a dict
     if not subdir["subdir"].startswith(("${job_folder:", "${hydra.job.num}")):
         raise ConfigError(
-            f"hydra.sweep.subdir={subdir['subdir']}: must begin with ${{hydra.job.num}}, the number by which a job is found"
+            f"hydra.sweep.subdir={subdir['subdir']}: must begin with ${{hydra.job.num}}, by which jobs are found"
         )
     at_once = hydra.launcher.get("jobs_at_once")
     if at_once is not None and not (isinstance(at_once, int) and at_once > 0):

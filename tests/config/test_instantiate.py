@@ -221,6 +221,14 @@ def test_code_of_a_model_runs_only_if_the_command_line_asks_for_it(composed):
     check_trusted(theirs, compose_config(["model.trust_remote_code=true"]), "outputs/theirs")
 
 
+def test_code_of_the_hub_for_attention_is_run_only_where_the_command_line_names_it(composed):
+    theirs = OmegaConf.create({"model": {"name": "tiny", "attn_implementation": "someone/attention"}})
+    with pytest.raises(ConfigError, match=r"if you trust it, add: model\.attn_implementation=someone/attention$"):
+        check_trusted(theirs, composed, "outputs/theirs")
+    check_trusted(theirs, compose_config(["model.attn_implementation=someone/attention"]), "outputs/theirs")
+    check_trusted(OmegaConf.create({"model": {"attn_implementation": "eager"}}), composed, "outputs/theirs")
+
+
 def test_what_an_extra_would_bring_is_answered_with_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delitem(sys.modules, "bitsandbytes.optim", raising=False)

@@ -92,6 +92,25 @@ def test_an_old_run_is_forked_with_another_objective(old):
     assert rows(run)[:2] == rows(parent)
 
 
+def test_an_old_run_whose_checkpoints_are_lost_is_not_started_again(old):
+    run = old("full_interrupted")
+    shutil.rmtree(run / "checkpoints")
+    kept = rows(run)
+    refused = launch("resume=true", f"run_dir={run}", cwd=run.parent)
+    assert (refused.returncode, rows(run)) == (2, kept)
+    assert "has no checkpoint, but the run has saved one at step 2; bring its checkpoints back" in refused.stderr
+
+
+def test_a_run_with_a_gap_in_its_metrics_is_not_forked(old):
+    parent = old("full_interrupted")
+    file = parent / "metrics" / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    refused = launch("fork=true", f"run_dir={parent}", cwd=parent.parent)
+    assert refused.returncode == 2
+    assert f"{file} does not have one row for each of the 2 steps" in refused.stderr
+    assert [each.name for each in parent.parent.iterdir()] == [parent.name]
+
+
 # What a config.yaml of another version becomes.
 
 

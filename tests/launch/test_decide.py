@@ -99,7 +99,7 @@ def test_a_refused_launch_changes_nothing_in_the_folder_of_another(tmp_path):
         ),
         (
             ["-m", "seed=1,2", "hydra.sweep.subdir=mine_${hydra.job.num}"],
-            "hydra.sweep.subdir=mine_${hydra.job.num}: must begin with ${hydra.job.num}, the number by which a job is found",
+            "hydra.sweep.subdir=mine_${hydra.job.num}: must begin with ${hydra.job.num}, by which jobs are found",
         ),
         (["--experimental-rerun", "x"], "--experimental-rerun: continue a run with resume=true run_dir="),
         (["--config-dir", "nowhere"], "--config-dir=nowhere: there is no such folder"),
