@@ -50,15 +50,17 @@ def check_importable(config: Config) -> None:
 def bind_reward(key: str, node: Mapping[str, Any]) -> Callable[..., list[float | None]]:
     """A reward function in TRL's form, `f(prompts, completions, **columns)`. Raises ConfigError for another form."""
     function = bind(key, node, without=("weight",))
+    check_reward_form(key, function, f"{node['_target_']}: a reward function has")
+    return function
+
+
+def check_reward_form(key: str, function: Callable[..., Any], what: str) -> None:
+    """Raise ConfigError where a callable, `what` in the message, cannot be called as f(completions=..., **columns)."""
     parameters: Mapping[str, inspect.Parameter] = {}
     with suppress(TypeError, ValueError):  # a builtin without a signature
         parameters = inspect.signature(function).parameters
     if "completions" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise ConfigError(
-            f"{key}._target_={node['_target_']}: a reward function has the form "
-            "f(prompts, completions, **columns) -> list of numbers"
-        )
-    return function
+        raise ConfigError(f"{key}._target_={what} the form f(prompts, completions, **columns) -> list of numbers")
 
 
 def _check_literal(key: str, settings: Any) -> None:
@@ -81,7 +83,7 @@ def _check_keywords(key: str, function: functools.partial) -> None:
 
 def _reason(error: BaseException) -> str:
     if "blocklist" in str(error):
-        return "Hydra refuses to run this from a config; name a function made for this key"
+        return "Hydra refuses to run this from a config; name a function that is meant for this key"
     while error.__cause__ is not None:
         error = error.__cause__
     missing = error.name if isinstance(error, ImportError) else None

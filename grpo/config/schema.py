@@ -25,6 +25,8 @@ class Facts:
     # Whether a resumed run may change it: refused | free: how the run is watched and kept | rounding: the results stay
     # equal up to rounding | longer: only to add steps. Empty: as the group.
     on_resume: str = ""
+    # Whether another choice of its group leaves it as it is in a resumed run: it must be named to be changed.
+    kept_by_group: bool = False
     launch_only: bool = False  # about one launch, and never written to config.yaml; so are all keys of such a group
     of_sweep: bool = False  # of such a key: the jobs of a sweep depend on it, so that sweep.json keeps it
 
@@ -89,10 +91,12 @@ class CardConfig:
 class HardwareConfig:
     device: str = key(choices=("auto", "cuda", "mps", "cpu"), on_resume="rounding")
     # None: as model.dtype; with float16 the loss is scaled.
-    compute_dtype: str | None = key(choices=(None, "float32", "bfloat16", "float16"), on_resume="rounding")
-    batch_size: int | None = MISSING
-    num_generations: int | None = MISSING
-    max_completion_length: int | None = MISSING
+    compute_dtype: str | None = key(
+        choices=(None, "float32", "bfloat16", "float16"), on_resume="rounding", kept_by_group=True
+    )
+    batch_size: int | None = key(kept_by_group=True)
+    num_generations: int | None = key(kept_by_group=True)
+    max_completion_length: int | None = key(kept_by_group=True)
     micro_batch_tokens: int | None = key(least=1, on_resume="rounding")
     activation_checkpointing: bool | None = key(on_resume="rounding")
     rollout_tokens: int | None = key(least=1, on_resume="rounding")
@@ -120,10 +124,10 @@ class TrackingConfig:
     mode: str = key(choices=("auto", "online", "offline", "disabled"))
     project: str = MISSING
     entity: str | None = MISSING
-    group: str | None = MISSING
-    name: str | None = None
+    group: str | None = key(kept_by_group=True)
+    name: str | None = key(default=None, kept_by_group=True)
     job_type: str = MISSING
-    tags: list[str] = MISSING
+    tags: list[str] = key(kept_by_group=True)
     init_timeout: float = MISSING
     completions_every: int = key(least=0)
 
@@ -209,6 +213,7 @@ def _facts(schema: type, above: Facts, prefix: str) -> Iterator[tuple[str, Facts
 # Of every key of the schema, by its dotted name.
 FACTS = dict(_facts(Config, Facts(on_resume="refused"), ""))
 LAUNCH_KEYS = frozenset(name for name, facts in FACTS.items() if facts.launch_only)
+MORE_STEPS = frozenset(name for name, facts in FACTS.items() if facts.on_resume == "longer")
 PASSING_KEYS = frozenset(name for name in LAUNCH_KEYS if not FACTS[name].of_sweep)
 
 

@@ -16,10 +16,6 @@ from grpo.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-PRESET_SIZES = ("hardware.batch_size", "hardware.num_generations", "hardware.max_completion_length")
-# What a group such as tracking=offline or hardware=cpu does not change of a run, but its own key does.
-BY_NAME_ONLY = ("hardware.compute_dtype", "tracking.group", "tracking.name", "tracking.tags")
-
 
 def resumed_config(folder: RunFolder, composed: DictConfig, overrides: Overrides) -> tuple[Config, dict[str, Any]]:
     """The config that trains, and by dotted key what this command line changes in the run.
@@ -30,11 +26,10 @@ def resumed_config(folder: RunFolder, composed: DictConfig, overrides: Overrides
     frozen = folder.frozen_config()
     new = new_overrides(folder, overrides)
     changed = apply_overrides(frozen, composed, new)
-    # The sizes are only defaults of grpo.*, which is frozen: another preset splits the same work differently.
     named = set(new.dotted_keys)
-    kept = [*PRESET_SIZES, *(key for key in BY_NAME_ONLY if key not in named)]
-    for key in kept:
-        copy_value(frozen, key, changed)
+    for key, facts in FACTS.items():
+        if facts.kept_by_group and key not in named:
+            copy_value(frozen, key, changed)
     check_trusted(changed, composed, folder.path)
     config = freeze(changed)
     before, after = flatten(OmegaConf.to_container(frozen, resolve=True)), flatten(to_dict(config))

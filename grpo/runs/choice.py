@@ -4,12 +4,12 @@ from pathlib import Path
 
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
+from grpo.config.schema import MORE_STEPS
 from grpo.runs.files import check_links
 from grpo.runs.folder import BEFORE_START, COPIED_BY_FORK, RunFolder
 from grpo.runs.lock import left_by_us
 
 OF_JOB = ("console.log", "status.json")  # what a job of a sweep has beside them before its run starts
-MORE_STEPS = ("grpo.num_steps", "grpo.num_iterations")
 
 
 def choose_run(run: RunFolder, resume: bool | str, overrides: Overrides) -> str:

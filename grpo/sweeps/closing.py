@@ -48,7 +48,7 @@ def _report(sweep: SweepFolder) -> None:
 
     try:
         files, headline = write_sweep_report(sweep.path)
-    except Exception as error:  # a report can be made again, and must not hide how the sweep ended
+    except Exception as error:  # a report can be written again, and must not hide how the sweep ended
         command = f"python -m grpo report {shlex.quote(f'sweep_dir={sweep.path}')}"
         logger.warning("no report (%s: %s); make it: %s", type(error).__name__, error, command)
         return

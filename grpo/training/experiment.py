@@ -17,7 +17,7 @@ from grpo.algorithm.loss import LossOutput
 from grpo.batch import CompletionBatch, PromptBatch, tokenize_prompts
 from grpo.config.checks import Sizes, complete_sizes, kl_weight
 from grpo.config.errors import ConfigError, first_line
-from grpo.config.instantiate import bind, bind_reward
+from grpo.config.instantiate import bind, bind_reward, check_reward_form
 from grpo.config.schema import Config
 from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import Messages, messages, prompt_lengths, render
@@ -198,12 +198,7 @@ def _reward_function(key: str, node: Mapping[str, Any]) -> Callable[..., list[fl
         scorer = build()
     except Exception as error:
         raise ConfigError(f"{key}: {node['_target_']}() raised {type(error).__name__}: {first_line(error)}") from error
-    parameters = inspect.signature(scorer).parameters if callable(scorer) else {}
-    if "completions" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise ConfigError(
-            f"{key}._target_={node['_target_']}: the objects of a class must be callable in the form "
-            "f(prompts, completions, **columns) -> list of numbers"
-        )
+    check_reward_form(key, scorer, f"{node['_target_']}: the objects of a class must be callable, in")
     return scorer
 
 

@@ -16,9 +16,7 @@ from grpo.runs.run import Run
 from grpo.runs.saver import Saver
 from grpo.runs.tracking import Tracker, tracking
 from grpo.training.experiment import prepare
-from grpo.training.metrics import (
-    evaluation_metrics,
-)
+from grpo.training.metrics import evaluation_metrics
 from grpo.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -61,7 +59,7 @@ def train(run: Run) -> None:
         saver = Saver(run.folder.checkpoints, run.config.checkpoint, trainer.state)
         stop_with_care = run.stop.deferred(trainer.can_be_dropped, save=lambda: trainer.save_and_wait(run, saver))
         with display.shown(), stop_with_care, closing(saver):
-            trainer.evaluate_if_due(run, tracker, saver)  # where a stop cut that short
+            trainer.evaluate_if_due(run, tracker, saver)  # where a stop interrupted it
             until = min(trainer.total_steps, run.until_step or trainer.total_steps)
             for step in range(trainer.state.step + 1, until + 1):
                 done = trainer.step(step)
@@ -109,7 +107,7 @@ def finish(trainer: Trainer, run: Run, tracker: Tracker, console: Console) -> No
     run.stop.ignored_from_here()
     try:
         write_run_report(run.folder.path)
-    except Exception as error:  # the run has finished, and this can be made again
+    except Exception as error:  # the run has finished, and this can be written again
         command = f"python -m grpo report {shlex.quote(f'run_dir={run.folder.path}')}"
         logger.warning("no report (%s: %s); try again: %s", type(error).__name__, first_line(error), command)
     evaluations = {name: run.folder.evaluation(name) for name in ("before", "after")}

@@ -73,11 +73,14 @@ def main() -> int:
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--only", help="the names of the cases to run, separated by commas")
     given = parser.parse_args()
+    every = cases(given.smollm2, given.gsm8k)
+    chosen = list(every) if given.only is None else given.only.split(",")
+    if unknown := [name for name in chosen if name not in every]:
+        parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(every)} (smollm2 with --smollm2)")
     differing = 0
     with tempfile.TemporaryDirectory() as temporary:
-        for name, arguments in cases(given.smollm2, given.gsm8k).items():
-            if given.only is not None and name not in given.only.split(","):
-                continue
+        for name in chosen:
+            arguments = every[name]
             place = name.replace(" ", "_").replace("=", "_")
             before = (given.keep or Path(temporary, "other")).resolve() / place
             if not (before / "final_model").exists():
