@@ -73,9 +73,11 @@ def test_without_kl_a_group_of_equal_rewards_costs_no_backward_pass_and_changes_
     counts = BatchCounts(8, int(batch.completions.mask.sum()))
     model.zero_grad()
     entropy = 0.0
+    expected_logps = torch.zeros(batch.completions.ids.shape)
     for rows in parts:
         part = batch.part(rows)
         found = part.logps(model, 1.0)
+        expected_logps[rows, : found.logps.shape[1]] = found.logps.detach()
         entropy += float(found.entropy.sum())
         args = part.old_logps, None, part.advantages, part.completions.mask, counts
         grpo_loss(found.logps, *args, beta=0.0, epsilon=0.1).loss.backward()
@@ -88,8 +90,9 @@ def test_without_kl_a_group_of_equal_rewards_costs_no_backward_pass_and_changes_
         return grpo_loss(logps, *args, beta=0.0, epsilon=0.1)
 
     model.zero_grad()
-    metrics, _ = accumulate_gradient(model, objective, batch, temperature=1.0, token_budget=budget)
+    metrics, logps = accumulate_gradient(model, objective, batch, temperature=1.0, token_budget=budget)
     assert read == passes
+    assert torch.equal(logps, expected_logps)  # those of the second of two updates on a batch, too
     assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters()]), expected)
     assert metrics["entropy"] * counts.tokens == pytest.approx(entropy)
 
