@@ -271,7 +271,7 @@ def test_a_value_of_the_wrong_type_is_named_with_its_key(override, reason):
 
 def test_arithmetic_wider_than_the_weights_is_refused():
     said = complaint("model.dtype=bfloat16", "hardware.compute_dtype=float32")
-    assert said.startswith("hardware.compute_dtype=float32 has digits that model.dtype=bfloat16 has not")
+    assert said.startswith("hardware.compute_dtype=float32 is more precise than model.dtype=bfloat16")
 
 
 @pytest.mark.parametrize(
