@@ -1,6 +1,7 @@
-"""Token ids as the engine hands them over: prompts, and the completions that answer them."""
+"""Token ids as they are handed over: prompts, and the completions that answer them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,31 +9,53 @@ from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class PromptBatch:
+class Prompts:
     """P prompts, padded on the left to the longest."""
 
     ids: Tensor  # (P, L) int64
     mask: Tensor  # (P, L) int64, 1 where a token is
 
-    def take(self, rows: Tensor) -> "PromptBatch":
-        """These prompts alone, padded no further than to the longest of them."""
+    def take(self, rows: Tensor) -> "Prompts":
+        """The prompts of these rows (n,) int64, padded to the longest of them."""
         start = self.ids.shape[1] - int(self.mask[rows].sum(dim=1).max())
-        return PromptBatch(self.ids[rows, start:], self.mask[rows, start:])
+        return Prompts(self.ids[rows, start:], self.mask[rows, start:])
 
 
 @dataclass(frozen=True)
-class CompletionBatch:
-    """B = P * G completions, padded on the right; row b answers prompt b // G."""
+class Completions:
+    """B completions of P prompts, padded on the right; those of a prompt stand next to each other."""
 
     ids: Tensor  # (B, T) int64
-    mask: Tensor  # (B, T) int64, 1 through the first end-of-sequence token, inclusive
-    sampling_logps: Tensor | None = None  # (B, T) float32, as the sampling found them; 0 outside the mask
+    attention_mask: Tensor  # (B, T) int64, 1 where a token is: through the first end-of-sequence token, inclusive
+    # (B, T) int64, 1 where a token counts in the loss; 0 also for tokens that the policy did not write, such as a
+    # tool's answer.
+    completion_mask: Tensor
+    group: Tensor  # (B,) int64, the row of the prompt that each completion answers
+    sampling_logps: Tensor | None = None  # (B, T) float32, log-probabilities when sampled; 0 outside attention_mask
+    columns: dict[str, list[Any]] = field(default_factory=dict)  # B values each, for the reward functions
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each completion, (B,) int64."""
+        return self.attention_mask.sum(dim=1)
+
+    def select(self, rows: Tensor) -> "Completions":
+        """The completions of these rows (n,) int64, padded to the longest of them."""
+        width = int(self.lengths[rows].max())
+        return Completions(
+            ids=self.ids[rows, :width],
+            attention_mask=self.attention_mask[rows, :width],
+            completion_mask=self.completion_mask[rows, :width],
+            group=self.group[rows],
+            sampling_logps=None if self.sampling_logps is None else self.sampling_logps[rows, :width],
+            columns={name: [values[row] for row in rows.tolist()] for name, values in self.columns.items()},
+        )
 
 
-def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], device: torch.device) -> PromptBatch:
+def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], device: torch.device) -> Prompts:
     """Rendered prompts as one left-padded batch. Special tokens are part of the text, none are added."""
     encoded = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
-    return PromptBatch(encoded.input_ids.to(device), encoded.attention_mask.to(device))
+    return Prompts(encoded.input_ids.to(device), encoded.attention_mask.to(device))
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo.batch import tokenize_prompts
+from grpo.batch import Completions, tokenize_prompts
 from grpo.config.schema import ModelConfig
 from grpo.model.loading import load_model
 from grpo.model.packed import packs
@@ -39,6 +39,12 @@ def model(request, plain_model, fast_model):
 def tiny_config(**changes):
     settings = {"name": "tiny", "attn_implementation": "sdpa", "dtype": "float32", "device_map": "auto"}
     return ModelConfig(**settings | {"trust_remote_code": False} | changes)
+
+
+def plain_completions(ids, group, mask=None):
+    """Completions all of whose tokens count; mask: 1 where a token is, (B, T), by default everywhere."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    return Completions(ids, mask, mask, group)
 
 
 @pytest.fixture(scope="session")

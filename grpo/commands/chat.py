@@ -37,7 +37,7 @@ def answer(setup: Any, model: Any, sampling: Any, question: str, turn: int) -> s
 
     prompts = setup.prompt_batch([messages(question, setup.config.data)])
     completions = setup.complete(model, prompts, sampling, setup.cut(), group_size=1, step=turn)
-    length = int(completions.mask.sum())
+    length = int(completions.lengths)
     return setup.tokenizer.decode(completions.ids[0, :length], skip_special_tokens=True)
 
 

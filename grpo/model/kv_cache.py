@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from grpo.batch import PromptBatch, positions
+from grpo.batch import Prompts, positions
 
 
-def prefill(model: PreTrainedModel, prompts: PromptBatch) -> tuple[Tensor, DynamicCache]:
+def prefill(model: PreTrainedModel, prompts: Prompts) -> tuple[Tensor, DynamicCache]:
     """Read P prompts once. Returns the last token's hidden state (P, H) and the keys and values (P rows).
 
     With gradient enabled the cache carries it, so a whole group can share its prompt's forward pass in training.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from grpo.batch import CompletionBatch, PromptBatch, positions
+from grpo.batch import Completions, Prompts, positions
 from grpo.model.kv_cache import extend, prefill, select_cache_rows
 from grpo.model.lm_head import LOGITS_PER_CHUNK, HeadLogps
 from grpo.model.packed import pack, packs, read
@@ -18,44 +18,41 @@ from grpo.model.packed import pack, packs, read
 class TokenLogps:
     """What the policy thinks of B completions' tokens, at the sampling temperature; 0 outside the mask."""
 
-    logps: Tensor  # (B, T) float32, log-probability of each token
+    logps: Tensor  # (B, T) float32, log-probability of each token of the attention mask
     entropy: Tensor  # (B, T) float32, in nats, of the distribution it was drawn from; no gradient; 0 unless asked for
 
 
 def completion_logps(
     model: PreTrainedModel,
-    prompts: PromptBatch,
-    completions: CompletionBatch,
-    prompt_of_row: Tensor,
+    prompts: Prompts,
+    completions: Completions,
     temperature: float,
     entropy: bool = True,
 ) -> TokenLogps:
     """Log-probabilities of B completions' tokens, each prompt read once for all of its completions.
 
-    prompt_of_row: (B,) int64, the row of `prompts` that each completion answers. With gradient enabled the
-    logps carry it, through the shared prompt as well.
+    With gradient enabled the logps carry it, through the shared prompt as well.
     """
     if packs(model):
-        ids, position_ids, packing, source = pack(prompts, completions, prompt_of_row, model.dtype)
+        ids, position_ids, packing, source = pack(prompts, completions, model.dtype)
         hidden = read(model, ids, position_ids, packing).index_select(0, source)
     else:
-        hidden = _hidden_by_cache(model, prompts, completions, prompt_of_row)[completions.mask.bool()]
-    active = completions.mask.flatten().nonzero().squeeze(1)
+        hidden = _hidden_by_cache(model, prompts, completions)[completions.attention_mask.bool()]
+    mask = completions.attention_mask
+    active = mask.flatten().nonzero().squeeze(1)
     targets = completions.ids.flatten().index_select(0, active)
-    empty = torch.zeros(completions.mask.numel(), dtype=torch.float32, device=hidden.device)
+    empty = torch.zeros(mask.numel(), dtype=torch.float32, device=hidden.device)
     found = head_logps(model.get_output_embeddings(), hidden, targets, temperature, entropy)
-    return TokenLogps(*(empty.index_copy(0, active, values).view(completions.mask.shape) for values in found))
+    return TokenLogps(*(empty.index_copy(0, active, values).view(mask.shape) for values in found))
 
 
-def _hidden_by_cache(
-    model: PreTrainedModel, prompts: PromptBatch, completions: CompletionBatch, prompt_of_row: Tensor
-) -> Tensor:
+def _hidden_by_cache(model: PreTrainedModel, prompts: Prompts, completions: Completions) -> Tensor:
     """The hidden state (B, T, H) that predicts each token, the prompts shared through a cache with gradient."""
     last_hidden, cache = prefill(model, prompts)
-    select_cache_rows(cache, prompt_of_row)
-    prompt_mask = prompts.mask.index_select(0, prompt_of_row)
-    mask = torch.cat([prompt_mask, completions.mask[:, :-1]], dim=1)
-    hidden = last_hidden.index_select(0, prompt_of_row)[:, None]
+    select_cache_rows(cache, completions.group)
+    prompt_mask = prompts.mask.index_select(0, completions.group)
+    mask = torch.cat([prompt_mask, completions.attention_mask[:, :-1]], dim=1)
+    hidden = last_hidden.index_select(0, completions.group)[:, None]
     if completions.ids.shape[1] == 1:
         return hidden
     new_positions = positions(mask)[:, prompt_mask.shape[1] :]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from grpo.batch import CompletionBatch, PromptBatch, positions
+from grpo.batch import Completions, Prompts, positions
 from grpo.config.errors import ConfigError
 
 NAME = "grpo_packed"
@@ -138,16 +138,15 @@ def _forward(
 ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)
 
 
-def pack(
-    prompts: PromptBatch, completions: CompletionBatch, prompt_of_row: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, PackedGroups, Tensor]:
+def pack(prompts: Prompts, completions: Completions, dtype: torch.dtype) -> tuple[Tensor, Tensor, PackedGroups, Tensor]:
     """P prompts and n completions as one packed row, for a model of this dtype.
 
     Returns ids (N,), position_ids (N,), their `PackedGroups`, and for each active token of the completions, in order,
     the place in the row (A,) whose hidden state predicts it. The last token of a completion predicts nothing, so it is
     left out.
     """
-    lengths, inputs = prompts.mask.sum(dim=1), completions.mask[:, 1:]
+    prompt_of_row, lengths = completions.group, prompts.mask.sum(dim=1)
+    inputs = completions.attention_mask[:, 1:]
     ids = torch.cat([prompts.ids[prompts.mask.bool()], completions.ids[:, :-1][inputs.bool()]])
     new_positions = lengths[prompt_of_row][:, None] + torch.arange(inputs.shape[1], device=ids.device)
     position_ids = torch.cat([positions(prompts.mask)[prompts.mask.bool()], new_positions[inputs.bool()]])
@@ -162,7 +161,7 @@ def pack(
 
     last = lengths.cumsum(dim=0) - 1
     later = int(lengths.sum()) + inputs.flatten().cumsum(dim=0).view(n, t) - 1
-    source = torch.cat([last[prompt_of_row][:, None], later], dim=1)[completions.mask.bool()]
+    source = torch.cat([last[prompt_of_row][:, None], later], dim=1)[completions.attention_mask.bool()]
     return ids, position_ids, PackedGroups(prompt, rows, prompt_of_row, mask), source
 
 
@@ -228,10 +227,9 @@ def _reads_packed(model: PreTrainedModel) -> bool:
     lengths, device = torch.tensor([[5], [3]]), model.device
     mask = (torch.arange(5) < lengths).long().to(device)
     ids = (torch.arange(10).view(2, 5) + 1).to(device)
-    prompts, first = PromptBatch(ids[:, :2], mask[:, :2]), mask[:, 2:]
-    packed_ids, position_ids, packing, _ = pack(
-        prompts, CompletionBatch(ids[:, 2:], first), torch.arange(2).to(device), model.dtype
-    )
+    prompts = Prompts(ids[:, :2], mask[:, :2])
+    completions = Completions(ids[:, 2:], mask[:, 2:], mask[:, 2:], group=torch.arange(2, device=device))
+    packed_ids, position_ids, packing, _ = pack(prompts, completions, model.dtype)
     plain = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     expected = torch.cat([plain[:, :2].flatten(0, 1), plain[0, 2:4]])
     try:

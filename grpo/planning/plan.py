@@ -13,7 +13,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
-from grpo.batch import CompletionBatch, PromptBatch
+from grpo.batch import Completions, Prompts
 from grpo.config.checks import Sizes, check_training, kl_weight, typed
 from grpo.config.instantiate import bind
 from grpo.config.schema import Config
@@ -131,7 +131,10 @@ def _micro_batches(work: cost.Work, token_budget: int, shared: bool) -> list[tor
     rows, longest = len(work.lengths), max(work.lengths)
     prompts = torch.ones(work.prompts, work.prompt_tokens, dtype=torch.long)
     completions = torch.ones(rows, longest, dtype=torch.long)
-    batch = Batch(PromptBatch(prompts, prompts), CompletionBatch(completions, completions), torch.zeros(rows))
+    group = torch.arange(work.prompts).repeat_interleave(work.group)
+    batch = Batch(
+        Prompts(prompts, prompts), Completions(completions, completions, completions, group), torch.zeros(rows)
+    )
     return batch.micro_batches(token_budget, shared)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from grpo.batch import PromptBatch, positions
+from grpo.batch import Prompts, positions
 from grpo.model.linear import available, multiply, packed
 from grpo.model.lora import low_rank
 from grpo.model.packed import PackedPrompts, Ragged, packs, ragged, read
@@ -96,7 +96,7 @@ class LeanDecoder:
     def __init__(
         self,
         model: PreTrainedModel,
-        prompts: PromptBatch,
+        prompts: Prompts,
         prompt_of_row: Tensor,
         max_tokens: int,
         *,

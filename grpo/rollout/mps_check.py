@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.batch import CompletionBatch, PromptBatch
+from grpo.batch import Completions, Prompts
 from grpo.config.errors import ConfigError
 from grpo.config.schema import ModelConfig
 from grpo.model.loading import load_model
@@ -52,11 +52,11 @@ def _work(device: torch.device) -> tuple[Tensor, ...]:
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides that this is a method
     ids = torch.arange(5, 29, device=device).view(2, 12)
     mask = (torch.arange(12, device=device) >= torch.tensor([[0], [3]], device=device)).long()
-    prompts, greedy = PromptBatch(ids, mask), Sampling(16, 0.0, (model.config.eos_token_id,), 0)
+    prompts, greedy = Prompts(ids, mask), Sampling(16, 0.0, (model.config.eos_token_id,), 0)
     completions = rollout(model, prompts, 2, greedy, seed=0, step=0, token_budget=10**6)
     one = torch.ones_like(completions.ids[:, :8])
-    rows = torch.arange(4, device=device) // 2
-    logps = completion_logps(model, prompts, CompletionBatch(completions.ids[:, :8], one), rows, 1.0).logps
+    shortened = Completions(completions.ids[:, :8], one, one, completions.group)
+    logps = completion_logps(model, prompts, shortened, 1.0).logps
     gradients = torch.autograd.grad(logps.sum(), list(model.parameters()))
     gradient = torch.cat([each.flatten() for each in gradients])
-    return tuple(x.detach().float().cpu() for x in (completions.ids * completions.mask, logps, gradient))
+    return tuple(x.detach().float().cpu() for x in (completions.ids * completions.attention_mask, logps, gradient))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.batch import CompletionBatch, PromptBatch, positions, split_rows
+from grpo.batch import Completions, Prompts, positions, split_rows
 from grpo.counter_rng import gumbel_noise, row_keys
 from grpo.model.kv_cache import extend, prefill, select_cache_rows
 from grpo.rollout.llama_decoder import LeanDecoder, is_lean
@@ -34,7 +34,7 @@ class Sampling:
 @torch.no_grad()
 def rollout(
     model: PreTrainedModel,
-    prompts: PromptBatch,
+    prompts: Prompts,
     num_generations: int,
     sampling: Sampling,
     *,
@@ -42,7 +42,7 @@ def rollout(
     step: int,
     token_budget: int,
     cuda_graphs: bool = False,
-) -> CompletionBatch:
+) -> Completions:
     """Sample `num_generations` completions for each of P prompts -> B = P * num_generations rows.
 
     The noise of every token comes from the counter (seed, step, slot of the prompt in the batch, completion,
@@ -65,7 +65,7 @@ def rollout(
         for values, padding in zip(zip(*parts, strict=True), (sampling.pad_id, 0.0), strict=True)
     )
     mask = completion_mask(ids, sampling.stop_ids)
-    return CompletionBatch(ids, mask, logps * mask)
+    return Completions(ids, mask, mask, prompt_of_row, logps * mask)
 
 
 def completion_mask(ids: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
@@ -74,7 +74,7 @@ def completion_mask(ids: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
     return (stop.cumsum(dim=1) - stop == 0).long()
 
 
-def _take_prompts(prompts: PromptBatch, prompt_of_row: Tensor) -> tuple[PromptBatch, Tensor]:
+def _take_prompts(prompts: Prompts, prompt_of_row: Tensor) -> tuple[Prompts, Tensor]:
     """Only the prompts that these rows answer, and each row's place among them."""
     used, place = prompt_of_row.unique(return_inverse=True)
     return prompts.take(used), place
@@ -123,7 +123,7 @@ class Decoder(Protocol):
 class CachedDecoder:
     """The plain way, with transformers' own cache and prompts padded on the left."""
 
-    def __init__(self, model: PreTrainedModel, prompts: PromptBatch, prompt_of_row: Tensor, max_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, prompts: Prompts, prompt_of_row: Tensor, max_tokens: int) -> None:
         hidden, self._cache = prefill(model, prompts)
         select_cache_rows(self._cache, prompt_of_row)
         mask = prompts.mask[prompt_of_row]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from grpo.batch import CompletionBatch
+from grpo.batch import Completions
 from grpo.data.problems import Problem
 from grpo.model.oom import Cut
 from grpo.rewards.scoring import score
@@ -29,8 +29,7 @@ def evaluate(model: PreTrainedModel, setup: Setup, cut: Cut, step: int) -> dict[
     outcomes = []
     # Scored by as many as in a step, since that is what reward.timeout_s is meant for.
     for rows in torch.arange(len(problems)).split(sizes.batch_size * sizes.num_generations):
-        some = [problems[row] for row in rows]
-        outcomes += _outcomes(setup, some, CompletionBatch(completions.ids[rows], completions.mask[rows]))
+        outcomes += _outcomes(setup, problems, completions.select(rows))
     return {
         "step": step,
         "n": sum(o["correct"] is not None for o in outcomes),
@@ -42,7 +41,7 @@ def evaluate(model: PreTrainedModel, setup: Setup, cut: Cut, step: int) -> dict[
     }
 
 
-def _outcomes(setup: Setup, problems: list[Problem], completions: CompletionBatch) -> list[dict[str, Any]]:
+def _outcomes(setup: Setup, problems: list[Problem], completions: Completions) -> list[dict[str, Any]]:
     scored = score_completions(setup, problems, completions)
     accuracy = score([setup.accuracy], scored.prompts, scored.messages, scored.columns)
     correct = accuracy.components[setup.accuracy.name]
@@ -56,7 +55,7 @@ def _outcomes(setup: Setup, problems: list[Problem], completions: CompletionBatc
             "answer": problem.answer,
             "completion": scored.texts[row],
         }
-        for row, problem in enumerate(problems)
+        for row, problem in enumerate(problems[group] for group in completions.group.tolist())
     ]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.algorithm.loss import LossOutput
-from grpo.batch import CompletionBatch, PromptBatch, tokenize_prompts
+from grpo.batch import Completions, Prompts, tokenize_prompts
 from grpo.config.checks import Sizes, complete_sizes, kl_weight
 from grpo.config.errors import ConfigError, first_line
 from grpo.config.instantiate import bind, bind_reward, check_reward_form
@@ -57,7 +57,7 @@ class Setup:
     def conversations(self, problems: Sequence[Problem]) -> list[Messages]:
         return [messages(problem.question, self.config.data) for problem in problems]
 
-    def prompt_batch(self, conversations: Sequence[Messages]) -> PromptBatch:
+    def prompt_batch(self, conversations: Sequence[Messages]) -> Prompts:
         return tokenize_prompts(self.tokenizer, [render(self.tokenizer, c) for c in conversations], self.device)
 
     def load_policy(self) -> PreTrainedModel:
@@ -100,11 +100,11 @@ class Setup:
         return model if model.dtype == dtype else copy_in_dtype(model, dtype)
 
     def complete(
-        self, model: PreTrainedModel, prompts: PromptBatch, sampling: Sampling, cut: Cut, *, group_size: int, step: int
-    ) -> CompletionBatch:
+        self, model: PreTrainedModel, prompts: Prompts, sampling: Sampling, cut: Cut, *, group_size: int, step: int
+    ) -> Completions:
         """`group_size` completions of each prompt, with as many tokens at once as memory has room for."""
 
-        def sample(token_budget: int) -> CompletionBatch:
+        def sample(token_budget: int) -> Completions:
             return rollout(
                 model,
                 prompts,
@@ -243,20 +243,20 @@ def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
         raise ConfigError(f"optimizer: {error}{fix}") from error
 
 
-def score_completions(setup: Setup, problems: Sequence[Problem], completions: CompletionBatch) -> Scored:
-    """Decode the completions of P problems, B = P * G, and score them with every reward component."""
-    lengths = completions.mask.sum(dim=1).cpu()
+def score_completions(setup: Setup, problems: Sequence[Problem], completions: Completions) -> Scored:
+    """Decode completions, `completions.group` naming the problem of each, and score them with every component."""
+    lengths = completions.lengths.cpu()
     ids = completions.ids.cpu()
     texts = setup.tokenizer.batch_decode(
         [row[:length] for row, length in zip(ids, lengths.tolist(), strict=True)], skip_special_tokens=True
     )
-    group_size = len(texts) // len(problems)
-    of_row = [problem for problem in problems for _ in range(group_size)]
-    prompts = [conversation for conversation in setup.conversations(problems) for _ in range(group_size)]
+    of_row = [problems[group] for group in completions.group.tolist()]
+    prompts = setup.conversations(of_row)
     replies = [[{"role": "assistant", "content": text}] for text in texts]
     names = {name for problem in of_row for name in problem.columns}
     columns = {name: [problem.columns.get(name) for problem in of_row] for name in sorted(names)}
     for name in ("id", "question", "answer"):
         columns[name] = [getattr(problem, name) for problem in of_row]
+    columns |= completions.columns
     columns["completion_ids"] = [row[:length].tolist() for row, length in zip(ids, lengths.tolist(), strict=True)]
     return Scored(texts, score(setup.components, prompts, replies, columns), columns, prompts, replies, lengths)

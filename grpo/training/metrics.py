@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo.algorithm.advantage import equal_groups
-from grpo.batch import CompletionBatch
+from grpo.batch import Completions
 from grpo.data.problems import Problem
 from grpo.training.experiment import Scored
 
@@ -44,9 +44,9 @@ def reward_metrics(scored: Scored, group_size: int) -> dict[str, float | None]:
     return row
 
 
-def completion_metrics(completions: CompletionBatch, stop_ids: tuple[int, ...]) -> dict[str, Any]:
+def completion_metrics(completions: Completions, stop_ids: tuple[int, ...]) -> dict[str, Any]:
     """Lengths in tokens, the share that was cut at the limit, and a digest of every token sampled."""
-    lengths = completions.mask.sum(dim=1)
+    lengths = completions.lengths
     return {
         "completions/mean_length": lengths.float().mean().item(),
         "completions/min_length": lengths.min().item(),
@@ -56,16 +56,16 @@ def completion_metrics(completions: CompletionBatch, stop_ids: tuple[int, ...]) 
     }
 
 
-def ended(completions: CompletionBatch, stop_ids: tuple[int, ...]) -> Tensor:
+def ended(completions: Completions, stop_ids: tuple[int, ...]) -> Tensor:
     """Which completions reached an end-of-sequence token, (B,) bool."""
     stop = torch.isin(completions.ids, torch.tensor(stop_ids, device=completions.ids.device))
-    return (stop & completions.mask.bool()).any(dim=1)
+    return (stop & completions.attention_mask.bool()).any(dim=1)
 
 
-def completions_digest(completions: CompletionBatch) -> str:
+def completions_digest(completions: Completions) -> str:
     """SHA-256 (first 16 hex digits) over the tokens of each completion in order, padding left out."""
     sha = hashlib.sha256()
-    for ids, length in zip(completions.ids.cpu(), completions.mask.sum(dim=1).tolist(), strict=True):
+    for ids, length in zip(completions.ids.cpu(), completions.lengths.tolist(), strict=True):
         sha.update(length.to_bytes(4, "little") + ids[:length].numpy().tobytes())
     return sha.hexdigest()[:16]
 
@@ -76,14 +76,15 @@ def evaluation_metrics(result: dict[str, Any]) -> dict[str, float | None]:
     return numbers | {f"rewards/{key}": value for key, value in result["rewards"].items()}
 
 
-def sampling_metrics(completions: CompletionBatch, logps: Tensor) -> dict[str, float | None]:
+def sampling_metrics(completions: Completions, logps: Tensor) -> dict[str, float | None]:
     """How far sampling and training are apart in what they think of the same tokens, in nats of log-probability.
 
     logps: (B, T), as the training pass found them before the first update.
     """
     assert completions.sampling_logps is not None  # the rollout notes them
-    difference = ((logps - completions.sampling_logps) * completions.mask).abs()
-    values = {"mean": difference.sum() / completions.mask.sum(), "max": difference.max()}
+    mask = completions.completion_mask
+    difference = ((logps - completions.sampling_logps) * mask).abs()
+    values = {"mean": difference.sum() / mask.sum(), "max": difference.max()}
     return {f"sampling/logp_difference/{name}": _finite(value.item()) for name, value in values.items()}
 
 

@@ -115,7 +115,7 @@ class Trainer:
             updates, logps, skipped = self._updates(batch)
 
         self._step_seconds = time.perf_counter() - self._step_started
-        tokens = int(completions.mask.sum())
+        tokens = int(completions.attention_mask.sum())
         self.state.num_tokens += tokens + int(prompts.mask.sum()) * sizes.num_generations
         self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if skipped else 0
         row = {

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.algorithm.loss import BatchCounts, LossOutput
-from grpo.batch import CompletionBatch, PromptBatch, split_rows
+from grpo.batch import Completions, Prompts, split_rows
 from grpo.model.logps import TokenLogps, completion_logps
 from grpo.model.packed import packs
 
@@ -18,21 +18,16 @@ from grpo.model.packed import packs
 class Batch:
     """All that an update needs to know of the B = P * G completions of a step."""
 
-    prompts: PromptBatch  # P rows
-    completions: CompletionBatch  # B rows
+    prompts: Prompts  # P rows
+    completions: Completions  # B rows
     advantages: Tensor  # (B,) float32
     ref_logps: Tensor | None = None  # (B, T); None where beta is 0
     old_logps: Tensor | None = None  # (B, T); None while the policy has not moved since it sampled
 
-    def prompt_of_row(self) -> Tensor:
-        """Which prompt each completion answers, (B,) int64."""
-        rows, prompts = len(self.completions.ids), len(self.prompts.ids)
-        return torch.arange(rows, device=self.completions.ids.device) // (rows // prompts)
-
     def token_range(self, shared: bool) -> tuple[int, int]:
         """Tokens of the longest completion with its prompt, and of all, counted as `micro_batches` counts them."""
-        lengths, prompts = self.completions.mask.sum(dim=1), self.prompts.mask.sum(dim=1)
-        rows = lengths + prompts[self.prompt_of_row()]
+        lengths, prompts = self.completions.lengths, self.prompts.mask.sum(dim=1)
+        rows = lengths + prompts[self.completions.group]
         return int(rows.max()), int(lengths.sum() + prompts.sum() if shared else rows.sum())
 
     def micro_batches(self, token_budget: int, shared: bool) -> list[Tensor]:
@@ -40,50 +35,55 @@ class Batch:
 
         shared: whether a part reads each of its prompts once, and not once for every row.
         """
-        lengths, prompt_of_row = self.completions.mask.sum(dim=1), self.prompt_of_row()
-        order = (prompt_of_row * (lengths.max() + 1) - lengths).argsort(stable=True)
-        parts = split_rows(self.prompts.mask.sum(dim=1), prompt_of_row[order], lengths[order], token_budget, shared)
+        lengths, group = self.completions.lengths, self.completions.group
+        order = (group * (lengths.max() + 1) - lengths).argsort(stable=True)
+        parts = split_rows(self.prompts.mask.sum(dim=1), group[order], lengths[order], token_budget, shared)
         return [order[part] for part in parts]
 
     def part(self, rows: Tensor) -> "MicroBatch":
         """The completions of these rows (m,), with the prompts that they answer."""
-        prompts, prompt_of_row = self.prompt_of_row()[rows].unique(return_inverse=True)
-        width = int(self.completions.mask[rows].sum(dim=1).max())  # the others' length is not paid for
-
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor[rows, :width]
-
+        completions = self.completions.select(rows)
+        prompts, group = completions.group.unique(return_inverse=True)
+        width = completions.ids.shape[1]
         return MicroBatch(
             self.prompts.take(prompts),
-            CompletionBatch(cut(self.completions.ids), cut(self.completions.mask)),
-            prompt_of_row,
+            replace(completions, group=group),
             self.advantages[rows],
-            None if self.ref_logps is None else cut(self.ref_logps),
-            None if self.old_logps is None else cut(self.old_logps),
+            None if self.ref_logps is None else self.ref_logps[rows, :width],
+            None if self.old_logps is None else self.old_logps[rows, :width],
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything by name, to be written to a file."""
-        nested = {"prompt": vars(self.prompts), "completion": vars(self.completions)}
-        tensors = {f"{part}_{name}": value for part, group in nested.items() for name, value in group.items()}
-        tensors |= {name: getattr(self, name) for name in ("advantages", "ref_logps", "old_logps")}
-        return {name: value.contiguous() for name, value in tensors.items() if value is not None}
+        tensors = {
+            "prompt_ids": self.prompts.ids,
+            "prompt_mask": self.prompts.mask,
+            "completion_ids": self.completions.ids,
+            "attention_mask": self.completions.attention_mask,
+            "completion_mask": self.completions.completion_mask,
+            "group": self.completions.group,
+            "sampling_logps": self.completions.sampling_logps,
+            "advantages": self.advantages,
+            "ref_logps": self.ref_logps,
+            "old_logps": self.old_logps,
+        }
+        # A copy of each, since a file takes no two tensors that share their memory, as the masks may.
+        return {name: value.clone() for name, value in tensors.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """m of a batch's completions, cut to the longest of them, t tokens."""
 
-    prompts: PromptBatch  # those that are answered
-    completions: CompletionBatch  # m rows
-    prompt_of_row: Tensor  # (m,) int64
+    prompts: Prompts  # those that are answered
+    completions: Completions  # m rows
     advantages: Tensor  # (m,)
     ref_logps: Tensor | None  # (m, t)
     old_logps: Tensor | None  # (m, t)
 
     def logps(self, model: PreTrainedModel, temperature: float, entropy: bool = True) -> TokenLogps:
         """Log-probabilities of these completions, with gradient where it is enabled."""
-        return completion_logps(model, self.prompts, self.completions, self.prompt_of_row, temperature, entropy)
+        return completion_logps(model, self.prompts, self.completions, temperature, entropy)
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def accumulate_gradient(
     loss_scale: what the gradient, and not the metrics, is multiplied by.
     Returns the metrics (loss, and means over the active tokens), and the log-probabilities (B, T).
     """
-    counts = BatchCounts(rows=len(batch.completions.ids), tokens=int(batch.completions.mask.sum()))
+    counts = BatchCounts(rows=len(batch.completions.ids), tokens=int(batch.completions.completion_mask.sum()))
     logps = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)
     loss: Tensor | float = 0.0
     sums: dict[str, Tensor] = {}
@@ -145,7 +145,7 @@ def _evaluate(
     with torch.set_grad_enabled(with_gradient):
         policy = part.logps(model, temperature)
     policy.logps.requires_grad_()
-    masks = part.completions.mask
+    masks = part.completions.completion_mask
     return policy, objective(policy.logps, part.old_logps, part.ref_logps, part.advantages, masks, counts)
 
 

@@ -7,9 +7,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo.algorithm.loss import BatchCounts, grpo_loss
-from grpo.batch import CompletionBatch, PromptBatch
+from grpo.batch import Prompts
 from grpo.model.logps import completion_logps
 from grpo.tiny import MODEL_DIR
+from tests.tiny_model import plain_completions
 
 BETA, EPSILON, TEMPERATURE = 0.04, 0.1, 0.7
 
@@ -42,9 +43,11 @@ def trl_trainer(tmp_path_factory):
 def random_batch(seed):
     generator = torch.Generator().manual_seed(seed)
     prompt_mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    prompts = PromptBatch(torch.randint(5, 200, (2, 5), generator=generator) * prompt_mask, prompt_mask)
+    prompts = Prompts(torch.randint(5, 200, (2, 5), generator=generator) * prompt_mask, prompt_mask)
     mask = (torch.arange(6) < torch.tensor([6, 2, 4, 1])[:, None]).long()
-    completions = CompletionBatch(torch.randint(5, 200, (4, 6), generator=generator) * mask, mask)
+    completions = plain_completions(
+        torch.randint(5, 200, (4, 6), generator=generator) * mask, torch.tensor([0, 0, 1, 1]), mask
+    )
     noise = [0.3 * torch.randn(4, 6, generator=generator) for _ in range(2)]
     return prompts, completions, noise, torch.randn(4, generator=generator)
 
@@ -60,23 +63,22 @@ def gradients(model, loss):
 def test_loss_and_gradient_are_those_of_trl(trl_trainer, seed, on_policy):
     model = trl_trainer.model.eval()  # in evaluation TRL divides by no accumulation steps
     prompts, completions, (old_noise, ref_noise), advantages = random_batch(seed)
-    prompt_of_row = torch.tensor([0, 0, 1, 1])
-    logps = completion_logps(model, prompts, completions, prompt_of_row, TEMPERATURE).logps
+    logps = completion_logps(model, prompts, completions, TEMPERATURE).logps
     old = None if on_policy else logps.detach() + old_noise
     ref = logps.detach() + ref_noise
 
-    counts = BatchCounts(rows=4, tokens=int(completions.mask.sum()))
-    ours = grpo_loss(logps, old, ref, advantages, completions.mask, counts, beta=BETA, epsilon=EPSILON)
+    counts = BatchCounts(rows=4, tokens=int(completions.completion_mask.sum()))
+    ours = grpo_loss(logps, old, ref, advantages, completions.completion_mask, counts, beta=BETA, epsilon=EPSILON)
     our_gradient = gradients(model, ours.loss)
 
     inputs = {
-        "prompt_ids": prompts.ids[prompt_of_row],
-        "prompt_mask": prompts.mask[prompt_of_row],
+        "prompt_ids": prompts.ids[completions.group],
+        "prompt_mask": prompts.mask[completions.group],
         "completion_ids": completions.ids,
-        "completion_mask": completions.mask,
+        "completion_mask": completions.completion_mask,
         "advantages": advantages,
         "ref_per_token_logps": ref,
-        "num_items_in_batch": completions.mask.sum(),
+        "num_items_in_batch": completions.completion_mask.sum(),
     }
     if old is not None:
         inputs["old_per_token_logps"] = old

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
 import grpo.rollout.native as engine
-from grpo.batch import PromptBatch
+from grpo.batch import Prompts
 from grpo.config.schema import ModelConfig
 from grpo.counter_rng import row_keys
 from grpo.model.loading import RANDOM_MODELS, load_model, model_source
@@ -71,7 +71,7 @@ def main() -> None:
         model.save_pretrained(source)
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=model.dtype).to(device).eval()
     ids = torch.randint(5, model.config.vocab_size, (prompts, args.prompt_tokens), device=device)
-    batch = PromptBatch(ids, torch.ones_like(ids))
+    batch = Prompts(ids, torch.ones_like(ids))
     ends = torch.full((rows,), tokens, device=device)
     if args.third:
         ends[::3] = torch.linspace(tokens / 8, tokens / 4, len(ends[::3]), device=device).long()
@@ -84,7 +84,7 @@ def main() -> None:
         completions = engine.rollout(
             model, batch, group, sampling, seed=1, step=1, token_budget=2**40, cuda_graphs=args.cuda_graphs
         )
-        assert completions.mask.sum(dim=1).tolist() == ends.tolist()
+        assert completions.lengths.tolist() == ends.tolist()
 
     def generate() -> None:
         result = plain.generate(

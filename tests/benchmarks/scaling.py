@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from grpo.algorithm.loss import grpo_loss
-from grpo.batch import CompletionBatch, PromptBatch
+from grpo.batch import Completions, Prompts
 from grpo.model.hardware import peak_memory_gb
 from grpo.model.linear import use_onednn
 from grpo.model.packed import try_packing
@@ -59,9 +59,11 @@ class Shape:
     def set_batch(self, group: int, tokens: int, prompt: int, vocabulary: int) -> None:
         self.group, self.tokens, rows = group, tokens, 2 * group
         ids = torch.randint(5, vocabulary, (2, prompt))
-        self.prompts = PromptBatch(ids, torch.ones_like(ids))
+        self.prompts = Prompts(ids, torch.ones_like(ids))
         completions = torch.randint(5, vocabulary, (rows, tokens))
-        self.batch = Batch(self.prompts, CompletionBatch(completions, torch.ones_like(completions)), torch.randn(rows))
+        mask = torch.ones_like(completions)
+        group = torch.arange(2).repeat_interleave(self.group)
+        self.batch = Batch(self.prompts, Completions(completions, mask, mask, group), torch.randn(rows))
 
     def sample(self) -> None:
         sampling = Sampling(self.tokens, 1.0, (2,), 0, min_new_tokens=self.tokens)

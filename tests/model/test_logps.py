@@ -3,24 +3,22 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo.batch import CompletionBatch
 from grpo.model import lm_head as head
 from grpo.model.lm_head import HeadLogps
 from grpo.model.loading import load_model
 from grpo.model.logps import completion_logps, head_logps
 from grpo.model.packed import checkpoint_layers, try_packing
 from tests.oracles import completion_logps_unshared
-from tests.tiny_model import tiny_config
+from tests.tiny_model import plain_completions, tiny_config
+
+GROUP = torch.tensor([0, 0, 1, 1, 2, 2])
 
 
 @pytest.fixture
 def completions():
     generator = torch.Generator().manual_seed(0)
     mask = (torch.arange(9) < torch.tensor([9, 4, 1, 7, 9, 2])[:, None]).long()
-    return CompletionBatch(torch.randint(5, 250, (6, 9), generator=generator), mask)
-
-
-PROMPT_OF_ROW = torch.tensor([0, 0, 1, 1, 2, 2])
+    return plain_completions(torch.randint(5, 250, (6, 9), generator=generator), GROUP, mask)
 
 
 def gradient(model, value):
@@ -31,8 +29,8 @@ def gradient(model, value):
 
 def test_sharing_the_prompt_changes_neither_log_probabilities_nor_their_gradient(model, prompts, completions):
     weights = torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
-    shared = completion_logps(model, prompts, completions, PROMPT_OF_ROW, 0.7)
-    plain = completion_logps_unshared(model, prompts, completions, PROMPT_OF_ROW, 0.7)
+    shared = completion_logps(model, prompts, completions, 0.7)
+    plain = completion_logps_unshared(model, prompts, completions, 0.7)
     torch.testing.assert_close(shared.logps, plain.logps, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(shared.entropy, plain.entropy, rtol=1e-5, atol=2e-5)
     ours, theirs = (gradient(model, (x.logps * weights).sum()) for x in (shared, plain))
@@ -40,26 +38,26 @@ def test_sharing_the_prompt_changes_neither_log_probabilities_nor_their_gradient
 
 
 def test_log_probabilities_are_zero_outside_the_mask(model, prompts, completions):
-    result = completion_logps(model, prompts, completions, PROMPT_OF_ROW, 1.0)
-    outside = completions.mask == 0
+    result = completion_logps(model, prompts, completions, 1.0)
+    outside = completions.attention_mask == 0
     assert (result.logps[outside] == 0).all()
     assert (result.entropy[outside] == 0).all()
     assert (result.logps[~outside] < 0).all()
 
 
 def test_the_size_of_the_logit_chunks_changes_nothing(model, prompts, completions, monkeypatch):
-    whole = completion_logps(model, prompts, completions, PROMPT_OF_ROW, 1.0)
+    whole = completion_logps(model, prompts, completions, 1.0)
     monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 3 * model.config.vocab_size)
-    chunked = completion_logps(model, prompts, completions, PROMPT_OF_ROW, 1.0)
+    chunked = completion_logps(model, prompts, completions, 1.0)
     torch.testing.assert_close(chunked.logps, whole.logps, rtol=1e-6, atol=1e-6)
     ours, theirs = (gradient(model, x.logps.sum()) for x in (chunked, whole))
     assert (ours - theirs).norm() / theirs.norm() < 1e-5
 
 
 def test_completions_of_one_token_need_no_second_forward(model, prompts):
-    one = CompletionBatch(torch.tensor([[7]] * 6), torch.ones(6, 1, dtype=torch.long))
-    shared = completion_logps(model, prompts, one, PROMPT_OF_ROW, 1.0)
-    plain = completion_logps_unshared(model, prompts, one, PROMPT_OF_ROW, 1.0)
+    one = plain_completions(torch.tensor([[7]] * 6), GROUP)
+    shared = completion_logps(model, prompts, one, 1.0)
+    plain = completion_logps_unshared(model, prompts, one, 1.0)
     torch.testing.assert_close(shared.logps, plain.logps, rtol=1e-5, atol=1e-5)
 
 
@@ -68,7 +66,7 @@ def test_every_parameter_gets_the_gradient_of_the_plain_pass(plain_model, fast_m
     weights = torch.randn(6, 9, generator=torch.Generator().manual_seed(2))
     for model, function in ((fast_model, completion_logps), (plain_model, completion_logps_unshared)):
         model.zero_grad()
-        (function(model, prompts, completions, PROMPT_OF_ROW, 1.3).logps * weights).sum().backward()
+        (function(model, prompts, completions, 1.3).logps * weights).sum().backward()
     for (name, ours), theirs in zip(fast_model.named_parameters(), plain_model.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3 * theirs.grad.abs().max(), msg=name)
 
@@ -82,7 +80,7 @@ def test_computing_layers_twice_changes_no_bit(prompts, completions):
         model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(1))
         if twice:
             checkpoint_layers(model)
-        result = completion_logps(model, prompts, completions, PROMPT_OF_ROW, 0.7)
+        result = completion_logps(model, prompts, completions, 0.7)
         gradients.append((result.logps.detach(), gradient(model, result.logps.sum())))
         assert len(calls) == 1 + twice
     for once, again in zip(*gradients, strict=True):

@@ -5,7 +5,6 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 
-from grpo.batch import CompletionBatch
 from grpo.config.errors import ConfigError
 from grpo.config.schema import LoraSettings
 from grpo.model.loading import copy_in_dtype, load_model, refresh
@@ -15,7 +14,7 @@ from grpo.model.packed import checkpoint_layers
 from grpo.rollout.llama_decoder import is_lean
 from grpo.rollout.native import CachedDecoder, LeanDecoder, Sampling, completion_mask, rollout
 from tests.oracles import completion_logps_unshared
-from tests.tiny_model import tiny_config
+from tests.tiny_model import plain_completions, tiny_config
 
 CPU = torch.device("cpu")
 SETTINGS = LoraSettings(rank=4, alpha=8, target_modules="all-linear", init_from=None)
@@ -98,10 +97,10 @@ def test_the_fast_decoder_adds_what_the_plain_one_adds(prompts, dtype, rounding)
 
 def test_gradients_reach_the_adapter_alone_and_are_those_of_the_plain_pass(prompts):
     model = adapted()
-    completions = CompletionBatch(torch.randint(5, 200, (6, 9)), torch.ones(6, 9, dtype=torch.long))
+    completions = plain_completions(torch.randint(5, 200, (6, 9)), torch.arange(6) // 2)
     grads = []
     for logps in (completion_logps, completion_logps_unshared):
-        logps(model, prompts, completions, torch.arange(6) // 2, 0.9).logps.sum().backward()
+        logps(model, prompts, completions, 0.9).logps.sum().backward()
         assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
         grads.append(torch.cat([p.grad.flatten() for p in trained(model).values()]))
         model.zero_grad()
@@ -111,13 +110,13 @@ def test_gradients_reach_the_adapter_alone_and_are_those_of_the_plain_pass(promp
 
 def test_layers_computed_twice_give_the_adapter_the_same_gradient(prompts):
     """Nothing that enters the first layer takes a gradient then."""
-    completions = CompletionBatch(torch.randint(5, 200, (6, 9)), torch.ones(6, 9, dtype=torch.long))
+    completions = plain_completions(torch.randint(5, 200, (6, 9)), torch.arange(6) // 2)
     grads = []
     for twice in (False, True):
         model = adapted()
         if twice:
             checkpoint_layers(model)
-        completion_logps(model, prompts, completions, torch.arange(6) // 2, 0.9).logps.sum().backward()
+        completion_logps(model, prompts, completions, 0.9).logps.sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in trained(model).values()]))
     assert torch.equal(*grads)
 

@@ -6,7 +6,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo.batch import CompletionBatch, PromptBatch
+from grpo.batch import Prompts
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
 from grpo.config.migrations import load_frozen
@@ -18,7 +18,7 @@ from grpo.model.packed import packs
 from grpo.planning import estimate as cost
 from grpo.planning import plan as planning
 from grpo.tiny import MODEL_DIR
-from tests.tiny_model import tiny_config
+from tests.tiny_model import plain_completions, tiny_config
 
 QUICK = ["experiment=quickstart"]
 
@@ -212,9 +212,9 @@ def test_activations_are_counted_as_the_real_pass_keeps_them(monkeypatch, twice)
         return tensor
 
     ids = torch.randint(5, 200, (prompts, 15))
-    completions = CompletionBatch(torch.randint(5, 200, (rows, tokens)), torch.ones(rows, tokens, dtype=torch.long))
+    completions = plain_completions(torch.randint(5, 200, (rows, tokens)), torch.arange(rows) // 3)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        completion_logps(model, PromptBatch(ids, torch.ones_like(ids)), completions, torch.arange(rows) // 3, 0.9)
+        completion_logps(model, Prompts(ids, torch.ones_like(ids)), completions, 0.9)
     real = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
     assert cost.activation_bytes(counted, prompts, 15, rows, tokens) == pytest.approx(real, rel=0.05)
 

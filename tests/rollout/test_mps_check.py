@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 
-from grpo.batch import CompletionBatch
 from grpo.config.checks import typed
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
@@ -22,7 +21,7 @@ from grpo.training.experiment import prepare
 from grpo.training.trainer import Trainer
 from grpo.training.update import Batch
 from tests.launches import SETTINGS
-from tests.tiny_model import tiny_config
+from tests.tiny_model import plain_completions, tiny_config
 
 CPU = torch.device("cpu")
 
@@ -58,10 +57,9 @@ def test_sampling_and_an_update_use_no_growing_cache_and_no_float64(monkeypatch,
     try:
         with Dtypes() as dtypes:
             completions = setup.complete(trainer.worker, prompts, trainer.sampling, trainer.cut, group_size=2, step=1)
-            rows = torch.arange(6) // 2
             batch = Batch(prompts, completions, torch.tensor([1.0, -1.0] * 3), torch.zeros(completions.ids.shape))
             assert all(trainer._update(batch)[2] for _ in range(2))
-            completion_logps(trainer.reference, prompts, completions, rows, 1.0)
+            completion_logps(trainer.reference, prompts, completions, 1.0)
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
@@ -71,12 +69,12 @@ def test_sampling_and_an_update_use_no_growing_cache_and_no_float64(monkeypatch,
 
 def test_repeated_heads_give_what_grouped_ones_give(monkeypatch, prompts):
     model = load_model(tiny_config(), CPU)
-    completions = CompletionBatch(torch.randint(5, 200, (6, 9)), torch.ones(6, 9, dtype=torch.long))
+    completions = plain_completions(torch.randint(5, 200, (6, 9)), torch.arange(6) // 2)
     assert model.config.num_attention_heads != model.config.num_key_value_heads
     results = []
     for grouped in (True, False):
         monkeypatch.setattr(packed, "_takes_groups", lambda device, masked, grouped=grouped: grouped)
-        results.append(completion_logps(model, prompts, completions, torch.arange(6) // 2, 1.0).logps)
+        results.append(completion_logps(model, prompts, completions, 1.0).logps)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 

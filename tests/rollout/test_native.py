@@ -6,7 +6,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from grpo.batch import PromptBatch, split_rows
+from grpo.batch import Prompts, split_rows
 from grpo.model.linear import use_onednn
 from grpo.model.packed import try_packing
 from grpo.rollout import llama_decoder as lean_module
@@ -30,7 +30,7 @@ def test_greedy_decoding_is_that_of_transformers(model, tokenizer, prompts, samp
     ours = sample(model, prompts, replace(sampling, temperature=0.0), generations=1)
     theirs = model.generate(prompts.ids, attention_mask=prompts.mask, max_new_tokens=32, do_sample=False)
     theirs = theirs[:, prompts.ids.shape[1] :]
-    assert torch.equal(ours.ids * ours.mask, theirs * completion_mask(theirs, sampling.stop_ids))
+    assert torch.equal(ours.ids * ours.attention_mask, theirs * completion_mask(theirs, sampling.stop_ids))
 
 
 def test_the_same_seed_and_step_give_the_same_completions_and_others_do_not(model, prompts, sampling):
@@ -50,19 +50,19 @@ def test_decoding_fewer_rows_at_once_gives_the_same_completions(model, prompts, 
     whole = sample(model, prompts, sampling)
     parts = sample(model, prompts, sampling, token_budget=token_budget)
     # Rows that differ by rounding do so only where two tokens nearly tie, which these do not.
-    assert torch.equal(whole.ids * whole.mask, parts.ids * parts.mask)
+    assert torch.equal(whole.ids * whole.attention_mask, parts.ids * parts.attention_mask)
 
 
 def test_a_prompt_is_answered_alike_whatever_stands_beside_it(model, prompts, sampling):
     both = sample(model, prompts, sampling)
-    alone = sample(model, PromptBatch(prompts.ids[:1], prompts.mask[:1]), sampling)
+    alone = sample(model, Prompts(prompts.ids[:1], prompts.mask[:1]), sampling)
     width = alone.ids.shape[1]
-    assert torch.equal(both.ids[:4, :width] * alone.mask, alone.ids * alone.mask)
+    assert torch.equal(both.ids[:4, :width] * alone.attention_mask, alone.ids * alone.attention_mask)
 
 
 def test_tokens_are_drawn_from_the_models_distribution(model, prompts, sampling):
     """The first token of many completions of one prompt, against the model's own probabilities."""
-    one = PromptBatch(prompts.ids[:1], prompts.mask[:1])
+    one = Prompts(prompts.ids[:1], prompts.mask[:1])
     first = replace(sampling, max_new_tokens=1, temperature=1.7)
     drawn = rollout(model, one, 4000, first, seed=3, step=1, token_budget=10**6).ids[:, 0]
     probabilities = (model(one.ids, attention_mask=one.mask).logits[0, -1].double() / 1.7).softmax(0)
@@ -83,7 +83,7 @@ def test_the_mask_ends_with_the_first_end_of_sequence_token():
 
 def test_no_completion_ends_before_min_new_tokens(model, prompts, sampling):
     forced = sample(model, prompts, replace(sampling, min_new_tokens=32), generations=2)
-    assert forced.mask.sum(dim=1).tolist() == [32] * 6
+    assert forced.lengths.tolist() == [32] * 6
 
 
 def test_rows_that_ended_leave_the_batch(model, prompts, sampling, monkeypatch):
@@ -92,7 +92,7 @@ def test_rows_that_ended_leave_the_batch(model, prompts, sampling, monkeypatch):
     hook = model.model.embed_tokens.register_forward_pre_hook(lambda module, args: rows.append(args[0].numel()))
     completions = sample(model, prompts, sampling, generations=16)
     hook.remove()
-    lengths = completions.mask.sum(dim=1)
+    lengths = completions.lengths
     assert rows[0] in (prompts.ids.numel(), prompts.mask.sum())  # the prompts, once each
     assert rows[1] == 48
     assert rows[-1] < 48
@@ -101,12 +101,11 @@ def test_rows_that_ended_leave_the_batch(model, prompts, sampling, monkeypatch):
 
 def test_completions_are_as_likely_as_their_temperature_says(model, prompts, sampling):
     """Colder sampling gives likelier completions under the same model."""
-    prompt_of_row = torch.arange(3).repeat_interleave(16)
     means = []
     for temperature in (0.3, 1.0, 2.0):
         completions = sample(model, prompts, replace(sampling, temperature=temperature), generations=16)
-        logps = completion_logps_unshared(model, prompts, completions, prompt_of_row, 1.0).logps
-        means.append((logps.sum() / completions.mask.sum()).item())
+        logps = completion_logps_unshared(model, prompts, completions, 1.0).logps
+        means.append((logps.sum() / completions.lengths.sum()).item())
     assert means[0] > means[1] > means[2]
 
 
@@ -142,7 +141,7 @@ def model_of_the_family(kind, tied):
 
 def test_rows_of_one_prompt_alone_are_decoded(prompts, sampling):
     model = model_of_the_family("qwen2", True)
-    one = PromptBatch(prompts.ids[:1], prompts.mask[:1])
+    one = Prompts(prompts.ids[:1], prompts.mask[:1])
     check_lean_decoding(model, one, torch.zeros(8, dtype=torch.long))
 
 
@@ -213,7 +212,7 @@ def test_a_token_decoded_from_a_cuda_graph_is_the_same(prompts, sampling, monkey
 
     monkeypatch.setattr(lean_module, "recorded", counted)
     model = model_of_the_family("qwen2", True).cuda()
-    on_card = PromptBatch(prompts.ids.cuda(), prompts.mask.cuda())
+    on_card = Prompts(prompts.ids.cuda(), prompts.mask.cuda())
     eager, graph = (sample(model, on_card, sampling, generations=8, cuda_graphs=graphs) for graphs in (False, True))
     assert torch.equal(eager.ids, graph.ids)
     assert recordings and None not in recordings

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from grpo.algorithm.loss import grpo_loss
-from grpo.batch import CompletionBatch, PromptBatch
+from grpo.batch import Prompts
 from grpo.config.checks import typed
 from grpo.config.compose import compose_config
 from grpo.model.loading import load_model
@@ -16,7 +16,7 @@ from grpo.training.experiment import prepare
 from grpo.training.trainer import Trainer
 from grpo.training.update import Batch, LossScale, accumulate_gradient, apply_gradient
 from tests.launches import SETTINGS, assert_same_run, launch, rows
-from tests.tiny_model import tiny_config
+from tests.tiny_model import plain_completions, tiny_config
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def test_the_scale_is_of_the_gradient_alone_and_taken_back():
     model = load_model(tiny_config(), torch.device("cpu"))
     ids = torch.randint(5, 200, (4, 9), generator=torch.Generator().manual_seed(0))
     batch = Batch(
-        PromptBatch(ids[:2, :5], torch.ones(2, 5, dtype=torch.long)),
-        CompletionBatch(ids, torch.ones_like(ids)),
+        Prompts(ids[:2, :5], torch.ones(2, 5, dtype=torch.long)),
+        plain_completions(ids, torch.arange(4) // 2),
         torch.tensor([1.0, -1.0, 0.5, -0.5]),
     )
     objective = partial(grpo_loss, beta=0.0, epsilon=0.1)

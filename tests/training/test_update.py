@@ -8,13 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grpo.algorithm.loss import BatchCounts, LossOutput, grpo_loss
-from grpo.batch import CompletionBatch, PromptBatch
+from grpo.batch import Prompts
 from grpo.model.linear import use_onednn
 from grpo.model.packed import packs, try_packing
 from grpo.tiny import MODEL_DIR
 from grpo.training.update import Batch, accumulate_gradient, all_logps, apply_gradient, learning_rate
 from tests.launches import processes
 from tests.oracles import completion_logps_unshared
+from tests.tiny_model import plain_completions
 
 
 @pytest.fixture(scope="module", params=["padded", "packed"])
@@ -33,8 +34,8 @@ def batch():
     prompt_mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     mask = (torch.arange(12) < torch.tensor([12, 1, 7, 3, 2, 5, 11, 4])[:, None]).long()
     return Batch(
-        PromptBatch(torch.randint(5, 250, (2, 5), generator=generator), prompt_mask),
-        CompletionBatch(torch.randint(5, 250, (8, 12), generator=generator), mask),
+        Prompts(torch.randint(5, 250, (2, 5), generator=generator), prompt_mask),
+        plain_completions(torch.randint(5, 250, (8, 12), generator=generator), torch.arange(8) // 4, mask),
         advantages=torch.randn(8, generator=generator),
         ref_logps=-8 + torch.randn(8, 12, generator=generator),
         old_logps=-8 + torch.randn(8, 12, generator=generator),
@@ -70,7 +71,7 @@ def test_without_kl_a_group_of_equal_rewards_costs_no_backward_pass_and_changes_
     budget = 30 if packs(model) else 50  # a part for each group
     parts = batch.micro_batches(budget, packs(model))
     assert [sorted(rows.tolist()) for rows in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    counts = BatchCounts(8, int(batch.completions.mask.sum()))
+    counts = BatchCounts(8, int(batch.completions.completion_mask.sum()))
     model.zero_grad()
     entropy = 0.0
     expected_logps = torch.zeros(batch.completions.ids.shape)
@@ -79,7 +80,7 @@ def test_without_kl_a_group_of_equal_rewards_costs_no_backward_pass_and_changes_
         found = part.logps(model, 1.0)
         expected_logps[rows, : found.logps.shape[1]] = found.logps.detach()
         entropy += float(found.entropy.sum())
-        args = part.old_logps, None, part.advantages, part.completions.mask, counts
+        args = part.old_logps, None, part.advantages, part.completions.completion_mask, counts
         grpo_loss(found.logps, *args, beta=0.0, epsilon=0.1).loss.backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -114,7 +115,7 @@ def test_an_objective_with_more_to_it_than_advantages_gets_its_gradient(model, b
 
 
 def test_completions_of_like_length_are_together_and_a_prompt_is_not_read_more_often_than_needed(batch):
-    lengths = batch.completions.mask.sum(dim=1)
+    lengths = batch.completions.lengths
     parts = [part.tolist() for part in batch.micro_batches(28, shared=True)]
     assert [lengths[part].tolist() for part in parts] == [[12, 7, 3, 1], [11, 5, 4, 2]]
     assert batch.micro_batches(WHOLE, shared=True)[0].tolist() == [0, 2, 3, 1, 6, 5, 7, 4]
@@ -129,9 +130,9 @@ def gradient_of_rows(batch, start, stop, file):
     """What one of several processes does: the gradient of its rows, divided by the counts of the whole batch."""
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
     part = batch.part(torch.arange(start, stop))
-    counts = BatchCounts(rows=len(batch.completions.ids), tokens=int(batch.completions.mask.sum()))
+    counts = BatchCounts(rows=len(batch.completions.ids), tokens=int(batch.completions.completion_mask.sum()))
     logps = part.logps(model, temperature=1.0).logps
-    mask, advantages = part.completions.mask, part.advantages
+    mask, advantages = part.completions.completion_mask, part.advantages
     settings = {"beta": 0.04, "epsilon": 0.1}
     grpo_loss(logps, part.old_logps, part.ref_logps, advantages, mask, counts, **settings).loss.backward()
     torch.save(torch.cat([p.grad.flatten() for p in model.parameters()]), file)
@@ -164,14 +165,13 @@ def test_an_update_makes_good_completions_likelier_and_bad_ones_less_likely(mode
     assert norm > 0
     assert all(p.grad is None for p in model_after.parameters())
     change = all_logps(model_after, on_policy, 1.0, WHOLE) - all_logps(model, on_policy, 1.0, WHOLE)
-    lengths = batch.completions.mask.sum(dim=1)
+    lengths = batch.completions.lengths
     change = (change.sum(dim=1) / lengths * on_policy.advantages).mean()
     assert change > 0
 
 
 def test_logps_of_the_whole_batch_do_not_depend_on_the_cut(model, batch):
-    prompt_of_row = torch.arange(8) // 4
-    plain = completion_logps_unshared(model, batch.prompts, batch.completions, prompt_of_row, 0.8).logps
+    plain = completion_logps_unshared(model, batch.prompts, batch.completions, 0.8).logps
     for size in (1, 20, WHOLE):
         torch.testing.assert_close(all_logps(model, batch, 0.8, size), plain.detach(), rtol=1e-5, atol=2e-5)
 
