@@ -33,6 +33,11 @@ def row_keys(seed: int, step: int, slots: np.ndarray, completions: np.ndarray) -
     return torch.from_numpy(np.ascontiguousarray(keys).view(np.int32).reshape(-1, 2).copy())
 
 
+def group_keys(seed: int, step: int, slots: np.ndarray, group_size: int) -> Tensor:
+    """Keys (P * group_size, 2) int32 of the completions of P prompts, given the prompts' slots (P,)."""
+    return row_keys(seed, step, slots.repeat(group_size), np.tile(np.arange(group_size), len(slots)))
+
+
 def gumbel_noise(keys: Tensor, token: int, vocab_size: int) -> Tensor:
     """Standard Gumbel noise (B, vocab_size) float32 for the token with this index in each keyed completion.
 

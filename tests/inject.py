@@ -26,7 +26,7 @@ def spoiled(result):
     if isinstance(result, torch.Tensor):
         return result * float("nan")
     if hasattr(result, "loss"):
-        return type(result)(result.loss * float("nan"), result.sums)
+        return type(result)(result.loss * float("nan"), result.metrics)
     raise TypeError(f"cannot spoil {type(result).__name__}")
 
 

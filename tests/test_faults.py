@@ -15,15 +15,16 @@ from safetensors.torch import load_file
 
 from grpo.config.checks import typed
 from grpo.config.migrations import load_frozen
-from grpo.runs.checkpoint import broken, latest_checkpoint, load_state
+from grpo.runs.checkpoint import broken, latest_checkpoint, load_state, read_checkpoint
 from grpo.runs.stop_signals import STOP_SIGNALS, StopSignals
 from grpo.tiny import MODEL_DIR
-from grpo.training.experiment import prepare
+from grpo.training.experiment import build_experiment
 from grpo.training.trainer import Trainer
 from tests.launches import NO_FAULT, SETTINGS, STEPS, assert_same_run, grpo, launch, rows, start, status, wait_for_step
 
 QUICK = [*SETTINGS, "grpo.num_iterations=1", "grpo.mu=1"]
 TRAINER = "grpo.training.trainer"
+RECORDER = "grpo.training.recorder.Recorder"
 
 
 def go_on(run_dir, *arguments, **options):
@@ -40,13 +41,13 @@ def checkpoint_steps(run_dir):
 @pytest.mark.parametrize(
     ("place", "call", "arguments"),
     [
-        pytest.param(f"{TRAINER}.problems_of_step", "1", [], id="before the first step"),
-        pytest.param(f"{TRAINER}.Trainer.record", "1", [], id="before the first step is written down"),
+        pytest.param(f"{TRAINER}.group_keys", "1", [], id="before the first step"),
+        pytest.param(f"{RECORDER}.step", "1", [], id="before the first step is written down"),
         pytest.param(f"{TRAINER}.apply_gradient", "6", [], id="between the updates of a batch"),
-        pytest.param(f"{TRAINER}.problems_of_step", "6", ["checkpoint.every=5"], id="in the middle of an epoch"),
-        pytest.param(f"{TRAINER}.problems_of_step", "7", ["checkpoint.every=3"], id="at the end of an epoch"),
-        pytest.param(f"{TRAINER}.problems_of_step", "5", [], id="at the end of an iteration"),
-        pytest.param(f"{TRAINER}.problems_of_step", "8", ["checkpoint.every=7"], id="before the last step"),
+        pytest.param(f"{TRAINER}.group_keys", "6", ["checkpoint.every=5"], id="in the middle of an epoch"),
+        pytest.param(f"{TRAINER}.group_keys", "7", ["checkpoint.every=3"], id="at the end of an epoch"),
+        pytest.param(f"{TRAINER}.group_keys", "5", [], id="at the end of an iteration"),
+        pytest.param(f"{TRAINER}.group_keys", "8", ["checkpoint.every=7"], id="before the last step"),
         pytest.param("grpo.runs.folder.RunFolder.save_final_model", "1", [], id="after the last step"),
         pytest.param("grpo.analysis.charts.write_summary", "1", [], id="while the charts are drawn"),
     ],
@@ -102,7 +103,7 @@ def test_killed_at_random_moments_in_a_long_row_is_bitwise_equal(tmp_path, strai
 @pytest.mark.parametrize("damage", ["truncated", "bit-flipped", "missing"])
 def test_a_damaged_checkpoint_is_passed_over_and_the_outcome_is_the_same(tmp_path, straight, damage):
     run_dir = tmp_path / "run"
-    fault = (f"{TRAINER}.problems_of_step", "6", "kill")
+    fault = (f"{TRAINER}.group_keys", "6", "kill")
     start(run_dir, "checkpoint.every=1", "checkpoint.keep_last=3", fault=fault).wait()
     file = run_dir / "checkpoints" / "step_000005" / "optimizer.safetensors"
     if damage == "truncated":
@@ -122,7 +123,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_outcome_is_the_same(tmp_pat
 
 def test_without_an_intact_checkpoint_the_run_ends_and_nothing_is_deleted(tmp_path):
     run_dir = tmp_path / "run"
-    start(run_dir, fault=(f"{TRAINER}.problems_of_step", "4", "kill")).wait()
+    start(run_dir, fault=(f"{TRAINER}.group_keys", "4", "kill")).wait()
     os.truncate(run_dir / "checkpoints" / "step_000002" / "model.safetensors", 10)
     before = sorted(run_dir.joinpath("checkpoints").rglob("*"))
     resumed = go_on(run_dir)
@@ -134,7 +135,7 @@ def test_without_an_intact_checkpoint_the_run_ends_and_nothing_is_deleted(tmp_pa
 
 def test_a_run_whose_checkpoints_are_gone_is_not_started_again(tmp_path):
     run_dir = tmp_path / "run"
-    start(run_dir, fault=(f"{TRAINER}.problems_of_step", "4", "kill")).wait()
+    start(run_dir, fault=(f"{TRAINER}.group_keys", "4", "kill")).wait()
     (run_dir / "checkpoints").rename(run_dir / "moved")
     refused = go_on(run_dir)
     assert refused.returncode == 2
@@ -296,7 +297,7 @@ def test_a_step_that_would_take_long_is_dropped(tmp_path, straight):
     assert stopped.returncode == 143
     assert rows(run_dir) == []
     assert checkpoint_steps(run_dir) == []
-    start(run_dir, "resume=true", fault=(f"{TRAINER}.problems_of_step", "4x", "term")).wait()
+    start(run_dir, "resume=true", fault=(f"{TRAINER}.group_keys", "4x", "term")).wait()
     assert checkpoint_steps(run_dir) == [4]
     again = go_on(run_dir, fault=("torch.Tensor.backward", "1x", "term"))
     assert again.returncode == 143
@@ -360,10 +361,10 @@ def test_a_step_is_dropped_where_it_takes_long_or_longer_than_known(monkeypatch)
     monkeypatch.setattr(time, "perf_counter", lambda: 50.0)
     for last_step_took, dropped in ((55.0, False), (59.0, False), (70.0, True), (40.0, True), (math.inf, True)):
         trainer._step_seconds = last_step_took
-        trainer._interruptible = True
-        assert trainer.can_be_dropped() is dropped
-        trainer._interruptible = False
-        assert trainer.can_be_dropped() is False
+        trainer._abortable = True
+        assert trainer.can_abort_step() is dropped
+        trainer._abortable = False
+        assert trainer.can_abort_step() is False
 
 
 def test_what_killed_launches_left_does_not_stand_in_the_way(tmp_path, straight):
@@ -400,7 +401,7 @@ def test_the_same_command_in_a_loop_with_resume_auto_ends(tmp_path, straight):
     run_dir = tmp_path / "run"
     codes = []
     for call in ("2x", "2x", "2x", "99x"):
-        fault = (f"{TRAINER}.problems_of_step", call, "usr1")
+        fault = (f"{TRAINER}.group_keys", call, "usr1")
         codes.append(start(run_dir, "resume=auto", fault=fault).wait().returncode)
     assert codes == [138, 138, 138, 0]
     again = start(run_dir, "resume=auto").wait()
@@ -441,7 +442,7 @@ def test_out_of_memory_halves_the_tokens_and_the_size_is_remembered(tmp_path, cu
     said = failing.stderr + failing.stdout
     assert f"out of memory in the {part} with {budget} tokens at a time; trying {budget // 2} from here on" in said
     assert said.count("out of memory") == 1
-    assert load_state(run_dir / "checkpoints" / "step_000003").reduced == {part: {"from": budget, "to": budget // 2}}
+    assert load_state(run_dir / "checkpoints" / "step_000003").parts == {part: {"from": budget, "to": budget // 2}}
     # Cut otherwise, the same problems, noise and, to rounding, the same numbers.
     for ours, theirs in zip(rows(run_dir), rows(cut_run), strict=True):
         assert ours["digest/completions"] == theirs["digest/completions"]
@@ -454,10 +455,10 @@ def test_out_of_memory_halves_the_tokens_and_the_size_is_remembered(tmp_path, cu
     more = ["resume=true", f"run_dir={run_dir}", "grpo.lr_schedule=linear", "grpo.num_steps=3"]
     (run_dir / "status.json").write_text(json.dumps(status(run_dir) | {"state": "interrupted"}))
     shutil.rmtree(run_dir / "checkpoints" / "step_000003")
-    never_again = ("grpo.model.oom.Cut._halve", "1", "kill")
+    never_again = ("grpo.model.oom.TokenBudget._halve", "1", "kill")
     assert part_tokens(run_dir, part) == budget // 2
     assert launch(*more, cwd=tmp_path, fault=never_again).returncode == 0
-    assert load_state(run_dir / "checkpoints" / "step_000003").reduced == {part: {"from": budget, "to": budget // 2}}
+    assert load_state(run_dir / "checkpoints" / "step_000003").parts == {part: {"from": budget, "to": budget // 2}}
 
 
 def test_out_of_memory_while_a_gradient_is_handed_to_its_master_adds_nothing_twice(tmp_path):
@@ -479,9 +480,9 @@ def test_out_of_memory_while_a_gradient_is_handed_to_its_master_adds_nothing_twi
 
 def part_tokens(run_dir, part):
     """How many tokens a run that goes on from its newest checkpoint works on at once."""
-    trainer = Trainer(prepare(typed(load_frozen(run_dir / "config.yaml"))))
-    trainer.load(latest_checkpoint(run_dir / "checkpoints"))
-    return trainer.cut.tokens(part)
+    trainer = Trainer(build_experiment(typed(load_frozen(run_dir / "config.yaml"))))
+    trainer.load_state_dict(read_checkpoint(latest_checkpoint(run_dir / "checkpoints")))
+    return trainer.state_dict()["trainer"].parts[part]["to"]
 
 
 def test_out_of_memory_with_one_completion_says_what_to_lower(tmp_path):
@@ -499,7 +500,7 @@ def test_out_of_memory_with_one_completion_says_what_to_lower(tmp_path):
 def test_a_loss_that_is_not_finite_changes_nothing_and_its_batch_is_kept(tmp_path):
     run_dir = tmp_path / "run"
     settings = [*QUICK, "grpo.num_steps=4", "checkpoint.every=1", "checkpoint.keep_last=9"]
-    fault = ("grpo.algorithm.loss.grpo_loss", "2x", "nan")
+    fault = ("grpo.algorithm.objective.Objective.__call__", "2x", "nan")
     run = launch(*settings, f"run_dir={run_dir}", cwd=tmp_path, fault=fault)
     assert run.returncode == 0, run.stderr
     assert [row["loss"] is None for row in rows(run_dir)] == [False, True, False, False]
@@ -520,7 +521,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_its_batch_is_kept(tmp_pat
 def test_after_too_many_in_a_row_the_run_fails_and_the_checkpoint_is_sound(tmp_path):
     run_dir = tmp_path / "run"
     settings = [*QUICK, "grpo.num_steps=6", "checkpoint.every=1", "grpo.max_skipped_steps=2"]
-    fault = ("grpo.algorithm.loss.grpo_loss", "3", "nan")
+    fault = ("grpo.algorithm.objective.Objective.__call__", "3", "nan")
     run = launch(*settings, f"run_dir={run_dir}", cwd=tmp_path, fault=fault)
     assert run.returncode == 1
     assert "loss or gradient was not finite in 3 steps in a row" in run.stderr.splitlines()[-1]
@@ -537,7 +538,7 @@ def test_after_too_many_in_a_row_the_run_fails_and_the_checkpoint_is_sound(tmp_p
 
 def test_a_second_process_on_a_run_folder_is_refused(tmp_path, straight):
     run_dir = tmp_path / "run"
-    first = start(run_dir, fault=(f"{TRAINER}.problems_of_step", "2x", "sleep:60"))
+    first = start(run_dir, fault=(f"{TRAINER}.group_keys", "2x", "sleep:60"))
     wait_for_step(run_dir, 1)
     second = go_on(run_dir)
     assert second.returncode == 2
@@ -631,7 +632,7 @@ def test_a_failed_job_of_a_sweep_leaves_nothing_behind_and_is_tried_again(my_rew
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     command = ["-m", *QUICK, "hydra/launcher=basic", "grpo.num_steps=3", "grpo.beta=0.01,0.04", "checkpoint.every=1"]
     assert launch(*command, "sweep_dir=whole", cwd=tmp_path).returncode == 0
-    fault = (f"{TRAINER}.problems_of_step", "5", "kill")  # the second step of the second job
+    fault = (f"{TRAINER}.group_keys", "5", "kill")  # the second step of the second job
     assert launch(*command, "sweep_dir=sweep", cwd=tmp_path, fault=fault).returncode == -9
     again = launch(*command, "sweep_dir=sweep", "resume=true", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -721,7 +722,7 @@ def test_resuming_needs_no_more_memory_than_training_did(tmp_path):
     run_dir = tmp_path / "run"
     assert launch(*settings, f"run_dir={run_dir}", cwd=tmp_path).returncode == 0
     stopped = tmp_path / "stopped"
-    fault = (f"{TRAINER}.problems_of_step", "3", "kill")
+    fault = (f"{TRAINER}.group_keys", "3", "kill")
     assert launch(*settings, f"run_dir={stopped}", cwd=tmp_path, fault=fault).returncode == -9
     assert go_on(stopped).returncode == 0
     assert peaks(stopped)[2] < 1.02 * peaks(run_dir)[2]

@@ -1,27 +1,50 @@
-"""Advantages: how much better a completion is than the others of its own group."""
+"""Advantages: how much better a completion is than the others of its group.
 
-import torch
-from torch import Tensor
+Imports no torch, so that a launch can check the names of a config at once.
+"""
 
-EQUAL_REWARDS = 1e-6  # rewards nearer than this are one reward: their differences are rounding, not signal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EQUAL_REWARDS = 1e-6  # rewards nearer than this count as equal: their differences are rounding, not signal
 
 
-def group_advantages(rewards: Tensor, epsilon: float = 1e-4) -> Tensor:
-    """Rewards standardised within each prompt's group: `(r - mean) / (std + epsilon)`, std with ddof=1.
+def group_advantage(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
+    """The total reward standardised within each prompt's group.
 
-    rewards: (P, G), one row a prompt. Returns (P, G). A group of one, or whose rewards are all equal, has
-    nothing to compare and gets advantage 0.
+    rewards: (P, G, C), of G completions of each of P prompts by C reward components; weights: (C,);
+    valid: (P, G, C) bool, False where a component gave no value. Returns (P, G).
     Source: DeepSeekMath (arXiv 2402.03300), section 4.1.2, outcome supervision.
     """
-    mean = rewards.mean(dim=1, keepdim=True)
+    return standardize(total_reward(rewards, weights, valid))
+
+
+def total_reward(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
+    """The weighted sum of the reward components, (P, G, C) -> (P, G); a missing value adds nothing."""
+    total = rewards.new_zeros(rewards.shape[:2])
+    for component, weight in enumerate(weights):
+        total = total + weight * rewards[:, :, component].where(valid[:, :, component], 0.0)
+    return total
+
+
+def standardize(rewards: Tensor, epsilon: float = 1e-4) -> Tensor:
+    """`(r - mean) / (std + epsilon)` within each group, std with ddof=1: (P, G) -> (P, G).
+
+    A group of one, or whose rewards are all equal, has nothing to compare: its advantages are 0.
+    """
     if rewards.shape[1] == 1:
-        return torch.zeros_like(rewards)
+        return rewards.new_zeros(rewards.shape)
+    mean = rewards.mean(dim=1, keepdim=True)
     std = rewards.std(dim=1, keepdim=True)
-    return torch.where(equal_groups(rewards)[:, None], 0.0, (rewards - mean) / (std + epsilon))
+    return ((rewards - mean) / (std + epsilon)).where(~equal_groups(rewards)[:, None], 0.0)
 
 
 def equal_groups(rewards: Tensor) -> Tensor:
-    """Which groups teach nothing because all their rewards are equal. rewards (P, G) -> bool (P,).
+    """Which groups carry no signal because all their rewards are equal: (P, G) -> (P,) bool.
 
     Compares max - min with a tolerance: the standard deviation of equal float32 numbers need not be exactly 0.
     """

@@ -104,12 +104,15 @@ def resolved(cfg: DictConfig) -> Config:
 
 
 def load_subject(subject: Subject, with_problems: bool = True):
-    """The parts of the config and the model: (Setup, PreTrainedModel)."""
-    from grpo.runs.checkpoint import load_weights
-    from grpo.training.experiment import prepare
+    """What the subject's config names, and an engine that samples from its model as training does.
 
-    setup = prepare(subject.config, with_problems)
-    model = setup.for_sampling(setup.load_policy())
+    Returns (Experiment, RolloutEngine, Sampling).
+    """
+    from grpo.runs.checkpoint import StoredTensors, load_weights
+    from grpo.training.experiment import build_experiment
+
+    experiment = build_experiment(subject.config, with_problems)
+    model = experiment.for_sampling(experiment.load_policy())
     if subject.weights is not None:
-        load_weights(subject.weights, model)
-    return setup, model
+        load_weights(StoredTensors(subject.weights / "model.safetensors"), model)
+    return experiment, experiment.build_engine(model), experiment.sampling(model)

@@ -6,6 +6,7 @@ prompt="What is 27 + 35?" asks once and ends; rollout.temperature=0.7 samples, t
 """
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -18,27 +19,30 @@ def main(arguments: list[str]) -> None:
     """Answer one prompt, or each line that is typed until an empty one or the end of input."""
     own, overrides = own_arguments(arguments, ["prompt"])
     subject = find_subject(overrides)
-    setup, model = load_subject(subject, with_problems=False)
-    sampled = Overrides(overrides).names("rollout.temperature")
-    sampling = setup.sampling(model) if sampled else setup.sampling(model, temperature=0.0)
+    experiment, engine, sampling = load_subject(subject, with_problems=False)
+    if not Overrides(overrides).names("rollout.temperature"):
+        sampling = replace(sampling, temperature=0.0)
     if "prompt" in own:
-        print(answer(setup, model, sampling, own["prompt"], turn=1))
+        print(answer(experiment, engine, sampling, own["prompt"], turn=1))
         return
     Console().print(f"{subject.model}: each line is a new problem; an empty line ends", highlight=False)
     turn = 0
     while line := _read_line():
         turn += 1
-        print(answer(setup, model, sampling, line, turn))
+        print(answer(experiment, engine, sampling, line, turn))
 
 
-def answer(setup: Any, model: Any, sampling: Any, question: str, turn: int) -> str:
+def answer(experiment: Any, engine: Any, sampling: Any, question: str, turn: int) -> str:
     """The model's completion of one question, asked as the training asks its problems."""
+    import numpy as np
+
     from grpo.data.prompts import messages
 
-    prompts = setup.prompt_batch([messages(question, setup.config.data)])
-    completions = setup.complete(model, prompts, sampling, setup.cut(), group_size=1, step=turn)
+    prompts = experiment.prompts([messages(question, experiment.config.data)])
+    keys = experiment.keys(turn, np.arange(1), group_size=1)
+    completions = engine.generate(prompts, sampling, group_size=1, keys=keys)
     length = int(completions.lengths)
-    return setup.tokenizer.decode(completions.ids[0, :length], skip_special_tokens=True)
+    return experiment.tokenizer.decode(completions.ids[0, :length], skip_special_tokens=True)
 
 
 def _read_line() -> str:

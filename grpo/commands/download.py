@@ -10,6 +10,7 @@ from grpo.commands._common import own_arguments
 from grpo.config.checks import typed
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
+from grpo.config.schema import known_keys
 
 
 def main(arguments: list[str]) -> None:
@@ -30,9 +31,7 @@ def main(arguments: list[str]) -> None:
             print(f"model: {snapshot_download(config.model.name, allow_patterns=MODEL_FILES)}")
         except Exception as error:  # the hub, the network, the cache: each has exceptions of its own
             raise model_not_found(config.model.name, error) from error
-    from grpo.training.experiment import DATA_KEYS
-
-    problems = bind("data", config.data, without=DATA_KEYS)()
+    problems = bind("data", config.data, without=known_keys("data"))()
     print(f"data: {len(problems.train)} problems to train on, {len(problems.test)} held out")
 
 

@@ -16,10 +16,10 @@ from grpo.runs.console import closing_table
 def main(arguments: list[str]) -> None:
     """Evaluate and print a table."""
     subject = find_subject(arguments)
-    setup, model = load_subject(subject)
+    experiment, engine, sampling = load_subject(subject)
     from grpo.training.evaluation import evaluate  # imports torch
 
-    result = {"model": subject.model, **evaluate(model, setup, setup.cut(), subject.step)}
+    result = {"model": subject.model, **evaluate(engine, sampling, experiment, subject.step)}
     console = Console()
     console.print(f"model: {subject.model}", highlight=False, soft_wrap=True)
     console.print(closing_table({"now": result}))

@@ -89,16 +89,16 @@ def _first(folder: RunFolder) -> int:
 
 def replay(folder: RunFolder, config: Any, start: int, end: int) -> tuple[str | None, str]:
     """Make the steps again. Returns the first difference in words, or None, and what was compared beside the rows."""
-    from grpo.runs.checkpoint import step_folder
-    from grpo.training.experiment import prepare
+    from grpo.runs.checkpoint import read_checkpoint, step_folder
+    from grpo.training.experiment import build_experiment
     from grpo.training.trainer import Trainer
 
-    trainer = Trainer(prepare(config))
+    trainer = Trainer(build_experiment(config))
     if start > 0:
         checkpoint = step_folder(folder.checkpoints, start)
         if not checkpoint.exists():
             raise ConfigError(f"the checkpoint of step {start}, where this fork began, is not kept; name a later step")
-        trainer.load(checkpoint)
+        trainer.load_state_dict(read_checkpoint(checkpoint))
     recorded = {row["step"]: row for row in folder.metrics()}
     for step in range(start + 1, end + 1):
         row = json.loads(json.dumps(trainer.step(step).row))
@@ -110,28 +110,26 @@ def replay(folder: RunFolder, config: Any, start: int, end: int) -> tuple[str | 
 
 
 def _compare_state(trainer: Any, checkpoint: Path) -> tuple[str | None, str]:
-    from grpo.runs.checkpoint import broken, flatten_optimizer, load_state, reference_of, stored_tensors, weights_of
+    from grpo.runs.checkpoint import broken, read_checkpoint, weights_of
 
     if not checkpoint.exists() or broken(checkpoint) is not None:
         return None, "; no sound checkpoint of that step is kept, so weights were not compared"
-    stored_state, state = vars(load_state(checkpoint)), vars(trainer.state)
+    stored, present = read_checkpoint(checkpoint), trainer.state_dict()
+    stored_state, state = vars(stored["trainer"]), vars(present["trainer"])
     for name in ("step", "iteration", "num_tokens", "best_reward", "skipped_in_a_row", "loss_scale"):
         if stored_state[name] != state[name]:
             return f"step {trainer.state.step}, {name}: {stored_state[name]} in the folder, {state[name]} now", ""
-    present = {"model": weights_of(trainer.policy), "optimizer": flatten_optimizer(trainer.optimizer)}
-    files = {name: (checkpoint / f"{name}.safetensors", tensors) for name, tensors in present.items()}
-    reference = reference_of(checkpoint)
-    if reference is not None and trainer.reference is not None:
-        files["reference"] = (reference / "model.safetensors", weights_of(trainer.reference))
-    for part, (file, tensors) in files.items():
-        missing = set(tensors)
-        for name, stored in stored_tensors(file):
-            if name not in tensors or not _same_bits(stored, tensors[name]):
+    parts = ["model", "optimizer"]
+    if stored["reference"] is not None and trainer.reference is not None:
+        parts.append("reference")
+        present["reference"] = weights_of(trainer.reference)
+    for part in parts:
+        for name, tensor in stored[part].items():
+            if name not in present[part] or not _same_bits(tensor, present[part][name]):
                 return f"step {trainer.state.step}, {part}: {name}", ""
-            missing.remove(name)
-        if missing:
+        if missing := present[part].keys() - stored[part].keys():
             return f"step {trainer.state.step}, {part}: the checkpoint lacks {min(missing)}", ""
-    return None, f", and the checkpoint of step {trainer.state.step}: {', '.join(files)}, progress"
+    return None, f", and the checkpoint of step {trainer.state.step}: {', '.join(parts)}, progress"
 
 
 def _same_bits(one: Any, other: Any) -> bool:
@@ -158,6 +156,6 @@ def environment_changes(folder: RunFolder) -> list[str]:
     if cut:
         lines.append(f"the work was cut otherwise by a later launch ({', '.join(cut)}): steps before that may differ")
     states = [load_state(file.parent) for file in folder.checkpoints.glob("step_*/trainer_state.json")]
-    if any(state.reduced for state in states):
+    if any(isinstance(part, dict) and "to" in part for state in states for part in state.parts.values()):
         lines.append("memory ran out in the run, and from then on fewer rows were worked on at once")
     return lines

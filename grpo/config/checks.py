@@ -5,13 +5,14 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
-from grpo.config.schema import FACTS, Config, Facts, LoraSettings
+from grpo.config.schema import FACTS, OPEN_GROUPS, Config, Facts, LoraSettings
 from grpo.config.values import escape, flatten
 
 
@@ -29,25 +30,39 @@ class Sizes:
 def typed(cfg: DictConfig) -> Config:
     """The composed config as plain dataclasses, checked across fields. Raises ConfigError."""
     values = escape(OmegaConf.to_container(cfg, resolve=True))  # resolved once, and not a second time
+    for name, schema in OPEN_GROUPS.items():
+        values[name] = _typed_group(name, schema, values.get(name))
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
     assert isinstance(config, Config)  # since the values were merged into its schema
     check(config)
     return config
 
 
+def _typed_group(group: str, schema: type, values: Any) -> dict[str, Any]:
+    """An open group with the types and defaults of its schema's keys. `values`, and the result, are escaped."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{group}={_yaml(values)}: must be a group of keys with a _target_")
+    result = dict(values)
+    typed_keys = OmegaConf.structured(schema)
+    for each in dataclasses.fields(schema):
+        if each.name not in values:
+            if each.default is MISSING:
+                raise ConfigError(f"{group}.{each.name} is missing")
+            result[each.name] = each.default
+        elif not isinstance(values[each.name], dict | list):
+            try:
+                typed_keys[each.name] = values[each.name]
+            except OmegaConfBaseException as error:
+                kind = "a whole number" if get_type_hints(schema)[each.name] is int else "a number"
+                raise ConfigError(f"{group}.{each.name}={_yaml(values[each.name])}: must be {kind}") from error
+            result[each.name] = escape(typed_keys[each.name])
+    return result
+
+
 def check(config: Config) -> None:
     """Raise ConfigError naming the first value that cannot work, and the fix. None (not yet known) passes."""
     _check_facts(config)
     check_name(config.name)
-    _number("optimizer.lr", config.optimizer.get("lr"))
-    if config.optimizer["lr"] < 0:
-        raise ConfigError(f"optimizer.lr={config.optimizer['lr']}: must be 0 or more")
-    _number("data.max_prompt_length", config.data.get("max_prompt_length"))
-    for name in ("beta", "epsilon"):
-        own = config.objective.get(name)
-        if own is not None:
-            _number(f"objective.{name}", own)
-            _check_number(f"objective.{name}", own, FACTS[f"grpo.{name}"])
     check_device_map(config.model.device_map)
     if config.model.lora is not None:
         _check_lora(config.model.lora)
@@ -119,12 +134,12 @@ def check_training(config: Config) -> None:
 
 def check_followed(config: Config, overrides: Overrides) -> None:
     """Raise ConfigError where a command line sets a number of grpo.* that the objective does not follow."""
-    for name in ("beta", "epsilon"):
-        own = config.objective.get(name)
-        if own is not None and own != getattr(config.grpo, name) and overrides.names(f"grpo.{name}"):
+    for name, followed in (("beta", "beta"), ("epsilon_low", "epsilon"), ("epsilon_high", "epsilon")):
+        own = config.objective[name]
+        if own is not None and own != getattr(config.grpo, followed) and overrides.names(f"grpo.{followed}"):
             raise ConfigError(
-                f"grpo.{name}: the objective has its own, objective.{name}={own:g}; set that one, or "
-                f"objective.{name}=null to follow grpo.{name}"
+                f"grpo.{followed}: the objective has its own, objective.{name}={own:g}; set that one, or "
+                f"objective.{name}=null to follow grpo.{followed}"
             )
 
 
@@ -188,5 +203,5 @@ def _yaml(value: object) -> str:
 
 def kl_weight(config: Config) -> float:
     """The weight of the KL penalty: the objective's own, or else grpo.beta; 0 needs no reference model."""
-    own = config.objective.get("beta")
+    own = config.objective["beta"]
     return config.grpo.beta if own is None else own

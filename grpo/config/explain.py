@@ -23,6 +23,7 @@ OTHER_NAMES = {
     "per_device_train_batch_size": "grpo.batch_size",
     "max_steps": "grpo.num_steps",
     "max_new_tokens": "grpo.max_completion_length",
+    "objective.epsilon": "objective.epsilon_low and objective.epsilon_high",
     "clip_range": "grpo.epsilon",
     "clip_eps": "grpo.epsilon",
     "temperature": "rollout.temperature",

@@ -27,40 +27,61 @@ def bind(key: str, node: Mapping[str, Any], without: tuple[str, ...] = ()) -> fu
     target = node.get("_target_")
     settings = {str(name): value for name, value in node.items() if name not in ("_target_", *without)}
     _check_literal(key, settings)
-    if not isinstance(target, str):
-        raise ConfigError(f"{key}._target_={target}: it must be the dotted path of a function")
-    try:
-        # Hydra is given the target alone: it would resolve interpolations in the settings and build what they name.
-        deferred = instantiate({"_target_": escape(target)}, _partial_=True)
-    except HydraException as error:
-        raise ConfigError(f"{key}._target_={target}: {_reason(error)}") from error
-    # Hydra's own partial asks its blocklist again on every call, 190 microseconds; it has just been asked.
-    function = functools.partial(deferred.func, **settings)
+    function = functools.partial(find_function(f"{key}._target_", target), **settings)
     _check_keywords(key, function)
     return function
 
 
+def find_function(key: str, path: object) -> Callable[..., Any]:
+    """The function or class of a dotted path, which stands at this key of a config.
+
+    Raises ConfigError where it is blocked (Hydra's blocklist) or does not exist.
+    """
+    if not isinstance(path, str):
+        raise ConfigError(f"{key}={path}: it must be the dotted path of a function")
+    try:
+        # Hydra is given the path alone: it would resolve interpolations in the settings and build what they name. Its
+        # partial is not kept, since that asks the blocklist again on every call, which takes 190 microseconds.
+        return instantiate({"_target_": escape(path)}, _partial_=True).func
+    except HydraException as error:
+        raise ConfigError(f"{key}={path}: {_reason(error)}") from error
+
+
 def check_importable(config: Config) -> None:
     """Raise ConfigError where a target from elsewhere cannot be run, at once: those of the suite import torch."""
-    for key, target in targets_in(to_dict(config)):
-        if not str(target).startswith(OWN):
-            bind(key.removesuffix("._target_"), {"_target_": target})
+    for key, path in targets_in(to_dict(config)):
+        if not str(path).startswith(OWN):
+            find_function(key, path)
+
+
+def build(key: str, node: Mapping[str, Any], without: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """The function that a node names, as `bind` gives it; of a class one object, built with the node's settings."""
+    function = bind(key, node, without)
+    if not inspect.isclass(function.func):
+        return function
+    try:
+        return function()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{key}: {node['_target_']}() raised {type(error).__name__}: {first_line(error)}") from error
 
 
 def bind_reward(key: str, node: Mapping[str, Any]) -> Callable[..., list[float | None]]:
-    """A reward function in TRL's form, `f(prompts, completions, **columns)`. Raises ConfigError for another form."""
-    function = bind(key, node, without=("weight",))
-    check_reward_form(key, function, f"{node['_target_']}: a reward function has")
-    return function
+    """A reward function in TRL's form, `f(prompts, completions, **columns)`, or an object that can be called so.
 
-
-def check_reward_form(key: str, function: Callable[..., Any], what: str) -> None:
-    """Raise ConfigError where a callable, `what` in the message, cannot be called as f(completions=..., **columns)."""
+    Raises ConfigError for another form.
+    """
+    function = build(key, node, without=("weight",))
     parameters: Mapping[str, inspect.Parameter] = {}
-    with suppress(TypeError, ValueError):  # a builtin without a signature
+    with suppress(TypeError, ValueError):  # a builtin without a signature, or nothing that can be called
         parameters = inspect.signature(function).parameters
     if "completions" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise ConfigError(f"{key}._target_={what} the form f(prompts, completions, **columns) -> list of numbers")
+        raise ConfigError(
+            f"{key}._target_={node['_target_']}: it must have the form f(prompts, completions, **columns) -> list of "
+            "numbers, or be a class whose objects have it"
+        )
+    return function
 
 
 def _check_literal(key: str, settings: Any) -> None:

@@ -35,6 +35,15 @@ ADDED_WITHIN_0 = {
     "model.lora": None,
     "parent": None,
 }
+# What `grpo_loss`, the one objective of version 0, is since an objective is a set of choices.
+OBJECTIVE_OF_0 = {
+    "_target_": "grpo.algorithm.objective.Objective",
+    "advantage": "group",
+    "ratio": "token",
+    "surrogate": "clip",
+    "reduction": "row",
+    "kl": "k3",
+}
 # Where functions stand now that version 0 names elsewhere.
 MOVED_0 = {"grpo.algorithm.math_xml.": "grpo.rewards.math_xml."}
 
@@ -91,15 +100,22 @@ def config_0_to_1(values: Values) -> Values:
     hardware, objective, grpo = (values.get(group) or {} for group in ("hardware", "objective", "grpo"))
     if "card" in hardware and hardware["card"] is None:
         hardware["card"] = dict.fromkeys(("memory_gb", "tflops", "bandwidth_gb_s"))
-    for name in ("beta", "epsilon"):
-        if name in objective and objective[name] == grpo.get(name):
-            objective[name] = None
+    if objective.get("_target_") == "grpo.algorithm.loss.grpo_loss":
+        beta, epsilon = (
+            None if objective.get(name) == grpo.get(name) else objective.get(name) for name in ("beta", "epsilon")
+        )
+        values["objective"] = OBJECTIVE_OF_0 | {"beta": beta, "epsilon_low": epsilon, "epsilon_high": epsilon}
+    else:  # a user's own: it cannot train any more, but what it trained can be evaluated and reported
+        for name, value in (OBJECTIVE_OF_0 | {"beta": None, "epsilon_low": None, "epsilon_high": None}).items():
+            _set_default(values, f"objective.{name}", value)
+    _set_default(values, "rollout._target_", "grpo.rollout.native.NativeEngine")
     return _with_moved_targets(values)
 
 
 def state_0_to_1(values: Values) -> Values:
-    """Nothing changed but the version."""
-    return values
+    """What running out of memory had reduced is state of the parts that it concerns."""
+    values = dict(values)
+    return values | {"parts": values.pop("reduced", {})}
 
 
 def sweep_0_to_1(values: Values) -> Values:

@@ -28,12 +28,18 @@ class Facts:
     # Whether another choice of its group leaves it as it is in a resumed run: it must be named to be changed.
     kept_by_group: bool = False
     launch_only: bool = False  # about one launch, and never written to config.yaml; so are all keys of such a group
+    names_function: bool = False  # a value with a dot is the path of a function, as that of a `_target_` is
     of_sweep: bool = False  # of such a key: the jobs of a sweep depend on it, so that sweep.json keeps it
 
 
 def key(default: Any = MISSING, **facts: Any) -> Any:
     """A field of the schema with its Facts."""
     return field(default=default, metadata={"facts": Facts(**facts)})
+
+
+def open_group(schema: type) -> Any:
+    """A group that names a function with `_target_`: a dict with the fields of a schema and that function's own."""
+    return field(default=MISSING, metadata={"facts": Facts(), "open": schema})
 
 
 def group(schema: type, **facts: Any) -> Any:
@@ -114,7 +120,37 @@ class RewardConfig:
 
 
 @dataclass
+class DataConfig:
+    """Of the prompts; the data set's loader has the other keys."""
+
+    system_prompt: Any = MISSING
+    examples: Any = MISSING
+    max_prompt_length: int = key(least=1)
+
+
+@dataclass
+class ObjectiveConfig:
+    """The choices (grpo/algorithm/objective.py) and their numbers, of which null follows grpo.*."""
+
+    advantage: Any = key(default="group", names_function=True)
+    ratio: Any = key(default="token", names_function=True)
+    surrogate: Any = key(default="clip", names_function=True)
+    reduction: Any = key(default="row", names_function=True)
+    kl: Any = key(default="k3", names_function=True)
+    beta: float | None = key(default=None, least=0)
+    epsilon_low: float | None = key(default=None, between=(0, 1), hint="usually 0.1 or 0.2")
+    epsilon_high: float | None = key(default=None, between=(0, 1), hint="usually 0.1 to 0.3")
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = key(least=0)
+
+
+@dataclass
 class RolloutConfig:
+    """How completions are drawn; the engine that draws them has the other keys."""
+
     temperature: float = key(above=0, hint="without randomness all completions of a group are the same")
     min_new_tokens: int = key(least=0)
 
@@ -181,17 +217,18 @@ class Config:
     samples: SamplesConfig = group(SamplesConfig, on_resume="free")
     eval: EvalConfig = group(EvalConfig)
     model: ModelConfig = group(ModelConfig)
-    data: Any = MISSING  # {_target_, system_prompt, max_prompt_length, and the loader's own settings}
+    data: Any = open_group(DataConfig)
     reward: RewardConfig = group(RewardConfig)
     grpo: GrpoConfig = group(GrpoConfig)
-    objective: Any = MISSING  # {_target_, and its own few numbers; null: those of grpo.*}
-    optimizer: Any = MISSING  # {_target_, lr, ...}
+    objective: Any = open_group(ObjectiveConfig)
+    optimizer: Any = open_group(OptimizerConfig)
     hardware: HardwareConfig = group(HardwareConfig)
-    rollout: RolloutConfig = group(RolloutConfig)
+    rollout: Any = open_group(RolloutConfig)
     tracking: TrackingConfig = group(TrackingConfig, on_resume="free")
 
 
 OPTIONAL_GROUPS: set[str] = set()  # groups that may be null, by dotted name
+OPEN_GROUPS: dict[str, type] = {}  # the schema of each open group, by dotted name
 
 
 def _facts(schema: type, above: Facts, prefix: str) -> Iterator[tuple[str, Facts]]:
@@ -202,7 +239,11 @@ def _facts(schema: type, above: Facts, prefix: str) -> Iterator[tuple[str, Facts
         dotted = f"{prefix}{each.name}"
         possible = (types[each.name], *get_args(types[each.name]))
         inner = [one for one in possible if isinstance(one, type) and dataclasses.is_dataclass(one)]
-        if inner:
+        if "open" in each.metadata:
+            OPEN_GROUPS[dotted] = each.metadata["open"]
+            yield dotted, own
+            yield from _facts(OPEN_GROUPS[dotted], own, f"{dotted}.")
+        elif inner:
             if type(None) in get_args(types[each.name]):
                 OPTIONAL_GROUPS.add(dotted)
             yield from _facts(inner[0], own, f"{dotted}.")
@@ -213,6 +254,7 @@ def _facts(schema: type, above: Facts, prefix: str) -> Iterator[tuple[str, Facts
 # Of every key of the schema, by its dotted name.
 FACTS = dict(_facts(Config, Facts(on_resume="refused"), ""))
 LAUNCH_KEYS = frozenset(name for name, facts in FACTS.items() if facts.launch_only)
+FUNCTION_KEYS = frozenset(name for name, facts in FACTS.items() if facts.names_function)
 MORE_STEPS = frozenset(name for name, facts in FACTS.items() if facts.on_resume == "longer")
 PASSING_KEYS = frozenset(name for name in LAUNCH_KEYS if not FACTS[name].of_sweep)
 
@@ -223,6 +265,11 @@ def on_resume(name: str) -> str:
     if found and found <= {"free", "rounding"}:
         return "rounding" if "rounding" in found else "free"
     return found.pop() if len(found) == 1 else "refused"
+
+
+def known_keys(group: str) -> tuple[str, ...]:
+    """The keys of an open group that are the suite's, and not those of the function that it names."""
+    return tuple(each.name for each in dataclasses.fields(OPEN_GROUPS[group]))
 
 
 ConfigStore.instance().store(name="schema", node=Config)

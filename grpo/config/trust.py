@@ -9,17 +9,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from grpo.config.errors import ConfigError
 from grpo.config.paths import CONF_DIR
+from grpo.config.schema import FUNCTION_KEYS
 from grpo.config.values import flatten
 
 # Where functions live that are there to be named in a config.
-OWN = ("grpo.algorithm.", "grpo.data.", "grpo.rewards.", "torch.optim.")
+OWN = ("grpo.algorithm.", "grpo.data.", "grpo.rewards.", "grpo.rollout.native.", "torch.optim.")
 
 
 def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
     """Refuse to run what only a run folder names; raise ConfigError with the argument that would allow it.
 
-    Allowed are functions defined below grpo.algorithm, grpo.data, grpo.rewards and torch.optim, and whatever the
-    present conf/ or command line names.
+    Allowed are functions defined in the modules of OWN, and whatever the present conf/ or command line names.
     """
     foreign = foreign_targets(frozen, {target for _, target in targets_in(composed)})
     if foreign:
@@ -51,13 +51,13 @@ def foreign_targets(config: Any, named: Collection[str] = ()) -> dict[str, str]:
 
 
 def targets_in(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every `_target_` below a config node with its dotted key; Hydra instantiates inside lists, too."""
+    """Every path of a function below a config, with its dotted key: a `_target_`, also inside lists, or a choice."""
     if isinstance(node, DictConfig):
         node = OmegaConf.to_container(node)
     if isinstance(node, dict | list):
         for name, child in node.items() if isinstance(node, dict) else enumerate(node):
             path = f"{key}.{name}" if key else str(name)
-            if name == "_target_":
+            if name == "_target_" or (path in FUNCTION_KEYS and "." in str(child)):
                 yield path, child
             yield from targets_in(child, path)
 

@@ -1,14 +1,12 @@
-"""From problems to prompts: chat messages, their rendered text, and which problems a step sees."""
+"""From problems to prompts: chat messages and their rendered text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from grpo.config.errors import ConfigError
-from grpo.counter_rng import hash64
 from grpo.data.problems import Problem
 
 Messages = list[dict[str, str]]
@@ -57,16 +55,3 @@ def prompt_lengths(
             f"longest ({name}) {longest}; set data.max_prompt_length={longest} or shorten them"
         )
     return lengths
-
-
-def problems_of_step(problems: Sequence[Problem], seed: int, step: int, batch_size: int) -> list[Problem]:
-    """The `batch_size` problems of a step (from 1): each epoch is a permutation that follows from (seed, epoch)."""
-    first = (step - 1) * batch_size
-    places = range(first, first + batch_size)
-    orders = {epoch: epoch_order(len(problems), seed, epoch) for epoch in {p // len(problems) for p in places}}
-    return [problems[orders[place // len(problems)][place % len(problems)]] for place in places]
-
-
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of range(count), the same wherever and whenever it is asked for."""
-    return np.argsort(hash64(seed, epoch, np.arange(count)), kind="stable")

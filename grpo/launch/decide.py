@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from grpo.algorithm.objective import check_choices
 from grpo.config.checks import check_followed, check_name, typed
 from grpo.config.errors import ConfigError
 from grpo.config.hydra_app import Application, without_hydra
@@ -67,6 +68,7 @@ def check_runnable(config: DictConfig, overrides: Overrides) -> Config:
     checked = typed(config)
     check_followed(checked, overrides)
     check_importable(checked)
+    check_choices(checked.objective)
     if checked.fork:
         check_parent(checked.run_dir)
     return checked

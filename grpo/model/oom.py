@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -11,22 +11,17 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-class Cut:
-    """How many tokens go through the model at once in each part of a step; halved for good where memory runs out.
+class TokenBudget:
+    """How many tokens go through the model at once in one part of a step; halved for good where memory runs out.
 
-    parts: the budgets as set, such as {"rollout": 65536, "reference": 8192, "update": 8192}.
-    reduced: what was halved so far, as `TrainerState.reduced` keeps it; it holds only while the size set is the same.
+    part: its name in messages. tokens: as configured.
     """
 
-    def __init__(self, parts: dict[str, int], reduced: dict[str, dict[str, int]] | None = None) -> None:
-        self._set, self._reduced = parts, {} if reduced is None else reduced
+    def __init__(self, part: str, tokens: int) -> None:
+        self._part, self._configured = part, tokens
+        self.tokens = tokens  # the number in use
 
-    def tokens(self, part: str) -> int:
-        """The size in use."""
-        reduced = self._reduced.get(part)
-        return reduced["to"] if reduced and reduced["from"] == self._set[part] else self._set[part]
-
-    def run(self, part: str, work: Callable[[int], Result], least: int, most: int) -> Result:
+    def run(self, work: Callable[[int], Result], least: int, most: int) -> Result:
         """`work(tokens)`, again with half the tokens whenever it runs out of memory.
 
         least, most: tokens of the longest row by itself, and of all the work. Work must leave nothing behind that a
@@ -34,24 +29,34 @@ class Cut:
         """
         while True:
             try:
-                return work(self.tokens(part))
+                return work(self.tokens)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                self._halve(part, error, least, most)
+                self._halve(error, least, most)
             # Outside of the handler, since the exception holds on to the tensors of its frames.
             _free()
 
-    def _halve(self, part: str, error: BaseException, least: int, most: int) -> None:
-        used = min(self.tokens(part), most)
-        half = used // 2
+    def _halve(self, error: BaseException, least: int, most: int) -> None:
+        used = min(self.tokens, most)
         if used <= least:
             raise RuntimeError(
-                f"out of memory in the {part} with one completion at a time; lower grpo.max_completion_length, or "
-                "choose a smaller model or a lower model.dtype"
+                f"out of memory in the {self._part} with one completion at a time; lower grpo.max_completion_length, "
+                "or choose a smaller model or a lower model.dtype"
             ) from error
-        self._reduced[part] = {"from": self._set[part], "to": half}
-        logger.warning("out of memory in the %s with %d tokens at a time; trying %d from here on", part, used, half)
+        self.tokens = used // 2
+        logger.warning(
+            "out of memory in the %s with %d tokens at a time; trying %d from here on", self._part, used, self.tokens
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """What was halved, and from which configured number; empty where nothing was."""
+        return {} if self.tokens == self._configured else {"from": self._configured, "to": self.tokens}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue with the reduced number, unless another one is configured now."""
+        if state and state["from"] == self._configured:
+            self.tokens = state["to"]
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from grpo.config.schema import Config
 from grpo.model.hardware import device_of, peak_memory_gb, resolve_hardware
 from grpo.model.packed import checkpoint_layers, packs
 from grpo.planning import estimate as cost
-from grpo.training.experiment import compute_dtype, prepare
+from grpo.training.experiment import build_experiment, compute_dtype
 from grpo.training.update import Batch
 
 GB = 1e9
@@ -55,12 +55,12 @@ class Plan:
 def plan(config: Config) -> Plan:
     """Count what a run of this config takes. Raises ConfigError for what could not start."""
     check_training(config)
-    setup = prepare(config, use=False)
+    experiment = build_experiment(config, use=False)
     _program()  # now, since what follows takes memory
-    grpo, sizes = config.grpo, setup.sizes
+    grpo, sizes = config.grpo, experiment.sizes
     dtype, compute = getattr(torch, config.model.dtype), compute_dtype(config)
     model = cost.meta_model(config.model, compute)
-    prompt_tokens = math.ceil(sum(setup.prompt_lengths) / len(setup.prompt_lengths))
+    prompt_tokens = math.ceil(sum(experiment.prompt_lengths) / len(experiment.prompt_lengths))
     rows = sizes.batch_size * sizes.num_generations
     work = cost.Work(sizes.batch_size, sizes.num_generations, prompt_tokens, [sizes.max_completion_length] * rows)
 

@@ -42,8 +42,9 @@ class Component:
 class Rewards:
     """Rewards of B rows: each component as its function gave it (NaN where it gave None), and the weighted sum."""
 
-    components: dict[str, Tensor]  # name -> (B,) float64
-    total: Tensor  # (B,) float64
+    components: dict[str, Tensor]  # name -> (B,) float64, C of them
+    weights: Tensor  # (C,) float64
+    total: Tensor  # (B,) float64; a missing value adds nothing
 
 
 class RewardError(RuntimeError):
@@ -63,7 +64,7 @@ def score(
     scores = {c.name: _score(c, prompts, completions, columns) for c in components}
     parts = (c.weight * torch.nan_to_num(scores[c.name], nan=0.0) for c in components)
     total = sum(parts, start=torch.zeros(len(completions), dtype=torch.float64))
-    return Rewards(scores, total)
+    return Rewards(scores, torch.tensor([c.weight for c in components], dtype=torch.float64), total)
 
 
 def _score(component: Component, prompts: list, completions: list, columns: Mapping[str, Sequence]) -> Tensor:

@@ -13,8 +13,9 @@ from grpo.config.errors import ConfigError
 from grpo.config.schema import ModelConfig
 from grpo.model.loading import load_model
 from grpo.model.logps import completion_logps
+from grpo.rollout.engine import Sampling
 from grpo.rollout.llama_decoder import FAMILY, is_lean
-from grpo.rollout.native import Sampling, rollout
+from grpo.rollout.native import rollout
 
 EMBEDDED = ModelConfig("tiny", "sdpa", "float32", "auto", False)
 ROUNDING = 1e-3  # largest relative difference of a log-probability's or a gradient's norm
@@ -53,7 +54,8 @@ def _work(device: torch.device) -> tuple[Tensor, ...]:
     ids = torch.arange(5, 29, device=device).view(2, 12)
     mask = (torch.arange(12, device=device) >= torch.tensor([[0], [3]], device=device)).long()
     prompts, greedy = Prompts(ids, mask), Sampling(16, 0.0, (model.config.eos_token_id,), 0)
-    completions = rollout(model, prompts, 2, greedy, seed=0, step=0, token_budget=10**6)
+    keys = torch.zeros(4, 2, dtype=torch.int32)  # greedy decoding needs none
+    completions = rollout(model, prompts, greedy, group_size=2, keys=keys, token_budget=10**6)
     one = torch.ones_like(completions.ids[:, :8])
     shortened = Completions(completions.ids[:, :8], one, one, completions.group)
     logps = completion_logps(model, prompts, shortened, 1.0).logps

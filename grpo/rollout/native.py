@@ -1,18 +1,18 @@
-"""Sampling completions: each prompt is read once for its whole group, finished rows leave the batch."""
+"""The suite's own rollout engine: each prompt is read once for its whole group, finished rows leave the batch."""
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.batch import Completions, Prompts, positions, split_rows
-from grpo.counter_rng import gumbel_noise, row_keys
+from grpo.counter_rng import gumbel_noise
 from grpo.model.kv_cache import extend, prefill, select_cache_rows
+from grpo.model.oom import TokenBudget
+from grpo.rollout.engine import Compute, Sampling
 from grpo.rollout.llama_decoder import LeanDecoder, is_lean
 
 # After how many tokens to look which rows have ended, and below which share of running rows to drop the others. A
@@ -20,44 +20,79 @@ from grpo.rollout.llama_decoder import LeanDecoder, is_lean
 ON_CPU, ELSEWHERE = (1, 1.0), (16, 0.75)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to draw completions. `temperature=0` is greedy decoding, which needs no noise."""
+class NativeEngine:
+    """A `RolloutEngine` that samples with the policy itself, and with noise from a counter."""
 
-    max_new_tokens: int
-    temperature: float
-    stop_ids: tuple[int, ...]
-    pad_id: int
-    min_new_tokens: int = 0
+    def __init__(self, policy: PreTrainedModel, tokenizer: Any, compute: Compute) -> None:
+        self._policy = policy
+        self._cuda_graphs = compute.cuda_graphs
+        self._budget = TokenBudget("rollout", compute.tokens)
+
+    def generate(self, prompts: Prompts, sampling: Sampling, *, group_size: int, keys: Tensor) -> Completions:
+        """See `RolloutEngine`; with as many rows at once as memory has room for, and fewer where it runs out."""
+
+        def sample(token_budget: int) -> Completions:
+            return rollout(
+                self._policy,
+                prompts,
+                sampling,
+                group_size=group_size,
+                keys=keys,
+                token_budget=token_budget,
+                cuda_graphs=self._cuda_graphs,
+            )
+
+        lengths = prompts.mask.sum(dim=1)
+        times_read = 1 if is_lean(self._policy) else group_size
+        least = int(lengths.max()) + sampling.max_new_tokens
+        most = int(lengths.sum()) * times_read + len(lengths) * group_size * sampling.max_new_tokens
+        return self._budget.run(sample, least, most)
+
+    def sync(self, policy: PreTrainedModel) -> None:
+        """The policy is sampled from as it is."""
+        self._policy = policy
+
+    def release(self) -> None:
+        """Nothing is held between two calls."""
+
+    def close(self) -> None:
+        """Nothing is held between two calls."""
+
+    def state_dict(self) -> dict[str, int]:
+        """What running out of memory has reduced."""
+        return self._budget.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue with what running out of memory had reduced."""
+        self._budget.load_state_dict(state)
 
 
 @torch.no_grad()
 def rollout(
     model: PreTrainedModel,
     prompts: Prompts,
-    num_generations: int,
     sampling: Sampling,
     *,
-    seed: int,
-    step: int,
+    group_size: int,
+    keys: Tensor,
     token_budget: int,
     cuda_graphs: bool = False,
 ) -> Completions:
-    """Sample `num_generations` completions for each of P prompts -> B = P * num_generations rows.
+    """Sample `group_size` completions for each of P prompts -> B = P * group_size rows.
 
-    The noise of every token comes from the counter (seed, step, slot of the prompt in the batch, completion,
-    token, vocabulary index), so a completion does not depend on which rows are decoded together beyond the rounding
-    of the model itself. token_budget: how many tokens' keys and values there is memory for. cuda_graphs: whether to
-    record the operations of a token on CUDA, where `LeanDecoder` serves the model.
+    keys: (B, 2) int32. The noise of every token follows from its row's key, the token's place and the vocabulary index,
+    so a completion does not depend on which rows are decoded together beyond the rounding of the model itself.
+    token_budget: how many tokens' keys and values there is memory for. cuda_graphs: whether to record the operations of
+    a token on CUDA, where `LeanDecoder` serves the model.
     """
-    slots, members = np.divmod(np.arange(len(prompts.ids) * num_generations), num_generations)
-    keys = row_keys(seed, step, slots, members).to(prompts.ids.device)
-    prompt_of_row = torch.from_numpy(slots).to(prompts.ids.device)
+    device = prompts.ids.device
+    keys = keys.to(device)
+    group = torch.arange(len(prompts.ids), device=device).repeat_interleave(group_size)
     parts = []
     lengths, lean = prompts.mask.sum(dim=1), is_lean(model)
     kind = functools.partial(LeanDecoder, cuda_graphs=cuda_graphs and keys.is_cuda) if lean else CachedDecoder
-    for rows in split_rows(lengths, prompt_of_row, sampling.max_new_tokens, token_budget, shared=lean):
-        start = functools.partial(kind, model, *_take_prompts(prompts, prompt_of_row[rows]), sampling.max_new_tokens)
+    for rows in split_rows(lengths, group, sampling.max_new_tokens, token_budget, shared=lean):
+        start = functools.partial(kind, model, *_take_prompts(prompts, group[rows]), sampling.max_new_tokens)
         parts.append(_decode(start, keys[rows], sampling))
     longest = max(ids.shape[1] for ids, _ in parts)
     ids, logps = (
@@ -65,7 +100,7 @@ def rollout(
         for values, padding in zip(zip(*parts, strict=True), (sampling.pad_id, 0.0), strict=True)
     )
     mask = completion_mask(ids, sampling.stop_ids)
-    return Completions(ids, mask, mask, prompt_of_row, logps * mask)
+    return Completions(ids, mask, mask, group, logps * mask)
 
 
 def completion_mask(ids: Tensor, stop_ids: tuple[int, ...]) -> Tensor:

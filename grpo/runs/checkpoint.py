@@ -42,8 +42,9 @@ class TrainerState:
     evaluated_step: int = 0  # the last step that `eval.every` had evaluated
     skipped_in_a_row: int = 0  # steps up to this one whose update was not finite and so not made
     loss_scale: dict[str, Any] | None = None  # `LossScale`, where the arithmetic is float16
-    # What running out of memory made of the cut: part of a step -> {"from": rows set, "to": rows in use}
-    reduced: dict[str, dict[str, int]] = field(default_factory=dict)
+    # The state of the parts that have one, such as what running out of memory reduced:
+    # {"update": {"from": tokens configured, "to": tokens in use}}
+    parts: dict[str, Any] = field(default_factory=dict)
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -151,19 +152,59 @@ def reference_of(checkpoint: Path) -> Path | None:
     return checkpoint.parent / name if name else None
 
 
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a safetensors file by name, each read when it is asked for.
+
+    The file is opened anew for each: it is mapped into memory, and its pages count until it is closed.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        with safe_open(file, "pt") as stored:
+            self._names = list(stored.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._file, "pt") as stored:
+            return stored.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __str__(self) -> str:
+        return str(self._file)
+
+
+def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint as `Trainer.load_state_dict` takes it. Raises FileError where trainer_state.json is damaged."""
+    reference = reference_of(checkpoint)
+    return {
+        "model": StoredTensors(checkpoint / "model.safetensors"),
+        "optimizer": StoredTensors(checkpoint / "optimizer.safetensors"),
+        "reference": None if reference is None else StoredTensors(reference / "model.safetensors"),
+        "trainer": load_state(checkpoint),
+    }
+
+
 @torch.no_grad()
-def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Put a checkpoint's weights into a model of the same shapes. Raises RuntimeError where they do not fit."""
+def load_weights(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Put weights into a model of the same shapes. Raises RuntimeError where they do not fit."""
     parameters = _trained(model)
-    names = set()
-    for name, value in stored_tensors(checkpoint / "model.safetensors"):
-        names.add(name)
-        if name in parameters and parameters[name].shape == value.shape:
-            parameters[name].copy_(value)
-        else:
-            raise RuntimeError(f"{checkpoint} does not fit the model: it has no {name} of shape {tuple(value.shape)}")
-    if missing := sorted(parameters.keys() - names):
-        raise RuntimeError(f"{checkpoint} does not fit the model: it lacks {', '.join(missing)}")
+    for name, value in tensors.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise RuntimeError(
+                f"{_named(tensors)} does not fit the model, which has no {name} of shape {tuple(value.shape)}"
+            )
+        parameters[name].copy_(value)
+    if missing := sorted(parameters.keys() - tensors.keys()):
+        raise RuntimeError(f"{_named(tensors)} does not fit the model: it lacks {', '.join(missing)}")
+
+
+def _named(tensors: Mapping[str, Tensor]) -> str:
+    """Where tensors come from, for a message."""
+    return str(tensors) if isinstance(tensors, StoredTensors) else "what was given"
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -203,11 +244,12 @@ def _as_tensor(value: Any) -> Tensor:
 
 
 @torch.no_grad()
-def check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Raise FileError where a checkpoint's state is not of such an optimizer and its parameters.
+def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Raise FileError where the state of a checkpoint is not that of such an optimizer and its parameters.
 
-    optimizer: one of its own kind and over the same parameters, to be thrown away. It takes a step, from a gradient of
-    ones, to show what state it keeps, so the weights must be loaded after this.
+    saved: as `read_checkpoint` returns it. optimizer: one of the same kind, over the same parameters, that is discarded
+    after this. It takes a step, from a gradient of ones, to show what state it keeps, so the weights must be loaded
+    after this.
     """
     for parameter, _ in _parameters(optimizer):
         parameter.grad = torch.ones_like(parameter)
@@ -215,25 +257,23 @@ def check_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
     expected = {key: _kind(value) for key, value in flatten_optimizer(optimizer).items() if key[0].isdigit()}
 
-    file = checkpoint / "optimizer.safetensors"
-    with safe_open(file, "pt") as stored:
-        found = {key: _kind(stored.get_slice(key)) for key in stored.keys()}  # noqa: SIM118
+    found = {key: _kind(value) for key, value in saved["optimizer"].items()}
     stateful = {key.partition(".")[0] for key in found}  # a parameter that had no gradient so far has no state
     wrong = [key for key, kind in expected.items() if key.partition(".")[0] in stateful and found.get(key) != kind]
     wrong += [key for key in found if not _is_place(key, optimizer)]
-    state = load_state(checkpoint)
+    state = saved["trainer"]
     no_update_so_far = state.skipped_in_a_row == state.step  # every loss or gradient was not finite
     if wrong or (expected and not stateful and not no_update_so_far):
         which = f"entry {wrong[0]} is missing, or of another shape or type" if wrong else "it is empty"
-        raise FileError(f"{file} is not the state of this optimizer and model: {which}; take another checkpoint")
+        raise FileError(
+            f"{_named(saved['optimizer'])} is not the state of this optimizer and model: {which}; take another "
+            "checkpoint"
+        )
 
 
-def _kind(tensor: Any) -> tuple[tuple[int, ...], bool]:
-    """The shape of a tensor, or of one in a file, and whether it holds whole numbers: a wrong one can crash."""
-    in_file = not isinstance(tensor, Tensor)
-    shape = tuple(tensor.get_shape() if in_file else tensor.shape)
-    floating = "F" in tensor.get_dtype() if in_file else tensor.is_floating_point()
-    return shape, bool(shape) and not floating
+def _kind(tensor: Tensor) -> tuple[tuple[int, ...], bool]:
+    """The shape of a tensor, and whether it holds whole numbers: a wrong one can crash."""
+    return tuple(tensor.shape), tensor.dim() > 0 and not tensor.is_floating_point()
 
 
 def _is_place(key: str, optimizer: torch.optim.Optimizer) -> bool:
@@ -245,11 +285,11 @@ def _is_place(key: str, optimizer: torch.optim.Optimizer) -> bool:
     return len(parts) > 1 and parts[0].isdecimal() and int(parts[0]) < len(_parameters(optimizer))
 
 
-def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimizer the state that a checkpoint holds; parameters must be in the same order."""
+def load_optimizer(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer the state that `flatten_optimizer` returned; parameters must be in the same order."""
     parameters = _parameters(optimizer)
     optimizer.state.clear()
-    for key, value in stored_tensors(checkpoint / "optimizer.safetensors"):
+    for key, value in tensors.items():
         number, name = key.split(".", 1)
         if number == "group":
             number, name = name.split(".", 1)
@@ -266,18 +306,6 @@ def load_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
 def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, dict[str, Any]]]:
     """Every parameter with its group, in the order that numbers them."""
     return [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def stored_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """A file's tensors by name, one at a time; each is valid until the next is asked for.
-
-    The file is opened anew for each: it is mapped into memory, and its pages count until it is closed.
-    """
-    with safe_open(file, "pt") as stored:
-        names = list(stored.keys())
-    for name in names:
-        with safe_open(file, "pt") as stored:
-            yield name, stored.get_tensor(name)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

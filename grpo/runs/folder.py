@@ -208,8 +208,8 @@ class RunFolder:
             )
         return rows
 
-    def cut_metrics(self, step: int) -> list[dict]:
-        """Drop the rows after a step, which will be run again. Returns those that stay.
+    def truncate_metrics(self, step: int) -> list[dict]:
+        """Drop the rows after a step, which will be taken again. Returns those that stay.
 
         Raises FileError, and changes nothing, where one of theirs is missing or a line is damaged.
         """

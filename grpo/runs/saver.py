@@ -5,23 +5,21 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grpo.config.schema import CheckpointConfig
 from grpo.runs.checkpoint import (
     NAME,
     TrainerState,
     clear,
-    flatten_optimizer,
     reference_folder,
     reference_of,
     step_folder,
     step_folders,
-    weights_of,
     write_checkpoint,
 )
 from grpo.runs.files import step_of
@@ -44,24 +42,23 @@ class Saver:
         has_reference = reference_folder(folder, state.iteration).exists()
         self._reference_iteration = state.iteration if has_reference else 0  # whose reference is on the disk
 
-    def save(
-        self, policy: nn.Module, optimizer: torch.optim.Optimizer, reference: nn.Module | None, state: TrainerState
-    ) -> None:
-        """Save the present step, unless it is saved already, and delete what is not to be kept.
+    def save(self, saved: Mapping[str, Any]) -> None:
+        """Save a step, unless it is saved already, and delete what is not to be kept.
 
-        reference: given where it is no longer the starting model. With `overlap`, what is saved is copied to host
-        memory at once and written while training goes on.
+        saved: as `Trainer.state_dict` returns it. With `overlap` its tensors are copied to host memory at once and
+        written while training continues.
         """
         self.close()
+        state = saved["trainer"]
         if state.step == self.saved_step:
             return
-        tensors = {"model": weights_of(policy), "optimizer": flatten_optimizer(optimizer)}
-        moved = weights_of(reference) if reference is not None and self._reference_iteration != state.iteration else {}
+        tensors = {name: saved[name] for name in ("model", "optimizer")}
+        has_reference = saved["reference"] is not None
+        moved = saved["reference"] if has_reference and self._reference_iteration != state.iteration else {}
         if self._settings.overlap:
-            tensors, moved = {name: _copied(group) for name, group in tensors.items()}, _copied(moved)
-        place = None if reference is None else reference_folder(self._folder, state.iteration)
-        # The thread must not see what the next steps make of it.
-        state = TrainerState(**vars(state) | {"reduced": dict(state.reduced)})
+            tensors = {name: _copied(group) for name, group in tensors.items()}
+            moved = _copied(moved)
+        place = reference_folder(self._folder, state.iteration) if has_reference else None
 
         def write() -> None:
             target = step_folder(self._folder, state.step)
@@ -78,11 +75,12 @@ class Saver:
 
         self._run(write, f"the checkpoint of step {state.step}")
 
-    def save_best(self, policy: nn.Module, state: TrainerState) -> None:
-        """Replace `best/` by the present weights."""
+    def save_best(self, saved: Mapping[str, Any]) -> None:
+        """Replace `best/` by these weights."""
         self.close()
         if self._settings.keep_best:
-            self._write(lambda: write_checkpoint(self._folder / "best", {"model": weights_of(policy)}, state), "best/")
+            model = {"model": saved["model"]}
+            self._write(lambda: write_checkpoint(self._folder / "best", model, saved["trainer"]), "best/")
 
     def check(self) -> None:
         """Raise RuntimeError where checkpoints cannot be written: a run that is stopped would lose ever more."""

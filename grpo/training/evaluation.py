@@ -1,50 +1,54 @@
 """Held-out evaluation: greedy completions of the test problems, scored like those of the training."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from grpo.batch import Completions
 from grpo.data.problems import Problem
-from grpo.model.oom import Cut
 from grpo.rewards.scoring import score
-from grpo.training.experiment import Setup, score_completions
+from grpo.rollout.engine import RolloutEngine, Sampling
+from grpo.training.experiment import Experiment, score_completions
 
 
-def evaluate(model: PreTrainedModel, setup: Setup, cut: Cut, step: int) -> dict[str, Any]:
+def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, step: int) -> dict[str, Any]:
     """Accuracy and mean rewards of greedy completions of the held-out problems, and each problem's outcome.
 
-    step: how many steps the model was trained for, for the record. The result is what eval/*.json holds: accuracy
-    (0 to 1; None without n), n (problems that have a value of it), reward, rewards (mean by component),
-    completions/mean_length (tokens), problems (all of them; correct: None where eval.accuracy gave no value).
+    sampling: that of training, from which it differs in its temperature and, with eval.max_completion_length, in its
+    length. step: how many steps the model was trained for, for the record.
+    Returns what eval/*.json holds: accuracy (0 to 1; None without n), n (problems that have a value of it), reward,
+    rewards (mean by component), completions/mean_length (tokens), problems (all of them; correct: None where
+    eval.accuracy gave no value).
     """
-    config, sizes = setup.config.eval, setup.sizes
+    config, sizes = experiment.config.eval, experiment.sizes
     length = config.max_completion_length or sizes.max_completion_length
-    sampling = setup.sampling(model, temperature=0.0, max_new_tokens=length)
+    greedy = replace(sampling, temperature=0.0, max_new_tokens=length)
     # Problems of like length together, so that little of a batch is padding.
-    problems = sorted(setup.problems.test[: config.max_problems], key=lambda problem: len(problem.question))
-    prompts = setup.prompt_batch(setup.conversations(problems))
-    completions = setup.complete(model, prompts, sampling, cut, group_size=1, step=0)
+    problems = sorted(experiment.problems.test[: config.max_problems], key=lambda problem: len(problem.question))
+    prompts = experiment.prompts(experiment.conversations(problems))
+    keys = experiment.keys(0, np.arange(len(problems)), group_size=1)
+    completions = engine.generate(prompts, greedy, group_size=1, keys=keys)
     outcomes = []
     # Scored by as many as in a step, since that is what reward.timeout_s is meant for.
     for rows in torch.arange(len(problems)).split(sizes.batch_size * sizes.num_generations):
-        outcomes += _outcomes(setup, problems, completions.select(rows))
+        outcomes += _outcomes(experiment, problems, completions.select(rows))
     return {
         "step": step,
         "n": sum(o["correct"] is not None for o in outcomes),
         "accuracy": _mean([o["correct"] for o in outcomes]),
         "reward": _mean([o["reward"] for o in outcomes]),
-        "rewards": {c.name: _mean([o["rewards"][c.name] for o in outcomes]) for c in setup.components},
+        "rewards": {c.name: _mean([o["rewards"][c.name] for o in outcomes]) for c in experiment.components},
         "completions/mean_length": _mean([o["length"] for o in outcomes]),
         "problems": outcomes,
     }
 
 
-def _outcomes(setup: Setup, problems: list[Problem], completions: Completions) -> list[dict[str, Any]]:
-    scored = score_completions(setup, problems, completions)
-    accuracy = score([setup.accuracy], scored.prompts, scored.messages, scored.columns)
-    correct = accuracy.components[setup.accuracy.name]
+def _outcomes(experiment: Experiment, problems: list[Problem], completions: Completions) -> list[dict[str, Any]]:
+    scored = score_completions(experiment, problems, completions)
+    accuracy = score([experiment.accuracy], scored.prompts, scored.messages, scored.columns)
+    correct = accuracy.components[experiment.accuracy.name]
     return [
         {
             "id": problem.id,

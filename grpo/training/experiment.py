@@ -4,44 +4,42 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.algorithm.loss import LossOutput
+from grpo.algorithm.objective import Counts, LossInputs, LossOutput, choose
 from grpo.batch import Completions, Prompts, tokenize_prompts
 from grpo.config.checks import Sizes, complete_sizes, kl_weight
-from grpo.config.errors import ConfigError, first_line
-from grpo.config.instantiate import bind, bind_reward, check_reward_form
-from grpo.config.schema import Config
+from grpo.config.errors import ConfigError
+from grpo.config.instantiate import bind, bind_reward, build, find_function
+from grpo.config.schema import Config, known_keys
+from grpo.counter_rng import group_keys
 from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import Messages, messages, prompt_lengths, render
 from grpo.model.hardware import use_hardware
 from grpo.model.loading import architecture, check_model, copy_in_dtype, load_model, load_tokenizer, stop_token_ids
 from grpo.model.lora import add_adapter, check_adapter, save_adapter, switch_adapter
-from grpo.model.oom import Cut
 from grpo.rewards.scoring import Component, Rewards, end_process, score
-from grpo.rollout.llama_decoder import is_lean
+from grpo.rollout.engine import Compute, RolloutEngine, Sampling
 from grpo.rollout.mps_check import check_decoding, check_device
-from grpo.rollout.native import Sampling, rollout
+from grpo.rollout.native import NativeEngine
 
 logger = logging.getLogger(__name__)
 
-DATA_KEYS = (
-    "system_prompt",
-    "examples",
-    "max_prompt_length",
-)  # the data group's keys that are not its loader's arguments
+NATIVE = f"{NativeEngine.__module__}.{NativeEngine.__qualname__}"
+Objective = Callable[[LossInputs, Counts], LossOutput]
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What a run works with, but for the weights."""
+class Experiment:
+    """The parts of a run as its config names them, except for the weights."""
 
     config: Config
     sizes: Sizes
@@ -50,14 +48,16 @@ class Setup:
     problems: Problems
     prompt_lengths: list[int]  # tokens of each training problem's prompt
     components: list[Component]
-    accuracy: Component  # 1.0 or 0.0 a completion
-    objective: Callable[..., LossOutput]
+    accuracy: Component  # 1.0 or 0.0 for each completion
+    advantage: Callable[[Tensor, Tensor, Tensor], Tensor]  # see grpo.algorithm.objective.CHOICES
+    objective: Objective
     optimizer: Callable[..., torch.optim.Optimizer]
+    engine: Callable[..., RolloutEngine]
 
     def conversations(self, problems: Sequence[Problem]) -> list[Messages]:
         return [messages(problem.question, self.config.data) for problem in problems]
 
-    def prompt_batch(self, conversations: Sequence[Messages]) -> Prompts:
+    def prompts(self, conversations: Sequence[Messages]) -> Prompts:
         return tokenize_prompts(self.tokenizer, [render(self.tokenizer, c) for c in conversations], self.device)
 
     def load_policy(self) -> PreTrainedModel:
@@ -67,7 +67,7 @@ class Setup:
         policy = load_model(model if model.lora is None else replace(model, dtype=compute), self.device)
         if model.lora is not None:
             add_adapter(policy, model.lora, getattr(torch, model.dtype), self.config.seed)
-        if self.device.type == "mps":
+        if self.device.type == "mps" and self.config.rollout["_target_"] == NATIVE:
             check_decoding(policy)
         return policy
 
@@ -87,10 +87,10 @@ class Setup:
         """How the training samples, with these fields changed."""
         settings = {
             "max_new_tokens": self.sizes.max_completion_length,
-            "temperature": self.config.rollout.temperature,
+            "temperature": self.config.rollout["temperature"],
             "stop_ids": tuple(stop_token_ids(model, self.tokenizer)),
             "pad_id": self.tokenizer.pad_token_id,
-            "min_new_tokens": self.config.rollout.min_new_tokens,
+            "min_new_tokens": self.config.rollout["min_new_tokens"],
         }
         return Sampling(**settings | changes)
 
@@ -99,32 +99,14 @@ class Setup:
         dtype = compute_dtype(self.config)
         return model if model.dtype == dtype else copy_in_dtype(model, dtype)
 
-    def complete(
-        self, model: PreTrainedModel, prompts: Prompts, sampling: Sampling, cut: Cut, *, group_size: int, step: int
-    ) -> Completions:
-        """`group_size` completions of each prompt, with as many tokens at once as memory has room for."""
+    def build_engine(self, policy: PreTrainedModel) -> RolloutEngine:
+        """The engine that samples from a model."""
+        compute = Compute(self.device, self.sizes.rollout_tokens, bool(self.config.hardware.cuda_graphs))
+        return self.engine(policy=policy, tokenizer=self.tokenizer, compute=compute)
 
-        def sample(token_budget: int) -> Completions:
-            return rollout(
-                model,
-                prompts,
-                group_size,
-                sampling,
-                seed=self.config.seed,
-                step=step,
-                token_budget=token_budget,
-                cuda_graphs=bool(self.config.hardware.cuda_graphs),
-            )
-
-        lengths, longest = prompts.mask.sum(dim=1), sampling.max_new_tokens
-        times_read = 1 if is_lean(model) else group_size
-        most = int(lengths.sum()) * times_read + len(lengths) * group_size * longest
-        return cut.run("rollout", sample, int(lengths.max()) + longest, most)
-
-    def cut(self, reduced: dict[str, dict[str, int]] | None = None) -> Cut:
-        """How the work is cut, with what earlier lacks of memory reduced."""
-        reading = self.sizes.micro_batch_tokens
-        return Cut({"rollout": self.sizes.rollout_tokens, "reference": reading, "update": reading}, reduced)
+    def keys(self, step: int, slots: np.ndarray, group_size: int) -> Tensor:
+        """What the noise of a step's completions follows from, (P * group_size, 2) int32."""
+        return group_keys(self.config.seed, step, slots, group_size)
 
 
 @dataclass(frozen=True)
@@ -144,9 +126,9 @@ def compute_dtype(config: Config) -> torch.dtype:
     return getattr(torch, config.hardware.compute_dtype or config.model.dtype)
 
 
-def prepare(
+def build_experiment(
     config: Config, with_problems: bool = True, use: bool = True, on_hang: Callable[[str], None] = end_process
-) -> Setup:
+) -> Experiment:
     """Find and check every part: functions, data, model, tokenizer, prompt lengths. Raises ConfigError.
 
     with_problems: false where there is nothing to train on or to evaluate. use: false where nothing will be computed
@@ -161,13 +143,17 @@ def prepare(
         on_hang=on_hang,
     )
     components = [
-        component(name, _reward_function(f"reward.components.{name}", node), float(node.get("weight", 1.0)))
+        component(name, bind_reward(f"reward.components.{name}", node), float(node.get("weight", 1.0)))
         for name, node in config.reward.components.items()
     ]
-    accuracy = component("accuracy", _reward_function("eval.accuracy", config.eval.accuracy))
-    objective, optimizer = bind_objective(config), bind("optimizer", config.optimizer)
+    accuracy = component("accuracy", bind_reward("eval.accuracy", config.eval.accuracy))
+    advantage = choose("advantage", config.objective["advantage"])
+    objective = build_objective(config)
+    optimizer = bind("optimizer", config.optimizer)
     _check_optimizer(optimizer)
-    problems = bind("data", config.data, without=DATA_KEYS)() if with_problems else Problems([], [])
+    engine = bind("rollout", config.rollout, without=known_keys("rollout"))
+    load_problems = bind("data", config.data, without=known_keys("data"))
+    problems = load_problems() if with_problems else Problems([], [])
     check_model(config.model)
     if config.model.lora is not None:
         check_adapter(config.model.lora)
@@ -178,28 +164,39 @@ def prepare(
     device = use_hardware(config) if use else torch.device("cpu")
     if device.type == "mps":
         check_device(device)
-    lengths = lengths[: len(problems.train)]
-    return Setup(config, sizes, device, tokenizer, problems, lengths, components, accuracy, objective, optimizer)
+    return Experiment(
+        config=config,
+        sizes=sizes,
+        device=device,
+        tokenizer=tokenizer,
+        problems=problems,
+        prompt_lengths=lengths[: len(problems.train)],
+        components=components,
+        accuracy=accuracy,
+        advantage=advantage,
+        objective=objective,
+        optimizer=optimizer,
+        engine=engine,
+    )
 
 
-def bind_objective(config: Config) -> Callable[..., LossOutput]:
-    """The objective, with grpo.beta and grpo.epsilon for its own where those are null."""
-    own = {"beta": kl_weight(config), "epsilon": config.grpo.epsilon}
-    node = {key: own[key] if value is None and key in own else value for key, value in config.objective.items()}
-    return bind("objective", node)
+def build_objective(config: Config) -> Objective:
+    """The objective, with grpo.beta and grpo.epsilon where its own numbers are null. Raises ConfigError.
 
-
-def _reward_function(key: str, node: Mapping[str, Any]) -> Callable[..., list[float | None]]:
-    """A reward function in TRL's form; of a class, one object built with the node's settings. Raises ConfigError."""
-    build = bind(key, node, without=("weight",))
-    if not inspect.isclass(build.func):
-        return bind_reward(key, node)
+    A function of the user's gets the numbers of the suite's objective that it has arguments for, and its own settings.
+    """
+    followed = {"beta": kl_weight(config), "epsilon_low": config.grpo.epsilon, "epsilon_high": config.grpo.epsilon}
+    node = {name: followed.get(name) if value is None else value for name, value in config.objective.items()}
+    taken = inspect.signature(find_function("objective._target_", node.get("_target_"))).parameters
+    objective = build("objective", node, without=tuple(set(known_keys("objective")) - taken.keys()))
     try:
-        scorer = build()
-    except Exception as error:
-        raise ConfigError(f"{key}: {node['_target_']}() raised {type(error).__name__}: {first_line(error)}") from error
-    check_reward_form(key, scorer, f"{node['_target_']}: the objects of a class must be callable, in")
-    return scorer
+        inspect.signature(objective).bind("inputs", "counts")
+    except TypeError as error:
+        raise ConfigError(
+            f"objective._target_={node['_target_']}: it must have the form f(inputs: LossInputs, counts: Counts) -> "
+            f"LossOutput, with numbers as further keyword arguments (grpo/algorithm/objective.py): {error}"
+        ) from error
+    return objective
 
 
 def _check_window(config: Config, sizes: Sizes, train: list[int], test: list[int]) -> None:
@@ -243,15 +240,15 @@ def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
         raise ConfigError(f"optimizer: {error}{fix}") from error
 
 
-def score_completions(setup: Setup, problems: Sequence[Problem], completions: Completions) -> Scored:
+def score_completions(experiment: Experiment, problems: Sequence[Problem], completions: Completions) -> Scored:
     """Decode completions, `completions.group` naming the problem of each, and score them with every component."""
     lengths = completions.lengths.cpu()
     ids = completions.ids.cpu()
-    texts = setup.tokenizer.batch_decode(
+    texts = experiment.tokenizer.batch_decode(
         [row[:length] for row, length in zip(ids, lengths.tolist(), strict=True)], skip_special_tokens=True
     )
     of_row = [problems[group] for group in completions.group.tolist()]
-    prompts = setup.conversations(of_row)
+    prompts = experiment.conversations(of_row)
     replies = [[{"role": "assistant", "content": text}] for text in texts]
     names = {name for problem in of_row for name in problem.columns}
     columns = {name: [problem.columns.get(name) for problem in of_row] for name in sorted(names)}
@@ -259,4 +256,4 @@ def score_completions(setup: Setup, problems: Sequence[Problem], completions: Co
         columns[name] = [getattr(problem, name) for problem in of_row]
     columns |= completions.columns
     columns["completion_ids"] = [row[:length].tolist() for row, length in zip(ids, lengths.tolist(), strict=True)]
-    return Scored(texts, score(setup.components, prompts, replies, columns), columns, prompts, replies, lengths)
+    return Scored(texts, score(experiment.components, prompts, replies, columns), columns, prompts, replies, lengths)

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,7 +70,7 @@ def completions_digest(completions: Completions) -> str:
     return sha.hexdigest()[:16]
 
 
-def evaluation_metrics(result: dict[str, Any]) -> dict[str, float | None]:
+def evaluation_metrics(result: Mapping[str, Any]) -> dict[str, float | None]:
     """The numbers of an evaluation that are worth a curve."""
     numbers = {key: result[key] for key in ("accuracy", "reward", "completions/mean_length")}
     return numbers | {f"rewards/{key}": value for key, value in result["rewards"].items()}
@@ -79,9 +79,10 @@ def evaluation_metrics(result: dict[str, Any]) -> dict[str, float | None]:
 def sampling_metrics(completions: Completions, logps: Tensor) -> dict[str, float | None]:
     """How far sampling and training are apart in what they think of the same tokens, in nats of log-probability.
 
-    logps: (B, T), as the training pass found them before the first update.
+    logps: (B, T), as the training pass found them before the first update. Empty where the engine gave none.
     """
-    assert completions.sampling_logps is not None  # the rollout notes them
+    if completions.sampling_logps is None:
+        return {}
     mask = completions.completion_mask
     difference = ((logps - completions.sampling_logps) * mask).abs()
     values = {"mean": difference.sum() / mask.sum(), "max": difference.max()}
@@ -91,23 +92,26 @@ def sampling_metrics(completions: Completions, logps: Tensor) -> dict[str, float
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float | None]:
     """Means over the `mu` updates of a step; None where one was not finite."""
     mean = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
-    clip = {f"clip_ratio/{part}": mean.pop(key) for part, key in _CLIP_NAMES.items() if key in mean}
-    return {name: _finite(value) for name, value in {**mean, **clip}.items()}
+    return {name: _finite(value) for name, value in mean.items()}
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-_CLIP_NAMES = {"low_mean": "clip_low", "high_mean": "clip_high", "region_mean": "clip_region"}
+def sample_rows(
+    step: int, problems: list[Problem], scored: Scored, completions: Completions, advantages: Tensor
+) -> list[dict[str, Any]]:
+    """Every completion of a step with its prompt, rewards and advantage, as samples/*.jsonl and W&B's table hold it.
 
-
-def sample_rows(step: int, problems: list[Problem], scored: Scored, advantages: Tensor) -> list[dict[str, Any]]:
-    """Every completion of a step with its prompt, rewards and advantage, as samples/*.jsonl and W&B's table hold it."""
-    group_size = len(scored.texts) // len(problems)
+    advantages: (B,) or (B, T); of the latter the mean over the tokens that count.
+    """
+    if advantages.dim() == 2:
+        counted = completions.completion_mask.to(advantages.device)
+        advantages = (advantages * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
     rows = []
-    for b, text in enumerate(scored.texts):
-        problem = problems[b // group_size]
+    for b, (text, group) in enumerate(zip(scored.texts, completions.group.tolist(), strict=True)):
+        problem = problems[group]
         rewards = {
             name: None if torch.isnan(values[b]) else values[b].item()
             for name, values in scored.rewards.components.items()

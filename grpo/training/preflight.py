@@ -2,15 +2,15 @@
 
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from grpo.algorithm.advantage import equal_groups
-from grpo.data.prompts import problems_of_step
-from grpo.model.oom import Cut
-from grpo.training.experiment import Scored, Setup, score_completions
+from grpo.data.sampler import PromptSampler
+from grpo.rollout.engine import RolloutEngine, Sampling
+from grpo.training.experiment import Experiment, Scored, score_completions
 from grpo.training.metrics import ended
 
 MOST_GROUPS = 8
@@ -18,35 +18,39 @@ OFTEN = 0.25  # share of completions cut at the limit from which on it is worth 
 MOSTLY = 0.75  # share of groups with equal rewards from which on it is worth one
 
 
-def preflight(model: PreTrainedModel, setup: Setup, cut: Cut) -> dict[str, Any]:
+def preflight(
+    engine: RolloutEngine, sampling: Sampling, sampler: PromptSampler, experiment: Experiment
+) -> dict[str, Any]:
     """What the untrained model earns for problems of the first step, at most as many as a step has.
 
     Returns what preflight.json holds: prompts, completions (how many), components (of each the share of completions
     where it is not 0, its mean, and the share where it gave none), reward, frac_reward_zero_std,
     completions/mean_length and clipped_ratio, prompt_lengths of all training problems, warnings, seconds.
     """
-    sizes, started = setup.sizes, time.perf_counter()
-    problems = problems_of_step(setup.problems.train, setup.config.seed, 1, min(sizes.batch_size, MOST_GROUPS))
-    prompts, sampling = setup.prompt_batch(setup.conversations(problems)), setup.sampling(model)
-    # Step 0 has noise of its own, so that this tells of the step to come without being it.
-    completions = setup.complete(model, prompts, sampling, cut, group_size=sizes.num_generations, step=0)
-    scored = score_completions(setup, problems, completions)
-    lengths = setup.prompt_lengths
+    sizes, started = experiment.sizes, time.perf_counter()
+    sampled = sampler.take(step=1, count=min(sizes.batch_size, MOST_GROUPS))
+    prompts = experiment.prompts(experiment.conversations(sampled.problems))
+    # The noise is that of step 0, so that these are not the completions of step 1.
+    keys = experiment.keys(0, sampled.slots, sizes.num_generations)
+    completions = engine.generate(prompts, sampling, group_size=sizes.num_generations, keys=keys)
+    scored = score_completions(experiment, sampled.problems, completions)
+    lengths = experiment.prompt_lengths
     found = {
-        "prompts": len(problems),
+        "prompts": len(sampled.problems),
         "completions": len(scored.texts),
         "components": {name: _component(values) for name, values in scored.rewards.components.items()},
         "reward": scored.rewards.total.mean().item(),
         "frac_reward_zero_std": _equal(scored, sizes.num_generations),
         "completions/mean_length": scored.lengths.float().mean().item(),
         "completions/clipped_ratio": 1.0 - ended(completions, sampling.stop_ids).float().mean().item(),
+        "max_completion_length": sizes.max_completion_length,
         "prompt_lengths": {"min": min(lengths), "median": statistics.median(lengths), "max": max(lengths)},
     }
-    said = warnings(found, sizes.max_completion_length)
+    said = warnings(found)
     return found | {"warnings": said, "seconds": time.perf_counter() - started}
 
 
-def warnings(found: dict[str, Any], max_completion_length: int) -> list[str]:
+def warnings(found: dict[str, Any]) -> list[str]:
     """What stands in the way of learning, with the fix, one text each."""
     said = []
     for name, component in found["components"].items():
@@ -63,15 +67,16 @@ def warnings(found: dict[str, Any], max_completion_length: int) -> list[str]:
             f"{found['frac_reward_zero_std']:.0%} of the groups have equal rewards, and nothing is learned from them: "
             "take problems that the model solves now and then, a larger grpo.num_generations, or a reward with degrees"
         )
+    limit = found["max_completion_length"]
     if found["completions/clipped_ratio"] >= OFTEN:
         said.append(
-            f"{found['completions/clipped_ratio']:.0%} of the completions are cut at {max_completion_length} tokens "
-            f"before they end: set grpo.max_completion_length={2 * max_completion_length}, or ask for shorter answers"
+            f"{found['completions/clipped_ratio']:.0%} of the completions are truncated at {limit} tokens: "
+            f"set grpo.max_completion_length={2 * limit}, or ask for shorter answers"
         )
     return said
 
 
-def lines(found: dict[str, Any], max_completion_length: int) -> list[str]:
+def lines(found: Mapping[str, Any]) -> list[str]:
     """What a person reads of it."""
     shown = [
         f"pre-flight: {found['prompts']} problems, {found['completions']} completions in {found['seconds']:.1f} s "
@@ -84,7 +89,7 @@ def lines(found: dict[str, Any], max_completion_length: int) -> list[str]:
     shown += [
         f"  {'groups':<14} {found['frac_reward_zero_std']:.0%} with equal rewards",
         f"  {'completions':<14} {found['completions/mean_length']:.0f} tokens, "
-        f"{found['completions/clipped_ratio']:.0%} cut at {max_completion_length}",
+        f"{found['completions/clipped_ratio']:.0%} truncated at {found['max_completion_length']}",
         f"  {'prompts':<14} {prompt['min']} to {prompt['max']} tokens, half below {prompt['median']:.0f}",
     ]
     return shown + [f"warning: {text}" for text in found["warnings"]]

@@ -1,82 +1,73 @@
-"""The training loop: GRPO as Algorithm 1 of DeepSeekMath (arXiv 2402.03300) has it, from a run folder to its end."""
+"""The training loop, from a run folder to its end."""
 
 import logging
 import shlex
-from contextlib import closing
 from datetime import datetime
-
-from rich.console import Console
 
 from grpo.config.errors import ConfigError, first_line
 from grpo.config.trust import foreign_targets
 from grpo.config.values import to_dict
-from grpo.runs.console import StepDisplay, closing_table, next_commands, resume_command
+from grpo.runs.checkpoint import latest_checkpoint, read_checkpoint
+from grpo.runs.console import closing_table, next_commands, resume_command
 from grpo.runs.environment import environment
 from grpo.runs.run import Run
-from grpo.runs.saver import Saver
-from grpo.runs.tracking import Tracker, tracking
-from grpo.training.experiment import prepare
-from grpo.training.metrics import evaluation_metrics
+from grpo.training.experiment import build_experiment
+from grpo.training.preflight import preflight
+from grpo.training.recorder import Recorder, is_due, recording
 from grpo.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
 def train(run: Run) -> None:
-    """Train from wherever the run folder stands to its end. SystemExit after a stop signal, with all saved."""
-    setup = prepare(run.config, on_hang=run.end_process)
-    trainer = Trainer(setup)
-    rows = trainer.restore(run)
-    check_until(run.until_step, trainer.state.step)
+    """Train from where the run folder stands to the end. Raises Exit after a stop signal, with everything saved."""
+    trainer = Trainer(build_experiment(run.config, on_hang=run.end_process))
+    restore(trainer, run)
+    record_launch(trainer, run)
     if run.config.grpo.mu == 1:
         logger.info("mu=1: the ratio is 1 at every update, so the loss says little; its gradient is what counts")
-    run.folder.record_changes(run.changes)  # only now that they are known to work
-    run.folder.record_launch(
-        {
-            "time": datetime.now().isoformat(timespec="seconds"),
-            "from_step": trainer.state.step,
-            "overrides": run.overrides,
-            "changes": run.changes,
-            "environment": environment(setup.device),
-        },
-        begun=run.forked or not run.resumed,
-    )
-    console = Console()
-    print(f"{'resuming' if run.resumed else 'run folder'} {run.folder.path}")
-    made = run.folder.training_evaluations(trainer.state.step)
-    evaluations = {name: evaluation_metrics(result) | {"step": result["step"]} for name, result in made.items()}
-    config, path = to_dict(run.config), run.folder.path
-    with tracking(config, path, resumed=run.resumed, rows=rows, evaluations=evaluations) as tracker:
-        print("".join(f"{line}\n" for line in tracker.how_to_look), end="", flush=True)
-        at = trainer.state.step
-        run.folder.update_status(total_steps=trainer.total_steps, step=at, saved_step=at)
-        trainer.preflight_if_due(run)
-        if run.config.eval.before and trainer.state.step == 0 and run.folder.evaluation("before") is None:
-            before = trainer.evaluate(run, tracker, "before")
-            if before["accuracy"] is not None:
-                console.print(f"before training: {before['accuracy']:.1%} of {before['n']} held-out problems right")
-        display = StepDisplay(console, trainer.total_steps, trainer.state.step + 1)
-        saver = Saver(run.folder.checkpoints, run.config.checkpoint, trainer.state)
-        stop_with_care = run.stop.deferred(trainer.can_be_dropped, save=lambda: trainer.save_and_wait(run, saver))
-        with display.shown(), stop_with_care, closing(saver):
-            trainer.evaluate_if_due(run, tracker, saver)  # where a stop interrupted it
-            until = min(trainer.total_steps, run.until_step or trainer.total_steps)
-            for step in range(trainer.state.step + 1, until + 1):
-                done = trainer.step(step)
-                trainer.record(run, tracker, saver, done)
-                for finding in trainer.doctor.look(done.row):
-                    console.print(f"doctor: {finding.text}", style="yellow", soft_wrap=True)
-                    tracker.alert(finding.rule, f"step {finding.step}: {finding.text}")
-                display.update(done.row)
+    until = min(trainer.total_steps, run.until_step or trainer.total_steps)
+    with recording(run, trainer.state, trainer.total_steps) as recorder:
+        before_first_step(trainer, run, recorder)
+        stops = run.stop.deferred(trainer.can_abort_step, save=lambda: recorder.save_and_wait(trainer.state_dict()))
+        with recorder.shown(), stops:
+            evaluate_if_due(trainer, recorder)  # where a stop interrupted it
+            for step in trainer.steps(until):
+                recorder.step(step)
+                evaluate_if_due(trainer, recorder)
+                save_if_due(trainer, recorder)
+                recorder.show(step)
                 run.stop.leave_if_asked()
             if until < trainer.total_steps:
-                trainer.save(run, saver)
-            saver.close()
+                recorder.save(trainer.state_dict())
+            recorder.saver.close()
             run.stop.leave_if_asked()
         if until < trainer.total_steps:
-            pause(trainer, run, tracker)
+            pause(trainer, run, recorder)
         else:
-            finish(trainer, run, tracker, console)
+            finish(trainer, run, recorder)
+
+
+def restore(trainer: Trainer, run: Run) -> None:
+    """Continue from the newest intact checkpoint, if there is one, and drop the metrics rows of later steps.
+
+    Raises ConfigError or RuntimeError where the run has trained and its checkpoints are gone, or `until_step` is over.
+    """
+    latest = latest_checkpoint(run.folder.checkpoints) if run.resumed else None
+    if latest is not None:
+        trainer.load_state_dict(read_checkpoint(latest))
+    elif run.config.parent is not None and run.resumed:
+        raise RuntimeError(f"{run.folder.checkpoints} is empty, so the fork has lost where it began; fork again")
+    elif run.resumed and (saved := run.folder.saved_step()) > 0:
+        raise ConfigError(
+            f"{run.folder.checkpoints} has no checkpoint, but the run has saved one at step {saved}; bring its "
+            "checkpoints back, or start a new run"
+        )
+    step = trainer.state.step
+    if run.resumed:
+        logger.info("resuming after step %d", step)
+    check_until(run.until_step, step)
+    run.folder.truncate_metrics(step)
 
 
 def check_until(until_step: int | None, step: int) -> None:
@@ -85,24 +76,84 @@ def check_until(until_step: int | None, step: int) -> None:
         raise ConfigError(f"until_step={until_step}: the run is at step {step} already; give a later one, or none")
 
 
-def pause(trainer: Trainer, run: Run, tracker: Tracker) -> None:
-    """Evaluate where the run stands, and leave it to be resumed as the run that it would have been."""
+def record_launch(trainer: Trainer, run: Run) -> None:
+    """Write down that this launch begins, now that its config and checkpoint are known to work."""
+    run.folder.record_changes(run.changes)
+    run.folder.record_launch(
+        {
+            "time": datetime.now().isoformat(timespec="seconds"),
+            "from_step": trainer.state.step,
+            "overrides": run.overrides,
+            "changes": run.changes,
+            "environment": environment(trainer.experiment.device),
+        },
+        begun=run.forked or not run.resumed,
+    )
+    print(f"{'resuming' if run.resumed else 'run folder'} {run.folder.path}")
+
+
+def before_first_step(trainer: Trainer, run: Run, recorder: Recorder) -> None:
+    """The pre-flight and the evaluation before training, unless they are done."""
+    print("".join(f"{line}\n" for line in recorder.tracker.how_to_look), end="", flush=True)
+    step = trainer.state.step
+    run.folder.update_status(total_steps=trainer.total_steps, step=step, saved_step=step)
+    if step > 0:
+        return
+    if run.config.preflight and not run.folder.preflight_file.exists():
+        recorder.preflight(preflight(trainer.engine, trainer.sampling, trainer.sampler, trainer.experiment))
+    if run.config.eval.before and run.folder.evaluation("before") is None:
+        result = trainer.evaluate()
+        recorder.evaluation("before", result)
+        if result["accuracy"] is not None:
+            recorder.console.print(
+                f"before training: {result['accuracy']:.1%} of {result['n']} held-out problems right"
+            )
+
+
+def evaluate_if_due(trainer: Trainer, recorder: Recorder) -> None:
+    """Evaluate after the present step if `eval.every` says so, and keep the weights if they are the best so far."""
+    state = trainer.state
+    if state.evaluated_step == state.step or not is_due(state.step, trainer.config.eval.every):
+        return
+    result = trainer.evaluate()
+    recorder.evaluation(f"step_{state.step:06d}", result)
+    state.evaluated_step = state.step
+    accuracy, best = result["accuracy"], state.best_accuracy
+    if accuracy is not None and (best is None or accuracy > best):
+        state.best_accuracy = accuracy
+        recorder.saver.save_best(trainer.state_dict())
+
+
+def save_if_due(trainer: Trainer, recorder: Recorder) -> None:
+    """Save a checkpoint after the present step if it is the last, or `checkpoint.every` says so."""
+    step = trainer.state.step
+    if not is_due(step, trainer.config.checkpoint.every) and step != trainer.total_steps:
+        return
+    recorder.save(trainer.state_dict())
+    if step < trainer.total_steps:  # after the last step, the final model is written all the same
+        recorder.saver.check()
+
+
+def pause(trainer: Trainer, run: Run, recorder: Recorder) -> None:
+    """Evaluate where `until_step` stops the run, which can be resumed as if it had been interrupted."""
     name = f"step_{trainer.state.step:06d}"
-    if trainer.config.eval.after and run.folder.evaluation(name) is None:
-        trainer.evaluate(run, tracker, name)
+    if run.config.eval.after and run.folder.evaluation(name) is None:
+        recorder.evaluation(name, trainer.evaluate())
     run.folder.update_status(state="interrupted")
-    resume = resume_command(run.folder.path, foreign_targets(to_dict(trainer.config)))
+    resume = resume_command(run.folder.path, foreign_targets(to_dict(run.config)))
     print(f"stopped after step {trainer.state.step}, as asked; resume with: {resume}")
 
 
-def finish(trainer: Trainer, run: Run, tracker: Tracker, console: Console) -> None:
-    """Evaluate, save the model, draw the charts, and say what to do next."""
+def finish(trainer: Trainer, run: Run, recorder: Recorder) -> None:
+    """Evaluate, save the model, write the report, and print what to do next."""
     from grpo.analysis.run_report import write_run_report  # here, since matplotlib takes a second to import
 
     after = run.folder.evaluation("after")
-    if trainer.config.eval.after and (after is None or after["step"] != trainer.state.step):
-        trainer.evaluate(run, tracker, "after")
-    run.folder.save_final_model(trainer.setup.save_policy(trainer.policy), trainer.setup.tokenizer.save_pretrained)
+    if run.config.eval.after and (after is None or after["step"] != trainer.state.step):
+        recorder.evaluation("after", trainer.evaluate())
+    experiment = trainer.experiment
+    run.folder.save_final_model(experiment.save_policy(trainer.master), experiment.tokenizer.save_pretrained)
+    trainer.engine.close()
     run.folder.update_status(state="finished")
     run.stop.ignored_from_here()
     try:
@@ -112,9 +163,9 @@ def finish(trainer: Trainer, run: Run, tracker: Tracker, console: Console) -> No
         logger.warning("no report (%s: %s); try again: %s", type(error).__name__, first_line(error), command)
     evaluations = {name: run.folder.evaluation(name) for name in ("before", "after")}
     if any(evaluations.values()):
-        console.print(closing_table(evaluations))
-    tracker.set_summary({f"{k}_accuracy": v["accuracy"] for k, v in evaluations.items() if v})
-    grpo = trainer.config.grpo
-    extensible = grpo.lr_schedule == "constant" and grpo.num_iterations == 1
-    foreign = foreign_targets(to_dict(trainer.config))
-    print(next_commands(run.folder.path, foreign, f"grpo.num_steps={2 * grpo.num_steps}" if extensible else None))
+        recorder.console.print(closing_table(evaluations))
+    recorder.tracker.set_summary({f"{k}_accuracy": v["accuracy"] for k, v in evaluations.items() if v})
+    grpo = run.config.grpo
+    can_be_longer = grpo.lr_schedule == "constant" and grpo.num_iterations == 1
+    foreign = foreign_targets(to_dict(run.config))
+    print(next_commands(run.folder.path, foreign, f"grpo.num_steps={2 * grpo.num_steps}" if can_be_longer else None))

@@ -1,45 +1,46 @@
-"""The training loop: GRPO as Algorithm 1 of DeepSeekMath (arXiv 2402.03300) has it."""
+"""The steps of GRPO, as Algorithm 1 of DeepSeekMath (arXiv 2402.03300) has them."""
 
 import logging
 import math
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from grpo.algorithm.advantage import group_advantages
-from grpo.analysis.doctor import Doctor
 from grpo.config.checks import kl_weight
-from grpo.config.errors import ConfigError
-from grpo.data.prompts import problems_of_step
+from grpo.config.errors import FileError
+from grpo.counter_rng import group_keys
+from grpo.data.sampler import PromptSampler
 from grpo.model.hardware import peak_memory_gb
 from grpo.model.loading import refresh, working_copy
 from grpo.model.lora import switch_adapter
+from grpo.model.oom import TokenBudget
 from grpo.model.packed import checkpoint_layers, packs
-from grpo.runs import checkpoint as checkpoints
-from grpo.runs.checkpoint import TrainerState
-from grpo.runs.files import disk_errors_are_warnings
-from grpo.runs.run import Run
-from grpo.runs.saver import Saver
-from grpo.runs.tracking import Tracker
+from grpo.runs.checkpoint import (
+    TrainerState,
+    check_optimizer,
+    flatten_optimizer,
+    load_optimizer,
+    load_weights,
+    weights_of,
+)
 from grpo.training.evaluation import evaluate
-from grpo.training.experiment import Setup, compute_dtype, score_completions
+from grpo.training.experiment import Experiment, Scored, compute_dtype, score_completions
 from grpo.training.metrics import (
     Timer,
     completion_metrics,
-    evaluation_metrics,
     reward_metrics,
     sample_rows,
     sampling_metrics,
     update_metrics,
 )
-from grpo.training.preflight import lines, preflight
 from grpo.training.update import (
     Batch,
+    Counts,
+    Gradient,
     LossScale,
     accumulate_gradient,
     all_logps,
@@ -49,7 +50,7 @@ from grpo.training.update import (
 
 logger = logging.getLogger(__name__)
 
-WORTH_FINISHING_S = 10.0  # a stop waits for the step in progress where no more than this seems left of it
+FINISH_STEP_IF_LEFT_S = 10.0  # a stop signal waits for the step in progress where it needs at most this long
 
 
 @dataclass(frozen=True)
@@ -57,153 +58,189 @@ class Step:
     """A completed step."""
 
     row: dict[str, Any]  # of metrics.jsonl
-    samples: list[dict[str, Any]]  # every completion with what it earned
-    skipped: Batch | None  # the batch whose loss or gradient was not finite, so that no update was made
+    samples: list[dict[str, Any]]  # every completion with its rewards and advantage
+    state: TrainerState  # after the step
+    skipped: Batch | None  # the batch whose loss or gradient was not finite, so that it changed no weight
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update of the policy, or an attempt at one."""
+
+    metrics: dict[str, float]
+    logps: Tensor  # (B, T), log-probabilities before it
+    finite: bool  # whether its loss and gradient were; else it changed no weight
 
 
 class Trainer:
-    """The policy with its optimizer, the frozen reference, and how far they have come."""
+    """The policy with its optimizer, the frozen reference, and how far they have come.
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup, self.config = setup, setup.config
-        self.total_steps = setup.config.grpo.num_iterations * setup.config.grpo.num_steps
-        self.policy = setup.load_policy()
-        dtype = compute_dtype(setup.config)
-        # What reads and writes tokens: the policy itself, or a copy in a narrower dtype that follows its updates.
-        self.worker = self.policy if self.policy.dtype == dtype else working_copy(self.policy, dtype)
-        self.reference = setup.reference(self.policy) if kl_weight(setup.config) > 0 else None
-        if setup.config.hardware.activation_checkpointing:
-            checkpoint_layers(self.worker)
+    It knows no run folder, tracker or console: `steps` yields what they are given.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        config = experiment.config
+        dtype = compute_dtype(config)
+        self.experiment = experiment
+        self.config = config
+        self.total_steps = config.grpo.num_iterations * config.grpo.num_steps
+        self.master = experiment.load_policy()  # the weights that the optimizer changes
+        # The model that samples and computes gradients: the master itself, or a copy in a narrower dtype.
+        self.policy = self.master if self.master.dtype == dtype else working_copy(self.master, dtype)
+        self.reference = experiment.reference(self.master) if kl_weight(config) > 0 else None
+        if config.hardware.activation_checkpointing:
+            checkpoint_layers(self.policy)
         self.optimizer = self._new_optimizer()
-        self.sampling = setup.sampling(self.policy)
-        self.state = TrainerState()
+        self.sampler = PromptSampler(experiment.problems.train, config.seed)
+        self.engine = experiment.build_engine(self.policy)
+        self.sampling = experiment.sampling(self.master)
         self.loss_scale = LossScale() if dtype == torch.float16 else None
-        self.cut = setup.cut(self.state.reduced)
-        self.doctor = Doctor()
+        self.state = TrainerState()
+        tokens = experiment.sizes.micro_batch_tokens
+        self._reference_budget = TokenBudget("reference", tokens)
+        self._update_budget = TokenBudget("update", tokens)
         self._step_started = 0.0
-        self._step_seconds = math.inf  # what the last step took; unknown before the first
-        self._interruptible = False  # whether what goes on could be dropped, since the policy has not moved in it
-        self._saving_s = 0.0  # seconds that the last save held up: reported by the step after it
+        self._step_seconds = math.inf  # of the last step; unknown before the first
+        self._abortable = False  # True while the work in progress has changed no weight
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        return self.setup.optimizer([(name, p) for name, p in self.policy.named_parameters() if p.requires_grad])
+        return self.experiment.optimizer([(name, p) for name, p in self.master.named_parameters() if p.requires_grad])
+
+    def steps(self, until: int) -> Iterator[Step]:
+        """The steps from the next one to `until`, each taken when it is asked for."""
+        for step in range(self.state.step + 1, until + 1):
+            yield self.step(step)
 
     def step(self, step: int) -> Step:
-        """One step of the algorithm: sample a batch, score it, update the policy `mu` times."""
-        grpo, sizes, setup, timer = self.config.grpo, self.setup.sizes, self.setup, Timer()
-        self._step_started, self._interruptible = time.perf_counter(), True
-        iteration = (step - 1) // grpo.num_steps + 1
-        problems = problems_of_step(setup.problems.train, self.config.seed, step, sizes.batch_size)
-        prompts = setup.prompt_batch(setup.conversations(problems))
+        """One step: sample a batch, score it, update the policy `mu` times."""
+        experiment, sizes, timer = self.experiment, self.experiment.sizes, Timer()
+        self._step_started = time.perf_counter()
+        self._abortable = True
+        iteration = (step - 1) // self.config.grpo.num_steps + 1
+        sampled = self.sampler.take(step, sizes.batch_size)
+        prompts = experiment.prompts(experiment.conversations(sampled.problems))  # P prompts
+        keys = group_keys(self.config.seed, step, sampled.slots, sizes.num_generations)  # (B, 2)
         with timer("rollout"):
-            completions = setup.complete(
-                self.worker, prompts, self.sampling, self.cut, group_size=sizes.num_generations, step=step
-            )
+            completions = self.engine.generate(prompts, self.sampling, group_size=sizes.num_generations, keys=keys)
+            self.engine.release()
         with timer("reward"):
-            scored = score_completions(setup, problems, completions)
-            rewards = scored.rewards.total.view(sizes.batch_size, sizes.num_generations)
-            advantages = group_advantages(rewards).flatten()
-        batch = Batch(prompts, completions, advantages.float().to(setup.device))
+            scored = score_completions(experiment, sampled.problems, completions)
+            advantages = self._advantages(scored)  # (B,) or (B, T)
+        batch = Batch(prompts, completions, advantages.float().to(experiment.device))
         with timer("reference"):
             if self.reference is not None:
-                if iteration > 1 and (step - 1) % grpo.num_steps == 0:  # a new outer iteration: Algorithm 1, line 3
+                if iteration > 1 and (step - 1) % self.config.grpo.num_steps == 0:  # Algorithm 1, line 3
                     switch_adapter(self.reference, on=True)
-                    refresh(self.reference, self.policy)
-                batch = replace(batch, ref_logps=self._reference_logps(self.reference, batch))
+                    refresh(self.reference, self.master)
+                batch = replace(batch, ref_logps=self._reference_logps(batch))
         with timer("update"):
             rate = self._set_learning_rate(step)
-            updates, logps, skipped = self._updates(batch)
+            updates = self._update_policy(batch)
 
         self._step_seconds = time.perf_counter() - self._step_started
-        tokens = int(completions.attention_mask.sum())
-        self.state.num_tokens += tokens + int(prompts.mask.sum()) * sizes.num_generations
-        self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if skipped else 0
+        skipped = not updates[-1].finite
+        tokens = int(completions.lengths.sum())
+        self._count(step, iteration, tokens + int(prompts.mask.sum(dim=1)[completions.group].sum()), skipped)
         row = {
             "step": step,
             "iteration": iteration,
-            **update_metrics(updates),
+            **update_metrics([update.metrics for update in updates]),
             **reward_metrics(scored, sizes.num_generations),
             **completion_metrics(completions, self.sampling.stop_ids),
-            **sampling_metrics(completions, logps),
+            **sampling_metrics(completions, updates[0].logps),
             "learning_rate": rate,
             "num_tokens": self.state.num_tokens,
             "step_time": self._step_seconds,
             **timer.seconds,
-            "timing_s/checkpoint": self._saving_s,
             "perf/tokens_per_s": tokens / self._step_seconds,
-            "perf/peak_memory_gb": peak_memory_gb(setup.device),
+            "perf/peak_memory_gb": peak_memory_gb(experiment.device),
+            **({} if self.loss_scale is None else {"loss_scale": self.loss_scale.value}),
         }
-        self._saving_s = 0.0
-        if self.loss_scale is not None:
-            row["loss_scale"], self.state.loss_scale = self.loss_scale.value, asdict(self.loss_scale)
         best = self.state.best_reward
         self.state.best_reward = row["reward"] if best is None else max(best, row["reward"])
-        self.state.step, self.state.iteration = step, iteration
-        return Step(row, sample_rows(step, problems, scored, advantages), batch if skipped else None)
+        samples = sample_rows(step, sampled.problems, scored, completions, advantages)
+        return Step(row, samples, replace(self.state), batch if skipped else None)
 
-    def can_be_dropped(self) -> bool:
-        """Whether a stop should not wait for what goes on: it takes long still or nobody knows, and can be dropped."""
-        left = self._step_seconds - (time.perf_counter() - self._step_started)
-        return self._interruptible and not 0 <= left <= WORTH_FINISHING_S
+    def _count(self, step: int, iteration: int, tokens: int, skipped: bool) -> None:
+        self.state.step = step
+        self.state.iteration = iteration
+        self.state.num_tokens += tokens
+        self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if skipped else 0
 
-    def _reference_logps(self, reference: PreTrainedModel, batch: Batch) -> Tensor:
-        def read(token_budget: int) -> Tensor:
-            return all_logps(reference, batch, self.sampling.temperature, token_budget)
+    def _advantages(self, scored: Scored) -> Tensor:
+        """The advantages of the whole batch, (B,) or (B, T)."""
+        sizes, rewards = self.experiment.sizes, scored.rewards
+        values = torch.stack([*rewards.components.values()], dim=-1)  # (B, C)
+        values = values.view(sizes.batch_size, sizes.num_generations, -1)  # (P, G, C)
+        valid = ~values.isnan()
+        return self.experiment.advantage(values.where(valid, 0.0), rewards.weights, valid).flatten(0, 1)
 
-        return self.cut.run("reference", read, *batch.token_range(packs(reference)))
+    def _reference_logps(self, batch: Batch) -> Tensor:
+        """Log-probabilities (B, T) of the reference."""
+        assert self.reference is not None
+        reference, temperature = self.reference, self.sampling.temperature
+        return self._reference_budget.run(
+            lambda token_budget: all_logps(reference, batch, temperature, token_budget),
+            *batch.token_range(packs(reference)),
+        )
 
-    def _updates(self, batch: Batch) -> tuple[list[dict[str, float]], Tensor, bool]:
-        """Update the policy `mu` times.
+    def _update_policy(self, batch: Batch) -> list[Update]:
+        """Algorithm 1, lines 10 and 11: `mu` updates on a batch, or fewer where one is not finite."""
+        counts = batch.counts(self.experiment.sizes.max_completion_length)
+        updates: list[Update] = []
+        for _ in range(self.config.grpo.mu):
+            update = self._update_once(batch, counts)
+            updates.append(update)
+            if not update.finite:
+                break
+            if batch.old_logps is None:  # before its first update the policy is the one that sampled
+                batch = replace(batch, old_logps=update.logps)
+        self.engine.sync(self.policy)
+        return updates
 
-        Returns the metrics of each, the log-probabilities (B, T) before the first, and whether one was not finite.
-        """
-        metrics, first, finite = self._update(batch)
-        results = [metrics]
-        batch = replace(batch, old_logps=first)  # those of the policy that sampled, for the updates after the first
-        while finite and len(results) < self.config.grpo.mu:
-            metrics, _, finite = self._update(batch)
-            results.append(metrics)
-        return results, first, not finite
-
-    def _update(self, batch: Batch) -> tuple[dict[str, float], Tensor, bool]:
-        """One update: its metrics, the log-probabilities (B, T) before it, and whether it was finite and so made."""
+    def _update_once(self, batch: Batch, counts: Counts) -> Update:
+        """One update; in float16 with a smaller loss scale as long as the gradient overflows."""
         scale = self.loss_scale
         before = 1.0 if scale is None else scale.value
         while True:
-            metrics, logps = self._gradient(batch)
-            self._interruptible = False
+            gradient = self._gradient(batch, counts)
+            self._abortable = False
             norm, finite = apply_gradient(
-                self.policy,
+                self.master,
                 self.optimizer,
-                metrics["loss"],
+                gradient.loss,
                 self.config.grpo.max_grad_norm,
                 1.0 if scale is None else scale.value,
             )
-            if finite and self.worker is not self.policy:
-                refresh(self.worker, self.policy)
+            update = Update({**gradient.means(), "grad_norm": norm}, gradient.logps, finite)
+            if finite and self.policy is not self.master:
+                refresh(self.policy, self.master)
             if finite and scale is not None:
                 scale.updated()
-            if finite or scale is None or not math.isfinite(metrics["loss"]):
-                return metrics | {"grad_norm": norm}, logps, finite
+            if finite or scale is None or not math.isfinite(gradient.loss):
+                return update
             if not scale.again():
-                scale.value = before / 2  # it is this batch that no scale helps
-                return metrics | {"grad_norm": norm}, logps, finite
-            logger.info("a gradient was too large for float16; again with the loss times %g", scale.value)
+                scale.value = before / 2  # no scale helps this batch
+                return update
+            logger.info("the gradient overflowed float16; trying again with the loss times %g", scale.value)
 
-    def _gradient(self, batch: Batch) -> tuple[dict[str, float], Tensor]:
-        def accumulate(token_budget: int) -> tuple[dict[str, float], Tensor]:
-            for model in (self.policy, self.worker):  # of a try that ran out of memory
+    def _gradient(self, batch: Batch, counts: Counts) -> Gradient:
+        """The gradient of the batch's loss, in the parameters' `grad`."""
+
+        def accumulate(token_budget: int) -> Gradient:
+            for model in (self.master, self.policy):  # what an attempt that ran out of memory has left
                 model.zero_grad(set_to_none=True)
             return accumulate_gradient(
-                self.worker,
-                self.setup.objective,
+                self.policy,
+                self.experiment.objective,
                 batch,
+                counts,
                 temperature=self.sampling.temperature,
                 token_budget=token_budget,
                 loss_scale=1.0 if self.loss_scale is None else self.loss_scale.value,
             )
 
-        return self.cut.run("update", accumulate, *batch.token_range(packs(self.worker)))
+        return self._update_budget.run(accumulate, *batch.token_range(packs(self.policy)))
 
     def _set_learning_rate(self, step: int) -> float:
         grpo = self.config.grpo
@@ -212,134 +249,68 @@ class Trainer:
             group["lr"] = rate
         return rate
 
-    def record(self, run: Run, tracker: Tracker, saver: Saver, done: Step) -> None:
-        """Write down a completed step, evaluate and save where it is time. RuntimeError where too many were skipped."""
-        row, step, config = done.row, done.row["step"], self.config
-        run.folder.append_metrics(row)
-        tracker.log(row)
-        if due(step, config.samples.every):
-            with disk_errors_are_warnings(f"the samples of step {step}"):
-                run.folder.write_samples(step, done.samples)
-        if due(step, config.tracking.completions_every):
-            tracker.log_completions(step, done.samples)
-        if done.skipped is not None:
-            self._note_skipped(run, done, done.skipped)
-        with disk_errors_are_warnings(f"{run.folder.path}/status.json"):
-            run.folder.update_status(
-                step=step,
-                iteration=row["iteration"],
-                total_steps=self.total_steps,
-                best_reward=self.state.best_reward,
-                seconds=run.seconds,
-                saved_step=saver.saved_step,
-            )
-        self.evaluate_if_due(run, tracker, saver)
-        if due(step, config.checkpoint.every) or step == self.total_steps:
-            self.save(run, saver)
-            if step < self.total_steps:  # at the end, the final model is written all the same
-                saver.check()
+    def can_abort_step(self) -> bool:
+        """Whether a stop should abandon the work in progress: no weight has changed, and it takes long or is new."""
+        left = self._step_seconds - (time.perf_counter() - self._step_started)
+        return self._abortable and not 0 <= left <= FINISH_STEP_IF_LEFT_S
 
-    def preflight_if_due(self, run: Run) -> None:
-        """Before the first step, say whether there is anything to learn from."""
-        if not self.config.preflight or self.state.step > 0 or run.folder.preflight_file.exists():
-            return
-        found = preflight(self.worker, self.setup, self.cut)
-        run.folder.write_preflight(found)
-        for text in found["warnings"]:
-            logger.info("pre-flight: %s", text)
-        print("\n".join(lines(found, self.setup.sizes.max_completion_length)), flush=True)
+    def evaluate(self) -> dict[str, Any]:
+        """Greedy completions of the held-out problems and their rewards, as eval/*.json holds them."""
+        self._abortable = True
+        result = evaluate(self.engine, self.sampling, self.experiment, self.state.step)
+        self._abortable = False
+        return result
 
-    def evaluate_if_due(self, run: Run, tracker: Tracker, saver: Saver) -> None:
-        """Evaluate after the present step if `eval.every` says so, and keep the weights if they are the best so far."""
-        step = self.state.step
-        if self.state.evaluated_step == step or not due(step, self.config.eval.every):
-            return
-        self._interruptible = True
-        accuracy = self.evaluate(run, tracker, f"step_{step:06d}")["accuracy"]
-        self._interruptible = False
-        self.state.evaluated_step = step
-        best = self.state.best_accuracy
-        if accuracy is not None and (best is None or accuracy > best):
-            self.state.best_accuracy = accuracy
-            saver.save_best(self.policy, self.state)
+    def state_dict(self) -> dict[str, Any]:
+        """All that the steps to come depend on, the tensors not copied.
 
-    def _note_skipped(self, run: Run, done: Step, batch: Batch) -> None:
-        """Keep the batch of a step that was not finite for inspection, and end the run after too many in a row."""
-        step, limit = self.state.step, self.config.grpo.max_skipped_steps
-        place = run.folder.write_skipped(step, batch.tensors(), done.samples)
-        numbers = f"loss {done.row['loss']} and gradient norm {done.row['grad_norm']} (null: not finite)"
-        logger.warning("step %d: %s, so no update was made; its batch is in %s", step, numbers, place)
-        if self.state.skipped_in_a_row > limit:
-            raise RuntimeError(
-                f"loss or gradient was not finite in {self.state.skipped_in_a_row} steps in a row; their batches are "
-                f"in {place.parent}; usually optimizer.lr is too high or model.dtype too narrow"
-            )
+        model, optimizer: tensors by name. reference: likewise, or None where it is the starting model, and at the end
+        of an iteration, when it is not needed any more. trainer: a TrainerState.
+        """
+        within_iteration = self.state.step % self.config.grpo.num_steps != 0
+        needed = self.reference is not None and self.state.iteration > 1 and within_iteration
+        states = {name: part.state_dict() for name, part in self._parts().items() if hasattr(part, "state_dict")}
+        state = replace(
+            self.state,
+            loss_scale=None if self.loss_scale is None else asdict(self.loss_scale),
+            parts={name: state for name, state in states.items() if state},
+        )
+        return {
+            "model": weights_of(self.master),
+            "optimizer": flatten_optimizer(self.optimizer),
+            "reference": weights_of(self.reference) if needed and self.reference is not None else None,
+            "trainer": state,
+        }
 
-    def save(self, run: Run, saver: Saver) -> None:
-        """A checkpoint of the last completed step, unless there is one; older ones go, as configured."""
-        started = time.perf_counter()
-        run.folder.sync_metrics()  # a checkpoint counts on the rows of all its steps
-        # At the end of an iteration the policy becomes the next reference, and that of the iteration is done with.
-        needed = self.state.iteration > 1 and self.state.step % self.config.grpo.num_steps != 0
-        before = saver.saved_step
-        saver.save(self.policy, self.optimizer, self.reference if needed else None, self.state)
-        if saver.saved_step != before:  # written already, and not beside training: then the next step records it
-            with disk_errors_are_warnings(f"{run.folder.path}/status.json"):
-                run.folder.update_status(saved_step=saver.saved_step)
-        self._saving_s = time.perf_counter() - started
-
-    def save_and_wait(self, run: Run, saver: Saver) -> None:
-        """The same before leaving."""
-        self.save(run, saver)
-        saver.close()
-
-    def restore(self, run: Run) -> list[dict[str, Any]]:
-        """Take up the newest intact checkpoint, if there is one. Returns the metrics rows up to it."""
-        latest = checkpoints.latest_checkpoint(run.folder.checkpoints) if run.resumed else None
-        if latest is not None:
-            self.load(latest)
-        elif run.config.parent is not None and run.resumed:
-            raise RuntimeError(f"{run.folder.checkpoints} is empty, so the fork has lost where it began; fork anew")
-        elif run.resumed and (saved := run.folder.saved_step()) > 0:
-            raise ConfigError(
-                f"{run.folder.checkpoints} has no checkpoint, but the run has saved one at step {saved}; bring its "
-                "checkpoints back, or start a new run"
-            )
-        if run.resumed:
-            logger.info("going on after step %d", self.state.step)
-        rows = run.folder.cut_metrics(self.state.step)
-        known = run.folder.training_evaluations(self.state.step).values()
-        self.doctor.replay(rows, known)  # what there was to say of these has been said
-        return rows
-
-    def load(self, checkpoint: Path) -> None:
-        """Stand where a checkpoint stands. The optimizer comes last, so that memory peaks no higher than in training.
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned. The optimizer comes last, so that memory peaks as in training.
 
         Raises RuntimeError where it does not fit the model, FileError where it does not fit the optimizer.
         """
-        checkpoints.check_optimizer(checkpoint, self._new_optimizer())  # before the weights, which this changes
-        self.state = checkpoints.load_state(checkpoint)
-        self.cut = self.setup.cut(self.state.reduced)
+        check_optimizer(saved, self._new_optimizer())  # before the weights, which it changes
+        self.state = replace(saved["trainer"])
+        parts = self._parts()
+        for name, state in self.state.parts.items():
+            try:
+                parts[name].load_state_dict(state)
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                raise FileError(f"the checkpoint has a state of '{name}' that does not fit: {error!r}") from error
         if self.loss_scale is not None and self.state.loss_scale is not None:
             self.loss_scale = LossScale(**self.state.loss_scale)
-        checkpoints.load_weights(checkpoint, self.policy)
-        reference = checkpoints.reference_of(checkpoint)
-        if self.reference is not None and reference is not None:
+        load_weights(saved["model"], self.master)
+        if self.reference is not None and saved["reference"] is not None:
             switch_adapter(self.reference, on=True)
-            checkpoints.load_weights(reference, self.reference)
-        if self.worker is not self.policy:
-            refresh(self.worker, self.policy)
-        checkpoints.load_optimizer(checkpoint, self.optimizer)
+            load_weights(saved["reference"], self.reference)
+        if self.policy is not self.master:
+            refresh(self.policy, self.master)
+        self.engine.sync(self.policy)
+        load_optimizer(saved["optimizer"], self.optimizer)
 
-    def evaluate(self, run: Run, tracker: Tracker, name: str) -> dict[str, Any]:
-        """Evaluate the policy on the held-out problems and record it as eval/<name>.json."""
-        result = evaluate(self.worker, self.setup, self.cut, self.state.step)
-        run.folder.write_evaluation(name, result)
-        tracker.log_evaluation(name, self.state.step, evaluation_metrics(result))
-        self.doctor.evaluated(result)
-        return result
-
-
-def due(step: int, every: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after this one."""
-    return every > 0 and step % every == 0
+    def _parts(self) -> dict[str, Any]:
+        """The parts that may have a state of their own, by its name in a checkpoint."""
+        return {
+            "sampler": self.sampler,
+            "rollout": self.engine,
+            "reference": self._reference_budget,
+            "update": self._update_budget,
+        }

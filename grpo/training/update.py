@@ -1,4 +1,4 @@
-"""One policy update on one batch: cut into micro-batches, whose gradients add up to the whole batch's."""
+"""One policy update on one batch, split into micro-batches whose gradients add up to the whole batch's."""
 
 import math
 from collections.abc import Callable
@@ -8,21 +8,32 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.algorithm.loss import BatchCounts, LossOutput
+from grpo.algorithm.objective import Counts, LossInputs, LossOutput
 from grpo.batch import Completions, Prompts, split_rows
 from grpo.model.logps import TokenLogps, completion_logps
 from grpo.model.packed import packs
 
+Objective = Callable[[LossInputs, Counts], LossOutput]
+
 
 @dataclass(frozen=True)
 class Batch:
-    """All that an update needs to know of the B = P * G completions of a step."""
+    """What an update needs to know of the B completions of a step, or of some of them."""
 
     prompts: Prompts  # P rows
     completions: Completions  # B rows
-    advantages: Tensor  # (B,) float32
+    advantages: Tensor  # (B,) float32, or (B, T)
     ref_logps: Tensor | None = None  # (B, T); None where beta is 0
-    old_logps: Tensor | None = None  # (B, T); None while the policy has not moved since it sampled
+    old_logps: Tensor | None = None  # (B, T); None while the policy has not changed since it sampled
+
+    def counts(self, max_length: int) -> Counts:
+        """What the loss of this batch is divided by; max_length: tokens that a completion may have."""
+        return Counts(
+            rows=len(self.completions.ids),
+            tokens=int(self.completions.completion_mask.sum()),
+            groups=len(self.prompts.ids),
+            max_length=max_length,
+        )
 
     def token_range(self, shared: bool) -> tuple[int, int]:
         """Tokens of the longest completion with its prompt, and of all, counted as `micro_batches` counts them."""
@@ -31,27 +42,31 @@ class Batch:
         return int(rows.max()), int(lengths.sum() + prompts.sum() if shared else rows.sum())
 
     def micro_batches(self, token_budget: int, shared: bool) -> list[Tensor]:
-        """The rows (m,) of each part of at most so many tokens, within a group those of like length together.
+        """The rows (m,) of each micro-batch of at most this many tokens; in a group those of like length together.
 
-        shared: whether a part reads each of its prompts once, and not once for every row.
+        shared: whether a micro-batch reads each of its prompts once, and not once for every row.
         """
         lengths, group = self.completions.lengths, self.completions.group
         order = (group * (lengths.max() + 1) - lengths).argsort(stable=True)
         parts = split_rows(self.prompts.mask.sum(dim=1), group[order], lengths[order], token_budget, shared)
         return [order[part] for part in parts]
 
-    def part(self, rows: Tensor) -> "MicroBatch":
-        """The completions of these rows (m,), with the prompts that they answer."""
+    def select(self, rows: Tensor) -> "Batch":
+        """The completions of these rows (m,) int64, padded to the longest of them, with their prompts."""
         completions = self.completions.select(rows)
         prompts, group = completions.group.unique(return_inverse=True)
         width = completions.ids.shape[1]
-        return MicroBatch(
+        return Batch(
             self.prompts.take(prompts),
             replace(completions, group=group),
-            self.advantages[rows],
+            self.advantages[rows] if self.advantages.dim() == 1 else self.advantages[rows, :width],
             None if self.ref_logps is None else self.ref_logps[rows, :width],
             None if self.old_logps is None else self.old_logps[rows, :width],
         )
+
+    def logps(self, model: PreTrainedModel, temperature: float, entropy: bool = True) -> TokenLogps:
+        """Log-probabilities of these completions, with gradient where it is enabled."""
+        return completion_logps(model, self.prompts, self.completions, temperature, entropy)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything by name, to be written to a file."""
@@ -71,82 +86,100 @@ class Batch:
         return {name: value.clone() for name, value in tensors.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """m of a batch's completions, cut to the longest of them, t tokens."""
-
-    prompts: Prompts  # those that are answered
-    completions: Completions  # m rows
-    advantages: Tensor  # (m,)
-    ref_logps: Tensor | None  # (m, t)
-    old_logps: Tensor | None  # (m, t)
-
-    def logps(self, model: PreTrainedModel, temperature: float, entropy: bool = True) -> TokenLogps:
-        """Log-probabilities of these completions, with gradient where it is enabled."""
-        return completion_logps(model, self.prompts, self.completions, temperature, entropy)
-
-
 @torch.no_grad()
 def all_logps(model: PreTrainedModel, batch: Batch, temperature: float, token_budget: int) -> Tensor:
     """Log-probabilities (B, T) of the whole batch without gradient, as for the reference model."""
     result = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)
     for rows in batch.micro_batches(token_budget, packs(model)):
-        logps = batch.part(rows).logps(model, temperature, entropy=False).logps
+        logps = batch.select(rows).logps(model, temperature, entropy=False).logps
         result[rows, : logps.shape[1]] = logps
     return result
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """What was found while the gradient of some completions was accumulated. Of parts of a batch, all of it adds up."""
+
+    loss: float
+    metrics: dict[str, tuple[float, float]]  # name -> (sum, weight); the metric is their quotient
+    logps: Tensor  # (B, T) float32, log-probabilities before the update
+
+    def means(self) -> dict[str, float]:
+        """The loss, and each metric; not-a-number for one that no token counts in."""
+        means = {name: total / weight if weight else math.nan for name, (total, weight) in self.metrics.items()}
+        return {"loss": self.loss, **means}
+
+
 def accumulate_gradient(
     model: PreTrainedModel,
-    objective: Callable[..., LossOutput],
+    objective: Objective,
     batch: Batch,
+    counts: Counts,
     *,
     temperature: float,
     token_budget: int,
     loss_scale: float = 1.0,
-) -> tuple[dict[str, float], Tensor]:
-    """Add the gradient of the whole batch's loss to what the parameters hold, a part of the batch at a time.
+) -> Gradient:
+    """Add the gradient of a batch's loss to the parameters' `grad`, one micro-batch at a time.
 
-    At beta 0 a part whose advantages are all 0 has a gradient of 0, and is read without one, for the metrics alone.
-    loss_scale: what the gradient, and not the metrics, is multiplied by.
-    Returns the metrics (loss, and means over the active tokens), and the log-probabilities (B, T).
+    counts: of the whole batch, of which `batch` may be a part. loss_scale: a factor of the gradient alone.
+    Without a KL term a micro-batch whose advantages are all 0 has a gradient of 0: it gets a forward pass only, for
+    the metrics.
     """
-    counts = BatchCounts(rows=len(batch.completions.ids), tokens=int(batch.completions.completion_mask.sum()))
-    logps = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)
+    all_rows = batch.micro_batches(token_budget, packs(model))
+    has_signal = [batch.ref_logps is not None or bool(batch.advantages[rows].any()) for rows in all_rows]
+    has_signal[-1] |= not any(has_signal)  # the optimizer is to see a gradient, even if it is 0
+    logps = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)  # (B, T)
     loss: Tensor | float = 0.0
-    sums: dict[str, Tensor] = {}
-    parts = batch.micro_batches(token_budget, packs(model))
-    teaches = [batch.ref_logps is not None or bool(batch.advantages[rows].any()) for rows in parts]
-    teaches[-1] |= not any(teaches)  # the optimizer is to see a gradient, were it 0
-    for rows, with_gradient in zip(parts, teaches, strict=True):
-        part = batch.part(rows)
-        policy, output = _evaluate(model, objective, part, counts, temperature, with_gradient)
-        if not with_gradient and torch.autograd.grad(output.loss, policy.logps)[0].any():
-            with_gradient = True  # this objective has more to it than advantages
-            policy, output = _evaluate(model, objective, part, counts, temperature, with_gradient)
+    sums: dict[str, tuple[Tensor | float, Tensor | int]] = {}
+    for rows, with_gradient in zip(all_rows, has_signal, strict=True):
+        micro_batch = batch.select(rows)
+        inputs, output = evaluate_loss(model, objective, micro_batch, counts, temperature, with_gradient)
+        if not with_gradient and torch.autograd.grad(output.loss, inputs.logps)[0].any():
+            with_gradient = True  # the loss does not depend on the advantages alone
+            inputs, output = evaluate_loss(model, objective, micro_batch, counts, temperature, with_gradient)
         if with_gradient:
             (output.loss * loss_scale).backward()
-        logps[rows, : policy.logps.shape[1]] = policy.logps.detach()
+        logps[rows, : inputs.logps.shape[1]] = inputs.logps.detach()
         loss += output.loss.detach()
-        for name, value in {**output.sums, "entropy": policy.entropy.sum()}.items():
-            sums[name] = sums.get(name, 0.0) + value
-    return {"loss": float(loss)} | {name: float(value) / counts.tokens for name, value in sums.items()}, logps
+        assert inputs.entropy is not None  # `evaluate_loss` asks for it
+        entropy = inputs.entropy * inputs.mask
+        for name, (value, weight) in {**output.metrics, "entropy": (entropy.sum(), inputs.mask.sum())}.items():
+            total, total_weight = sums.get(name, (0.0, 0))
+            sums[name] = total + value, total_weight + weight
+    return Gradient(
+        loss=float(loss),
+        metrics={name: (float(total), float(weight)) for name, (total, weight) in sums.items()},
+        logps=logps,
+    )
 
 
-def _evaluate(
+def evaluate_loss(
     model: PreTrainedModel,
-    objective: Callable[..., LossOutput],
-    part: MicroBatch,
-    counts: BatchCounts,
+    objective: Objective,
+    batch: Batch,
+    counts: Counts,
     temperature: float,
     with_gradient: bool,
-) -> tuple[TokenLogps, LossOutput]:
-    """The policy's log-probabilities and their loss, which leads to the parameters, or to the former alone."""
+) -> tuple[LossInputs, LossOutput]:
+    """The loss of a micro-batch, and what it was computed from.
+
+    with_gradient: whether its gradient reaches the parameters, and not only `LossInputs.logps`.
+    """
     with torch.set_grad_enabled(with_gradient):
-        policy = part.logps(model, temperature)
+        policy = batch.logps(model, temperature)
     policy.logps.requires_grad_()
-    masks = part.completions.completion_mask
-    return policy, objective(policy.logps, part.old_logps, part.ref_logps, part.advantages, masks, counts)
+    inputs = LossInputs(
+        logps=policy.logps,
+        mask=batch.completions.completion_mask,
+        advantages=batch.advantages,
+        group=batch.completions.group,
+        old_logps=batch.old_logps,
+        ref_logps=batch.ref_logps,
+        sampling_logps=batch.completions.sampling_logps,
+        entropy=policy.entropy,
+    )
+    return inputs, objective(inputs, counts)
 
 
 def apply_gradient(

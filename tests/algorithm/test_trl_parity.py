@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from grpo.algorithm.loss import BatchCounts, grpo_loss
+from grpo.algorithm.objective import Counts, LossInputs, Objective
 from grpo.batch import Prompts
 from grpo.model.logps import completion_logps
 from grpo.tiny import MODEL_DIR
@@ -67,8 +67,12 @@ def test_loss_and_gradient_are_those_of_trl(trl_trainer, seed, on_policy):
     old = None if on_policy else logps.detach() + old_noise
     ref = logps.detach() + ref_noise
 
-    counts = BatchCounts(rows=4, tokens=int(completions.completion_mask.sum()))
-    ours = grpo_loss(logps, old, ref, advantages, completions.completion_mask, counts, beta=BETA, epsilon=EPSILON)
+    mask = completions.completion_mask
+    counts = Counts(rows=4, tokens=int(mask.sum()), groups=2, max_length=6)
+    numbers = {"beta": BETA, "epsilon_low": EPSILON, "epsilon_high": EPSILON}
+    objective = Objective(ratio="token", surrogate="clip", reduction="row", kl="k3", **numbers)
+    inputs = LossInputs(logps, mask, advantages, completions.group, old_logps=old, ref_logps=ref)
+    ours = objective(inputs, counts)
     our_gradient = gradients(model, ours.loss)
 
     inputs = {

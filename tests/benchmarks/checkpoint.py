@@ -11,13 +11,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from grpo.config.schema import CheckpointConfig
 from grpo.model.loading import model_source
-from grpo.runs.checkpoint import TrainerState
+from grpo.runs.checkpoint import TrainerState, flatten_optimizer, weights_of
 from grpo.runs.saver import Saver
 
 ROUNDS = 3
@@ -31,6 +32,12 @@ def work(model: torch.nn.Module, passes: int) -> float:
         model.zero_grad(set_to_none=True)
         model(input_ids=ids, labels=ids).loss.backward()
     return time.perf_counter() - started
+
+
+def saved(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
+    """What a trainer hands over to be saved."""
+    state = TrainerState(step=step, iteration=1)
+    return {"model": weights_of(model), "optimizer": flatten_optimizer(optimizer), "reference": None, "trainer": state}
 
 
 def main(name: str) -> None:
@@ -52,12 +59,12 @@ def main(name: str) -> None:
             alone = work(model, passes)
             for text, saver in savers.items():
                 started = time.perf_counter()
-                saver.save(model, optimizer, None, TrainerState(step=step, iteration=1))
+                saver.save(saved(model, optimizer, step))
                 paused = time.perf_counter() - started
                 saver.close()
                 written = time.perf_counter() - started
                 started = time.perf_counter()
-                saver.save(model, optimizer, None, TrainerState(step=step + 1, iteration=1))
+                saver.save(saved(model, optimizer, step + 1))
                 work(model, passes)
                 results[text].append((paused, written, time.perf_counter() - started - alone))
                 saver.close()

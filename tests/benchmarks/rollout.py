@@ -14,13 +14,14 @@ import statistics
 import tempfile
 import time
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
 import grpo.rollout.native as engine
 from grpo.batch import Prompts
 from grpo.config.schema import ModelConfig
-from grpo.counter_rng import row_keys
+from grpo.counter_rng import group_keys
 from grpo.model.loading import RANDOM_MODELS, load_model, model_source
 
 STOP, PAD = 2, 0
@@ -75,14 +76,20 @@ def main() -> None:
     ends = torch.full((rows,), tokens, device=device)
     if args.third:
         ends[::3] = torch.linspace(tokens / 8, tokens / 4, len(ends[::3]), device=device).long()
-    slots, members = torch.arange(rows) // group, torch.arange(rows) % group
-    force_lengths(ends, row_keys(1, 1, slots.numpy(), members.numpy()))
+    keys = group_keys(1, 1, np.arange(prompts), group)
+    force_lengths(ends, keys)
     sampling = engine.Sampling(tokens, 1.0, (STOP,), PAD)
     repeated = ids.repeat_interleave(group, dim=0)
 
     def ours() -> None:
         completions = engine.rollout(
-            model, batch, group, sampling, seed=1, step=1, token_budget=2**40, cuda_graphs=args.cuda_graphs
+            model,
+            batch,
+            sampling,
+            group_size=group,
+            keys=keys,
+            token_budget=2**40,
+            cuda_graphs=args.cuda_graphs,
         )
         assert completions.lengths.tolist() == ends.tolist()
 

@@ -16,21 +16,26 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from grpo.algorithm.loss import grpo_loss
+from grpo.algorithm.objective import Objective
 from grpo.batch import Completions, Prompts
+from grpo.counter_rng import group_keys
 from grpo.model.hardware import peak_memory_gb
 from grpo.model.linear import use_onednn
 from grpo.model.packed import try_packing
-from grpo.rollout.native import Sampling, rollout
+from grpo.rollout.engine import Sampling
+from grpo.rollout.native import rollout
 from grpo.training.update import Batch, accumulate_gradient
 
 BASE = {"group": 8, "tokens": 64, "prompt": 64, "vocabulary": 8192}
 SERIES = {"group": (16, 32, 64), "tokens": (64, 128, 256), "prompt": (64, 128, 256), "vocabulary": (32768, 151936)}
 BUDGET = 1024  # tokens in a micro-batch
 ROUNDS = 3
+NUMBERS = {"beta": 0.0, "epsilon_low": 0.1, "epsilon_high": 0.1}
+OBJECTIVE = Objective(ratio="token", surrogate="clip", reduction="row", kl="k3", **NUMBERS)
 
 
 class Shape:
@@ -67,15 +72,13 @@ class Shape:
 
     def sample(self) -> None:
         sampling = Sampling(self.tokens, 1.0, (2,), 0, min_new_tokens=self.tokens)
-        rollout(self.model, self.prompts, self.group, sampling, seed=1, step=1, token_budget=2**40)
+        keys = group_keys(1, 1, np.arange(2), self.group)
+        rollout(self.model, self.prompts, sampling, group_size=self.group, keys=keys, token_budget=2**40)
 
     def update(self) -> None:
         self.model.zero_grad(set_to_none=False)
-        accumulate_gradient(self.model, objective, self.batch, temperature=1.0, token_budget=BUDGET)
-
-
-def objective(*args):  # type: ignore[no-untyped-def]
-    return grpo_loss(*args, beta=0.0, epsilon=0.1)
+        counts = self.batch.counts(max_length=self.tokens)
+        accumulate_gradient(self.model, OBJECTIVE, self.batch, counts, temperature=1.0, token_budget=BUDGET)
 
 
 def update_memory(args: argparse.Namespace, values: dict[str, int]) -> float:

@@ -88,17 +88,18 @@ def run_ours(args: argparse.Namespace) -> list[float]:
     import torch
 
     import grpo.rollout.native as rollout
-    from grpo.counter_rng import row_keys
+    from grpo.counter_rng import group_keys
+    from grpo.training.recorder import Recorder
     from grpo.training.trainer import Trainer
 
     lengths = forced_lengths(args)
-    slots, members = np.divmod(np.arange(args.rows), args.group)
+    slots = np.arange(args.prompts)
     end_of = {
         tuple(key): length
         for step in range(1, WARM_UP + args.steps + 1)
-        for key, length in zip(row_keys(SEED, step, slots, members).tolist(), lengths, strict=True)
+        for key, length in zip(group_keys(SEED, step, slots, args.group).tolist(), lengths, strict=True)
     }
-    choose, step, record = rollout._choose, Trainer.step, Trainer.record
+    choose, step, record = rollout._choose, Trainer.step, Recorder.step
     times = []
 
     def forced_choose(logits, keys, t, sampling, stop_ids):  # type: ignore[no-untyped-def]
@@ -118,8 +119,8 @@ def run_ours(args: argparse.Namespace) -> list[float]:
         record(self, *arguments)
         times.append(time.perf_counter())
 
-    rollout._choose, Trainer.step, Trainer.record = forced_choose, timed_step, timed_record
-    Trainer.save = lambda *_: None
+    rollout._choose, Trainer.step, Recorder.step = forced_choose, timed_step, timed_record
+    Recorder.save = lambda *_: None
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = ["launch.py", *settings(args), f"run_dir={folder}/run"]
         try:
@@ -217,26 +218,25 @@ def describe_work(args: argparse.Namespace, folder: str) -> dict:
 
     from grpo.config.checks import typed
     from grpo.config.compose import compose_config
-    from grpo.data.prompts import messages, problems_of_step, render
+    from grpo.data.prompts import messages, render
+    from grpo.data.sampler import PromptSampler
     from grpo.model.loading import RANDOM_MODELS, load_model, model_source
     from grpo.planning import estimate as cost
-    from grpo.training.experiment import prepare
+    from grpo.training.experiment import build_experiment
 
     config = typed(compose_config(settings(args)))
-    setup = prepare(config)
-    problems = [
-        problem
-        for step in range(1, WARM_UP + args.steps + 1)
-        for problem in problems_of_step(setup.problems.train, SEED, step, args.prompts)
-    ]
+    experiment = build_experiment(config)
+    sampler = PromptSampler(experiment.problems.train, SEED)
+    steps = range(1, WARM_UP + args.steps + 1)
+    problems = [problem for step in steps for problem in sampler.take(step, args.prompts).problems]
     source = model_source(config.model.name)
     if config.model.name in RANDOM_MODELS:
         source = folder
         load_model(config.model, torch.device("cpu")).save_pretrained(folder)
     tokenizer = f"{folder}/tokenizer"
-    setup.tokenizer.save_pretrained(tokenizer)
+    experiment.tokenizer.save_pretrained(tokenizer)
 
-    prompt_tokens = setup.prompt_batch(setup.conversations(problems)).mask.sum(dim=1).tolist()
+    prompt_tokens = experiment.prompts(experiment.conversations(problems)).mask.sum(dim=1).tolist()
     least = min(args.rows, 8)
     padded = max(prompt_tokens) + args.tokens
     fitting = [n for n in range(least, args.rows + 1) if args.rows % n == 0]
@@ -251,8 +251,8 @@ def describe_work(args: argparse.Namespace, folder: str) -> dict:
     return {
         "model": source,
         "tokenizer": tokenizer,
-        "prompts": [render(setup.tokenizer, messages(problem.question, config.data)) for problem in problems],
-        "temperature": config.rollout.temperature,
+        "prompts": [render(experiment.tokenizer, messages(problem.question, config.data)) for problem in problems],
+        "temperature": config.rollout["temperature"],
         "lr": config.optimizer["lr"],
         "rows_at_once": rows,
         "floor": (flops - forward) / flop_rate + max(forward / flop_rate, read / read_rate),

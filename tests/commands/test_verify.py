@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from grpo.runs.checkpoint import TrainerState, load_state, stored_tensors, write_checkpoint
+from grpo.runs.checkpoint import StoredTensors, TrainerState, load_state, write_checkpoint
 from tests.launches import SETTINGS, STEPS, grpo, launch
 
 
@@ -67,7 +67,7 @@ def test_times_may_differ(run, verify):
 def test_weights_that_are_others_under_a_sound_manifest_are_named(run, verify):
     checkpoint = run / "checkpoints" / f"step_{STEPS:06d}"
     tensors = {
-        name: {key: value.clone() for key, value in stored_tensors(checkpoint / f"{name}.safetensors")}
+        name: {key: value.clone() for key, value in StoredTensors(checkpoint / f"{name}.safetensors").items()}
         for name in ("model", "optimizer")
     }
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_progress_and_optimizer_of_a_checkpoint_are_compared_too(verify, tmp_pat
     assert "equal: steps 2 to 2" in verify(f"run_dir={run}", "step=2").stdout
     checkpoint = run / "checkpoints" / "step_000002"
     tensors = {
-        name: {key: value.clone() for key, value in stored_tensors(checkpoint / f"{name}.safetensors")}
+        name: {key: value.clone() for key, value in StoredTensors(checkpoint / f"{name}.safetensors").items()}
         for name in ("model", "optimizer")
     }
     state = load_state(checkpoint)

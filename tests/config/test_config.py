@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from omegaconf.errors import InterpolationResolutionError
 
+from grpo.algorithm.objective import Limits
 from grpo.config.checks import check_training, kl_weight, typed
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
@@ -18,7 +19,7 @@ from grpo.launch.decide import check_runnable
 from grpo.launch.process import run_command
 from grpo.launch.resume import resumed_config
 from grpo.runs.folder import RunFolder
-from grpo.training.experiment import bind_objective
+from grpo.training.experiment import build_objective
 
 CHOICES = [f"{group.name}={file.stem}" for group in sorted(CONF_DIR.iterdir()) for file in sorted(group.glob("*.yaml"))]
 
@@ -78,7 +79,9 @@ def test_all_groups_of_the_layout_have_choices():
         ("grpo.mu", 1),
         ("grpo.epsilon", 0.1),
         ("objective.beta", None),
-        ("objective.epsilon", None),
+        ("objective.advantage", "group"),
+        ("objective.epsilon_low", None),
+        ("objective.epsilon_high", None),
         ("optimizer.lr", 5e-6),
         ("reward.components.correctness.weight", 1.0),
         ("reward.components.format.weight", 1.0),
@@ -162,17 +165,20 @@ def test_weights_that_would_not_move_are_refused(optimizer):
 
 def test_the_objective_follows_beta_and_epsilon_of_grpo_or_has_its_own():
     config = compose_typed("grpo.beta=0.5", "grpo.epsilon=0.3")
-    assert bind_objective(config).keywords == {"beta": 0.5, "epsilon": 0.3}
-    own = compose_typed("objective.beta=0", "objective.epsilon=3e-4")
-    assert bind_objective(own).keywords == {"beta": 0.0, "epsilon": 3e-4}
+    objective = build_objective(config)
+    assert (objective.beta, objective.limits) == (0.5, Limits(epsilon_low=0.3, epsilon_high=0.3))
+    own = compose_typed("objective.beta=0", "objective.epsilon_high=3e-4")
+    objective = build_objective(own)
+    assert (objective.beta, objective.limits) == (0.0, Limits(epsilon_low=0.1, epsilon_high=3e-4))
     assert (kl_weight(config), kl_weight(own)) == (0.5, 0.0)
 
 
 def test_a_number_of_grpo_is_refused_where_the_objective_has_its_own():
-    both = ["objective.epsilon=3e-4", "grpo.epsilon=0.2"]
-    with pytest.raises(ConfigError, match=r"grpo\.epsilon: the objective has its own, objective\.epsilon=0\.0003; set"):
+    both = ["objective.epsilon_low=3e-4", "grpo.epsilon=0.2"]
+    said = r"grpo\.epsilon: the objective has its own, objective\.epsilon_low=0\.0003; set"
+    with pytest.raises(ConfigError, match=said):
         check_runnable(compose_config(both), Overrides(both))
-    for allowed in (both[:1], [*both, "objective.epsilon=null"], ["grpo.beta=0"]):
+    for allowed in (both[:1], [*both, "objective.epsilon_low=null"], ["grpo.beta=0"]):
         check_runnable(compose_config(allowed), Overrides(allowed))
 
 

@@ -66,7 +66,7 @@ def test_a_reward_function_of_trl_is_bound_unchanged():
         ({"_target_": "os.system"}, "Hydra refuses to run this"),
         ({"_target_": "builtins.eval"}, "Hydra refuses to run this"),
         ({"_target_": "no_such_module.f"}, "No module named 'no_such_module'"),
-        ({"_target_": "grpo.algorithm.loss.no_such_loss"}, "no_such_loss"),
+        ({"_target_": "grpo.algorithm.objective.no_such_loss"}, "no_such_loss"),
         ({"_target_": "my_functions.not_a_function"}, "callable"),
         ({"_target_": "grpo"}, "callable"),
     ],
@@ -174,7 +174,7 @@ def test_a_target_that_only_the_folder_names_is_refused_with_the_argument_that_a
 
 
 @pytest.mark.parametrize(
-    "target", ["grpo.algorithm.loss.grpo_loss", "grpo.data.problems.load_arithmetic", "torch.optim.SGD"]
+    "target", ["grpo.algorithm.objective.Objective", "grpo.data.problems.load_arithmetic", "torch.optim.SGD"]
 )
 def test_functions_of_the_suite_and_torch_optimizers_are_trusted(composed, target):
     check_trusted(frozen(target), composed, "outputs/theirs")
@@ -202,7 +202,7 @@ def test_what_the_command_line_names_is_trusted():
 )
 def test_a_target_inside_another_ones_settings_is_refused(composed, hidden):
     with pytest.raises(ConfigError, match=r"subprocess\.check_output"):
-        check_trusted(frozen("grpo.algorithm.loss.grpo_loss", **hidden), composed, "outputs/theirs")
+        check_trusted(frozen("grpo.algorithm.objective.Objective", **hidden), composed, "outputs/theirs")
 
 
 def test_following_the_advice_makes_a_component_of_the_user_trusted(composed):

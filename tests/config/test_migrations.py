@@ -81,12 +81,12 @@ def test_an_old_run_is_evaluated_verified_and_reported(old, kind):
 
 def test_an_old_run_is_forked_with_another_objective(old):
     parent = old("full_interrupted")
-    fork = ["fork=true", f"run_dir={parent}", "objective=grpo", "objective.epsilon=0.3", "grpo.beta=0.02"]
+    fork = ["fork=true", f"run_dir={parent}", "objective=grpo", "objective.epsilon_low=0.3", "grpo.beta=0.02"]
     done = launch(*fork, cwd=parent.parent)
     assert done.returncode == 0, done.stderr
     (run,) = parent.parent.glob("outputs/quickstart/*")
     config = load_frozen(run / "config.yaml")
-    assert (config.objective.beta, config.objective.epsilon, config.grpo.beta) == (None, 0.3, 0.02)
+    assert (config.objective.beta, config.objective.epsilon_low, config.grpo.beta) == (None, 0.3, 0.02)
     assert config.parent.step == 2
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
     assert rows(run)[:2] == rows(parent)
@@ -134,7 +134,8 @@ def test_the_objective_follows_grpo_where_it_had_the_same_numbers_and_else_keeps
     values = frozen()
     values["objective"]["epsilon"] = 0.25
     objective = config_0_to_1(values)["objective"]
-    assert (objective["beta"], objective["epsilon"]) == (None, 0.25)
+    assert (objective["beta"], objective["epsilon_low"], objective["epsilon_high"]) == (None, 0.25, 0.25)
+    assert "epsilon" not in objective
 
 
 def test_an_old_sweep_by_optuna_is_one_by_tpe(tmp_path):

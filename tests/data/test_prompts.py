@@ -5,7 +5,8 @@ import pytest
 from grpo.config.errors import ConfigError
 from grpo.config.schema import ModelConfig
 from grpo.data.problems import Problem
-from grpo.data.prompts import epoch_order, messages, problems_of_step, prompt_lengths, render
+from grpo.data.prompts import messages, prompt_lengths, render
+from grpo.data.sampler import PromptSampler, epoch_order
 from grpo.model.loading import load_tokenizer
 
 SUM = Problem("1", "What is 27 + 35?", "62")
@@ -76,7 +77,8 @@ def problems(count):
 
 
 def ids_of_steps(count, seed, batch_size, steps):
-    return [problem.id for step in steps for problem in problems_of_step(problems(count), seed, step, batch_size)]
+    sampler = PromptSampler(problems(count), seed)
+    return [problem.id for step in steps for problem in sampler.take(step, batch_size).problems]
 
 
 def test_an_epoch_sees_every_problem_once_also_where_a_batch_crosses_its_end():

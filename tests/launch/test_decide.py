@@ -203,7 +203,7 @@ def test_the_time_in_a_name_is_read_once(tmp_path):
 
 def test_a_run_killed_before_its_first_step_is_resumed_by_its_own_command(tmp_path):
     command = [*QUICK, "run_dir=run", "resume=auto"]
-    killed = launch(*command, cwd=tmp_path, fault=("grpo.training.trainer.Trainer.restore", "1", "kill"))
+    killed = launch(*command, cwd=tmp_path, fault=("grpo.training.train.restore", "1", "kill"))
     assert killed.returncode == -9
     done = launch(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -58,7 +58,7 @@ def test_a_fork_with_another_learning_rate_starts_from_the_same_weights_and_nois
 
 def test_a_fork_that_is_killed_at_once_goes_on_and_does_not_need_its_parent(parent, tmp_path):
     copy = shutil.copytree(parent, tmp_path / "copy")
-    killed, run = fork(copy, tmp_path, "fork_step=4", fault=("grpo.training.trainer.problems_of_step", "1", "kill"))
+    killed, run = fork(copy, tmp_path, "fork_step=4", fault=("grpo.training.trainer.group_keys", "1", "kill"))
     assert killed.returncode == -9
     shutil.rmtree(copy)
     resumed = launch("resume=true", f"run_dir={run}", cwd=tmp_path)
@@ -100,7 +100,7 @@ def test_a_penalty_can_be_added_only_where_its_reference_is_known(tmp_path):
         "grpo.beta=0.04",
         "checkpoint.every=1",
         "checkpoint.keep_last=1",
-        fault=("grpo.training.trainer.problems_of_step", "3", "kill"),
+        fault=("grpo.training.trainer.group_keys", "3", "kill"),
     )
     assert killed.returncode == -9
     assert launch("resume=true", f"run_dir={run}", cwd=tmp_path).returncode == 0
@@ -109,18 +109,18 @@ def test_a_penalty_can_be_added_only_where_its_reference_is_known(tmp_path):
 
 
 def test_a_fork_that_lost_its_checkpoints_does_not_start_from_another_model(parent, tmp_path):
-    _, run = fork(parent, tmp_path, "fork_step=4", fault=("grpo.training.trainer.problems_of_step", "1", "kill"))
+    _, run = fork(parent, tmp_path, "fork_step=4", fault=("grpo.training.trainer.group_keys", "1", "kill"))
     shutil.rmtree(run / "checkpoints")
     resumed = launch("resume=true", f"run_dir={run}", cwd=tmp_path)
     assert resumed.returncode == 1
-    assert "the fork has lost where it began; fork anew" in resumed.stderr.splitlines()[-1]
+    assert "the fork has lost where it began; fork again" in resumed.stderr.splitlines()[-1]
     assert len(rows(run)) == 4
 
 
 def test_a_sweep_of_forks_that_was_killed_goes_on(parent, tmp_path):
     sweep = ["-m", "fork=true", f"run_dir={parent}", "fork_step=6", "optimizer.lr=0.0002,0.01", "sweep_dir=sweep"]
     sweep.append("hydra/launcher=basic")
-    killed = launch(*sweep, cwd=tmp_path, fault=("grpo.training.trainer.problems_of_step", "2", "kill"))
+    killed = launch(*sweep, cwd=tmp_path, fault=("grpo.training.trainer.group_keys", "2", "kill"))
     assert killed.returncode == -9
     again = launch(*sweep, "resume=true", cwd=tmp_path)
     assert again.returncode == 0, again.stderr

@@ -26,7 +26,7 @@ from grpo.config.errors import ConfigError
 from grpo.config.migrations import load_frozen
 from grpo.rewards.scoring import score
 from grpo.runs.console import closing_table, live_numbers
-from grpo.training.experiment import prepare
+from grpo.training.experiment import build_experiment
 from tests.launches import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -362,7 +362,7 @@ def test_a_bad_command_ends_with_2_a_mend_and_no_folder(launch, bad_inputs, argu
         (["optimizer._target_=tests.launches.OptimizerWithoutNames"], "optimizer: it must take pairs of name and"),
         (["reward.components.format.weight=nan"], "reward.components.format.weight=nan: must be a number"),
         (["objective.beta=-0.5"], "objective.beta=-0.5: must be 0 or more"),
-        (["objective.epsilon=-1"], "objective.epsilon=-1: must lie between 0 and 1"),
+        (["objective.epsilon_low=-1"], "objective.epsilon_low=-1.0: must lie between 0 and 1"),
         (["grpo.batch_size=null"], "grpo.batch_size=null: must be a number"),
         (["seed=-1"], "seed=-1: must lie between"),
         (["reward.timeout_s=0"], "reward.timeout_s=0.0: must be above 0"),
@@ -372,7 +372,7 @@ def test_a_bad_command_ends_with_2_a_mend_and_no_folder(launch, bad_inputs, argu
 )
 def test_what_cannot_be_found_is_refused_before_any_weight_is_loaded(overrides, said):
     with pytest.raises(ConfigError) as refused:
-        prepare(typed(compose_config(["experiment=quickstart", *overrides])))
+        build_experiment(typed(compose_config(["experiment=quickstart", *overrides])))
     assert said in str(refused.value)
     assert str(refused.value).count("\n") <= 1
 
@@ -394,14 +394,14 @@ class NotCallable:
 
 def test_a_class_as_a_reward_is_built_once_and_called_for_each_batch():
     own = "+reward.components.own={_target_: tests.launch.test_launch.Counting, start: 40, weight: 2}"
-    setup = prepare(typed(compose_config(["experiment=quickstart", own])))
+    setup = build_experiment(typed(compose_config(["experiment=quickstart", own])))
     component = next(each for each in setup.components if each.name == "own")
     for call in (41.0, 42.0):
         assert score([component], ["p"], ["c"], {"answer": ["1"]}).components["own"].tolist() == [call]
     for node, said in (
         (
             "{_target_: tests.launch.test_launch.NotCallable}",
-            "own._target_=tests.launch.test_launch.NotCallable: the objects of a cl",
+            "own._target_=tests.launch.test_launch.NotCallable: .*or be a class whose objects have it",
         ),
         (
             "{_target_: tests.launch.test_launch.Counting}",
@@ -410,7 +410,7 @@ def test_a_class_as_a_reward_is_built_once_and_called_for_each_batch():
         ("{_target_: tests.launch.test_launch.Counting, end: 1}", "own: Counting.* unexpected keyword argument 'end'"),
     ):
         with pytest.raises(ConfigError, match=said):
-            prepare(typed(compose_config(["experiment=quickstart", f"+reward.components.own={node}"])))
+            build_experiment(typed(compose_config(["experiment=quickstart", f"+reward.components.own={node}"])))
 
 
 def test_a_model_folder_that_is_not_whole_is_refused(tmp_path):
@@ -423,7 +423,7 @@ def test_a_model_folder_that_is_not_whole_is_refused(tmp_path):
     for broken, said in (("no_tokenizer", "without its tokenizer"), ("cut", "could not be loaded")):
         with pytest.raises(ConfigError, match=said):
             overrides = ["experiment=quickstart", f"model.name={tmp_path / broken}", "hardware.threads=1"]
-            prepare(typed(compose_config(overrides))).load_policy()
+            build_experiment(typed(compose_config(overrides))).load_policy()
 
 
 def test_a_template_that_takes_no_system_message_is_refused_with_the_mend(tmp_path):
@@ -434,7 +434,7 @@ def test_a_template_that_takes_no_system_message_is_refused_with_the_mend(tmp_pa
     with pytest.raises(
         ConfigError, match=r"\(no system role\); if it takes no system message, set data\.system_prompt"
     ):
-        prepare(typed(compose_config(overrides)))
+        build_experiment(typed(compose_config(overrides)))
 
 
 def test_more_tokens_than_a_model_has_positions_for_are_refused_with_the_length_that_fits(tmp_path, caplog):
@@ -446,13 +446,13 @@ def test_more_tokens_than_a_model_has_positions_for_are_refused_with_the_length_
         others = [f"{name}_completion_length=1" for name in ("grpo.max", "eval.max") if not key.startswith(name)]
         command = [*experiment, f"model.name={folder}", *others]
         with pytest.raises(ConfigError, match=rf"{key}=60: with the longest prompt .* is for 64; lower it") as refused:
-            prepare(typed(compose_config([*command, f"{key}=60"])))
+            build_experiment(typed(compose_config([*command, f"{key}=60"])))
         fits = int(re.search(r"lower it to (\d+)", str(refused.value))[1])
-        prepare(typed(compose_config([*command, f"{key}={fits}"])))
+        build_experiment(typed(compose_config([*command, f"{key}={fits}"])))
         with pytest.raises(ConfigError, match=f"lower it to {fits}"):
-            prepare(typed(compose_config([*command, f"{key}={fits + 1}"])))
+            build_experiment(typed(compose_config([*command, f"{key}={fits + 1}"])))
     assert caplog.text == ""
-    prepare(typed(compose_config([*experiment, "grpo.max_completion_length=512"])))  # rotary positions of 512
+    build_experiment(typed(compose_config([*experiment, "grpo.max_completion_length=512"])))  # rotary positions of 512
     assert "is for 512; lower it to " in caplog.text
 
 
@@ -499,7 +499,7 @@ def test_a_launch_is_tracked_with_every_row_the_evaluations_and_completions(laun
 def test_after_any_number_of_kills_the_tracked_history_is_that_of_the_metrics(launch, tmp_path):
     settings = [*SETTINGS, "tracking=offline", "eval.every=3", "eval.before=true", "eval.max_problems=2", "run_dir=run"]
     for call in ("3", "2", "4"):
-        fault = ("grpo.training.trainer.Trainer.record", call, "kill")
+        fault = ("grpo.training.recorder.Recorder.step", call, "kill")
         assert launch(*settings, "resume=auto", cwd=tmp_path, fault=fault).returncode == -9
     assert launch(*settings, "resume=auto", cwd=tmp_path).returncode == 0
     folders = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"), key=lambda path: path.stat().st_mtime)

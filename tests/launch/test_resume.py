@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from grpo.config.errors import ConfigError
-from grpo.runs.checkpoint import stored_tensors
+from grpo.runs.checkpoint import StoredTensors
 from grpo.training.train import check_until
 from tests.launches import SETTINGS, assert_same_run, launch, rows, start, status, wait_for_step
 
@@ -59,7 +59,7 @@ def test_resume_with_lora_is_bitwise_equal(tmp_path):
     fault = ("grpo.training.trainer.apply_gradient", "12", "kill")  # two a step: in step 6
     assert launch(*settings, f"run_dir={killed}", cwd=tmp_path, fault=fault).returncode != 0
     assert [row["step"] for row in rows(killed)] == [1, 2, 3, 4, 5]
-    names = {name for name, _ in stored_tensors(killed / "checkpoints" / "step_000004" / "model.safetensors")}
+    names = set(StoredTensors(killed / "checkpoints" / "step_000004" / "model.safetensors"))
     assert names
     assert all("lora_" in name for name in names)
     result = launch("resume=true", f"run_dir={killed}", cwd=tmp_path)

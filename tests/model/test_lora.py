@@ -11,8 +11,9 @@ from grpo.model.loading import copy_in_dtype, load_model, refresh
 from grpo.model.logps import completion_logps
 from grpo.model.lora import add_adapter, check_adapter, save_adapter, switch_adapter
 from grpo.model.packed import checkpoint_layers
+from grpo.rollout.engine import Sampling
 from grpo.rollout.llama_decoder import is_lean
-from grpo.rollout.native import CachedDecoder, LeanDecoder, Sampling, completion_mask, rollout
+from grpo.rollout.native import CachedDecoder, LeanDecoder, completion_mask, rollout
 from tests.oracles import completion_logps_unshared
 from tests.tiny_model import plain_completions, tiny_config
 
@@ -71,11 +72,11 @@ def test_decoding_with_an_adapter_is_that_of_transformers(tokenizer, prompts, mo
     model = adapted(replace(SETTINGS, target_modules=modules))
     assert is_lean(model)
     greedy = Sampling(24, 0.0, (tokenizer.eos_token_id,), tokenizer.pad_token_id)
-    ours = rollout(model, prompts, 1, greedy, seed=1, step=1, token_budget=10**6)
+    ours = rollout(model, prompts, greedy, group_size=1, keys=torch.zeros(3, 2, dtype=torch.int32), token_budget=10**6)
     theirs = model.generate(prompts.ids, attention_mask=prompts.mask, max_new_tokens=24, do_sample=False)
     theirs = theirs[:, prompts.ids.shape[1] :]
     width = max(ours.ids.shape[1], theirs.shape[1])
-    pad = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in (ours.ids, ours.mask, theirs)]
+    pad = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in (ours.ids, ours.attention_mask, theirs)]
     assert torch.equal(pad[0] * pad[1], pad[2] * completion_mask(pad[2], greedy.stop_ids))
 
 

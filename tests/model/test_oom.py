@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from grpo.model.oom import Cut, out_of_memory
+from grpo.model.oom import TokenBudget, out_of_memory
 
 
 def runs_out_above(limit, sizes):
@@ -17,32 +17,32 @@ def runs_out_above(limit, sizes):
 
 
 def test_tokens_are_halved_until_they_fit_and_stay_so():
-    sizes, reduced = [], {}
-    cut = Cut({"update": 13, "rollout": 8}, reduced)
-    assert cut.run("update", runs_out_above(4, sizes), 1, 100) == 3
-    assert cut.run("update", runs_out_above(4, sizes), 1, 100) == 3
+    sizes, budget = [], TokenBudget("update", 13)
+    assert budget.state_dict() == {}
+    assert budget.run(runs_out_above(4, sizes), 1, 100) == 3
+    assert budget.run(runs_out_above(4, sizes), 1, 100) == 3
     assert sizes == [13, 6, 3, 3]
-    assert reduced == {"update": {"from": 13, "to": 3}}
-    assert cut.tokens("rollout") == 8
+    assert budget.state_dict() == {"from": 13, "to": 3}
 
 
 def test_what_was_reduced_holds_only_for_the_size_it_was_reduced_from():
-    reduced = {"update": {"from": 8, "to": 2}}
-    assert Cut({"update": 8}, reduced).tokens("update") == 2
-    assert Cut({"update": 16}, reduced).tokens("update") == 16  # set anew by the user
+    for configured, tokens in ((8, 2), (16, 16)):  # the latter set by the user since
+        budget = TokenBudget("update", configured)
+        budget.load_state_dict({"from": 8, "to": 2})
+        assert budget.tokens == tokens
 
 
 def test_a_budget_larger_than_the_work_is_halved_from_the_work():
-    sizes, reduced = [], {}
-    Cut({"update": 10**6}, reduced).run("update", runs_out_above(500, sizes), 100, 900)
+    sizes, budget = [], TokenBudget("update", 10**6)
+    budget.run(runs_out_above(500, sizes), 100, 900)
     assert sizes == [10**6, 450]
-    assert reduced == {"update": {"from": 10**6, "to": 450}}
+    assert budget.state_dict() == {"from": 10**6, "to": 450}
 
 
 def test_one_completion_that_does_not_fit_is_an_error_with_the_mend():
     sizes = []
     with pytest.raises(RuntimeError, match=r"out of memory in the rollout with one completion at a time; lower grpo"):
-        Cut({"rollout": 200}).run("rollout", runs_out_above(0, sizes), 60, 1000)
+        TokenBudget("rollout", 200).run(runs_out_above(0, sizes), 60, 1000)
     assert sizes == [200, 100, 50]
 
 
@@ -51,7 +51,7 @@ def test_other_errors_pass():
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        Cut({"update": 4}).run("update", work, 1, 4)
+        TokenBudget("update", 4).run(work, 1, 4)
 
 
 def test_a_real_lack_of_memory_is_recognised():

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +18,7 @@ from grpo.model.loading import load_model
 from grpo.model.logps import completion_logps
 from grpo.model.lora import add_adapter
 from grpo.rollout.mps_check import check_decoding, check_device
-from grpo.training.experiment import prepare
+from grpo.training.experiment import build_experiment
 from grpo.training.trainer import Trainer
 from grpo.training.update import Batch
 from tests.launches import SETTINGS
@@ -44,21 +45,22 @@ def test_sampling_and_an_update_use_no_growing_cache_and_no_float64(monkeypatch,
     """All of a step but the scoring of texts, which is the processor's everywhere."""
     threads = torch.get_num_threads()
     overrides = [*SETTINGS, "tuning=lora", f"hardware.compute_dtype={compute}"]
-    trainer = Trainer(prepare(typed(compose_config(overrides))))
-    check_decoding(trainer.policy)
+    trainer = Trainer(build_experiment(typed(compose_config(overrides))))
+    check_decoding(trainer.master)
 
     def refuse(self, *args, **kwargs):
         raise AssertionError("a growing cache was made")
 
     monkeypatch.setattr(DynamicCache, "__init__", refuse)
     monkeypatch.setattr(packed, "_takes_groups", lambda device, masked: False)
-    setup = trainer.setup
-    prompts = setup.prompt_batch(setup.conversations(setup.problems.train[:3]))
+    experiment = trainer.experiment
+    prompts = experiment.prompts(experiment.conversations(experiment.problems.train[:3]))
+    keys = experiment.keys(1, np.arange(3), group_size=2)
     try:
         with Dtypes() as dtypes:
-            completions = setup.complete(trainer.worker, prompts, trainer.sampling, trainer.cut, group_size=2, step=1)
+            completions = trainer.engine.generate(prompts, trainer.sampling, group_size=2, keys=keys)
             batch = Batch(prompts, completions, torch.tensor([1.0, -1.0] * 3), torch.zeros(completions.ids.shape))
-            assert all(trainer._update(batch)[2] for _ in range(2))
+            assert all(update.finite for _ in range(2) for update in trainer._update_policy(batch))
             completion_logps(trainer.reference, prompts, completions, 1.0)
     finally:
         torch.set_num_threads(threads)

@@ -1,19 +1,22 @@
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.batch import Prompts, split_rows
+from grpo.counter_rng import group_keys
 from grpo.model.linear import use_onednn
 from grpo.model.packed import try_packing
 from grpo.rollout import llama_decoder as lean_module
 from grpo.rollout import native as engine
 from grpo.rollout.cuda_graph import recorded
+from grpo.rollout.engine import Sampling
 from grpo.rollout.llama_decoder import LeanDecoder, is_lean
-from grpo.rollout.native import CachedDecoder, Sampling, completion_mask, rollout
+from grpo.rollout.native import CachedDecoder, completion_mask, rollout
 from tests.oracles import completion_logps_unshared
 
 
@@ -23,7 +26,8 @@ def sampling(tokenizer):
 
 
 def sample(model, prompts, sampling, generations=4, seed=1, step=1, token_budget=10**6, **how):
-    return rollout(model, prompts, generations, sampling, seed=seed, step=step, token_budget=token_budget, **how)
+    keys = group_keys(seed, step, np.arange(len(prompts.ids)), generations)
+    return rollout(model, prompts, sampling, group_size=generations, keys=keys, token_budget=token_budget, **how)
 
 
 def test_greedy_decoding_is_that_of_transformers(model, tokenizer, prompts, sampling):
@@ -64,7 +68,7 @@ def test_tokens_are_drawn_from_the_models_distribution(model, prompts, sampling)
     """The first token of many completions of one prompt, against the model's own probabilities."""
     one = Prompts(prompts.ids[:1], prompts.mask[:1])
     first = replace(sampling, max_new_tokens=1, temperature=1.7)
-    drawn = rollout(model, one, 4000, first, seed=3, step=1, token_budget=10**6).ids[:, 0]
+    drawn = sample(model, one, first, generations=4000, seed=3).ids[:, 0]
     probabilities = (model(one.ids, attention_mask=one.mask).logits[0, -1].double() / 1.7).softmax(0)
     common = probabilities * 4000 >= 5
     expected = torch.cat([probabilities[common], probabilities[~common].sum()[None]]) * 4000
@@ -112,7 +116,7 @@ def test_completions_are_as_likely_as_their_temperature_says(model, prompts, sam
 def test_sampling_finds_the_log_probabilities_that_the_training_pass_finds(model, prompts, sampling):
     warm = replace(sampling, temperature=0.7, min_new_tokens=3)
     completions = sample(model, prompts, warm)
-    expected = completion_logps_unshared(model, prompts, completions, torch.arange(3).repeat_interleave(4), 0.7).logps
+    expected = completion_logps_unshared(model, prompts, completions, 0.7).logps
     torch.testing.assert_close(completions.sampling_logps, expected.detach(), rtol=1e-4, atol=1e-4)
 
 
@@ -122,7 +126,7 @@ def test_lean_decoding_gives_the_tokens_of_the_plain_way(plain_model, fast_model
         sample(each, prompts, replace(sampling, temperature=temperature), 8) for each in (fast_model, plain_model)
     )
     assert lean.ids.shape[1] == plain.ids.shape[1]
-    assert torch.equal(lean.ids * lean.mask, plain.ids * plain.mask)
+    assert torch.equal(lean.ids * lean.attention_mask, plain.ids * plain.attention_mask)
 
 
 def model_of_the_family(kind, tied):
@@ -251,6 +255,6 @@ def test_when_finished_rows_are_looked_for_and_dropped_changes_nothing(model, pr
     monkeypatch.setattr(engine, "ON_CPU", habits)
     seldom = sample(model, prompts, sampling, generations=8)
     width = expected.ids.shape[1]
-    assert torch.equal(seldom.ids[:, :width] * expected.mask, expected.ids * expected.mask)
-    assert torch.equal(seldom.mask.sum(dim=1), expected.mask.sum(dim=1))
+    assert torch.equal(seldom.ids[:, :width] * expected.attention_mask, expected.ids * expected.attention_mask)
+    assert torch.equal(seldom.lengths, expected.lengths)
     torch.testing.assert_close(seldom.sampling_logps[:, :width], expected.sampling_logps, rtol=1e-4, atol=1e-5)

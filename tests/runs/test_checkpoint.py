@@ -23,6 +23,7 @@ from grpo.config.errors import ConfigError
 from grpo.config.schema import CheckpointConfig, ModelConfig
 from grpo.model.loading import load_model
 from grpo.runs.checkpoint import (
+    StoredTensors,
     TrainerState,
     broken,
     check_optimizer,
@@ -31,6 +32,7 @@ from grpo.runs.checkpoint import (
     load_optimizer,
     load_state,
     load_weights,
+    read_checkpoint,
     reference_of,
     step_folder,
     step_folders,
@@ -65,15 +67,29 @@ def settings(keep_last=100, keep_every=0, overlap=False):
     return CheckpointConfig(every=1, keep_last=keep_last, keep_every=keep_every, keep_best=True, overlap=overlap)
 
 
+def saved(model, optimizer, reference, state):
+    """What a trainer hands over to be saved."""
+    return {
+        "model": weights_of(model),
+        "optimizer": flatten_optimizer(optimizer),
+        "reference": None if reference is None else weights_of(reference),
+        "trainer": state,
+    }
+
+
 def save_checkpoint(folder, model, optimizer, reference, state):
     """What a run that has just begun would save."""
     with closing(Saver(folder, settings(), TrainerState())) as saver:
-        saver.save(model, optimizer, reference, state)
+        saver.save(saved(model, optimizer, reference, state))
     return step_folder(folder, state.step)
 
 
 def save_best(folder, model, state):
-    Saver(folder, settings(), TrainerState()).save_best(model, state)
+    Saver(folder, settings(), TrainerState()).save_best({"model": weights_of(model), "trainer": state})
+
+
+def stored(folder, name="model"):
+    return StoredTensors(folder / f"{name}.safetensors")
 
 
 def save_steps(folder, *steps):
@@ -98,8 +114,8 @@ def test_weights_and_optimizer_of_a_language_model_come_back_bitwise(tmp_path):
     fresh = load_model(config, torch.device("cpu"))
     fresh_optimizer = adamw(fresh)
     assert not torch.equal(fresh.model.norm.weight, model.model.norm.weight)
-    load_weights(checkpoint, fresh)
-    load_optimizer(checkpoint, fresh_optimizer)
+    load_weights(stored(checkpoint), fresh)
+    load_optimizer(stored(checkpoint, "optimizer"), fresh_optimizer)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
     assert load_state(checkpoint) == state
 
@@ -118,7 +134,7 @@ def test_special_values_survive_bit_for_bit(tmp_path):
         model.weight.view(torch.int32).copy_(torch.tensor([[1, -2147483648, 0x7F800000], [-1, 0x7FC00001, 12345]]))
     checkpoint = save_checkpoint(tmp_path, model, adamw(model), None, TrainerState(step=1))
     fresh = nn.Linear(3, 2)
-    load_weights(checkpoint, fresh)
+    load_weights(stored(checkpoint), fresh)
     assert bits(weights_of(fresh)) == bits(weights_of(model))
 
 
@@ -133,24 +149,24 @@ def test_the_reference_is_stored_once_an_iteration_and_goes_with_the_last_checkp
     model, reference = small_model(), nn.Linear(3, 2)
     optimizer = adamw(model)
     saver = Saver(tmp_path, settings(keep_last=2), TrainerState())
-    saver.save(model, optimizer, None, TrainerState(step=1, iteration=1))
-    saver.save(model, optimizer, reference, TrainerState(step=2, iteration=2))
+    saver.save(saved(model, optimizer, None, TrainerState(step=1, iteration=1)))
+    saver.save(saved(model, optimizer, reference, TrainerState(step=2, iteration=2)))
     assert sorted(path.name for path in step_folder(tmp_path, 1).iterdir()) == sorted(FILES)
     assert sorted(path.name for path in step_folder(tmp_path, 2).iterdir()) == sorted(FILES)
     assert reference_of(step_folder(tmp_path, 1)) is None
-    stored = reference_of(step_folder(tmp_path, 2))
-    assert stored.name == "reference_000002"
-    written = (stored / "model.safetensors").stat()
-    saver.save(model, optimizer, reference, TrainerState(step=3, iteration=2))
-    assert (stored / "model.safetensors").stat() == written
-    assert reference_of(step_folder(tmp_path, 3)) == stored
+    reference_folder = reference_of(step_folder(tmp_path, 2))
+    assert reference_folder.name == "reference_000002"
+    written = (reference_folder / "model.safetensors").stat()
+    saver.save(saved(model, optimizer, reference, TrainerState(step=3, iteration=2)))
+    assert (reference_folder / "model.safetensors").stat() == written
+    assert reference_of(step_folder(tmp_path, 3)) == reference_folder
     fresh = nn.Linear(3, 2)
-    load_weights(stored, fresh)
+    load_weights(stored(reference_folder), fresh)
     assert bits(weights_of(fresh)) == bits(weights_of(reference))
 
-    saver.save(model, optimizer, reference, TrainerState(step=4, iteration=3))
-    assert stored.exists()  # step 3 needs it
-    saver.save(model, optimizer, reference, TrainerState(step=5, iteration=3))
+    saver.save(saved(model, optimizer, reference, TrainerState(step=4, iteration=3)))
+    assert reference_folder.exists()  # step 3 needs it
+    saver.save(saved(model, optimizer, reference, TrainerState(step=5, iteration=3)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reference_000003", "step_000004", "step_000005"]
 
 
@@ -167,7 +183,7 @@ def test_a_run_that_goes_on_does_not_write_its_reference_again(tmp_path):
     save_checkpoint(tmp_path, model, adamw(model), model, TrainerState(step=2, iteration=2))
     written = (tmp_path / "reference_000002" / "model.safetensors").stat()
     saver = Saver(tmp_path, settings(), TrainerState(step=2, iteration=2))
-    saver.save(model, adamw(model), model, TrainerState(step=3, iteration=2))
+    saver.save(saved(model, adamw(model), model, TrainerState(step=3, iteration=2)))
     assert (tmp_path / "reference_000002" / "model.safetensors").stat() == written
     assert broken(step_folder(tmp_path, 3)) is None
 
@@ -180,7 +196,7 @@ def test_the_state_of_plain_gradient_descent_comes_back_too(tmp_path):
         folder = tmp_path / str(momentum)
         checkpoint = save_checkpoint(folder, model, optimizer, None, TrainerState(step=1))
         fresh = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
-        load_optimizer(checkpoint, fresh)
+        load_optimizer(stored(checkpoint, "optimizer"), fresh)
         assert bits(flatten_optimizer(fresh)) == bits(flatten_optimizer(optimizer))
         assert bool(flatten_optimizer(fresh)) == (momentum > 0)
 
@@ -210,9 +226,9 @@ def test_plain_numbers_that_an_optimizer_keeps_come_back_exactly(tmp_path):
         train_a_step(model, optimizer, seed)
     assert sorted(flatten_optimizer(optimizer)) == ["0.count", "0.sum", "1.count", "1.sum", "group.0.d", "group.0.k"]
     checkpoint = save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=1))
-    check_optimizer(checkpoint, WithNumbers(model.parameters(), lr=0.7))
+    check_optimizer(read_checkpoint(checkpoint), WithNumbers(model.parameters(), lr=0.7))
     fresh = WithNumbers(model.parameters(), lr=0.7)
-    load_optimizer(checkpoint, fresh)
+    load_optimizer(stored(checkpoint, "optimizer"), fresh)
     expected = optimizer.state_dict()
     expected["param_groups"][0]["lr"] = 0.7  # a setting, which the config gives
     assert fresh.state_dict() == expected
@@ -227,7 +243,7 @@ def test_settings_of_an_optimizer_are_not_in_its_state_and_its_own_checkpoint_fi
     train_a_step(model, optimizer, seed=1)
     assert not any(key.startswith("group") for key in flatten_optimizer(optimizer))
     checkpoint = save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=1))
-    check_optimizer(checkpoint, make(list(model.named_parameters()), lr=0.1))
+    check_optimizer(read_checkpoint(checkpoint), make(list(model.named_parameters()), lr=0.1))
 
 
 CHANGES = {
@@ -249,15 +265,15 @@ def test_optimizer_state_that_does_not_fit_is_refused_before_it_is_loaded(tmp_pa
     checkpoint = save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=1))
     save_file(CHANGES[change](flatten_optimizer(optimizer)), checkpoint / "optimizer.safetensors")
     with pytest.raises(ConfigError, match=r"optimizer\.safetensors is not the state of this optimizer and model: "):
-        check_optimizer(checkpoint, adamw(small_model()))
+        check_optimizer(read_checkpoint(checkpoint), adamw(small_model()))
 
 
 def test_a_run_whose_steps_were_all_skipped_has_an_empty_state_that_fits(tmp_path):
     model = small_model()
     checkpoint = save_checkpoint(tmp_path, model, adamw(model), None, TrainerState(step=2, skipped_in_a_row=2))
-    check_optimizer(checkpoint, adamw(small_model()))
+    check_optimizer(read_checkpoint(checkpoint), adamw(small_model()))
     fresh = adamw(model)
-    load_optimizer(checkpoint, fresh)
+    load_optimizer(stored(checkpoint, "optimizer"), fresh)
     assert len(fresh.state) == 0
 
 
@@ -265,8 +281,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     with_bias, without = nn.Linear(3, 2), nn.Linear(3, 2, bias=False)
     for step, ours, theirs in ((1, with_bias, without), (2, without, with_bias)):
         checkpoint = save_checkpoint(tmp_path, ours, adamw(ours), None, TrainerState(step=step))
-        with pytest.raises(RuntimeError, match=r"does not fit the model: it (lacks|has no) bias"):
-            load_weights(checkpoint, theirs)
+        with pytest.raises(RuntimeError, match=r"does not fit the model(, which has no|: it lacks) bias"):
+            load_weights(stored(checkpoint), theirs)
 
 
 def test_a_checkpoint_holds_no_pickle(tmp_path):
@@ -418,11 +434,11 @@ def test_a_run_that_cannot_save_ends_after_a_number_of_tries(tmp_path):
     saver = Saver(tmp_path / "checkpoints", settings(), TrainerState())
     for step in range(1, TRIES + 1):
         saver.check()
-        saver.save(model, adamw(model), None, TrainerState(step=step))
+        saver.save(saved(model, adamw(model), None, TrainerState(step=step)))
     with pytest.raises(RuntimeError, match=r"the last 5 checkpoints could not be written to .*make room there"):
         saver.check()
     (tmp_path / "checkpoints").unlink()
-    saver.save(model, adamw(model), None, TrainerState(step=9))
+    saver.save(saved(model, adamw(model), None, TrainerState(step=9)))
     saver.check()
 
 
@@ -441,7 +457,7 @@ def test_a_save_killed_at_any_file_operation_leaves_the_one_before_or_the_new_on
         from pathlib import Path
         import torch
         from grpo.config.schema import CheckpointConfig
-        from grpo.runs.checkpoint import TrainerState
+        from grpo.runs.checkpoint import TrainerState, flatten_optimizer, weights_of
         from grpo.runs.saver import Saver
         folder, overlap = Path(sys.argv[1]), sys.argv[2] == "True"
         settings = CheckpointConfig(every=1, keep_last=1, keep_every=0, keep_best=True, overlap=overlap)
@@ -461,7 +477,12 @@ def test_a_save_killed_at_any_file_operation_leaves_the_one_before_or_the_new_on
                             os._exit(9)
                 sys.addaudithook(die_at_the_nth)
                 saver = Saver(folder / str(n), settings, TrainerState(step=1, iteration=1))
-                saver.save(model, optimizer, model, TrainerState(step=2, iteration=2))
+                saver.save({
+                    "model": weights_of(model),
+                    "optimizer": flatten_optimizer(optimizer),
+                    "reference": weights_of(model),
+                    "trainer": TrainerState(step=2, iteration=2),
+                })
                 saver.close()
                 os._exit(0)
             if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
@@ -484,7 +505,7 @@ def test_a_save_killed_at_any_file_operation_leaves_the_one_before_or_the_new_on
         folder = tmp_path / "kills" / str(n)
         model = small_model()
         saver = Saver(folder, settings(keep_last=1), load_state(latest_checkpoint(folder)))
-        saver.save(model, adamw(model), model, TrainerState(step=3, iteration=2))
+        saver.save(saved(model, adamw(model), model, TrainerState(step=3, iteration=2)))
         assert sorted(path.name for path in folder.iterdir()) == ["reference_000002", "step_000003"]
         assert broken(step_folder(folder, 3)) is None
 
@@ -513,13 +534,13 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it_and_the_next_one_suc
     model = Large()
     optimizer = adamw(model)
     saver = Saver(tmp_path, settings(keep_last=1, overlap=overlap), TrainerState())
-    saver.save(model, optimizer, None, TrainerState(step=1, iteration=1))
+    saver.save(saved(model, optimizer, None, TrainerState(step=1, iteration=1)))
     saver.close()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
-        saver.save(model, optimizer, None, TrainerState(step=2, iteration=1))
+        saver.save(saved(model, optimizer, None, TrainerState(step=2, iteration=1)))
         saver.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -528,7 +549,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it_and_the_next_one_suc
     assert "File too large" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
     assert broken(step_folder(tmp_path, 1)) is None
-    saver.save(model, optimizer, None, TrainerState(step=2, iteration=1))
+    saver.save(saved(model, optimizer, None, TrainerState(step=2, iteration=1)))
     saver.close()
     assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
 
@@ -547,14 +568,14 @@ def test_what_is_written_beside_training_is_what_was_there_when_it_began(tmp_pat
     saver = Saver(tmp_path, settings(overlap=True), TrainerState())
     state = TrainerState(step=1, iteration=1)
     expected = bits(weights_of(model)), bits(flatten_optimizer(optimizer))
-    saver.save(model, optimizer, None, state)
+    saver.save(saved(model, optimizer, None, state))
     train_a_step(model, optimizer, seed=2)
     state.step = 2
     saver.close()
     fresh = nn.Linear(3, 2)
     fresh_optimizer = adamw(fresh)
-    load_weights(step_folder(tmp_path, 1), fresh)
-    load_optimizer(step_folder(tmp_path, 1), fresh_optimizer)
+    load_weights(stored(step_folder(tmp_path, 1)), fresh)
+    load_optimizer(stored(step_folder(tmp_path, 1), "optimizer"), fresh_optimizer)
     assert (bits(weights_of(fresh)), bits(flatten_optimizer(fresh_optimizer))) == expected
     assert load_state(step_folder(tmp_path, 1)).step == 1
 
@@ -592,7 +613,7 @@ def test_best_is_replaced_whole(tmp_path):
         model.weight.fill_(7.0)
     save_best(tmp_path, model, TrainerState(step=5, best_accuracy=0.5))
     fresh = nn.Linear(3, 2)
-    load_weights(tmp_path / "best", fresh)
+    load_weights(stored(tmp_path / "best"), fresh)
     assert fresh.weight.tolist() == [[7.0] * 3] * 2
     assert load_state(tmp_path / "best").best_accuracy == 0.5
     assert broken(tmp_path / "best") is None

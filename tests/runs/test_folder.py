@@ -49,7 +49,7 @@ def config():
 def folder(tmp_path):
     """A run folder with metrics of four steps."""
     run = RunFolder(tmp_path)
-    run.cut_metrics(0)
+    run.truncate_metrics(0)
     for row in ROWS:
         run.append_metrics(row)
     return run
@@ -110,16 +110,16 @@ def test_a_torn_last_line_is_dropped_and_the_next_row_starts_a_line_of_its_own(f
     with folder.metrics_file.open("a") as file:
         file.write(torn)
     assert folder.metrics() == ROWS
-    assert folder.cut_metrics(4) == ROWS
+    assert folder.truncate_metrics(4) == ROWS
     folder.append_metrics({"step": 5, "loss": 0.2})
     lines = folder.metrics_file.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
 
 
 def test_rows_after_the_step_of_the_checkpoint_are_cut(folder):
-    assert folder.cut_metrics(2) == ROWS[:2]
+    assert folder.truncate_metrics(2) == ROWS[:2]
     assert folder.metrics_file.read_text() == "".join(json.dumps(row) + "\n" for row in ROWS[:2])
-    assert folder.cut_metrics(0) == []
+    assert folder.truncate_metrics(0) == []
     assert folder.metrics_file.read_text() == ""
 
 
@@ -157,7 +157,7 @@ def test_damaged_metrics_are_refused_and_not_touched(folder, damage, said):
     damaged = damage(folder.metrics_file.read_bytes())
     folder.metrics_file.write_bytes(damaged)
     with pytest.raises(ConfigError, match=rf"metrics\.jsonl,? {said}"):
-        folder.cut_metrics(4)
+        folder.truncate_metrics(4)
     assert folder.metrics_file.read_bytes() == damaged
 
 

@@ -109,7 +109,7 @@ def test_arms_stop_early_and_the_best_one_is_the_run_that_it_would_have_been(str
 
 def test_killed_anywhere_it_goes_on_to_the_same_decisions(straight):
     cwd, _ = straight
-    fault = ("grpo.training.trainer.problems_of_step", "6", "kill")  # of 8 steps in all: in the second rung
+    fault = ("grpo.training.trainer.group_keys", "6", "kill")  # of 8 steps in all: in the second rung
     assert launch("-m", *HALVING, "sweep_dir=killed", cwd=cwd, fault=fault).returncode == -9
     made = [RunFolder(cwd / "killed" / job["folder"]) for job in SweepFolder(cwd / "killed").jobs()]
     assert all(run.status()["seconds"] > sum(row["step_time"] for row in run.metrics()) for run in made)

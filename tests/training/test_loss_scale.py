@@ -1,18 +1,17 @@
 """Arithmetic in float16: the loss is scaled, so that its gradient neither vanishes nor overflows."""
 
 import copy
-from functools import partial
 
 import pytest
 import torch
 
-from grpo.algorithm.loss import grpo_loss
+from grpo.algorithm.objective import Objective
 from grpo.batch import Prompts
 from grpo.config.checks import typed
 from grpo.config.compose import compose_config
 from grpo.model.loading import load_model
 from grpo.runs.checkpoint import load_state
-from grpo.training.experiment import prepare
+from grpo.training.experiment import build_experiment
 from grpo.training.trainer import Trainer
 from grpo.training.update import Batch, LossScale, accumulate_gradient, apply_gradient
 from tests.launches import SETTINGS, assert_same_run, launch, rows
@@ -24,7 +23,7 @@ def trainer():
     """Of a run in float16 over float32 weights."""
     overrides = [*SETTINGS, "hardware.compute_dtype=float16", "grpo.lr_schedule=constant", "grpo.warmup_steps=0"]
     threads = torch.get_num_threads()
-    yield lambda: Trainer(prepare(typed(compose_config(overrides))))
+    yield lambda: Trainer(build_experiment(typed(compose_config(overrides))))
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
 
@@ -37,13 +36,15 @@ def test_the_scale_is_of_the_gradient_alone_and_taken_back():
         plain_completions(ids, torch.arange(4) // 2),
         torch.tensor([1.0, -1.0, 0.5, -0.5]),
     )
-    objective = partial(grpo_loss, beta=0.0, epsilon=0.1)
+    numbers = {"beta": 0.0, "epsilon_low": 0.1, "epsilon_high": 0.1}
+    objective = Objective(ratio="token", surrogate="clip", reduction="row", kl="k3", **numbers)
     results = []
     for scale in (1.0, 1024.0):
         scaled = copy.deepcopy(model)
-        metrics, _ = accumulate_gradient(
-            scaled, objective, batch, temperature=1.0, token_budget=10**4, loss_scale=scale
-        )
+        counts = batch.counts(max_length=9)
+        metrics = accumulate_gradient(
+            scaled, objective, batch, counts, temperature=1.0, token_budget=10**4, loss_scale=scale
+        ).means()
         first = next(scaled.parameters()).grad.clone()
         optimizer = torch.optim.SGD(scaled.parameters(), lr=0.1)
         norm, made = apply_gradient(scaled, optimizer, metrics["loss"], max_grad_norm=0.5, loss_scale=scale)
@@ -61,10 +62,10 @@ def test_a_gradient_that_overflows_is_computed_again_with_half_the_scale(trainer
     overflowing.loss_scale = LossScale(2.0**40)
     row = overflowing.step(1).row
     assert 1 <= row["loss_scale"] < 2.0**40
-    straight, start = trainer(), trainer().policy
+    straight, start = trainer(), trainer().master
     straight.loss_scale = LossScale(row["loss_scale"])
     assert straight.step(1).row["grad_norm"] == row["grad_norm"]
-    weights = zip(overflowing.policy.parameters(), straight.policy.parameters(), start.parameters(), strict=True)
+    weights = zip(overflowing.master.parameters(), straight.master.parameters(), start.parameters(), strict=True)
     assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in weights)
 
 
@@ -72,7 +73,7 @@ def test_what_no_scale_makes_finite_is_a_skipped_step_and_costs_the_next_ones_a_
     skipping = trainer()
     monkeypatch.setattr("grpo.training.trainer.apply_gradient", lambda *_: (float("inf"), False))
     assert skipping.step(1).skipped is not None
-    assert skipping.state.loss_scale == {"value": 2.0**15, "updates": 0}
+    assert skipping.state_dict()["trainer"].loss_scale == {"value": 2.0**15, "updates": 0}
 
 
 def test_the_scale_grows_after_many_updates():

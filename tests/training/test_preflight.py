@@ -7,7 +7,8 @@ import torch
 
 from grpo.config.checks import typed
 from grpo.config.compose import compose_config
-from grpo.training.experiment import prepare
+from grpo.data.sampler import PromptSampler
+from grpo.training.experiment import build_experiment
 from grpo.training.preflight import lines, preflight, warnings
 from tests.launches import SETTINGS, assert_same_run, launch
 
@@ -22,6 +23,7 @@ FINE = {
     "frac_reward_zero_std": 0.25,
     "completions/mean_length": 80.0,
     "completions/clipped_ratio": 0.1,
+    "max_completion_length": 512,
     "prompt_lengths": {"min": 20, "median": 50.5, "max": 99},
     "seconds": 1.0,
 }
@@ -32,8 +34,10 @@ def found():
     """Pre-flight with these overrides."""
 
     def run(*overrides):
-        setup = prepare(typed(compose_config([*SETTINGS, *overrides])))
-        return setup, preflight(setup.load_policy(), setup, setup.cut())
+        experiment = build_experiment(typed(compose_config([*SETTINGS, *overrides])))
+        model = experiment.load_policy()
+        sampler = PromptSampler(experiment.problems.train, experiment.config.seed)
+        return experiment, preflight(experiment.build_engine(model), experiment.sampling(model), sampler, experiment)
 
     threads = torch.get_num_threads()
     yield run
@@ -42,15 +46,15 @@ def found():
 
 
 def test_it_is_what_the_completions_of_the_first_steps_problems_earn(found):
-    setup, result = found("grpo.batch_size=9", "grpo.num_generations=16")
+    experiment, result = found("grpo.batch_size=9", "grpo.num_generations=16")
     assert (result["prompts"], result["completions"]) == (8, 128)
     parts = result["components"]
     assert result["reward"] == pytest.approx(sum(part["mean"] for part in parts.values()))
     assert 0 < parts["correctness"]["nonzero"] < 1
     # The embedded model's tags: a mean of 0.8 times the share that has all four, and less for some.
     assert parts["format"]["mean"] <= 0.8 * parts["format"]["nonzero"]
-    texts = setup.conversations(setup.problems.train)
-    lengths = [int(setup.prompt_batch([text]).mask.sum()) for text in texts]
+    texts = experiment.conversations(experiment.problems.train)
+    lengths = [int(experiment.prompts([text]).mask.sum()) for text in texts]
     assert (result["prompt_lengths"]["min"], result["prompt_lengths"]["max"]) == (min(lengths), max(lengths))
     assert result["warnings"] == []
 
@@ -75,17 +79,17 @@ def test_a_component_that_nothing_earns_is_seen(found):
     [
         ({}, None),
         ({"frac_reward_zero_std": 0.8}, "80% of the groups have equal rewards"),
-        ({"completions/clipped_ratio": 0.5}, "50% of the completions are cut at 512 tokens"),
+        ({"completions/clipped_ratio": 0.5}, "50% of the completions are truncated at 512 tokens"),
         ({"components": {"mine": {"nonzero": 0.0, "mean": 0.0, "missing": 0.0}}}, "mine is 0 for all 32 completions"),
         ({"components": {"mine": {"nonzero": 0.0, "mean": None, "missing": 1.0}}}, "mine gave no value"),
         ({"components": {"mine": {"nonzero": 0.0, "mean": 0.0, "missing": 0.5}}}, "mine is 0 for all 32 completions"),
     ],
 )
 def test_what_stands_in_the_way_is_said_once_with_the_mend(change, said):
-    texts = warnings(FINE | change, 512)
+    texts = warnings(FINE | change)
     assert len(texts) == (said is not None)
     assert all(said in text for text in texts)
-    assert [line for line in lines(FINE | {"warnings": texts}, 512) if line.startswith("warning")] == [
+    assert [line for line in lines(FINE | {"warnings": texts}) if line.startswith("warning")] == [
         f"warning: {text}" for text in texts
     ]
 

@@ -1,18 +1,24 @@
 import copy
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.algorithm.loss import BatchCounts, LossOutput, grpo_loss
+from grpo.algorithm.objective import LossOutput, Objective
 from grpo.batch import Prompts
 from grpo.model.linear import use_onednn
 from grpo.model.packed import packs, try_packing
 from grpo.tiny import MODEL_DIR
-from grpo.training.update import Batch, accumulate_gradient, all_logps, apply_gradient, learning_rate
+from grpo.training.update import (
+    Batch,
+    accumulate_gradient,
+    all_logps,
+    apply_gradient,
+    evaluate_loss,
+    learning_rate,
+)
 from tests.launches import processes
 from tests.oracles import completion_logps_unshared
 from tests.tiny_model import plain_completions
@@ -45,12 +51,25 @@ def batch():
 WHOLE = 1000  # tokens: more than the batch has
 
 
+def grpo(beta=0.04):
+    """The default objective."""
+    numbers = {"beta": beta, "epsilon_low": 0.1, "epsilon_high": 0.1}
+    return Objective(ratio="token", surrogate="clip", reduction="row", kl="k3", **numbers)
+
+
+def accumulate(model, batch, token_budget, beta=0.04, objective=None, whole=None):
+    """What `accumulate_gradient` returns for a batch, or for a part of `whole`, and the gradient as one vector."""
+    model.zero_grad()
+    counts = (whole or batch).counts(max_length=12)
+    objective = objective or grpo(beta)
+    found = accumulate_gradient(model, objective, batch, counts, temperature=1.0, token_budget=token_budget)
+    return found, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
 def gradient_of(model, batch, token_budget, beta=0.04):
     """The metrics of the loss, and its gradient as one vector, which the model holds as well."""
-    objective = partial(grpo_loss, beta=beta, epsilon=0.1)
-    model.zero_grad()
-    metrics, _ = accumulate_gradient(model, objective, batch, temperature=1.0, token_budget=token_budget)
-    return metrics, torch.cat([p.grad.flatten() for p in model.parameters()])
+    found, gradient = accumulate(model, batch, token_budget, beta)
+    return found.means(), gradient
 
 
 @pytest.mark.parametrize("token_budget", [1, 10, 17, 25, 40])
@@ -71,45 +90,37 @@ def test_without_kl_a_group_of_equal_rewards_costs_no_backward_pass_and_changes_
     budget = 30 if packs(model) else 50  # a part for each group
     parts = batch.micro_batches(budget, packs(model))
     assert [sorted(rows.tolist()) for rows in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    counts = BatchCounts(8, int(batch.completions.completion_mask.sum()))
     model.zero_grad()
     entropy = 0.0
     expected_logps = torch.zeros(batch.completions.ids.shape)
     for rows in parts:
-        part = batch.part(rows)
-        found = part.logps(model, 1.0)
-        expected_logps[rows, : found.logps.shape[1]] = found.logps.detach()
-        entropy += float(found.entropy.sum())
-        args = part.old_logps, None, part.advantages, part.completions.completion_mask, counts
-        grpo_loss(found.logps, *args, beta=0.0, epsilon=0.1).loss.backward()
+        inputs, output = evaluate_loss(model, grpo(beta=0), batch.select(rows), batch.counts(12), 1.0, True)
+        expected_logps[rows, : inputs.logps.shape[1]] = inputs.logps.detach()
+        entropy += float((inputs.entropy * inputs.mask).sum())
+        output.loss.backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    read = []
+    has_graph = []
 
-    def objective(logps, *args):
-        read.append(not logps.is_leaf)
-        return grpo_loss(logps, *args, beta=0.0, epsilon=0.1)
+    def objective(inputs, counts):
+        has_graph.append(not inputs.logps.is_leaf)
+        return grpo(beta=0)(inputs, counts)
 
-    model.zero_grad()
-    metrics, logps = accumulate_gradient(model, objective, batch, temperature=1.0, token_budget=budget)
-    assert read == passes
-    assert torch.equal(logps, expected_logps)  # those of the second of two updates on a batch, too
-    assert torch.equal(torch.cat([p.grad.flatten() for p in model.parameters()]), expected)
-    assert metrics["entropy"] * counts.tokens == pytest.approx(entropy)
+    found, gradient = accumulate(model, batch, budget, objective=objective)
+    assert has_graph == passes
+    assert torch.equal(found.logps, expected_logps)  # those of the second of two updates on a batch, too
+    assert torch.equal(gradient, expected)
+    assert found.metrics["entropy"] == (pytest.approx(entropy), batch.completions.lengths.sum())
 
 
 def test_an_objective_with_more_to_it_than_advantages_gets_its_gradient(model, batch):
     batch = replace(batch, advantages=torch.zeros(8), ref_logps=None)
 
-    def objective(logps, old_logps, ref_logps, advantages, mask, counts):
-        return LossOutput((logps * mask).sum() / counts.tokens, {})
+    def objective(inputs, counts):
+        return LossOutput((inputs.logps * inputs.mask).sum() / counts.tokens, {})
 
-    gradients = []
-    for budget in (WHOLE, 30):
-        model.zero_grad()
-        accumulate_gradient(model, objective, batch, temperature=1.0, token_budget=budget)
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    whole, split = gradients
+    _, whole = accumulate(model, batch, WHOLE, objective=objective)
+    _, split = accumulate(model, batch, 30, objective=objective)
     assert whole.norm() > 0
     assert (split - whole).norm() / whole.norm() < 1e-5
 
@@ -126,23 +137,18 @@ def test_completions_of_like_length_are_together_and_a_prompt_is_not_read_more_o
         assert [len(batch.micro_batches(budget, shared)) for budget in (most, most - 1)] == [1, 2]
 
 
-def gradient_of_rows(batch, start, stop, file):
-    """What one of several processes does: the gradient of its rows, divided by the counts of the whole batch."""
+def accumulate_rows(batch, start, stop, file):
+    """What one of several processes does: the gradient and metrics of its rows, divided by the whole batch's counts."""
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
-    part = batch.part(torch.arange(start, stop))
-    counts = BatchCounts(rows=len(batch.completions.ids), tokens=int(batch.completions.completion_mask.sum()))
-    logps = part.logps(model, temperature=1.0).logps
-    mask, advantages = part.completions.completion_mask, part.advantages
-    settings = {"beta": 0.04, "epsilon": 0.1}
-    grpo_loss(logps, part.old_logps, part.ref_logps, advantages, mask, counts, **settings).loss.backward()
-    torch.save(torch.cat([p.grad.flatten() for p in model.parameters()]), file)
+    found, gradient = accumulate(model, batch.select(torch.arange(start, stop)), 20, whole=batch)
+    torch.save({"gradient": gradient, "loss": found.loss, "metrics": found.metrics}, file)
 
 
-def test_the_gradients_of_two_processes_add_up_to_that_of_the_batch(model, batch, tmp_path):
-    _, whole = gradient_of(model, batch, WHOLE)
+def test_the_gradients_and_metrics_of_two_processes_add_up_to_those_of_the_batch(model, batch, tmp_path):
+    whole, gradient = accumulate(model, batch, WHOLE)
     files = [tmp_path / "0", tmp_path / "1"]
     halves = [
-        processes.Process(target=gradient_of_rows, args=(batch, start, stop, file))
+        processes.Process(target=accumulate_rows, args=(batch, start, stop, file))
         for (start, stop), file in zip(((0, 3), (3, 8)), files, strict=True)
     ]
     for half in halves:
@@ -151,8 +157,13 @@ def test_the_gradients_of_two_processes_add_up_to_that_of_the_batch(model, batch
         half.join(60)
         assert half.exitcode == 0
     first, second = (torch.load(file, weights_only=True) for file in files)
-    assert first.norm() > 0.01 * whole.norm()
-    assert (first + second - whole).norm() / whole.norm() < 1e-5
+    assert first["gradient"].norm() > 0.01 * gradient.norm()
+    assert (first["gradient"] + second["gradient"] - gradient).norm() / gradient.norm() < 1e-5
+    assert first["loss"] + second["loss"] == pytest.approx(whole.loss, rel=1e-5)
+    assert {"kl", "entropy", "clip_ratio/region_mean"} < whole.metrics.keys()
+    for name, (total, weight) in whole.metrics.items():
+        assert first["metrics"][name][0] + second["metrics"][name][0] == pytest.approx(total, rel=1e-4, abs=1e-6), name
+        assert first["metrics"][name][1] + second["metrics"][name][1] == weight, name
 
 
 def test_an_update_makes_good_completions_likelier_and_bad_ones_less_likely(model, batch):

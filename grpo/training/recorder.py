@@ -1,0 +1,143 @@
+"""What a run writes: metrics, samples, evaluations and checkpoints, into its folder, to the tracker and the console."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+from grpo.analysis.doctor import Doctor
+from grpo.config.values import to_dict
+from grpo.runs.checkpoint import TrainerState
+from grpo.runs.console import StepDisplay
+from grpo.runs.files import disk_errors_are_warnings
+from grpo.runs.run import Run
+from grpo.runs.saver import Saver
+from grpo.runs.tracking import Tracker, tracking
+from grpo.training.metrics import evaluation_metrics
+from grpo.training.preflight import lines
+from grpo.training.trainer import Step
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder:
+    """Where the training loop leaves what the trainer found."""
+
+    def __init__(self, run: Run, tracker: Tracker, state: TrainerState, total_steps: int) -> None:
+        """state: where the run starts or continues, which is on the disk already."""
+        self.tracker = tracker
+        self.console = Console()
+        self.saver = Saver(run.folder.checkpoints, run.config.checkpoint, state)
+        self._run = run
+        self._folder = run.folder
+        self._config = run.config
+        self._total_steps = total_steps
+        self._display = StepDisplay(self.console, total_steps, state.step + 1)
+        self._doctor = Doctor()
+        # What the doctor had to say of these was said before.
+        self._doctor.replay(run.folder.metrics(state.step), run.folder.training_evaluations(state.step).values())
+        self._saving_s = 0.0  # seconds for which the last save held up training: reported with the next step
+
+    def preflight(self, found: Mapping[str, Any]) -> None:
+        """Write and show what was found before the first step."""
+        self._folder.write_preflight(dict(found))
+        for text in found["warnings"]:
+            logger.info("pre-flight: %s", text)
+        print("\n".join(lines(found)), flush=True)
+
+    def step(self, step: Step) -> None:
+        """Write a completed step. Raises RuntimeError where too many in a row were not finite."""
+        row = step.row | {"timing_s/checkpoint": self._saving_s}
+        self._saving_s = 0.0
+        number = row["step"]
+        self._folder.append_metrics(row)
+        self.tracker.log(row)
+        if is_due(number, self._config.samples.every):
+            with disk_errors_are_warnings(f"the samples of step {number}"):
+                self._folder.write_samples(number, step.samples)
+        if is_due(number, self._config.tracking.completions_every):
+            self.tracker.log_completions(number, step.samples)
+        if step.skipped is not None:
+            self._skipped(step)
+        with disk_errors_are_warnings(f"{self._folder.path}/status.json"):
+            self._folder.update_status(
+                step=number,
+                iteration=row["iteration"],
+                total_steps=self._total_steps,
+                best_reward=step.state.best_reward,
+                seconds=self._run.seconds,
+                saved_step=self.saver.saved_step,
+            )
+
+    def _skipped(self, step: Step) -> None:
+        """Keep the batch of a step that was not finite, and end the run after too many in a row."""
+        assert step.skipped is not None
+        in_a_row = step.state.skipped_in_a_row
+        number = step.row["step"]
+        place = self._folder.write_skipped(number, step.skipped.tensors(), step.samples)
+        numbers = f"loss {step.row['loss']} and gradient norm {step.row['grad_norm']} (null: not finite)"
+        logger.warning("step %d: %s, so no update was made; its batch is in %s", number, numbers, place)
+        if in_a_row > self._config.grpo.max_skipped_steps:
+            raise RuntimeError(
+                f"loss or gradient was not finite in {in_a_row} steps in a row; their batches are in {place.parent}; "
+                "usually optimizer.lr is too high or model.dtype too narrow"
+            )
+
+    def evaluation(self, name: str, result: Mapping[str, Any]) -> None:
+        """Write an evaluation as eval/<name>.json."""
+        self._folder.write_evaluation(name, dict(result))
+        self.tracker.log_evaluation(name, result["step"], evaluation_metrics(result))
+        self._doctor.evaluated(result)
+
+    def save(self, saved: Mapping[str, Any]) -> None:
+        """Write a checkpoint of the last completed step, unless there is one; saved: `Trainer.state_dict`."""
+        started = time.perf_counter()
+        self._folder.sync_metrics()  # a checkpoint needs the rows of all its steps
+        before = self.saver.saved_step
+        self.saver.save(saved)
+        if self.saver.saved_step != before:  # else it is written beside training, and the next step records it
+            with disk_errors_are_warnings(f"{self._folder.path}/status.json"):
+                self._folder.update_status(saved_step=self.saver.saved_step)
+        self._saving_s = time.perf_counter() - started
+
+    def save_and_wait(self, saved: Mapping[str, Any]) -> None:
+        """`save`, and return only when it is written."""
+        self.save(saved)
+        self.saver.close()
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show progress on the console within the block, and at its end wait for what is being saved."""
+        with self._display.shown():
+            try:
+                yield
+            finally:
+                self.saver.close()
+
+    def show(self, step: Step) -> None:
+        """Show a completed step, with what the doctor finds."""
+        for finding in self._doctor.look(step.row):
+            self.console.print(f"doctor: {finding.text}", style="yellow", soft_wrap=True)
+            self.tracker.alert(finding.rule, f"step {finding.step}: {finding.text}")
+        self._display.update(step.row)
+
+
+@contextmanager
+def recording(run: Run, state: TrainerState, total_steps: int) -> Iterator[Recorder]:
+    """A recorder with a tracker, which is closed at the end of the block."""
+    rows = run.folder.metrics(state.step)
+    evaluations = {
+        name: evaluation_metrics(result) | {"step": result["step"]}
+        for name, result in run.folder.training_evaluations(state.step).items()
+    }
+    values, path = to_dict(run.config), run.folder.path
+    with tracking(values, path, resumed=run.resumed, rows=rows, evaluations=evaluations) as tracker:
+        yield Recorder(run, tracker, state, total_steps)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether what happens every `every` steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0

@@ -1,0 +1,169 @@
+"""The objective against numbers worked out by hand; test_trl_parity.py compares it with an independent oracle."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from grpo.algorithm.objective import CHOICES, Counts, Limits, LossInputs, Objective, check_choices, clip, k3, log_ratio
+from grpo.config.errors import ConfigError
+from grpo.config.schema import FUNCTION_KEYS
+
+
+def counts(mask):
+    return Counts(rows=len(mask), tokens=int(mask.sum()), groups=1, max_length=mask.shape[1])
+
+
+def grpo(beta=0.0, epsilon=0.1):
+    """The default objective."""
+    numbers = {"beta": beta, "epsilon_low": epsilon, "epsilon_high": epsilon}
+    return Objective(ratio="token", surrogate="clip", reduction="row", kl="k3", **numbers)
+
+
+def loss_of(logps, old_logps, ref_logps, advantages, mask, whole, beta=0.0, epsilon=0.1):
+    """The loss of some rows of the batch with the mask `whole`."""
+    group = torch.zeros(len(mask), dtype=torch.long)
+    inputs = LossInputs(logps, mask, advantages, group, old_logps=old_logps, ref_logps=ref_logps)
+    return grpo(beta, epsilon)(inputs, counts(whole))
+
+
+def test_k3_is_exp_x_minus_x_minus_one_of_reference_minus_policy():
+    logps = torch.tensor([-1.0, -1.0, -1.0])
+    ref_logps = torch.tensor([-1.0, -1.0 + math.log(2), -1.0 - math.log(2)])
+    expected = torch.tensor([0.0, 2 - math.log(2) - 1, 0.5 + math.log(2) - 1])
+    torch.testing.assert_close(k3(logps, ref_logps), expected)
+
+
+def test_k3_is_the_kl_divergence_on_average_over_samples_of_the_policy():
+    policy, reference = torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log()
+    exact = (policy.exp() * (policy - reference)).sum()
+    torch.testing.assert_close((policy.exp() * k3(policy, reference)).sum(), exact)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "expected"),
+    [
+        (1.0, 2.0, -2.0),
+        (1.5, 2.0, -2.2),  # better than before, but no further than 1 + epsilon
+        (0.5, 2.0, -1.0),  # worse than before: the full loss, unclipped
+        (1.5, -2.0, 3.0),  # a bad completion became likelier: the full loss
+        (0.5, -2.0, 1.8),  # a bad completion is unlikely enough: clipped at 1 - epsilon
+    ],
+)
+def test_clipping_is_pessimistic_on_the_right_side(ratio, advantage, expected):
+    loss, _ = clip(torch.tensor([[ratio]]), torch.zeros(1, 1), torch.tensor([[advantage]]), Limits(0.1, 0.1))
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_loss_is_the_mean_over_rows_of_each_rows_token_mean():
+    logps = torch.zeros(2, 3)
+    old_logps = -torch.tensor([[math.log(1.05), 0.0, 0.0], [0.0, 0.0, 0.0]])
+    ref_logps = torch.tensor([[math.log(2), 0.0, 0.0], [0.0, 0.0, 9.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    advantages = torch.tensor([1.0, -0.5])
+    output = loss_of(logps, old_logps, ref_logps, advantages, mask, mask, beta=0.04)
+    kl = 2 - math.log(2) - 1
+    row_1 = (-1.05 + 0.04 * kl + -1.0) / 2
+    assert output.loss.item() == pytest.approx((row_1 + 0.5) / 2)
+    total, weight = output.metrics["kl"]
+    assert (total.item(), weight.item()) == (pytest.approx(kl), 3)
+
+
+@pytest.mark.parametrize("outside", [300.0, float("-inf"), float("nan")])
+def test_tokens_outside_the_mask_change_nothing_even_when_they_are_infinite(outside):
+    mask = torch.tensor([[1, 1, 0]])
+    clean = torch.tensor([[-1.0, -2.0, 0.0]], requires_grad=True)
+    dirty = torch.tensor([[-1.0, -2.0, outside]], requires_grad=True)
+    losses = []
+    for x in (clean, dirty):
+        old, ref = (torch.tensor([[value, value, outside if x is dirty else 0.0]]) for value in (-1.5, -1.2))
+        losses.append(loss_of(x, old, ref, torch.tensor([1.0]), mask, mask, beta=0.1, epsilon=0.2).loss)
+        losses[-1].backward()
+    assert losses[0] == losses[1]
+    assert dirty.grad[0, 2] == 0
+    assert torch.equal(clean.grad, dirty.grad)
+
+
+def test_without_old_logps_the_ratio_is_one_and_the_gradient_is_that_of_reinforce():
+    logps = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    mask = torch.ones(1, 2, dtype=torch.long)
+    output = loss_of(logps, None, None, torch.tensor([1.5]), mask, mask)
+    output.loss.backward()
+    assert output.loss.item() == pytest.approx(-1.5)
+    torch.testing.assert_close(logps.grad, torch.tensor([[-0.75, -0.75]]))
+
+
+def test_parts_of_a_batch_add_up_to_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    logps, old, ref = (-torch.rand(6, 5, generator=generator) for _ in range(3))
+    mask = (torch.arange(5) < torch.tensor([1, 5, 3, 2, 4, 5])[:, None]).long()
+    advantages = torch.randn(6, generator=generator)
+    whole = loss_of(logps, old, ref, advantages, mask, mask, beta=0.04)
+    parts = [
+        loss_of(logps[p], old[p], ref[p], advantages[p], mask[p], mask, beta=0.04)
+        for p in (slice(0, 1), slice(1, 4), slice(4, 6))
+    ]
+    torch.testing.assert_close(sum(part.loss for part in parts), whole.loss)
+    for name, (total, weight) in whole.metrics.items():
+        torch.testing.assert_close(sum(part.metrics[name][0] for part in parts), total)
+        assert sum(part.metrics[name][1] for part in parts) == weight
+
+
+def test_clip_shares_count_the_tokens_whose_gradient_is_cut():
+    ratio = torch.tensor([[1.2, 0.8, 1.2, 0.8, 1.0]])
+    mask = torch.ones(1, 5, dtype=torch.long)
+    for advantage, expected in ((1.0, (0, 2)), (-1.0, (2, 0))):
+        output = loss_of(ratio.log(), torch.zeros(1, 5), None, torch.tensor([advantage]), mask, mask)
+        clipped = {name: (total.item(), weight.item()) for name, (total, weight) in output.metrics.items()}
+        low, high = expected
+        assert clipped == {
+            "clip_ratio/low_mean": (low, 5),
+            "clip_ratio/high_mean": (high, 5),
+            "clip_ratio/region_mean": (2, 5),
+        }
+
+
+def test_an_absurd_log_ratio_is_clamped_so_that_the_loss_stays_finite():
+    assert log_ratio(torch.tensor([[0.0]]), torch.tensor([[-500.0]]), torch.ones(1, 1)).item() == 20.0
+
+
+def test_the_two_sides_of_the_clip_have_their_own_limits():
+    ratio, advantage = torch.tensor([[1.25, 0.75]]), torch.tensor([[2.0]])
+    loss, shares = clip(ratio, torch.zeros(1, 2), advantage, Limits(epsilon_low=0.1, epsilon_high=0.2))
+    assert loss.tolist() == [[pytest.approx(-2.4), pytest.approx(-1.5)]]
+    assert shares["clip_ratio/high_mean"].tolist() == [[True, False]]
+    loss, shares = clip(ratio, torch.zeros(1, 2), -advantage, Limits(epsilon_low=0.1, epsilon_high=0.2))
+    assert loss.tolist() == [[pytest.approx(2.5), pytest.approx(1.8)]]
+    assert shares["clip_ratio/low_mean"].tolist() == [[False, True]]
+
+
+def test_advantages_of_tokens_are_those_of_their_row_where_they_are_equal():
+    generator = torch.Generator().manual_seed(1)
+    logps, old, ref = (-torch.rand(2, 3, generator=generator) for _ in range(3))
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    by_row = loss_of(logps, old, ref, torch.tensor([1.0, -0.5]), mask, mask, beta=0.04)
+    by_token = loss_of(logps, old, ref, torch.tensor([[1.0] * 3, [-0.5] * 3]), mask, mask, beta=0.04)
+    assert torch.equal(by_row.loss, by_token.loss)
+
+
+def test_an_unknown_choice_is_refused_with_those_there_are():
+    choices = {choice: next(iter(known)) for choice, known in CHOICES.items()}
+    own = {"_target_": "grpo.algorithm.objective.Objective", **choices}
+    check_choices(own)
+    for choice in CHOICES:
+        with pytest.raises(ConfigError, match=rf"objective\.{choice}=x: must be .*, or the dotted path of a function"):
+            check_choices(own | {choice: "x"})
+    check_choices(own | {"_target_": "theirs.loss", "ratio": "x"})  # a setting of another function
+    with pytest.raises(ConfigError, match=r"objective\.kl=no\.such: .*No module named 'no'"):
+        check_choices(own | {"kl": "no.such"})
+
+
+def test_every_choice_is_a_key_that_names_a_function():
+    assert {f"objective.{choice}" for choice in CHOICES} == FUNCTION_KEYS
+
+
+def test_the_names_of_choices_are_checked_without_torch():
+    code = "import sys, grpo.algorithm.objective; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
