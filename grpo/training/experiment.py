@@ -4,7 +4,7 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ def build_experiment(
     objective = build_objective(config)
     optimizer = bind("optimizer", config.optimizer)
     _check_optimizer(optimizer)
-    engine = bind("rollout", config.rollout, without=known_keys("rollout"))
+    engine = bind_engine(config.rollout)
     load_problems = bind("data", config.data, without=known_keys("data"))
     problems = load_problems() if with_problems else Problems([], [])
     check_model(config.model)
@@ -178,6 +178,19 @@ def build_experiment(
         optimizer=optimizer,
         engine=engine,
     )
+
+
+def bind_engine(rollout: Mapping[str, Any]) -> Callable[..., RolloutEngine]:
+    """What builds the rollout engine of a model. Raises ConfigError where it cannot be one."""
+    engine = bind("rollout", rollout, without=known_keys("rollout"))
+    try:
+        inspect.signature(engine).bind(policy=None, tokenizer=None, compute=None)
+    except TypeError as error:
+        raise ConfigError(
+            f"rollout._target_={rollout['_target_']}: it must be a class of the form RolloutEngine, built with policy, "
+            f"tokenizer and compute (grpo/rollout/engine.py): {error}"
+        ) from error
+    return engine
 
 
 def build_objective(config: Config) -> Objective:

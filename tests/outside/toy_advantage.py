@@ -1,0 +1,6 @@
+"""An advantage: the total reward against the mean of its group, not divided by the deviation."""
+
+
+def centered(rewards, weights, valid):
+    total = (rewards * weights).sum(dim=-1)
+    return total - total.mean(dim=1, keepdim=True)

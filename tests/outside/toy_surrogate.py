@@ -1,0 +1,5 @@
+"""One choice of an objective: the ratio times the advantage, without a clip."""
+
+
+def unclipped(ratio, logps, advantages, limits):
+    return -ratio * advantages, {"toy/ratio_above_1": ratio > 1}

@@ -1,0 +1,140 @@
+"""What a user adds: each by one file of tests/outside and one line of config, without touching grpo/."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from grpo.runs.checkpoint import load_state
+from tests.launches import ROOT, launch, rows
+
+OUTSIDE = ROOT / "tests" / "outside"
+SHORT = [
+    "experiment=quickstart",
+    "grpo.num_steps=2",
+    "grpo.batch_size=2",
+    "grpo.num_generations=4",
+    "grpo.mu=2",
+    "grpo.beta=0",
+    "samples.every=1",
+    "eval.before=false",
+    "eval.after=false",
+    "preflight=false",
+    "tracking=disabled",
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A user's folder, with nothing in it but the file that a test puts there."""
+    here = tmp_path / "user"
+    here.mkdir()
+    return here
+
+
+def run_with(folder: Path, name: str, line: str, *more: str) -> Path:
+    """A run with one file of tests/outside and one line of config; it also writes its report. Returns its folder."""
+    shutil.copy(OUTSIDE / f"{name}.py", folder)
+    done = launch(*SHORT, line, *more, "run_dir=run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "run" / "report.html").exists()
+    return folder / "run"
+
+
+def plain_run(folder: Path, *more: str) -> Path:
+    done = launch(*SHORT, *more, "run_dir=plain", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "plain"
+
+
+def test_an_objective(folder):
+    run = run_with(folder, "toy_objective", "objective._target_=toy_objective.reinforce", "+objective.scale=2.0")
+    plain = plain_run(folder)
+    for ours, theirs in zip(rows(run), rows(plain), strict=True):
+        assert ours["toy/mean_logp"] < 0
+        assert "clip_ratio/low_mean" in theirs
+        assert "clip_ratio/low_mean" not in ours
+    assert rows(run)[0]["digest/completions"] == rows(plain)[0]["digest/completions"]
+    assert rows(run)[0]["loss"] != rows(plain)[0]["loss"]
+
+
+def test_one_choice_of_an_objective(folder):
+    run = run_with(folder, "toy_surrogate", "objective.surrogate=toy_surrogate.unclipped")
+    plain = plain_run(folder)
+    assert 0 < rows(run)[0]["toy/ratio_above_1"] < 1  # of the second of two updates
+    # Within the clip's range the two are the same: those of the first update, and most of the second's.
+    assert rows(run)[0]["loss"] == pytest.approx(rows(plain)[0]["loss"], abs=0.01)
+
+
+def test_an_advantage(folder):
+    run = run_with(folder, "toy_advantage", "objective.advantage=toy_advantage.centered")
+    samples = [json.loads(line) for line in (run / "samples" / "step_000001.jsonl").read_text().splitlines()]
+    assert len(samples) == 8
+    assert len({sample["reward"] for sample in samples}) > 1
+    for group in (samples[:4], samples[4:]):
+        mean = sum(sample["reward"] for sample in group) / 4
+        for sample in group:
+            assert sample["advantage"] == pytest.approx(sample["reward"] - mean, abs=1e-6)
+
+
+def test_a_reward_class(folder):
+    line = "+reward.components.brief={_target_: toy_reward.Brevity, limit: 40, weight: 0.5}"
+    run = run_with(folder, "toy_reward", line)
+    samples = [json.loads(line) for line in (run / "samples" / "step_000001.jsonl").read_text().splitlines()]
+    for sample in samples:
+        assert sample["rewards/brief"] == float(len(sample["completion"]) <= 40)
+        others = sample["rewards/correctness"] + sample["rewards/format"]
+        assert sample["reward"] == pytest.approx(others + 0.5 * sample["rewards/brief"])
+
+
+def test_a_data_set(folder):
+    run = run_with(folder, "toy_data", "data._target_=toy_data.load", "eval.after=true")
+    samples = [json.loads(line) for line in (run / "samples" / "step_000001.jsonl").read_text().splitlines()]
+    assert all(" - " in sample["prompt"] for sample in samples)
+    after = json.loads((run / "eval" / "after.json").read_text())
+    assert [len(after["problems"]), after["n"]] == [10, 10]
+
+
+def test_a_rollout_engine_with_a_state_that_a_resumed_run_continues(folder):
+    line = "rollout._target_=toy_engine.Prepared"
+    run = run_with(folder, "toy_engine", line, "grpo.lr_schedule=constant")
+    for row in rows(run):
+        assert row["rewards/format/mean"] == pytest.approx(0.2)  # two of four tags, in every other completion
+        assert "sampling/logp_difference/mean" not in row  # it returns no log-probabilities
+    samples = [json.loads(line) for line in (run / "samples" / "step_000002.jsonl").read_text().splitlines()]
+    assert [sample["completion"] for sample in samples[:2]] == ["<answer>\n1\n</answer>\n", "no answer"]
+    assert load_state(run / "checkpoints" / "step_000002").parts == {"rollout": {"calls": 2}}
+
+    longer = launch("resume=true", "run_dir=run", line, "grpo.num_steps=3", cwd=folder)
+    assert longer.returncode == 0, longer.stderr
+    assert load_state(run / "checkpoints" / "step_000003").parts == {"rollout": {"calls": 3}}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("objective.surrogate=no_such.file", "objective.surrogate=no_such.file: No module named 'no_such'"),
+        ("objective.surrogate=clipped", "objective.surrogate=clipped: must be clip, or the dotted path of a function"),
+        ("objective._target_=toy_advantage.centered", "it must have the form f(inputs: LossInputs, counts: Counts)"),
+        ("rollout._target_=toy_reward.Brevity", "rollout._target_=toy_reward.Brevity: "),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_line_and_leaves_nothing(folder, line, said):
+    for file in OUTSIDE.glob("*.py"):
+        shutil.copy(file, folder)
+    before = sorted(folder.iterdir())
+    refused = launch(*SHORT, line, "run_dir=run", cwd=folder)
+    assert refused.returncode == 2
+    assert said in refused.stderr
+    assert sorted(path for path in folder.iterdir() if path.name != "__pycache__") == before
+
+
+def test_a_strangers_run_with_a_choice_of_theirs_is_refused(folder):
+    run = run_with(folder, "toy_surrogate", "objective.surrogate=toy_surrogate.unclipped", "grpo.lr_schedule=constant")
+    refused = launch("resume=true", f"run_dir={run}", "grpo.num_steps=4", cwd=folder)
+    assert refused.returncode == 2
+    assert "asks to run toy_surrogate.unclipped (objective.surrogate)" in refused.stderr
+    assert "if you trust it, add: objective.surrogate=toy_surrogate.unclipped" in refused.stderr
+    again = ["resume=true", f"run_dir={run}", "grpo.num_steps=4", "objective.surrogate=toy_surrogate.unclipped"]
+    assert launch(*again, cwd=folder).returncode == 0
