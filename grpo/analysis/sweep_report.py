@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import matplotlib
-import pandas as pd
 
 from grpo.analysis import sweep_charts
 from grpo.analysis.page import embedded, render
@@ -37,7 +37,7 @@ def content(sweep: Sweep) -> dict[str, Any]:
         charts = {name: embedded(figure) for name, figure in _charts(sweep).items()}
     return {
         "title": f"Sweep {sweep.folder.path.resolve().name}",
-        "counts": ", ".join(f"{_jobs(count)} {state}" for state, count in states.items()),
+        "counts": ", ".join(f"{_count(count, 'job')} {state}" for state, count in states.items()),
         "outcome": "held-out accuracy" if sweep.by_accuracy else "mean reward of the last tenth of the steps",
         "unit": ", points" if sweep.by_accuracy else "",
         "headline": headline(sweep),
@@ -51,7 +51,7 @@ def content(sweep: Sweep) -> dict[str, Any]:
             for arm in sweep.arms
         ],
         "charts": charts,
-        "table": {"columns": ["job", *sweep.jobs.columns.drop(["folder", "error"])], "rows": _rows(sweep.jobs)},
+        "table": {"columns": ["job", *sweep.jobs.columns.drop(["folder", "error"])], "rows": _rows(sweep)},
         "failed": [{"job": job, **row} for job, row in sweep.unfinished[["folder", "state", "error"]].iterrows()],
         "short": short,
         "verdict": verdict,
@@ -76,7 +76,12 @@ def headline(sweep: Sweep) -> str:
     best, form = sweep.arms[0], _form(sweep)
     outcome = best.outcome
     interval = ", 95 % interval {} to {}".format(*map(form, outcome.interval)) if outcome.interval is not None else ""
-    text = f"Best: {sweep.label(best)} with {form(outcome.mean)}{interval}."
+    score = f"{form(outcome.mean)} held-out accuracy" if sweep.by_accuracy else f"a mean reward of {form(outcome.mean)}"
+    if not sweep.keys:
+        return f"{score[0].upper()}{score[1:]}{interval}, over {_count(len(best.jobs), 'seed')}."
+    if sweep.by_accuracy and all(arm.outcome.mean == 0 for arm in sweep.arms):
+        return "No arm solved a held-out problem, so none can be called best."
+    text = f"Best: {sweep.label(best)} with {score}{interval}."
     if len(sweep.arms) == 1:
         return text
     if not sweep.behind:
@@ -85,7 +90,8 @@ def headline(sweep: Sweep) -> str:
     even = [sweep.label(arm) for arm, difference in sweep.behind.items() if not difference.shown]
     if even:
         count = f"{len(even)} of the {others} other arms" if others > 1 else "the other arm"
-        return f"{text} No difference shown to {count} ({'; '.join(even[:4])}{'; ...' if len(even) > 4 else ''})."
+        named = "; ".join(even[:4]) + ("; ..." if len(even) > 4 else "")
+        return f"{text} Not shown to be better than {count} ({named})."
     above = "every other arm" if len(sweep.behind) == others else f"{len(sweep.behind)} of the {others} other arms"
     single = sum(difference.seeds == 1 for difference in sweep.behind.values())
     if single == len(sweep.behind):
@@ -94,8 +100,8 @@ def headline(sweep: Sweep) -> str:
     return f"{text} It is above {above} by more than chance would explain{rest}."
 
 
-def _jobs(count: int) -> str:
-    return f"{count} job{'s' if count != 1 else ''}"
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'s' if count != 1 else ''}"
 
 
 def warnings(sweep: Sweep) -> list[str]:
@@ -117,7 +123,9 @@ def warnings(sweep: Sweep) -> list[str]:
     if sweep.arms and apart > 0:
         said.append(f"Without a seed or a held-out problem in common with the best, and so not compared: {apart} arms.")
     if len(sweep.unfinished) and sweep.arms:
-        said.append(f"Left out, since they did not finish: {len(sweep.unfinished)} of {_jobs(len(sweep.jobs))}.")
+        said.append(
+            f"Left out, since they did not finish: {len(sweep.unfinished)} of {_count(len(sweep.jobs), 'job')}."
+        )
     if sweep.arms and not sweep.by_accuracy:
         said.append(
             "Not every finished job has a held-out evaluation (eval.after), so rewards in training are compared."
@@ -139,9 +147,9 @@ def _charts(sweep: Sweep) -> dict[str, Any]:
     if not sweep.arms:
         return {}
     figures = {
-        "Reward by step": sweep_charts.curves(sweep, "reward", "mean reward of a step, band: lowest to highest seed"),
+        "Reward by step": sweep_charts.curves(sweep, "reward", "Reward", "band: lowest to highest seed"),
         "Held-out accuracy by step": sweep_charts.held_out(sweep),
-        "Completion length by step": sweep_charts.curves(sweep, "completions/mean_length", "tokens a completion"),
+        "Completion length by step": sweep_charts.curves(sweep, "completions/mean_length", "Output length", "tokens"),
         "Outcome against cost": sweep_charts.cost(sweep),
     }
     if len(sweep.keys) == 2 and sweep.is_grid:
@@ -151,9 +159,16 @@ def _charts(sweep: Sweep) -> dict[str, Any]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def _rows(jobs: pd.DataFrame) -> list[list[str]]:
-    shown = jobs.drop(columns=["folder", "error"])
-    return [[str(job), *(_cell(value) for value in row)] for job, *row in shown.itertuples()]
+def _rows(sweep: Sweep) -> list[dict[str, Any]]:
+    """Of each job its cells, and the address of its own report where it has one."""
+    rows = []
+    for job, *values in sweep.jobs.drop(columns=["folder", "error"]).itertuples():
+        folder = sweep.jobs.loc[job, "folder"]
+        report = Path(str(folder), "report.html")
+        has_report = bool(folder) and (sweep.folder.path / report).is_file()
+        cells = [_cell(value) for value in values]
+        rows.append({"job": job, "cells": cells, "report": quote(report.as_posix()) if has_report else None})
+    return rows
 
 
 def _cell(value: object) -> str:

@@ -24,9 +24,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from grpo.config.errors import ConfigError, first_line
+from grpo.config.overrides import Overrides
 from grpo.runs.folder import RunFolder
 from grpo.runs.gpu_queue import takes_any_gpu
 from grpo.runs.stop_signals import STOP_SIGNALS
+from grpo.runs.sweep_folder import SweepFolder
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +39,12 @@ STOPPED = tuple(128 + number for number in STOP_SIGNALS)  # exit codes of a run 
 class _Job:
     place: int  # in the list of this launch
     number: int
+    name: str  # what it sets of the swept keys
     overrides: list[str]
     folder: Path
     process: multiprocessing.process.BaseProcess
     result: Connection
     started: float
-
-    @property
-    def name(self) -> str:
-        return " ".join(filter_overrides(self.overrides))
 
 
 class LocalLauncher(Launcher):
@@ -73,6 +72,10 @@ class LocalLauncher(Launcher):
         waiting = deque((place, initial_job_idx + place, list(each)) for place, each in enumerate(job_overrides))
         running: dict[Any, _Job] = {}  # by what says that its process has ended
         returns: dict[int, JobReturn] = {}  # by the job's place
+        record = SweepFolder(self.config.hydra.sweep.dir).record()
+        known = len(record.get("planned") or ())
+        progress = Progress(max(known, initial_job_idx + len(job_overrides)), at_once)
+        self.swept = record.get("keys")
         with _Forwarding(running) as stop:
             while (waiting and not stop.received) or running:
                 while waiting and len(running) < at_once and not stop.received:
@@ -82,16 +85,14 @@ class LocalLauncher(Launcher):
                     if before is not None:
                         returns[place] = before
                     elif not stop.received:
-                        job = self._start(place, number, overrides, config, quiet=at_once > 1)
+                        job = self._start(place, number, overrides, config, progress.name(number), quiet=at_once > 1)
                         running[job.process.sentinel] = job
                         stop.pass_on(job)  # what came while it was started
                 for sentinel in wait(list(running)) if running else ():
                     job = running.pop(sentinel)
                     returns[job.place] = done = _outcome(job, stopped=bool(stop.received))
-                    if at_once > 1:
-                        state = _state(job.folder) if done.status == JobStatus.FAILED else "done"
-                        minutes = (time.monotonic() - job.started) / 60
-                        print(f"job {job.number} ({job.name}): {state}, {minutes:.1f} minutes", flush=True)
+                    state = _state(job.folder) if done.status == JobStatus.FAILED else "finished"
+                    print(progress.ended(job, state, list(running.values()), len(waiting)), flush=True)
         if stop.received:
             raise SystemExit(128 + stop.received)
         return [returns[place] for place in range(len(job_overrides))]
@@ -102,11 +103,14 @@ class LocalLauncher(Launcher):
             config.hydra.job.id = config.hydra.job.num = number
         return config
 
-    def _start(self, place: int, number: int, overrides: list[str], config: DictConfig, quiet: bool) -> _Job:
-        name = " ".join(filter_overrides(overrides))
+    def _start(
+        self, place: int, number: int, overrides: list[str], config: DictConfig, label: str, quiet: bool
+    ) -> _Job:
+        shown = Overrides(overrides) if self.swept is None else Overrides(overrides).select(self.swept)
+        name = " ".join(filter_overrides(shown.lines))
         folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir)
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"job {number}: {name}" + (f", printing to {folder / 'console.log'}" if quiet else ""), flush=True)
+        print(f"{label}: {name}" + (f", printing to {folder / 'console.log'}" if quiet else ""), flush=True)
         receiver, sender = multiprocessing.Pipe(duplex=False)
         call = cloudpickle.dumps((self.context, self.function, config, Singleton.get_state()))
         # A new interpreter, since a copy of this process would have no use of a GPU that this one has touched.
@@ -115,7 +119,52 @@ class LocalLauncher(Launcher):
         )
         process.start()
         sender.close()
-        return _Job(place, number, overrides, folder, process, receiver, time.monotonic())
+        return _Job(place, number, name, overrides, folder, process, receiver, time.monotonic())
+
+
+class Progress:
+    """What the console says of a sweep's jobs while they run; people count them from 1."""
+
+    def __init__(self, total: int, at_once: int) -> None:
+        self._total = total
+        self._at_once = at_once
+        self._seconds: list[float] = []  # of the jobs that finished
+
+    def name(self, number: int) -> str:
+        """A job by its number, which counts from 0 as its folder's name does."""
+        return f"job {number + 1} of {self._total}"
+
+    def ended(self, job: _Job, state: str, running: list[_Job], waiting: int) -> str:
+        """The line for a job that ended, with the time that the others of this launch may take."""
+        now = time.monotonic()
+        seconds = now - job.started
+        line = f"{self.name(job.number)} ({job.name}): {state} after {duration(seconds)}"
+        if state == "finished":
+            self._seconds.append(seconds)
+            line += f" with {score(job.folder)}"
+        others = len(running) + waiting
+        if others and self._seconds:
+            usual = sum(self._seconds) / len(self._seconds)
+            left = sum(max(0.0, usual - (now - each.started)) for each in running) + waiting * usual
+            line += f"; about {duration(left / min(self._at_once, others))} left for {others} more"
+        return line
+
+
+def score(folder: Path) -> str:
+    """What a finished run is compared by, with its unit."""
+    run = RunFolder(folder)
+    rows = run.metrics()
+    accuracy = run.accuracy_at(rows[-1]["step"]) if rows else None
+    if accuracy is not None:
+        return f"{accuracy:.1%} held-out accuracy"
+    return f"a reward of {rows[-1]['reward']:.2f}" if rows else "no step"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _done_before(config: DictConfig) -> JobReturn | None:
