@@ -1,7 +1,7 @@
 """The run doctor: plain rules over a run's metrics that say what is wrong and what to change.
 
-Each rule is a function of the rows so far that returns a sentence where it applies, else None. Names are those of the
-default components where a rule is about correctness and format; for other rewards those rules keep still.
+Each rule is a function of the rows so far that returns a sentence where it applies, else None. Rules about correctness
+and format apply where the run has components of these names that declare their range.
 """
 
 import math
@@ -11,7 +11,6 @@ from statistics import NormalDist, fmean, median, quantiles, stdev
 from typing import Any
 
 Row = Mapping[str, Any]
-MAXIMA = {"correctness": 2.0, "format": 0.8}  # of the default components
 MOST_ROWS = 200  # that a rule looks back over
 
 
@@ -27,7 +26,9 @@ class Finding:
 class Doctor:
     """Looks at a run row by row, and says each thing once."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranges: Mapping[str, tuple[float, float]]) -> None:
+        """ranges: the lowest and highest value by reward component."""
+        self.maxima = {name: high for name, (_, high) in ranges.items()}
         self.rows: list[Row] = []
         self.first: list[Row] = []  # the first ten rows, for what falls
         self.best: list[float] = []  # the rewards of the twenty rows in a row with the highest mean
@@ -68,9 +69,11 @@ class Doctor:
         return _values(self.rows[: len(self.rows) - before][-count:], name)
 
 
-def examine(rows: Sequence[Row], evaluations: Iterable[Row] = ()) -> list[Finding]:
+def examine(
+    rows: Sequence[Row], evaluations: Iterable[Row], ranges: Mapping[str, tuple[float, float]]
+) -> list[Finding]:
     """Everything that the doctor would have said in the course of a run."""
-    return Doctor().replay(rows, evaluations)
+    return Doctor(ranges).replay(rows, evaluations)
 
 
 def equal_groups(doctor: Doctor) -> str | None:
@@ -117,13 +120,16 @@ def format_without_correctness(doctor: Doctor) -> str | None:
     now, before = (doctor.last("rewards/correctness/mean", half, gap) for gap in (0, half))
     if half < 60 or len(formats) < 20 or min(len(now), len(before)) < half or "reward_falls" in doctor.said:
         return None
+    if not {"correctness", "format"} <= doctor.maxima.keys():
+        return None
+    top = doctor.maxima["correctness"]
     rise, noise = fmean(now) - fmean(before), math.hypot(stdev(now), stdev(before)) / math.sqrt(half)
-    low = fmean(now) < 0.25 * MAXIMA["correctness"]
-    if fmean(formats) < 0.9 * MAXIMA["format"] or not low or rise + 2 * noise > 0.025 * MAXIMA["correctness"]:
+    low = fmean(now) < 0.25 * top
+    if fmean(formats) < 0.9 * doctor.maxima["format"] or not low or rise + 2 * noise > 0.025 * top:
         return None
     return (
         f"format is full and correctness is low and stands still, {fmean(before):.2g} and {fmean(now):.2g} of "
-        f"{MAXIMA['correctness']:g} in the last two times {half} steps: the easy reward is learned and the other is "
+        f"{top:g} in the last two times {half} steps: the easy reward is learned and the other is "
         "not; lower reward.components.format.weight, raise optimizer.lr, or take easier problems"
     )
 
@@ -217,7 +223,8 @@ RULES: tuple[Callable[[Doctor], str | None], ...] = (
 def _at_the_top(doctor: Doctor) -> bool:
     """Whether the correctness of the default reward is so high that little is left to learn."""
     correct = doctor.last("rewards/correctness/mean", 10)
-    return bool(correct) and fmean(correct) >= 0.9 * MAXIMA["correctness"]
+    top = doctor.maxima.get("correctness")
+    return top is not None and bool(correct) and fmean(correct) >= 0.9 * top
 
 
 def _values(rows: Sequence[Row], name: str) -> list[float]:

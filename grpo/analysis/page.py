@@ -2,6 +2,8 @@
 
 import base64
 import io
+import math
+from decimal import Decimal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -9,6 +11,18 @@ from matplotlib.figure import Figure
 ENVIRONMENT = Environment(
     loader=PackageLoader("grpo.analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
 )
+
+
+def readable(value: float | None) -> str:
+    """A number with three significant digits, without an exponent; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return format(Decimal(f"{value:.3g}"), "f")
+
+
+ENVIRONMENT.filters["readable"] = readable
 
 
 def render(template: str, **content: object) -> str:

@@ -8,21 +8,22 @@ import pandas as pd
 import yaml
 
 from grpo.analysis import audit
-from grpo.analysis.charts import write_charts
+from grpo.analysis.charts import draw, drawn_panels, png, read_run, write_charts
 from grpo.analysis.doctor import examine
-from grpo.analysis.load import read_config
+from grpo.analysis.load import component_columns, read_config
 from grpo.analysis.page import render
 from grpo.analysis.summary import summarize
+from grpo.metrics import component_ranges, of_components
 from grpo.runs.files import write_whole
 from grpo.runs.folder import RunFolder
 
-CHARTS = ("reward", "loss", "output_length", "loss_vs_reward", "training_progress")
+CHART_SIZE = (9.0, 4.2)  # inches
 SHOWN_STEPS = 12  # sampled steps whose completions are in the page, from the first to the last
 SHOWN_GROUPS = 3  # of each, whole groups of one problem
 
 
 def write_run_report(run_dir: str | Path) -> Path:
-    """Write report.html into a run's folder and return its path, with its charts drawn anew.
+    """Write report.html into a run's folder and return its path; plots/ and summary.json are written again, too.
 
     Raises FileNotFoundError if it is no run folder, ValueError if it has no completed step or is broken.
     """
@@ -36,19 +37,24 @@ def write_run_report(run_dir: str | Path) -> Path:
 def content(run_dir: Path) -> dict[str, Any]:
     """All that the page shows, by the names that its template uses."""
     run = RunFolder(run_dir)
+    config = read_config(run_dir)
     summary, samples = summarize(run_dir), audit.load_samples(run_dir)
-    charts = {name: base64.b64encode((run_dir / "plots" / f"{name}.png").read_bytes()).decode() for name in CHARTS}
+    data = read_run(run_dir)
+    figures = {panel.title: draw(data, [panel], *CHART_SIZE, title=False) for panel in drawn_panels(data)}
+    units = {metric.name: metric.unit for metric in of_components(component_columns(data.metrics))}
     return {
-        "title": f"Run {run_dir.resolve().name}",
+        "title": data.title,
         "summary": summary,
-        "findings": examine(run.metrics(), run.training_evaluations().values()),
-        "charts": charts,
+        "units": units,
+        "preflight": run.preflight(),
+        "findings": examine(run.metrics(), run.training_evaluations().values(), component_ranges(config)),
+        "charts": {title: base64.b64encode(png(figure)).decode() for title, figure in figures.items()},
         "evaluations": summary["eval"],
         "tables": _audit_tables(samples),
         "extremes": _extremes(samples),
         "steps": _completions(samples),
         "components": audit.components(samples),
-        "config": yaml.safe_dump(read_config(run_dir), sort_keys=False, allow_unicode=True),
+        "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
     }
 
 

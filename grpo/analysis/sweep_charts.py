@@ -4,25 +4,23 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from grpo.analysis.load import finite_values
 from grpo.analysis.sweep import Arm, Sweep
+from grpo.analysis.theme import BLUE, OTHERS, PALETTE, TEXT, legend, new_figure, style
 from grpo.runs.sweep_folder import short
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4fa3", "#767676")
-MOST_ARMS = len(COLORS)  # whose curves can be told apart
+MOST_ARMS = len(PALETTE)  # whose curves can be told apart
 
 
-def curves(sweep: Sweep, column: str, title: str) -> Figure | None:
+def curves(sweep: Sweep, column: str, title: str, unit: str) -> Figure | None:
     """A metric by step, a line an arm: the mean over its seeds, within the band from the lowest to the highest."""
     tables = [_by_step(sweep, arm, column) for arm in sweep.arms]
     window = max(1, max(map(len, tables)) // 20)
     smooth = [table.rolling(window, center=True, min_periods=1).mean() for table in tables]
-    title += f", running mean of {window} steps" if window > 1 else ""
-    return _lines(sweep, [table if table.notna().any(axis=None) else None for table in smooth], title)
+    title += f", mean of {window} steps" if window > 1 else ""
+    return _lines(sweep, [table if table.notna().any(axis=None) else None for table in smooth], title, unit)
 
 
 def held_out(sweep: Sweep) -> Figure | None:
@@ -32,34 +30,35 @@ def held_out(sweep: Sweep) -> Figure | None:
         made = pd.concat([sweep.evaluations(job).assign(job=job) for job in arm.jobs])
         tables.append(made.pivot_table(index="step", columns="job", values="accuracy"))
     shown = [table if len(table) > 2 else None for table in tables]  # more than before and after
-    figure = _lines(sweep, shown, "held-out accuracy, band: lowest to highest seed", marker="o", ms=3)
-    if figure is not None:
-        figure.axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
-    return figure
+    return _lines(sweep, shown, "Held-out accuracy", "band: lowest to highest seed", percent=True, marker="o", ms=3)
 
 
-def _lines(sweep: Sweep, tables: list[pd.DataFrame | None], title: str, **style: Any) -> Figure | None:
+def _lines(
+    sweep: Sweep, tables: list[pd.DataFrame | None], title: str, unit: str, percent: bool = False, **marks: Any
+) -> Figure | None:
     """Of each arm a table by step, a column a job; None where no arm has one."""
-    figure, axes = _figure()
-    for color, arm, table in zip(COLORS, sweep.arms, tables, strict=False):
+    figure = new_figure()
+    axes = figure.subplots()
+    for color, arm, table in zip(PALETTE, sweep.arms, tables, strict=False):
         if table is None:
             continue
-        axes.plot(table.index, table.mean(axis=1), color=color, label=f"{sweep.label(arm)} ({len(arm.jobs)})", **style)
+        axes.plot(table.index, table.mean(axis=1), color=color, label=f"{sweep.label(arm)} ({len(arm.jobs)})", **marks)
         if len(arm.jobs) > 1:
             axes.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=color, alpha=0.15, lw=0)
     if not axes.lines:
         return None
-    axes.set(xlabel="step", title=title)
-    _legend(figure, "arm (jobs)" if len(sweep.arms) <= MOST_ARMS else f"the best {MOST_ARMS} arms (jobs)")
+    style(axes, title, unit, percent=percent)
+    legend(axes, "arm (jobs)" if len(sweep.arms) <= MOST_ARMS else f"the best {MOST_ARMS} arms (jobs)")
     return figure
 
 
 def cost(sweep: Sweep) -> Figure:
     """The outcome of each job against the tokens that it took, and of each arm with its interval."""
-    figure, axes = _figure()
+    figure = new_figure()
+    axes = figure.subplots()
     outcome = "accuracy" if sweep.by_accuracy else "mean_reward"
     for number, arm in enumerate(sweep.arms):
-        color = COLORS[number] if number < MOST_ARMS else "#c9c9c9"
+        color = PALETTE[number] if number < MOST_ARMS else OTHERS
         jobs = sweep.jobs.loc[list(arm.jobs)]
         axes.scatter(jobs["num_tokens"], jobs[outcome], color=color, alpha=0.4, s=18)
         estimate, center = arm.outcome, jobs["num_tokens"].mean()
@@ -67,10 +66,8 @@ def cost(sweep: Sweep) -> Figure:
             axes.plot([center, center], estimate.interval, color=color)
         label = sweep.label(arm) if number < MOST_ARMS else "others" if number == MOST_ARMS else None
         axes.scatter([center], [estimate.mean], color=color, marker="D", s=36, label=label)
-    axes.set(xlabel="tokens seen in training", ylabel=_outcome(sweep), title="outcome against cost")
-    if sweep.by_accuracy:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _legend(figure, "diamond: arm with its interval; dots: jobs")
+    style(axes, "Outcome and cost", _outcome(sweep), "tokens seen in training", percent=sweep.by_accuracy)
+    legend(axes, "diamond: arm with its interval\ndots: jobs")
     return figure
 
 
@@ -80,30 +77,31 @@ def heat_map(sweep: Sweep) -> Figure:
     frame = pd.DataFrame([(*arm.values, arm.outcome.mean) for arm in sweep.arms], columns=[rows, columns, "outcome"])
     table = frame.pivot(index=rows, columns=columns, values="outcome")
     table = table.reindex(index=_in_order(sweep, rows), columns=_in_order(sweep, columns))
-    figure = Figure(figsize=(1.6 * len(table.columns) + 2.5, 0.8 * len(table) + 1.6), layout="constrained")
+    figure = new_figure(width=1.6 * len(table.columns) + 2.5, height=0.8 * len(table) + 1.6)
     axes = figure.subplots()
     axes.imshow(table.to_numpy(float), cmap="Blues", aspect="auto")
     middle = np.nanmean([table.min(axis=None), table.max(axis=None)])
     for i, j in np.argwhere(table.notna().to_numpy()):
         value = table.iat[i, j]
         text = f"{value:.1%}" if sweep.by_accuracy else f"{value:.3g}"
-        axes.text(j, i, text, ha="center", va="center", color="white" if value > middle else "#2b2b2b")
+        axes.text(j, i, text, ha="center", va="center", color="white" if value > middle else TEXT)
     axes.set_xticks(range(len(table.columns)), map(short, table.columns))
     axes.set_yticks(range(len(table)), map(short, table.index))
-    axes.set(xlabel=columns, ylabel=rows, title=f"mean {_outcome(sweep)}")
+    axes.set(xlabel=columns, ylabel=rows)
+    axes.set_title(f"Mean {_outcome(sweep)}", loc="left", fontsize=11, color=TEXT)
     return figure
 
 
 def parallel_coordinates(sweep: Sweep) -> Figure:
     """Each arm as a line through its values, the better the darker."""
-    figure = Figure(figsize=(1.8 * (len(sweep.keys) + 1) + 1, 4), layout="constrained")
+    figure = new_figure(width=1.8 * (len(sweep.keys) + 1) + 1)
     axes = figure.subplots()
     outcomes = np.array([arm.outcome.mean for arm in sweep.arms])
     share = (outcomes - outcomes.min()) / (np.ptp(outcomes) or 1)
     orders = [_in_order(sweep, key) for key in sweep.keys]
     for arm, height in sorted(zip(sweep.arms, share, strict=True), key=lambda pair: pair[1]):
         heights = [order.index(v) / max(1, len(order) - 1) for order, v in zip(orders, arm.values, strict=True)]
-        axes.plot([*heights, height], color="#0072b2", alpha=0.15 + 0.85 * height, lw=1 + 1.5 * height)
+        axes.plot([*heights, height], color=BLUE, alpha=0.15 + 0.85 * height, lw=1 + 1.5 * height)
     white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     for position, order in enumerate(orders):
         for number, value in enumerate(order):
@@ -113,24 +111,11 @@ def parallel_coordinates(sweep: Sweep) -> Figure:
     for height, value in ((0, outcomes.min()), (1, outcomes.max())):
         axes.text(len(orders) + 0.04, height, form.format(value), ha="left", va="center", fontsize=8)
     axes.set_xticks(range(len(orders) + 1), [*sweep.keys, _outcome(sweep)])
-    axes.set(yticks=[], xlim=(-0.6, len(orders) + 0.6), title="every arm")
+    axes.set(yticks=[], xlim=(-0.6, len(orders) + 0.6))
+    axes.set_title("Every arm", loc="left", fontsize=11, color=TEXT)
     for position in range(len(orders) + 1):
-        axes.axvline(position, color="#c9c9c9", lw=1, zorder=0)
+        axes.axvline(position, color=OTHERS, lw=1, zorder=0)
     return figure
-
-
-def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(color="#e3e3e3")
-    return figure, axes
-
-
-def _legend(figure: Figure, title: str) -> None:
-    """Below the axes, where it covers no curve, in room of its own."""
-    entries = len(figure.axes[0].get_legend_handles_labels()[1])
-    figure.set_figheight(figure.get_figheight() + 0.19 * (entries + 1))
-    figure.legend(loc="outside lower left", fontsize="small", title=title, alignment="left", frameon=False)
 
 
 def _by_step(sweep: Sweep, arm: Arm, column: str) -> pd.DataFrame:

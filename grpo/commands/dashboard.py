@@ -14,6 +14,7 @@ from grpo.commands._common import existing_run, own_arguments
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
 from grpo.config.values import flatten
+from grpo.metrics import REWARD, of_components
 from grpo.runs.halving_state import SEED
 from grpo.runs.sweep_folder import SweepFolder
 
@@ -98,36 +99,12 @@ def _entity(wandb: Any) -> str:
 
 def panels(view: View) -> dict[str, dict[str, list[str]]]:
     """Section -> title of a panel -> the metrics that it shows, under their names in metrics.jsonl."""
-    parts = [f"rewards/{name}/mean" for name in view.components]
-    return {
-        "Reward": {
-            "reward": ["reward"],
-            "components": parts,
-            "held-out accuracy": ["eval/accuracy"],
-            "groups with equal rewards": ["frac_reward_zero_std"],
-            "spread within groups": ["reward_std"],
-        },
-        "Lengths": {
-            "tokens a completion": [f"completions/{name}_length" for name in ("min", "mean", "max")],
-            "cut at the limit": ["completions/clipped_ratio"],
-        },
-        "Loss and KL": {
-            "loss": ["loss"],
-            "KL to the reference": ["kl"],
-            "gradient norm": ["grad_norm"],
-            "clipped": ["clip_ratio/low_mean", "clip_ratio/high_mean"],
-            "entropy": ["entropy"],
-            "learning rate": ["learning_rate"],
-        },
-        "Speed": {
-            "tokens a second": ["perf/tokens_per_s"],
-            "seconds a step": ["step_time"],
-            "parts of a step": [
-                f"timing_s/{name}" for name in ("rollout", "reward", "reference", "update", "checkpoint")
-            ],
-            "peak memory, GB": ["perf/peak_memory_gb"],
-        },
-    }
+    sections: dict[str, dict[str, list[str]]] = {}
+    for metric in of_components(view.components):
+        if metric.section:
+            sections.setdefault(metric.section, {}).setdefault(metric.panel, []).append(metric.name)
+    sections[REWARD]["Held-out accuracy"] = ["eval/accuracy"]
+    return sections
 
 
 def workspace(view: View, entity: str) -> Any:

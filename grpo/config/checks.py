@@ -82,6 +82,17 @@ def check(config: Config) -> None:
         if not isinstance(component, dict) or not component.get("_target_"):
             raise ConfigError(f"{place} needs a _target_: the dotted path of its function")
         _number(f"{place}.weight", component.get("weight", 1.0))
+        if component.get("range") is not None:
+            _check_range(f"{place}.range", component["range"])
+
+
+def _check_range(key: str, ends: object) -> None:
+    if not isinstance(ends, list) or len(ends) != 2:
+        raise ConfigError(f"{key}={_yaml(ends)}: must be the lowest and the highest value, such as [0, 1]")
+    for end in ends:
+        _number(key, end)
+    if not ends[0] < ends[1]:
+        raise ConfigError(f"{key}={_yaml(ends)}: the first must be lower than the second")
 
 
 def _check_prompts(data: dict[str, Any]) -> None:

@@ -72,7 +72,7 @@ def bind_reward(key: str, node: Mapping[str, Any]) -> Callable[..., list[float |
 
     Raises ConfigError for another form.
     """
-    function = build(key, node, without=("weight",))
+    function = build(key, node, without=("weight", "range"))
     parameters: Mapping[str, inspect.Parameter] = {}
     with suppress(TypeError, ValueError):  # a builtin without a signature, or nothing that can be called
         parameters = inspect.signature(function).parameters

@@ -109,7 +109,7 @@ def config_0_to_1(values: Values) -> Values:
         for name, value in (OBJECTIVE_OF_0 | {"beta": None, "epsilon_low": None, "epsilon_high": None}).items():
             _set_default(values, f"objective.{name}", value)
     _set_default(values, "rollout._target_", "grpo.rollout.native.NativeEngine")
-    return _with_moved_targets(values)
+    return _with_declared_ranges(_with_moved_targets(values))
 
 
 def state_0_to_1(values: Values) -> Values:
@@ -136,6 +136,17 @@ def _set_default(values: Values, name: str, value: Any) -> None:
         if not isinstance(node, dict):
             return
     node.setdefault(last, value)
+
+
+def _with_declared_ranges(values: Values) -> Values:
+    """The ranges of the components that version 0 had by default: charts and doctor knew them by name."""
+    components = (values.get("reward") or {}).get("components") or {}
+    for target, low, high in (("correctness", 0.0, 2.0), ("tag_format", 0.0, 0.8)):
+        for node in components.values():
+            has_defaults = isinstance(node, dict) and node.keys() <= {"_target_", "weight"}
+            if has_defaults and node.get("_target_") == f"grpo.rewards.math_xml.{target}":
+                node["range"] = [low, high]
+    return values
 
 
 def _with_moved_targets(node: Any) -> Any:

@@ -257,6 +257,10 @@ class RunFolder:
         """What the pre-flight found, as preflight.json."""
         write_whole(self.preflight_file, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
+    def preflight(self) -> dict | None:
+        """What the pre-flight found; None where there was none."""
+        return read_json(self.preflight_file) if self.preflight_file.exists() else None
+
     def write_evaluation(self, name: str, result: dict) -> Path:
         """An evaluation as eval/<name>.json."""
         file = self.path / "eval" / f"{name}.json"

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from grpo.analysis.doctor import Doctor
 from grpo.config.values import to_dict
+from grpo.metrics import component_ranges
 from grpo.runs.checkpoint import TrainerState
 from grpo.runs.console import StepDisplay
 from grpo.runs.files import disk_errors_are_warnings
@@ -36,7 +37,7 @@ class Recorder:
         self._config = run.config
         self._total_steps = total_steps
         self._display = StepDisplay(self.console, total_steps, state.step + 1)
-        self._doctor = Doctor()
+        self._doctor = Doctor(component_ranges(to_dict(run.config)))
         # What the doctor had to say of these was said before.
         self._doctor.replay(run.folder.metrics(state.step), run.folder.training_evaluations(state.step).values())
         self._saving_s = 0.0  # seconds for which the last save held up training: reported with the next step

@@ -6,7 +6,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from grpo.analysis.charts import COLORS, TEXT, write_charts
+from grpo.analysis.charts import COLORS, write_charts
+from grpo.analysis.theme import TEXT
 
 PNGS = ["loss.png", "reward.png", "output_length.png", "loss_vs_reward.png", "training_progress.png"]
 

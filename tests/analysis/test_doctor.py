@@ -8,6 +8,12 @@ from grpo.analysis.doctor import RULES, Doctor, examine
 from tests.launches import launch, rows
 from tests.sweeps.test_sweep import QUICK
 
+RANGES = {"correctness": (0.0, 2.0), "format": (0.0, 0.8)}
+
+
+def doctor_says(rows, evaluations=(), ranges=RANGES):
+    return examine(rows, evaluations, ranges)
+
 
 def course(steps=60, **metrics):
     """Rows of a healthy run, with these metrics as given: a value, or a function of the step."""
@@ -125,32 +131,32 @@ CASES = {
 @pytest.mark.parametrize("rule", CASES)
 def test_a_rule_speaks_where_it_should_once_and_keeps_still_beside_it(rule):
     ill, step, well = CASES[rule]
-    (found,) = [finding for finding in examine(ill) if finding.rule == rule]
+    (found,) = [finding for finding in doctor_says(ill) if finding.rule == rule]
     assert step is None or found.step == step
     assert any(key in found.text for key in ("grpo.", "optimizer.", "reward.", "data."))  # what to change
     for each in well:
-        assert rule not in [finding.rule for finding in examine(each)]
+        assert rule not in [finding.rule for finding in doctor_says(each)]
 
 
 def test_a_rising_reward_with_falling_accuracy_is_told_from_noise():
     falling = [evaluation(20, 0.60, 400), evaluation(40, 0.48, 400)]
-    (found,) = examine(course(), falling)
+    (found,) = doctor_says(course(), falling)
     assert (found.rule, found.step) == ("held_out_falls", 40)
     assert "from 60.0% to 48.0%" in found.text
-    assert examine(course(), [evaluation(20, 0.60, 400), evaluation(40, 0.56, 400)]) == []  # within its noise
-    both = examine(course(reward=lambda step: 3.0 - 0.02 * step), falling)  # reward falls as well
+    assert doctor_says(course(), [evaluation(20, 0.60, 400), evaluation(40, 0.56, 400)]) == []  # within its noise
+    both = doctor_says(course(reward=lambda step: 3.0 - 0.02 * step), falling)  # reward falls as well
     assert [finding.rule for finding in both] == ["reward_falls"]
 
 
 def test_a_fall_is_one_wherever_the_reward_has_its_zero():
     for zero in (-10.0, 0.0, 10.0):
         fallen = course(80, reward_std=0.5, reward=lambda step, zero=zero: zero + (1.2 if step < 45 else 0.2))
-        assert "reward_falls" in [finding.rule for finding in examine(fallen)]
+        assert "reward_falls" in [finding.rule for finding in doctor_says(fallen)]
 
 
 @pytest.mark.parametrize("kl", [lambda step: 0.001 * 1.05**step, lambda step: 0.1 * step])
 def test_a_slow_runaway_is_one_too(kl):
-    assert "kl_runaway" in [finding.rule for finding in examine(course(steps=200, kl=kl))]
+    assert "kl_runaway" in [finding.rule for finding in doctor_says(course(steps=200, kl=kl))]
 
 
 def test_the_luck_of_many_evaluations_is_no_fall():
@@ -160,13 +166,13 @@ def test_the_luck_of_many_evaluations_is_no_fall():
         luck = random.Random(seed)
         made = [evaluation(10 * k, sum(luck.random() < 0.5 for _ in range(200)) / 200, 200) for k in range(1, 41)]
         rows = course(steps=400, reward=lambda step, luck=luck: 1.0 + 0.002 * step + luck.gauss(0, 0.1))
-        false += "held_out_falls" in [finding.rule for finding in examine(rows, made)]
+        false += "held_out_falls" in [finding.rule for finding in doctor_says(rows, made)]
     assert false <= 2
 
 
 def test_after_a_resume_it_says_what_it_would_have_said():
     rows, made = course(), [evaluation(0, 0.5, 400), evaluation(20, 0.60, 400), evaluation(40, 0.48, 400)]
-    doctor = Doctor()
+    doctor = Doctor(RANGES)
     assert doctor.replay(rows[:30], made[:2]) == []
     doctor.evaluated(made[2])
     assert [finding.rule for row in rows[39:] for finding in doctor.look(row)] == ["held_out_falls"]
@@ -177,9 +183,17 @@ def test_every_rule_has_its_case():
 
 
 def test_a_healthy_run_is_left_in_peace_and_so_are_rewards_of_other_names():
-    assert examine(course(steps=200)) == []
+    assert doctor_says(course(steps=200)) == []
     other = [{k.replace("correctness", "judge"): v for k, v in row.items()} for row in course(steps=200)]
-    assert examine(other) == []
+    assert doctor_says(other) == []
+
+
+def test_what_is_high_follows_from_the_declared_range():
+    """Equal rewards at the top are a run that has learned everything, and below it one that learns nothing."""
+    equal = course(steps=30, frac_reward_zero_std=1.0, **{"rewards/correctness/mean": 1.9})
+    assert doctor_says(equal) == []
+    higher = RANGES | {"correctness": (0.0, 4.0)}
+    assert [finding.rule for finding in doctor_says(equal, ranges=higher)] == ["equal_groups"]
 
 
 def test_in_a_run_it_speaks_when_it_happens_and_once_over_a_stop(tmp_path):

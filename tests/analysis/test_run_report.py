@@ -8,6 +8,7 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
+from grpo.analysis.page import readable
 from grpo.analysis.run_report import _spread, content, write_run_report
 from grpo.runs.folder import RunFolder
 
@@ -17,10 +18,31 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def test_a_finished_run_has_its_report_which_needs_nothing_else(finished_run):
     text = (finished_run / "report.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)|@import|url\(""", text)
-    for heading in ("Doctor", "Before and after", "Charts", "Summary", "Config"):
+    for heading in ("Findings", "Before and after", "Charts", "Summary", "Config"):
         assert f"<h2>{heading}</h2>" in text
-    assert text.count("data:image/png;base64,") == 5
-    assert "_target_: grpo.algorithm.loss.grpo_loss" in text
+    charts = re.findall(r'<img alt="([^"]+)" src="data:image/png;base64,', text)
+    assert charts[:4] == ["Loss", "Reward", "Output length", "Loss and reward of each step"]
+    assert len(set(charts)) == len(charts)
+    assert "<h1>quickstart" in text
+    assert "_target_: grpo.algorithm.objective.Objective" in text
+
+
+def test_the_findings_before_training_are_in_it(finished_run, tmp_path):
+    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+    found = {"completions": 128, "prompts": 8, "frac_reward_zero_std": 0.0, "completions/clipped_ratio": 0.94}
+    found |= {"components": {"format": {"mean": 0.1, "nonzero": 0.2, "missing": 0.0}}}
+    found |= {"prompt_lengths": {"min": 3, "median": 4, "max": 9}, "warnings": ["94% of the completions are truncated"]}
+    run.write_preflight(found)
+    text = write_run_report(run.path).read_text()
+    assert "Before training: 94% of the completions are truncated" in text
+    assert "No problems found" not in text
+    assert "format mean 0.1, nonzero in 20 %" in text
+
+
+def test_numbers_are_written_without_an_exponent():
+    assert [readable(value) for value in (1.249e-05, 2e-4, 0.0, 1234567.0, 2.8, -0.5, None, float("nan"))] == [
+        "0.0000125", "0.0002", "0", "1,234,567", "2.8", "-0.5", "-", "-",
+    ]  # fmt: skip
 
 
 def test_completions_are_there_with_what_they_earned_and_as_text(finished_run, tmp_path):

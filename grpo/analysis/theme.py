@@ -1,0 +1,48 @@
+"""The look of every chart: colours, and what axes and figures have in common.
+
+Figures are matplotlib's objects alone, never `pyplot`: no state is shared, so a chart can be drawn in any thread and
+is freed with its figure.
+"""
+
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+TEXT, MUTED, GRID, OTHERS = "#2b2b2b", "#767676", "#e3e3e3", "#c9c9c9"
+# Okabe and Ito's palette, which readers with any colour vision can tell apart, and two more.
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4fa3", "#767676")
+BLUE, RED, GREEN, PINK, ORANGE, SKY, VIOLET, GREY = PALETTE
+
+
+def new_figure(title: str = "", width: float = 8, height: float = 4) -> Figure:
+    """An empty figure, its size in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if title:  # dollar signs in a run's name are not mathematics
+        figure.suptitle(
+            title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=TEXT, parse_math=False, wrap=True
+        )
+    return figure
+
+
+def style(ax: Axes, title: str, ylabel: str = "", xlabel: str = "step", percent: bool = False) -> None:
+    """Title, labels and grid of a panel; percent: values are shares from 0 to 1."""
+    ax.set_title(title, loc="left", fontsize=11, color=TEXT)
+    ax.set_xlabel(xlabel, fontsize=9, color=TEXT)
+    ax.set_ylabel(ylabel, fontsize=9, color=TEXT)
+    ax.grid(color=GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(GRID)
+    ax.tick_params(labelsize=8, colors=MUTED)
+    # Plain numbers: matplotlib would write a common factor such as 1e-5 beside the axis.
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0) if percent else lambda value, _: f"{value:.6g}")
+
+
+def legend(ax: Axes, title: str | None = None, beside: bool = True) -> None:
+    """A legend beside the panel, where it covers no curve, or within it; none where no curve has a label."""
+    if ax.get_legend_handles_labels()[0]:
+        outside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.0}
+        place = outside if beside else {"loc": "best"}
+        ax.legend(**place, fontsize=8, frameon=False, labelcolor=TEXT, title=title, title_fontsize=8, alignment="left")

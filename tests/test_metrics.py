@@ -1,0 +1,37 @@
+"""The table of metrics says what runs log, and docs/metrics.md is that table."""
+
+import json
+
+from grpo.metrics import METRICS, component_ranges, markdown, of_components
+from tests.launches import ROOT, SETTINGS, launch
+
+
+def test_every_column_of_a_run_is_in_the_table_and_has_a_meaning(finished_run):
+    known = {metric.name: metric for metric in of_components(["correctness", "format"])}
+    columns = set()
+    for line in (finished_run / "metrics" / "metrics.jsonl").read_text().splitlines():
+        columns |= json.loads(line).keys()
+    assert columns <= known.keys()
+    assert known.keys() - columns <= {"kl", "loss_scale"}  # with beta above 0, and in float16
+    assert all(metric.meaning and metric.taken_over for metric in METRICS)
+    assert len(known) == len(of_components(["correctness", "format"]))
+
+
+def test_the_columns_that_only_some_runs_have_are_in_the_table(tmp_path):
+    half = ["hardware.compute_dtype=float16", "grpo.num_steps=1", "grpo.num_iterations=1", "tuning=lora"]
+    assert launch(*SETTINGS, *half, "run_dir=run", cwd=tmp_path).returncode == 0
+    row = json.loads((tmp_path / "run" / "metrics" / "metrics.jsonl").read_text())
+    assert {"kl", "loss_scale"} <= row.keys() <= {metric.name for metric in of_components(["correctness", "format"])}
+
+
+def test_the_page_is_the_table():
+    assert (ROOT / "docs" / "metrics.md").read_text() == markdown(), "python -m grpo.metrics > docs/metrics.md"
+
+
+def test_the_range_of_the_sum_is_there_where_every_component_declares_its_own():
+    first, second = {"range": [0, 2], "weight": 0.5}, {"range": [-1, 1], "weight": -2.0}
+    config = {"reward": {"components": {"a": first, "b": second}}}
+    assert component_ranges(config) == {"a": (0, 2), "b": (-1, 1), "reward": (-2.0, 3.0)}
+    config["reward"]["components"]["c"] = {"weight": 1.0}
+    assert component_ranges(config) == {"a": (0, 2), "b": (-1, 1)}
+    assert component_ranges({}) == {}
