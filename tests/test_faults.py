@@ -267,11 +267,11 @@ def test_a_status_that_cannot_be_written_does_not_end_training(tmp_path):
 @pytest.mark.parametrize(
     ("place", "call", "name", "code"),
     [
-        ("grpo.rollout.native._choose", "60", "term", 143),
+        ("grpo.rollout.native._sample_tokens", "60", "term", 143),
         ("grpo.training.update.completion_logps", "8", "int", 130),
         ("torch.Tensor.backward", "5", "term", 143),
         ("torch.Tensor.backward", "6", "usr1", 138),
-        ("grpo.runs.saver.write_checkpoint", "1", "int", 130),
+        ("grpo.runs.checkpoint_writer.write_checkpoint", "1", "int", 130),
     ],
     ids=["in sampling", "in the reference pass", "in backward", "in the second update", "in a save"],
 )
@@ -293,7 +293,7 @@ def test_a_signal_saves_the_step_and_resume_is_bitwise_equal(tmp_path, straight,
 def test_a_step_that_would_take_long_is_dropped(tmp_path, straight):
     # How long a step takes is not known in the first one, so that it counts as long.
     run_dir = tmp_path / "run"
-    stopped = start(run_dir, fault=("grpo.rollout.native._choose", "5x", "term")).wait()
+    stopped = start(run_dir, fault=("grpo.rollout.native._sample_tokens", "5x", "term")).wait()
     assert stopped.returncode == 143
     assert rows(run_dir) == []
     assert checkpoint_steps(run_dir) == []
@@ -320,7 +320,7 @@ def test_a_step_whose_policy_has_moved_is_never_saved_half(tmp_path, straight):
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_stop_waits_for_the_checkpoint_that_is_written_beside_training(tmp_path, straight, signals):
     run_dir = tmp_path / "run"
-    fault = ("grpo.runs.saver.write_checkpoint", "1x", "sleep:3")
+    fault = ("grpo.runs.checkpoint_writer.write_checkpoint", "1x", "sleep:3")
     process = start(run_dir, "checkpoint.overlap=true", "checkpoint.every=3", "resume=auto", fault=fault)
     wait_for_step(run_dir, 3)
     for _ in range(signals):

@@ -5,8 +5,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo.batch import Completions, tokenize_prompts
 from grpo.config.schema import ModelConfig
 from grpo.model.loading import load_model
-from grpo.model.packed import packs
-from grpo.rollout.llama_decoder import is_lean
+from grpo.model.packed import supports_packing
+from grpo.rollout.llama_decoder import supports_fast_decoding
 from grpo.tiny import MODEL_DIR
 
 
@@ -23,10 +23,10 @@ def plain_model():
 
 @pytest.fixture(scope="session")
 def fast_model():
-    """As the suite loads it: read packed, decoded by `LeanDecoder`, multiplied by oneDNN."""
+    """As the suite loads it: read packed, decoded by `FastDecoder`, multiplied by oneDNN."""
     model = load_model(tiny_config(), torch.device("cpu"))
-    assert packs(model)
-    assert is_lean(model)
+    assert supports_packing(model)
+    assert supports_fast_decoding(model)
     return model
 
 

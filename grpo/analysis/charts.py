@@ -37,7 +37,7 @@ from grpo.analysis.theme import (
     style,
 )
 from grpo.metrics import Metric, component_ranges, of_components
-from grpo.runs.files import write_whole
+from grpo.runs.files import write_atomic
 
 DPI = 120
 SMALL, TALL = (9.0, 5.4), (9.0, 7.0)  # inches
@@ -129,7 +129,7 @@ def write_charts(run_dir: str | Path, output_dir: str | Path | None = None) -> l
         "training_progress.png": draw(run, everything, 6.0 * columns, 4.1 * rows, columns),
     }
     for name, figure in figures.items():
-        write_whole(plots_dir / name, png(figure))
+        write_atomic(plots_dir / name, png(figure))
     return [*(plots_dir / name for name in figures), write_summary(run_dir, output_dir)]
 
 

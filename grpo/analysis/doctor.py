@@ -87,7 +87,7 @@ def equal_groups(doctor: Doctor) -> str | None:
     )
 
 
-def cut_completions(doctor: Doctor) -> str | None:
+def truncated_completions(doctor: Doctor) -> str | None:
     """Most completions of ten steps were cut at the limit."""
     shares = doctor.last("completions/clipped_ratio", 10)
     if len(shares) < 10 or fmean(shares) <= 0.5:
@@ -210,7 +210,7 @@ def skipped_updates(doctor: Doctor) -> str | None:
 RULES: tuple[Callable[[Doctor], str | None], ...] = (
     reward_falls,
     equal_groups,
-    cut_completions,
+    truncated_completions,
     format_without_correctness,
     kl_runaway,
     entropy_collapse,

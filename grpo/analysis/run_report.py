@@ -14,7 +14,7 @@ from grpo.analysis.load import component_columns, read_config
 from grpo.analysis.page import render
 from grpo.analysis.summary import summarize
 from grpo.metrics import component_ranges, of_components
-from grpo.runs.files import write_whole
+from grpo.runs.files import write_atomic
 from grpo.runs.folder import RunFolder
 
 CHART_SIZE = (9.0, 4.2)  # inches
@@ -30,7 +30,7 @@ def write_run_report(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     write_charts(run_dir)
     file = run_dir / "report.html"
-    write_whole(file, render("run.html", **content(run_dir)))
+    write_atomic(file, render("run.html", **content(run_dir)))
     return file
 
 

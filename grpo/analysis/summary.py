@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from grpo.analysis.load import component_columns, finite_values, is_metric, load_metrics
-from grpo.runs.files import write_whole
+from grpo.runs.files import write_atomic
 from grpo.runs.folder import RunFolder
 
 # They count up, so their mean or spread says nothing.
@@ -53,7 +53,7 @@ def write_summary(run_dir: str | Path, output_dir: str | Path | None = None) -> 
     text = json.dumps(summarize(run_dir), indent=2, allow_nan=False) + "\n"
     path = Path(output_dir or run_dir) / "summary.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
+    write_atomic(path, text)
     return path
 
 

@@ -10,7 +10,7 @@ import matplotlib
 from grpo.analysis import sweep_charts
 from grpo.analysis.page import embedded, render
 from grpo.analysis.sweep import Sweep, verdict
-from grpo.runs.files import write_whole
+from grpo.runs.files import write_atomic
 from grpo.runs.halving_state import SEED, Record
 from grpo.runs.sweep_folder import short
 
@@ -24,9 +24,9 @@ def write_sweep_report(path: str | Path) -> tuple[list[Path], str]:
     """
     sweep = Sweep(path)
     folder = sweep.folder.path
-    write_whole(folder / "sweep.csv", sweep.jobs.to_csv())
+    write_atomic(folder / "sweep.csv", sweep.jobs.to_csv())
     page = render("sweep.html", **content(sweep))
-    write_whole(folder / "report.html", page)
+    write_atomic(folder / "report.html", page)
     return [folder / "report.html", folder / "sweep.csv"], headline(sweep)
 
 
@@ -140,7 +140,7 @@ def _budget(sweep: Sweep) -> dict[str, Any] | None:
         return None
     values = sweep.jobs.loc[[jobs[0] for jobs in record.arms], sweep.keys]
     labels = [" ".join(f"{key}={short(value)}" for key, value in row.items()) for _, row in values.iterrows()]
-    return record.in_words() | {"labels": labels}
+    return record.summary() | {"labels": labels}
 
 
 def _charts(sweep: Sweep) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from grpo.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelUnderTest:
     """What a command works on."""
 
     config: Config  # model.name is the model to load
@@ -61,7 +61,7 @@ def existing_run(path: str) -> RunFolder:
     return folder
 
 
-def find_subject(arguments: Sequence[str]) -> Subject:
+def find_model(arguments: Sequence[str]) -> ModelUnderTest:
     """The config and model that a command line names.
 
     With run_dir: the folder's frozen config with exactly the named keys replaced, and its trained model, or, where
@@ -73,26 +73,26 @@ def find_subject(arguments: Sequence[str]) -> Subject:
 
     composed = hardware_found(compose_config(overrides.lines), overrides, compose_config)
     if folder is None:
-        return Subject(resolved(composed), None, None, 0)
+        return ModelUnderTest(resolved(composed), None, None, 0)
     changed = apply_overrides(folder.frozen_config(), composed, overrides)
     check_trusted(changed, composed, folder.path)
     if {"model", "model.name"} & set(overrides.keys):
         if not overrides.names("model.lora"):
             changed.model.lora = None
-        return Subject(resolved(changed), folder, None, 0)
+        return ModelUnderTest(resolved(changed), folder, None, 0)
     # Of a run that was given more steps and has not made them yet, final_model is from before.
     if folder.finished() and folder.final_model.exists():
         if changed.model.get("lora") is None:
             changed.model.name = escape(str(folder.final_model))
         else:
             changed.model.lora.init_from = escape(str(folder.final_model))
-        return Subject(resolved(changed), folder, None, folder.status().get("step", 0))
+        return ModelUnderTest(resolved(changed), folder, None, folder.status().get("step", 0))
     from grpo.runs.checkpoint import latest_checkpoint, load_state  # imports torch
 
     weights = latest_checkpoint(folder.checkpoints)
     if weights is None:
         raise ConfigError(f"{folder.path} holds no trained model yet; for the untrained one add model.name=...")
-    return Subject(resolved(changed), folder, weights, load_state(weights).step)
+    return ModelUnderTest(resolved(changed), folder, weights, load_state(weights).step)
 
 
 def resolved(cfg: DictConfig) -> Config:
@@ -103,7 +103,7 @@ def resolved(cfg: DictConfig) -> Config:
     return typed(cfg)
 
 
-def load_subject(subject: Subject, with_problems: bool = True):
+def load_model_under_test(subject: ModelUnderTest, with_problems: bool = True):
     """What the subject's config names, and an engine that samples from its model as training does.
 
     Returns (Experiment, RolloutEngine, Sampling).

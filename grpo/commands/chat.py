@@ -11,15 +11,15 @@ from typing import Any
 
 from rich.console import Console
 
-from grpo.commands._common import find_subject, load_subject, own_arguments
+from grpo.commands._common import find_model, load_model_under_test, own_arguments
 from grpo.config.overrides import Overrides
 
 
 def main(arguments: list[str]) -> None:
     """Answer one prompt, or each line that is typed until an empty one or the end of input."""
     own, overrides = own_arguments(arguments, ["prompt"])
-    subject = find_subject(overrides)
-    experiment, engine, sampling = load_subject(subject, with_problems=False)
+    subject = find_model(overrides)
+    experiment, engine, sampling = load_model_under_test(subject, with_problems=False)
     if not Overrides(overrides).names("rollout.temperature"):
         sampling = replace(sampling, temperature=0.0)
     if "prompt" in own:

@@ -9,14 +9,14 @@ from datetime import datetime
 
 from rich.console import Console
 
-from grpo.commands._common import find_subject, load_subject
+from grpo.commands._common import find_model, load_model_under_test
 from grpo.runs.console import closing_table
 
 
 def main(arguments: list[str]) -> None:
     """Evaluate and print a table."""
-    subject = find_subject(arguments)
-    experiment, engine, sampling = load_subject(subject)
+    subject = find_model(arguments)
+    experiment, engine, sampling = load_model_under_test(subject)
     from grpo.training.evaluation import evaluate  # imports torch
 
     result = {"model": subject.model, **evaluate(engine, sampling, experiment, subject.step)}

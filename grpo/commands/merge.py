@@ -7,15 +7,15 @@ Small changes of a weight are lost in bfloat16; in float32, the default, the mod
 
 from pathlib import Path
 
-from grpo.commands._common import find_subject, own_arguments
+from grpo.commands._common import find_model, own_arguments
 from grpo.config.errors import ConfigError
-from grpo.runs.files import move_whole
+from grpo.runs.files import commit_folder
 
 
 def main(arguments: list[str]) -> None:
     """Merge and print where the model is."""
     own, rest = own_arguments(arguments, ["output_dir"])
-    subject = find_subject([*rest, "hardware.device=cpu", "model.device_map=cpu"])  # wherever the run was made
+    subject = find_model([*rest, "hardware.device=cpu", "model.device_map=cpu"])  # wherever the run was made
     model = subject.config.model
     if model.lora is None or model.lora.init_from is None or subject.weights is not None:
         what = "has no adapter" if model.lora is None else "has no final_model/ with its adapter yet"
@@ -42,5 +42,5 @@ def main(arguments: list[str]) -> None:
     temporary.mkdir(parents=True)
     merged.save_pretrained(temporary)
     load_tokenizer(model).save_pretrained(temporary)
-    move_whole(temporary, target)
+    commit_folder(temporary, target)
     print(target)

@@ -19,15 +19,15 @@ class OneDnnLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return _Product.apply(x, self.weight, self.bias)
-        return multiply(x, self.weight, self.bias)
+            return _OneDnnFunction.apply(x, self.weight, self.bias)
+        return onednn_linear(x, self.weight, self.bias)
 
 
-class _Product(torch.autograd.Function):
+class _OneDnnFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # frozen weights need no input again
-        return multiply(x, weight, bias)
+        return onednn_linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -35,7 +35,7 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
         return (
-            multiply(grad, weight.t()) if ctx.needs_input_grad[0] else None,
+            onednn_linear(grad, weight.t()) if ctx.needs_input_grad[0] else None,
             rows.t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None,
             rows.sum(dim=0) if ctx.needs_input_grad[2] else None,
         )
@@ -44,16 +44,16 @@ class _Product(torch.autograd.Function):
 def use_onednn(model: nn.Module) -> None:
     """Let every linear layer of a model multiply with oneDNN, where it can."""
     for module in model.modules():
-        if type(module) is nn.Linear and available(module.weight):
+        if type(module) is nn.Linear and has_onednn(module.weight):
             module.__class__ = OneDnnLinear  # the same parameters under the same names
 
 
-def packed(weight: Tensor, rows: int) -> Tensor:
-    """Weights laid out for `multiply` with about so many rows at a time. Takes the memory of another copy."""
+def reorder_weight(weight: Tensor, rows: int) -> Tensor:
+    """Weights laid out for `onednn_linear` with about `rows` rows at a time. Takes the memory of another copy."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
 
 
-def available(tensor: Tensor) -> bool:
+def has_onednn(tensor: Tensor) -> bool:
     """Whether this torch and this processor have the products of oneDNN for such tensors."""
     return tensor.device.type == "cpu" and tensor.dtype in _onednn_dtypes()
 
@@ -66,8 +66,8 @@ def _onednn_dtypes() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if cpu_multiplies_bfloat16() else (torch.float32,)
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` without gradient, by oneDNN on a CPU that has it; weight may be `packed` there."""
-    if not available(x):
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` without gradient, by oneDNN where it is; weight may then be one of `reorder_weight`."""
+    if not has_onednn(x):
         return nn.functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo.model.linear import multiply
+from grpo.model.linear import onednn_linear
 
 LOGITS_PER_CHUNK = 2**23  # 32 MB of float32: about what the cache of a processor holds, since many passes go over it
 NARROW_CHUNKS = 4  # multiplied at once in 16 bits, where each product also passes over a float32 sum of the gradient
@@ -47,7 +47,7 @@ class HeadLogps(torch.autograd.Function):
         grad = grad / ctx.temperature
         for block in _chunks(len(hidden), weight, NARROW_CHUNKS if narrow else 1):
             grad_logits = _grad_logits(hidden[block], weight, targets[block], normalizers[block], grad[block], ctx)
-            grad_hidden[block] = multiply(grad_logits, weight.t())
+            grad_hidden[block] = onednn_linear(grad_logits, weight.t())
             if grad_weight is None:
                 continue
             if narrow:  # else what a block adds would be rounded to the digits that the sum has in 16 bits
@@ -76,5 +76,5 @@ def _chunks(tokens: int, weight: Tensor, times: int = 1) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = multiply(hidden, weight).float()
+    logits = onednn_linear(hidden, weight).float()
     return logits if temperature == 1.0 else logits.div_(temperature)

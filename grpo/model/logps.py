@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from grpo.batch import Completions, Prompts, positions
 from grpo.model.kv_cache import extend, prefill, select_cache_rows
 from grpo.model.lm_head import LOGITS_PER_CHUNK, HeadLogps
-from grpo.model.packed import pack, packs, read
+from grpo.model.packed import forward_packed, pack_groups, supports_packing
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ def completion_logps(
 
     With gradient enabled the logps carry it, through the shared prompt as well.
     """
-    if packs(model):
-        ids, position_ids, packing, source = pack(prompts, completions, model.dtype)
-        hidden = read(model, ids, position_ids, packing).index_select(0, source)
+    if supports_packing(model):
+        ids, position_ids, packing, source = pack_groups(prompts, completions, model.dtype)
+        hidden = forward_packed(model, ids, position_ids, packing).index_select(0, source)
     else:
         hidden = _hidden_by_cache(model, prompts, completions)[completions.attention_mask.bool()]
     mask = completions.attention_mask

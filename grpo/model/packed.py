@@ -23,7 +23,7 @@ from grpo.config.errors import ConfigError
 
 NAME = "grpo_packed"
 # What an architecture raises that has another attention; the plain way serves it.
-OF_ITS_OWN_KIND = (TypeError, AttributeError, KeyError, RuntimeError)
+UNSUPPORTED_ATTENTION = (TypeError, AttributeError, KeyError, RuntimeError)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -52,7 +52,7 @@ class Packing(Protocol):
 
 
 @dataclass(frozen=True)
-class Ragged:
+class VarLen:
     """S sequences of different lengths that stand one after the other."""
 
     count: int  # S
@@ -74,20 +74,20 @@ class Ragged:
         return x.flatten(0, 1) if self.slots is None else x.flatten(0, 1).index_select(0, self.slots)
 
 
-def ragged(mask: Tensor) -> Ragged:
+def varlen(mask: Tensor) -> VarLen:
     """From a mask (S, width), 1 where a token is, wherever in its row it stands."""
     count, width = mask.shape
     if bool(mask.all()):
-        return Ragged(count, width, None)
+        return VarLen(count, width, None)
     place = mask.cumsum(dim=1) - 1 + torch.arange(count, device=mask.device)[:, None] * width
-    return Ragged(count, width, place[mask.bool()])
+    return VarLen(count, width, place[mask.bool()])
 
 
 @dataclass(frozen=True)
 class PackedPrompts:
     """P prompts, each attending to itself. Keeps their keys and values for what follows them."""
 
-    prompts: Ragged
+    prompts: VarLen
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer, (P, width, key heads, d)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -101,8 +101,8 @@ class PackedPrompts:
 class PackedGroups:
     """P prompts and after them n completions, each of which attends to its prompt and to itself."""
 
-    prompts: Ragged
-    completions: Ragged
+    prompts: VarLen
+    completions: VarLen
     prompt_of_row: Tensor  # (n,) int64
     mask: Tensor  # (n, 1, width, prompt width + width), 0 where a completion's token sees another and -inf elsewhere
 
@@ -138,7 +138,9 @@ def _forward(
 ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)
 
 
-def pack(prompts: Prompts, completions: Completions, dtype: torch.dtype) -> tuple[Tensor, Tensor, PackedGroups, Tensor]:
+def pack_groups(
+    prompts: Prompts, completions: Completions, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, PackedGroups, Tensor]:
     """P prompts and n completions as one packed row, for a model of this dtype.
 
     Returns ids (N,), position_ids (N,), their `PackedGroups`, and for each active token of the completions, in order,
@@ -152,7 +154,7 @@ def pack(prompts: Prompts, completions: Completions, dtype: torch.dtype) -> tupl
     position_ids = torch.cat([positions(prompts.mask)[prompts.mask.bool()], new_positions[inputs.bool()]])
 
     width = int(lengths.max())
-    prompt, rows = ragged(torch.arange(width, device=ids.device) < lengths[:, None]), ragged(inputs)
+    prompt, rows = varlen(torch.arange(width, device=ids.device) < lengths[:, None]), varlen(inputs)
     of_prompt = torch.arange(width, device=ids.device) < lengths[prompt_of_row][:, None]
     causal = torch.ones(rows.width, rows.width, dtype=torch.bool, device=ids.device).tril()
     n, t = inputs.shape
@@ -183,7 +185,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     where rows are not packed.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if not layers or not packs(model):
+    if not layers or not supports_packing(model):
         raise ConfigError(
             f"hardware.activation_checkpointing=true: {type(model).__name__} with model.attn_implementation="
             f"{model.config._attn_implementation} cannot be read in packed rows, which this needs; set it to false"
@@ -194,7 +196,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 
 def _checkpointed(model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _packed_attention(model):  # the second time comes when `read` has returned
+        with _packed_attention(model):  # the second time comes when `forward_packed` has returned
             return forward(*args, **kwargs)
 
     if not torch.is_grad_enabled():
@@ -202,12 +204,12 @@ def _checkpointed(model: PreTrainedModel, forward: Callable[..., Any], *args: An
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def packs(model: PreTrainedModel) -> bool:
+def supports_packing(model: PreTrainedModel) -> bool:
     """Whether the model can read packed rows, as noted when it was loaded."""
     return getattr(model, "reads_packed_rows", False)
 
 
-def note_packing(model: Any, found: bool) -> None:
+def mark_packing(model: Any, found: bool) -> None:
     """Note on a model whether it can read packed rows, for `packs` to tell."""
     model.reads_packed_rows = found
 
@@ -215,7 +217,7 @@ def note_packing(model: Any, found: bool) -> None:
 def try_packing(model: PreTrainedModel) -> bool:
     """Find out whether this model reads packed rows as it should, by reading one, and note it on the model."""
     found = _reads_packed(model)
-    note_packing(model, found)
+    mark_packing(model, found)
     return found
 
 
@@ -229,12 +231,12 @@ def _reads_packed(model: PreTrainedModel) -> bool:
     ids = (torch.arange(10).view(2, 5) + 1).to(device)
     prompts = Prompts(ids[:, :2], mask[:, :2])
     completions = Completions(ids[:, 2:], mask[:, 2:], mask[:, 2:], group=torch.arange(2, device=device))
-    packed_ids, position_ids, packing, _ = pack(prompts, completions, model.dtype)
+    packed_ids, position_ids, packing, _ = pack_groups(prompts, completions, model.dtype)
     plain = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     expected = torch.cat([plain[:, :2].flatten(0, 1), plain[0, 2:4]])
     try:
-        found = read(model, packed_ids, position_ids, packing)
-    except OF_ITS_OWN_KIND:
+        found = forward_packed(model, packed_ids, position_ids, packing)
+    except UNSUPPORTED_ATTENTION:
         return False
     rounding = 1e-4 if model.dtype == torch.float32 else 5e-2
     return bool((found - expected).abs().max() <= rounding * expected.abs().max())
@@ -250,7 +252,7 @@ def may_pack(model: PreTrainedModel) -> bool:
     return getattr(model.config, "sliding_window", None) is None
 
 
-def read(model: PreTrainedModel, ids: Tensor, position_ids: Tensor, packing: Packing) -> Tensor:
+def forward_packed(model: PreTrainedModel, ids: Tensor, position_ids: Tensor, packing: Packing) -> Tensor:
     """Hidden states (N, H) of the N tokens of a packed row."""
     with _packed_attention(model):
         decoder = model.get_decoder()

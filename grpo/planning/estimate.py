@@ -14,12 +14,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grpo.config.schema import ModelConfig
-from grpo.model.linear import multiply
+from grpo.model.linear import onednn_linear
 from grpo.model.lm_head import LOGITS_PER_CHUNK, NARROW_CHUNKS
 from grpo.model.loading import architecture
 from grpo.model.logps import head_logps
 from grpo.model.lora import add_adapter
-from grpo.model.packed import OF_ITS_OWN_KIND, PackedGroups, Ragged, may_pack, note_packing, packs, read
+from grpo.model.packed import (
+    UNSUPPORTED_ATTENTION,
+    PackedGroups,
+    VarLen,
+    forward_packed,
+    mark_packing,
+    may_pack,
+    supports_packing,
+)
 
 
 @dataclass(frozen=True)
@@ -40,15 +48,15 @@ def meta_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(architecture(config.name, remote), **settings).eval()
         if config.lora is not None:
             add_adapter(model, replace(config.lora, init_from=None), getattr(torch, config.dtype), seed=0)
-    note_packing(model, may_pack(model) and _reads_packed(model))  # its numbers are looked at once they are there
+    mark_packing(model, may_pack(model) and _reads_packed(model))  # its numbers are looked at once they are there
     return model
 
 
 def _reads_packed(model: PreTrainedModel) -> bool:
     ids = torch.zeros(4, dtype=torch.long, device="meta")
     try:
-        read(model, ids, ids, _Counted(Ragged(1, 2, None), Ragged(1, 2, None)))
-    except OF_ITS_OWN_KIND:
+        forward_packed(model, ids, ids, _Counted(VarLen(1, 2, None), VarLen(1, 2, None)))
+    except UNSUPPORTED_ATTENTION:
         return False
     return True
 
@@ -110,11 +118,11 @@ def activation_bytes(model: PreTrainedModel, prompts: int, prompt_tokens: int, r
     meta = torch.device("meta")
     inputs = prompts * prompt_tokens + rows * (tokens - 1)
     ids = torch.zeros(inputs, dtype=torch.long, device=meta)
-    packing = _Counted(Ragged(prompts, prompt_tokens, None), Ragged(rows, tokens - 1, None))
+    packing = _Counted(VarLen(prompts, prompt_tokens, None), VarLen(rows, tokens - 1, None))
     active = torch.zeros(rows * tokens, dtype=torch.long, device=meta)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        if packs(model):
-            hidden = read(model, ids, ids, packing)
+        if supports_packing(model):
+            hidden = forward_packed(model, ids, ids, packing)
         else:
             width = prompt_tokens + tokens
             padded = torch.zeros(rows, width, dtype=torch.long, device=meta)
@@ -144,7 +152,7 @@ def head_bytes(model: PreTrainedModel) -> int:
 class _Counted(PackedGroups):
     """Stands for attention where only what it keeps is asked for."""
 
-    def __init__(self, prompts: Ragged, completions: Ragged) -> None:
+    def __init__(self, prompts: VarLen, completions: VarLen) -> None:
         rows = torch.zeros(completions.count, dtype=torch.long, device="meta")
         super().__init__(prompts, completions, rows, torch.zeros(0, device="meta"))
 
@@ -175,7 +183,7 @@ def machine_rates(dtype: torch.dtype, device: torch.device) -> tuple[float, floa
             seconds.append(time.perf_counter() - started)
         return min(seconds)
 
-    product = min(best(lambda: (a @ b)[0]), best(lambda: multiply(a, b)[0]))
+    product = min(best(lambda: (a @ b)[0]), best(lambda: onednn_linear(a, b)[0]))
     return 2 * size**3 / product, big.numel() * 4 / best(lambda: big.sum()[None])
 
 

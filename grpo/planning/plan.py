@@ -18,7 +18,7 @@ from grpo.config.checks import Sizes, check_training, kl_weight, typed
 from grpo.config.instantiate import bind
 from grpo.config.schema import Config
 from grpo.model.hardware import device_of, peak_memory_gb, resolve_hardware
-from grpo.model.packed import checkpoint_layers, packs
+from grpo.model.packed import checkpoint_layers, supports_packing
 from grpo.planning import estimate as cost
 from grpo.training.experiment import build_experiment, compute_dtype
 from grpo.training.update import Batch
@@ -69,7 +69,7 @@ def plan(config: Config) -> Plan:
     resident = sum(memory[part] for part in ("program", "weights", "working copy", "reference", "optimizer"))
     sampling = memory["keys and values"] + memory["packed weights"]
     # Activations go while gradients come, unless a micro-batch before has brought all of them.
-    several = len(_micro_batches(work, sizes.micro_batch_tokens, packs(model))) > 1
+    several = len(_micro_batches(work, sizes.micro_batch_tokens, supports_packing(model))) > 1
     kept, grown = memory["activations"] + memory["holes"] + memory["output head"], memory["gradients"]
     update = kept + grown if several else max(kept, grown) + min(kept, grown) / 2
     peak = resident + memory["checkpoint copy"] + max(sampling, update)
@@ -88,7 +88,7 @@ def plan(config: Config) -> Plan:
 
 def _memory(config: Config, sizes: Sizes, model: Any, work: cost.Work) -> dict[str, float]:
     on_cpu = config.hardware.device == "cpu"
-    largest = max(_micro_batches(work, sizes.micro_batch_tokens, packs(model)), key=len)
+    largest = max(_micro_batches(work, sizes.micro_batch_tokens, supports_packing(model)), key=len)
     prompts, length = len({int(row) // work.group for row in largest}), max(work.lengths)
     rows = min(len(work.lengths), max(1, sizes.rollout_tokens // length))
     vocabulary, dtype, compute = model.config.vocab_size, getattr(torch, config.model.dtype), compute_dtype(config)

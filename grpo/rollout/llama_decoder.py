@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from grpo.batch import Prompts, positions
-from grpo.model.linear import available, multiply, packed
+from grpo.model.linear import has_onednn, onednn_linear, reorder_weight
 from grpo.model.lora import low_rank
-from grpo.model.packed import PackedPrompts, Ragged, packs, ragged, read
+from grpo.model.packed import PackedPrompts, VarLen, forward_packed, supports_packing, varlen
 from grpo.rollout.cuda_graph import recorded
 
 # Their layers are: norm, attention with rotary positions, norm, gated SiLU. Biases and norms of heads may be there.
@@ -26,12 +26,12 @@ FAMILY = {"LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel"}
 GRAPH_WIDTH = 128  # a graph serves until a row's own tokens are so many more
 
 
-def is_lean(model: PreTrainedModel) -> bool:
-    """Whether `LeanDecoder` can stand for this model."""
+def supports_fast_decoding(model: PreTrainedModel) -> bool:
+    """Whether `FastDecoder` can stand for this model."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     linear = (m for m in decoder.modules() if hasattr(m, "in_features"))
     return (
-        packs(model)
+        supports_packing(model)
         and type(decoder).__name__ in FAMILY
         and decoder.config.hidden_act == "silu"
         and isinstance(head, nn.Linear)
@@ -39,26 +39,26 @@ def is_lean(model: PreTrainedModel) -> bool:
     )
 
 
-class Product:
+class FusedLinear:
     """The outputs of linear layers that read the same input, side by side, for a few rows at a time."""
 
     def __init__(self, rows: int, *layers: Any) -> None:
         self._added = _side_by_side(layers)
         self._linear: list[nn.Linear] = [getattr(layer, "base_layer", layer) for layer in layers]
-        self._packed: Tensor | None = None
+        self._reordered: Tensor | None = None
         self._bias: Tensor | None = None
-        if available(self._linear[0].weight):
+        if has_onednn(self._linear[0].weight):
             weight = torch.cat([linear.weight for linear in self._linear])
             if self._added is not None and weight.dtype == self._added[1].dtype:  # else it would lose digits
                 down, up = self._added
                 weight, self._added = weight.addmm_(up, down), None
-            self._packed = packed(weight, rows)
+            self._reordered = reorder_weight(weight, rows)
             if self._linear[0].bias is not None:
                 self._bias = torch.cat([linear.bias for linear in self._linear])
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._packed is not None:
-            y = multiply(x, self._packed, self._bias)
+        if self._reordered is not None:
+            y = onednn_linear(x, self._reordered, self._bias)
         else:
             y = torch.cat([F.linear(x, linear.weight, linear.bias) for linear in self._linear], dim=-1)
         if self._added is None:
@@ -80,17 +80,17 @@ def _side_by_side(layers: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
 @dataclass
 class Layer:
     module: Any  # the layer as transformers has it
-    qkv: Product
-    output: Product
-    gate_up: Product
-    down: Product
+    qkv: FusedLinear
+    output: FusedLinear
+    gate_up: FusedLinear
+    down: FusedLinear
     prompt_keys: Tensor  # (P * key heads, width, d)
     prompt_values: Tensor
     keys: Tensor  # (R, key heads, new tokens, d), of each row's own tokens so far
     values: Tensor
 
 
-class LeanDecoder:
+class FastDecoder:
     """The model at the end of R rows, which are ordered by prompt; `logits` (R, V) are those of the next token."""
 
     def __init__(
@@ -103,15 +103,15 @@ class LeanDecoder:
         cuda_graphs: bool = False,
     ) -> None:
         lengths, real = prompts.mask.sum(dim=1), prompts.mask.bool()
-        packing = PackedPrompts(ragged(torch.arange(int(lengths.max()), device=real.device) < lengths[:, None]))
-        hidden = read(model, prompts.ids[real], positions(prompts.mask)[real], packing)
+        packing = PackedPrompts(varlen(torch.arange(int(lengths.max()), device=real.device) < lengths[:, None]))
+        hidden = forward_packed(model, prompts.ids[real], positions(prompts.mask)[real], packing)
         hidden = hidden[lengths.cumsum(dim=0) - 1][prompt_of_row]
         rows, self._decoder, config = len(prompt_of_row), model.get_decoder(), model.config
         self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
         self._first_position, self._max_tokens = lengths[prompt_of_row], max_tokens
         self._length, self._width, self._cuda_graphs = 0, 0, cuda_graphs
         self._prompt_of_row, self._groups = prompt_of_row, rows_by_prompt(prompt_of_row, len(lengths))
-        self._head = Product(rows, model.get_output_embeddings())
+        self._head = FusedLinear(rows, model.get_output_embeddings())
         self._layers = [
             _layer(module, packing.kept[number], rows, max_tokens, clear=cuda_graphs)
             for number, module in enumerate(self._decoder.layers)
@@ -202,10 +202,10 @@ class LeanDecoder:
             layer.keys, layer.values = layer.keys[: len(rows)], layer.values[: len(rows)]
 
 
-def rows_by_prompt(prompt_of_row: Tensor, prompts: int) -> Ragged:
+def rows_by_prompt(prompt_of_row: Tensor, prompts: int) -> VarLen:
     """The rows of each prompt as a sequence."""
     sizes = prompt_of_row.bincount(minlength=prompts)
-    return ragged(torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None])
+    return varlen(torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None])
 
 
 def _layer(module: Any, kept: tuple[Tensor, Tensor], rows: int, new_tokens: int, clear: bool) -> Layer:
@@ -217,10 +217,10 @@ def _layer(module: Any, kept: tuple[Tensor, Tensor], rows: int, new_tokens: int,
         keys.zero_(), values.zero_()
     return Layer(
         module,
-        Product(rows, attention.q_proj, attention.k_proj, attention.v_proj),
-        Product(rows, attention.o_proj),
-        Product(rows, mlp.gate_proj, mlp.up_proj),
-        Product(rows, mlp.down_proj),
+        FusedLinear(rows, attention.q_proj, attention.k_proj, attention.v_proj),
+        FusedLinear(rows, attention.o_proj),
+        FusedLinear(rows, mlp.gate_proj, mlp.up_proj),
+        FusedLinear(rows, mlp.down_proj),
         prompt_keys,
         prompt_values,
         keys,

@@ -1,7 +1,7 @@
 """Apple's GPU, where torch has given wrong numbers before: what is checked before a run relies on it.
 
 What is known to break there is not used: transformers' growing cache (keys and values have a fixed place in
-`LeanDecoder`), float64, and grouped heads within torch's attention.
+`FastDecoder`), float64, and grouped heads within torch's attention.
 """
 
 import torch
@@ -14,7 +14,7 @@ from grpo.config.schema import ModelConfig
 from grpo.model.loading import load_model
 from grpo.model.logps import completion_logps
 from grpo.rollout.engine import Sampling
-from grpo.rollout.llama_decoder import FAMILY, is_lean
+from grpo.rollout.llama_decoder import FAMILY, supports_fast_decoding
 from grpo.rollout.native import rollout
 
 EMBEDDED = ModelConfig("tiny", "sdpa", "float32", "auto", False)
@@ -38,7 +38,7 @@ def check_device(device: torch.device) -> None:
 
 def check_decoding(model: PreTrainedModel) -> None:
     """Raise ConfigError where a model could only be sampled from through transformers' growing cache."""
-    if not is_lean(model):
+    if not supports_fast_decoding(model):
         families = ", ".join(sorted(name.removesuffix("Model") for name in FAMILY))
         raise ConfigError(
             f"{type(model).__name__} with model.attn_implementation={model.config._attn_implementation} needs "

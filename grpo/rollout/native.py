@@ -13,7 +13,7 @@ from grpo.counter_rng import gumbel_noise
 from grpo.model.kv_cache import extend, prefill, select_cache_rows
 from grpo.model.oom import TokenBudget
 from grpo.rollout.engine import Compute, Sampling
-from grpo.rollout.llama_decoder import LeanDecoder, is_lean
+from grpo.rollout.llama_decoder import FastDecoder, supports_fast_decoding
 
 # After how many tokens to look which rows have ended, and below which share of running rows to drop the others. A
 # processor's time goes by the row; an accelerator's hardly does, and each look waits for its queue.
@@ -43,7 +43,7 @@ class NativeEngine:
             )
 
         lengths = prompts.mask.sum(dim=1)
-        times_read = 1 if is_lean(self._policy) else group_size
+        times_read = 1 if supports_fast_decoding(self._policy) else group_size
         least = int(lengths.max()) + sampling.max_new_tokens
         most = int(lengths.sum()) * times_read + len(lengths) * group_size * sampling.max_new_tokens
         return self._budget.run(sample, least, most)
@@ -83,15 +83,16 @@ def rollout(
     keys: (B, 2) int32. The noise of every token follows from its row's key, the token's place and the vocabulary index,
     so a completion does not depend on which rows are decoded together beyond the rounding of the model itself.
     token_budget: how many tokens' keys and values there is memory for. cuda_graphs: whether to record the operations of
-    a token on CUDA, where `LeanDecoder` serves the model.
+    a token on CUDA, where `FastDecoder` serves the model.
     """
     device = prompts.ids.device
     keys = keys.to(device)
     group = torch.arange(len(prompts.ids), device=device).repeat_interleave(group_size)
     parts = []
-    lengths, lean = prompts.mask.sum(dim=1), is_lean(model)
-    kind = functools.partial(LeanDecoder, cuda_graphs=cuda_graphs and keys.is_cuda) if lean else CachedDecoder
-    for rows in split_rows(lengths, group, sampling.max_new_tokens, token_budget, shared=lean):
+    lengths = prompts.mask.sum(dim=1)
+    fast = supports_fast_decoding(model)
+    kind = functools.partial(FastDecoder, cuda_graphs=cuda_graphs and keys.is_cuda) if fast else CachedDecoder
+    for rows in split_rows(lengths, group, sampling.max_new_tokens, token_budget, shared=fast):
         start = functools.partial(kind, model, *_take_prompts(prompts, group[rows]), sampling.max_new_tokens)
         parts.append(_decode(start, keys[rows], sampling))
     longest = max(ids.shape[1] for ids, _ in parts)
@@ -126,7 +127,7 @@ def _decode(start: Callable[[], "Decoder"], keys: Tensor, sampling: Sampling) ->
     decoder = start()
     look_every, compact_below = ON_CPU if device.type == "cpu" else ELSEWHERE
     for t in range(sampling.max_new_tokens):
-        tokens, logps[running, t] = _choose(decoder.logits.float(), keys, t, sampling, stop_ids)
+        tokens, logps[running, t] = _sample_tokens(decoder.logits.float(), keys, t, sampling, stop_ids)
         tokens = torch.where(ended, sampling.pad_id, tokens)
         ids[running, t] = tokens
         ended = ended | torch.isin(tokens, stop_ids)
@@ -178,18 +179,18 @@ class CachedDecoder:
         self._mask, self._next_position = self._mask[rows], self._next_position[rows]
 
 
-def _choose(logits: Tensor, keys: Tensor, t: int, sampling: Sampling, stop_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _sample_tokens(logits: Tensor, keys: Tensor, t: int, sampling: Sampling, stop_ids: Tensor) -> tuple[Tensor, Tensor]:
     """The next token (rows,) from float32 logits (rows, vocabulary): greedy, or Gumbel-max with counter noise.
 
     And its log-probability (rows,), as the training pass is to find it again: nothing held back; 0 where greedy.
     """
     if sampling.temperature == 0:
-        return _without_early_stop(logits, t, sampling, stop_ids).argmax(dim=1), logits.new_zeros(len(logits))
+        return _mask_early_stops(logits, t, sampling, stop_ids).argmax(dim=1), logits.new_zeros(len(logits))
     logits = logits / sampling.temperature
-    allowed = _without_early_stop(logits, t, sampling, stop_ids)
+    allowed = _mask_early_stops(logits, t, sampling, stop_ids)
     tokens = (allowed + gumbel_noise(keys, t, logits.shape[1])).argmax(dim=1)
     return tokens, logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=1)
 
 
-def _without_early_stop(logits: Tensor, t: int, sampling: Sampling, stop_ids: Tensor) -> Tensor:
+def _mask_early_stops(logits: Tensor, t: int, sampling: Sampling, stop_ids: Tensor) -> Tensor:
     return logits.index_fill(1, stop_ids, -torch.inf) if t < sampling.min_new_tokens else logits

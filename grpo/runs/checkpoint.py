@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from grpo.config.errors import FileError
 from grpo.config.migrations import STATE_STEPS, VERSION
-from grpo.runs.files import discard, move_whole, put_back, read_dataclass, read_json, step_of, write_whole
+from grpo.runs.files import commit_folder, discard, read_dataclass, read_json, restore_replaced, step_of, write_atomic
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -91,7 +91,7 @@ def clear(folder: Path) -> None:
             discard(left_over)
     for left_over in folder.glob(".*.replaced"):
         if re.fullmatch(NAME, name := left_over.stem.removeprefix(".")):
-            put_back(folder / name)
+            restore_replaced(folder / name)
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -328,8 +328,8 @@ def _commit(temporary: Path, target: Path, reference: str | None) -> None:
     files = {
         file.name: {"size": file.stat().st_size, "sha256": _file_digest(file)} for file in sorted(temporary.iterdir())
     }
-    write_whole(temporary / MANIFEST, json.dumps({"files": files, "reference": reference}, indent=2))
-    move_whole(temporary, target)
+    write_atomic(temporary / MANIFEST, json.dumps({"files": files, "reference": reference}, indent=2))
+    commit_folder(temporary, target)
 
 
 def _file_digest(file: Path) -> str:

@@ -91,7 +91,7 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_whole(file: Path, content: str | bytes) -> None:
+def write_atomic(file: Path, content: str | bytes) -> None:
     """Write a small file whole or not at all. Where there is a link, the file takes its place."""
     temporary = file.with_name(file.name + ".tmp")
     if temporary.is_symlink() or not temporary.is_dir():  # a folder is not ours, and is an error below
@@ -104,15 +104,15 @@ def write_whole(file: Path, content: str | bytes) -> None:
     sync(file.parent)
 
 
-def move_whole(folder: Path, target: Path) -> None:
+def commit_folder(folder: Path, target: Path) -> None:
     """Give a complete folder its name, in place of what has it, such that it would outlast a power failure.
 
     No folder can replace another one in one step: what had the name is called `.<name>.replaced` meanwhile, for
-    `put_back`; a name that nobody would give a folder of their own.
+    `restore_replaced`; a name that nobody would give a folder of their own.
     """
     for path in [*folder.iterdir(), folder]:
         sync(path)
-    put_back(target)
+    restore_replaced(target)
     old = target.with_name(f".{target.name}.replaced")
     if os.path.lexists(target):
         target.rename(old)
@@ -121,8 +121,8 @@ def move_whole(folder: Path, target: Path) -> None:
     discard(old)
 
 
-def put_back(target: Path) -> None:
-    """After a `move_whole` that was killed: give the old folder its name again, or remove it where the new one has it.
+def restore_replaced(target: Path) -> None:
+    """After a killed `commit_folder`: give the old folder its name back, or remove it where the new one has it.
 
     For the process that holds the run folder.
     """

@@ -18,15 +18,15 @@ from grpo.config.migrations import VERSION, load_frozen
 from grpo.config.schema import Config
 from grpo.config.values import escape, read_yaml, to_dict
 from grpo.runs.files import (
+    commit_folder,
     discard,
     json_lines,
-    move_whole,
     no_link,
     read_json,
     read_lines,
     short_path,
     sync,
-    write_whole,
+    write_atomic,
 )
 from grpo.runs.lock import in_use
 
@@ -135,14 +135,14 @@ class RunFolder:
 
     def update_status(self, **changes: object) -> None:
         """Change some keys of status.json, in one rename, so that a reader never sees half a file."""
-        write_whole(self.path / "status.json", json.dumps(self.status() | changes, indent=2) + "\n")
+        write_atomic(self.path / "status.json", json.dumps(self.status() | changes, indent=2) + "\n")
 
     def write_config(self, config: Config) -> None:
         """Freeze the resolved config. It is written once and never overwritten."""
         if self.started():
             raise FileExistsError(f"{self.config_file} is written once and exists already")
         values = {"version": VERSION, **to_dict(config)}
-        write_whole(self.config_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        write_atomic(self.config_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
     def frozen_config(self, complete: bool = True) -> DictConfig:
         """The config that the run was started with, and what later launches were allowed to change in it.
@@ -165,7 +165,7 @@ class RunFolder:
     def record_changes(self, changes: dict[str, Any]) -> None:
         """Add to what later launches changed."""
         if changes:
-            write_whole(self.path / "changes.yaml", yaml.safe_dump(self.changes() | changes, allow_unicode=True))
+            write_atomic(self.path / "changes.yaml", yaml.safe_dump(self.changes() | changes, allow_unicode=True))
 
     def record_launch(self, launch: dict[str, Any], begun: bool = False) -> None:
         """Add a line to launches.jsonl: what was asked for, from which step, and on what it runs.
@@ -173,7 +173,7 @@ class RunFolder:
         begun: in place of the last line, which recorded the command line before the run could start.
         """
         known = self.launches()
-        write_whole(self.path / "launches.jsonl", json_lines([*(known[:-1] if begun else known), launch]))
+        write_atomic(self.path / "launches.jsonl", json_lines([*(known[:-1] if begun else known), launch]))
 
     def launches(self) -> list[dict[str, Any]]:
         """The launches of this run in order; a torn last line does not count."""
@@ -220,7 +220,7 @@ class RunFolder:
     def write_metrics(self, rows: Iterable[dict]) -> None:
         """Write the whole file anew."""
         self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.metrics_file, json_lines(rows))
+        write_atomic(self.metrics_file, json_lines(rows))
 
     def append_metrics(self, row: dict) -> None:
         """Add a row for one step."""
@@ -236,7 +236,7 @@ class RunFolder:
         """Every completion of a step, one JSON object a line."""
         file = self.path / "samples" / f"step_{step:06d}.jsonl"
         file.parent.mkdir(exist_ok=True)
-        write_whole(file, json_lines(rows))
+        write_atomic(file, json_lines(rows))
 
     def write_skipped(self, step: int, tensors: dict[str, Any], rows: Iterable[dict]) -> Path:
         """The batch of a step whose loss or gradient was not finite, as skipped/step_000012.{safetensors,jsonl}."""
@@ -246,7 +246,7 @@ class RunFolder:
         file.parent.mkdir(exist_ok=True)
         discard(file)
         save_file(tensors, file)
-        write_whole(file.with_suffix(".jsonl"), json_lines(rows))
+        write_atomic(file.with_suffix(".jsonl"), json_lines(rows))
         return file
 
     @property
@@ -255,7 +255,7 @@ class RunFolder:
 
     def write_preflight(self, found: dict) -> None:
         """What the pre-flight found, as preflight.json."""
-        write_whole(self.preflight_file, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(self.preflight_file, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
     def preflight(self) -> dict | None:
         """What the pre-flight found; None where there was none."""
@@ -265,7 +265,7 @@ class RunFolder:
         """An evaluation as eval/<name>.json."""
         file = self.path / "eval" / f"{name}.json"
         file.parent.mkdir(exist_ok=True)
-        write_whole(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         return file
 
     def evaluation(self, name: str) -> dict | None:
@@ -304,7 +304,7 @@ class RunFolder:
         discard(temporary)
         for write in writers:
             write(temporary)
-        move_whole(temporary, self.final_model)
+        commit_folder(temporary, self.final_model)
 
 
 def run_folders(root: Path) -> list[RunFolder]:

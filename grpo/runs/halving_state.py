@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config.overrides import Overrides
-from grpo.runs.files import read_dataclass, write_whole
+from grpo.runs.files import read_dataclass, write_atomic
 
 LEAST_STEPS = 3  # of the first rung under a budget: so many are made first, to see how long a step takes
 SEED = "seed"
@@ -39,14 +39,14 @@ class Record:
         return read_dataclass(cls, file) if file.exists() else None
 
     def write(self, folder: Path) -> None:
-        write_whole(folder / "halving.json", json.dumps(asdict(self), indent=1) + "\n")
+        write_atomic(folder / "halving.json", json.dumps(asdict(self), indent=1) + "\n")
 
     def seconds(self, ladder: Ladder) -> float:
         """What a ladder takes, in seconds of jobs, by the `step_s` and `start_s` that were measured."""
         assert self.step_s is not None and self.start_s is not None  # both are measured at once
         return seconds(ladder, len(self.arms[0]), self.step_s, self.start_s)
 
-    def in_words(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """For the report: what the time bought, and each rung."""
         spent = self.rungs[-1]["spent_hours"] if self.rungs else 0.0
         full = self.seconds([(self.total_steps, len(self.arms))]) / 3600 if self.step_s is not None else None

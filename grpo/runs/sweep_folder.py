@@ -19,7 +19,7 @@ from grpo.config.errors import ConfigError, FileError
 from grpo.config.migrations import SWEEP_STEPS, VERSION, migrate
 from grpo.config.overrides import Overrides
 from grpo.config.schema import PASSING_KEYS, on_resume
-from grpo.runs.files import discard, read_json, write_whole
+from grpo.runs.files import discard, read_json, write_atomic
 from grpo.runs.folder import RunFolder, outputs
 from grpo.runs.halving_state import Record
 from grpo.runs.lock import in_use
@@ -162,7 +162,7 @@ class SweepFolder:
     def _write(self, record: dict[str, Any]) -> None:
         # Several jobs may do so at once; each writes the truth, in a file of its own before it gets its name.
         file = self.path / f"sweep.json.{os.getpid()}"
-        write_whole(file, json.dumps({"version": VERSION, **record}, indent=1) + "\n")
+        write_atomic(file, json.dumps({"version": VERSION, **record}, indent=1) + "\n")
         file.replace(self.path / "sweep.json")
 
 

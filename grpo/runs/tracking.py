@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from grpo.runs.files import write_whole
+from grpo.runs.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ def _open_online(cfg: Mapping[str, Any], run_dir: Path, resumed: bool, seconds: 
     id_file = run_dir / "wandb_run_id"
     known = id_file.read_text().strip() if resumed and id_file.exists() else ""
     run_id = known or uuid.uuid4().hex[:12]
-    write_whole(id_file, run_id + "\n")  # before the run exists, so that no crash can separate the two
+    write_atomic(id_file, run_id + "\n")  # before the run exists, so that no crash can separate the two
 
     def start() -> Tracker | None:
         if not _silent_wandb().login(prompt=False, verify=False):

@@ -81,7 +81,7 @@ class HalvingSweeper(Sweeper):
         if record.step_s is None and record.budget_hours is not None:
             return
         if not record.ladder:
-            self._choose()
+            self._sample_tokens()
         alive = record.rungs[-1]["kept"] if record.rungs else list(range(len(record.arms)))
         for place in range(len(record.rungs), len(record.ladder)):
             if record.entered is None:
@@ -117,7 +117,7 @@ class HalvingSweeper(Sweeper):
             print(f"rung {place + 1} of {len(record.ladder)}, step {steps}: arms {kept} continue", flush=True)
         return kept
 
-    def _choose(self) -> None:
+    def _sample_tokens(self) -> None:
         record = self.record
         try:
             record.ladder = choose_ladder(record)

@@ -228,7 +228,7 @@ def _outcome(job: _Job, stopped: bool) -> JobReturn:
     try:
         value, error = job.result.recv()
     except EOFError:  # it was ended, and had no time to say anything
-        reason = f"its process ended with {_in_words(code)}"
+        reason = f"its process ended with {_describe_exit(code)}"
         value, error = None, JobFailed(f"job {job.number} ({job.name}): {reason}")
         run = RunFolder(job.folder)
         left = code in STOPPED  # by a signal that was for it alone: it has saved and said so
@@ -240,7 +240,7 @@ def _outcome(job: _Job, stopped: bool) -> JobReturn:
     return done
 
 
-def _in_words(code: int) -> str:
+def _describe_exit(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     hint = ", as where memory runs out" if -code == signal.SIGKILL else ""

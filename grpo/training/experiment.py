@@ -110,7 +110,7 @@ class Experiment:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredCompletions:
     """B completions as text, with what they earned."""
 
     texts: list[str]
@@ -253,7 +253,9 @@ def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
         raise ConfigError(f"optimizer: {error}{fix}") from error
 
 
-def score_completions(experiment: Experiment, problems: Sequence[Problem], completions: Completions) -> Scored:
+def score_completions(
+    experiment: Experiment, problems: Sequence[Problem], completions: Completions
+) -> ScoredCompletions:
     """Decode completions, `completions.group` naming the problem of each, and score them with every component."""
     lengths = completions.lengths.cpu()
     ids = completions.ids.cpu()
@@ -269,4 +271,6 @@ def score_completions(experiment: Experiment, problems: Sequence[Problem], compl
         columns[name] = [getattr(problem, name) for problem in of_row]
     columns |= completions.columns
     columns["completion_ids"] = [row[:length].tolist() for row, length in zip(ids, lengths.tolist(), strict=True)]
-    return Scored(texts, score(experiment.components, prompts, replies, columns), columns, prompts, replies, lengths)
+    return ScoredCompletions(
+        texts, score(experiment.components, prompts, replies, columns), columns, prompts, replies, lengths
+    )

@@ -13,7 +13,7 @@ from torch import Tensor
 from grpo.algorithm.advantage import equal_groups
 from grpo.batch import Completions
 from grpo.data.problems import Problem
-from grpo.training.experiment import Scored
+from grpo.training.experiment import ScoredCompletions
 
 
 class Timer:
@@ -29,7 +29,7 @@ class Timer:
         self.seconds[f"timing_s/{part}"] = time.perf_counter() - started
 
 
-def reward_metrics(scored: Scored, group_size: int) -> dict[str, float | None]:
+def reward_metrics(scored: ScoredCompletions, group_size: int) -> dict[str, float | None]:
     """Rewards of a step: total and by component. Missing values (a component that gave None) do not count."""
     groups = scored.rewards.total.view(-1, group_size)
     row: dict[str, float | None] = {
@@ -100,7 +100,7 @@ def _finite(value: float) -> float | None:
 
 
 def sample_rows(
-    step: int, problems: list[Problem], scored: Scored, completions: Completions, advantages: Tensor
+    step: int, problems: list[Problem], scored: ScoredCompletions, completions: Completions, advantages: Tensor
 ) -> list[dict[str, Any]]:
     """Every completion of a step with its prompt, rewards and advantage, as samples/*.jsonl and W&B's table hold it.
 

@@ -10,7 +10,7 @@ import torch
 from grpo.algorithm.advantage import equal_groups
 from grpo.data.sampler import PromptSampler
 from grpo.rollout.engine import RolloutEngine, Sampling
-from grpo.training.experiment import Experiment, Scored, score_completions
+from grpo.training.experiment import Experiment, ScoredCompletions, score_completions
 from grpo.training.metrics import ended
 
 MOST_GROUPS = 8
@@ -104,5 +104,5 @@ def _component(values: torch.Tensor) -> dict[str, float | None]:
     }
 
 
-def _equal(scored: Scored, group_size: int) -> float:
+def _equal(scored: ScoredCompletions, group_size: int) -> float:
     return equal_groups(scored.rewards.total.view(-1, group_size)).float().mean().item()

@@ -12,10 +12,10 @@ from grpo.analysis.doctor import Doctor
 from grpo.config.values import to_dict
 from grpo.metrics import component_ranges
 from grpo.runs.checkpoint import TrainerState
+from grpo.runs.checkpoint_writer import CheckpointWriter
 from grpo.runs.console import StepDisplay
 from grpo.runs.files import disk_errors_are_warnings
 from grpo.runs.run import Run
-from grpo.runs.saver import Saver
 from grpo.runs.tracking import Tracker, tracking
 from grpo.training.metrics import evaluation_metrics
 from grpo.training.preflight import lines
@@ -31,7 +31,7 @@ class Recorder:
         """state: where the run starts or continues, which is on the disk already."""
         self.tracker = tracker
         self.console = Console()
-        self.saver = Saver(run.folder.checkpoints, run.config.checkpoint, state)
+        self.saver = CheckpointWriter(run.folder.checkpoints, run.config.checkpoint, state)
         self._run = run
         self._folder = run.folder
         self._config = run.config

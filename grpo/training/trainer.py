@@ -18,7 +18,7 @@ from grpo.model.hardware import peak_memory_gb
 from grpo.model.loading import refresh, working_copy
 from grpo.model.lora import switch_adapter
 from grpo.model.oom import TokenBudget
-from grpo.model.packed import checkpoint_layers, packs
+from grpo.model.packed import checkpoint_layers, supports_packing
 from grpo.runs.checkpoint import (
     TrainerState,
     check_optimizer,
@@ -28,7 +28,7 @@ from grpo.runs.checkpoint import (
     weights_of,
 )
 from grpo.training.evaluation import evaluate
-from grpo.training.experiment import Experiment, Scored, compute_dtype, score_completions
+from grpo.training.experiment import Experiment, ScoredCompletions, compute_dtype, score_completions
 from grpo.training.metrics import (
     Timer,
     completion_metrics,
@@ -167,7 +167,7 @@ class Trainer:
         self.state.num_tokens += tokens
         self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if skipped else 0
 
-    def _advantages(self, scored: Scored) -> Tensor:
+    def _advantages(self, scored: ScoredCompletions) -> Tensor:
         """The advantages of the whole batch, (B,) or (B, T)."""
         sizes, rewards = self.experiment.sizes, scored.rewards
         values = torch.stack([*rewards.components.values()], dim=-1)  # (B, C)
@@ -181,7 +181,7 @@ class Trainer:
         reference, temperature = self.reference, self.sampling.temperature
         return self._reference_budget.run(
             lambda token_budget: all_logps(reference, batch, temperature, token_budget),
-            *batch.token_range(packs(reference)),
+            *batch.token_range(supports_packing(reference)),
         )
 
     def _update_policy(self, batch: Batch) -> list[Update]:
@@ -240,7 +240,7 @@ class Trainer:
                 loss_scale=1.0 if self.loss_scale is None else self.loss_scale.value,
             )
 
-        return self._update_budget.run(accumulate, *batch.token_range(packs(self.policy)))
+        return self._update_budget.run(accumulate, *batch.token_range(supports_packing(self.policy)))
 
     def _set_learning_rate(self, step: int) -> float:
         grpo = self.config.grpo

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from grpo.algorithm.objective import Counts, LossInputs, LossOutput
 from grpo.batch import Completions, Prompts, split_rows
 from grpo.model.logps import TokenLogps, completion_logps
-from grpo.model.packed import packs
+from grpo.model.packed import supports_packing
 
 Objective = Callable[[LossInputs, Counts], LossOutput]
 
@@ -90,7 +90,7 @@ class Batch:
 def all_logps(model: PreTrainedModel, batch: Batch, temperature: float, token_budget: int) -> Tensor:
     """Log-probabilities (B, T) of the whole batch without gradient, as for the reference model."""
     result = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)
-    for rows in batch.micro_batches(token_budget, packs(model)):
+    for rows in batch.micro_batches(token_budget, supports_packing(model)):
         logps = batch.select(rows).logps(model, temperature, entropy=False).logps
         result[rows, : logps.shape[1]] = logps
     return result
@@ -126,7 +126,7 @@ def accumulate_gradient(
     Without a KL term a micro-batch whose advantages are all 0 has a gradient of 0: it gets a forward pass only, for
     the metrics.
     """
-    all_rows = batch.micro_batches(token_budget, packs(model))
+    all_rows = batch.micro_batches(token_budget, supports_packing(model))
     has_signal = [batch.ref_logps is not None or bool(batch.advantages[rows].any()) for rows in all_rows]
     has_signal[-1] |= not any(has_signal)  # the optimizer is to see a gradient, even if it is 0
     logps = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)  # (B, T)

@@ -60,7 +60,7 @@ CASES = {
             course(steps=9, frac_reward_zero_std=1.0),
         ],
     ),
-    "cut_completions": (
+    "truncated_completions": (
         course(**{"completions/clipped_ratio": lambda step: 0.8 if step > 10 else 0.1}),
         16,  # 6 of 10 steps at 0.8 and 4 at 0.1 make 0.52; 5 and 5 make 0.45
         [course(**{"completions/clipped_ratio": 0.45})],
@@ -210,7 +210,7 @@ def test_in_a_run_it_speaks_when_it_happens_and_once_over_a_stop(tmp_path):
     assert first.stdout.count("doctor: ") == 1
     assert "raise grpo.max_completion_length" in first.stdout
     (record,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
-    assert b"cut_completions" in record.read_bytes()  # the alert's title
+    assert b"truncated_completions" in record.read_bytes()  # the alert's title
     assert "stopped after step 12, as asked; resume with: python launch.py resume=true run_dir=run" in first.stdout
     again = launch("resume=true", "run_dir=run", cwd=tmp_path)
     assert (again.returncode, again.stdout.count("doctor: "), len(rows(tmp_path / "run"))) == (0, 0, 14)

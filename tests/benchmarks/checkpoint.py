@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from grpo.config.schema import CheckpointConfig
 from grpo.model.loading import model_source
 from grpo.runs.checkpoint import TrainerState, flatten_optimizer, weights_of
-from grpo.runs.saver import Saver
+from grpo.runs.checkpoint_writer import CheckpointWriter
 
 ROUNDS = 3
 
@@ -51,7 +51,7 @@ def main(name: str) -> None:
     print(f"{'':>16} {'paused s':>9} {'written s':>10} {'lost s':>7}")
     with tempfile.TemporaryDirectory(dir=".") as folder:
         savers = {
-            text: Saver(Path(folder) / text, CheckpointConfig(1, 1, 0, True, overlap), TrainerState())
+            text: CheckpointWriter(Path(folder) / text, CheckpointConfig(1, 1, 0, True, overlap), TrainerState())
             for text, overlap in (("in the way", False), ("beside training", True))
         }
         results: dict[str, list[tuple[float, ...]]] = {text: [] for text in savers}

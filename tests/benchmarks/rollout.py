@@ -42,14 +42,15 @@ class ForceLengths(LogitsProcessor):
 
 def force_lengths(ends: torch.Tensor, keys: torch.Tensor) -> None:
     """Make `rollout` end the row of each key where it should."""
-    choose, end_of = engine._choose, {tuple(key): end for key, end in zip(keys.tolist(), ends.tolist(), strict=True)}
+    choose = engine._sample_tokens
+    end_of = {tuple(key): end for key, end in zip(keys.tolist(), ends.tolist(), strict=True)}
 
     def forced(logits, keys, t, sampling, stop_ids):  # type: ignore[no-untyped-def]
         tokens, logps = choose(logits.index_fill(1, stop_ids, -torch.inf), keys, t, sampling, stop_ids)
         ending = torch.tensor([end_of[tuple(key)] == t + 1 for key in keys.tolist()], device=tokens.device)
         return torch.where(ending, stop_ids[0], tokens), logps
 
-    engine._choose = forced
+    engine._sample_tokens = forced
 
 
 def main() -> None:

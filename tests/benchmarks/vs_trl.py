@@ -99,7 +99,7 @@ def run_ours(args: argparse.Namespace) -> list[float]:
         for step in range(1, WARM_UP + args.steps + 1)
         for key, length in zip(group_keys(SEED, step, slots, args.group).tolist(), lengths, strict=True)
     }
-    choose, step, record = rollout._choose, Trainer.step, Recorder.step
+    choose, step, record = rollout._sample_tokens, Trainer.step, Recorder.step
     times = []
 
     def forced_choose(logits, keys, t, sampling, stop_ids):  # type: ignore[no-untyped-def]
@@ -119,7 +119,7 @@ def run_ours(args: argparse.Namespace) -> list[float]:
         record(self, *arguments)
         times.append(time.perf_counter())
 
-    rollout._choose, Trainer.step, Recorder.step = forced_choose, timed_step, timed_record
+    rollout._sample_tokens, Trainer.step, Recorder.step = forced_choose, timed_step, timed_record
     Recorder.save = lambda *_: None
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = ["launch.py", *settings(args), f"run_dir={folder}/run"]

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from grpo.__main__ import commands, main
-from grpo.commands._common import find_subject
+from grpo.commands._common import find_model
 from grpo.config.checks import typed
 from grpo.config.compose import compose_config
 from grpo.config.overrides import Overrides
@@ -196,7 +196,7 @@ def test_values_of_a_run_folder_are_not_interpolated(run, tmp_path, monkeypatch,
     overrides = Overrides(["grpo.num_steps=4", "tracking.project='\\${project}'"])
     composed = compose_config(overrides.lines)
     if reader == "evaluate":
-        config = find_subject([f"run_dir={run}", *overrides]).config
+        config = find_model([f"run_dir={run}", *overrides]).config
     elif reader == "resume":
         config, changes = resumed_config(RunFolder(run), composed, overrides)
         assert changes == {"grpo.num_steps": 4, "tracking.project": "${project}"}

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from grpo.model import linear
 from grpo.model.hardware import cpu_multiplies_bfloat16
-from grpo.model.linear import OneDnnLinear, multiply, use_onednn
+from grpo.model.linear import OneDnnLinear, onednn_linear, use_onednn
 from tests.launches import ROOT
 
 
@@ -46,19 +46,20 @@ def test_a_dtype_that_onednn_cannot_multiply_here_is_multiplied_by_torch(monkeyp
     linear_type = OneDnnLinear if dtype == torch.float32 or (dtype == torch.bfloat16 and able) else nn.Linear
     x = torch.randn(3, 6).to(dtype)
     if linear_type is nn.Linear or dtype == torch.float32 or cpu_multiplies_bfloat16():
-        torch.testing.assert_close(multiply(x, layer.weight, layer.bias), F.linear(x, layer.weight, layer.bias))
+        torch.testing.assert_close(onednn_linear(x, layer.weight, layer.bias), F.linear(x, layer.weight, layer.bias))
     linear._onednn_dtypes.cache_clear()
     assert type(layer) is linear_type
 
 
 EVER_NEW_SHAPES = """
-import grpo, torch
-from grpo.model.hardware import peak_memory_gb
-from grpo.model.linear import multiply
+import torch
+from grpo.model.hardware import _limit_primitive_caches, peak_memory_gb
+from grpo.model.linear import onednn_linear
 
+_limit_primitive_caches()
 weight = torch.zeros(512, 256)
 for rows in range(5000, 5400):
-    multiply(torch.zeros(rows, 256), weight)
+    onednn_linear(torch.zeros(rows, 256), weight)
     if rows == 5100:
         before = peak_memory_gb(torch.device("cpu"))
 print(peak_memory_gb(torch.device("cpu")) - before)

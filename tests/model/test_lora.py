@@ -12,8 +12,8 @@ from grpo.model.logps import completion_logps
 from grpo.model.lora import add_adapter, check_adapter, save_adapter, switch_adapter
 from grpo.model.packed import checkpoint_layers
 from grpo.rollout.engine import Sampling
-from grpo.rollout.llama_decoder import is_lean
-from grpo.rollout.native import CachedDecoder, LeanDecoder, completion_mask, rollout
+from grpo.rollout.llama_decoder import supports_fast_decoding
+from grpo.rollout.native import CachedDecoder, FastDecoder, completion_mask, rollout
 from tests.oracles import completion_logps_unshared
 from tests.tiny_model import plain_completions, tiny_config
 
@@ -70,7 +70,7 @@ def test_the_adapter_keeps_its_dtype_over_narrower_weights():
 @pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "v_proj"], ["k_proj", "down_proj"]])
 def test_decoding_with_an_adapter_is_that_of_transformers(tokenizer, prompts, modules):
     model = adapted(replace(SETTINGS, target_modules=modules))
-    assert is_lean(model)
+    assert supports_fast_decoding(model)
     greedy = Sampling(24, 0.0, (tokenizer.eos_token_id,), tokenizer.pad_token_id)
     ours = rollout(model, prompts, greedy, group_size=1, keys=torch.zeros(3, 2, dtype=torch.int32), token_budget=10**6)
     theirs = model.generate(prompts.ids, attention_mask=prompts.mask, max_new_tokens=24, do_sample=False)
@@ -87,7 +87,7 @@ def test_the_fast_decoder_adds_what_the_plain_one_adds(prompts, dtype, rounding)
     off = copy_in_dtype(model, model.dtype)
     switch_adapter(off, on=False)
     fast, plain, without = (
-        kind(of, prompts, rows, 8) for kind, of in ((LeanDecoder, model), (CachedDecoder, model), (LeanDecoder, off))
+        kind(of, prompts, rows, 8) for kind, of in ((FastDecoder, model), (CachedDecoder, model), (FastDecoder, off))
     )
     for token in (7, 11):
         for decoder in (fast, plain, without):

@@ -14,7 +14,7 @@ from grpo.config.overrides import Overrides
 from grpo.launch.plan import sweep_points
 from grpo.model.loading import load_model
 from grpo.model.logps import completion_logps
-from grpo.model.packed import packs
+from grpo.model.packed import supports_packing
 from grpo.planning import estimate as cost
 from grpo.planning import plan as planning
 from grpo.tiny import MODEL_DIR
@@ -111,7 +111,7 @@ def test_a_model_that_is_read_padded_is_planned_so(tmp_path):
         config = tiny_config(name=str(tmp_path))
         model = cost.meta_model(config, torch.float32)
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
-        assert not packs(model) and not packs(load_model(config, torch.device("cpu")))
+        assert not supports_packing(model) and not supports_packing(load_model(config, torch.device("cpu")))
         assert cost.activation_bytes(model, 2, 10, 6, 20) > cost.activation_bytes(model, 1, 10, 3, 20) > 0
         padded, packed = (
             planning._micro_batches(cost.Work(2, 4, 50, [10] * 8), 130, shared) for shared in (False, True)

@@ -11,11 +11,11 @@ from grpo.batch import Prompts, split_rows
 from grpo.counter_rng import group_keys
 from grpo.model.linear import use_onednn
 from grpo.model.packed import try_packing
-from grpo.rollout import llama_decoder as lean_module
+from grpo.rollout import llama_decoder as decoder_module
 from grpo.rollout import native as engine
 from grpo.rollout.cuda_graph import recorded
 from grpo.rollout.engine import Sampling
-from grpo.rollout.llama_decoder import LeanDecoder, is_lean
+from grpo.rollout.llama_decoder import FastDecoder, supports_fast_decoding
 from grpo.rollout.native import CachedDecoder, completion_mask, rollout
 from tests.oracles import completion_logps_unshared
 
@@ -121,12 +121,12 @@ def test_sampling_finds_the_log_probabilities_that_the_training_pass_finds(model
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_lean_decoding_gives_the_tokens_of_the_plain_way(plain_model, fast_model, prompts, sampling, temperature):
-    lean, plain = (
+def test_fast_decoding_gives_the_tokens_of_the_plain_way(plain_model, fast_model, prompts, sampling, temperature):
+    fast, plain = (
         sample(each, prompts, replace(sampling, temperature=temperature), 8) for each in (fast_model, plain_model)
     )
-    assert lean.ids.shape[1] == plain.ids.shape[1]
-    assert torch.equal(lean.ids * lean.attention_mask, plain.ids * plain.attention_mask)
+    assert fast.ids.shape[1] == plain.ids.shape[1]
+    assert torch.equal(fast.ids * fast.attention_mask, plain.ids * plain.attention_mask)
 
 
 def model_of_the_family(kind, tied):
@@ -146,13 +146,13 @@ def model_of_the_family(kind, tied):
 def test_rows_of_one_prompt_alone_are_decoded(prompts, sampling):
     model = model_of_the_family("qwen2", True)
     one = Prompts(prompts.ids[:1], prompts.mask[:1])
-    check_lean_decoding(model, one, torch.zeros(8, dtype=torch.long))
+    check_fast_decoding(model, one, torch.zeros(8, dtype=torch.long))
 
 
 def test_a_decoder_is_gone_when_nobody_holds_it(prompts):
     """It holds the keys and values of its rows, and on a CPU another copy of the weights."""
     with torch.no_grad():
-        decoder = LeanDecoder(model_of_the_family("llama", True), prompts, torch.arange(3), 4)
+        decoder = FastDecoder(model_of_the_family("llama", True), prompts, torch.arange(3), 4)
         for _ in range(2):
             decoder.read(torch.tensor([5, 6, 7]))
     held = weakref.ref(decoder)
@@ -160,33 +160,33 @@ def test_a_decoder_is_gone_when_nobody_holds_it(prompts):
     assert held() is None
 
 
-def check_lean_decoding(model, prompts, prompt_of_row=None, **how):
+def check_fast_decoding(model, prompts, prompt_of_row=None, **how):
     """Logits step by step, with rows that leave on the way."""
-    assert is_lean(model)
+    assert supports_fast_decoding(model)
     prompt_of_row = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2]) if prompt_of_row is None else prompt_of_row
     tokens = torch.randint(5, 600, (8, 8), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        plain, lean = (
+        plain, fast = (
             CachedDecoder(model, prompts, prompt_of_row, 8),
-            LeanDecoder(model, prompts, prompt_of_row, 8, **how),
+            FastDecoder(model, prompts, prompt_of_row, 8, **how),
         )
-    torch.testing.assert_close(lean.logits, plain.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fast.logits, plain.logits, rtol=1e-4, atol=1e-4)
     before = list(range(8))
     with torch.no_grad():
         for t, rows in enumerate([before] * 4 + [[0, 2, 3, 4, 6], [0, 2, 3, 4, 6], [0, 3, 4], [4]]):
-            for decoder in (lean, plain):
+            for decoder in (fast, plain):
                 if rows != before:
                     decoder.keep(torch.tensor([before.index(row) for row in rows]))
                 decoder.read(tokens[rows, t])
             before = rows
-            torch.testing.assert_close(lean.logits, plain.logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(fast.logits, plain.logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_each_model_of_the_family_is_decoded_lean_as_plainly(kind, tied, prompts):
     """Biases (Qwen2), norms of heads (Qwen3), none (Llama)."""
-    check_lean_decoding(model_of_the_family(kind, tied), prompts)
+    check_fast_decoding(model_of_the_family(kind, tied), prompts)
 
 
 @pytest.mark.parametrize(("width", "needed"), [(1, 8), (2, 5), (3, 5), (100, 4)])
@@ -198,23 +198,23 @@ def test_a_token_decoded_from_a_recording_is_the_same(prompts, monkeypatch, widt
         recordings.append(make_fx(lambda: step())())
         return recordings[-1]
 
-    monkeypatch.setattr(lean_module, "recorded", recorded)
-    monkeypatch.setattr(lean_module, "GRAPH_WIDTH", width)
-    monkeypatch.setattr(lean_module, "available", lambda _: False)  # oneDNN's packed weights cannot be traced
-    check_lean_decoding(model_of_the_family("qwen3", True), prompts, cuda_graphs=True)
+    monkeypatch.setattr(decoder_module, "recorded", recorded)
+    monkeypatch.setattr(decoder_module, "GRAPH_WIDTH", width)
+    monkeypatch.setattr(decoder_module, "has_onednn", lambda _: False)  # oneDNN's packed weights cannot be traced
+    check_fast_decoding(model_of_the_family("qwen3", True), prompts, cuda_graphs=True)
     assert len(recordings) == needed  # one for every width, and for every number of rows
 
 
 @pytest.mark.gpu
 def test_a_token_decoded_from_a_cuda_graph_is_the_same(prompts, sampling, monkeypatch):
-    monkeypatch.setattr(lean_module, "GRAPH_WIDTH", 3)
+    monkeypatch.setattr(decoder_module, "GRAPH_WIDTH", 3)
     recordings = []
 
     def counted(*arguments):
         recordings.append(recorded(*arguments))
         return recordings[-1]
 
-    monkeypatch.setattr(lean_module, "recorded", counted)
+    monkeypatch.setattr(decoder_module, "recorded", counted)
     model = model_of_the_family("qwen2", True).cuda()
     on_card = Prompts(prompts.ids.cuda(), prompts.mask.cuda())
     eager, graph = (sample(model, on_card, sampling, generations=8, cuda_graphs=graphs) for graphs in (False, True))
@@ -224,8 +224,8 @@ def test_a_token_decoded_from_a_cuda_graph_is_the_same(prompts, sampling, monkey
 
 def test_a_step_that_cannot_be_recorded_is_run_as_it_is(prompts, monkeypatch):
     asked = []
-    monkeypatch.setattr(lean_module, "recorded", lambda *_: asked.append(1))
-    check_lean_decoding(model_of_the_family("llama", True), prompts, cuda_graphs=True)
+    monkeypatch.setattr(decoder_module, "recorded", lambda *_: asked.append(1))
+    check_fast_decoding(model_of_the_family("llama", True), prompts, cuda_graphs=True)
     assert len(asked) == 1
 
 

@@ -38,7 +38,7 @@ from grpo.runs.checkpoint import (
     step_folders,
     weights_of,
 )
-from grpo.runs.saver import TRIES, Saver, retain
+from grpo.runs.checkpoint_writer import TRIES, CheckpointWriter, retain
 
 FILES = ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "manifest.json"]
 
@@ -79,13 +79,13 @@ def saved(model, optimizer, reference, state):
 
 def save_checkpoint(folder, model, optimizer, reference, state):
     """What a run that has just begun would save."""
-    with closing(Saver(folder, settings(), TrainerState())) as saver:
+    with closing(CheckpointWriter(folder, settings(), TrainerState())) as saver:
         saver.save(saved(model, optimizer, reference, state))
     return step_folder(folder, state.step)
 
 
 def save_best(folder, model, state):
-    Saver(folder, settings(), TrainerState()).save_best({"model": weights_of(model), "trainer": state})
+    CheckpointWriter(folder, settings(), TrainerState()).save_best({"model": weights_of(model), "trainer": state})
 
 
 def stored(folder, name="model"):
@@ -148,7 +148,7 @@ def test_low_precision_weights_keep_their_dtype(tmp_path):
 def test_the_reference_is_stored_once_an_iteration_and_goes_with_the_last_checkpoint_that_needs_it(tmp_path):
     model, reference = small_model(), nn.Linear(3, 2)
     optimizer = adamw(model)
-    saver = Saver(tmp_path, settings(keep_last=2), TrainerState())
+    saver = CheckpointWriter(tmp_path, settings(keep_last=2), TrainerState())
     saver.save(saved(model, optimizer, None, TrainerState(step=1, iteration=1)))
     saver.save(saved(model, optimizer, reference, TrainerState(step=2, iteration=2)))
     assert sorted(path.name for path in step_folder(tmp_path, 1).iterdir()) == sorted(FILES)
@@ -182,7 +182,7 @@ def test_a_run_that_goes_on_does_not_write_its_reference_again(tmp_path):
     model = small_model()
     save_checkpoint(tmp_path, model, adamw(model), model, TrainerState(step=2, iteration=2))
     written = (tmp_path / "reference_000002" / "model.safetensors").stat()
-    saver = Saver(tmp_path, settings(), TrainerState(step=2, iteration=2))
+    saver = CheckpointWriter(tmp_path, settings(), TrainerState(step=2, iteration=2))
     saver.save(saved(model, adamw(model), model, TrainerState(step=3, iteration=2)))
     assert (tmp_path / "reference_000002" / "model.safetensors").stat() == written
     assert broken(step_folder(tmp_path, 3)) is None
@@ -431,7 +431,7 @@ def test_what_is_not_ours_in_the_folder_stays_and_does_not_stand_in_the_way(tmp_
 def test_a_run_that_cannot_save_ends_after_a_number_of_tries(tmp_path):
     model = small_model()
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    saver = Saver(tmp_path / "checkpoints", settings(), TrainerState())
+    saver = CheckpointWriter(tmp_path / "checkpoints", settings(), TrainerState())
     for step in range(1, TRIES + 1):
         saver.check()
         saver.save(saved(model, adamw(model), None, TrainerState(step=step)))
@@ -458,7 +458,7 @@ def test_a_save_killed_at_any_file_operation_leaves_the_one_before_or_the_new_on
         import torch
         from grpo.config.schema import CheckpointConfig
         from grpo.runs.checkpoint import TrainerState, flatten_optimizer, weights_of
-        from grpo.runs.saver import Saver
+        from grpo.runs.checkpoint_writer import CheckpointWriter
         folder, overlap = Path(sys.argv[1]), sys.argv[2] == "True"
         settings = CheckpointConfig(every=1, keep_last=1, keep_every=0, keep_best=True, overlap=overlap)
         torch.manual_seed(0)
@@ -476,7 +476,7 @@ def test_a_save_killed_at_any_file_operation_leaves_the_one_before_or_the_new_on
                         if count == n:
                             os._exit(9)
                 sys.addaudithook(die_at_the_nth)
-                saver = Saver(folder / str(n), settings, TrainerState(step=1, iteration=1))
+                saver = CheckpointWriter(folder / str(n), settings, TrainerState(step=1, iteration=1))
                 saver.save({
                     "model": weights_of(model),
                     "optimizer": flatten_optimizer(optimizer),
@@ -504,7 +504,7 @@ def test_a_save_killed_at_any_file_operation_leaves_the_one_before_or_the_new_on
     for n in range(1, complete + 1):  # what the next save leaves is the same, whatever was left behind
         folder = tmp_path / "kills" / str(n)
         model = small_model()
-        saver = Saver(folder, settings(keep_last=1), load_state(latest_checkpoint(folder)))
+        saver = CheckpointWriter(folder, settings(keep_last=1), load_state(latest_checkpoint(folder)))
         saver.save(saved(model, adamw(model), model, TrainerState(step=3, iteration=2)))
         assert sorted(path.name for path in folder.iterdir()) == ["reference_000002", "step_000003"]
         assert broken(step_folder(folder, 3)) is None
@@ -533,7 +533,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it_and_the_next_one_suc
 
     model = Large()
     optimizer = adamw(model)
-    saver = Saver(tmp_path, settings(keep_last=1, overlap=overlap), TrainerState())
+    saver = CheckpointWriter(tmp_path, settings(keep_last=1, overlap=overlap), TrainerState())
     saver.save(saved(model, optimizer, None, TrainerState(step=1, iteration=1)))
     saver.close()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -565,7 +565,7 @@ def test_what_is_written_beside_training_is_what_was_there_when_it_began(tmp_pat
     model = small_model()
     optimizer = adamw(model)
     train_a_step(model, optimizer, seed=1)
-    saver = Saver(tmp_path, settings(overlap=True), TrainerState())
+    saver = CheckpointWriter(tmp_path, settings(overlap=True), TrainerState())
     state = TrainerState(step=1, iteration=1)
     expected = bits(weights_of(model)), bits(flatten_optimizer(optimizer))
     saver.save(saved(model, optimizer, None, state))
@@ -625,7 +625,7 @@ def test_the_best_weights_come_back_after_a_kill_while_they_are_replaced(tmp_pat
     save_best(tmp_path, small_model(), TrainerState(step=1))
     (tmp_path / "best").rename(tmp_path / ".best.replaced")
     (tmp_path / "best.tmp").mkdir()
-    Saver(tmp_path, settings(), TrainerState(step=1))
+    CheckpointWriter(tmp_path, settings(), TrainerState(step=1))
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
     assert broken(tmp_path / "best") is None
 

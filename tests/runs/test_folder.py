@@ -21,7 +21,7 @@ from grpo.config.values import to_dict
 from grpo.launch.decide import known_folder, reserved, run_name
 from grpo.runs.checkpoint import load_state, reference_of
 from grpo.runs.choice import check_empty, check_parent, choose_run
-from grpo.runs.files import check_links, put_back, write_whole
+from grpo.runs.files import check_links, restore_replaced, write_atomic
 from grpo.runs.folder import (
     RunFolder,
     job_folder_name,
@@ -91,11 +91,11 @@ def test_status_changes_only_the_named_keys(tmp_path):
 
 def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path):
     file = tmp_path / "status.json"
-    write_whole(file, "old")
+    write_atomic(file, "old")
     with pytest.raises(UnicodeEncodeError):
-        write_whole(file, "new \ud800")
+        write_atomic(file, "new \ud800")
     assert file.read_text() == "old"
-    write_whole(file, "new")
+    write_atomic(file, "new")
     assert file.read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
@@ -243,7 +243,7 @@ def test_a_folder_that_is_replaced_is_the_old_or_the_new_one_whenever_that_is_ki
     code = """
         import os, sys
         from pathlib import Path
-        from grpo.runs.files import move_whole
+        from grpo.runs.files import commit_folder
         for n in range(1, 99):
             child = os.fork()
             if child == 0:
@@ -255,7 +255,7 @@ def test_a_folder_that_is_replaced_is_the_old_or_the_new_one_whenever_that_is_ki
                         if count == n:
                             os._exit(9)
                 sys.addaudithook(die_at_the_nth)
-                move_whole(Path(sys.argv[1], str(n), "new"), Path(sys.argv[1], str(n), "best"))
+                commit_folder(Path(sys.argv[1], str(n), "new"), Path(sys.argv[1], str(n), "best"))
                 os._exit(0)
             if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
                 break
@@ -270,7 +270,7 @@ def test_a_folder_that_is_replaced_is_the_old_or_the_new_one_whenever_that_is_ki
     assert 5 < complete < 99
     found = []
     for n in range(1, complete + 1):
-        put_back(tmp_path / str(n) / "best")
+        restore_replaced(tmp_path / str(n) / "best")
         found.append((tmp_path / str(n) / "best" / "a").read_text())
         assert not (tmp_path / str(n) / ".best.replaced").exists()
     assert sorted(set(found)) == ["best", "new"]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from grpo.algorithm.objective import LossOutput, Objective
 from grpo.batch import Prompts
 from grpo.model.linear import use_onednn
-from grpo.model.packed import packs, try_packing
+from grpo.model.packed import supports_packing, try_packing
 from grpo.tiny import MODEL_DIR
 from grpo.training.update import (
     Batch,
@@ -87,8 +87,8 @@ def test_without_kl_a_group_of_equal_rewards_costs_no_backward_pass_and_changes_
     advantages = torch.zeros(8)
     advantages[slice(*taught)] = batch.advantages[slice(*taught)]
     batch = replace(batch, advantages=advantages, ref_logps=None)
-    budget = 30 if packs(model) else 50  # a part for each group
-    parts = batch.micro_batches(budget, packs(model))
+    budget = 30 if supports_packing(model) else 50  # a part for each group
+    parts = batch.micro_batches(budget, supports_packing(model))
     assert [sorted(rows.tolist()) for rows in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     model.zero_grad()
     entropy = 0.0

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 TRIES = 5  # checkpoints in a row that may fail to be written before the run ends
 
 
-class Saver:
+class CheckpointWriter:
     """Writes the checkpoints of one run. What the disk refuses is a warning: the checkpoint before it stays."""
 
     def __init__(self, folder: Path, settings: CheckpointConfig, state: TrainerState) -> None:
