@@ -13,7 +13,7 @@ NOT_FOR_MUON = ("embed", "lm_head", "wte", "wpe")  # in the names of embeddings 
 
 
 class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) whose weights and states are both bfloat16: 6 bytes a parameter.
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with weights and states in bfloat16: 6 bytes per parameter.
 
     A step is computed in float32 and rounded up or down with the probability that keeps its mean (as in Zamirai et
     al., arXiv 2010.06192): rounded to the nearest, a step of less than 0.2 % of a weight would always be lost. The

@@ -67,7 +67,7 @@ def signs_of_gaming(samples: pd.DataFrame) -> pd.DataFrame:
             "a tag more than once": text.map(lambda each: any(each.count(tag) > 1 for tag in TAGS)),
             "text after the answer": text.map(lambda each: bool(_after_answer(each))),
             "several different answers": text.map(lambda each: len(set(_answers(each))) > 1),
-            "tokens a completion": samples["length"].astype(float),
+            "tokens per completion": samples["length"].astype(float),
         }
     )
     return table.groupby(samples["step"]).mean().T

@@ -56,7 +56,7 @@ class Doctor:
         return found
 
     def replay(self, rows: Sequence[Row], evaluations: Iterable[Row]) -> list[Finding]:
-        """Look at rows again, with each evaluation made before the row of its step is looked at, as in the run."""
+        """Look at rows again, each evaluation before the row of its step, as in the run."""
         waiting, found = sorted(evaluations, key=lambda each: each["step"]), []
         for row in rows:
             while waiting and waiting[0]["step"] <= row["step"]:
@@ -82,19 +82,19 @@ def equal_groups(doctor: Doctor) -> str | None:
     if len(shares) < 10 or min(shares) < 1 or _at_the_top(doctor):
         return None
     return (
-        "all completions of each group have earned the same for 10 steps, so nothing is learned: take problems that "
-        "are neither all too hard nor all too easy, raise grpo.num_generations or rollout.temperature"
+        "in every group all completions had equal rewards for 10 steps, so nothing is learned: take problems that are "
+        "neither too hard nor too easy, raise grpo.num_generations or rollout.temperature"
     )
 
 
 def truncated_completions(doctor: Doctor) -> str | None:
-    """Most completions of ten steps were cut at the limit."""
+    """Most completions of ten steps were truncated."""
     shares = doctor.last("completions/clipped_ratio", 10)
     if len(shares) < 10 or fmean(shares) <= 0.5:
         return None
     return (
-        f"{fmean(shares):.0%} of the completions of 10 steps were cut before their end, and earn what a beginning "
-        "earns: raise grpo.max_completion_length, or ask for shorter ones in data.system_prompt"
+        f"{fmean(shares):.0%} of the completions of 10 steps were truncated, so they are scored "
+        "unfinished: raise grpo.max_completion_length, or ask for shorter ones in data.system_prompt"
     )
 
 
@@ -109,7 +109,7 @@ def reward_falls(doctor: Doctor) -> str | None:
         return None
     return (
         f"the mean reward fell from {fmean(best):.3g} to {fmean(now):.3g}: the policy gets worse; lower optimizer.lr "
-        "or grpo.max_grad_norm, and go on from an earlier checkpoint (fork=true fork_step=...)"
+        "or grpo.max_grad_norm, and continue from an earlier checkpoint (fork=true fork_step=...)"
     )
 
 
@@ -143,7 +143,7 @@ def kl_runaway(doctor: Doctor) -> str | None:
     if not growing and median(now) < 5:
         return None
     return (
-        f"KL to the reference is {median(now):.2g} nats a token and grows: lower optimizer.lr or "
+        f"KL to the reference is {median(now):.2g} nats per token and grows: lower optimizer.lr or "
         "grpo.max_grad_norm, or raise grpo.beta"
     )
 
@@ -157,7 +157,7 @@ def entropy_collapse(doctor: Doctor) -> str | None:
     if fmean(now) > 0.1 * fmean(start) or fmean(equal) < 0.5:
         return None
     return (
-        f"entropy fell from {fmean(start):.2g} to {fmean(now):.2g} nats a token and {fmean(equal):.0%} of the groups "
+        f"entropy fell from {fmean(start):.2g} to {fmean(now):.2g} nats per token and {fmean(equal):.0%} of the groups "
         "are equal: nothing new is tried; go back to an earlier checkpoint with a lower optimizer.lr, or raise "
         "grpo.beta or rollout.temperature"
     )
@@ -184,7 +184,7 @@ def held_out_falls(doctor: Doctor) -> str | None:
         return None
     last, best = doctor.evaluations[-1], max(doctor.evaluations[:-1], key=lambda each: each["accuracy"])
     noise = math.sqrt(sum(each["accuracy"] * (1 - each["accuracy"]) / each["n"] for each in (last, best)))
-    # Each is compared with the best of all before: so many comparisons, of which one in a hundred may be false.
+    # Each is compared with the best of all before: one in a hundred of all these comparisons may be false.
     limit = NormalDist().inv_cdf(1 - 0.01 / len(doctor.evaluations) ** 2)
     if best["accuracy"] - last["accuracy"] <= limit * noise:
         return None
@@ -204,7 +204,7 @@ def skipped_updates(doctor: Doctor) -> str | None:
     skipped = sum(row.get("loss") is None or row.get("grad_norm") is None for row in doctor.rows[-20:])
     if skipped < 2:
         return None
-    return f"{skipped} of the last 20 updates were not finite and were not made: lower optimizer.lr"
+    return f"{skipped} of the last 20 updates were not finite and changed no weight: lower optimizer.lr"
 
 
 RULES: tuple[Callable[[Doctor], str | None], ...] = (

@@ -67,8 +67,8 @@ def crossed_mean(values: pd.DataFrame, comparisons: int = 1) -> Estimate:
 def paired_difference(difference: pd.DataFrame, comparisons: int = 1) -> Estimate:
     """The mean of differences between equal problems and seeds, with seeds in rows and problems in columns.
 
-    With one seed, a problem more to either side goes into the interval: where few problems differ, the one of what
-    was seen is too narrow (in the manner of Agresti and Caffo, The American Statistician 54, 2000).
+    With one seed, one more problem is counted on each side: with few differing problems the plain interval is too
+    narrow (as Agresti and Caffo, The American Statistician 54, 2000, do for proportions).
     """
     estimate = crossed_mean(difference, comparisons)
     if estimate.seeds > 1 or estimate.problems < 2:

@@ -16,7 +16,7 @@ METRICS_FILE = Path("metrics", "metrics.jsonl")
 
 
 def load_runs(path: str | Path) -> pd.DataFrame:
-    """The metrics of one run, or of every run below a folder such as a sweep: one row a step.
+    """The metrics of one run, or of every run below a folder such as a sweep: one row per step.
 
     The first column, `run`, is the run folder relative to `path`, or the folder's own name where `path` is itself
     a run; the others are the metric names, missing (NaN) where a row does not have them. Runs are sorted by name,
@@ -33,7 +33,7 @@ def load_runs(path: str | Path) -> pd.DataFrame:
 
 
 def load_metrics(run_dir: str | Path) -> pd.DataFrame:
-    """The metrics of one run folder, one row a step; without rows if the run has completed no step.
+    """The metrics of one run folder, one row per step; without rows if the run has completed no step.
 
     Raises FileNotFoundError if `run_dir` is no run folder, ValueError as `load_runs` does.
     """
@@ -51,7 +51,7 @@ def load_evaluations(run_dir: str | Path, of_training: bool = False) -> pd.DataF
 
     Columns: `name` (the file's name without ending: before, step_000050, after), `step`, `n` (problems), `accuracy`
     (0 to 1), `reward`, `rewards/<component>` and any other single value the file has. Sorted by step, `before` first
-    and `after` last; of_training: without others, which were made by hand, perhaps on other problems. Without rows
+    and `after` last; of_training: without those of `grpo evaluate`, perhaps of other problems. Without rows
     if there is no evaluation. Raises ValueError if a file is broken.
     """
     rows = []

@@ -85,7 +85,7 @@ class Sweep:
         self.tried = len(halving.arms if halving else self.arms)  # arms that the best one was chosen from
 
     def metrics(self, job: int) -> pd.DataFrame:
-        """The metrics of a job, one row a step."""
+        """The metrics of a job, one row per step."""
         return load_metrics(self.folder.path / self.jobs.loc[job, "folder"])
 
     def evaluations(self, job: int) -> pd.DataFrame:
@@ -199,7 +199,7 @@ class Sweep:
 def _read_jobs(folder: SweepFolder, keys: list[str]) -> tuple[pd.DataFrame, dict[int, int], dict[int, pd.Series]]:
     """The jobs, by number the seed of each that has begun, and 1 for right and 0 for wrong by problem after training.
 
-    One row a job, indexed by its number: values of the swept keys, state, and where it came to. accuracy and
+    One row per job, indexed by its number: values of the swept keys, state, and where it came to. accuracy and
     best_accuracy: held out, 0 to 1, after training and at best, with the 95 % Wilson interval of the first;
     mean_reward, rewards/<component>, completions/mean_length, kl: means of the last tenth of the steps; num_tokens;
     seconds in steps.
@@ -227,8 +227,8 @@ def _read_jobs(folder: SweepFolder, keys: list[str]) -> tuple[pd.DataFrame, dict
 
 
 def _correct(run_dir: Path) -> pd.Series:
-    made = RunFolder(run_dir).evaluation("after") or {"problems": []}
-    graded = [each for each in made["problems"] if each["correct"] is not None]
+    evaluation = RunFolder(run_dir).evaluation("after") or {"problems": []}
+    graded = [each for each in evaluation["problems"] if each["correct"] is not None]
     # With its answer, since in files of other problems the same lines may have the same names.
     return pd.Series({f"{each['id']} {each.get('answer')}": float(each["correct"]) for each in graded}, dtype=float)
 
@@ -236,7 +236,7 @@ def _correct(run_dir: Path) -> pd.Series:
 def _results(run_dir: Path) -> dict[str, float | None]:
     metrics, after = load_metrics(run_dir), RunFolder(run_dir).evaluation("after")
     tenth = metrics.tail(-(-len(metrics) // 10))
-    made = load_evaluations(run_dir, of_training=True)
+    evaluations = load_evaluations(run_dir, of_training=True)
     low, high = (after and wilson_interval(after["accuracy"], after["n"])) or (None, None)
     names = {f"rewards/{name}": column for name, column in component_columns(metrics).items()}
     names = {"mean_reward": "reward", **names, "completions/mean_length": "completions/mean_length", "kl": "kl"}
@@ -244,7 +244,7 @@ def _results(run_dir: Path) -> dict[str, float | None]:
         "accuracy": after["accuracy"] if after else None,
         "accuracy_low": low,
         "accuracy_high": high,
-        "best_accuracy": made.loc[made["name"] != "before", "accuracy"].max(),
+        "best_accuracy": evaluations.loc[evaluations["name"] != "before", "accuracy"].max(),
         **{name: finite_values(tenth, column).mean() for name, column in names.items()},
         "num_tokens": finite_values(metrics, "num_tokens").max(),
         "seconds": finite_values(metrics, "step_time").sum(),

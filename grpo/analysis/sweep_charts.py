@@ -15,7 +15,7 @@ MOST_ARMS = len(PALETTE)  # whose curves can be told apart
 
 
 def curves(sweep: Sweep, column: str, title: str, unit: str) -> Figure | None:
-    """A metric by step, a line an arm: the mean over its seeds, within the band from the lowest to the highest."""
+    """A metric by step, a line per arm: the mean over its seeds, within the band from the lowest to the highest."""
     tables = [_by_step(sweep, arm, column) for arm in sweep.arms]
     window = max(1, max(map(len, tables)) // 20)
     smooth = [table.rolling(window, center=True, min_periods=1).mean() for table in tables]
@@ -27,8 +27,8 @@ def held_out(sweep: Sweep) -> Figure | None:
     """Held-out accuracy by step, where jobs were evaluated in training (eval.every): the mean over an arm's jobs."""
     tables = []
     for arm in sweep.arms:
-        made = pd.concat([sweep.evaluations(job).assign(job=job) for job in arm.jobs])
-        tables.append(made.pivot_table(index="step", columns="job", values="accuracy"))
+        evaluations = pd.concat([sweep.evaluations(job).assign(job=job) for job in arm.jobs])
+        tables.append(evaluations.pivot_table(index="step", columns="job", values="accuracy"))
     shown = [table if len(table) > 2 else None for table in tables]  # more than before and after
     return _lines(sweep, shown, "Held-out accuracy", "band: lowest to highest seed", percent=True, marker="o", ms=3)
 

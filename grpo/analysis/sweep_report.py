@@ -85,7 +85,7 @@ def headline(sweep: Sweep) -> str:
     if len(sweep.arms) == 1:
         return text
     if not sweep.behind:
-        return f"{text} It has no seed and problems in common with another arm, so it was compared with none."
+        return f"{text} It shares no seed or held-out problem with another arm, so it was not compared."
     others = len(sweep.arms) - 1
     even = [sweep.label(arm) for arm, difference in sweep.behind.items() if not difference.shown]
     if even:
@@ -95,9 +95,9 @@ def headline(sweep: Sweep) -> str:
     above = "every other arm" if len(sweep.behind) == others else f"{len(sweep.behind)} of the {others} other arms"
     single = sum(difference.seeds == 1 for difference in sweep.behind.values())
     if single == len(sweep.behind):
-        return f"{text} With the one seed that they share it is above {above}; another seed may say otherwise."
+        return f"{text} With the one seed that they share it is above {above}; another seed may give another order."
     rest = f"; of {single} of them by one seed alone" if single else ""
-    return f"{text} It is above {above} by more than chance would explain{rest}."
+    return f"{text} It is above {above} by more than chance explains{rest}."
 
 
 def _count(count: int, what: str) -> str:
@@ -109,22 +109,22 @@ def warnings(sweep: Sweep) -> list[str]:
     said = []
     if sweep.tried > 1 and sweep.arms:
         said.append(
-            f"The best of {sweep.tried} arms looks better than it is, since it was chosen by the same numbers that "
-            "it is shown with. The command on fresh seeds gives a fair one."
+            f"The score of the best of {sweep.tried} arms is too high on average, because the same score chose it. "
+            "The command on fresh seeds gives a fair one."
         )
     # The most that a comparison has; where there is none, the best arm.
     seeds = max((each.seeds for each in sweep.behind.values()), default=len(sweep.arms[0].jobs) if sweep.arms else 0)
     if seeds == 1:
         fix = "add seed=1,2,3" if SEED not in sweep.swept else "let the jobs of other seeds finish"
-        said.append(f"One seed: the intervals speak of other problems, not of other trainings; {fix}.")
+        said.append(f"With one seed the intervals cover new problems, not new training runs; {fix}.")
     elif 1 < seeds < FEW_SEEDS:
-        said.append(f"{seeds} seeds say little of how trainings vary; three is the least that is worth trusting.")
+        said.append(f"{seeds} seeds say little about how training runs vary; use at least three.")
     apart = len(sweep.arms) - 1 - len(sweep.behind)
     if sweep.arms and apart > 0:
-        said.append(f"Without a seed or a held-out problem in common with the best, and so not compared: {apart} arms.")
+        said.append(f"Not compared, because they share no seed or held-out problem with the best: {apart} arms.")
     if len(sweep.unfinished) and sweep.arms:
         said.append(
-            f"Left out, since they did not finish: {len(sweep.unfinished)} of {_count(len(sweep.jobs), 'job')}."
+            f"Not included, because they did not finish: {len(sweep.unfinished)} of {_count(len(sweep.jobs), 'job')}."
         )
     if sweep.arms and not sweep.by_accuracy:
         said.append(

@@ -80,7 +80,7 @@ def find_model(arguments: Sequence[str]) -> ModelUnderTest:
         if not overrides.names("model.lora"):
             changed.model.lora = None
         return ModelUnderTest(resolved(changed), folder, None, 0)
-    # Of a run that was given more steps and has not made them yet, final_model is from before.
+    # final_model of a run that was given more steps, and has not taken them yet, is older than its checkpoints.
     if folder.finished() and folder.final_model.exists():
         if changed.model.get("lora") is None:
             changed.model.name = escape(str(folder.final_model))

@@ -90,7 +90,7 @@ def _entity(wandb: Any) -> str:
         entity = wandb.Api(timeout=20).default_entity
     except Exception as error:  # of many kinds: not logged in, no network
         raise ConfigError(
-            f"W&B does not say who you are ({type(error).__name__}); log in, or give entity=NAME"
+            f"not logged in to W&B ({type(error).__name__}); run wandb login, or give entity=NAME"
         ) from error
     if not entity:
         raise ConfigError("your W&B account has no default entity; give entity=NAME")

@@ -15,7 +15,7 @@ from grpo.runs.files import commit_folder
 def main(arguments: list[str]) -> None:
     """Merge and print where the model is."""
     own, rest = own_arguments(arguments, ["output_dir"])
-    subject = find_model([*rest, "hardware.device=cpu", "model.device_map=cpu"])  # wherever the run was made
+    subject = find_model([*rest, "hardware.device=cpu", "model.device_map=cpu"])  # whatever device the run used
     model = subject.config.model
     if model.lora is None or model.lora.init_from is None or subject.weights is not None:
         what = "has no adapter" if model.lora is None else "has no final_model/ with its adapter yet"

@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     damaged = check_manifests(folder)
     start, end = span(folder, own.get("step"))
     seconds = sum(row.get("step_time", 0.0) for row in folder.metrics() if start < row["step"] <= end)
-    print(f"replaying steps {start + 1} to {end}, which took {seconds:.0f} s when they were made", flush=True)
+    print(f"replaying steps {start + 1} to {end}, which took {seconds:.0f} s in the run", flush=True)
     difference, compared = replay(folder, ready, start, end)
     if difference is not None:
         print(f"different: {difference}")
@@ -143,18 +143,18 @@ def _same_bits(one: Any, other: Any) -> bool:
 
 
 def environment_changes(folder: RunFolder) -> list[str]:
-    """What is not as it was when the folder was made: another machine or version may round differently."""
+    """What differs from the machine and versions of the run, which may round differently."""
     from grpo.model.hardware import device_of  # imports torch
     from grpo.runs.checkpoint import load_state
     from grpo.runs.environment import environment
 
     launches, here = folder.launches(), environment(device_of(resolved(folder.frozen_config())))
-    made = launches[-1].get("environment", {}) if launches else {}
-    lines = [f"here {name} is {here.get(name)}, there it was {value}" for name, value in made.items()]
-    lines = [line for line, name in zip(lines, made, strict=True) if here.get(name) != made[name]]
-    cut = [key for key in folder.changes() if key.startswith("hardware.")]
-    if cut:
-        lines.append(f"the work was cut otherwise by a later launch ({', '.join(cut)}): steps before that may differ")
+    then = launches[-1].get("environment", {}) if launches else {}
+    lines = [f"here {name} is {here.get(name)}, in the run it was {value}" for name, value in then.items()]
+    lines = [line for line, name in zip(lines, then, strict=True) if here.get(name) != then[name]]
+    changed = [key for key in folder.changes() if key.startswith("hardware.")]
+    if changed:
+        lines.append(f"a later launch split the work differently ({', '.join(changed)}): steps before that may differ")
     states = [load_state(file.parent) for file in folder.checkpoints.glob("step_*/trainer_state.json")]
     if any(isinstance(part, dict) and "to" in part for state in states for part in state.parts.values()):
         lines.append("memory ran out in the run, and from then on fewer rows were worked on at once")

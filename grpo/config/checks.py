@@ -184,7 +184,7 @@ def _check_number(name: str, value: float, facts: Facts) -> None:
 
 
 def _outside(value: float, facts: Facts) -> str | None:
-    """What a number must be, where it is not; not-a-number never is."""
+    """What a number must be, where it is not; NaN is outside."""
     if facts.between is not None and not facts.between[0] < value < facts.between[1]:
         return "lie between {:g} and {:g}".format(*facts.between)
     if facts.above is not None and not value > facts.above:

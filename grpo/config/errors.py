@@ -2,7 +2,7 @@
 
 
 class ConfigError(Exception):
-    """Bad input: the message is one or two lines with the fix. Commands print it and exit with 2."""
+    """Invalid input. The message states the problem and the fix; commands print it and exit with code 2."""
 
 
 class FileError(ConfigError, ValueError):

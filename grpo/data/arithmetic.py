@@ -1,4 +1,4 @@
-"""Two-digit additions as short questions: the embedded data set, made on the spot and always the same."""
+"""Two-digit additions as short questions: the embedded data set, generated and always the same."""
 
 import hashlib
 

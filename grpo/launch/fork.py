@@ -1,4 +1,4 @@
-"""Forks: a new run that goes on from a checkpoint of another one, with any other settings."""
+"""Forks: a new run that continues from a checkpoint of another one, with any other settings."""
 
 import os
 import shutil

@@ -41,7 +41,7 @@ def resumed_config(folder: RunFolder, composed: DictConfig, overrides: Overrides
             f"resume=true: {folder.path} was started with other values ({changes}); start a new run for them"
         )
     if any(_policy(key) == "rounding" for key in differing):
-        logger.warning("the work is split differently from here on: equal up to rounding, no longer bit for bit")
+        logger.warning("compute settings changed: results from here on are equal up to rounding, not bit for bit")
     return config, {key: after.get(key) for key in differing}
 
 

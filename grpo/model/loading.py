@@ -65,7 +65,7 @@ def check_model(config: ModelConfig) -> None:
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         adapter = json.loads((folder / "adapter_config.json").read_text())
         raise ConfigError(
-            f"model.name={config.name} is a LoRA adapter, and goes on top of its model; without run_dir: set "
+            f"model.name={config.name} is a LoRA adapter, which needs its base model; without run_dir, set "
             f"tuning=lora model.name={adapter.get('base_model_name_or_path')} model.lora.init_from={config.name} "
             f"model.lora.rank={adapter.get('r')} model.lora.alpha={adapter.get('lora_alpha')}"
         )
@@ -109,7 +109,7 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     model.to(device).eval()
     _check_head(model)
     if not try_packing(model):
-        logger.info("%s reads its batches padded: its attention cannot be told of packed rows", type(model).__name__)
+        logger.info("%s does not support packed sequences; using padded batches", type(model).__name__)
     use_onednn(model)
     return model
 

@@ -95,7 +95,7 @@ def decode_bytes(model: PreTrainedModel, work: Work, itemsize: int) -> float:
 
 
 def cache_bytes(model: PreTrainedModel, tokens: float, itemsize: int) -> float:
-    """Bytes of the keys and values of so many tokens."""
+    """Bytes of the keys and values of `tokens` tokens."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * _head_size(config) * tokens * itemsize

@@ -23,7 +23,7 @@ from grpo.rollout.cuda_graph import recorded
 
 # Their layers are: norm, attention with rotary positions, norm, gated SiLU. Biases and norms of heads may be there.
 FAMILY = {"LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel"}
-GRAPH_WIDTH = 128  # a graph serves until a row's own tokens are so many more
+GRAPH_WIDTH = 128  # a CUDA graph is recorded again every 128 new tokens
 
 
 def supports_fast_decoding(model: PreTrainedModel) -> bool:

@@ -29,7 +29,7 @@ def check_device(device: torch.device) -> None:
     names = ("completions", "log-probabilities", "gradient")
     for name, here, there in zip(names, _work(device), _work(torch.device("cpu")), strict=True):
         difference = (here - there).norm() / there.norm() if here.shape == there.shape else torch.tensor(torch.inf)
-        if not difference <= ROUNDING:  # so put, not-a-number fails too
+        if not difference <= ROUNDING:  # written this way round so that NaN fails too
             raise ConfigError(
                 f"the {name} of the embedded model on {device} differ from the processor's by {difference:.2g} of "
                 f"their size: torch {torch.__version__} cannot be relied on here; update it, or use hardware=cpu"

@@ -15,8 +15,8 @@ from grpo.model.oom import TokenBudget
 from grpo.rollout.engine import Compute, Sampling
 from grpo.rollout.llama_decoder import FastDecoder, supports_fast_decoding
 
-# After how many tokens to look which rows have ended, and below which share of running rows to drop the others. A
-# processor's time goes by the row; an accelerator's hardly does, and each look waits for its queue.
+# Finished rows are looked for every N tokens, and dropped when the share of running rows is below a limit. On a CPU the
+# time grows with the rows; on a GPU it hardly does, and each look synchronises.
 ON_CPU, ELSEWHERE = (1, 1.0), (16, 0.75)
 
 

@@ -40,7 +40,7 @@ class TrainerState:
     best_reward: float | None = None  # highest mean reward of a step
     best_accuracy: float | None = None  # highest held-out accuracy
     evaluated_step: int = 0  # the last step that `eval.every` had evaluated
-    skipped_in_a_row: int = 0  # steps up to this one whose update was not finite and so not made
+    skipped_in_a_row: int = 0  # steps up to this one whose update was not finite, so that no weight changed
     loss_scale: dict[str, Any] | None = None  # `LossScale`, where the arithmetic is float16
     # The state of the parts that have one, such as what running out of memory reduced:
     # {"update": {"from": tokens configured, "to": tokens in use}}

@@ -1,4 +1,4 @@
-"""Saving a run's checkpoints, in the way of training or beside it in a thread, and which of them are kept."""
+"""Saving a run's checkpoints, in the foreground or in a thread beside training, and which of them are kept."""
 
 import logging
 import re
@@ -29,10 +29,10 @@ TRIES = 5  # checkpoints in a row that may fail to be written before the run end
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run. What the disk refuses is a warning: the checkpoint before it stays."""
+    """Writes the checkpoints of one run. A failed write is a warning: the checkpoint before it is kept."""
 
     def __init__(self, folder: Path, settings: CheckpointConfig, state: TrainerState) -> None:
-        """state: where the run starts or goes on from, which is on the disk already."""
+        """state: where the run starts or continues, which is on the disk already."""
         self._folder, self._settings = folder, settings
         clear(folder)
         self._idle = threading.Event()
@@ -117,7 +117,7 @@ class CheckpointWriter:
         try:
             write()
         except OSError as error:
-            logger.warning("%s could not be written (%s); training goes on, and the one before it stays", what, error)
+            logger.warning("could not write %s (%s); training continues, the one before it is kept", what, error)
             return
         logger.info("%s was written in %.3g s", what, time.perf_counter() - started)
 
@@ -125,8 +125,8 @@ class CheckpointWriter:
 def retain(newest: Path, settings: CheckpointConfig) -> None:
     """Delete what is not to be kept: all but the last `keep_last` checkpoints and those of every `keep_every` steps.
 
-    newest: just written, and so the last that counts: what bears a later step is damaged, since the run would have
-    gone on from there. A reference goes with the last checkpoint that needs it; best/ stays. A failed delete is a
+    newest: just written, and so the last that counts: a later one is damaged, since the run would have
+    continued from it. A reference goes with the last checkpoint that needs it; best/ stays. A failed delete is a
     warning, not an error.
     """
     folder = newest.parent
@@ -143,7 +143,7 @@ def retain(newest: Path, settings: CheckpointConfig) -> None:
 def _reference_name(checkpoint: Path) -> str | None:
     try:
         reference = reference_of(checkpoint)
-    except (OSError, ValueError):  # damaged: nothing goes on from it
+    except (OSError, ValueError):  # damaged: no run continues from it
         return None
     return None if reference is None else reference.name
 

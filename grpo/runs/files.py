@@ -148,7 +148,7 @@ def sync(path: Path) -> None:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The JSON objects of a file, one a line; without what follows the last newline, which a crash has torn.
+    """The JSON objects of a file, one per line; without what follows the last newline, which a crash has torn.
 
     Raises FileError naming file and line where any other line is no object.
     """

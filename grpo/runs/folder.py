@@ -1,4 +1,4 @@
-"""The run folder: what one experiment leaves on disk, and all that is needed to go on with it."""
+"""The run folder: what one experiment leaves on disk, and all that is needed to resume it."""
 
 import hashlib
 import json
@@ -158,7 +158,7 @@ class RunFolder:
         return frozen
 
     def changes(self) -> dict[str, Any]:
-        """What launches that went on with the run changed, by dotted key; config.yaml itself is never overwritten."""
+        """What resumed launches changed, by dotted key; config.yaml itself is never overwritten."""
         file = self.path / "changes.yaml"
         return read_yaml(file, dict) if file.exists() else {}
 
@@ -228,7 +228,7 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def sync_metrics(self) -> None:
-        """Make sure that the rows written so far would outlast a power cut."""
+        """Make sure that the rows written so far would survive a power failure."""
         if self.metrics_file.exists():
             sync(self.metrics_file)
 
@@ -275,15 +275,15 @@ class RunFolder:
 
     def evaluations(self) -> dict[str, dict]:
         """The content of every eval/<name>.json by its name: `before` first, then by step, `after` last."""
-        made = {file.stem: read_json(file, EVALUATION) for file in self.path.glob("eval/*.json")}
+        found = {file.stem: read_json(file, EVALUATION) for file in self.path.glob("eval/*.json")}
         place = {"before": 0, "after": 2}
-        names = sorted(made, key=lambda name: (place.get(name, 1), made[name].get("step") or 0, name))
-        return {name: made[name] for name in names}
+        names = sorted(found, key=lambda name: (place.get(name, 1), found[name].get("step") or 0, name))
+        return {name: found[name] for name in names}
 
     def training_evaluations(self, up_to_step: int | None = None) -> dict[str, dict]:
         """Those of the weights that training went through: `before`, and `step_000123`."""
-        made = {name: each for name, each in self.evaluations().items() if re.fullmatch(r"before|step_\d+", name)}
-        return {name: each for name, each in made.items() if up_to_step is None or each.get("step", 0) <= up_to_step}
+        found = {name: each for name, each in self.evaluations().items() if re.fullmatch(r"before|step_\d+", name)}
+        return {name: each for name, each in found.items() if up_to_step is None or each.get("step", 0) <= up_to_step}
 
     def accuracy_at(self, step: int) -> float | None:
         """Held-out accuracy after a step, if it was evaluated there."""
@@ -332,7 +332,7 @@ def _can_resume(run: RunFolder, root: Path) -> bool:
 
 
 def job_folder_name(number: int, overrides: str, longest: int = 80) -> str:
-    """A sweep job's folder: `<number>_<overrides>`, free of `=`, `,` and `/`, cut with a hash where long."""
+    """A sweep job's folder: `<number>_<overrides>`, free of `=`, `,` and `/`, shortened with a hash where long."""
     name = f"{number}_{re.sub(r'[^A-Za-z0-9._+-]+', '_', overrides)}".rstrip("_")
     if len(name) <= longest:
         return name

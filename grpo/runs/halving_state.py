@@ -1,7 +1,7 @@
 """Successive halving (Jamieson and Talwalkar, arXiv 1502.07943) over the arms of a sweep, with a budget of time.
 
-All arms make the steps of a first rung; the best of them go on to the next, and so on, until the last ones have made
-all. Since a run that goes on is the run that never stopped, nothing is paid twice.
+All arms take the steps of a first rung; the best of them advance to the next, and so on, until the last ones have taken
+all steps. A run that is resumed equals one that never stopped, so no step is computed twice.
 """
 
 import json
@@ -13,14 +13,14 @@ from typing import Any
 from grpo.config.overrides import Overrides
 from grpo.runs.files import read_dataclass, write_atomic
 
-LEAST_STEPS = 3  # of the first rung under a budget: so many are made first, to see how long a step takes
+LEAST_STEPS = 3  # of the first rung under a budget: as many are taken first, to measure how long a step takes
 SEED = "seed"
-Ladder = list[tuple[int, int]]  # (steps made by the end of the rung, arms that make them)
+Ladder = list[tuple[int, int]]  # (steps taken by the end of the rung, arms that take them)
 
 
 @dataclass
 class Record:
-    """What has been decided, as halving.json has it: enough to go on after any interruption."""
+    """What has been decided, as halving.json has it: enough to continue after any interruption."""
 
     total_steps: int
     arms: list[list[int]]  # the numbers of each arm's jobs, one a seed
@@ -29,7 +29,7 @@ class Record:
     step_s: float | None = None  # seconds of a step, as last measured
     start_s: float | None = None  # seconds of a job beside its steps: loading and evaluating
     ladder: Ladder = field(default_factory=list)
-    entered: list[int] | None = None  # arms of the rung that is going on
+    entered: list[int] | None = None  # arms of the rung in progress
     rungs: list[dict[str, Any]] = field(default_factory=list)  # each: steps, scores by arm, kept arms, hours spent
     state: str = "running"  # running | finished | out of budget
 
@@ -55,7 +55,7 @@ class Record:
         if full:
             text += f" All {len(self.arms)} arms to the end would take about {full:.2f}: {spent / full:.0%} of that."
         if self.state == "out of budget":
-            text += " The budget ended before any arm had made all its steps."
+            text += " The budget ended before any arm had taken all its steps."
         return {"text": text, "rungs": self.rungs}
 
 
@@ -79,11 +79,12 @@ def ladder(total_steps: int, arms: int, eta: int, first: int) -> Ladder:
 
 
 def seconds(rungs: Ladder, seeds: int, step_s: float, start_s: float) -> float:
-    """What a ladder takes in all: each job of a rung is started once, and goes on from the rung before."""
-    made, total = 0, 0.0
+    """What a ladder takes in all: each job of a rung is started once, and continues from the rung before."""
+    taken = 0
+    total = 0.0
     for steps, arms in rungs:
-        total += arms * seeds * ((steps - made) * step_s + start_s)
-        made = steps
+        total += arms * seeds * ((steps - taken) * step_s + start_s)
+        taken = steps
     return total
 
 

@@ -92,13 +92,17 @@ def _lock(file: BinaryIO) -> bool | None:
     except BlockingIOError:
         return True
     except OSError as error:
-        logger.warning("no lock on %s (%s): two launches here at the same moment would not notice", file.name, error)
+        logger.warning(
+            "file locking does not work for %s (%s): simultaneous launches in this folder cannot be detected",
+            file.name,
+            error,
+        )
         return None
     return False
 
 
 def _is_renewed(folder: Path, holder: dict, seconds: float) -> bool:
-    """Watch whether a line changes within so many seconds."""
+    """Watch whether a line changes within `seconds` seconds."""
     print(f"waiting {seconds:.0f} s to see whether the process on {holder.get('host')} is alive", flush=True)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -113,7 +117,7 @@ def _renew(file: BinaryIO, folder: Path, token: str, stop: threading.Event, seco
     while not stop.wait(seconds):
         holder = _read(folder)
         if holder and holder.get("token") != token:
-            # This process stood still for so long that another machine took it for dead and went on.
+            # This process was suspended for so long that another machine considered it dead and took over.
             print(
                 f"{folder} was taken over by {holder.get('host')} (process {holder.get('pid')}); stopping", flush=True
             )

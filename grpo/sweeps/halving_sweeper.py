@@ -1,4 +1,4 @@
-"""Hydra's sweeper that gives most of the time to the arms that do best: `hydra/sweeper=halving`."""
+"""Hydra's sweeper for successive halving: `hydra/sweeper=halving`."""
 
 import statistics
 from pathlib import Path
@@ -81,7 +81,7 @@ class HalvingSweeper(Sweeper):
         if record.step_s is None and record.budget_hours is not None:
             return
         if not record.ladder:
-            self._sample_tokens()
+            self._choose_ladder()
         alive = record.rungs[-1]["kept"] if record.rungs else list(range(len(record.arms)))
         for place in range(len(record.rungs), len(record.ladder)):
             if record.entered is None:
@@ -114,17 +114,18 @@ class HalvingSweeper(Sweeper):
             record.rungs.append({"steps": steps, "scores": by_arm, "kept": kept, "spent_hours": self._spent() / 3600})
             record.entered = None
             record.write(self.folder)
-            print(f"rung {place + 1} of {len(record.ladder)}, step {steps}: arms {kept} continue", flush=True)
+            print(f"rung {place + 1} of {len(record.ladder)}, step {steps}: arms {kept} advance", flush=True)
         return kept
 
-    def _sample_tokens(self) -> None:
+    def _choose_ladder(self) -> None:
         record = self.record
         try:
             record.ladder = choose_ladder(record)
         except ValueError as least:
             raise ConfigError(
-                f"sweep.budget_hours={record.budget_hours}: at {record.step_s:.3g} s a step and {record.start_s:.3g} s "
-                f"beside them a job, {len(record.arms)} arms need {least} hours; raise it, or sweep fewer values"
+                f"sweep.budget_hours={record.budget_hours}: at {record.step_s:.3g} s per step and "
+                f"{record.start_s:.3g} s per job beside them, {len(record.arms)} arms need {least} hours; raise it, or "
+                "sweep fewer values"
             ) from None
         record.write(self.folder)
         rungs = ", ".join(f"{arms} arms to step {steps}" for steps, arms in record.ladder)
@@ -136,8 +137,8 @@ class HalvingSweeper(Sweeper):
         record = self.record
         if record.budget_hours is None or place == 0:
             return alive
-        made = record.ladder[place - 1][0]
-        one = record.seconds([(record.ladder[place][0] - made, 1)])
+        steps_before = record.ladder[place - 1][0]
+        one = record.seconds([(record.ladder[place][0] - steps_before, 1)])
         return alive[: max(0, int((3600 * record.budget_hours - self._spent()) / one))]
 
     def _launch(self, jobs: list[int], steps: int) -> None:
@@ -165,18 +166,18 @@ class HalvingSweeper(Sweeper):
         return RunFolder(self.folders[job]).status().get("state")
 
     def _scores(self, alive: list[int], steps: int) -> list[float | None]:
-        """By arm the mean held-out accuracy of its jobs that made the steps; where one lacks it, all by reward instead.
+        """By arm the mean held-out accuracy of its jobs that took the steps; where one lacks it, all by reward instead.
 
         Reward is that of the last tenth of the steps. None for an arm that is out, or of which no job came so far.
         """
         rows = {job: RunFolder(self.folders[job]).metrics(steps) for arm in alive for job in self.record.arms[arm]}
-        there = {job: made[-max(1, steps // 10) :] for job, made in rows.items() if len(made) == steps}
+        there = {job: each[-max(1, steps // 10) :] for job, each in rows.items() if len(each) == steps}
         accuracies = {job: RunFolder(self.folders[job]).accuracy_at(steps) for job in there}
         scores = {job: accuracy for job, accuracy in accuracies.items() if accuracy is not None}
         if len(scores) < len(there):
             scores = {job: statistics.fmean(row["reward"] for row in last) for job, last in there.items()}
         of_arms = [[scores[job] for job in jobs if job in scores] for jobs in self.record.arms]
-        return [statistics.fmean(made) if made else None for made in of_arms]
+        return [statistics.fmean(each) if each else None for each in of_arms]
 
     def _measure(self) -> None:
         """What a step and the rest of a job take, from all that has run."""

@@ -32,6 +32,7 @@ from grpo.runs.sweep_folder import SweepFolder
 
 logger = logging.getLogger(__name__)
 
+HALVING = "hydra_plugins.hydra_grpo.HalvingSweeper"
 STOPPED = tuple(128 + number for number in STOP_SIGNALS)  # exit codes of a run that such a signal ended
 
 
@@ -48,7 +49,7 @@ class _Job:
 
 
 class LocalLauncher(Launcher):
-    """Whatever a job does to its process, up to being killed for its memory, the others neither see nor pay for.
+    """Each job runs in its own process, so a crash or a kill for its memory does not affect the others.
 
     jobs_at_once: None for as many as there are GPUs that they can share, or one. More than one write what they print
     to console.log in their folders. A stop signal is passed on to the jobs, which save what they have, and waits for
@@ -73,7 +74,8 @@ class LocalLauncher(Launcher):
         running: dict[Any, _Job] = {}  # by what says that its process has ended
         returns: dict[int, JobReturn] = {}  # by the job's place
         record = SweepFolder(self.config.hydra.sweep.dir).record()
-        known = len(record.get("planned") or ())
+        is_rung = self.config.hydra.sweeper._target_ == HALVING  # of which each launch is counted by itself
+        known = 0 if is_rung else len(record.get("planned") or ())
         progress = Progress(max(known, initial_job_idx + len(job_overrides)), at_once)
         self.swept = record.get("keys")
         with _Forwarding(running) as stop:
@@ -168,7 +170,7 @@ def duration(seconds: float) -> str:
 
 
 def _done_before(config: DictConfig) -> JobReturn | None:
-    """What a job returned that has finished, where a sweep goes on: seconds less than a process that finds it so."""
+    """What a finished job of a resumed sweep returned, without starting a process for it."""
     run = RunFolder(Path(config.hydra.sweep.dir, config.hydra.sweep.subdir))
     if not config.resume or _state(run.path) != "finished":
         return None
@@ -221,7 +223,7 @@ def _end_with_parent() -> None:
 
 
 def _outcome(job: _Job, stopped: bool) -> JobReturn:
-    """What an ended job left."""
+    """The result of a job that has ended."""
     job.process.join()
     code = job.process.exitcode
     assert code is not None  # it has ended
@@ -243,7 +245,7 @@ def _outcome(job: _Job, stopped: bool) -> JobReturn:
 def _describe_exit(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
-    hint = ", as where memory runs out" if -code == signal.SIGKILL else ""
+    hint = " (possibly out of memory)" if -code == signal.SIGKILL else ""
     return f"{signal.Signals(-code).name}{hint}"
 
 

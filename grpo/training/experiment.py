@@ -115,8 +115,8 @@ class ScoredCompletions:
 
     texts: list[str]
     rewards: Rewards
-    columns: dict[str, list]  # the problems' columns, one entry a completion
-    prompts: list[Messages]  # one a completion
+    columns: dict[str, list]  # the problems' columns, one entry per completion
+    prompts: list[Messages]  # one per completion
     messages: list[Messages]  # the completions as assistant messages
     lengths: Tensor  # (B,) int64, tokens including the end of sequence
 

@@ -45,7 +45,7 @@ def reward_metrics(scored: ScoredCompletions, group_size: int) -> dict[str, floa
 
 
 def completion_metrics(completions: Completions, stop_ids: tuple[int, ...]) -> dict[str, Any]:
-    """Lengths in tokens, the share that was cut at the limit, and a digest of every token sampled."""
+    """Lengths in tokens, the share truncated at the limit, and a digest of every token sampled."""
     lengths = completions.lengths
     return {
         "completions/mean_length": lengths.float().mean().item(),

@@ -1,4 +1,4 @@
-"""Before the first step: a few groups sampled and scored, to see whether there is anything to learn from."""
+"""The pre-flight: before the first step a few groups are sampled and scored, to see whether they carry a signal."""
 
 import statistics
 import time
@@ -14,8 +14,8 @@ from grpo.training.experiment import Experiment, ScoredCompletions, score_comple
 from grpo.training.metrics import ended
 
 MOST_GROUPS = 8
-OFTEN = 0.25  # share of completions cut at the limit from which on it is worth a word
-MOSTLY = 0.75  # share of groups with equal rewards from which on it is worth one
+TRUNCATED_OFTEN = 0.25  # share of truncated completions from which on a warning says so
+MOSTLY_EQUAL = 0.75  # share of groups with equal rewards from which on a warning says so
 
 
 def preflight(
@@ -51,24 +51,25 @@ def preflight(
 
 
 def warnings(found: dict[str, Any]) -> list[str]:
-    """What stands in the way of learning, with the fix, one text each."""
+    """What prevents learning, each with its fix."""
     said = []
     for name, component in found["components"].items():
         if component["missing"] == 1.0:
             said.append(f"{name} gave no value for any completion: does its function know these problems?")
         elif component["nonzero"] == 0.0:
             said.append(
-                f"{name} is 0 for all {found['completions']} completions, so nothing leads there: show solved "
+                f"{name} is 0 for all {found['completions']} completions, so there is no signal for it: show solved "
                 "problems (data.examples), say in data.system_prompt what is asked, or take a larger model.name or "
                 "easier problems"
             )
-    if found["frac_reward_zero_std"] >= MOSTLY:
+    if found["frac_reward_zero_std"] >= MOSTLY_EQUAL:
         said.append(
-            f"{found['frac_reward_zero_std']:.0%} of the groups have equal rewards, and nothing is learned from them: "
-            "take problems that the model solves now and then, a larger grpo.num_generations, or a reward with degrees"
+            f"{found['frac_reward_zero_std']:.0%} of the groups have equal rewards, which carry no signal: "
+            "take problems that the model solves sometimes, a larger grpo.num_generations, or a reward with values "
+            "in between"
         )
     limit = found["max_completion_length"]
-    if found["completions/clipped_ratio"] >= OFTEN:
+    if found["completions/clipped_ratio"] >= TRUNCATED_OFTEN:
         said.append(
             f"{found['completions/clipped_ratio']:.0%} of the completions are truncated at {limit} tokens: "
             f"set grpo.max_completion_length={2 * limit}, or ask for shorter answers"
@@ -77,20 +78,20 @@ def warnings(found: dict[str, Any]) -> list[str]:
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
-    """What a person reads of it."""
+    """The lines for the console."""
     shown = [
         f"pre-flight: {found['prompts']} problems, {found['completions']} completions in {found['seconds']:.1f} s "
         "(preflight=false skips it)"
     ]
     for name, component in found["components"].items():
         mean = "none" if component["mean"] is None else f"{component['mean']:.2f}"
-        shown.append(f"  {name:<14} mean {mean}, not 0 in {component['nonzero']:.0%}")
+        shown.append(f"  {name:<14} mean {mean}, nonzero in {component['nonzero']:.0%}")
     prompt = found["prompt_lengths"]
     shown += [
         f"  {'groups':<14} {found['frac_reward_zero_std']:.0%} with equal rewards",
         f"  {'completions':<14} {found['completions/mean_length']:.0f} tokens, "
         f"{found['completions/clipped_ratio']:.0%} truncated at {found['max_completion_length']}",
-        f"  {'prompts':<14} {prompt['min']} to {prompt['max']} tokens, half below {prompt['median']:.0f}",
+        f"  {'prompts':<14} {prompt['min']} to {prompt['max']} tokens, median {prompt['median']:.0f}",
     ]
     return shown + [f"warning: {text}" for text in found["warnings"]]
 

@@ -80,7 +80,7 @@ class Recorder:
         number = step.row["step"]
         place = self._folder.write_skipped(number, step.skipped.tensors(), step.samples)
         numbers = f"loss {step.row['loss']} and gradient norm {step.row['grad_norm']} (null: not finite)"
-        logger.warning("step %d: %s, so no update was made; its batch is in %s", number, numbers, place)
+        logger.warning("step %d: %s, so no weight was changed; its batch is in %s", number, numbers, place)
         if in_a_row > self._config.grpo.max_skipped_steps:
             raise RuntimeError(
                 f"loss or gradient was not finite in {in_a_row} steps in a row; their batches are in {place.parent}; "

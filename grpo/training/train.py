@@ -106,7 +106,7 @@ def before_first_step(trainer: Trainer, run: Run, recorder: Recorder) -> None:
         recorder.evaluation("before", result)
         if result["accuracy"] is not None:
             recorder.console.print(
-                f"before training: {result['accuracy']:.1%} of {result['n']} held-out problems right"
+                f"before training: {result['accuracy']:.1%} of {result['n']} held-out problems correct"
             )
 
 
@@ -141,7 +141,7 @@ def pause(trainer: Trainer, run: Run, recorder: Recorder) -> None:
         recorder.evaluation(name, trainer.evaluate())
     run.folder.update_status(state="interrupted")
     resume = resume_command(run.folder.path, foreign_targets(to_dict(run.config)))
-    print(f"stopped after step {trainer.state.step}, as asked; resume with: {resume}")
+    print(f"stopped after step {trainer.state.step} (until_step); resume with: {resume}")
 
 
 def finish(trainer: Trainer, run: Run, recorder: Recorder) -> None:

@@ -191,8 +191,8 @@ def apply_gradient(
 ) -> tuple[float, bool]:
     """Step the optimizer with the gradient clipped to `max_grad_norm`, unless it or the loss is not finite.
 
-    loss_scale: what the gradient was multiplied by. Returns the gradient's norm before clipping, and whether the step
-    was made. The gradient is gone after it.
+    loss_scale: what the gradient was multiplied by. Returns the gradient's norm before clipping, and whether the
+    optimizer took the step. The gradients are None afterwards.
     """
     if loss_scale != 1.0:
         torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], loss_scale)
@@ -223,7 +223,7 @@ class LossScale:
         return True
 
     def updated(self) -> None:
-        """Count an update that was made."""
+        """Count a completed update."""
         self.updates += 1
         if self.updates == 2000:
             self.value, self.updates = self.value * 2, 0

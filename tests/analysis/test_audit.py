@@ -62,7 +62,7 @@ def test_signs_of_gaming_are_shares_by_step():
     table = audit.signs_of_gaming(pd.DataFrame(rows))
     assert table[10].tolist()[:3] == [0.5, 0.0, 0.5]
     assert table[20].tolist()[:3] == [0.5, 0.5, 0.0]
-    assert table.loc["tokens a completion"].tolist() == [1.0, 3.5]
+    assert table.loc["tokens per completion"].tolist() == [1.0, 3.5]
 
 
 def test_the_distribution_is_of_values_or_of_ranges_where_there_are_many():

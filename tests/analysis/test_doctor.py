@@ -211,6 +211,6 @@ def test_in_a_run_it_speaks_when_it_happens_and_once_over_a_stop(tmp_path):
     assert "raise grpo.max_completion_length" in first.stdout
     (record,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
     assert b"truncated_completions" in record.read_bytes()  # the alert's title
-    assert "stopped after step 12, as asked; resume with: python launch.py resume=true run_dir=run" in first.stdout
+    assert "stopped after step 12 (until_step); resume with: python launch.py resume=true run_dir=run" in first.stdout
     again = launch("resume=true", "run_dir=run", cwd=tmp_path)
     assert (again.returncode, again.stdout.count("doctor: "), len(rows(tmp_path / "run"))) == (0, 0, 14)

@@ -104,7 +104,7 @@ def test_equal_arms_are_called_equal_and_the_better_ones_better(better_rate):
     assert "held-out accuracy, 95 % interval" in text
     assert "Not shown to be better than 1 of the 3 other arms (grpo.beta=0.04 optimizer.lr=5e-6)." in text
     (chosen,) = warnings(Sweep(better_rate))
-    assert "The best of 4 arms looks better than it is" in chosen
+    assert "The score of the best of 4 arms is too high on average" in chosen
 
 
 def test_the_commands_are_of_the_best_arm_as_it_was_and_on_seeds_that_no_job_had(better_rate):
@@ -131,7 +131,7 @@ def test_a_key_with_the_name_of_a_group_makes_arms_too(tmp_path):
 
 def test_only_seeds_of_finished_jobs_count(tmp_path):
     folder = make_sweep(tmp_path / "s", {"seed": ["1", "2"]}, drawn(lambda _: 0.5), states={1: "failed"})
-    assert any(each.startswith("One seed") for each in warnings(Sweep(folder)))
+    assert any(each.startswith("With one seed the intervals") for each in warnings(Sweep(folder)))
 
 
 def test_a_sweep_of_unknown_points_that_never_began_has_a_page(tmp_path):
@@ -159,7 +159,7 @@ def test_three_keys_are_drawn_side_by_side(tmp_path):
     folder = make_sweep(tmp_path / "s", keys, drawn(lambda values: 0.5 if values["grpo.mu"] == "1" else 0.6))
     (page, _), answer = write_sweep_report(folder)
     assert "All keys" in page.read_text()
-    assert any("One seed" in each for each in warnings(Sweep(folder)))
+    assert any("With one seed the" in each for each in warnings(Sweep(folder)))
     assert "grpo.mu=2" in answer.split(" with ")[0]
 
 
@@ -207,10 +207,10 @@ def test_what_one_seed_shows_is_said_of_that_seed(tmp_path):
     sweep = Sweep(folder)  # seed 1 is in both arms, 3 in one and 2 in the other
     assert [difference.seeds for difference in sweep.behind.values()] == [1]
     assert "With the one seed that they share it is above every other arm; another seed may" in headline(sweep)
-    assert any(each.startswith("One seed") for each in warnings(sweep))
+    assert any(each.startswith("With one seed the intervals") for each in warnings(sweep))
     assert [effect.verdict for effect in sweep.effects()] == ["lower, with this seed"]
     apart = make_sweep(tmp_path / "t", keys, right, states={1: "failed", 2: "failed", 3: "failed"})
-    assert "no seed and problems in common with another arm" in headline(Sweep(apart))
+    assert "shares no seed or held-out problem with another arm" in headline(Sweep(apart))
 
 
 def test_other_problems_are_compared_with_none(tmp_path):

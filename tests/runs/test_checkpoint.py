@@ -518,7 +518,7 @@ def test_a_save_without_enough_room_is_refused_before_it_starts(tmp_path, caplog
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50))
     save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=2))
-    assert "the checkpoint of step 2 could not be written (it takes 1.04e-07 GB and 5e-08 GB are free" in caplog.text
+    assert "could not write the checkpoint of step 2 (it takes 1.04e-07 GB and 5e-08 GB are free" in caplog.text
     assert "training goes on, and the one before it stays" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
 
@@ -545,7 +545,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it_and_the_next_one_suc
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
-    assert "the checkpoint of step 2 could not be written" in caplog.text
+    assert "could not write the checkpoint of step 2" in caplog.text
     assert "File too large" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
     assert broken(step_folder(tmp_path, 1)) is None
@@ -558,7 +558,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_warning(tmp_path, caplog):
     model = small_model()
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     save_checkpoint(tmp_path / "checkpoints", model, adamw(model), None, TrainerState(step=1))
-    assert "the checkpoint of step 1 could not be written" in caplog.text
+    assert "could not write the checkpoint of step 1" in caplog.text
 
 
 def test_what_is_written_beside_training_is_what_was_there_when_it_began(tmp_path):
