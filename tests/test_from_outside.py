@@ -111,6 +111,13 @@ def test_a_rollout_engine_with_a_state_that_a_resumed_run_continues(folder):
     assert load_state(run / "checkpoints" / "step_000003").parts == {"rollout": {"calls": 3}}
 
 
+def test_an_optimizer_and_that_the_way_to_it_is_short(folder):
+    """From `train` to the optimizer at most six functions, so that a reader finds the way."""
+    run_with(folder, "toy_optimizer", "optimizer._target_=toy_optimizer.Traced")
+    callers = (folder / "callers.txt").read_text().split()
+    assert callers == ["train", "steps", "step", "_update_policy", "_update_once", "apply_gradient"]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
