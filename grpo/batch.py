@@ -77,7 +77,10 @@ def split_rows(
     lengths: list[int] = row_lengths.tolist() if isinstance(row_lengths, Tensor) else [row_lengths] * len(prompt_of_row)
     prompts: list[int] = prompt_of_row.tolist()
     of_prompt: list[int] = prompt_lengths.tolist()
-    starts, used, longest, longest_prompt = [0], 0, 0, 0
+    starts = [0]
+    used = 0
+    longest = 0
+    longest_prompt = 0
     for row, length in enumerate(lengths):
         new = row == starts[-1] or not shared or prompts[row] != prompts[row - 1]
         prompt = of_prompt[prompts[row]]
@@ -85,8 +88,13 @@ def split_rows(
         padded = (row + 1 - starts[-1]) * (max(longest, length) + max(longest_prompt, prompt))
         if row > starts[-1] and (used + needed > budget or padded > (8 if shared else 2) * budget):
             starts.append(row)
-            used, longest, longest_prompt, needed = 0, 0, 0, length + prompt
-        used, longest, longest_prompt = used + needed, max(longest, length), max(longest_prompt, prompt)
+            used = 0
+            longest = 0
+            longest_prompt = 0
+            needed = length + prompt
+        used = used + needed
+        longest = max(longest, length)
+        longest_prompt = max(longest_prompt, prompt)
     return [
         torch.arange(start, stop, device=prompt_of_row.device)
         for start, stop in zip(starts, [*starts[1:], len(lengths)], strict=True)

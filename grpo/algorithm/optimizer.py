@@ -43,7 +43,8 @@ class StochasticAdamW(torch.optim.Optimizer):
             state = self.state[parameter]
             if not state:
                 state["step"] = torch.tensor(0.0)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
             state["step"] += 1
             step = int(state["step"])
             flat = [x.view(-1) for x in (parameter.data, state["exp_avg"], state["exp_avg_sq"])]
@@ -76,7 +77,8 @@ def _adamw(
     new.addcdiv_(new_mean, scale, value=-group["lr"] / (1 - beta1**step))
     mean.copy_(new_mean)  # moves by a tenth of a gradient, which no rounding stops
     if bits is not None:
-        new, new_square = round_stochastically(new, bits), round_stochastically(new_square, bits >> 16)
+        new = round_stochastically(new, bits)
+        new_square = round_stochastically(new_square, bits >> 16)
     weight.copy_(new)
     square.copy_(new_square)
 

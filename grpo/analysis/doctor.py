@@ -57,7 +57,8 @@ class Doctor:
 
     def replay(self, rows: Sequence[Row], evaluations: Iterable[Row]) -> list[Finding]:
         """Look at rows again, each evaluation before the row of its step, as in the run."""
-        waiting, found = sorted(evaluations, key=lambda each: each["step"]), []
+        waiting = sorted(evaluations, key=lambda each: each["step"])
+        found = []
         for row in rows:
             while waiting and waiting[0]["step"] <= row["step"]:
                 self.evaluated(waiting.pop(0))
@@ -100,10 +101,13 @@ def truncated_completions(doctor: Doctor) -> str | None:
 
 def reward_falls(doctor: Doctor) -> str | None:
     """The mean reward of twenty steps has lost a third of what it had gained, clearly more than its noise."""
-    now, best, start = doctor.last("reward", 20), doctor.best, _values(doctor.first, "reward")
+    now = doctor.last("reward", 20)
+    best = doctor.best
+    start = _values(doctor.first, "reward")
     if len(now) < 20 or len(doctor.rows) < 40 or not start:
         return None
-    loss, noise = fmean(best) - fmean(now), math.hypot(stdev(now), stdev(best)) / math.sqrt(20)
+    loss = fmean(best) - fmean(now)
+    noise = math.hypot(stdev(now), stdev(best)) / math.sqrt(20)
     within_groups = fmean(doctor.last("reward_std", 20) or [0.0])  # the scale of this reward
     if loss < max(6 * noise, (fmean(best) - fmean(start)) / 3, within_groups / 4):
         return None
@@ -123,7 +127,8 @@ def format_without_correctness(doctor: Doctor) -> str | None:
     if not {"correctness", "format"} <= doctor.maxima.keys():
         return None
     top = doctor.maxima["correctness"]
-    rise, noise = fmean(now) - fmean(before), math.hypot(stdev(now), stdev(before)) / math.sqrt(half)
+    rise = fmean(now) - fmean(before)
+    noise = math.hypot(stdev(now), stdev(before)) / math.sqrt(half)
     low = fmean(now) < 0.25 * top
     if fmean(formats) < 0.9 * doctor.maxima["format"] or not low or rise + 2 * noise > 0.025 * top:
         return None
@@ -136,7 +141,8 @@ def format_without_correctness(doctor: Doctor) -> str | None:
 
 def kl_runaway(doctor: Doctor) -> str | None:
     """The policy is far from the reference and moves away fast, or is so far that it hardly matters how fast."""
-    now, before = doctor.last("kl", 5), doctor.last("kl", 20, 30)
+    now = doctor.last("kl", 5)
+    before = doctor.last("kl", 20, 30)
     if len(now) < 5 or median(now) < 0.5:
         return None
     growing = len(before) >= 10 and median(now) > 3 * median(before)
@@ -150,7 +156,8 @@ def kl_runaway(doctor: Doctor) -> str | None:
 
 def entropy_collapse(doctor: Doctor) -> str | None:
     """Sampling has hardly any choice left, and groups hardly differ, while rewards are not at their top."""
-    now, start = doctor.last("entropy", 10), _values(doctor.first, "entropy")
+    now = doctor.last("entropy", 10)
+    start = _values(doctor.first, "entropy")
     equal = doctor.last("frac_reward_zero_std", 10)
     if len(doctor.rows) < 20 or min(len(now), len(start), len(equal)) < 10 or _at_the_top(doctor):
         return None
@@ -165,7 +172,8 @@ def entropy_collapse(doctor: Doctor) -> str | None:
 
 def gradient_spikes(doctor: Doctor) -> str | None:
     """Three of twenty gradients were ten times the usual, which is that of steps that have something to learn from."""
-    norms, usual = doctor.last("grad_norm", 20), doctor.last("grad_norm", 100)
+    norms = doctor.last("grad_norm", 20)
+    usual = doctor.last("grad_norm", 100)
     if len(usual) < 20:
         return None
     high = quantiles(usual, n=4)[2]
@@ -182,7 +190,8 @@ def held_out_falls(doctor: Doctor) -> str | None:
     """Reward goes up while held-out accuracy is below its best by more than its noise, of however many evaluations."""
     if len(doctor.evaluations) < 2:
         return None
-    last, best = doctor.evaluations[-1], max(doctor.evaluations[:-1], key=lambda each: each["accuracy"])
+    last = doctor.evaluations[-1]
+    best = max(doctor.evaluations[:-1], key=lambda each: each["accuracy"])
     noise = math.sqrt(sum(each["accuracy"] * (1 - each["accuracy"]) / each["n"] for each in (last, best)))
     # Each is compared with the best of all before: one in a hundred of all these comparisons may be false.
     limit = NormalDist().inv_cdf(1 - 0.01 / len(doctor.evaluations) ** 2)

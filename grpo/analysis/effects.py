@@ -42,7 +42,8 @@ def crossed_mean(values: pd.DataFrame, comparisons: int = 1) -> Estimate:
     table = values.to_numpy(float)
     seeds, problems = table.shape
     mean = float(table.mean())
-    of_seeds, of_problems = table.mean(axis=1), table.mean(axis=0)
+    of_seeds = table.mean(axis=1)
+    of_problems = table.mean(axis=0)
     sources = []  # mean square, degrees of freedom
     if seeds > 1:
         sources.append((problems * of_seeds.var(ddof=1), seeds - 1))

@@ -92,7 +92,8 @@ def is_metric(values: pd.Series) -> bool:
 
 def component_columns(metrics: pd.DataFrame) -> dict[str, str]:
     """The reward components of a run: name -> column of its mean, in the order of the columns."""
-    prefix, suffix = "rewards/", "/mean"
+    prefix = "rewards/"
+    suffix = "/mean"
     columns = [column for column in metrics if column.startswith(prefix) and column.endswith(suffix)]
     return {column.removeprefix(prefix).removesuffix(suffix): column for column in columns}
 

@@ -38,7 +38,8 @@ def content(run_dir: Path) -> dict[str, Any]:
     """All that the page shows, by the names that its template uses."""
     run = RunFolder(run_dir)
     config = read_config(run_dir)
-    summary, samples = summarize(run_dir), audit.load_samples(run_dir)
+    summary = summarize(run_dir)
+    samples = audit.load_samples(run_dir)
     data = read_run(run_dir)
     figures = {panel.title: draw(data, [panel], *CHART_SIZE, title=False) for panel in drawn_panels(data)}
     units = {metric.name: metric.unit for metric in of_components(component_columns(data.metrics))}

@@ -163,9 +163,11 @@ class Sweep:
         if wilson is None or estimate.interval is None:
             return estimate
         # Every job right in nearly the same problems, usually in all of them, is no sign of certainty.
-        (low, high), (seen_low, seen_high) = wilson, estimate.interval
+        (low, high) = wilson
+        (seen_low, seen_high) = estimate.interval
         if len(jobs) > 1:
-            low, high = max(0.0, min(low, seen_low)), min(1.0, max(high, seen_high))
+            low = max(0.0, min(low, seen_low))
+            high = min(1.0, max(high, seen_high))
         return replace(estimate, interval=(low, high))
 
     def _pairs(self, finished: pd.DataFrame, key: str, base: str, value: str, rest: list[str]) -> list[tuple[int, int]]:
@@ -173,7 +175,8 @@ class Sweep:
             chosen = finished[finished[key] == of]
             return {tuple(row[rest]): job for job, row in chosen.iterrows()}
 
-        before, after = by_rest(base), by_rest(value)
+        before = by_rest(base)
+        after = by_rest(value)
         return [(before[setting], after[setting]) for setting in before if setting in after]
 
     def _difference(
@@ -204,7 +207,10 @@ def _read_jobs(folder: SweepFolder, keys: list[str]) -> tuple[pd.DataFrame, dict
     mean_reward, rewards/<component>, completions/mean_length, kl: means of the last tenth of the steps; num_tokens;
     seconds in steps.
     """
-    rows, seeds, correct, jobs = [], {}, {}, folder.jobs()
+    rows = []
+    seeds = {}
+    correct = {}
+    jobs = folder.jobs()
     unique = len({job["job"] for job in jobs}) == len(jobs)  # see SweepFolder.jobs
     for place, job in enumerate(jobs):
         number = job["job"] if unique else place
@@ -234,7 +240,8 @@ def _correct(run_dir: Path) -> pd.Series:
 
 
 def _results(run_dir: Path) -> dict[str, float | None]:
-    metrics, after = load_metrics(run_dir), RunFolder(run_dir).evaluation("after")
+    metrics = load_metrics(run_dir)
+    after = RunFolder(run_dir).evaluation("after")
     tenth = metrics.tail(-(-len(metrics) // 10))
     evaluations = load_evaluations(run_dir, of_training=True)
     low, high = (after and wilson_interval(after["accuracy"], after["n"])) or (None, None)

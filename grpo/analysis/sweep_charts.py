@@ -61,7 +61,8 @@ def cost(sweep: Sweep) -> Figure:
         color = PALETTE[number] if number < MOST_ARMS else OTHERS
         jobs = sweep.jobs.loc[list(arm.jobs)]
         axes.scatter(jobs["num_tokens"], jobs[outcome], color=color, alpha=0.4, s=18)
-        estimate, center = arm.outcome, jobs["num_tokens"].mean()
+        estimate = arm.outcome
+        center = jobs["num_tokens"].mean()
         if estimate.interval is not None:
             axes.plot([center, center], estimate.interval, color=color)
         label = sweep.label(arm) if number < MOST_ARMS else "others" if number == MOST_ARMS else None

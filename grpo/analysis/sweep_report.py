@@ -73,7 +73,8 @@ def headline(sweep: Sweep) -> str:
     """The answer in a sentence or two."""
     if not sweep.arms:
         return "No job has finished, so there is nothing to compare."
-    best, form = sweep.arms[0], _form(sweep)
+    best = sweep.arms[0]
+    form = _form(sweep)
     outcome = best.outcome
     interval = ", 95 % interval {} to {}".format(*map(form, outcome.interval)) if outcome.interval is not None else ""
     score = f"{form(outcome.mean)} held-out accuracy" if sweep.by_accuracy else f"a mean reward of {form(outcome.mean)}"

@@ -36,7 +36,8 @@ class ModelUnderTest:
 
 def own_arguments(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Split a command's own `name=value` arguments, taken literally, from the overrides of the config."""
-    own, overrides = {}, []
+    own = {}
+    overrides = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if equals and name in names:

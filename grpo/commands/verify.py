@@ -103,7 +103,8 @@ def replay(folder: RunFolder, config: Any, start: int, end: int) -> tuple[str | 
     for step in range(start + 1, end + 1):
         row = json.loads(json.dumps(trainer.step(step).row))
         for key in sorted(recorded[step].keys() | row.keys()):
-            before, now = recorded[step].get(key), row.get(key)
+            before = recorded[step].get(key)
+            now = row.get(key)
             if before != now and not key.startswith(NOT_COMPARED):
                 return f"step {step}, {key}: {before} in the folder, {now} now", ""
     return _compare_state(trainer, step_folder(folder.checkpoints, end))
@@ -114,8 +115,10 @@ def _compare_state(trainer: Any, checkpoint: Path) -> tuple[str | None, str]:
 
     if not checkpoint.exists() or broken(checkpoint) is not None:
         return None, "; no sound checkpoint of that step is kept, so weights were not compared"
-    stored, present = read_checkpoint(checkpoint), trainer.state_dict()
-    stored_state, state = vars(stored["trainer"]), vars(present["trainer"])
+    stored = read_checkpoint(checkpoint)
+    present = trainer.state_dict()
+    stored_state = vars(stored["trainer"])
+    state = vars(present["trainer"])
     for name in ("step", "iteration", "num_tokens", "best_reward", "skipped_in_a_row", "loss_scale"):
         if stored_state[name] != state[name]:
             return f"step {trainer.state.step}, {name}: {stored_state[name]} in the folder, {state[name]} now", ""
@@ -148,7 +151,8 @@ def environment_changes(folder: RunFolder) -> list[str]:
     from grpo.runs.checkpoint import load_state
     from grpo.runs.environment import environment
 
-    launches, here = folder.launches(), environment(device_of(resolved(folder.frozen_config())))
+    launches = folder.launches()
+    here = environment(device_of(resolved(folder.frozen_config())))
     then = launches[-1].get("environment", {}) if launches else {}
     lines = [f"here {name} is {here.get(name)}, in the run it was {value}" for name, value in then.items()]
     lines = [line for line, name in zip(lines, then, strict=True) if here.get(name) != then[name]]

@@ -96,7 +96,8 @@ def _check_range(key: str, ends: object) -> None:
 
 
 def _check_prompts(data: dict[str, Any]) -> None:
-    examples, system_prompt = data.get("examples"), data.get("system_prompt")
+    examples = data.get("examples")
+    system_prompt = data.get("system_prompt")
     if not isinstance(examples, list) or not all(
         isinstance(each, dict) and all(isinstance(each.get(key), str) for key in ("question", "completion"))
         for each in examples
@@ -115,7 +116,8 @@ def check_name(name: str) -> None:
 
 def complete_sizes(config: Config) -> Sizes:
     """The sizes, once the hardware is resolved. Raises ConfigError where one is still null."""
-    grpo, hardware = config.grpo, config.hardware
+    grpo = config.grpo
+    hardware = config.hardware
     return Sizes(
         batch_size=_not_null("grpo.batch_size", grpo.batch_size),
         num_generations=_not_null("grpo.num_generations", grpo.num_generations),

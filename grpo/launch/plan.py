@@ -26,7 +26,8 @@ def print_plan(
         return compose_again(composed.hydra, lines)
 
     points = sweep_points(overrides, composed.hydra.sweeper) if is_sweep else [("the run", overrides.of_experiment)]
-    configs, checked = [], []
+    configs = []
+    checked = []
     for name, point in points:
         config = compose(point.lines) if is_sweep else without_hydra(composed)
         checked.append(check(config, point))

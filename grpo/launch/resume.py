@@ -32,7 +32,8 @@ def resumed_config(folder: RunFolder, composed: DictConfig, overrides: Overrides
             copy_value(frozen, key, changed)
     check_trusted(changed, composed, folder.path)
     config = freeze(changed)
-    before, after = flatten(OmegaConf.to_container(frozen, resolve=True)), flatten(to_dict(config))
+    before = flatten(OmegaConf.to_container(frozen, resolve=True))
+    after = flatten(to_dict(config))
     differing = [key for key in before | after if before.get(key) != after.get(key)]
     refused = [key for key in differing if not _may_change(key, before, after)]
     if refused:

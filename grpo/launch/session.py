@@ -106,7 +106,8 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
 
     from grpo.launch.preset import hardware_found
 
-    hydra_cfg, overrides = HydraConfig.get(), command_line()
+    hydra_cfg = HydraConfig.get()
+    overrides = command_line()
     launcher = hydra_cfg.launcher._target_
     if is_job and takes_any_gpu(cfg, launcher):
         show_all_gpus(launcher)

@@ -54,7 +54,8 @@ def asked_device(cfg: DictConfig) -> str:
 def _check_card(cfg: DictConfig, device: str) -> None:
     hardware = cfg.hardware
     card = torch.cuda.get_device_properties(device)
-    memory, expected = card.total_memory / 1e9, hardware.card.memory_gb
+    memory = card.total_memory / 1e9
+    expected = hardware.card.memory_gb
     if expected is not None and memory < 0.9 * expected:  # a little is always reserved
         raise ConfigError(
             f"the preset is for a card of {expected:g} GB, and {card.name} has {memory:.1f} GB: use hardware=auto, or "

@@ -144,7 +144,8 @@ def working_copy(master: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel
 
 def _hand_on(original: torch.nn.Parameter, parameter: torch.nn.Parameter) -> None:
     assert parameter.grad is not None  # torch calls this once it has one
-    grad, parameter.grad = parameter.grad.to(original.dtype), None
+    grad = parameter.grad.to(original.dtype)
+    parameter.grad = None
     original.grad = grad if original.grad is None else original.grad.add_(grad)
 
 

@@ -18,7 +18,8 @@ class TokenBudget:
     """
 
     def __init__(self, part: str, tokens: int) -> None:
-        self._part, self._configured = part, tokens
+        self._part = part
+        self._configured = tokens
         self.tokens = tokens  # the number in use
 
     def run(self, work: Callable[[int], Result], least: int, most: int) -> Result:

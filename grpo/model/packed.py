@@ -91,7 +91,8 @@ class PackedPrompts:
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer, (P, width, key heads, d)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        key, value = self.prompts.pad(key), self.prompts.pad(value)
+        key = self.prompts.pad(key)
+        value = self.prompts.pad(value)
         self.kept[layer] = key, value
         # Padding stands to the right, where causal attention never looks.
         return self.prompts.unpad(_attention(self.prompts.pad(query), key, value, scale))
@@ -109,7 +110,8 @@ class PackedGroups:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         sizes = [self.prompts.tokens, self.completions.tokens]
         (query, new_query), (key, new_key), (value, new_value) = (x.split(sizes) for x in (query, key, value))
-        key, value = self.prompts.pad(key), self.prompts.pad(value)
+        key = self.prompts.pad(key)
+        value = self.prompts.pad(value)
         of_prompts = self.prompts.unpad(self.attention(self.prompts.pad(query), key, value, scale))
         key = torch.cat([key.index_select(0, self.prompt_of_row), self.completions.pad(new_key)], dim=1)
         value = torch.cat([value.index_select(0, self.prompt_of_row), self.completions.pad(new_value)], dim=1)
@@ -147,14 +149,16 @@ def pack_groups(
     the place in the row (A,) whose hidden state predicts it. The last token of a completion predicts nothing, so it is
     left out.
     """
-    prompt_of_row, lengths = completions.group, prompts.mask.sum(dim=1)
+    prompt_of_row = completions.group
+    lengths = prompts.mask.sum(dim=1)
     inputs = completions.attention_mask[:, 1:]
     ids = torch.cat([prompts.ids[prompts.mask.bool()], completions.ids[:, :-1][inputs.bool()]])
     new_positions = lengths[prompt_of_row][:, None] + torch.arange(inputs.shape[1], device=ids.device)
     position_ids = torch.cat([positions(prompts.mask)[prompts.mask.bool()], new_positions[inputs.bool()]])
 
     width = int(lengths.max())
-    prompt, rows = varlen(torch.arange(width, device=ids.device) < lengths[:, None]), varlen(inputs)
+    prompt = varlen(torch.arange(width, device=ids.device) < lengths[:, None])
+    rows = varlen(inputs)
     of_prompt = torch.arange(width, device=ids.device) < lengths[prompt_of_row][:, None]
     causal = torch.ones(rows.width, rows.width, dtype=torch.bool, device=ids.device).tril()
     n, t = inputs.shape
@@ -226,7 +230,8 @@ def _reads_packed(model: PreTrainedModel) -> bool:
     """False where attention is not sdpa's of all earlier tokens, or not called through transformers' interface."""
     if not may_pack(model):
         return False
-    lengths, device = torch.tensor([[5], [3]]), model.device
+    lengths = torch.tensor([[5], [3]])
+    device = model.device
     mask = (torch.arange(5) < lengths).long().to(device)
     ids = (torch.arange(10).view(2, 5) + 1).to(device)
     prompts = Prompts(ids[:, :2], mask[:, :2])

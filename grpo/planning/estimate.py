@@ -76,7 +76,8 @@ def products(model: PreTrainedModel) -> tuple[int, int]:
 
 def forward_flops(model: PreTrainedModel, work: Work) -> float:
     """Operations of the matrix products of one forward pass over all of a step's tokens, each prompt read once."""
-    (body, head), config = products(model), model.config
+    (body, head) = products(model)
+    config = model.config
     inputs = work.prompts * work.prompt_tokens + sum(work.lengths) - len(work.lengths)
     width = _head_size(config) * config.num_attention_heads * config.num_hidden_layers
     attended = work.prompts * work.prompt_tokens**2 / 2 + sum(n * (work.prompt_tokens + n / 2) for n in work.lengths)
@@ -142,7 +143,9 @@ def head_bytes(model: PreTrainedModel) -> int:
     """
     weight = model.get_output_embeddings().weight
     gradients = 0 if not weight.requires_grad else 2 if weight is model.get_input_embeddings().weight else 1
-    chunk, per_weight, per_logit = max(LOGITS_PER_CHUNK, len(weight)), gradients * weight.itemsize, 3 * 4
+    chunk = max(LOGITS_PER_CHUNK, len(weight))
+    per_weight = gradients * weight.itemsize
+    per_logit = 3 * 4
     if weight.itemsize < 4:
         per_logit += 2 * NARROW_CHUNKS * weight.itemsize
         per_weight = max(per_weight, 4 + weight.itemsize) if gradients else 0
@@ -163,7 +166,8 @@ class _Counted(PackedGroups):
 class _Kept(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output, normalizers = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+        output = torch.empty_like(query)
+        normalizers = query.new_empty(query.shape[:3], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, output, normalizers)
         return output
 

@@ -86,7 +86,8 @@ def extract_answer(text: str) -> str | None:
 
     Tags are case-sensitive and carry no attributes.
     """
-    opening, closing = "<answer>", "</answer>"
+    opening = "<answer>"
+    closing = "</answer>"
     last_close = text.rfind(closing)
     begin = text.rfind(opening, 0, max(last_close, 0))
     if begin < 0:
@@ -152,7 +153,8 @@ def _value(number: re.Match[str]) -> Fraction | None:
             return None
         value = Fraction(number["decimal"].replace(",", "")) * Fraction(10) ** exponent
     else:
-        numerator, denominator = integer("numerator"), integer("denominator")
+        numerator = integer("numerator")
+        denominator = integer("denominator")
         # "18 20/5" is no mixed number but two numbers.
         if denominator == 0 or (number["whole"] and numerator >= denominator):
             return None

@@ -164,7 +164,8 @@ def _time_limit(component: Component) -> Iterator[None]:
         yield
         return
     tick_s = min(0.5, seconds / 10)
-    clock, over = _RunningTime(tick_s), threading.Event()
+    clock = _RunningTime(tick_s)
+    over = threading.Event()
     by_signal = threading.current_thread() is threading.main_thread()
 
     def stop(*_: object) -> None:

@@ -17,7 +17,8 @@ def recorded(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
     when it is run again. One that waits for the device cannot be recorded: that is found out in a run before, since a
     recording that fails leaves torch's allocator in disorder.
     """
-    stream, current = _stream(device), torch.cuda.current_stream(device)
+    stream = _stream(device)
+    current = torch.cuda.current_stream(device)
     with torch.cuda.device(device):
         stream.wait_stream(current)
         watch = torch.cuda.get_sync_debug_mode()

@@ -28,7 +28,8 @@ GRAPH_WIDTH = 128  # a CUDA graph is recorded again every 128 new tokens
 
 def supports_fast_decoding(model: PreTrainedModel) -> bool:
     """Whether `FastDecoder` can stand for this model."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder = model.get_decoder()
+    head = model.get_output_embeddings()
     linear = (m for m in decoder.modules() if hasattr(m, "in_features"))
     return (
         supports_packing(model)
@@ -51,7 +52,8 @@ class FusedLinear:
             weight = torch.cat([linear.weight for linear in self._linear])
             if self._added is not None and weight.dtype == self._added[1].dtype:  # else it would lose digits
                 down, up = self._added
-                weight, self._added = weight.addmm_(up, down), None
+                weight = weight.addmm_(up, down)
+                self._added = None
             self._reordered = reorder_weight(weight, rows)
             if self._linear[0].bias is not None:
                 self._bias = torch.cat([linear.bias for linear in self._linear])
@@ -102,15 +104,23 @@ class FastDecoder:
         *,
         cuda_graphs: bool = False,
     ) -> None:
-        lengths, real = prompts.mask.sum(dim=1), prompts.mask.bool()
+        lengths = prompts.mask.sum(dim=1)
+        real = prompts.mask.bool()
         packing = PackedPrompts(varlen(torch.arange(int(lengths.max()), device=real.device) < lengths[:, None]))
         hidden = forward_packed(model, prompts.ids[real], positions(prompts.mask)[real], packing)
         hidden = hidden[lengths.cumsum(dim=0) - 1][prompt_of_row]
-        rows, self._decoder, config = len(prompt_of_row), model.get_decoder(), model.config
-        self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
-        self._first_position, self._max_tokens = lengths[prompt_of_row], max_tokens
-        self._length, self._width, self._cuda_graphs = 0, 0, cuda_graphs
-        self._prompt_of_row, self._groups = prompt_of_row, rows_by_prompt(prompt_of_row, len(lengths))
+        rows = len(prompt_of_row)
+        self._decoder = model.get_decoder()
+        config = model.config
+        self._heads = config.num_attention_heads
+        self._key_heads = config.num_key_value_heads
+        self._first_position = lengths[prompt_of_row]
+        self._max_tokens = max_tokens
+        self._length = 0
+        self._width = 0
+        self._cuda_graphs = cuda_graphs
+        self._prompt_of_row = prompt_of_row
+        self._groups = rows_by_prompt(prompt_of_row, len(lengths))
         self._head = FusedLinear(rows, model.get_output_embeddings())
         self._layers = [
             _layer(module, packing.kept[number], rows, max_tokens, clear=cuda_graphs)
@@ -158,23 +168,30 @@ class FastDecoder:
 
     def _attend(self, layer: Layer, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """(R, H) -> (R, heads * d)."""
-        attention, heads, key_heads, rows = layer.module.self_attn, self._heads, self._key_heads, len(x)
+        attention = layer.module.self_attn
+        heads = self._heads
+        key_heads = self._key_heads
+        rows = len(x)
         x = layer.qkv(x).view(rows, heads + 2 * key_heads, -1)
-        rotated, value = x[:, : heads + key_heads], x[:, heads + key_heads :]
+        rotated = x[:, : heads + key_heads]
+        value = x[:, heads + key_heads :]
         if hasattr(attention, "q_norm"):
             parts = _norm(attention.q_norm, x[:, :heads]), _norm(attention.k_norm, x[:, heads : heads + key_heads])
             rotated = torch.cat(parts, dim=1)
         cos, sin = rotation
         rotated = torch.addcmul(rotated * cos, rotated.roll(rotated.shape[2] // 2, dims=2), sin)
-        end, size = self._width, rotated.shape[2]
+        end = self._width
+        size = rotated.shape[2]
         layer.keys.index_copy_(2, self._place, rotated[:, heads:, None])
         layer.values.index_copy_(2, self._place, value[:, :, None])
-        keys, values = layer.keys[:, :, :end].flatten(0, 1), layer.values[:, :, :end].flatten(0, 1)
+        keys = layer.keys[:, :, :end].flatten(0, 1)
+        values = layer.values[:, :, :end].flatten(0, 1)
 
         query = rotated[:, :heads].unflatten(1, (key_heads, -1))  # (R, key heads, queries that share a key, d)
         grouped = self._by_prompt(query)
         of_prompt = torch.baddbmm(self._bias, grouped, layer.prompt_keys.transpose(1, 2), alpha=attention.scaling)
-        query, bias = query.reshape(rows * key_heads, -1, size), self._own_bias[:, :, :end]
+        query = query.reshape(rows * key_heads, -1, size)
+        bias = self._own_bias[:, :, :end]
         hide = int(self._cuda_graphs)  # else every place is taken
         own = torch.baddbmm(bias, query, keys.transpose(1, 2), beta=hide, alpha=attention.scaling)
         own = own.view(rows, key_heads, -1, end)
@@ -193,13 +210,16 @@ class FastDecoder:
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows but these (ascending), within the memory that there is."""
-        self._first_position, self._prompt_of_row = self._first_position[rows], self._prompt_of_row[rows]
-        self._tokens, self._width = self._tokens[rows], self._length  # so that the next token is recorded anew
+        self._first_position = self._first_position[rows]
+        self._prompt_of_row = self._prompt_of_row[rows]
+        self._tokens = self._tokens[rows]
+        self._width = self._length  # so that the next token is recorded anew
         self._groups = rows_by_prompt(self._prompt_of_row, self._groups.count)
         for layer in self._layers:
             for x in (layer.keys, layer.values):
                 x[: len(rows), :, : self._length] = x[:, :, : self._length].index_select(0, rows)
-            layer.keys, layer.values = layer.keys[: len(rows)], layer.values[: len(rows)]
+            layer.keys = layer.keys[: len(rows)]
+            layer.values = layer.values[: len(rows)]
 
 
 def rows_by_prompt(prompt_of_row: Tensor, prompts: int) -> VarLen:
@@ -210,7 +230,8 @@ def rows_by_prompt(prompt_of_row: Tensor, prompts: int) -> VarLen:
 
 def _layer(module: Any, kept: tuple[Tensor, Tensor], rows: int, new_tokens: int, clear: bool) -> Layer:
     """clear: whether places without a token are multiplied, with weights of 0."""
-    attention, mlp = module.self_attn, module.mlp
+    attention = module.self_attn
+    mlp = module.mlp
     prompt_keys, prompt_values = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in kept)
     keys, values = (x.new_empty(rows, x.shape[2], new_tokens, x.shape[3]) for x in kept)
     if clear:

@@ -53,7 +53,8 @@ def _work(device: torch.device) -> tuple[Tensor, ...]:
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides that this is a method
     ids = torch.arange(5, 29, device=device).view(2, 12)
     mask = (torch.arange(12, device=device) >= torch.tensor([[0], [3]], device=device)).long()
-    prompts, greedy = Prompts(ids, mask), Sampling(16, 0.0, (model.config.eos_token_id,), 0)
+    prompts = Prompts(ids, mask)
+    greedy = Sampling(16, 0.0, (model.config.eos_token_id,), 0)
     keys = torch.zeros(4, 2, dtype=torch.int32)  # greedy decoding needs none
     completions = rollout(model, prompts, greedy, group_size=2, keys=keys, token_budget=10**6)
     one = torch.ones_like(completions.ids[:, :8])

@@ -118,7 +118,8 @@ def _take_prompts(prompts: Prompts, prompt_of_row: Tensor) -> tuple[Prompts, Ten
 
 def _decode(start: Callable[[], "Decoder"], keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Decode some rows together. Returns token ids and their log-probabilities, (rows, T), padded after each end."""
-    rows, device = len(keys), keys.device
+    rows = len(keys)
+    device = keys.device
     stop_ids = torch.tensor(sampling.stop_ids, device=device)
     ids = torch.full((rows, sampling.max_new_tokens), sampling.pad_id, device=device)
     logps = torch.zeros(ids.shape, device=device)
@@ -139,7 +140,10 @@ def _decode(start: Callable[[], "Decoder"], keys: Tensor, sampling: Sampling) ->
                 return ids[:, : t + 1], logps[:, : t + 1]
             if len(alive) < compact_below * len(ended):
                 decoder.keep(alive)
-                running, ended, keys, tokens = running[alive], ended[alive], keys[alive], tokens[alive]
+                running = running[alive]
+                ended = ended[alive]
+                keys = keys[alive]
+                tokens = tokens[alive]
         decoder.read(tokens)
     return ids, logps
 
@@ -163,7 +167,8 @@ class CachedDecoder:
         hidden, self._cache = prefill(model, prompts)
         select_cache_rows(self._cache, prompt_of_row)
         mask = prompts.mask[prompt_of_row]
-        self._model, self._length = model, mask.shape[1]
+        self._model = model
+        self._length = mask.shape[1]
         self._mask = torch.cat([mask, mask.new_ones(len(mask), max_tokens)], dim=1)
         self._next_position = positions(mask)[:, -1:] + 1
         self.logits = model.get_output_embeddings()(hidden[prompt_of_row])
@@ -176,7 +181,8 @@ class CachedDecoder:
 
     def keep(self, rows: Tensor) -> None:
         select_cache_rows(self._cache, rows)
-        self._mask, self._next_position = self._mask[rows], self._next_position[rows]
+        self._mask = self._mask[rows]
+        self._next_position = self._next_position[rows]
 
 
 def _sample_tokens(logits: Tensor, keys: Tensor, t: int, sampling: Sampling, stop_ids: Tensor) -> tuple[Tensor, Tensor]:

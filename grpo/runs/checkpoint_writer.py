@@ -33,7 +33,8 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, settings: CheckpointConfig, state: TrainerState) -> None:
         """state: where the run starts or continues, which is on the disk already."""
-        self._folder, self._settings = folder, settings
+        self._folder = folder
+        self._settings = settings
         clear(folder)
         self._idle = threading.Event()
         self._idle.set()
@@ -70,7 +71,8 @@ class CheckpointWriter:
             except OSError:
                 self._failures += 1
                 raise
-            self.saved_step, self._failures = state.step, 0
+            self.saved_step = state.step
+            self._failures = 0
             retain(target, self._settings)
 
         self._run(write, f"the checkpoint of step {state.step}")

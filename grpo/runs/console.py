@@ -21,7 +21,9 @@ class StepDisplay:
     """Shows the live numbers of each step."""
 
     def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
-        self._console, self._total, self._first = console, total_steps, first_step
+        self._console = console
+        self._total = total_steps
+        self._first = first_step
         self._started = self._last_line = time.monotonic()
         self._progress: Progress | None = None
         if console.is_terminal:
@@ -92,7 +94,8 @@ def next_commands(run_dir: Path, foreign: Mapping[str, str], more_steps: str | N
     foreign: key -> target of the user's own functions, which only a command line can allow. more_steps: the override
     with which the run could continue, if it can.
     """
-    name, allow = shlex.quote(f"run_dir={run_dir}"), _allowing(foreign)  # commands take their own arguments literally
+    name = shlex.quote(f"run_dir={run_dir}")
+    allow = _allowing(foreign)  # commands take their own arguments literally
     lines = [
         f"run folder: {run_dir}",
         *([f"  report    {run_dir / 'report.html'}"] if (run_dir / "report.html").exists() else []),

@@ -58,7 +58,8 @@ def reserve(wanted: Path, suffix: bool) -> tuple[Path, list[Path]]:
     """
     missing = [each for each in wanted.parents if not each.exists()]
     wanted.parent.mkdir(parents=True, exist_ok=True)
-    path, number = wanted, 1
+    path = wanted
+    number = 1
     while True:
         try:
             path.mkdir()

@@ -69,13 +69,16 @@ def arms_of(points: Sequence[Sequence[str]]) -> list[list[int]]:
 
 def ladder(total_steps: int, arms: int, eta: int, first: int) -> Ladder:
     """The rungs from `first` steps on: eta times the steps for the best 1/eta of the arms each time."""
-    rungs, steps, left = [], first, arms
+    rungs = []
+    steps = first
+    left = arms
     while True:
         steps = total_steps if left == 1 else min(steps, total_steps)
         rungs.append((steps, left))
         if steps == total_steps:
             return rungs
-        steps, left = steps * eta, max(1, left // eta)
+        steps = steps * eta
+        left = max(1, left // eta)
 
 
 def seconds(rungs: Ladder, seeds: int, step_s: float, start_s: float) -> float:
@@ -93,11 +96,14 @@ def choose_ladder(record: Record) -> Ladder:
 
     Raises ValueError with the least budget in hours where even a few steps for all are too much.
     """
-    total, arms = record.total_steps, len(record.arms)
+    total = record.total_steps
+    arms = len(record.arms)
     if record.budget_hours is None:
-        share, left = float(total), arms
+        share = float(total)
+        left = arms
         while left >= record.eta:
-            share, left = share / record.eta, left // record.eta
+            share = share / record.eta
+            left = left // record.eta
         return ladder(total, arms, record.eta, max(1, int(share)))
     firsts = range(total, min(LEAST_STEPS, total) - 1, -1)
     for first in firsts:

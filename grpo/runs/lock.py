@@ -30,7 +30,8 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[Path]:
     No clocks are compared. Where the file system has no locks, the line alone decides.
     """
     with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b", buffering=0) as file:
-        holder, taken = _read(folder), _lock(file)
+        holder = _read(folder)
+        taken = _lock(file)
         if not _is_still_there(file, folder / ".lock"):
             raise ConfigError(f"{folder} was given up by another launch a moment ago; give the command again")
         unsure = bool(holder) and (taken is None or holder.get("machine") != _machine())
@@ -41,7 +42,8 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[Path]:
                 f"{folder} is in use on {holder.get('host')} (process {holder.get('pid')}); wait for it, or choose "
                 "another folder"
             )
-        stop, token = threading.Event(), uuid.uuid4().hex
+        stop = threading.Event()
+        token = uuid.uuid4().hex
         _write(file, token, 0)
         thread = threading.Thread(target=_renew, args=(file, folder, token, stop, renew_s), daemon=True)
         thread.start()

@@ -127,7 +127,9 @@ class SweepFolder:
         return jobs
 
     def _job(self, number: int, run: RunFolder | None, record: dict[str, Any], halved: bool) -> dict[str, Any]:
-        planned, status, accuracy = record.get("planned") or [], {}, None
+        planned = record.get("planned") or []
+        status = {}
+        accuracy = None
         given = planned[number] if number < len(planned) else []
         try:
             status = run.status() if run else {}
@@ -176,7 +178,8 @@ def fixed_values(overrides: Overrides) -> list[str]:
 
 def newest_sweep(overrides: Overrides, sweeper: str = "basic") -> Path | None:
     """The folder of the sweep started last with these overrides."""
-    wanted, found = (fixed_values(overrides), sweeper), []
+    wanted = (fixed_values(overrides), sweeper)
+    found = []
     for file in (outputs() / "sweeps").glob("*/sweep.json"):
         with suppress(ValueError, KeyError, HydraException):  # of another version, or broken: not this one
             record = SweepFolder(file.parent).record()

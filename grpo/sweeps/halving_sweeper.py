@@ -31,10 +31,12 @@ class HalvingSweeper(Sweeper):
     launcher: Launcher
 
     def __init__(self, eta: int, budget_hours: float | None, params: DictConfig | None = None) -> None:
-        self.eta, self.budget_hours = eta, budget_hours
+        self.eta = eta
+        self.budget_hours = budget_hours
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context, self.config = hydra_context, config
+        self.hydra_context = hydra_context
+        self.config = config
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -87,7 +89,8 @@ class HalvingSweeper(Sweeper):
             if record.entered is None:
                 record.entered = self._affordable(alive, place)
             if not record.entered:
-                record.entered, record.state = None, "out of budget"
+                record.entered = None
+                record.state = "out of budget"
                 break
             record.write(self.folder)
             if not (alive := self._rung(place, record.entered)):
@@ -98,7 +101,8 @@ class HalvingSweeper(Sweeper):
 
     def _rung(self, place: int, entered: list[int]) -> list[int]:
         """Let the arms that entered a rung make its steps; returns the kept ones, best first, and records them."""
-        record, (steps, _) = self.record, self.record.ladder[place]
+        record = self.record
+        (steps, _) = self.record.ladder[place]
         jobs = [job for arm in entered for job in record.arms[arm]]
         for _ in range(2):  # what failed is tried once more, as the memory or the disk may have been short
             self._launch(jobs, steps)
@@ -181,7 +185,8 @@ class HalvingSweeper(Sweeper):
 
     def _measure(self) -> None:
         """What a step and the rest of a job take, from all that has run."""
-        steps, rest = [], []
+        steps = []
+        rest = []
         for folder in self.folders:
             run = RunFolder(folder)
             times = [row["step_time"] for row in run.metrics()]
@@ -189,7 +194,8 @@ class HalvingSweeper(Sweeper):
                 steps += times
                 rest.append((run.status()["seconds"] - sum(times)) / max(1, len(run.launches())))
         if steps:
-            self.record.step_s, self.record.start_s = statistics.fmean(steps), max(0.0, statistics.fmean(rest))
+            self.record.step_s = statistics.fmean(steps)
+            self.record.start_s = max(0.0, statistics.fmean(rest))
             self.record.write(self.folder)
 
     def _spent(self) -> float:

@@ -60,7 +60,9 @@ class LocalLauncher(Launcher):
         self.jobs_at_once = jobs_at_once
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.context, self.function, self.config = hydra_context, task_function, config
+        self.context = hydra_context
+        self.function = task_function
+        self.config = config
         if hint := threads_hint(config, self.jobs_at_once or 1, os.cpu_count() or 1):
             print(hint, flush=True)
 
@@ -231,7 +233,8 @@ def _outcome(job: _Job, stopped: bool) -> JobReturn:
         value, error = job.result.recv()
     except EOFError:  # it was ended, and had no time to say anything
         reason = f"its process ended with {_describe_exit(code)}"
-        value, error = None, JobFailed(f"job {job.number} ({job.name}): {reason}")
+        value = None
+        error = JobFailed(f"job {job.number} ({job.name}): {reason}")
         run = RunFolder(job.folder)
         left = code in STOPPED  # by a signal that was for it alone: it has saved and said so
         if not (stopped or left or _state(run.path) in ("finished", "failed", "unreadable")):
@@ -259,7 +262,8 @@ class _Forwarding:
     """Passes stop signals on to the jobs that run."""
 
     def __init__(self, running: dict[Any, _Job]) -> None:
-        self.running, self.received = running, 0
+        self.running = running
+        self.received = 0
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> "_Forwarding":

@@ -190,9 +190,11 @@ def complete(
 
 def summary(texts: list[str], answers: list[str], tokenizer: Qwen2Tokenizer) -> str:
     """One line: accuracy, mean reward (correctness and format) and mean length."""
-    right, rewards = accuracy([], texts, answers), correctness([], texts, answers)
+    right = accuracy([], texts, answers)
+    rewards = correctness([], texts, answers)
     lengths = [len(ids) + 1 for ids in tokenizer(texts).input_ids]  # and the token that ends it
-    n, reward = len(texts), sum(rewards) + sum(tag_format([], texts))
+    n = len(texts)
+    reward = sum(rewards) + sum(tag_format([], texts))
     return f"accuracy {sum(right) / n:.1%}, reward {reward / n:.2f}, length {sum(lengths) / n:.1f} tokens (n={n})"
 
 

@@ -22,7 +22,8 @@ def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, 
     rewards (mean by component), completions/mean_length (tokens), problems (all of them; correct: None where
     eval.accuracy gave no value).
     """
-    config, sizes = experiment.config.eval, experiment.sizes
+    config = experiment.config.eval
+    sizes = experiment.sizes
     length = config.max_completion_length or sizes.max_completion_length
     greedy = replace(sampling, temperature=0.0, max_new_tokens=length)
     # Problems of like length together, so that little of a batch is padding.

@@ -219,12 +219,14 @@ def _check_window(config: Config, sizes: Sizes, train: list[int], test: list[int
     transformers' generate() lets them, with answers that may be poor: a warning.
     """
     text = architecture(config.model.name, config.model.trust_remote_code).get_text_config(decoder=True)
-    window, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None)
+    window = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None)
     if window is None:
         return
     if rope and rope.get("original_max_position_embeddings"):  # YaRN's models declare the window before it
         window = max(window, int(rope["original_max_position_embeddings"] * rope.get("factor", 1)))
-    test, evaluated = test[: config.eval.max_problems], config.eval.max_completion_length
+    test = test[: config.eval.max_problems]
+    evaluated = config.eval.max_completion_length
     cases = [("grpo.max_completion_length", sizes.max_completion_length, train if evaluated else train + test)]
     if evaluated:
         cases.append(("eval.max_completion_length", evaluated, test))

@@ -27,7 +27,8 @@ def preflight(
     where it is not 0, its mean, and the share where it gave none), reward, frac_reward_zero_std,
     completions/mean_length and clipped_ratio, prompt_lengths of all training problems, warnings, seconds.
     """
-    sizes, started = experiment.sizes, time.perf_counter()
+    sizes = experiment.sizes
+    started = time.perf_counter()
     sampled = sampler.take(step=1, count=min(sizes.batch_size, MOST_GROUPS))
     prompts = experiment.prompts(experiment.conversations(sampled.problems))
     # The noise is that of step 0, so that these are not the completions of step 1.

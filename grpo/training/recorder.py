@@ -134,7 +134,8 @@ def recording(run: Run, state: TrainerState, total_steps: int) -> Iterator[Recor
         name: evaluation_metrics(result) | {"step": result["step"]}
         for name, result in run.folder.training_evaluations(state.step).items()
     }
-    values, path = to_dict(run.config), run.folder.path
+    values = to_dict(run.config)
+    path = run.folder.path
     with tracking(values, path, resumed=run.resumed, rows=rows, evaluations=evaluations) as tracker:
         yield Recorder(run, tracker, state, total_steps)
 

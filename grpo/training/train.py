@@ -118,7 +118,8 @@ def evaluate_if_due(trainer: Trainer, recorder: Recorder) -> None:
     result = trainer.evaluate()
     recorder.evaluation(f"step_{state.step:06d}", result)
     state.evaluated_step = state.step
-    accuracy, best = result["accuracy"], state.best_accuracy
+    accuracy = result["accuracy"]
+    best = state.best_accuracy
     if accuracy is not None and (best is None or accuracy > best):
         state.best_accuracy = accuracy
         recorder.saver.save_best(trainer.state_dict())

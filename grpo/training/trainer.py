@@ -113,7 +113,9 @@ class Trainer:
 
     def step(self, step: int) -> Step:
         """One step: sample a batch, score it, update the policy `mu` times."""
-        experiment, sizes, timer = self.experiment, self.experiment.sizes, Timer()
+        experiment = self.experiment
+        sizes = self.experiment.sizes
+        timer = Timer()
         self._step_started = time.perf_counter()
         self._abortable = True
         iteration = (step - 1) // self.config.grpo.num_steps + 1
@@ -169,7 +171,8 @@ class Trainer:
 
     def _advantages(self, scored: ScoredCompletions) -> Tensor:
         """The advantages of the whole batch, (B,) or (B, T)."""
-        sizes, rewards = self.experiment.sizes, scored.rewards
+        sizes = self.experiment.sizes
+        rewards = scored.rewards
         values = torch.stack([*rewards.components.values()], dim=-1)  # (B, C)
         values = values.view(sizes.batch_size, sizes.num_generations, -1)  # (P, G, C)
         valid = ~values.isnan()
@@ -178,7 +181,8 @@ class Trainer:
     def _reference_logps(self, batch: Batch) -> Tensor:
         """Log-probabilities (B, T) of the reference."""
         assert self.reference is not None
-        reference, temperature = self.reference, self.sampling.temperature
+        reference = self.reference
+        temperature = self.sampling.temperature
         return self._reference_budget.run(
             lambda token_budget: all_logps(reference, batch, temperature, token_budget),
             *batch.token_range(supports_packing(reference)),

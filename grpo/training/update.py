@@ -37,7 +37,8 @@ class Batch:
 
     def token_range(self, shared: bool) -> tuple[int, int]:
         """Tokens of the longest completion with its prompt, and of all, counted as `micro_batches` counts them."""
-        lengths, prompts = self.completions.lengths, self.prompts.mask.sum(dim=1)
+        lengths = self.completions.lengths
+        prompts = self.prompts.mask.sum(dim=1)
         rows = lengths + prompts[self.completions.group]
         return int(rows.max()), int(lengths.sum() + prompts.sum() if shared else rows.sum())
 
@@ -46,7 +47,8 @@ class Batch:
 
         shared: whether a micro-batch reads each of its prompts once, and not once for every row.
         """
-        lengths, group = self.completions.lengths, self.completions.group
+        lengths = self.completions.lengths
+        group = self.completions.group
         order = (group * (lengths.max() + 1) - lengths).argsort(stable=True)
         parts = split_rows(self.prompts.mask.sum(dim=1), group[order], lengths[order], token_budget, shared)
         return [order[part] for part in parts]
@@ -219,14 +221,16 @@ class LossScale:
         """After an update that was not finite: whether another try is worth it, with what is set for it then."""
         if self.value <= 1:
             return False
-        self.value, self.updates = self.value / 2, 0
+        self.value = self.value / 2
+        self.updates = 0
         return True
 
     def updated(self) -> None:
         """Count a completed update."""
         self.updates += 1
         if self.updates == 2000:
-            self.value, self.updates = self.value * 2, 0
+            self.value = self.value * 2
+            self.updates = 0
 
 
 def learning_rate(peak: float, schedule: str, step: int, total_steps: int, warmup_steps: int) -> float:
