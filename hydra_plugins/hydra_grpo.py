@@ -20,12 +20,14 @@ class LocalLauncher(Launcher):
         self.jobs_at_once = jobs_at_once
 
     def setup(self, **context: Any) -> None:
+        """Build the real launcher."""
         from grpo.sweeps import launcher
 
         self.launcher = launcher.LocalLauncher(self.jobs_at_once)
         self.launcher.setup(**context)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run these jobs."""
         return self.launcher.launch(job_overrides, initial_job_idx)
 
 
@@ -33,13 +35,17 @@ class HalvingSweeper(Sweeper):
     """`hydra/sweeper=halving`."""
 
     def __init__(self, eta: int, budget_hours: float | None, params: DictConfig | None = None) -> None:
-        self.eta, self.budget_hours, self.params = eta, budget_hours, params
+        self.eta = eta
+        self.budget_hours = budget_hours
+        self.params = params
 
     def setup(self, **context: Any) -> None:
+        """Build the real sweeper."""
         from grpo.sweeps import halving_sweeper
 
         self.sweeper = halving_sweeper.HalvingSweeper(self.eta, self.budget_hours, self.params)
         self.sweeper.setup(**context)
 
     def sweep(self, arguments: list[str]) -> Any:
+        """Run the sweep."""
         return self.sweeper.sweep(arguments)

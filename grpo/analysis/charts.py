@@ -69,12 +69,15 @@ class RunData:
 
     @property
     def steps(self) -> pd.Series:
+        """The step of each row."""
         return self.metrics["step"]
 
     def has(self, column: str) -> bool:
+        """Whether a metric has a finite value in any step."""
         return bool(finite_values(self.metrics, column).notna().any())
 
     def smooth(self, column: str) -> pd.Series:
+        """The running mean of a metric."""
         return finite_values(self.metrics, column).rolling(self.window, center=True, min_periods=1).mean()
 
     def curves(self, title: str) -> list[Metric]:
@@ -82,6 +85,7 @@ class RunData:
         return [metric for metric in of_components(component_columns(self.metrics)) if metric.panel == title]
 
     def color(self, metric: Metric) -> str:
+        """The colour of its curve; components without one of their own share the rest of the palette."""
         others = [name for name in component_columns(self.metrics) if name not in COLORS]
         name = metric.label if metric.name.startswith("rewards/") else metric.name
         return COLORS.get(name) or OTHER_COMPONENTS[others.index(name) % len(OTHER_COMPONENTS)]
@@ -192,11 +196,13 @@ class Panel:
     extra: "Callable[[Axes, RunData], None] | None" = None
 
     def has_data(self, run: RunData) -> bool:
+        """Whether the run has something to draw here."""
         if self.extra is accuracy:
             return bool(run.evaluations["accuracy"].notna().any())
         return any(run.has(metric.name) for metric in run.curves(self.title))
 
     def draw(self, ax: Axes, run: RunData) -> None:
+        """Draw the panel into empty axes."""
         metrics = run.curves(self.title)
         style(ax, self.title, metrics[0].unit if metrics else "", percent=self.percent)
         for metric in metrics:

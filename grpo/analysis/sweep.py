@@ -36,6 +36,7 @@ class Effect:
 
     @property
     def verdict(self) -> str:
+        """What the difference shows."""
         return verdict(self.difference)
 
 

@@ -49,6 +49,8 @@ def group(schema: type, **facts: Any) -> Any:
 
 @dataclass
 class LoraSettings:
+    """The adapter that is trained instead of all weights."""
+
     rank: int = key(least=1)
     alpha: float = key(above=0)  # what the adapter adds is scaled by alpha / rank
     target_modules: Any = MISSING  # all-linear, or a list of the last parts of layers' names
@@ -57,6 +59,8 @@ class LoraSettings:
 
 @dataclass
 class ModelConfig:
+    """The model to train."""
+
     name: str = MISSING  # hub name, local folder, or `tiny` for the embedded model
     attn_implementation: str = MISSING  # eager | sdpa | flash_attention_2 | ..., passed to transformers
     # Of the weights and their optimizer state; hardware.compute_dtype is that of the arithmetic.
@@ -68,6 +72,8 @@ class ModelConfig:
 
 @dataclass
 class GrpoConfig:
+    """The algorithm's numbers; conf/grpo/default.yaml explains them."""
+
     num_iterations: int = key(least=1, on_resume="longer")
     num_steps: int = key(least=1, on_resume="longer")
     batch_size: int | None = key(least=1)  # None until hardware=auto is resolved, when the run starts
@@ -95,6 +101,8 @@ class CardConfig:
 
 @dataclass
 class HardwareConfig:
+    """How the work is computed; three sizes are defaults of grpo.*."""
+
     device: str = key(choices=("auto", "cuda", "mps", "cpu"), on_resume="rounding")
     # None: as model.dtype; with float16 the loss is scaled.
     compute_dtype: str | None = key(
@@ -113,6 +121,8 @@ class HardwareConfig:
 
 @dataclass
 class RewardConfig:
+    """The reward components, and what happens where one fails."""
+
     # Each component: {_target_, weight, and the function's own settings}. A dict, since users add their own.
     components: dict[str, Any] = MISSING
     timeout_s: float | None = key(above=0, hint="null sets no limit", on_resume="free")
@@ -144,6 +154,8 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimizerConfig:
+    """Of the optimizer; its class has the other keys."""
+
     lr: float = key(least=0)
 
 
@@ -157,6 +169,8 @@ class RolloutConfig:
 
 @dataclass
 class TrackingConfig:
+    """Weights & Biases."""
+
     mode: str = key(choices=("auto", "online", "offline", "disabled"))
     project: str = MISSING
     entity: str | None = MISSING
@@ -170,6 +184,8 @@ class TrackingConfig:
 
 @dataclass
 class CheckpointConfig:
+    """When checkpoints are saved, and which are kept."""
+
     every: int = key(least=0)
     keep_last: int = key(least=1)
     keep_every: int = key(least=0)
@@ -179,11 +195,15 @@ class CheckpointConfig:
 
 @dataclass
 class SamplesConfig:
+    """Which steps have a file of completions."""
+
     every: int = key(least=0)
 
 
 @dataclass
 class EvalConfig:
+    """Evaluation on the held-out problems."""
+
     every: int = key(least=0, on_resume="free")
     before: bool = MISSING
     after: bool = key(on_resume="free")
@@ -194,12 +214,16 @@ class EvalConfig:
 
 @dataclass
 class SweepConfig:
+    """Of successive halving."""
+
     budget_hours: float | None = key(default=None, above=0, hint="null sets no limit")
     eta: int = key(default=3, least=2, hint="the best 1/eta of the arms continue", of_sweep=True)
 
 
 @dataclass
 class Config:
+    """One experiment, and the keys of one launch."""
+
     name: str = MISSING
     seed: int = MISSING
     run_dir: str | None = key(default=None, launch_only=True, of_sweep=True)

@@ -35,7 +35,7 @@ def extend(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tenso
 
 @functools.cache
 def _cache_argument(forward: Callable[..., Any]) -> str:
-    """transformers renamed it in 5.24; a model that comes with its own code may have the older name in any version."""
+    """Transformers renamed it in 5.24; a model that comes with its own code may have the older name in any version."""
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 

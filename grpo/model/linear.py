@@ -18,6 +18,7 @@ class OneDnnLinear(nn.Linear):
     """An `nn.Linear` that multiplies with oneDNN."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """As `nn.Linear.forward`."""
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
             return _OneDnnFunction.apply(x, self.weight, self.bias)
         return onednn_linear(x, self.weight, self.bias)

@@ -23,6 +23,7 @@ class HeadLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
+        """See the class."""
         logps, entropy, normalizers = (hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(3))
         for part in _chunks(len(hidden), weight):
             logits = _logits(hidden[part], weight, temperature)
@@ -39,6 +40,7 @@ class HeadLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of hidden and weight, from that of the log-probabilities, (A,)."""
         hidden, weight, targets, normalizers = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         narrow = weight.itemsize < 4

@@ -48,7 +48,7 @@ class Packing(Protocol):
     """Which tokens of a packed row see which."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query (N, heads, d), key and value (N, key heads, d) of the row's N tokens -> (N, heads, d)."""
+        """Query (N, heads, d), key and value (N, key heads, d) of the row's N tokens -> (N, heads, d)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class VarLen:
 
     @property
     def tokens(self) -> int:
+        """Tokens of all sequences."""
         return self.count * self.width if self.slots is None else len(self.slots)
 
     def pad(self, x: Tensor) -> Tensor:
@@ -91,6 +92,7 @@ class PackedPrompts:
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer, (P, width, key heads, d)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `Packing`."""
         key = self.prompts.pad(key)
         value = self.prompts.pad(value)
         self.kept[layer] = key, value
@@ -108,6 +110,7 @@ class PackedGroups:
     mask: Tensor  # (n, 1, width, prompt width + width), 0 where a completion's token sees another and -inf elsewhere
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `Packing`."""
         sizes = [self.prompts.tokens, self.completions.tokens]
         (query, new_query), (key, new_key), (value, new_value) = (x.split(sizes) for x in (query, key, value))
         key = self.prompts.pad(key)

@@ -49,6 +49,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether the peak is within the memory of the device."""
         return self.peak <= self.available
 
 

@@ -59,6 +59,7 @@ class FusedLinear:
                 self._bias = torch.cat([linear.bias for linear in self._linear])
 
     def __call__(self, x: Tensor) -> Tensor:
+        """(rows, inputs) -> (rows, outputs of all layers)."""
         if self._reordered is not None:
             y = onednn_linear(x, self._reordered, self._bias)
         else:
@@ -81,6 +82,8 @@ def _side_by_side(layers: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
 
 @dataclass
 class Layer:
+    """A layer of the model, its fused weights, and the keys and values so far."""
+
     module: Any  # the layer as transformers has it
     qkv: FusedLinear
     output: FusedLinear

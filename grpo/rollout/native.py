@@ -174,12 +174,14 @@ class CachedDecoder:
         self.logits = model.get_output_embeddings()(hidden[prompt_of_row])
 
     def read(self, tokens: Tensor) -> None:
+        """See `Decoder`."""
         self._length += 1
         hidden = extend(self._model, self._cache, tokens[:, None], self._mask[:, : self._length], self._next_position)
         self._next_position = self._next_position + 1
         self.logits = self._model.get_output_embeddings()(hidden[:, -1])
 
     def keep(self, rows: Tensor) -> None:
+        """See `Decoder`."""
         select_cache_rows(self._cache, rows)
         self._mask = self._mask[rows]
         self._next_position = self._next_position[rows]

@@ -48,10 +48,12 @@ class TrainerState:
 
 
 def step_folder(folder: Path, step: int) -> Path:
+    """The checkpoint of a step."""
     return folder / f"step_{step:06d}"
 
 
 def reference_folder(folder: Path, iteration: int) -> Path:
+    """The reference of an outer iteration."""
     return folder / f"reference_{iteration:06d}"
 
 

@@ -39,6 +39,7 @@ class StepDisplay:
 
     @contextmanager
     def shown(self) -> Iterator["StepDisplay"]:
+        """Show the progress bar within the block."""
         if self._progress is None:
             yield self
         else:

@@ -166,6 +166,7 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def json_lines(rows: Iterable[dict]) -> str:
+    """The text of a file with one JSON object per line."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

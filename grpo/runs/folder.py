@@ -93,18 +93,22 @@ class RunFolder:
 
     @property
     def config_file(self) -> Path:
+        """The frozen config."""
         return self.path / "config.yaml"
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def final_model(self) -> Path:
+        """The folder of the trained model."""
         return self.path / "final_model"
 
     @property
     def metrics_file(self) -> Path:
+        """The metrics rows."""
         return self.path / "metrics" / "metrics.jsonl"
 
     def started(self) -> bool:
@@ -117,6 +121,7 @@ class RunFolder:
         return read_json(file, STATUS) if file.exists() else {}
 
     def finished(self) -> bool:
+        """Whether the run has taken all its steps and written its model."""
         return self.status().get("state") == "finished"
 
     def saved_step(self) -> int:
@@ -252,6 +257,7 @@ class RunFolder:
 
     @property
     def preflight_file(self) -> Path:
+        """What the pre-flight found."""
         return self.path / "preflight.json"
 
     def write_preflight(self, found: dict) -> None:

@@ -35,10 +35,12 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> "Record | None":
+        """The record of a sweep folder; None where there is none."""
         file = folder / "halving.json"
         return read_dataclass(cls, file) if file.exists() else None
 
     def write(self, folder: Path) -> None:
+        """Write halving.json."""
         write_atomic(folder / "halving.json", json.dumps(asdict(self), indent=1) + "\n")
 
     def seconds(self, ladder: Ladder) -> float:

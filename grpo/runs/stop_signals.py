@@ -41,6 +41,7 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
+        """The exit code of a process that the received signal ends."""
         return 128 + (self.received or 0)
 
     @contextmanager

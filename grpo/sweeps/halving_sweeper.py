@@ -35,6 +35,7 @@ class HalvingSweeper(Sweeper):
         self.budget_hours = budget_hours
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's: called once before `sweep`."""
         self.hydra_context = hydra_context
         self.config = config
         self.launcher = Plugins.instance().instantiate_launcher(

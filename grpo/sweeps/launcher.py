@@ -60,6 +60,7 @@ class LocalLauncher(Launcher):
         self.jobs_at_once = jobs_at_once
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's: called once before `launch`."""
         self.context = hydra_context
         self.function = task_function
         self.config = config

@@ -55,9 +55,11 @@ class Experiment:
     engine: Callable[..., RolloutEngine]
 
     def conversations(self, problems: Sequence[Problem]) -> list[Messages]:
+        """The chat messages of each problem."""
         return [messages(problem.question, self.config.data) for problem in problems]
 
     def prompts(self, conversations: Sequence[Messages]) -> Prompts:
+        """The conversations as one batch of tokens."""
         return tokenize_prompts(self.tokenizer, [render(self.tokenizer, c) for c in conversations], self.device)
 
     def load_policy(self) -> PreTrainedModel:

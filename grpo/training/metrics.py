@@ -24,6 +24,7 @@ class Timer:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
+        """Measure the block."""
         started = time.perf_counter()
         yield
         self.seconds[f"timing_s/{part}"] = time.perf_counter() - started
