@@ -31,6 +31,7 @@ OPERATION_S = 5e-4  # that starting a layer's operations takes for each token de
 # Of the activations, what the C library keeps beside them in pieces, where no gradients of whole weights take those up.
 HOLES = 0.5
 BYTES_PER_SAMPLE = 1500  # of a completion in samples/, its prompt and rewards included
+SMALLER = "take tuning=full_bf16 or tuning=lora, or lower hardware.micro_batch_tokens"
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,21 @@ class Plan:
     disk: dict[str, float]
     steps: int
     tokens: float  # a step: each prompt once a completion, as num_tokens counts, completions at their limit
-    seconds: float | None  # a step; None where nothing is known of the device
+    seconds: float  # a step; NaN where nothing is known of the device
 
     @property
     def fits(self) -> bool:
         """Whether the peak is within the memory of the device."""
         return self.peak <= self.available
+
+    @property
+    def hours(self) -> float:
+        return self.seconds * self.steps / 3600
+
+    @property
+    def folder(self) -> float:
+        """Bytes of the finished run's folder."""
+        return sum(size for part, size in self.disk.items() if part != "while saving")
 
 
 def plan(config: Config) -> Plan:
@@ -185,7 +195,7 @@ def _available(config: Config) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) -> float | None:
+def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) -> float:
     """A step's time: its products at the device's rate and the reading of weights in decoding, times what is usual."""
     device, card = config.hardware.device, config.hardware.card
     if card.tflops is not None and card.bandwidth_gb_s is not None:
@@ -194,7 +204,7 @@ def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) 
         torch.set_num_threads(config.hardware.threads or torch.get_num_threads())
         flops, read = cost.machine_rates(compute, device_of(config))
     else:
-        return None
+        return math.nan
     forward = cost.forward_flops(model, work)
     decoding = max(forward / flops, cost.decode_bytes(model, work, compute.itemsize) / read)
     starting = OPERATION_S * model.config.num_hidden_layers * max(work.lengths)
@@ -212,68 +222,56 @@ def resolved(cfg: DictConfig) -> Config:
 def print_plans(points: Sequence[tuple[str, DictConfig]]) -> None:
     """Print the plan of each (name, composed config): of one in full, of several as a table and their disk together."""
     plans = [(name, plan(resolved(cfg))) for name, cfg in points]
-    console = Console()
+    # A terminal wraps what is longer than its lines, so that a pipe gets the names of the points in one piece.
+    console = Console(width=1000, soft_wrap=True, markup=False, emoji=False)
     largest = max((each for _, each in plans), key=lambda each: each.peak)
     if len(plans) > 1:
-        print(
-            f"{'parameters':>12} {'peak GB':>8} {'disk GB':>8} {'tokens/step':>11} {'s/step':>7} {'hours':>7} fits  run"
-        )
-        for name, each in plans:
-            hours, fits = each.seconds and each.seconds * each.steps / 3600, "yes" if each.fits else "no"
-            print(
-                f"{each.parameters / 1e6:>10,.1f} M {each.peak / GB:>8.3g} {_folder(each) / GB:>8.3g} "
-                f"{each.tokens:>11,.0f} {_about(each.seconds):>7} {_about(hours):>7} {fits:4}  {name}"
-            )
-        known = [each.seconds * each.steps / 3600 for _, each in plans if each.seconds is not None]
-        in_all = _about(sum(known) if len(known) == len(plans) else None)
-        print(f"time of all {len(plans)} runs: {in_all} hours of jobs, evaluations not counted")
-        total = sum(_folder(each) for _, each in plans) + largest.disk["while saving"]
-        console.print(
-            f"disk of all {len(plans)} runs: {_gb(total)}; the parts of the largest in memory:", soft_wrap=True
-        )
-    _print_parts(console, largest, alone=len(plans) == 1)
+        _print_points(console, plans, largest)
+    _print_memory(console, largest)
+    if len(plans) == 1:
+        _print_disk_and_time(console, largest)
 
 
-def _print_parts(console: Console, one: Plan, alone: bool) -> None:
-    table = Table("memory", Column("GB", justify="right"), box=SIMPLE)
-    for part, size in one.memory.items():
-        if size:
-            table.add_row(part, f"{size / GB:.3g}")
-    table.add_row("peak", f"{one.peak / GB:.3g}")
+def _print_points(console: Console, plans: Sequence[tuple[str, Plan]], largest: Plan) -> None:
+    numbers = ("parameters", "peak GB", "disk GB", "tokens/step", "s/step", "hours")
+    table = Table(*(Column(name, justify="right") for name in numbers), "fits", "run", box=None, pad_edge=False)
+    for name, each in plans:
+        sizes = [f"{each.parameters / 1e6:,.1f} M", _gb(each.peak), _gb(each.folder), f"{each.tokens:,.0f}"]
+        table.add_row(*sizes, _about(each.seconds), _about(each.hours), "yes" if each.fits else "no", name)
     console.print(table)
-    console.print("not all at once: activations come when keys, values and packed weights are gone", soft_wrap=True)
+    hours = sum(each.hours for _, each in plans)
+    disk = sum(each.folder for _, each in plans) + largest.disk["while saving"]
+    console.print(f"time of all {len(plans)} runs: {_about(hours)} hours of jobs, evaluations not counted")
+    console.print(f"disk of all {len(plans)} runs: {_gb(disk)} GB; the parts of the largest in memory:")
+
+
+def _print_memory(console: Console, one: Plan) -> None:
+    table = Table("memory", Column("GB", justify="right"), box=SIMPLE)
+    for part, size in [*one.memory.items(), ("peak", one.peak)]:
+        if size:
+            table.add_row(part, _gb(size))
+    console.print(table)
+    console.print("not all at once: activations come when keys, values and packed weights are gone")
+    adapter = "" if one.trained == one.parameters else f" and an adapter of {one.trained / 1e6:,.1f} million"
+    console.print(f"{one.parameters / 1e6:,.1f} million parameters{adapter}")
+    fits = "fits" if one.fits else f"does not fit; {SMALLER}"
+    console.print(f"peak memory {_gb(one.peak)} of {_gb(one.available)} GB: {fits}")
+
+
+def _print_disk_and_time(console: Console, one: Plan) -> None:
+    parts = ", ".join(f"{part} {_gb(size)} GB" for part, size in one.disk.items() if size)
+    console.print(f"disk: {_gb(sum(one.disk.values()))} GB ({parts})")
     console.print(
-        f"{one.parameters / 1e6:,.1f} million parameters{_adapter(one)}; "
-        f"peak memory {_gb(one.peak)} of {_gb(one.available)}: "
-        + (
-            "fits"
-            if one.fits
-            else "does not fit; take tuning=full_bf16 or tuning=lora, or lower hardware.micro_batch_tokens"
-        ),
-        soft_wrap=True,
+        f"{one.tokens:,.0f} tokens a step at most, {_about(one.seconds)} seconds a step (an estimate), "
+        f"{one.steps} steps: {_about(one.hours)} hours, evaluations not counted"
     )
-    if alone:
-        disk = ", ".join(f"{part} {_gb(size)}" for part, size in one.disk.items() if size)
-        console.print(f"disk: {_gb(sum(one.disk.values()))} ({disk})", soft_wrap=True)
-        hours = _about(one.seconds and one.seconds * one.steps / 3600)
-        console.print(
-            f"{one.tokens:,.0f} tokens a step at most, {_about(one.seconds)} seconds a step (an estimate), {one.steps} "
-            f"steps: {hours} hours, evaluations not counted",
-            soft_wrap=True,
-        )
-
-
-def _adapter(one: Plan) -> str:
-    return "" if one.trained == one.parameters else f" and an adapter of {one.trained / 1e6:,.1f} million"
-
-
-def _folder(one: Plan) -> float:
-    return sum(size for part, size in one.disk.items() if part != "while saving")
 
 
 def _gb(size: float) -> str:
-    return f"{size / GB:.3g} GB"
+    return f"{size / GB:.3g}"
 
 
-def _about(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.2g}" if value < 10 else f"{value:,.0f}"
+def _about(value: float) -> str:
+    if math.isnan(value):
+        return "unknown"
+    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
