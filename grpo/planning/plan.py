@@ -55,6 +55,7 @@ class Plan:
 
     @property
     def hours(self) -> float:
+        """Hours of all steps together."""
         return self.seconds * self.steps / 3600
 
     @property
