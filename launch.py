@@ -1,7 +1,7 @@
 """Train with GRPO: compose an experiment, open its run folder, train (see grpo/commands/train.py).
 
 python launch.py                                       Qwen2.5-1.5B-Instruct on GSM8K
-python launch.py experiment=quickstart                 embedded model and data, minutes on a CPU
+python launch.py experiment=quickstart                 embedded model and data, half a minute on a CPU
 python launch.py -m grpo.beta=0.01,0.04                a sweep
 python launch.py resume=true [run_dir=outputs/...]     resume a run
 """

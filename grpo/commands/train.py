@@ -1,7 +1,7 @@
 """Train with GRPO: decide, let Hydra start, open the run folder, train, return the objective.
 
 grpo train                                       Qwen2.5-1.5B-Instruct on GSM8K
-grpo train experiment=quickstart                 embedded model and data, minutes on a CPU
+grpo train experiment=quickstart                 embedded model and data, half a minute on a CPU
 grpo train -m grpo.beta=0.01,0.04                a sweep
 grpo train resume=true [run_dir=outputs/...]     resume a run
 

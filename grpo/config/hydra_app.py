@@ -57,8 +57,10 @@ def only_shows(flags: argparse.Namespace) -> bool:
 
 
 def show(arguments: Sequence[str], task: Callable[[DictConfig], Any]) -> int:
-    """Let Hydra answer such a command line, and return its exit code."""
+    """Let Hydra answer such a command line, and return its exit code. Raises ConfigError for one of a sweep."""
     flags = read_flags(arguments)
+    if flags.multirun and (flags.cfg or flags.info):
+        raise ConfigError("-m: --cfg and --info show the config of one run; leave -m out")
     # Which Hydra reads: it takes the last --config-path, and resolves a relative one against the task's module.
     sys.argv[1:] = arguments if flags.config_path is None else [*arguments, "--config-path", _config_path(flags)]
     try:

@@ -86,7 +86,7 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 
 class RunFolder:
-    """Names and small files of one run folder; see README.md for what stands where."""
+    """Names and small files of one run folder; docs/watching.md has the layout."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

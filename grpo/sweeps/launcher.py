@@ -115,7 +115,8 @@ class LocalLauncher(Launcher):
         name = " ".join(filter_overrides(shown.lines))
         folder = Path(config.hydra.sweep.dir, config.hydra.sweep.subdir)
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"{label}: {name}" + (f", printing to {folder / 'console.log'}" if quiet else ""), flush=True)
+        where = f"printing to {folder / 'console.log'}" if quiet else f"folder {folder.name}"
+        print(f"{label}: {name} ({where})", flush=True)
         receiver, sender = multiprocessing.Pipe(duplex=False)
         call = cloudpickle.dumps((self.context, self.function, config, Singleton.get_state()))
         # A new interpreter, since a copy of this process would have no use of a GPU that this one has touched.

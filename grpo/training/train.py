@@ -89,7 +89,12 @@ def record_launch(trainer: Trainer, run: Run) -> None:
         },
         begun=run.forked or not run.resumed,
     )
-    print(f"{'resuming' if run.resumed else 'run folder'} {run.folder.path}")
+    path = run.folder.path
+    parent = run.config.parent
+    if run.forked and parent is not None:
+        print(f"forked from {parent['run_dir']} at step {parent['step']} into {path}")
+    else:
+        print(f"{'resuming' if run.resumed else 'run folder'} {path}")
 
 
 def before_first_step(trainer: Trainer, run: Run, recorder: Recorder) -> None:

@@ -52,7 +52,8 @@ def folders_below(path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(["--help"], 0), (["--cfg", "job"], 0), (["learning_rate=1e-5"], 2), (["seed=x"], 2)]
+    ("arguments", "code"),
+    [(["--help"], 0), (["--cfg", "job"], 0), (["learning_rate=1e-5"], 2), (["seed=x"], 2), (["-m", "--cfg", "job"], 2)],
 )
 def test_help_config_and_config_errors_answer_within_two_seconds(cold, tmp_path, arguments, code):
     seconds = []
