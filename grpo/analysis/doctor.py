@@ -33,14 +33,14 @@ class Doctor:
         self.first: list[Row] = []  # the first ten rows, for what falls
         self.best: list[float] = []  # the rewards of the twenty rows in a row with the highest mean
         self.evaluations: list[Row] = []  # held out and in training: step, accuracy (0 to 1), n (problems)
-        self.said: set[str] = set()  # names of rules
+        self.reported: set[str] = set()  # names of rules
 
-    def evaluated(self, result: Row) -> None:
+    def add_evaluation(self, result: Row) -> None:
         """Take note of an evaluation in training, with its `step`, `accuracy` and `n`."""
         if result["accuracy"] is not None:
             self.evaluations.append({key: result[key] for key in ("step", "accuracy", "n")})
 
-    def look(self, row: Row) -> list[Finding]:
+    def check(self, row: Row) -> list[Finding]:
         """What is new with this row."""
         self.rows = [*self.rows[1 - MOST_ROWS :], row]
         self.first = [*self.first, row][:10]
@@ -49,9 +49,9 @@ class Doctor:
             self.best = rewards
         found = []
         for rule in RULES:
-            text = rule(self) if rule.__name__ not in self.said else None
+            text = rule(self) if rule.__name__ not in self.reported else None
             if text is not None:
-                self.said.add(rule.__name__)
+                self.reported.add(rule.__name__)
                 found.append(Finding(rule.__name__, row["step"], text))
         return found
 
@@ -61,8 +61,8 @@ class Doctor:
         found = []
         for row in rows:
             while waiting and waiting[0]["step"] <= row["step"]:
-                self.evaluated(waiting.pop(0))
-            found += self.look(row)
+                self.add_evaluation(waiting.pop(0))
+            found += self.check(row)
         return found
 
     def last(self, name: str, count: int, before: int = 0) -> list[float]:
@@ -122,7 +122,7 @@ def format_without_correctness(doctor: Doctor) -> str | None:
     half = min(100, len(doctor.rows) // 2)
     formats = doctor.last("rewards/format/mean", 20)
     now, before = (doctor.last("rewards/correctness/mean", half, gap) for gap in (0, half))
-    if half < 60 or len(formats) < 20 or min(len(now), len(before)) < half or "reward_falls" in doctor.said:
+    if half < 60 or len(formats) < 20 or min(len(now), len(before)) < half or "reward_falls" in doctor.reported:
         return None
     if not {"correctness", "format"} <= doctor.maxima.keys():
         return None

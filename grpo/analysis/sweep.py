@@ -20,7 +20,7 @@ from grpo.analysis.summary import wilson_interval
 from grpo.config.overrides import Overrides
 from grpo.config.paths import LAUNCH
 from grpo.runs.folder import RunFolder
-from grpo.runs.halving_state import SEED, Record
+from grpo.runs.halving_state import SEED, HalvingState
 from grpo.runs.sweep_folder import SweepFolder, short
 
 
@@ -56,7 +56,7 @@ class Arm:
     outcome: Estimate
 
 
-class Sweep:
+class SweepAnalysis:
     """A sweep folder, read. Arms are what differs in more than the seed; only finished jobs are compared.
 
     Arms are ranked by held-out accuracy after training, problem by problem; where not all finished jobs have it, by
@@ -82,8 +82,8 @@ class Sweep:
         self._outcomes = {job: correct[job] for job in finished.index} if self.by_accuracy else self._rewards
         self.arms = self._rank_arms()
         self.unfinished = self.jobs[~self.jobs["state"].isin(["finished", "stopped early"])]
-        halving = Record.read(self.folder.path)
-        self.tried = len(halving.arms if halving else self.arms)  # arms that the best one was chosen from
+        halving = HalvingState.read(self.folder.path)
+        self.arms_tried = len(halving.arms if halving else self.arms)  # arms that the best one was chosen from
 
     def metrics(self, job: int) -> pd.DataFrame:
         """The metrics of a job, one row per step."""
@@ -115,7 +115,7 @@ class Sweep:
         return effects
 
     @functools.cached_property
-    def behind(self) -> dict[Arm, Estimate]:
+    def gap_to_best(self) -> dict[Arm, Estimate]:
         """Each arm but the best, with how far it is from the best (below: negative), over the seeds that both have.
 
         Those that have no seed or no problem in common with the best are not there.

@@ -7,14 +7,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from grpo.analysis.load import finite_values
-from grpo.analysis.sweep import Arm, Sweep
+from grpo.analysis.sweep import Arm, SweepAnalysis
 from grpo.analysis.theme import BLUE, OTHERS, PALETTE, TEXT, legend, new_figure, style
 from grpo.runs.sweep_folder import short
 
 MOST_ARMS = len(PALETTE)  # whose curves can be told apart
 
 
-def curves(sweep: Sweep, column: str, title: str, unit: str) -> Figure | None:
+def curves(sweep: SweepAnalysis, column: str, title: str, unit: str) -> Figure | None:
     """A metric by step, a line per arm: the mean over its seeds, within the band from the lowest to the highest."""
     tables = [_by_step(sweep, arm, column) for arm in sweep.arms]
     window = max(1, max(map(len, tables)) // 20)
@@ -23,7 +23,7 @@ def curves(sweep: Sweep, column: str, title: str, unit: str) -> Figure | None:
     return _lines(sweep, [table if table.notna().any(axis=None) else None for table in smooth], title, unit)
 
 
-def held_out(sweep: Sweep) -> Figure | None:
+def held_out(sweep: SweepAnalysis) -> Figure | None:
     """Held-out accuracy by step, where jobs were evaluated in training (eval.every): the mean over an arm's jobs."""
     tables = []
     for arm in sweep.arms:
@@ -34,7 +34,7 @@ def held_out(sweep: Sweep) -> Figure | None:
 
 
 def _lines(
-    sweep: Sweep, tables: list[pd.DataFrame | None], title: str, unit: str, percent: bool = False, **marks: Any
+    sweep: SweepAnalysis, tables: list[pd.DataFrame | None], title: str, unit: str, percent: bool = False, **marks: Any
 ) -> Figure | None:
     """Of each arm a table by step, a column a job; None where no arm has one."""
     figure = new_figure()
@@ -52,7 +52,7 @@ def _lines(
     return figure
 
 
-def cost(sweep: Sweep) -> Figure:
+def cost(sweep: SweepAnalysis) -> Figure:
     """The outcome of each job against the tokens that it took, and of each arm with its interval."""
     figure = new_figure()
     axes = figure.subplots()
@@ -72,7 +72,7 @@ def cost(sweep: Sweep) -> Figure:
     return figure
 
 
-def heat_map(sweep: Sweep) -> Figure:
+def heat_map(sweep: SweepAnalysis) -> Figure:
     """The mean outcome for each pair of values of the two swept keys."""
     rows, columns = sweep.keys
     frame = pd.DataFrame([(*arm.values, arm.outcome.mean) for arm in sweep.arms], columns=[rows, columns, "outcome"])
@@ -93,7 +93,7 @@ def heat_map(sweep: Sweep) -> Figure:
     return figure
 
 
-def parallel_coordinates(sweep: Sweep) -> Figure:
+def parallel_coordinates(sweep: SweepAnalysis) -> Figure:
     """Each arm as a line through its values, the better the darker."""
     figure = new_figure(width=1.8 * (len(sweep.keys) + 1) + 1)
     axes = figure.subplots()
@@ -119,7 +119,7 @@ def parallel_coordinates(sweep: Sweep) -> Figure:
     return figure
 
 
-def _by_step(sweep: Sweep, arm: Arm, column: str) -> pd.DataFrame:
+def _by_step(sweep: SweepAnalysis, arm: Arm, column: str) -> pd.DataFrame:
     columns = {}
     for job in arm.jobs:
         metrics = sweep.metrics(job)
@@ -127,7 +127,7 @@ def _by_step(sweep: Sweep, arm: Arm, column: str) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _in_order(sweep: Sweep, key: str) -> list[str]:
+def _in_order(sweep: SweepAnalysis, key: str) -> list[str]:
     """The values of a swept key: numbers by size, others as they were given."""
     values = list(dict.fromkeys(sweep.jobs[key].dropna()))
     try:
@@ -136,5 +136,5 @@ def _in_order(sweep: Sweep, key: str) -> list[str]:
         return values
 
 
-def _outcome(sweep: Sweep) -> str:
+def _outcome(sweep: SweepAnalysis) -> str:
     return "held-out accuracy" if sweep.by_accuracy else "reward of the last tenth"

@@ -9,9 +9,9 @@ import matplotlib
 
 from grpo.analysis import sweep_charts
 from grpo.analysis.page import embedded, render
-from grpo.analysis.sweep import Sweep, verdict
+from grpo.analysis.sweep import SweepAnalysis, verdict
 from grpo.runs.files import write_atomic
-from grpo.runs.halving_state import SEED, Record
+from grpo.runs.halving_state import SEED, HalvingState
 from grpo.runs.sweep_folder import short
 
 FEW_SEEDS = 3
@@ -22,7 +22,7 @@ def write_sweep_report(path: str | Path) -> tuple[list[Path], str]:
 
     Raises FileNotFoundError where it is no sweep's folder.
     """
-    sweep = Sweep(path)
+    sweep = SweepAnalysis(path)
     folder = sweep.folder.path
     write_atomic(folder / "sweep.csv", sweep.jobs.to_csv())
     page = render("sweep.html", **content(sweep))
@@ -30,7 +30,7 @@ def write_sweep_report(path: str | Path) -> tuple[list[Path], str]:
     return [folder / "report.html", folder / "sweep.csv"], headline(sweep)
 
 
-def content(sweep: Sweep) -> dict[str, Any]:
+def content(sweep: SweepAnalysis) -> dict[str, Any]:
     """All that the page shows, by the names that its template uses."""
     states = sweep.jobs["state"].value_counts()
     with matplotlib.rc_context({"text.parse_math": False}):  # a value may have a dollar sign
@@ -47,7 +47,12 @@ def content(sweep: Sweep) -> dict[str, Any]:
         "effects": sweep.effects(),
         "reward_effects": sweep.effects(in_reward=True) if sweep.by_accuracy else [],
         "arms": [
-            {"label": sweep.label(arm), "jobs": len(arm.jobs), "outcome": arm.outcome, "behind": sweep.behind.get(arm)}
+            {
+                "label": sweep.label(arm),
+                "jobs": len(arm.jobs),
+                "outcome": arm.outcome,
+                "gap_to_best": sweep.gap_to_best.get(arm),
+            }
             for arm in sweep.arms
         ],
         "charts": charts,
@@ -61,7 +66,7 @@ def content(sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def _form(sweep: Sweep) -> Callable[[float], str]:
+def _form(sweep: SweepAnalysis) -> Callable[[float], str]:
     return (lambda value: f"{value:.1%}") if sweep.by_accuracy else (lambda value: f"{value:.3f}")
 
 
@@ -69,7 +74,7 @@ def _change(value: float) -> str:
     return f"{value:+.3f}"
 
 
-def headline(sweep: Sweep) -> str:
+def headline(sweep: SweepAnalysis) -> str:
     """The answer in a sentence or two."""
     if not sweep.arms:
         return "No job has finished, so there is nothing to compare."
@@ -85,17 +90,21 @@ def headline(sweep: Sweep) -> str:
     text = f"Best: {sweep.label(best)} with {score}{interval}."
     if len(sweep.arms) == 1:
         return text
-    if not sweep.behind:
+    if not sweep.gap_to_best:
         return f"{text} It shares no seed or held-out problem with another arm, so it was not compared."
     others = len(sweep.arms) - 1
-    even = [sweep.label(arm) for arm, difference in sweep.behind.items() if not difference.shown]
+    even = [sweep.label(arm) for arm, difference in sweep.gap_to_best.items() if not difference.shown]
     if even:
         count = f"{len(even)} of the {others} other arms" if others > 1 else "the other arm"
         named = "; ".join(even[:4]) + ("; ..." if len(even) > 4 else "")
         return f"{text} Not shown to be better than {count} ({named})."
-    above = "every other arm" if len(sweep.behind) == others else f"{len(sweep.behind)} of the {others} other arms"
-    single = sum(difference.seeds == 1 for difference in sweep.behind.values())
-    if single == len(sweep.behind):
+    above = (
+        "every other arm"
+        if len(sweep.gap_to_best) == others
+        else f"{len(sweep.gap_to_best)} of the {others} other arms"
+    )
+    single = sum(difference.seeds == 1 for difference in sweep.gap_to_best.values())
+    if single == len(sweep.gap_to_best):
         return f"{text} With the one seed that they share it is above {above}; another seed may give another order."
     rest = f"; of {single} of them by one seed alone" if single else ""
     return f"{text} It is above {above} by more than chance explains{rest}."
@@ -105,22 +114,24 @@ def _count(count: int, what: str) -> str:
     return f"{count} {what}{'s' if count != 1 else ''}"
 
 
-def warnings(sweep: Sweep) -> list[str]:
+def warnings(sweep: SweepAnalysis) -> list[str]:
     """What to keep in mind before believing the headline."""
     said = []
-    if sweep.tried > 1 and sweep.arms:
+    if sweep.arms_tried > 1 and sweep.arms:
         said.append(
-            f"The score of the best of {sweep.tried} arms is too high on average, because the same score chose it. "
+            f"The score of the best of {sweep.arms_tried} arms is too high on average, since it chose the arm. "
             "The command on fresh seeds gives a fair one."
         )
     # The most that a comparison has; where there is none, the best arm.
-    seeds = max((each.seeds for each in sweep.behind.values()), default=len(sweep.arms[0].jobs) if sweep.arms else 0)
+    seeds = max(
+        (each.seeds for each in sweep.gap_to_best.values()), default=len(sweep.arms[0].jobs) if sweep.arms else 0
+    )
     if seeds == 1:
         fix = "add seed=1,2,3" if SEED not in sweep.swept else "let the jobs of other seeds finish"
         said.append(f"With one seed the intervals cover new problems, not new training runs; {fix}.")
     elif 1 < seeds < FEW_SEEDS:
         said.append(f"{seeds} seeds say little about how training runs vary; use at least three.")
-    apart = len(sweep.arms) - 1 - len(sweep.behind)
+    apart = len(sweep.arms) - 1 - len(sweep.gap_to_best)
     if sweep.arms and apart > 0:
         said.append(f"Not compared, because they share no seed or held-out problem with the best: {apart} arms.")
     if len(sweep.unfinished) and sweep.arms:
@@ -134,9 +145,9 @@ def warnings(sweep: Sweep) -> list[str]:
     return said
 
 
-def _budget(sweep: Sweep) -> dict[str, Any] | None:
+def _budget(sweep: SweepAnalysis) -> dict[str, Any] | None:
     """Of a sweep by halving what its time bought, with each arm in words."""
-    record = Record.read(sweep.folder.path)
+    record = HalvingState.read(sweep.folder.path)
     if record is None:
         return None
     values = sweep.jobs.loc[[jobs[0] for jobs in record.arms], sweep.keys]
@@ -144,7 +155,7 @@ def _budget(sweep: Sweep) -> dict[str, Any] | None:
     return record.summary() | {"labels": labels}
 
 
-def _charts(sweep: Sweep) -> dict[str, Any]:
+def _charts(sweep: SweepAnalysis) -> dict[str, Any]:
     if not sweep.arms:
         return {}
     figures = {
@@ -160,7 +171,7 @@ def _charts(sweep: Sweep) -> dict[str, Any]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def _rows(sweep: Sweep) -> list[dict[str, Any]]:
+def _rows(sweep: SweepAnalysis) -> list[dict[str, Any]]:
     """Of each job its cells, and the address of its own report where it has one."""
     rows = []
     for job, *values in sweep.jobs.drop(columns=["folder", "error"]).itertuples():

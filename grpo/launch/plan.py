@@ -8,7 +8,7 @@ from grpo.config.errors import ConfigError
 from grpo.config.hydra_app import compose_again, without_hydra
 from grpo.config.overrides import Overrides
 from grpo.config.schema import Config
-from grpo.runs.halving_state import Record, arms_of, choose_ladder, seconds
+from grpo.runs.halving_state import HalvingState, arms_of, choose_ladder, seconds
 from grpo.sweeps.opening import check_equal_steps, is_halving, points_of, with_params
 
 
@@ -54,7 +54,7 @@ def halving_summary(config: DictConfig, points: Sequence[Sequence[str]]) -> str:
     if config.sweep.budget_hours is not None:
         return f"hydra/sweeper=halving: {config.sweep.budget_hours:g} hours of jobs at most"
     total = config.grpo.num_iterations * config.grpo.num_steps
-    rungs = choose_ladder(Record(total, [[0]] * len(arms), config.sweep.eta, None))
+    rungs = choose_ladder(HalvingState(total, [[0]] * len(arms), config.sweep.eta, None))
     steps = ", ".join(f"{left} arms to step {step}" for step, left in rungs)
     share = seconds(rungs, 1, 1.0, 0.0) / (len(arms) * total)
     return f"hydra/sweeper=halving: {steps}, {share:.0%} of the steps of all"

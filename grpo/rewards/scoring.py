@@ -27,7 +27,7 @@ def end_process(error: str) -> None:
 
 
 @dataclass(frozen=True)
-class Component:
+class RewardComponent:
     """One part of the reward. `function(prompts, completions, **columns) -> list[float | None]`, one a row."""
 
     name: str
@@ -52,7 +52,7 @@ class RewardError(RuntimeError):
 
 
 def score(
-    components: Sequence[Component], prompts: list, completions: list, columns: Mapping[str, Sequence]
+    components: Sequence[RewardComponent], prompts: list, completions: list, columns: Mapping[str, Sequence]
 ) -> Rewards:
     """Score B completions with every component and sum them by weight; a missing value (None) adds nothing.
 
@@ -67,7 +67,7 @@ def score(
     return Rewards(scores, torch.tensor([c.weight for c in components], dtype=torch.float64), total)
 
 
-def _score(component: Component, prompts: list, completions: list, columns: Mapping[str, Sequence]) -> Tensor:
+def _score(component: RewardComponent, prompts: list, completions: list, columns: Mapping[str, Sequence]) -> Tensor:
     try:
         values = _call(component, prompts, completions, columns)
     except RewardError as error:
@@ -81,14 +81,14 @@ def _score(component: Component, prompts: list, completions: list, columns: Mapp
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-def _skipped(component: Component, error: RewardError, count: int) -> list[float]:
+def _skipped(component: RewardComponent, error: RewardError, count: int) -> list[float]:
     if not component.skip_errors:
         raise error
     logger.warning("%s; skipped for %d completions", error, count)
     return [math.nan] * count
 
 
-def _call(component: Component, prompts: list, completions: list, columns: Mapping[str, Sequence]) -> Sequence:
+def _call(component: RewardComponent, prompts: list, completions: list, columns: Mapping[str, Sequence]) -> Sequence:
     arguments = {**columns, "prompts": prompts, "completions": completions}
     parameters = inspect.signature(component.function).parameters.values()
     if not any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -151,7 +151,7 @@ class _RunningTime:
 
 
 @contextmanager
-def _time_limit(component: Component) -> Iterator[None]:
+def _time_limit(component: RewardComponent) -> Iterator[None]:
     """Raise _OutOfTime in the block after `timeout_s` seconds, and each second again where the block caught it.
 
     By a signal, since it reaches what a thread could not end: sleeping, Python's own loops, and regular expressions.
@@ -202,7 +202,7 @@ def _time_limit(component: Component) -> Iterator[None]:
         raise _OutOfTime
 
 
-def _too_slow(component: Component) -> str:
+def _too_slow(component: RewardComponent) -> str:
     return f"reward component '{component.name}' took longer than {component.timeout_s:g} s"
 
 

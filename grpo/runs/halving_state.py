@@ -19,7 +19,7 @@ Ladder = list[tuple[int, int]]  # (steps taken by the end of the rung, arms that
 
 
 @dataclass
-class Record:
+class HalvingState:
     """What has been decided, as halving.json has it: enough to continue after any interruption."""
 
     total_steps: int
@@ -34,7 +34,7 @@ class Record:
     state: str = "running"  # running | finished | out of budget
 
     @classmethod
-    def read(cls, folder: Path) -> "Record | None":
+    def read(cls, folder: Path) -> "HalvingState | None":
         """The record of a sweep folder; None where there is none."""
         file = folder / "halving.json"
         return read_dataclass(cls, file) if file.exists() else None
@@ -93,7 +93,7 @@ def seconds(rungs: Ladder, seeds: int, step_s: float, start_s: float) -> float:
     return total
 
 
-def choose_ladder(record: Record) -> Ladder:
+def choose_ladder(record: HalvingState) -> Ladder:
     """The longest first rung that the budget pays for; without one, rungs such that one arm is left for the last.
 
     Raises ValueError with the least budget in hours where even a few steps for all are too much.

@@ -21,7 +21,7 @@ from grpo.config.overrides import Overrides
 from grpo.config.schema import PASSING_KEYS, on_resume
 from grpo.runs.files import discard, read_json, write_atomic
 from grpo.runs.folder import RunFolder, outputs
-from grpo.runs.halving_state import Record
+from grpo.runs.halving_state import HalvingState
 from grpo.runs.lock import in_use
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class SweepFolder:
         """
         record = self.record()
         planned = record.get("planned") or []
-        halving = Record.read(self.path)
+        halving = HalvingState.read(self.path)
         halved = halving is not None and halving.state == "finished"
         numbered = ((re.match(r"(\d+)(_|$)", path.name), path) for path in sorted(self.path.iterdir()) if path.is_dir())
         # Of a number there can be two: a trial that failed, and now does not, leads Optuna elsewhere from there on.

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from grpo.config.overrides import Overrides, typed_in_shell
 from grpo.config.paths import LAUNCH
-from grpo.runs.halving_state import Record
+from grpo.runs.halving_state import HalvingState
 from grpo.runs.sweep_folder import SweepFolder, short
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def conclude(sweep: SweepFolder) -> bool:
             print(f"job {job['job']} {job['state']}: {job['error']}")
     print(f"sweep folder: {sweep.path}")
     _report(sweep)
-    halving = Record.read(sweep.path)
+    halving = HalvingState.read(sweep.path)
     if states != {"finished"} and (halving is None or halving.state != "finished"):
         record = sweep.record()
         given = [*record.get("flags", []), "-m", *record["hydra"], *record["overrides"], "resume=true"]

@@ -15,7 +15,7 @@ from grpo.config.errors import ConfigError
 from grpo.config.hydra_app import split_into_jobs
 from grpo.config.overrides import quoted
 from grpo.runs.folder import RunFolder
-from grpo.runs.halving_state import LEAST_STEPS, Record, arms_of, best_arms, choose_ladder
+from grpo.runs.halving_state import LEAST_STEPS, HalvingState, arms_of, best_arms, choose_ladder
 from grpo.sweeps.launcher import JobFailed
 
 
@@ -62,13 +62,13 @@ class HalvingSweeper(Sweeper):
                 raise JobFailed(f"job {number} failed in an earlier launch, and its arm is out")
         return list(self.returns.values())
 
-    def _record(self) -> Record:
+    def _record(self) -> HalvingState:
         """What was decided before, with this launch's budget; or a new one."""
         arms = arms_of(self.points)
-        known = Record.read(self.folder)
+        known = HalvingState.read(self.folder)
         if known is None:
             grpo = self._composed(0).grpo
-            return Record(grpo.num_iterations * grpo.num_steps, arms, self.eta, self.budget_hours)
+            return HalvingState(grpo.num_iterations * grpo.num_steps, arms, self.eta, self.budget_hours)
         if known.state == "out of budget":  # which may have become larger
             known.state = "running"
         if self.budget_hours is not None:

@@ -26,7 +26,7 @@ from grpo.data.prompts import Messages, messages, prompt_lengths, render
 from grpo.model.hardware import use_hardware
 from grpo.model.loading import architecture, check_model, copy_in_dtype, load_model, load_tokenizer, stop_token_ids
 from grpo.model.lora import add_adapter, check_adapter, save_adapter, switch_adapter
-from grpo.rewards.scoring import Component, Rewards, end_process, score
+from grpo.rewards.scoring import RewardComponent, Rewards, end_process, score
 from grpo.rollout.engine import Compute, RolloutEngine, Sampling
 from grpo.rollout.mps_check import check_decoding, check_device
 from grpo.rollout.native import NativeEngine
@@ -47,8 +47,8 @@ class Experiment:
     tokenizer: PreTrainedTokenizerBase
     problems: Problems
     prompt_lengths: list[int]  # tokens of each training problem's prompt
-    components: list[Component]
-    accuracy: Component  # 1.0 or 0.0 for each completion
+    components: list[RewardComponent]
+    accuracy: RewardComponent  # 1.0 or 0.0 for each completion
     advantage: Callable[[Tensor, Tensor, Tensor], Tensor]  # see grpo.algorithm.objective.CHOICES
     objective: Objective
     optimizer: Callable[..., torch.optim.Optimizer]
@@ -139,7 +139,7 @@ def build_experiment(
     """
     sizes = complete_sizes(config)
     component = functools.partial(
-        Component,
+        RewardComponent,
         timeout_s=config.reward.timeout_s,
         skip_errors=config.reward.on_error == "skip",
         on_hang=on_hang,

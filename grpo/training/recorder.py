@@ -91,7 +91,7 @@ class Recorder:
         """Write an evaluation as eval/<name>.json."""
         self._folder.write_evaluation(name, dict(result))
         self.tracker.log_evaluation(name, result["step"], evaluation_metrics(result))
-        self._doctor.evaluated(result)
+        self._doctor.add_evaluation(result)
 
     def save(self, saved: Mapping[str, Any]) -> None:
         """Write a checkpoint of the last completed step, unless there is one; saved: `Trainer.state_dict`."""
@@ -120,7 +120,7 @@ class Recorder:
 
     def show(self, step: Step) -> None:
         """Show a completed step, with what the doctor finds."""
-        for finding in self._doctor.look(step.row):
+        for finding in self._doctor.check(step.row):
             self.console.print(f"doctor: {finding.text}", style="yellow", soft_wrap=True)
             self.tracker.alert(finding.rule, f"step {finding.step}: {finding.text}")
         self._display.update(step.row)

@@ -174,8 +174,8 @@ def test_after_a_resume_it_says_what_it_would_have_said():
     rows, made = course(), [evaluation(0, 0.5, 400), evaluation(20, 0.60, 400), evaluation(40, 0.48, 400)]
     doctor = Doctor(RANGES)
     assert doctor.replay(rows[:30], made[:2]) == []
-    doctor.evaluated(made[2])
-    assert [finding.rule for row in rows[39:] for finding in doctor.look(row)] == ["held_out_falls"]
+    doctor.add_evaluation(made[2])
+    assert [finding.rule for row in rows[39:] for finding in doctor.check(row)] == ["held_out_falls"]
 
 
 def test_every_rule_has_its_case():

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from grpo.analysis.sweep import Sweep
+from grpo.analysis.sweep import SweepAnalysis
 from grpo.analysis.sweep_report import headline, warnings, write_sweep_report
 from grpo.config.compose import compose_config
 from grpo.config.overrides import Overrides
@@ -73,7 +73,7 @@ def better_rate(tmp_path):
 
 
 def test_the_effect_of_a_key_is_the_mean_over_pairs_that_are_equal_in_all_else(better_rate):
-    sweep = Sweep(better_rate)
+    sweep = SweepAnalysis(better_rate)
     by_key = {effect.key: effect for effect in sweep.effects()}
     assert list(by_key) == ["grpo.beta", "optimizer.lr"]
     accuracy = sweep.jobs["accuracy"].astype(float)
@@ -92,23 +92,23 @@ def test_a_problem_without_a_grade_counts_for_nobody(tmp_path):
     made = json.loads(file.read_text())
     made["problems"][0]["correct"] = None
     file.write_text(json.dumps(made | {"n": 3, "accuracy": 2 / 3}))
-    sweep = Sweep(folder)
+    sweep = SweepAnalysis(folder)
     (effect,) = sweep.effects()
     assert (effect.difference.mean, effect.difference.problems) == (0.0, 3)
     assert [arm.outcome.mean for arm in sweep.arms] == [2 / 3, 0.5]
 
 
 def test_equal_arms_are_called_equal_and_the_better_ones_better(better_rate):
-    text = headline(Sweep(better_rate))
+    text = headline(SweepAnalysis(better_rate))
     assert text.startswith("Best: grpo.beta=0 optimizer.lr=5e-6 with ")
     assert "held-out accuracy, 95 % interval" in text
     assert "Not shown to be better than 1 of the 3 other arms (grpo.beta=0.04 optimizer.lr=5e-6)." in text
-    (chosen,) = warnings(Sweep(better_rate))
+    (chosen,) = warnings(SweepAnalysis(better_rate))
     assert "The score of the best of 4 arms is too high on average" in chosen
 
 
 def test_the_commands_are_of_the_best_arm_as_it_was_and_on_seeds_that_no_job_had(better_rate):
-    commands = {name: shlex.split(line) for name, line in Sweep(better_rate).commands().items()}
+    commands = {name: shlex.split(line) for name, line in SweepAnalysis(better_rate).commands().items()}
     arm = ["experiment=quickstart", "grpo.beta=0", "optimizer.lr=5e-6"]
     assert commands["reproduce"] == ["python", "launch.py", "-m", *arm, "seed=1,2,3"]
     assert commands["confirm"] == ["python", "launch.py", "-m", *arm, "seed=4,5,6"]
@@ -118,20 +118,22 @@ def test_the_commands_are_of_the_best_arm_as_it_was_and_on_seeds_that_no_job_had
 def test_a_seed_that_is_not_swept_is_not_called_fresh(tmp_path):
     fixed = ["experiment=quickstart", "seed=7"]
     folder = make_sweep(tmp_path / "s", {"grpo.beta": ["0", "0.1"]}, drawn(lambda _: 0.5), fixed=fixed)
-    commands = Sweep(folder).commands()
+    commands = SweepAnalysis(folder).commands()
     assert commands["reproduce"] == "python launch.py experiment=quickstart grpo.beta=0 seed=7"
     assert commands["confirm"] == "python launch.py -m experiment=quickstart grpo.beta=0 seed=8,9,10"
 
 
 def test_a_key_with_the_name_of_a_group_makes_arms_too(tmp_path):
     keys = {"reward": ["math_xml", "mine"], "seed": ["1", "2", "3"]}
-    sweep = Sweep(make_sweep(tmp_path / "s", keys, drawn(lambda values: 0.9 if values["reward"] == "mine" else 0.3)))
+    sweep = SweepAnalysis(
+        make_sweep(tmp_path / "s", keys, drawn(lambda values: 0.9 if values["reward"] == "mine" else 0.3))
+    )
     assert [sweep.label(arm) for arm in sweep.arms] == ["reward=mine", "reward=math_xml"]
 
 
 def test_only_seeds_of_finished_jobs_count(tmp_path):
     folder = make_sweep(tmp_path / "s", {"seed": ["1", "2"]}, drawn(lambda _: 0.5), states={1: "failed"})
-    assert any(each.startswith("With one seed the intervals") for each in warnings(Sweep(folder)))
+    assert any(each.startswith("With one seed the intervals") for each in warnings(SweepAnalysis(folder)))
 
 
 def test_a_sweep_of_unknown_points_that_never_began_has_a_page(tmp_path):
@@ -159,7 +161,7 @@ def test_three_keys_are_drawn_side_by_side(tmp_path):
     folder = make_sweep(tmp_path / "s", keys, drawn(lambda values: 0.5 if values["grpo.mu"] == "1" else 0.6))
     (page, _), answer = write_sweep_report(folder)
     assert "All keys" in page.read_text()
-    assert any("With one seed the" in each for each in warnings(Sweep(folder)))
+    assert any("With one seed the" in each for each in warnings(SweepAnalysis(folder)))
     assert "grpo.mu=2" in answer.split(" with ")[0]
 
 
@@ -184,7 +186,7 @@ def test_overrides_keep_their_places_in_the_commands_since_the_later_one_counts(
     overrides = ["grpo.beta=0.9", "reward=math_xml,mine", "experiment=quickstart", "reward.a=1", "grpo.beta=0.3"]
     (folder / "sweep.json").write_text(json.dumps(record | {"overrides": overrides}))
     in_order = "grpo.beta=0.9 reward=math_xml experiment=quickstart reward.a=1 grpo.beta=0.3"
-    assert Sweep(folder).commands() == {
+    assert SweepAnalysis(folder).commands() == {
         "reproduce": f"python launch.py {in_order} seed=7",
         "confirm": f"python launch.py -m {in_order} seed=8,9,10",
     }
@@ -196,7 +198,7 @@ def test_a_first_value_without_a_finished_job_is_not_what_others_are_compared_wi
     folder = make_sweep(
         tmp_path / "s", keys, drawn(lambda v: 0.8 if v["optimizer.lr"] == "1e-4" else 0.4), states=states
     )
-    (effect,) = Sweep(folder).effects()
+    (effect,) = SweepAnalysis(folder).effects()
     assert (effect.base, effect.value, effect.pairs, effect.verdict) == ("2e-5", "1e-4", 3, "higher")
 
 
@@ -204,13 +206,13 @@ def test_what_one_seed_shows_is_said_of_that_seed(tmp_path):
     keys = {"grpo.beta": ["0", "0.1"], "seed": ["1", "2", "3"]}
     right = drawn(lambda values: 0.8 if values["grpo.beta"] == "0" else 0.3)
     folder = make_sweep(tmp_path / "s", keys, right, states={1: "failed", 5: "failed"})
-    sweep = Sweep(folder)  # seed 1 is in both arms, 3 in one and 2 in the other
-    assert [difference.seeds for difference in sweep.behind.values()] == [1]
+    sweep = SweepAnalysis(folder)  # seed 1 is in both arms, 3 in one and 2 in the other
+    assert [difference.seeds for difference in sweep.gap_to_best.values()] == [1]
     assert "With the one seed that they share it is above every other arm; another seed may" in headline(sweep)
     assert any(each.startswith("With one seed the intervals") for each in warnings(sweep))
     assert [effect.verdict for effect in sweep.effects()] == ["lower, with this seed"]
     apart = make_sweep(tmp_path / "t", keys, right, states={1: "failed", 2: "failed", 3: "failed"})
-    assert "shares no seed or held-out problem with another arm" in headline(Sweep(apart))
+    assert "shares no seed or held-out problem with another arm" in headline(SweepAnalysis(apart))
 
 
 def test_other_problems_are_compared_with_none(tmp_path):
@@ -225,7 +227,7 @@ def test_other_problems_are_compared_with_none(tmp_path):
     (page, _), answer = write_sweep_report(folder)
     assert "it was compared with none" in answer
     assert "nan" not in page.read_text().split("<h2>Jobs")[0].split("<body>")[1].replace("finance", "")
-    assert any("and so not compared: 1 arms" in each for each in warnings(Sweep(folder)))
+    assert any("and so not compared: 1 arms" in each for each in warnings(SweepAnalysis(folder)))
 
 
 def test_a_file_that_cannot_be_read_costs_one_job_and_a_dollar_sign_none(tmp_path):
@@ -255,7 +257,7 @@ def test_a_job_without_an_outcome_takes_no_part(tmp_path):
     folder = make_sweep(tmp_path / "s", keys, drawn(lambda _: 0.5), accuracy=False)
     run = RunFolder(folder / "1_job")
     run.write_metrics([row | {"reward": None} for row in run.metrics()])
-    sweep = Sweep(folder)
+    sweep = SweepAnalysis(folder)
     assert [len(arm.jobs) for arm in sweep.arms] in ([2, 3], [3, 2])
     assert "nan" not in headline(sweep)
     (effect,) = sweep.effects()
@@ -267,15 +269,15 @@ def test_a_job_without_an_outcome_takes_no_part(tmp_path):
     run.write_evaluation(
         "after", after | {"problems": [each | {"id": f"other {each['id']}"} for each in after["problems"]]}
     )
-    sweep = Sweep(other)
+    sweep = SweepAnalysis(other)
     assert "nan" not in headline(sweep)
-    assert [difference.seeds for difference in sweep.behind.values()] == [2]
+    assert [difference.seeds for difference in sweep.gap_to_best.values()] == [2]
 
 
 def test_a_deletion_stays_as_it_was_given(tmp_path):
     fixed = ("experiment=quickstart", "~reward.components.format")
     folder = make_sweep(tmp_path / "s", {"grpo.beta": ["0", "0.1"]}, drawn(lambda _: 0.5), fixed=fixed)
-    assert "'~reward.components.format' grpo.beta=0" in Sweep(folder).commands()["reproduce"]
+    assert "'~reward.components.format' grpo.beta=0" in SweepAnalysis(folder).commands()["reproduce"]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +293,7 @@ def test_jobs_that_did_not_finish_are_named_with_their_reason_and_left_out(tmp_p
     folder = make_sweep(tmp_path / "s", KEYS, drawn(lambda values: 0.5), states=states)
     (page, _), _ = write_sweep_report(folder)
     assert "ValueError: as it was" in page.read_text()
-    sweep = Sweep(folder)
+    sweep = SweepAnalysis(folder)
     assert sorted(job for arm in sweep.arms for job in arm.jobs) == [j for j in range(12) if j not in states]
     assert {effect.pairs for effect in sweep.effects()} <= {3, 4}
     assert any("did not finish: 3 of 12 jobs" in each for each in warnings(sweep))
@@ -301,7 +303,7 @@ def test_without_evaluations_rewards_are_compared_and_it_is_said(tmp_path):
     keys = {"grpo.beta": ["0", "0.1"], "seed": ["1", "2", "3"]}
     right = drawn(lambda values: 0.2 if values["grpo.beta"] == "0" else 0.9)
     folder = make_sweep(tmp_path / "s", keys, right, accuracy=False)
-    sweep = Sweep(folder)
+    sweep = SweepAnalysis(folder)
     assert not sweep.by_accuracy
     assert [effect.verdict for effect in sweep.effects()] == ["higher"]
     assert any("rewards in training are compared" in each for each in warnings(sweep))
@@ -318,7 +320,7 @@ def test_a_sweep_in_which_nothing_finished_has_a_page_too(tmp_path):
 
 def test_an_arm_that_is_always_right_is_not_called_certain(tmp_path):
     folder = make_sweep(tmp_path / "s", {"seed": ["1", "2", "3"]}, drawn(lambda _: 1.1))
-    outcome = Sweep(folder).arms[0].outcome
+    outcome = SweepAnalysis(folder).arms[0].outcome
     low, high = outcome.interval
     assert (outcome.mean, high) == (1, 1)
     assert 0.97 < low < 0.99  # Wilson's for 200 of 200
@@ -334,4 +336,4 @@ def test_text_from_a_run_is_text_in_the_page(tmp_path):
 
 def test_a_folder_that_is_no_sweep_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"it has no sweep\.json"):
-        Sweep(tmp_path)
+        SweepAnalysis(tmp_path)

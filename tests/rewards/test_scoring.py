@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from grpo.rewards.scoring import Component, RewardError, score
+from grpo.rewards.scoring import RewardComponent, RewardError, score
 from tests.launches import launch
 
 REPLIES = [[{"role": "assistant", "content": text}] for text in ("a", "bb")]
@@ -22,8 +22,8 @@ def run(*components, **columns):
 
 def test_components_are_kept_apart_and_summed_by_weight():
     rewards = run(
-        Component("correctness", lambda completions, **_: [2.0, 0.0]),
-        Component("format", lambda completions, **_: [0.2, 0.8], weight=0.5),
+        RewardComponent("correctness", lambda completions, **_: [2.0, 0.0]),
+        RewardComponent("format", lambda completions, **_: [0.2, 0.8], weight=0.5),
     )
     assert rewards.components["correctness"].tolist() == [2.0, 0.0]
     assert rewards.components["format"].tolist() == [0.2, 0.8]
@@ -31,7 +31,9 @@ def test_components_are_kept_apart_and_summed_by_weight():
 
 
 def test_none_means_missing_and_adds_nothing():
-    rewards = run(Component("a", lambda completions: [None, 1.0]), Component("b", lambda completions: [0.5, 0.5]))
+    rewards = run(
+        RewardComponent("a", lambda completions: [None, 1.0]), RewardComponent("b", lambda completions: [0.5, 0.5])
+    )
     assert math.isnan(rewards.components["a"][0])
     assert rewards.total.tolist() == [0.5, 1.5]
 
@@ -40,12 +42,12 @@ def test_a_function_gets_the_columns_that_it_names():
     def by_answer(completions, answer):
         return [float(c[0]["content"] == a) for c, a in zip(completions, answer, strict=True)]
 
-    rewards = run(Component("c", by_answer), answer=["a", "x"], other=[1, 2])
+    rewards = run(RewardComponent("c", by_answer), answer=["a", "x"], other=[1, 2])
     assert rewards.total.tolist() == [1.0, 0.0]
 
 
 def test_a_column_named_completions_does_not_stand_in_for_the_models_own():
-    rewards = run(Component("c", lambda completions, **_: [float(len(completions))] * 2), completions=["x"] * 9)
+    rewards = run(RewardComponent("c", lambda completions, **_: [float(len(completions))] * 2), completions=["x"] * 9)
     assert rewards.total.tolist() == [2.0, 2.0]
 
 
@@ -69,7 +71,7 @@ def test_a_function_that_changes_its_arguments_changes_nothing_for_others():
         return [[{"role": "assistant", "content": text}] for text in ("a", "bb")]
 
     given = prompts(), replies(), columns()
-    rewards = score([Component("spoils", spoils), Component("sees", sees)], *given)
+    rewards = score([RewardComponent("spoils", spoils), RewardComponent("sees", sees)], *given)
     assert rewards.total.tolist() == [1.0, 1.0]
     assert given == (prompts(), replies(), columns())
 
@@ -87,14 +89,17 @@ def test_a_function_that_changes_its_arguments_changes_nothing_for_others():
 )
 def test_a_function_that_breaks_its_contract_is_named_with_the_reason(function, reason):
     with pytest.raises(RewardError, match=f"'mine' {reason}"):
-        run(Component("mine", function))
+        run(RewardComponent("mine", function))
 
 
 def test_rewards_written_for_trl_work_unchanged():
     from trl.rewards import get_soft_overlong_punishment, think_format_reward
 
     replies = [[{"role": "assistant", "content": "<think>\nx\n</think>\n18"}], [{"role": "assistant", "content": "18"}]]
-    components = [Component("think", think_format_reward), Component("overlong", get_soft_overlong_punishment(10, 5))]
+    components = [
+        RewardComponent("think", think_format_reward),
+        RewardComponent("overlong", get_soft_overlong_punishment(10, 5)),
+    ]
     rewards = score(components, ["p", "p"], replies, {"completion_ids": [[1] * 4, [1] * 12], "answer": ["18", "18"]})
     assert rewards.components["think"].tolist() == [1.0, 0.0]
     assert rewards.components["overlong"].tolist() == [0.0, -1.0]
@@ -151,7 +156,7 @@ def hangs_after_it_used_the_timer_itself(completions, **_):
 def test_a_function_that_hangs_is_ended_and_named(function):
     started = time.monotonic()
     with pytest.raises(RewardError, match=r"reward component 'slow' took longer than 0\.2 s"):
-        run(Component("slow", function, timeout_s=0.2))
+        run(RewardComponent("slow", function, timeout_s=0.2))
     assert time.monotonic() - started < 5
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
@@ -177,7 +182,7 @@ def score_in_a_process(arguments):
     function, *seconds = arguments
     for each in seconds:  # of being stopped
         subprocess.Popen(["sh", "-c", f"sleep 0.1; kill -STOP {os.getpid()}; sleep {each}; kill -CONT {os.getpid()}"])
-    print(run(Component("slow", globals()[function], timeout_s=0.5)).total.tolist())
+    print(run(RewardComponent("slow", globals()[function], timeout_s=0.5)).total.tolist())
 
 
 @pytest.mark.parametrize("function", ["hangs_in_c", "catches_everything_for_ever"])
@@ -196,11 +201,11 @@ def test_a_process_that_was_stopped_does_not_count_as_slow(tmp_path):
 
 def test_the_limit_holds_in_a_thread_as_well():
     with ThreadPoolExecutor() as pool, pytest.raises(RewardError, match="took longer"):
-        pool.submit(run, Component("slow", lambda completions: time.sleep(0.3), timeout_s=0.1)).result()
+        pool.submit(run, RewardComponent("slow", lambda completions: time.sleep(0.3), timeout_s=0.1)).result()
 
 
 def test_a_function_within_its_limit_is_left_alone():
-    rewards = run(Component("c", lambda completions, **_: [1.0] * len(completions), timeout_s=30))
+    rewards = run(RewardComponent("c", lambda completions, **_: [1.0] * len(completions), timeout_s=30))
     assert rewards.total.tolist() == [1.0, 1.0]
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
@@ -210,11 +215,11 @@ def test_errors_can_be_skipped_and_count_as_missing(caplog):
         raise KeyError("x")
 
     rewards = run(
-        Component("good", lambda completions, **_: [1.0, 2.0], weight=2.0),
-        Component("raises", raises, skip_errors=True),
-        Component("short", lambda completions, **_: [5.0], skip_errors=True),
-        Component("one", lambda completions, **_: [float("nan"), 3.0], skip_errors=True),
-        Component("slow", hangs_asleep, timeout_s=0.1, skip_errors=True),
+        RewardComponent("good", lambda completions, **_: [1.0, 2.0], weight=2.0),
+        RewardComponent("raises", raises, skip_errors=True),
+        RewardComponent("short", lambda completions, **_: [5.0], skip_errors=True),
+        RewardComponent("one", lambda completions, **_: [float("nan"), 3.0], skip_errors=True),
+        RewardComponent("slow", hangs_asleep, timeout_s=0.1, skip_errors=True),
     )
     assert rewards.total.tolist() == [2.0, 7.0]
     assert len(caplog.records) == 4

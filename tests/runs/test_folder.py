@@ -32,7 +32,7 @@ from grpo.runs.folder import (
     reserve,
     run_folders,
 )
-from grpo.runs.halving_state import Record
+from grpo.runs.halving_state import HalvingState
 from grpo.runs.lock import locked
 from grpo.runs.sweep_folder import SweepFolder
 from tests.launches import ROOT
@@ -289,7 +289,7 @@ READERS = {
     "checkpoints/step_000001/trainer_state.json": lambda run: load_state(run.checkpoints / "step_000001"),
     "checkpoints/step_000001/manifest.json": lambda run: reference_of(run.checkpoints / "step_000001"),
     "sweep.json": lambda run: SweepFolder(run.path).record(),
-    "halving.json": lambda run: Record.read(run.path),
+    "halving.json": lambda run: HalvingState.read(run.path),
 }
 TORN = [b"{\n", b"[1, {}\n", b"\xff\n", b"3\n", b"null\n", b"[" * 99999 + b"\n"]
 FOREIGN = {

@@ -8,7 +8,7 @@ from grpo.config.checks import typed
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
 from grpo.runs.folder import RunFolder
-from grpo.runs.halving_state import Record, best_arms, choose_ladder, ladder, seconds
+from grpo.runs.halving_state import HalvingState, best_arms, choose_ladder, ladder, seconds
 from grpo.runs.sweep_folder import SweepFolder
 from grpo.sweeps.halving_sweeper import HalvingSweeper
 from tests.launches import launch, rows
@@ -26,7 +26,7 @@ def test_ladders_worked_out_by_hand():
 
 
 def record(budget_hours, arms=9):
-    return Record(90, [[n] for n in range(arms)], 3, budget_hours, step_s=36.0, start_s=0.0)
+    return HalvingState(90, [[n] for n in range(arms)], 3, budget_hours, step_s=36.0, start_s=0.0)
 
 
 def test_the_first_rung_is_as_long_as_the_budget_pays_for():
