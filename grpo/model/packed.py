@@ -113,9 +113,10 @@ class PackedGroups:
         """See `Packing`."""
         sizes = [self.prompts.tokens, self.completions.tokens]
         (query, new_query), (key, new_key), (value, new_value) = (x.split(sizes) for x in (query, key, value))
-        key = self.prompts.pad(key)
+        key = self.prompts.pad(key)  # (P, prompt width, key heads, d)
         value = self.prompts.pad(value)
         of_prompts = self.prompts.unpad(self.attention(self.prompts.pad(query), key, value, scale))
+        # (n, prompt width + width, key heads, d)
         key = torch.cat([key.index_select(0, self.prompt_of_row), self.completions.pad(new_key)], dim=1)
         value = torch.cat([value.index_select(0, self.prompt_of_row), self.completions.pad(new_value)], dim=1)
         new = self.attention(self.completions.pad(new_query), key, value, scale, self.mask)
@@ -153,22 +154,22 @@ def pack_groups(
     left out.
     """
     prompt_of_row = completions.group
-    lengths = prompts.mask.sum(dim=1)
-    inputs = completions.attention_mask[:, 1:]
-    ids = torch.cat([prompts.ids[prompts.mask.bool()], completions.ids[:, :-1][inputs.bool()]])
-    new_positions = lengths[prompt_of_row][:, None] + torch.arange(inputs.shape[1], device=ids.device)
+    lengths = prompts.mask.sum(dim=1)  # (P,)
+    inputs = completions.attention_mask[:, 1:]  # (n, t), of every token but the last of each completion
+    ids = torch.cat([prompts.ids[prompts.mask.bool()], completions.ids[:, :-1][inputs.bool()]])  # (N,)
+    new_positions = lengths[prompt_of_row][:, None] + torch.arange(inputs.shape[1], device=ids.device)  # (n, t)
     position_ids = torch.cat([positions(prompts.mask)[prompts.mask.bool()], new_positions[inputs.bool()]])
 
     width = int(lengths.max())
     prompt = varlen(torch.arange(width, device=ids.device) < lengths[:, None])
     rows = varlen(inputs)
-    of_prompt = torch.arange(width, device=ids.device) < lengths[prompt_of_row][:, None]
+    of_prompt = torch.arange(width, device=ids.device) < lengths[prompt_of_row][:, None]  # (n, prompt width)
     causal = torch.ones(rows.width, rows.width, dtype=torch.bool, device=ids.device).tril()
     n, t = inputs.shape
     mask = torch.cat([of_prompt[:, None].expand(n, t, width), causal.expand(n, t, t)], dim=2)[:, None]
     mask = torch.zeros(mask.shape, dtype=dtype, device=ids.device).masked_fill(~mask, -torch.inf)
 
-    last = lengths.cumsum(dim=0) - 1
+    last = lengths.cumsum(dim=0) - 1  # (P,), the place of each prompt's last token
     later = int(lengths.sum()) + inputs.flatten().cumsum(dim=0).view(n, t) - 1
     source = torch.cat([last[prompt_of_row][:, None], later], dim=1)[completions.attention_mask.bool()]
     return ids, position_ids, PackedGroups(prompt, rows, prompt_of_row, mask), source

@@ -159,7 +159,7 @@ class FastDecoder:
     def _read(self) -> Tensor:
         """The logits after `_tokens` at `_place` of each row. Nothing but these two changes from token to token."""
         self._own_bias.index_fill_(2, self._place, 0.0)
-        x = self._decoder.embed_tokens(self._tokens)
+        x = self._decoder.embed_tokens(self._tokens)  # (R, H)
         cos, sin = (a[0, :, None] for a in self._decoder.rotary_emb(x, (self._first_position + self._place)[None]))
         first, second = sin.chunk(2, dim=-1)
         rotation = cos, torch.cat([-first, second], dim=-1)
@@ -170,14 +170,14 @@ class FastDecoder:
         return self._head(_norm(self._decoder.norm, x))
 
     def _attend(self, layer: Layer, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """(R, H) -> (R, heads * d)."""
+        """(R, H) -> (R, heads * d); W: padded tokens of a prompt, t: tokens that each row has so far."""
         attention = layer.module.self_attn
         heads = self._heads
         key_heads = self._key_heads
         rows = len(x)
-        x = layer.qkv(x).view(rows, heads + 2 * key_heads, -1)
-        rotated = x[:, : heads + key_heads]
-        value = x[:, heads + key_heads :]
+        x = layer.qkv(x).view(rows, heads + 2 * key_heads, -1)  # (R, heads + 2 key heads, d)
+        rotated = x[:, : heads + key_heads]  # queries and keys
+        value = x[:, heads + key_heads :]  # (R, key heads, d)
         if hasattr(attention, "q_norm"):
             parts = _norm(attention.q_norm, x[:, :heads]), _norm(attention.k_norm, x[:, heads : heads + key_heads])
             rotated = torch.cat(parts, dim=1)
@@ -187,20 +187,23 @@ class FastDecoder:
         size = rotated.shape[2]
         layer.keys.index_copy_(2, self._place, rotated[:, heads:, None])
         layer.values.index_copy_(2, self._place, value[:, :, None])
-        keys = layer.keys[:, :, :end].flatten(0, 1)
-        values = layer.values[:, :, :end].flatten(0, 1)
+        keys = layer.keys[:, :, :end].flatten(0, 1)  # (R * key heads, t, d)
+        values = layer.values[:, :, :end].flatten(0, 1)  # (R * key heads, t, d)
 
         query = rotated[:, :heads].unflatten(1, (key_heads, -1))  # (R, key heads, queries that share a key, d)
-        grouped = self._by_prompt(query)
+        grouped = self._by_prompt(query)  # (P * key heads, group * queries, d)
+        # Scores of the prompt's tokens, (P * key heads, group * queries, W).
         of_prompt = torch.baddbmm(self._bias, grouped, layer.prompt_keys.transpose(1, 2), alpha=attention.scaling)
-        query = query.reshape(rows * key_heads, -1, size)
+        query = query.reshape(rows * key_heads, -1, size)  # (R * key heads, queries, d)
         bias = self._own_bias[:, :, :end]
         hide = int(self._cuda_graphs)  # else every place is taken
         own = torch.baddbmm(bias, query, keys.transpose(1, 2), beta=hide, alpha=attention.scaling)
-        own = own.view(rows, key_heads, -1, end)
+        own = own.view(rows, key_heads, -1, end)  # (R, key heads, queries, t)
         weights = torch.cat([self._by_row(of_prompt), own], dim=3).softmax(dim=3, dtype=torch.float32).to(x.dtype)
         of_prompt, own = weights.split([layer.prompt_keys.shape[1], end], dim=3)
-        attended = self._by_row(torch.bmm(self._by_prompt(of_prompt), layer.prompt_values))
+        attended = self._by_row(
+            torch.bmm(self._by_prompt(of_prompt), layer.prompt_values)
+        )  # (R, key heads, queries, d)
         return (attended + torch.bmm(own.flatten(0, 1), values).view(attended.shape)).reshape(rows, -1)
 
     def _by_prompt(self, x: Tensor) -> Tensor:
