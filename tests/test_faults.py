@@ -647,10 +647,7 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
 def test_a_sweep_that_is_not_there_cannot_go_on(tmp_path):
     refused = launch("-m", *QUICK, "grpo.beta=0.01,0.04", "resume=true", cwd=tmp_path)
     assert refused.returncode == 2
-    assert (
-        "resume=true: there is no such sweep; give the overrides that it had, or name it with sweep_dir"
-        in refused.stderr
-    )
+    assert "resume=true: no sweep with these overrides was found; give those of its first launch" in refused.stderr
 
 
 # Rewards that leave.

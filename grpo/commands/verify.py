@@ -161,5 +161,5 @@ def environment_changes(folder: RunFolder) -> list[str]:
         lines.append(f"a later launch split the work differently ({', '.join(changed)}): steps before that may differ")
     states = [load_state(file.parent) for file in folder.checkpoints.glob("step_*/trainer_state.json")]
     if any(isinstance(part, dict) and "to" in part for state in states for part in state.parts.values()):
-        lines.append("memory ran out in the run, and from then on fewer rows were worked on at once")
+        lines.append("memory ran out in the run, and fewer tokens were processed at once from then on")
     return lines

@@ -196,7 +196,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     if not layers or not supports_packing(model):
         raise ConfigError(
             f"hardware.activation_checkpointing=true: {type(model).__name__} with model.attn_implementation="
-            f"{model.config._attn_implementation} cannot be read in packed rows, which this needs; set it to false"
+            f"{model.config._attn_implementation} does not support packed sequences, which this needs; set it to false"
         )
     for layer in layers:
         layer.forward = functools.partial(_checkpointed, model, layer.forward)

@@ -252,7 +252,9 @@ def _print_memory(console: Console, one: Plan) -> None:
         if size:
             table.add_row(part, _gb(size))
     console.print(table)
-    console.print("not all at once: activations come when keys, values and packed weights are gone")
+    console.print(
+        "the peak is below the sum: activations are allocated after keys, values and packed weights are freed"
+    )
     adapter = "" if one.trained == one.parameters else f" and an adapter of {one.trained / 1e6:,.1f} million"
     console.print(f"{one.parameters / 1e6:,.1f} million parameters{adapter}")
     fits = "fits" if one.fits else f"does not fit; {SMALLER}"
@@ -263,7 +265,7 @@ def _print_disk_and_time(console: Console, one: Plan) -> None:
     parts = ", ".join(f"{part} {_gb(size)} GB" for part, size in one.disk.items() if size)
     console.print(f"disk: {_gb(sum(one.disk.values()))} GB ({parts})")
     console.print(
-        f"{one.tokens:,.0f} tokens a step at most, {_about(one.seconds)} seconds a step (an estimate), "
+        f"{one.tokens:,.0f} tokens per step at most, {_about(one.seconds)} seconds per step (an estimate), "
         f"{one.steps} steps: {_about(one.hours)} hours, evaluations not counted"
     )
 

@@ -32,7 +32,7 @@ def check_device(device: torch.device) -> None:
         if not difference <= ROUNDING:  # written this way round so that NaN fails too
             raise ConfigError(
                 f"the {name} of the embedded model on {device} differ from the processor's by {difference:.2g} of "
-                f"their size: torch {torch.__version__} cannot be relied on here; update it, or use hardware=cpu"
+                f"their size: torch {torch.__version__} computes wrong numbers here; update it, or use hardware=cpu"
             )
 
 
@@ -42,7 +42,7 @@ def check_decoding(model: PreTrainedModel) -> None:
         families = ", ".join(sorted(name.removesuffix("Model") for name in FAMILY))
         raise ConfigError(
             f"{type(model).__name__} with model.attn_implementation={model.config._attn_implementation} needs "
-            f"transformers' cache for sampling, which gives not-a-number on Apple's GPU; take hardware=cpu, or one of "
+            f"transformers' cache for sampling, which gives NaN on Apple's GPU; take hardware=cpu, or one of "
             f"{families} with model.attn_implementation=sdpa"
         )
 

@@ -55,7 +55,7 @@ def read_dataclass(kind: type, file: Path, steps: tuple[Migration, ...] = ()) ->
 def _check_types(record: dict[str, Any], types: Mapping[str, Any], file: Path) -> None:
     for name in types.keys() & record.keys():
         if not _is_of(record[name], types[name]):
-            raise FileError(f"{file}: {name} is {str(record[name])[:80]}, which it cannot be")
+            raise FileError(f"{file}: {name} is {str(record[name])[:80]}, which is not valid here")
 
 
 def _is_of(value: Any, annotation: Any) -> bool:

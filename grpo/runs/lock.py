@@ -33,7 +33,7 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[Path]:
         holder = _read(folder)
         taken = _lock(file)
         if not _is_still_there(file, folder / ".lock"):
-            raise ConfigError(f"{folder} was given up by another launch a moment ago; give the command again")
+            raise ConfigError(f"{folder} was released by another launch a moment ago; run the command again")
         unsure = bool(holder) and (taken is None or holder.get("machine") != _machine())
         if taken and not unsure:
             raise ConfigError(f"{folder} is in use by another process; wait for it, or choose another folder")

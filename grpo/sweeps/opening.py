@@ -94,7 +94,7 @@ def _known_folder(composed: DictConfig, named: str | None, asked: Overrides, cho
     folder = SweepFolder(short_path(path)) if path is not None else None
     if composed.resume is True and (folder is None or not folder.begun()):
         raise ConfigError(
-            "resume=true: there is no such sweep; give the overrides that it had, or name it with "
+            "resume=true: no sweep with these overrides was found; give those of its first launch, or name it with "
             "sweep_dir=outputs/sweeps/..."
         )
     return folder

@@ -57,7 +57,9 @@ def restore(trainer: Trainer, run: Run) -> None:
     if latest is not None:
         trainer.load_state_dict(read_checkpoint(latest))
     elif run.config.parent is not None and run.resumed:
-        raise RuntimeError(f"{run.folder.checkpoints} is empty, so the fork has lost where it began; fork again")
+        raise RuntimeError(
+            f"{run.folder.checkpoints} is empty, so the checkpoint that the fork began from is lost; fork again"
+        )
     elif run.resumed and (saved := run.folder.saved_step()) > 0:
         raise ConfigError(
             f"{run.folder.checkpoints} has no checkpoint, but the run has saved one at step {saved}; bring its "

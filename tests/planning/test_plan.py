@@ -117,7 +117,7 @@ def test_a_model_that_is_read_padded_is_planned_so(tmp_path):
             planning._micro_batches(cost.Work(2, 4, 50, [10] * 8), 130, shared) for shared in (False, True)
         )
         assert max(map(len, padded)) == 2 < max(map(len, packed))
-        with pytest.raises(ConfigError, match="cannot be read in packed rows"):
+        with pytest.raises(ConfigError, match="does not support packed sequences"):
             plan(f"model.name={tmp_path}", "hardware.activation_checkpointing=true")
 
 

@@ -179,7 +179,7 @@ def test_a_lock_file_that_its_holder_removed_meanwhile_locks_nothing(tmp_path, m
 
     monkeypatch.setattr(fcntl, "flock", lock_after_removal)
     with (
-        pytest.raises(ConfigError, match="given up by another launch a moment ago; give the command again"),
+        pytest.raises(ConfigError, match="released by another launch a moment ago; run the command again"),
         locked(tmp_path),
     ):
         pass
