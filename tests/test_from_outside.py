@@ -105,6 +105,7 @@ def test_a_rollout_engine_with_a_state_that_a_resumed_run_continues(folder):
     samples = [json.loads(line) for line in (run / "samples" / "step_000002.jsonl").read_text().splitlines()]
     assert [sample["completion"] for sample in samples[:2]] == ["<answer>\n1\n</answer>\n", "no answer"]
     assert load_state(run / "checkpoints" / "step_000002").parts == {"rollout": {"calls": 2}}
+    assert (folder / "closed.txt").exists()
 
     longer = launch("resume=true", "run_dir=run", line, "grpo.num_steps=3", cwd=folder)
     assert longer.returncode == 0, longer.stderr

@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+from contextlib import closing
 from datetime import datetime
 
 from grpo.config.errors import ConfigError, first_line
@@ -27,7 +28,7 @@ def train(run: Run) -> None:
     if run.config.grpo.mu == 1:
         logger.info("mu=1: the ratio is 1 at every update, so the loss says little; its gradient is what counts")
     until = min(trainer.total_steps, run.until_step or trainer.total_steps)
-    with recording(run, trainer.state, trainer.total_steps) as recorder:
+    with closing(trainer.engine), recording(run, trainer.state, trainer.total_steps) as recorder:
         before_first_step(trainer, run, recorder)
         stops = run.stop.deferred(trainer.can_abort_step, save=lambda: recorder.save_and_wait(trainer.state_dict()))
         with recorder.shown(), stops:
@@ -161,7 +162,6 @@ def finish(trainer: Trainer, run: Run, recorder: Recorder) -> None:
         recorder.evaluation("after", trainer.evaluate())
     experiment = trainer.experiment
     run.folder.save_final_model(experiment.save_policy(trainer.master), experiment.tokenizer.save_pretrained)
-    trainer.engine.close()
     run.folder.update_status(state="finished")
     run.stop.ignored_from_here()
     try:
