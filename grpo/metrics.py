@@ -25,75 +25,79 @@ class Metric:
 
 REWARD = "Reward"  # a section of the W&B view
 
-# name | unit | meaning | what it is a mean, sum or extreme of
-#     -> section of the W&B view | panel, also the title of its chart | label of its curve, in a panel of several
+# name | unit | meaning
+#     what it is a mean, sum or extreme of | section of the W&B view | panel and title of its chart | label of its curve
 TABLE = """
-step |  | completed steps, over all outer iterations | the run
-iteration |  | outer iteration, from 1 | the run
-reward |  | weighted sum of the reward components | mean over the completions
-    -> Reward | Reward | combined
-rewards/<component>/mean |  | one reward component; missing values do not count | mean over the completions
-    -> Reward | Reward | <component>
-rewards/<component>/std |  | its standard deviation (ddof=1) | all completions that have a value of it
-reward_std |  | standard deviation (ddof=1) of the combined reward within a group | mean over the groups
-    -> Reward | Spread of the reward within groups
-frac_reward_zero_std | share of groups | groups whose rewards are all equal, which carry no signal | the groups
-    -> Reward | Groups with equal rewards
-completions/mean_length | tokens | length of a completion, with its end-of-sequence token | mean over the completions
-    -> Lengths | Output length | mean
-completions/min_length | tokens | the shortest completion | the completions
-    -> Lengths | Output length | shortest
-completions/max_length | tokens | the longest completion | the completions
-    -> Lengths | Output length | longest
-completions/clipped_ratio | share of completions | completions truncated at the length limit | the completions
-    -> Lengths | Completions truncated at the length limit
-loss |  | the objective; at mu=1 its gradient counts, not its value | the batch; mean over the updates
-    -> Loss and KL | Loss
-kl | nats per token | KL divergence of the policy from the reference; only with beta above 0 | mean over counted tokens and updates
-    -> Loss and KL | KL divergence from the reference
-entropy | nats per token | entropy of the policy's distribution at the sampling temperature | mean over counted tokens and updates
-    -> Loss and KL | Entropy of the policy
-grad_norm | L2 norm | gradient before clipping | mean over the mu updates
-    -> Loss and KL | Gradient norm
-clip_ratio/low_mean | share of tokens | ratio below 1 - epsilon_low, negative advantage: no gradient | mean over counted tokens and updates
-    -> Loss and KL | Clipped tokens | low
-clip_ratio/high_mean | share of tokens | ratio above 1 + epsilon_high, positive advantage: no gradient | mean over counted tokens and updates
-    -> Loss and KL | Clipped tokens | high
-clip_ratio/region_mean | share of tokens | one or the other | mean over counted tokens and updates
-learning_rate |  | of the step | the step
-    -> Loss and KL | Learning rate
-sampling/logp_difference/mean | nats per token | absolute difference of log-probabilities in sampling and training | mean over counted tokens, before the first update
-    -> Loss and KL | Difference between sampling and training | mean
-sampling/logp_difference/max | nats | the largest such difference | the counted tokens, before the first update
-    -> Loss and KL | Difference between sampling and training | largest
-loss_scale |  | factor of the loss in its backward pass; only in float16 | the step
-num_tokens | tokens | prompt and completion tokens so far, each prompt once per completion | the run
-step_time | s | time of the step, saving excluded | the step
-    -> Speed | Time of a step
-timing_s/rollout | s | sampling | the step
-    -> Speed | Parts of a step | rollout
-timing_s/reward | s | scoring and advantages | the step
-    -> Speed | Parts of a step | reward
-timing_s/reference | s | the reference's pass | the step
-    -> Speed | Parts of a step | reference
-timing_s/update | s | gradients and optimizer | the step
-    -> Speed | Parts of a step | update
-timing_s/checkpoint | s | for which the save before this step held up training | the step
-    -> Speed | Parts of a step | checkpoint
-perf/tokens_per_s | tokens per s | completion tokens per second | the step
-    -> Speed | Tokens per second
-perf/peak_memory_gb | GB | largest memory so far | the run
-    -> Speed | Peak memory
-digest/completions |  | SHA-256 of every sampled token, first 16 hexadecimal digits | the completions
+step | | completed steps, over all outer iterations
+    the run
+iteration | | outer iteration, from 1
+    the run
+reward | | weighted sum of the reward components
+    mean over the completions | Reward | Reward | combined
+rewards/<component>/mean | | one reward component; missing values do not count
+    mean over the completions | Reward | Reward | <component>
+rewards/<component>/std | | its standard deviation (ddof=1)
+    all completions that have a value of it
+reward_std | | standard deviation (ddof=1) of the combined reward within a group
+    mean over the groups | Reward | Spread of the reward within groups
+frac_reward_zero_std | share of groups | groups whose rewards are all equal, which carry no signal
+    the groups | Reward | Groups with equal rewards
+completions/mean_length | tokens | length of a completion, with its end-of-sequence token
+    mean over the completions | Lengths | Output length | mean
+completions/min_length | tokens | the shortest completion
+    the completions | Lengths | Output length | shortest
+completions/max_length | tokens | the longest completion
+    the completions | Lengths | Output length | longest
+completions/clipped_ratio | share of completions | completions truncated at the length limit
+    the completions | Lengths | Completions truncated at the length limit
+loss | | the objective; at mu=1 its gradient counts, not its value
+    the batch; mean over the updates | Loss and KL | Loss
+kl | nats per token | KL divergence of the policy from the reference; only with beta above 0
+    mean over counted tokens and updates | Loss and KL | KL divergence from the reference
+entropy | nats per token | entropy of the policy's distribution at the sampling temperature
+    mean over counted tokens and updates | Loss and KL | Entropy of the policy
+grad_norm | L2 norm | gradient before clipping
+    mean over the mu updates | Loss and KL | Gradient norm
+clip_ratio/low_mean | share of tokens | ratio below 1 - epsilon_low, negative advantage: no gradient
+    mean over counted tokens and updates | Loss and KL | Clipped tokens | low
+clip_ratio/high_mean | share of tokens | ratio above 1 + epsilon_high, positive advantage: no gradient
+    mean over counted tokens and updates | Loss and KL | Clipped tokens | high
+clip_ratio/region_mean | share of tokens | one or the other
+    mean over counted tokens and updates
+learning_rate | | of the step
+    the step | Loss and KL | Learning rate
+sampling/logp_difference/mean | nats per token | absolute difference of log-probabilities in sampling and training
+    mean over counted tokens, before the first update | Loss and KL | Difference between sampling and training | mean
+sampling/logp_difference/max | nats | the largest such difference
+    the counted tokens, before the first update | Loss and KL | Difference between sampling and training | largest
+loss_scale | | factor of the loss in its backward pass; only in float16
+    the step
+num_tokens | tokens | prompt and completion tokens so far, each prompt once per completion
+    the run
+step_time | s | time of the step, saving excluded
+    the step | Speed | Time of a step
+timing_s/rollout | s | sampling
+    the step | Speed | Parts of a step | rollout
+timing_s/reward | s | scoring and advantages
+    the step | Speed | Parts of a step | reward
+timing_s/reference | s | the reference's pass
+    the step | Speed | Parts of a step | reference
+timing_s/update | s | gradients and optimizer
+    the step | Speed | Parts of a step | update
+timing_s/checkpoint | s | for which the save before this step held up training
+    the step | Speed | Parts of a step | checkpoint
+perf/tokens_per_s | tokens per s | completion tokens per second
+    the step | Speed | Tokens per second
+perf/peak_memory_gb | GB | largest memory so far
+    the run | Speed | Peak memory
+digest/completions | | SHA-256 of every sampled token, first 16 hexadecimal digits
+    the completions
 """
 
 
 def _parse(table: str) -> tuple[Metric, ...]:
-    metrics = []
-    for entry in table.strip().replace("\n    -> ", " | ").splitlines():
-        fields = [field.strip() for field in entry.split("|")]
-        metrics.append(Metric(*fields))
-    return tuple(metrics)
+    entries = table.strip().replace("\n    ", " | ").splitlines()
+    return tuple(Metric(*(field.strip() for field in entry.split("|"))) for entry in entries)
 
 
 METRICS = _parse(TABLE)
