@@ -1,13 +1,13 @@
 """What to say of an error of Hydra or OmegaConf: what is wrong with the input, and the fix."""
 
 import difflib
-import re
 from collections.abc import Sequence
 
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from grpo.config.compose import compose_config
-from grpo.config.errors import ConfigError
+from grpo.config.errors import ConfigError, first_line
 from grpo.config.paths import CONF_DIR, LAUNCH
 from grpo.config.values import flatten
 
@@ -41,76 +41,65 @@ OTHER_NAMES = {
 }
 
 
+HUB_KEYS = {"model": "model.name", "data": "data.path"}  # what takes a hub name or a folder, by group
 EXTRA_PLUGINS = ("joblib", "optuna", "ray", "submitit_local", "submitit_slurm")  # of the extra [sweeps]
+
+# How Hydra begins where the override is in its message alone.
+MERGING = "Error merging override "
+AMBIGUOUS = "Ambiguous value for argument "
 
 
 def explain(error: Exception) -> str:
     """One or two lines for the user: what is wrong with the input, and the fix."""
     cause: BaseException | None = error
-    while cause is not None:  # Hydra and OmegaConf wrap what is raised while they work
+    while cause is not None:  # Hydra and OmegaConf wrap what is raised while they work, not always with `from`
         if isinstance(cause, ConfigError):
             return str(cause).strip()
-        cause = cause.__cause__
-    text = str(error).strip()
-    if isinstance(error, MissingConfigException):
-        missing = error.missing_cfg_file or ""
-        if missing.startswith("hydra/"):
-            return unknown_plugin(missing, error.options)
-    key = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text)
-    full_key = re.search(r"full_key: (\S+)", text)
-    if key:
-        return unknown_key(key.group(1) or (full_key.group(1) if full_key else key.group(2)))
-    if full_key and re.search(r"Key '[^']+' not in '", text):
-        return unknown_key(full_key.group(1))
-    choice = re.search(r"Could not find '([^']+)/([^'/]+)'", text) or re.search(
-        r"In '[^']*': Could not find '([^']+)/([^']+)'", text
-    )
-    if choice:
-        return unknown_choice(*choice.groups())
-    override = re.search(r"Error merging override (\S*)", text)
-    if override:
-        reason = str(error.__cause__ or "").strip().splitlines()
-        return f"{override.group(1)}: {reason[0] if reason else 'not a value that this key can have'}"
-    ambiguous = re.search(r"Ambiguous value for argument '([^']+)'", text)
-    if ambiguous:
-        return f"{ambiguous.group(1)} names several values: for one run of each add -m, for a list write key=[a,b]"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if isinstance(cause, MissingConfigException):
+            missing = cause.missing_cfg_file or ""
+            if cause.options or missing.startswith("hydra/"):
+                return unknown_choice(missing, cause.options or ())
+        if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
+            return unknown_key(cause.full_key)
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error.__cause__, OmegaConfBaseException) and not str(error):  # Hydra's, which then has no text
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if lines[0].startswith(MERGING):
+        return f"{lines[0].removeprefix(MERGING)}: {first_line(error.__cause__ or error)}"
+    if lines[0].startswith(AMBIGUOUS):
+        override = lines[0].removeprefix(AMBIGUOUS)[1:-1]
+        return f"{override} names several values: for one run of each add -m, for a list write key=[a,b]"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {lines[0]}. {lines[-1]}"
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {lines[0]}"
     return " ".join(lines[:2])
 
 
 def unknown_key(key: str) -> str:
     """What to say of a key that the config does not have: its name here, or the nearest real ones."""
-    bare = key.lstrip("+~")
-    other = OTHER_NAMES.get(bare) or OTHER_NAMES.get(bare.rsplit(".", 1)[-1])
-    if other and other != bare:
-        return f"there is no key '{bare}'; here it is called {other}"
+    last_part = key.rsplit(".", 1)[-1]
+    other = OTHER_NAMES.get(key) or OTHER_NAMES.get(last_part)
+    if other and other != key:
+        return f"there is no key '{key}'; here it is called {other}"
     known = sorted(flatten(compose_config([])))
     groups = sorted(p.name for p in CONF_DIR.iterdir() if p.is_dir())
-    near = difflib.get_close_matches(bare, known + groups, n=3, cutoff=0.6)
-    last_part = bare.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(key, known + groups, n=3, cutoff=0.6)
     near += [k for k in known if k.rsplit(".", 1)[-1] == last_part and k not in near]
     hint = f"; did you mean {' or '.join(near[:3])}?" if near else f"; `{' '.join(LAUNCH)} --cfg job` prints every key"
-    return f"there is no key '{bare}'{hint}"
+    return f"there is no key '{key}'{hint}"
 
 
-def unknown_plugin(path: str, options: Sequence[str] | None) -> str:
-    """What to say of a choice such as hydra/launcher/ray that neither Hydra nor a plugin has."""
-    group, _, choice = path.rpartition("/")
-    if choice in EXTRA_PLUGINS:
+def unknown_choice(path: str, options: Sequence[str]) -> str:
+    """What to say of a choice that its group does not have, such as hardware/a100 or hydra/launcher/ray."""
+    parts = path.split("/", 2 if path.startswith("hydra/") else 1)
+    group = "/".join(parts[:-1])
+    choice = parts[-1]
+    if "/" in choice and group in HUB_KEYS:
+        return f"{group}= chooses a file of conf/{group}/; for a hub name or a folder give {HUB_KEYS[group]}={choice}"
+    if group.startswith("hydra/") and choice in EXTRA_PLUGINS:
         return f"{group}={choice} needs: pip install -e '.[sweeps]'"
-    near = difflib.get_close_matches(choice, options or (), n=1)
+    near = difflib.get_close_matches(choice, options, n=1)
     hint = f" Did you mean {group}={near[0]}?" if near else ""
-    return f"there is no {group}={choice}; choose one of {', '.join(options or ())}.{hint}"
-
-
-def unknown_choice(group: str, choice: str) -> str:
-    """What to say of a choice that a config group does not have."""
-    group, _, rest = group.partition("/")
-    choice = f"{rest}/{choice}" if rest else choice
-    if "/" in choice and group in ("model", "data"):
-        key = {"model": "model.name", "data": "data.path"}[group]
-        return f"{group}= chooses a file of conf/{group}/; for a hub name or a folder give {key}={choice}"
-    choices = sorted(p.stem for p in (CONF_DIR / group).glob("*.yaml"))
-    near = difflib.get_close_matches(choice, choices, n=1)
-    hint = f" Did you mean {group}={near[0]}?" if near else ""
-    return f"there is no {group}={choice}; choose one of {', '.join(choices)}.{hint}"
+    return f"there is no {group}={choice}; choose one of {', '.join(options)}.{hint}"
