@@ -66,7 +66,7 @@ def positions(mask: Tensor) -> Tensor:
 def split_rows(
     prompt_lengths: Tensor, prompt_of_row: Tensor, row_lengths: Tensor | int, budget: int, shared: bool
 ) -> list[Tensor]:
-    """Cut n rows, ordered by prompt, into parts of at most `budget` tokens; a part is never less than one row.
+    """Split n rows, ordered by prompt, into parts of at most `budget` tokens; a part is never less than one row.
 
     prompt_lengths (P,), prompt_of_row (n,); row_lengths (n,), or one for all. A prompt counts once in each part that
     has a row of it where it is shared, else for every row. Returns the rows of each part, (m,) int64.

@@ -173,7 +173,7 @@ def test_on_a_full_disk_training_goes_on_and_the_checkpoint_before_stays(tmp_pat
     run = start(run_dir).wait()
     assert run.returncode == 0, run.stderr
     assert "could not write the checkpoint of step 4 (it takes" in run.stderr + run.stdout
-    assert "training goes on, and the one before it stays" in run.stderr + run.stdout
+    assert "training continues, the one before it is kept" in run.stderr + run.stdout
     assert checkpoint_steps(run_dir) == [2]
     assert broken(run_dir / "checkpoints" / "step_000002") is None
     assert rows(run_dir) == rows(straight)

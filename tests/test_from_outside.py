@@ -5,8 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from grpo.config.checks import typed
+from grpo.config.compose import compose_config
 from grpo.runs.checkpoint import load_state
+from grpo.training.experiment import build_experiment
+from grpo.training.trainer import Trainer
 from tests.launches import ROOT, launch, rows
 
 OUTSIDE = ROOT / "tests" / "outside"
@@ -124,8 +129,19 @@ def test_an_optimizer_and_that_the_way_to_it_is_short(folder):
     [
         ("objective.surrogate=no_such.file", "objective.surrogate=no_such.file: No module named 'no_such'"),
         ("objective.surrogate=clipped", "objective.surrogate=clipped: must be clip, or the dotted path of a function"),
-        ("objective._target_=toy_advantage.centered", "it must have the form f(inputs: LossInputs, counts: Counts)"),
+        (
+            "objective._target_=toy_advantage.centered",
+            "it must have the form f(inputs: LossInputs, counts: Counts, **numbers)",
+        ),
         ("rollout._target_=toy_reward.Brevity", "rollout._target_=toy_reward.Brevity: "),
+        ("objective._target_=torch.add", "objective._target_=torch.add: no signature found"),
+        (
+            "rollout._target_=builtins.dict",
+            "rollout._target_=builtins.dict: it must be a class of the form RolloutEngine",
+        ),
+        ("objective.ratio=[a]", "objective.ratio=['a']: must be token, or the dotted path of a function"),
+        ("optimizer.lr=[1]", "optimizer.lr=[1]: must be a number"),
+        ("rollout.temperature={a: 1}", "rollout.temperature={'a': 1}: must be a number"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_line_and_leaves_nothing(folder, line, said):
@@ -136,6 +152,37 @@ def test_what_does_not_fit_is_refused_in_a_line_and_leaves_nothing(folder, line,
     assert refused.returncode == 2
     assert said in refused.stderr
     assert sorted(path for path in folder.iterdir() if path.name != "__pycache__") == before
+
+
+def test_a_fork_may_take_another_engine_than_the_one_whose_state_was_saved(folder):
+    run_with(folder, "toy_engine", "rollout._target_=toy_engine.Prepared")
+    fork = ["fork=true", "run_dir=run", "grpo.num_steps=3", "rollout._target_=grpo.rollout.native.NativeEngine"]
+    done = launch(*fork, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (forked,) = folder.glob("outputs/quickstart/*")
+    assert "sampling/logp_difference/mean" in rows(forked)[2]
+
+
+def test_what_an_abandoned_step_or_evaluation_did_to_an_engine_is_not_saved(folder, monkeypatch):
+    """A checkpoint holds the engine as it was after the last completed step, so that a resumed run repeats the rest."""
+    shutil.copy(OUTSIDE / "toy_engine.py", folder)
+    monkeypatch.syspath_prepend(folder)
+    threads = torch.get_num_threads()
+    line = "rollout._target_=toy_engine.Prepared"
+    trainer = Trainer(build_experiment(typed(compose_config([*SHORT, line, "eval.max_problems=4"]))))
+    try:
+        trainer.preflight()
+        trainer.evaluate()
+        assert trainer.engine.calls == 0  # a run that is resumed before its first checkpoint does not repeat these
+        trainer.step(1)
+        trainer.engine.calls += 5  # as a step would that a stop signal ends
+        assert trainer.state_dict()["trainer"].parts == {"rollout": {"calls": 1}}
+        trainer.step(2)
+        trainer.evaluate()
+        assert trainer.state_dict()["trainer"].parts == {"rollout": {"calls": 8}}
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_strangers_run_with_a_choice_of_theirs_is_refused(folder):

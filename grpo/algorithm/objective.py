@@ -25,7 +25,7 @@ MAX_LOG_RATIO = 20.0  # exp(20) is finite in float32 and bfloat16; beyond it onl
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the loss of some completions is computed from. Only `logps` and `entropy` may carry a gradient."""
+    """What the loss of some completions is computed from. Only `logps` carries a gradient."""
 
     logps: Tensor  # (m, t) float32, of the policy
     mask: Tensor  # (m, t) int64, 1 where a token counts
@@ -34,7 +34,7 @@ class LossInputs:
     old_logps: Tensor | None = None  # (m, t), of the policy that sampled; None: it has not changed since then
     ref_logps: Tensor | None = None  # (m, t), of the reference; None where beta is 0
     sampling_logps: Tensor | None = None  # (m, t), as the rollout engine computed them, where it does
-    entropy: Tensor | None = None  # (m, t), of the policy's distribution at each token
+    entropy: Tensor | None = None  # (m, t), of the policy's distribution at each token, without gradient
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def choose(choice: str, name: str) -> Callable[..., Any]:
     """The function of a choice: one of CHOICES, or by its dotted path one from elsewhere. Raises ConfigError."""
     key = f"objective.{choice}"
     known = CHOICES[choice]
-    if name in known:
+    if isinstance(name, str) and name in known:
         return known[name]
     if not isinstance(name, str) or "." not in name:
         raise ConfigError(f"{key}={name}: must be {' or '.join(known)}, or the dotted path of a function of your own")

@@ -49,7 +49,7 @@ def _typed_group(group: str, schema: type, values: Any) -> dict[str, Any]:
             if each.default is MISSING:
                 raise ConfigError(f"{group}.{each.name} is missing")
             result[each.name] = each.default
-        elif not isinstance(values[each.name], dict | list):
+        elif get_type_hints(schema)[each.name] is not Any:
             try:
                 typed_keys[each.name] = values[each.name]
             except OmegaConfBaseException as error:

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 
 from grpo.config.errors import ConfigError, first_line
 from grpo.config.schema import Config
-from grpo.config.trust import OWN, targets_in
+from grpo.config.trust import targets_in
 from grpo.config.values import escape, to_dict
 
 EXTRAS = {"bitsandbytes": "8bit"}  # what is installed on demand, by the extra of pyproject.toml that has it
@@ -50,7 +50,7 @@ def find_function(key: str, path: object) -> Callable[..., Any]:
 def check_importable(config: Config) -> None:
     """Raise ConfigError where a target from elsewhere cannot be run, at once: those of the suite import torch."""
     for key, path in targets_in(to_dict(config)):
-        if not str(path).startswith(OWN):
+        if not str(path).startswith(("grpo.", "torch.optim.")):
             find_function(key, path)
 
 
@@ -82,6 +82,14 @@ def bind_reward(key: str, node: Mapping[str, Any]) -> Callable[..., list[float |
             "numbers, or be a class whose objects have it"
         )
     return function
+
+
+def check_call(key: str, function: Callable[..., Any], form: str, *args: str, **kwargs: str) -> None:
+    """Raise ConfigError, with `form` as what is wanted, where a function cannot be called with such arguments."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except (TypeError, ValueError) as error:  # the latter for a builtin without a signature
+        raise ConfigError(f"{key}: {form}: {error}") from error
 
 
 def _check_literal(key: str, settings: Any) -> None:

@@ -105,7 +105,7 @@ def config_0_to_1(values: Values) -> Values:
             None if objective.get(name) == grpo.get(name) else objective.get(name) for name in ("beta", "epsilon")
         )
         values["objective"] = OBJECTIVE_OF_0 | {"beta": beta, "epsilon_low": epsilon, "epsilon_high": epsilon}
-    else:  # a user's own: it cannot train any more, but what it trained can be evaluated and reported
+    else:  # a user's own function, of a form that is not called any more: such a run can be reported only
         for name, value in (OBJECTIVE_OF_0 | {"beta": None, "epsilon_low": None, "epsilon_high": None}).items():
             _set_default(values, f"objective.{name}", value)
     _set_default(values, "rollout._target_", "grpo.rollout.native.NativeEngine")

@@ -1,10 +1,12 @@
 """What a run folder may ask to run: algorithms, data and rewards of grpo, torch.optim, and what the user names."""
 
+import functools
 import importlib
 import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from grpo.config.errors import ConfigError
@@ -12,16 +14,24 @@ from grpo.config.paths import CONF_DIR
 from grpo.config.schema import FUNCTION_KEYS
 from grpo.config.values import flatten
 
-# Where functions live that are there to be named in a config.
-OWN = ("grpo.algorithm.", "grpo.data.", "grpo.rewards.", "grpo.rollout.native.", "torch.optim.")
+# What a run folder may name, by the key that names it: a module's functions (with a dot at the end), or one thing. Each
+# was chosen as one that runs nothing else that its settings name.
+TRUSTED = {
+    "objective._target_": ("grpo.algorithm.objective.Objective",),
+    "rollout._target_": ("grpo.rollout.native.NativeEngine",),
+    "optimizer._target_": ("torch.optim.", "grpo.algorithm.optimizer."),
+    "data._target_": ("grpo.data.problems.",),
+    "reward.components.*._target_": ("grpo.rewards.math_xml.",),
+    "eval.accuracy._target_": ("grpo.rewards.math_xml.",),
+}
 
 
 def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
     """Refuse to run what only a run folder names; raise ConfigError with the argument that would allow it.
 
-    Allowed are functions defined in the modules of OWN, and whatever the present conf/ or command line names.
+    Allowed is what TRUSTED has for its key, and whatever the present conf/ or command line names.
     """
-    foreign = foreign_targets(frozen, {target for _, target in targets_in(composed)})
+    foreign = foreign_targets(frozen, _named_in(composed))
     if foreign:
         known = flatten(composed)
         arguments = " ".join(f"{'' if key in known else '+'}{key}={target}" for key, target in foreign.items())
@@ -42,12 +52,37 @@ def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
         )
 
 
-def foreign_targets(config: Any, named: Collection[str] = ()) -> dict[str, str]:
-    """Key -> target of what a config runs and neither OWN, conf/ nor `named` has."""
-    known = set(named)
+def foreign_targets(config: Any, named: Collection[tuple[str, Any]] = ()) -> dict[str, str]:
+    """Key -> target of what a config runs and neither TRUSTED, conf/ nor `named` has for that key.
+
+    named: as `_named_in` gives it. By key, since what is safe as an objective may run anything as a reward.
+    """
+    known = {*named, *_named_in_conf()}
+    return {
+        key: target
+        for key, target in targets_in(config)
+        if (_place(key), target) not in known and not _is_trusted(key, str(target))
+    }
+
+
+def _place(key: str) -> str:
+    """The key, the same for all reward components."""
+    return re.sub(r"^reward\.components\.[^.]+\.", "reward.components.*.", key)
+
+
+def _named_in(config: Any, key: str = "") -> set[tuple[str, Any]]:
+    """Where a config names which targets."""
+    return {(_place(path), target) for path, target in targets_in(config, key)}
+
+
+@functools.cache
+def _named_in_conf() -> frozenset[tuple[str, Any]]:
+    named: set[tuple[str, Any]] = set()
     for file in CONF_DIR.rglob("*.yaml"):
-        known.update(re.findall(r"^\s*_target_:\s*(\S+)", file.read_text(), flags=re.MULTILINE))
-    return {key: target for key, target in targets_in(config) if target not in known and not _is_own(str(target))}
+        text = file.read_text(encoding="utf-8")
+        group = ".".join(file.relative_to(CONF_DIR).parent.parts)
+        named |= _named_in(yaml.safe_load(text), "" if "@package _global_" in text else group)
+    return frozenset(named)
 
 
 def targets_in(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -62,14 +97,16 @@ def targets_in(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from targets_in(child, path)
 
 
-def _is_own(target: str) -> bool:
+def _is_trusted(key: str, target: str) -> bool:
+    allowed = TRUSTED.get(_place(key), ())
     # `grpo.data.problems.json.load` is below grpo. by its name only: the path must lead to a module of ours, not
     # through what one imports, and the function must have been defined in such a module as well.
-    if not target.startswith(OWN):
-        return False
     module, _, name = target.rpartition(".")
+    if not any(target == each or (each.endswith(".") and target.startswith(each)) for each in allowed):
+        return False
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
         return False
-    return str(getattr(function, "__module__", "")).startswith(OWN)
+    home = f"{getattr(function, '__module__', '')}."
+    return any(f"{home}{name}" == each or (each.endswith(".") and home.startswith(each)) for each in allowed)

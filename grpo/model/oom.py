@@ -55,9 +55,9 @@ class TokenBudget:
         return {} if self.tokens == self._configured else {"from": self._configured, "to": self.tokens}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue with the reduced number, unless another one is configured now."""
-        if state and state["from"] == self._configured:
-            self.tokens = state["to"]
+        """Continue with the reduced number, if there is one and no other is configured now."""
+        is_reduced = bool(state) and state["from"] == self._configured
+        self.tokens = state["to"] if is_reduced else self._configured
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -139,7 +139,7 @@ def _program() -> float:
 
 
 def _micro_batches(work: cost.Work, token_budget: int, shared: bool) -> list[torch.Tensor]:
-    """How the training would cut this work."""
+    """How the training would split this work."""
     rows, longest = len(work.lengths), max(work.lengths)
     prompts = torch.ones(work.prompts, work.prompt_tokens, dtype=torch.long)
     completions = torch.ones(rows, longest, dtype=torch.long)

@@ -34,7 +34,8 @@ class RolloutEngine(Protocol):
 
     policy: the transformers model that computes in training. compute: a `Compute`. settings: the other keys of the
     config group rollout, but for temperature and min_new_tokens, which `generate` gets. An engine with a state that
-    its results depend on has `state_dict()` and `load_state_dict()` as well; they are saved with every checkpoint.
+    its results depend on has `state_dict()`, of JSON values, and `load_state_dict()` as well; it is saved with every
+    checkpoint.
     """
 
     def generate(self, prompts: Prompts, sampling: Sampling, *, group_size: int, keys: Tensor) -> Completions:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -45,6 +45,7 @@ class TrainerState:
     # The state of the parts that have one, such as what running out of memory reduced:
     # {"update": {"from": tokens configured, "to": tokens in use}}
     parts: dict[str, Any] = field(default_factory=dict)
+    engine: str | None = None  # rollout._target_, whose state parts["rollout"] is
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -68,6 +69,7 @@ def write_checkpoint(
     tensors: by file name without its ending. reference: the folder beside it without which it is not complete.
     Raises OSError, before it starts where the disk has too little room.
     """
+    text = None if state is None else json.dumps({"version": VERSION, **asdict(state)}, indent=2)
     target.parent.mkdir(parents=True, exist_ok=True)
     clear(target.parent)
     _check_space(target.parent, sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()))
@@ -76,14 +78,14 @@ def write_checkpoint(
     try:
         for name, group in tensors.items():
             save_file(group, temporary / f"{name}.safetensors")
-        if state is not None:
-            (temporary / "trainer_state.json").write_text(json.dumps({"version": VERSION, **asdict(state)}, indent=2))
+        if text is not None:
+            (temporary / "trainer_state.json").write_text(text)
         _commit(temporary, target, None if reference is None else reference.name)
-    except Exception as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
-        if isinstance(error, OSError):
-            raise
-        raise OSError(str(error)) from error  # safetensors has an exception of its own for a failed write
+        if isinstance(error, SafetensorError):  # safetensors has an exception of its own for a failed write
+            raise OSError(str(error)) from error
+        raise
 
 
 def clear(folder: Path) -> None:

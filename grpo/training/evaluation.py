@@ -32,7 +32,7 @@ def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, 
     keys = experiment.keys(0, np.arange(len(problems)), group_size=1)
     completions = engine.generate(prompts, greedy, group_size=1, keys=keys)
     outcomes = []
-    # ScoredCompletions by as many as in a step, since that is what reward.timeout_s is meant for.
+    # Scored in groups of the size of a step, since reward.timeout_s is meant for that many.
     for rows in torch.arange(len(problems)).split(sizes.batch_size * sizes.num_generations):
         outcomes += _outcomes(experiment, problems, completions.select(rows))
     return {

@@ -18,7 +18,7 @@ from grpo.algorithm.objective import Counts, LossInputs, LossOutput, choose
 from grpo.batch import Completions, Prompts, tokenize_prompts
 from grpo.config.checks import Sizes, complete_sizes, kl_weight
 from grpo.config.errors import ConfigError
-from grpo.config.instantiate import bind, bind_reward, build, find_function
+from grpo.config.instantiate import bind, bind_reward, build, check_call, find_function
 from grpo.config.schema import Config, known_keys
 from grpo.counter_rng import group_keys
 from grpo.data.problems import Problem, Problems
@@ -156,6 +156,9 @@ def build_experiment(
     engine = bind_engine(config.rollout)
     load_problems = bind("data", config.data, without=known_keys("data"))
     problems = load_problems() if with_problems else Problems([], [])
+    evaluated = config.eval.before or config.eval.after or config.eval.every
+    if with_problems and not problems.test and evaluated:
+        raise ConfigError("data has no held-out problems: set eval.before=false eval.after=false eval.every=0")
     check_model(config.model)
     if config.model.lora is not None:
         check_adapter(config.model.lora)
@@ -185,13 +188,8 @@ def build_experiment(
 def bind_engine(rollout: Mapping[str, Any]) -> Callable[..., RolloutEngine]:
     """What builds the rollout engine of a model. Raises ConfigError where it cannot be one."""
     engine = bind("rollout", rollout, without=known_keys("rollout"))
-    try:
-        inspect.signature(engine).bind(policy=None, tokenizer=None, compute=None)
-    except TypeError as error:
-        raise ConfigError(
-            f"rollout._target_={rollout['_target_']}: it must be a class of the form RolloutEngine, built with policy, "
-            f"tokenizer and compute (grpo/rollout/engine.py): {error}"
-        ) from error
+    form = "it must be a class of the form RolloutEngine, built with policy, tokenizer and compute"
+    check_call(f"rollout._target_={rollout['_target_']}", engine, form, policy="", tokenizer="", compute="")
     return engine
 
 
@@ -202,15 +200,15 @@ def build_objective(config: Config) -> Objective:
     """
     followed = {"beta": kl_weight(config), "epsilon_low": config.grpo.epsilon, "epsilon_high": config.grpo.epsilon}
     node = {name: followed.get(name) if value is None else value for name, value in config.objective.items()}
-    taken = inspect.signature(find_function("objective._target_", node.get("_target_"))).parameters
-    objective = build("objective", node, without=tuple(set(known_keys("objective")) - taken.keys()))
+    key = f"objective._target_={node.get('_target_')}"
+    function = find_function("objective._target_", node.get("_target_"))
     try:
-        inspect.signature(objective).bind("inputs", "counts")
-    except TypeError as error:
-        raise ConfigError(
-            f"objective._target_={node['_target_']}: it must have the form f(inputs: LossInputs, counts: Counts) -> "
-            f"LossOutput, with numbers as further keyword arguments (grpo/algorithm/objective.py): {error}"
-        ) from error
+        taken = inspect.signature(function).parameters.keys()
+    except ValueError as error:  # a builtin
+        raise ConfigError(f"{key}: {error}") from error
+    objective = build("objective", node, without=tuple(set(known_keys("objective")) - taken))
+    form = "it must have the form f(inputs: LossInputs, counts: Counts, **numbers) -> LossOutput"
+    check_call(key, objective, form, "inputs", "counts")
     return objective
 
 

@@ -91,9 +91,10 @@ def sampling_metrics(completions: Completions, logps: Tensor) -> dict[str, float
 
 
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float | None]:
-    """Means over the `mu` updates of a step; None where one was not finite."""
-    mean = {name: sum(update[name] for update in updates) / len(updates) for name in updates[0]}
-    return {name: _finite(value) for name, value in mean.items()}
+    """Means over the `mu` updates of a step that have the metric; None where one was not finite."""
+    names = dict.fromkeys(name for update in updates for name in update)
+    values = {name: [update[name] for update in updates if name in update] for name in names}
+    return {name: _finite(sum(each) / len(each)) for name, each in values.items()}
 
 
 def _finite(value: float) -> float | None:

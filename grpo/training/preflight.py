@@ -14,8 +14,8 @@ from grpo.training.experiment import Experiment, ScoredCompletions, score_comple
 from grpo.training.metrics import ended
 
 MOST_GROUPS = 8
-TRUNCATED_OFTEN = 0.25  # share of truncated completions from which on a warning says so
-MOSTLY_EQUAL = 0.75  # share of groups with equal rewards from which on a warning says so
+TRUNCATED_OFTEN = 0.25  # share of truncated completions at or above which there is a warning
+MOSTLY_EQUAL = 0.75  # share of groups with equal rewards at or above which there is a warning
 
 
 def preflight(

@@ -13,7 +13,6 @@ from grpo.runs.console import closing_table, next_commands, resume_command
 from grpo.runs.environment import environment
 from grpo.runs.run import Run
 from grpo.training.experiment import build_experiment
-from grpo.training.preflight import preflight
 from grpo.training.recorder import Recorder, is_due, recording
 from grpo.training.trainer import Trainer
 
@@ -32,7 +31,7 @@ def train(run: Run) -> None:
         before_first_step(trainer, run, recorder)
         stops = run.stop.deferred(trainer.can_abort_step, save=lambda: recorder.save_and_wait(trainer.state_dict()))
         with recorder.shown(), stops:
-            evaluate_if_due(trainer, recorder)  # where a stop interrupted it
+            evaluate_if_due(trainer, recorder)  # if a stop signal interrupted it
             for step in trainer.steps(until):
                 recorder.step(step)
                 evaluate_if_due(trainer, recorder)
@@ -108,7 +107,7 @@ def before_first_step(trainer: Trainer, run: Run, recorder: Recorder) -> None:
     if step > 0:
         return
     if run.config.preflight and not run.folder.preflight_file.exists():
-        recorder.preflight(preflight(trainer.engine, trainer.sampling, trainer.sampler, trainer.experiment))
+        recorder.preflight(trainer.preflight())
     if run.config.eval.before and run.folder.evaluation("before") is None:
         result = trainer.evaluate()
         recorder.evaluation("before", result)
@@ -139,7 +138,7 @@ def save_if_due(trainer: Trainer, recorder: Recorder) -> None:
     if not is_due(step, trainer.config.checkpoint.every) and step != trainer.total_steps:
         return
     recorder.save(trainer.state_dict())
-    if step < trainer.total_steps:  # after the last step, the final model is written all the same
+    if step < trainer.total_steps:  # after the last step, the final model is still written
         recorder.saver.check()
 
 

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -37,6 +38,7 @@ from grpo.training.metrics import (
     sampling_metrics,
     update_metrics,
 )
+from grpo.training.preflight import preflight
 from grpo.training.update import (
     Batch,
     Counts,
@@ -99,6 +101,8 @@ class Trainer:
         tokens = experiment.sizes.micro_batch_tokens
         self._reference_budget = TokenBudget("reference", tokens)
         self._update_budget = TokenBudget("update", tokens)
+        self._states: dict[str, Any] = {}  # of the parts that have one, after the last completed step or evaluation
+        self._note_states()
         self._step_started = 0.0
         self._step_seconds = math.inf  # of the last step; unknown before the first
         self._abortable = False  # True while the work in progress has changed no weight
@@ -160,6 +164,7 @@ class Trainer:
         }
         best = self.state.best_reward
         self.state.best_reward = row["reward"] if best is None else max(best, row["reward"])
+        self._note_states()
         samples = sample_rows(step, sampled.problems, scored, completions, advantages)
         return Step(row, samples, replace(self.state), batch if skipped else None)
 
@@ -263,7 +268,22 @@ class Trainer:
         self._abortable = True
         result = evaluate(self.engine, self.sampling, self.experiment, self.state.step)
         self._abortable = False
+        self._settle()
         return result
+
+    def preflight(self) -> dict[str, Any]:
+        """What the untrained model earns, as preflight.json holds it."""
+        found = preflight(self.engine, self.sampling, self.sampler, self.experiment)
+        self._settle()
+        return found
+
+    def _settle(self) -> None:
+        """Remember the parts' states after an evaluation; put them back before step 1, which no checkpoint precedes."""
+        if self.state.step > 0:
+            self._note_states()
+            return
+        for name, state in self._states.items():
+            self._parts()[name].load_state_dict(deepcopy(state))
 
     def state_dict(self) -> dict[str, Any]:
         """All that the steps to come depend on, the tensors not copied.
@@ -273,11 +293,11 @@ class Trainer:
         """
         within_iteration = self.state.step % self.config.grpo.num_steps != 0
         needed = self.reference is not None and self.state.iteration > 1 and within_iteration
-        states = {name: part.state_dict() for name, part in self._parts().items() if hasattr(part, "state_dict")}
         state = replace(
             self.state,
             loss_scale=None if self.loss_scale is None else asdict(self.loss_scale),
-            parts={name: state for name, state in states.items() if state},
+            parts=deepcopy({name: state for name, state in self._states.items() if state}),
+            engine=self.config.rollout["_target_"],
         )
         return {
             "model": weights_of(self.master),
@@ -294,7 +314,10 @@ class Trainer:
         check_optimizer(saved, self._new_optimizer())  # before the weights, which it changes
         self.state = replace(saved["trainer"])
         parts = self._parts()
-        for name, state in self.state.parts.items():
+        states = dict(self.state.parts)
+        if self.state.engine not in (None, self.config.rollout["_target_"]):  # a fork with another engine
+            states.pop("rollout", None)
+        for name, state in states.items():
             try:
                 parts[name].load_state_dict(state)
             except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -309,6 +332,12 @@ class Trainer:
             refresh(self.policy, self.master)
         self.engine.sync(self.policy)
         load_optimizer(saved["optimizer"], self.optimizer)
+        self._note_states()
+
+    def _note_states(self) -> None:
+        """Remember the states of the parts. An abandoned step must leave no trace in a checkpoint."""
+        stateful = {name: part for name, part in self._parts().items() if hasattr(part, "state_dict")}
+        self._states = {name: deepcopy(part.state_dict()) for name, part in stateful.items()}
 
     def _parts(self) -> dict[str, Any]:
         """The parts that may have a state of their own, by its name in a checkpoint."""

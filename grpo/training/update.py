@@ -14,6 +14,7 @@ from grpo.model.logps import TokenLogps, completion_logps
 from grpo.model.packed import supports_packing
 
 Objective = Callable[[LossInputs, Counts], LossOutput]
+RESERVED = {"loss", "entropy", "grad_norm"}  # metrics of every update, whatever the objective
 
 
 @dataclass(frozen=True)
@@ -130,21 +131,21 @@ def accumulate_gradient(
     """
     all_rows = batch.micro_batches(token_budget, supports_packing(model))
     has_signal = [batch.ref_logps is not None or bool(batch.advantages[rows].any()) for rows in all_rows]
-    has_signal[-1] |= not any(has_signal)  # the optimizer is to see a gradient, even if it is 0
+    has_signal[-1] |= not any(has_signal)  # so that the optimizer always gets a gradient
     logps = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)  # (B, T)
     loss: Tensor | float = 0.0
     sums: dict[str, tuple[Tensor | float, Tensor | int]] = {}
     for rows, with_gradient in zip(all_rows, has_signal, strict=True):
         micro_batch = batch.select(rows)
-        inputs, output = evaluate_loss(model, objective, micro_batch, counts, temperature, with_gradient)
-        if not with_gradient and torch.autograd.grad(output.loss, inputs.logps)[0].any():
+        inputs, output = compute_loss(model, objective, micro_batch, counts, temperature, with_gradient)
+        if not with_gradient and _has_gradient(output.loss, inputs.logps):
             with_gradient = True  # the loss does not depend on the advantages alone
-            inputs, output = evaluate_loss(model, objective, micro_batch, counts, temperature, with_gradient)
-        if with_gradient:
+            inputs, output = compute_loss(model, objective, micro_batch, counts, temperature, with_gradient)
+        if with_gradient and output.loss.requires_grad:
             (output.loss * loss_scale).backward()
         logps[rows, : inputs.logps.shape[1]] = inputs.logps.detach()
         loss += output.loss.detach()
-        assert inputs.entropy is not None  # `evaluate_loss` asks for it
+        assert inputs.entropy is not None  # `compute_loss` asks for it
         entropy = inputs.entropy * inputs.mask
         for name, (value, weight) in {**output.metrics, "entropy": (entropy.sum(), inputs.mask.sum())}.items():
             total, total_weight = sums.get(name, (0.0, 0))
@@ -156,7 +157,14 @@ def accumulate_gradient(
     )
 
 
-def evaluate_loss(
+def _has_gradient(loss: Tensor, logps: Tensor) -> bool:
+    if not loss.requires_grad:
+        return False
+    (gradient,) = torch.autograd.grad(loss, logps, allow_unused=True)
+    return gradient is not None and bool(gradient.any())
+
+
+def compute_loss(
     model: PreTrainedModel,
     objective: Objective,
     batch: Batch,
@@ -181,7 +189,12 @@ def evaluate_loss(
         sampling_logps=batch.completions.sampling_logps,
         entropy=policy.entropy,
     )
-    return inputs, objective(inputs, counts)
+    output = objective(inputs, counts)
+    if not isinstance(output, LossOutput):
+        raise RuntimeError(f"the objective returned {type(output).__name__}; it must return a LossOutput")
+    if taken := RESERVED & output.metrics.keys():
+        raise RuntimeError(f"the objective's metric '{min(taken)}' is one of the suite's; give it another name")
+    return inputs, output
 
 
 def apply_gradient(

@@ -174,15 +174,52 @@ def test_a_target_that_only_the_folder_names_is_refused_with_the_argument_that_a
 
 
 @pytest.mark.parametrize(
-    "target", ["grpo.algorithm.objective.Objective", "grpo.data.problems.load_arithmetic", "torch.optim.SGD"]
+    ("group", "target"),
+    [
+        ("objective", "grpo.algorithm.objective.Objective"),
+        ("data", "grpo.data.problems.load_arithmetic"),
+        ("optimizer", "torch.optim.SGD"),
+        ("optimizer", "grpo.algorithm.optimizer.MuonWithAdamW"),
+        ("rollout", "grpo.rollout.native.NativeEngine"),
+    ],
 )
-def test_functions_of_the_suite_and_torch_optimizers_are_trusted(composed, target):
-    check_trusted(frozen(target), composed, "outputs/theirs")
+def test_functions_of_the_suite_and_torch_optimizers_are_trusted(composed, group, target):
+    check_trusted(OmegaConf.create({group: {"_target_": target}}), composed, "outputs/theirs")
 
 
-def test_what_conf_names_is_trusted_whichever_choice_is_composed(composed):
-    for target in ("grpo.data.problems.load_jsonl", "grpo.rewards.math_xml.accuracy", "torch.optim.AdamW"):
-        check_trusted(frozen(target), composed, "outputs/theirs")
+def test_rewards_of_the_suite_are_trusted_under_any_name(composed):
+    for target in ("grpo.rewards.math_xml.accuracy", "grpo.rewards.math_xml.correctness"):
+        theirs = {"reward": {"components": {"mine": {"_target_": target}}}}
+        check_trusted(OmegaConf.create(theirs), composed, "outputs/theirs")
+
+
+@pytest.mark.parametrize(
+    ("key", "target"),
+    [
+        # They resolve dotted paths that their settings name, so only their own key may name them.
+        ("reward.components.x", "grpo.algorithm.objective.Objective"),
+        ("eval.accuracy", "grpo.algorithm.objective.Objective"),
+        ("data", "grpo.algorithm.objective.choose"),
+        ("optimizer", "grpo.algorithm.objective.choose"),
+        ("rollout", "grpo.algorithm.objective.Objective"),
+        ("objective", "grpo.algorithm.objective.choose"),
+        ("objective", "grpo.data.problems.load_jsonl"),
+        ("data", "torch.optim.SGD"),
+        ("parent", "torch.optim.SGD"),
+    ],
+)
+def test_what_is_trusted_under_one_key_is_not_under_another(composed, key, target):
+    theirs = OmegaConf.create({})
+    OmegaConf.update(theirs, f"{key}._target_", target)
+    with pytest.raises(ConfigError, match=rf"asks to run {target} \({key}\._target_\)"):
+        check_trusted(theirs, composed, "outputs/theirs")
+
+
+def test_a_choice_of_conf_is_trusted_and_another_path_is_not(composed):
+    with pytest.raises(ConfigError, match=r"asks to run os\.getcwd \(objective\.ratio\)"):
+        check_trusted(OmegaConf.create({"objective": {"ratio": "os.getcwd"}}), composed, "outputs/theirs")
+    named = compose_config(["objective.ratio=my_functions.ratio"])
+    check_trusted(OmegaConf.create({"objective": {"ratio": "my_functions.ratio"}}), named, "outputs/theirs")
 
 
 def test_what_the_command_line_names_is_trusted():

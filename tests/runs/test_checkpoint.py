@@ -519,7 +519,7 @@ def test_a_save_without_enough_room_is_refused_before_it_starts(tmp_path, caplog
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50))
     save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=2))
     assert "could not write the checkpoint of step 2 (it takes 1.04e-07 GB and 5e-08 GB are free" in caplog.text
-    assert "training goes on, and the one before it stays" in caplog.text
+    assert "training continues, the one before it is kept" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
 
 

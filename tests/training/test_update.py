@@ -11,12 +11,13 @@ from grpo.batch import Prompts
 from grpo.model.linear import use_onednn
 from grpo.model.packed import supports_packing, try_packing
 from grpo.tiny import MODEL_DIR
+from grpo.training.metrics import update_metrics
 from grpo.training.update import (
     Batch,
     accumulate_gradient,
     all_logps,
     apply_gradient,
-    evaluate_loss,
+    compute_loss,
     learning_rate,
 )
 from tests.launches import processes
@@ -94,7 +95,7 @@ def test_without_kl_a_group_of_equal_rewards_costs_no_backward_pass_and_changes_
     entropy = 0.0
     expected_logps = torch.zeros(batch.completions.ids.shape)
     for rows in parts:
-        inputs, output = evaluate_loss(model, grpo(beta=0), batch.select(rows), batch.counts(12), 1.0, True)
+        inputs, output = compute_loss(model, grpo(beta=0), batch.select(rows), batch.counts(12), 1.0, True)
         expected_logps[rows, : inputs.logps.shape[1]] = inputs.logps.detach()
         entropy += float((inputs.entropy * inputs.mask).sum())
         output.loss.backward()
@@ -123,6 +124,44 @@ def test_an_objective_with_more_to_it_than_advantages_gets_its_gradient(model, b
     _, split = accumulate(model, batch, 30, objective=objective)
     assert whole.norm() > 0
     assert (split - whole).norm() / whole.norm() < 1e-5
+
+
+def test_an_objective_without_a_gradient_for_some_rows_is_no_error(model, batch):
+    def objective(inputs, counts):
+        if inputs.advantages.any():
+            return grpo(beta=0)(inputs, counts)
+        return LossOutput(torch.zeros(()), {})
+
+    first = batch.advantages.clone()
+    first[4:] = 0.0
+    batch = replace(batch, advantages=first, ref_logps=None)
+    budget = 30 if supports_packing(model) else 50  # a part for each group
+    _, gradient = accumulate(model, batch, budget, objective=objective)
+    _, expected = accumulate(model, batch, budget, beta=0)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (None, "the objective returned NoneType; it must return a LossOutput"),
+        (
+            LossOutput(torch.zeros(()), {"loss": (torch.ones(()), torch.ones(()))}),
+            "metric 'loss' is one of the suite's",
+        ),
+    ],
+)
+def test_what_an_objective_returns_wrongly_is_named(model, batch, output, said):
+    with pytest.raises(RuntimeError, match=said):
+        accumulate(model, batch, WHOLE, objective=lambda inputs, counts: output)
+
+
+def test_a_metric_that_only_some_updates_have_is_averaged_over_those():
+    assert update_metrics([{"loss": 1.0, "first": 3.0}, {"loss": 2.0, "later": math.inf}]) == {
+        "loss": 1.5,
+        "first": 3.0,
+        "later": None,
+    }
 
 
 def test_completions_of_like_length_are_together_and_a_prompt_is_not_read_more_often_than_needed(batch):
