@@ -225,9 +225,9 @@ def test_other_problems_are_compared_with_none(tmp_path):
             problem["answer"] = "42"
         run.write_evaluation("after", after)
     (page, _), answer = write_sweep_report(folder)
-    assert "it was compared with none" in answer
+    assert "so it was not compared" in answer
     assert "nan" not in page.read_text().split("<h2>Jobs")[0].split("<body>")[1].replace("finance", "")
-    assert any("and so not compared: 1 arms" in each for each in warnings(SweepAnalysis(folder)))
+    assert any("with the best: 1 arms" in each for each in warnings(SweepAnalysis(folder)))
 
 
 def test_a_file_that_cannot_be_read_costs_one_job_and_a_dollar_sign_none(tmp_path):

@@ -127,7 +127,7 @@ def test_another_version_or_machine_is_told_beside_a_difference(run, verify):
     file.write_text(json.dumps(launch) + "\n")
     result = verify(f"run_dir={run}", "step=1")
     assert result.returncode == 1
-    assert ", there it was 2.11.0" in result.stdout
+    assert ", in the run it was 2.11.0" in result.stdout
     assert "numpy" not in result.stdout  # only what differs
 
 

@@ -113,7 +113,7 @@ def test_a_fork_that_lost_its_checkpoints_does_not_start_from_another_model(pare
     shutil.rmtree(run / "checkpoints")
     resumed = launch("resume=true", f"run_dir={run}", cwd=tmp_path)
     assert resumed.returncode == 1
-    assert "the fork has that the fork began from is lost; fork again" in resumed.stderr.splitlines()[-1]
+    assert "so the checkpoint that the fork began from is lost; fork again" in resumed.stderr.splitlines()[-1]
     assert len(rows(run)) == 4
 
 

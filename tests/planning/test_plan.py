@@ -33,7 +33,7 @@ def test_it_says_what_a_launch_takes_and_leaves_nothing_behind(launch, tmp_path)
     for part in ("weights", "optimizer", "reference", "gradients", "activations", "keys and values", "peak"):
         assert re.search(rf"{part} +[\d.]+", done.stdout), part
     assert ": fits" in done.stdout
-    assert "seconds a step" in done.stdout
+    assert "seconds per step" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -150,7 +150,7 @@ def test_without_locks_of_the_file_system_the_line_decides_on_one_machine_too(tm
         assert line(tmp_path)["token"]
     with locked(tmp_path, 0.1):
         pass
-    assert "would not notice" in caplog.text
+    assert "cannot be detected" in caplog.text
 
 
 def test_a_full_disk_neither_breaks_the_line_nor_ends_the_run(tmp_path, monkeypatch):

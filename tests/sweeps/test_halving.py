@@ -103,7 +103,7 @@ def test_arms_stop_early_and_the_best_one_is_the_run_that_it_would_have_been(str
     assert_equal(cwd / "sweep" / jobs[best]["folder"], cwd / "alone")
     assert (cwd / "alone" / "final_model").exists()
     page = (cwd / "sweep" / "report.html").read_text()
-    assert "What the budget bought" in page
+    assert "Rungs and budget" in page
     assert "resume    python launch.py -m" not in done.stdout
 
 

@@ -72,7 +72,7 @@ def test_a_job_that_is_killed_ends_alone_and_the_same_command_with_resume_makes_
     sweep = sweep_of(cwd)
     assert [job["state"] for job in sweep.jobs()] == ["failed", "finished"]
     assert sweep.record()["state"] == "failed"
-    assert "SIGKILL, as where memory runs out" in sweep.jobs()[0]["error"]
+    assert "SIGKILL (possibly out of memory)" in sweep.jobs()[0]["error"]
     assert "Traceback" not in failed.stdout + failed.stderr
     assert "job 0 failed: its process ended with SIGKILL" in failed.stdout
     written = {job["folder"]: (sweep.path / job["folder"] / "status.json").stat().st_mtime_ns for job in sweep.jobs()}
