@@ -352,8 +352,8 @@ def test_an_adapter_given_as_a_model_is_answered_with_the_whole_command(command,
     data = ["data=arithmetic", "data.system_prompt=null", "eval.max_problems=8", "hardware=cpu"]
     code, _, err = command("evaluate", f"model.name={adapter_run / 'final_model'}", *data)
     assert code == 2
-    mend = err.strip().partition(", set ")[2].split()
-    assert "tuning=lora" in mend
-    code, out, err = command("evaluate", *mend, *data, "grpo.max_completion_length=40")
+    fix = err.strip().partition(", set ")[2].split()
+    assert "tuning=lora" in fix
+    code, out, err = command("evaluate", *fix, *data, "grpo.max_completion_length=40")
     assert code == 0, err
     assert f"{evaluation(adapter_run, 'after')['accuracy']:.1%}" in out
