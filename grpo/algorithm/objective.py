@@ -58,6 +58,9 @@ class LossOutput:
     metrics: dict[str, tuple[Tensor, Tensor]]  # name -> scalars (sum, weight); sums over parts, then their quotient
 
 
+ObjectiveFunction = Callable[[LossInputs, Counts], LossOutput]
+
+
 @dataclass(frozen=True)
 class Limits:
     """The numbers of the surrogates."""

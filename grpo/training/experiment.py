@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo.algorithm.objective import Counts, LossInputs, LossOutput, choose
+from grpo.algorithm.objective import ObjectiveFunction, choose
 from grpo.batch import Completions, Prompts, tokenize_prompts
 from grpo.config.checks import Sizes, complete_sizes, kl_weight
 from grpo.config.errors import ConfigError
@@ -34,7 +34,6 @@ from grpo.rollout.native import NativeEngine
 logger = logging.getLogger(__name__)
 
 NATIVE = f"{NativeEngine.__module__}.{NativeEngine.__qualname__}"
-Objective = Callable[[LossInputs, Counts], LossOutput]
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Experiment:
     components: list[RewardComponent]
     accuracy: RewardComponent  # 1.0 or 0.0 for each completion
     advantage: Callable[[Tensor, Tensor, Tensor], Tensor]  # see grpo.algorithm.objective.CHOICES
-    objective: Objective
+    objective: ObjectiveFunction
     optimizer: Callable[..., torch.optim.Optimizer]
     engine: Callable[..., RolloutEngine]
 
@@ -193,7 +192,7 @@ def bind_engine(rollout: Mapping[str, Any]) -> Callable[..., RolloutEngine]:
     return engine
 
 
-def build_objective(config: Config) -> Objective:
+def build_objective(config: Config) -> ObjectiveFunction:
     """The objective, with grpo.beta and grpo.epsilon where its own numbers are null. Raises ConfigError.
 
     A function of the user's gets the numbers of the suite's objective that it has arguments for, and its own settings.

@@ -1,19 +1,17 @@
 """One policy update on one batch, split into micro-batches whose gradients add up to the whole batch's."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo.algorithm.objective import Counts, LossInputs, LossOutput
+from grpo.algorithm.objective import Counts, LossInputs, LossOutput, ObjectiveFunction
 from grpo.batch import Completions, Prompts, split_rows
 from grpo.model.logps import TokenLogps, completion_logps
 from grpo.model.packed import supports_packing
 
-Objective = Callable[[LossInputs, Counts], LossOutput]
 RESERVED = {"loss", "entropy", "grad_norm"}  # metrics of every update, whatever the objective
 
 
@@ -115,7 +113,7 @@ class Gradient:
 
 def accumulate_gradient(
     model: PreTrainedModel,
-    objective: Objective,
+    objective: ObjectiveFunction,
     batch: Batch,
     counts: Counts,
     *,
@@ -166,7 +164,7 @@ def _has_gradient(loss: Tensor, logps: Tensor) -> bool:
 
 def compute_loss(
     model: PreTrainedModel,
-    objective: Objective,
+    objective: ObjectiveFunction,
     batch: Batch,
     counts: Counts,
     temperature: float,
