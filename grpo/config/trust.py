@@ -1,4 +1,4 @@
-"""What a run folder may ask to run: algorithms, data and rewards of grpo, torch.optim, and what the user names."""
+"""What a run folder may ask to run: by key, a few functions of grpo and torch.optim, and what the user names."""
 
 import functools
 import importlib
@@ -52,7 +52,7 @@ def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
         )
 
 
-def foreign_targets(config: Any, named: Collection[tuple[str, Any]] = ()) -> dict[str, str]:
+def foreign_targets(config: Any, named: Collection[tuple[str, str]] = ()) -> dict[str, str]:
     """Key -> target of what a config runs and neither TRUSTED, conf/ nor `named` has for that key.
 
     named: as `_named_in` gives it. By key, since what is safe as an objective may run anything as a reward.
@@ -61,7 +61,7 @@ def foreign_targets(config: Any, named: Collection[tuple[str, Any]] = ()) -> dic
     return {
         key: target
         for key, target in targets_in(config)
-        if (_place(key), target) not in known and not _is_trusted(key, str(target))
+        if (_place(key), str(target)) not in known and not _is_trusted(key, str(target))
     }
 
 
@@ -70,14 +70,14 @@ def _place(key: str) -> str:
     return re.sub(r"^reward\.components\.[^.]+\.", "reward.components.*.", key)
 
 
-def _named_in(config: Any, key: str = "") -> set[tuple[str, Any]]:
+def _named_in(config: Any, key: str = "") -> set[tuple[str, str]]:
     """Where a config names which targets."""
-    return {(_place(path), target) for path, target in targets_in(config, key)}
+    return {(_place(path), str(target)) for path, target in targets_in(config, key)}
 
 
 @functools.cache
-def _named_in_conf() -> frozenset[tuple[str, Any]]:
-    named: set[tuple[str, Any]] = set()
+def _named_in_conf() -> frozenset[tuple[str, str]]:
+    named: set[tuple[str, str]] = set()
     for file in CONF_DIR.rglob("*.yaml"):
         text = file.read_text(encoding="utf-8")
         group = ".".join(file.relative_to(CONF_DIR).parent.parts)

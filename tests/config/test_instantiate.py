@@ -215,6 +215,12 @@ def test_what_is_trusted_under_one_key_is_not_under_another(composed, key, targe
         check_trusted(theirs, composed, "outputs/theirs")
 
 
+@pytest.mark.parametrize("target", [["os.system"], {"a": "os.system"}, 5])
+def test_a_target_that_is_no_text_is_refused_in_a_line(composed, target):
+    with pytest.raises(ConfigError, match=r"asks to run .* \(data\._target_\)"):
+        check_trusted(OmegaConf.create({"data": {"_target_": target}}), composed, "outputs/theirs")
+
+
 def test_a_choice_of_conf_is_trusted_and_another_path_is_not(composed):
     with pytest.raises(ConfigError, match=r"asks to run os\.getcwd \(objective\.ratio\)"):
         check_trusted(OmegaConf.create({"objective": {"ratio": "os.getcwd"}}), composed, "outputs/theirs")
