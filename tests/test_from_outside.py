@@ -83,6 +83,13 @@ def test_an_advantage(folder):
             assert sample["advantage"] == pytest.approx(sample["reward"] - mean, abs=1e-6)
 
 
+def test_an_advantage_of_another_shape_is_named(folder):
+    (folder / "wrong.py").write_text("def total(rewards, weights, valid):\n    return rewards.sum()\n")
+    failed = launch(*SHORT, "objective.advantage=wrong.total", "run_dir=run", cwd=folder)
+    assert failed.returncode == 1
+    assert "objective.advantage=wrong.total returned the shape (); it must be (2, 4), or have the" in failed.stderr
+
+
 def test_a_reward_class(folder):
     line = "+reward.components.brief={_target_: toy_reward.Brevity, limit: 40, weight: 0.5}"
     run = run_with(folder, "toy_reward", line)

@@ -115,7 +115,7 @@ def config_0_to_1(values: Values) -> Values:
 def state_0_to_1(values: Values) -> Values:
     """What running out of memory had reduced is state of the parts that it concerns."""
     values = dict(values)
-    return values | {"parts": values.pop("reduced", {})}
+    return values | {"parts": values.pop("reduced", {}), "engine": "grpo.rollout.native.NativeEngine"}
 
 
 def sweep_0_to_1(values: Values) -> Values:

@@ -45,7 +45,7 @@ class TrainerState:
     # The state of the parts that have one, such as what running out of memory reduced:
     # {"update": {"from": tokens configured, "to": tokens in use}}
     parts: dict[str, Any] = field(default_factory=dict)
-    engine: str | None = None  # rollout._target_, whose state parts["rollout"] is
+    engine: str = ""  # rollout._target_, whose state parts["rollout"] is
 
 
 def step_folder(folder: Path, step: int) -> Path:

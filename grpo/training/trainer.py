@@ -131,7 +131,7 @@ class Trainer:
             self.engine.release()
         with timer("reward"):
             scored = score_completions(experiment, sampled.problems, completions)
-            advantages = self._advantages(scored)  # (B,) or (B, T)
+            advantages = self._advantages(scored, completions.ids.shape[1])  # (B,) or (B, T)
         batch = Batch(prompts, completions, advantages.float().to(experiment.device))
         with timer("reference"):
             if self.reference is not None:
@@ -174,14 +174,21 @@ class Trainer:
         self.state.num_tokens += tokens
         self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if skipped else 0
 
-    def _advantages(self, scored: ScoredCompletions) -> Tensor:
-        """The advantages of the whole batch, (B,) or (B, T)."""
+    def _advantages(self, scored: ScoredCompletions, width: int) -> Tensor:
+        """The advantages of the whole batch, (B,) or (B, T); width: T. Raises RuntimeError for another shape."""
         sizes = self.experiment.sizes
         rewards = scored.rewards
         values = torch.stack([*rewards.components.values()], dim=-1)  # (B, C)
         values = values.view(sizes.batch_size, sizes.num_generations, -1)  # (P, G, C)
         valid = ~values.isnan()
-        return self.experiment.advantage(values.where(valid, 0.0), rewards.weights, valid).flatten(0, 1)
+        advantages = self.experiment.advantage(values.where(valid, 0.0), rewards.weights, valid)
+        if advantages.shape not in (values.shape[:2], (*values.shape[:2], width)):
+            name = self.config.objective["advantage"]
+            raise RuntimeError(
+                f"objective.advantage={name} returned the shape {tuple(advantages.shape)}; it must be "
+                f"{tuple(values.shape[:2])}, or have the {width} tokens of the longest completion as a third dimension"
+            )
+        return advantages.flatten(0, 1)
 
     def _reference_logps(self, batch: Batch) -> Tensor:
         """Log-probabilities (B, T) of the reference."""
@@ -315,7 +322,7 @@ class Trainer:
         self.state = replace(saved["trainer"])
         parts = self._parts()
         states = dict(self.state.parts)
-        if self.state.engine not in (None, self.config.rollout["_target_"]):  # a fork with another engine
+        if self.state.engine != self.config.rollout["_target_"]:  # a fork with another engine
             states.pop("rollout", None)
         for name, state in states.items():
             try:
