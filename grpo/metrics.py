@@ -33,7 +33,7 @@ step | | completed steps, over all outer iterations
 iteration | | outer iteration, from 1
     the run
 reward | | weighted sum of the reward components
-    mean over the completions | Reward | Reward | combined
+    mean over the completions | Reward | Reward | reward
 rewards/<component>/mean | | one reward component; missing values do not count
     mean over the completions | Reward | Reward | <component>
 rewards/<component>/std | | its standard deviation (ddof=1)

@@ -53,6 +53,7 @@ COLORS = {
     "entropy": GREEN,
     "grad_norm": SKY,
 }
+ACCURACY = "Held-out accuracy"  # the title of its panel
 OTHER_COMPONENTS = (PINK, SKY, VIOLET, RED, GREY)
 
 
@@ -187,25 +188,33 @@ def draw(
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart. `extra` draws what it has beside the curves of its metrics."""
+    """A chart: the metrics of its title in the table of metrics as curves, and what `extra` draws."""
 
-    title: str  # as in the table of metrics
+    title: str
     is_always_drawn: bool = False
     percent: bool = False
-    by_step: bool = True
+    xlabel: str = "step"
+    ylabel: str | None = None  # None: the unit of its metrics
     extra: "Callable[[Axes, RunData], None] | None" = None
+
+    @property
+    def by_step(self) -> bool:
+        """Whether it is drawn over the steps."""
+        return self.xlabel == "step"
 
     def has_data(self, run: RunData) -> bool:
         """Whether the run has something to draw here."""
-        if self.extra is accuracy:
+        if self.title == ACCURACY:  # of evaluations, and not in the table of metrics
             return bool(run.evaluations["accuracy"].notna().any())
         return any(run.has(metric.name) for metric in run.curves(self.title))
 
     def draw(self, ax: Axes, run: RunData) -> None:
         """Draw the panel into empty axes."""
         metrics = run.curves(self.title)
-        style(ax, self.title, metrics[0].unit if metrics else "", percent=self.percent)
+        unit = metrics[0].unit if metrics else ""
+        style(ax, self.title, unit if self.ylabel is None else self.ylabel, self.xlabel, self.percent)
         for metric in metrics:
+            # Those without a colour, such as the shortest completion, are drawn by `extra`.
             if run.has(metric.name) and (metric.name in COLORS or metric.name.startswith("rewards/")):
                 self._curve(ax, run, metric)
         if self.extra is not None:
@@ -230,7 +239,7 @@ class Panel:
 
 def reward(ax: Axes, run: RunData) -> None:
     """The highest value that each curve can reach, and the reward of held-out problems."""
-    colors = {"reward" if each.name == "reward" else each.label: run.color(each) for each in run.curves("Reward")}
+    colors = {metric.label: run.color(metric) for metric in run.curves("Reward")}
     for name, maximum in run.maxima.items():
         if name in colors:
             ax.axhline(maximum, color=colors[name], linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
@@ -240,7 +249,7 @@ def reward(ax: Axes, run: RunData) -> None:
     held_out = run.evaluations.dropna(subset=["reward"])
     if len(held_out):
         marker: dict[str, Any] = {"marker": "D", "markersize": 7, "markeredgecolor": "white", "linestyle": "none"}
-        ax.plot(held_out["step"], held_out["reward"], color=TEXT, label="combined, held-out", zorder=4, **marker)
+        ax.plot(held_out["step"], held_out["reward"], color=TEXT, label="reward, held-out", zorder=4, **marker)
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, 0), high)
 
@@ -275,14 +284,14 @@ def accuracy(ax: Axes, run: RunData) -> None:
     marks |= {"ecolor": MUTED, "elinewidth": 1, "capsize": 4}
     ax.errorbar(points["step"], values, yerr=np.abs(bounds - values), **marks)
     counts = " or ".join(str(n) for n in sorted({int(n) for n in points["n"].dropna()}))
-    style(ax, "Held-out accuracy", f"of {counts} problems, 95 % intervals" if counts else "", percent=True)
+    if counts:
+        ax.set_ylabel(f"of {counts} problems, 95 % intervals")
 
 
 def loss_vs_reward(ax: Axes, run: RunData) -> None:
     """A point for each step, coloured by its number."""
     points = pd.DataFrame({"step": run.steps} | {name: finite_values(run.metrics, name) for name in ("reward", "loss")})
     points = points.dropna()
-    style(ax, "Loss and reward of each step", "loss", xlabel="mean reward")
     if points.empty:
         return
     size = float(np.clip(4000 / len(points), 6, 45))
@@ -299,13 +308,15 @@ LOSS = Panel("Loss", is_always_drawn=True)
 REWARD = Panel("Reward", is_always_drawn=True, extra=reward)
 LENGTH = Panel("Output length", is_always_drawn=True, extra=length)
 TRUNCATED = Panel("Completions truncated at the length limit", percent=True, extra=truncated)
-LOSS_VS_REWARD = Panel("Loss and reward of each step", is_always_drawn=True, by_step=False, extra=loss_vs_reward)
+LOSS_VS_REWARD = Panel(
+    "Loss and reward of each step", is_always_drawn=True, xlabel="mean reward", ylabel="loss", extra=loss_vs_reward
+)
 PANELS = (
-    LOSS,
     REWARD,
+    LOSS,
     LENGTH,
     LOSS_VS_REWARD,
-    Panel("Held-out accuracy", percent=True, extra=accuracy),
+    Panel(ACCURACY, percent=True, extra=accuracy),
     TRUNCATED,
     Panel("KL divergence from the reference"),
     Panel("Entropy of the policy"),

@@ -36,10 +36,11 @@ def answer(experiment: Any, engine: Any, sampling: Any, question: str, turn: int
     """The model's completion of one question, asked as the training asks its problems."""
     import numpy as np
 
+    from grpo.counter_rng import group_keys
     from grpo.data.prompts import messages
 
     prompts = experiment.prompts([messages(question, experiment.config.data)])
-    keys = experiment.keys(turn, np.arange(1), group_size=1)
+    keys = group_keys(experiment.config.seed, turn, np.arange(1), group_size=1)
     completions = engine.generate(prompts, sampling, group_size=1, keys=keys)
     length = int(completions.lengths)
     return experiment.tokenizer.decode(completions.ids[0, :length], skip_special_tokens=True)

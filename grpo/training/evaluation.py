@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from grpo.batch import Completions
+from grpo.counter_rng import group_keys
 from grpo.data.problems import Problem
 from grpo.rewards.scoring import score
 from grpo.rollout.engine import RolloutEngine, Sampling
@@ -29,7 +30,7 @@ def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, 
     # Problems of like length together, so that little of a batch is padding.
     problems = sorted(experiment.problems.test[: config.max_problems], key=lambda problem: len(problem.question))
     prompts = experiment.prompts(experiment.conversations(problems))
-    keys = experiment.keys(0, np.arange(len(problems)), group_size=1)
+    keys = group_keys(experiment.config.seed, 0, np.arange(len(problems)), group_size=1)
     completions = engine.generate(prompts, greedy, group_size=1, keys=keys)
     outcomes = []
     # Scored in groups of the size of a step, since reward.timeout_s is meant for that many.

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +19,6 @@ from grpo.config.checks import Sizes, complete_sizes, kl_weight
 from grpo.config.errors import ConfigError
 from grpo.config.instantiate import bind, bind_reward, build, check_call, find_function
 from grpo.config.schema import Config, known_keys
-from grpo.counter_rng import group_keys
 from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import Messages, messages, prompt_lengths, render
 from grpo.model.hardware import use_hardware
@@ -104,10 +102,6 @@ class Experiment:
         """The engine that samples from a model."""
         compute = Compute(self.device, self.sizes.rollout_tokens, bool(self.config.hardware.cuda_graphs))
         return self.engine(policy=policy, tokenizer=self.tokenizer, compute=compute)
-
-    def keys(self, step: int, slots: np.ndarray, group_size: int) -> Tensor:
-        """What the noise of a step's completions follows from, (P * group_size, 2) int32."""
-        return group_keys(self.config.seed, step, slots, group_size)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from grpo.algorithm.advantage import equal_groups
+from grpo.counter_rng import group_keys
 from grpo.data.sampler import PromptSampler
 from grpo.rollout.engine import RolloutEngine, Sampling
 from grpo.training.experiment import Experiment, ScoredCompletions, score_completions
@@ -32,7 +33,7 @@ def preflight(
     sampled = sampler.take(step=1, count=min(sizes.batch_size, MOST_GROUPS))
     prompts = experiment.prompts(experiment.conversations(sampled.problems))
     # The noise is that of step 0, so that these are not the completions of step 1.
-    keys = experiment.keys(0, sampled.slots, sizes.num_generations)
+    keys = group_keys(experiment.config.seed, 0, sampled.slots, sizes.num_generations)
     completions = engine.generate(prompts, sampling, group_size=sizes.num_generations, keys=keys)
     scored = score_completions(experiment, sampled.problems, completions)
     lengths = experiment.prompt_lengths

@@ -21,7 +21,7 @@ def test_a_finished_run_has_its_report_which_needs_nothing_else(finished_run):
     for heading in ("Findings", "Before and after", "Charts", "Summary", "Config"):
         assert f"<h2>{heading}</h2>" in text
     charts = re.findall(r'<img alt="([^"]+)" src="data:image/png;base64,', text)
-    assert charts[:4] == ["Loss", "Reward", "Output length", "Loss and reward of each step"]
+    assert charts[:4] == ["Reward", "Loss", "Output length", "Loss and reward of each step"]
     assert len(set(charts)) == len(charts)
     assert "<h1>quickstart" in text
     assert "_target_: grpo.algorithm.objective.Objective" in text

@@ -13,6 +13,7 @@ from grpo.config.checks import typed
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
 from grpo.config.schema import LoraSettings
+from grpo.counter_rng import group_keys
 from grpo.model import packed
 from grpo.model.loading import load_model
 from grpo.model.logps import completion_logps
@@ -55,7 +56,7 @@ def test_sampling_and_an_update_use_no_growing_cache_and_no_float64(monkeypatch,
     monkeypatch.setattr(packed, "_takes_groups", lambda device, masked: False)
     experiment = trainer.experiment
     prompts = experiment.prompts(experiment.conversations(experiment.problems.train[:3]))
-    keys = experiment.keys(1, np.arange(3), group_size=2)
+    keys = group_keys(experiment.config.seed, 1, np.arange(3), group_size=2)
     try:
         with Dtypes() as dtypes:
             completions = trainer.engine.generate(prompts, trainer.sampling, group_size=2, keys=keys)
