@@ -297,13 +297,18 @@ class RunFolder:
         found = (self.evaluation(name) for name in ("after", f"step_{step:06d}"))
         return next((each.get("accuracy") for each in found if each is not None and each.get("step") == step), None)
 
-    def objective(self) -> float | None:
-        """What a sweep maximises: held-out accuracy after the last step, or else that step's mean reward."""
+    def outcome(self) -> tuple[str, float] | None:
+        """What a run is compared by, with its name: held-out accuracy after the last step, or else its mean reward."""
         rows = self.metrics()
         if not rows:
             return None
         accuracy = self.accuracy_at(rows[-1]["step"])
-        return rows[-1]["reward"] if accuracy is None else accuracy
+        return ("reward", rows[-1]["reward"]) if accuracy is None else ("held-out accuracy", accuracy)
+
+    def objective(self) -> float | None:
+        """The number that a sweep maximises."""
+        found = self.outcome()
+        return None if found is None else found[1]
 
     def save_final_model(self, *writers: Callable[[Path], object]) -> None:
         """Write final_model/ by all that write a part of it into a folder (model, tokenizer), whole or not at all."""

@@ -147,23 +147,14 @@ class Progress:
         line = f"{self.name(job.number)} ({job.name}): {state} after {duration(seconds)}"
         if state == "finished":
             self._seconds.append(seconds)
-            line += f" with {score(job.folder)}"
+            name, value = RunFolder(job.folder).outcome() or ("no step", 0.0)
+            line += f", {name} {value:.1%}" if name == "held-out accuracy" else f", {name} {value:.2f}"
         others = len(running) + waiting
         if others and self._seconds:
             usual = sum(self._seconds) / len(self._seconds)
             left = sum(max(0.0, usual - (now - each.started)) for each in running) + waiting * usual
             line += f"; about {duration(left / min(self._at_once, others))} left for {others} more"
         return line
-
-
-def score(folder: Path) -> str:
-    """What a finished run is compared by, with its unit."""
-    run = RunFolder(folder)
-    rows = run.metrics()
-    accuracy = run.accuracy_at(rows[-1]["step"]) if rows else None
-    if accuracy is not None:
-        return f"{accuracy:.1%} held-out accuracy"
-    return f"a reward of {rows[-1]['reward']:.2f}" if rows else "no step"
 
 
 def duration(seconds: float) -> str:
