@@ -147,8 +147,10 @@ class Progress:
         line = f"{self.name(job.number)} ({job.name}): {state} after {duration(seconds)}"
         if state == "finished":
             self._seconds.append(seconds)
-            name, value = RunFolder(job.folder).outcome() or ("no step", 0.0)
-            line += f", {name} {value:.1%}" if name == "held-out accuracy" else f", {name} {value:.2f}"
+            outcome = RunFolder(job.folder).outcome()
+            if outcome is not None:
+                name, value = outcome
+                line += f", {name} {value:.1%}" if name == "held-out accuracy" else f", {name} {value:.2f}"
         others = len(running) + waiting
         if others and self._seconds:
             usual = sum(self._seconds) / len(self._seconds)
