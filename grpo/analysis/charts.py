@@ -36,7 +36,7 @@ from grpo.analysis.theme import (
     new_figure,
     style,
 )
-from grpo.metrics import Metric, component_ranges, of_components
+from grpo.metric_table import Metric, component_ranges, of_components
 from grpo.runs.files import write_atomic
 
 DPI = 120

@@ -13,7 +13,7 @@ from grpo.analysis.doctor import examine
 from grpo.analysis.load import component_columns, read_config
 from grpo.analysis.page import render
 from grpo.analysis.summary import summarize
-from grpo.metrics import component_ranges, of_components
+from grpo.metric_table import component_ranges, of_components
 from grpo.runs.files import write_atomic
 from grpo.runs.folder import RunFolder
 

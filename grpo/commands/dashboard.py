@@ -14,7 +14,7 @@ from grpo.commands._common import existing_run, own_arguments
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
 from grpo.config.values import flatten
-from grpo.metrics import REWARD, of_components
+from grpo.metric_table import REWARD, of_components
 from grpo.runs.halving_state import SEED
 from grpo.runs.sweep_folder import SweepFolder
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from grpo.analysis.doctor import Doctor
 from grpo.config.values import to_dict
-from grpo.metrics import component_ranges
+from grpo.metric_table import component_ranges
 from grpo.runs.checkpoint import TrainerState
 from grpo.runs.checkpoint_writer import CheckpointWriter
 from grpo.runs.console import StepDisplay

@@ -1,6 +1,6 @@
 """The one table of what a step measures: read by the charts, the W&B view, the tests, and docs/metrics.md.
 
-`python -m grpo.metrics` prints it as Markdown. Names are TRL's where it has one.
+`python -m grpo.metric_table` prints it as Markdown. Names are TRL's where it has one.
 """
 
 from collections.abc import Iterable, Mapping
@@ -134,7 +134,7 @@ def markdown() -> str:
         "# Metrics",
         "",
         "One row of `metrics/metrics.jsonl` for each step, the same columns in Weights & Biases. `<component>` stands",
-        "for the name of a reward component. Printed by `python -m grpo.metrics`.",
+        "for the name of a reward component. Printed by `python -m grpo.metric_table`.",
         "",
         "| name | unit | meaning | taken over |",
         "|---|---|---|---|",

@@ -2,7 +2,7 @@
 
 import json
 
-from grpo.metrics import METRICS, component_ranges, markdown, of_components
+from grpo.metric_table import METRICS, component_ranges, markdown, of_components
 from tests.launches import ROOT, SETTINGS, launch
 
 
@@ -25,7 +25,7 @@ def test_the_columns_that_only_some_runs_have_are_in_the_table(tmp_path):
 
 
 def test_the_page_is_the_table():
-    assert (ROOT / "docs" / "metrics.md").read_text() == markdown(), "python -m grpo.metrics > docs/metrics.md"
+    assert (ROOT / "docs" / "metrics.md").read_text() == markdown(), "python -m grpo.metric_table > docs/metrics.md"
 
 
 def test_the_range_of_the_sum_is_there_where_every_component_declares_its_own():
