@@ -9,10 +9,13 @@ from transformers import PreTrainedModel
 
 from grpo.algorithm.objective import Counts, LossInputs, LossOutput, ObjectiveFunction
 from grpo.batch import Completions, Prompts, split_rows
+from grpo.metric_table import METRICS
 from grpo.model.logps import TokenLogps, completion_logps
 from grpo.model.packed import supports_packing
 
-RESERVED = {"loss", "entropy", "grad_norm"}  # metrics of every update, whatever the objective
+# Columns of every metrics row, whatever the objective; it may fill the others of the table.
+RESERVED = {metric.name for metric in METRICS if metric.name != "kl" and not metric.name.startswith("clip_ratio/")}
+RESERVED_PREFIXES = ("rewards/", "timing_s/", "perf/", "eval/")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Batch:
             "old_logps": self.old_logps,
         }
         # A copy of each, since a file takes no two tensors that share their memory, as the masks may.
-        return {name: value.clone() for name, value in tensors.items() if value is not None}
+        return {name: value.contiguous().clone() for name, value in tensors.items() if value is not None}
 
 
 @torch.no_grad()
@@ -190,8 +193,9 @@ def compute_loss(
     output = objective(inputs, counts)
     if not isinstance(output, LossOutput):
         raise RuntimeError(f"the objective returned {type(output).__name__}; it must return a LossOutput")
-    if taken := RESERVED & output.metrics.keys():
-        raise RuntimeError(f"the objective's metric '{min(taken)}' is one of the suite's; give it another name")
+    for name in output.metrics:
+        if name in RESERVED or name.startswith(RESERVED_PREFIXES):
+            raise RuntimeError(f"the objective's metric '{name}' is one of the suite's; give it another name")
     return inputs, output
 
 
