@@ -1,4 +1,4 @@
-"""Saving a run's checkpoints, in the foreground or in a thread beside training, and which of them are kept."""
+"""Saving a run's checkpoints, in the foreground or in a background thread, and which of them are kept."""
 
 import logging
 import re
@@ -40,6 +40,7 @@ class CheckpointWriter:
         self._idle.set()
         self.saved_step = state.step  # of the newest checkpoint on the disk
         self._failures = 0  # in a row
+        self._error: Exception | None = None  # of a write in the background
         has_reference = reference_folder(folder, state.iteration).exists()
         self._reference_iteration = state.iteration if has_reference else 0  # whose reference is on the disk
 
@@ -93,26 +94,31 @@ class CheckpointWriter:
             )
 
     def close(self) -> None:
-        """Wait until nothing is being written, also where a signal comes meanwhile."""
+        """Wait until nothing is being written, also if a signal arrives while waiting. Raises what a write raised."""
         try:
             self._idle.wait()
         except BaseException:
             self._idle.wait()
             raise
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
     def _run(self, write: Callable[[], None], what: str) -> None:
         if not self._settings.overlap:
             self._write(write, what)
             return
 
-        def beside() -> None:
+        def in_background() -> None:
             try:
                 self._write(write, what)
+            except Exception as error:  # no disk error: a fault, which `close` raises in the main thread
+                self._error = error
             finally:
                 self._idle.set()
 
         self._idle.clear()
-        threading.Thread(target=beside, name="checkpoint").start()
+        threading.Thread(target=in_background, name="checkpoint").start()
 
     def _write(self, write: Callable[[], None], what: str) -> None:
         started = time.perf_counter()
