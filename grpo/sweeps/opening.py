@@ -107,11 +107,10 @@ def check_sweep(composed: DictConfig) -> None:
         if not has_plugin(hydra[part]._target_):
             choice = hydra.runtime.choices[f"hydra/{part}"]
             raise ConfigError(f"hydra/{part}={choice}: no Hydra plugin {hydra[part]._target_} is installed")
-    subdir: Any = OmegaConf.to_container(hydra.sweep, resolve=False)  # a dict
-    if not subdir["subdir"].startswith(("${job_folder:", "${hydra.job.num}")):
-        raise ConfigError(
-            f"hydra.sweep.subdir={subdir['subdir']}: must begin with ${{hydra.job.num}}, by which jobs are found"
-        )
+    written: Any = OmegaConf.to_container(hydra.sweep, resolve=False)  # a dict
+    subdir = written["subdir"]
+    if not subdir.startswith(("${job_folder:", "${hydra.job.num}")):
+        raise ConfigError(f"hydra.sweep.subdir={subdir}: must begin with ${{hydra.job.num}}, by which jobs are found")
     at_once = hydra.launcher.get("jobs_at_once")
     if at_once is not None and not (isinstance(at_once, int) and at_once > 0):
         raise ConfigError(f"hydra.launcher.jobs_at_once={at_once} must be a number above 0, or null")
