@@ -85,7 +85,7 @@ def sampling_metrics(completions: Completions, logps: Tensor) -> dict[str, float
     if completions.sampling_logps is None:
         return {}
     mask = completions.completion_mask
-    difference = ((logps - completions.sampling_logps) * mask).abs()
+    difference = (logps - completions.sampling_logps).abs().where(mask.bool(), 0.0)
     values = {"mean": difference.sum() / mask.sum(), "max": difference.max()}
     return {f"sampling/logp_difference/{name}": _finite(value.item()) for name, value in values.items()}
 

@@ -68,7 +68,7 @@ class Recorder:
                 step=number,
                 iteration=row["iteration"],
                 total_steps=self._total_steps,
-                best_reward=step.state.best_reward,
+                best_reward=step.best_reward,
                 seconds=self._run.seconds,
                 saved_step=self.saver.saved_step,
             )
@@ -76,7 +76,7 @@ class Recorder:
     def _skipped(self, step: Step) -> None:
         """Keep the batch of a step that was not finite, and end the run after too many in a row."""
         assert step.skipped is not None
-        in_a_row = step.state.skipped_in_a_row
+        in_a_row = step.skipped_in_a_row
         number = step.row["step"]
         place = self._folder.write_skipped(number, step.skipped.tensors(), step.samples)
         numbers = f"loss {step.row['loss']} and gradient norm {step.row['grad_norm']} (null: not finite)"

@@ -1,5 +1,6 @@
 """The steps of GRPO, as Algorithm 1 of DeepSeekMath (arXiv 2402.03300) has them."""
 
+import json
 import logging
 import math
 import time
@@ -61,7 +62,8 @@ class Step:
 
     row: dict[str, Any]  # of metrics.jsonl
     samples: list[dict[str, Any]]  # every completion with its rewards and advantage
-    state: TrainerState  # after the step
+    best_reward: float | None  # highest mean reward of a step so far
+    skipped_in_a_row: int  # steps up to this one whose update was not finite
     skipped: Batch | None  # the batch whose loss or gradient was not finite, so that it changed no weight
 
 
@@ -166,7 +168,13 @@ class Trainer:
         self.state.best_reward = row["reward"] if best is None else max(best, row["reward"])
         self._note_states()
         samples = sample_rows(step, sampled.problems, scored, completions, advantages)
-        return Step(row, samples, replace(self.state), batch if skipped else None)
+        return Step(
+            row,
+            samples,
+            best_reward=self.state.best_reward,
+            skipped_in_a_row=self.state.skipped_in_a_row,
+            skipped=batch if skipped else None,
+        )
 
     def _count(self, step: int, iteration: int, tokens: int, skipped: bool) -> None:
         self.state.step = step
@@ -211,7 +219,8 @@ class Trainer:
                 break
             if batch.old_logps is None:  # before its first update the policy is the one that sampled
                 batch = replace(batch, old_logps=update.logps)
-        self.engine.sync(self.policy)
+        if any(update.finite for update in updates):
+            self.engine.sync(self.policy)
         return updates
 
     def _update_once(self, batch: Batch, counts: Counts) -> Update:
@@ -314,8 +323,9 @@ class Trainer:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned. The optimizer comes last, so that memory peaks as in training.
+        """Continue from what `state_dict` returned; for a new trainer.
 
+        The optimizer comes last, to keep the memory peak low.
         Raises RuntimeError where it does not fit the model, FileError where it does not fit the optimizer.
         """
         check_optimizer(saved, self._new_optimizer())  # before the weights, which it changes
@@ -344,7 +354,13 @@ class Trainer:
     def _note_states(self) -> None:
         """Remember the states of the parts. An abandoned step must leave no trace in a checkpoint."""
         stateful = {name: part for name, part in self._parts().items() if hasattr(part, "state_dict")}
-        self._states = {name: deepcopy(part.state_dict()) for name, part in stateful.items()}
+        states = {name: part.state_dict() for name, part in stateful.items()}
+        try:
+            self._states = json.loads(json.dumps(states))  # a copy, and as a checkpoint will hold it
+        except (TypeError, ValueError) as error:
+            raise RuntimeError(
+                f"rollout._target_={self.config.rollout['_target_']}: its state_dict() must hold JSON values: {error}"
+            ) from error
 
     def _parts(self) -> dict[str, Any]:
         """The parts that may have a state of their own, by its name in a checkpoint."""

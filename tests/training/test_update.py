@@ -149,6 +149,14 @@ def test_an_objective_without_a_gradient_for_some_rows_is_no_error(model, batch)
             LossOutput(torch.zeros(()), {"loss": (torch.ones(()), torch.ones(()))}),
             "metric 'loss' is one of the suite's",
         ),
+        (
+            LossOutput(torch.zeros(()), {"step": (torch.ones(()), torch.ones(()))}),
+            "metric 'step' is one of the suite's",
+        ),
+        (
+            LossOutput(torch.zeros(()), {"rewards/mine": (torch.ones(()), torch.ones(()))}),
+            "metric 'rewards/mine' is one of the suite's",
+        ),
     ],
 )
 def test_what_an_objective_returns_wrongly_is_named(model, batch, output, said):
