@@ -15,7 +15,7 @@ from grpo.config.errors import FileError, first_line
 from grpo.config.schema import FACTS, LAUNCH_KEYS, OPTIONAL_GROUPS
 from grpo.config.values import escape, flatten, read_yaml
 
-VERSION = 1
+VERSION = 2
 Values = dict[str, Any]
 Migration = Callable[[Values], Values]
 
@@ -35,8 +35,8 @@ ADDED_WITHIN_0 = {
     "model.lora": None,
     "parent": None,
 }
-# What `grpo_loss`, the one objective of version 0, is since an objective is a set of choices.
-OBJECTIVE_OF_0 = {
+# What `grpo_loss`, the one objective up to version 1, is since an objective is a set of choices.
+GRPO_LOSS = {
     "_target_": "grpo.algorithm.objective.Objective",
     "advantage": "group",
     "ratio": "token",
@@ -46,6 +46,7 @@ OBJECTIVE_OF_0 = {
 }
 # Where functions stand now that version 0 names elsewhere.
 MOVED_0 = {"grpo.algorithm.math_xml.": "grpo.rewards.math_xml."}
+NATIVE_ENGINE = "grpo.rollout.native.NativeEngine"  # the one engine up to version 1
 
 
 def load_frozen(file: Path, complete: bool = True) -> DictConfig:
@@ -94,38 +95,51 @@ def migrate(values: Values, file: Path, steps: tuple[Migration, ...]) -> Values:
 
 def config_0_to_1(values: Values) -> Values:
     """Drop what concerned one launch, fill in what was added within version 0, and let the objective follow grpo.*."""
-    values = {name: value for name, value in values.items() if name not in WITHOUT_EFFECT_0}
+    values = {name: deepcopy(value) for name, value in values.items() if name not in WITHOUT_EFFECT_0}
     for name, value in ADDED_WITHIN_0.items():
         _set_default(values, name, value)
     hardware, objective, grpo = (values.get(group) or {} for group in ("hardware", "objective", "grpo"))
     if "card" in hardware and hardware["card"] is None:
         hardware["card"] = dict.fromkeys(("memory_gb", "tflops", "bandwidth_gb_s"))
+    for name in ("beta", "epsilon"):
+        if name in objective and objective[name] == grpo.get(name):
+            objective[name] = None
+    return _with_moved_targets(values)
+
+
+def config_1_to_2(values: Values) -> Values:
+    """The objective is a set of choices, the rollout engine has a `_target_`, and a reward component has a range."""
+    values = deepcopy(values)
+    objective = values.get("objective") or {}
+    epsilon = objective.get("epsilon")
+    choices = GRPO_LOSS | {"beta": objective.get("beta"), "epsilon_low": epsilon, "epsilon_high": epsilon}
     if objective.get("_target_") == "grpo.algorithm.loss.grpo_loss":
-        beta, epsilon = (
-            None if objective.get(name) == grpo.get(name) else objective.get(name) for name in ("beta", "epsilon")
-        )
-        values["objective"] = OBJECTIVE_OF_0 | {"beta": beta, "epsilon_low": epsilon, "epsilon_high": epsilon}
+        values["objective"] = choices
     else:  # a user's own function, of a form that is not called any more: such a run can be reported only
-        for name, value in (OBJECTIVE_OF_0 | {"beta": None, "epsilon_low": None, "epsilon_high": None}).items():
-            _set_default(values, f"objective.{name}", value)
-    _set_default(values, "rollout._target_", "grpo.rollout.native.NativeEngine")
-    return _with_declared_ranges(_with_moved_targets(values))
+        values["objective"] = choices | objective
+    _set_default(values, "rollout._target_", NATIVE_ENGINE)
+    return _with_declared_ranges(values)
 
 
-def state_0_to_1(values: Values) -> Values:
+def state_1_to_2(values: Values) -> Values:
     """What running out of memory had reduced is state of the parts that it concerns."""
     values = dict(values)
-    return values | {"parts": values.pop("reduced", {}), "engine": "grpo.rollout.native.NativeEngine"}
+    return values | {"parts": values.pop("reduced", {}), "engine": NATIVE_ENGINE}
 
 
-def sweep_0_to_1(values: Values) -> Values:
+def sweep_1_to_2(values: Values) -> Values:
     """The choice of hydra/sweeper that was `optuna` is `tpe` now."""
     return values | {"sweeper": "tpe"} if values.get("sweeper") == "optuna" else values
 
 
-CONFIG_STEPS = (config_0_to_1,)
-STATE_STEPS = (state_0_to_1,)
-SWEEP_STEPS = (sweep_0_to_1,)
+def unchanged(values: Values) -> Values:
+    """A step between versions that write the file alike."""
+    return values
+
+
+CONFIG_STEPS = (config_0_to_1, config_1_to_2)
+STATE_STEPS = (unchanged, state_1_to_2)
+SWEEP_STEPS = (unchanged, sweep_1_to_2)
 
 
 def _set_default(values: Values, name: str, value: Any) -> None:
@@ -139,7 +153,7 @@ def _set_default(values: Values, name: str, value: Any) -> None:
 
 
 def _with_declared_ranges(values: Values) -> Values:
-    """The ranges of the components that version 0 had by default: charts and doctor knew them by name."""
+    """The ranges of the default components: up to version 1, charts and doctor knew them by name."""
     components = (values.get("reward") or {}).get("components") or {}
     for target, low, high in (("correctness", 0.0, 2.0), ("tag_format", 0.0, 0.8)):
         for node in components.values():

@@ -1,7 +1,7 @@
-"""Run folders that an earlier version wrote are resumed, evaluated, verified, forked and reported by this one.
+"""Run folders that earlier versions wrote are resumed, evaluated, verified, forked and reported by this one.
 
-old_runs/version_0 was written by the version without a version key: four runs of the embedded model, two of them
-stopped after step 2 of 4.
+old_runs has a folder for each earlier version, from the one without a version key (0) on, and each has four runs of the
+embedded model that it wrote, two of them stopped after step 2 of 4.
 """
 
 import json
@@ -13,23 +13,29 @@ import torch
 import yaml
 
 from grpo.config.errors import ConfigError
-from grpo.config.migrations import VERSION, config_0_to_1, load_frozen
+from grpo.config.migrations import VERSION, config_0_to_1, config_1_to_2, load_frozen
 from grpo.config.overrides import Overrides
 from grpo.runs.environment import environment
 from grpo.runs.folder import RunFolder
 from grpo.runs.sweep_folder import SweepFolder
 from tests.launches import grpo, launch, rows
 
-OLD = Path(__file__).resolve().parent / "old_runs" / "version_0"
+OLD = Path(__file__).resolve().parent / "old_runs"
+VERSIONS = range(VERSION)
 KINDS = ("full", "lora")
+each_version = pytest.mark.parametrize("version", VERSIONS)
+
+
+def old_run(version, name):
+    return OLD / f"version_{version}" / name
 
 
 @pytest.fixture
 def old(tmp_path):
-    """A copy of one of the old runs: `old("full_finished")`."""
+    """A copy of one of the old runs: `old(0, "full_finished")`."""
 
-    def copied(name):
-        return shutil.copytree(OLD / name, tmp_path / name)
+    def copied(version, name):
+        return shutil.copytree(old_run(version, name), tmp_path / name)
 
     return copied
 
@@ -44,9 +50,11 @@ def tensors(run_dir):
     return {str(file.relative_to(run_dir)): file.read_bytes() for file in files}
 
 
+@each_version
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_old_run_is_resumed_and_becomes_the_run_that_nothing_stopped(old, kind):
-    run, straight = old(f"{kind}_interrupted"), OLD / f"{kind}_finished"
+def test_an_old_run_is_resumed_and_becomes_the_run_that_nothing_stopped(old, kind, version):
+    run = old(version, f"{kind}_interrupted")
+    straight = old_run(version, f"{kind}_finished")
     done = launch("resume=true", f"run_dir={run}", cwd=run.parent)
     assert done.returncode == 0, done.stderr
     assert RunFolder(run).finished()
@@ -62,9 +70,10 @@ def test_an_old_run_is_resumed_and_becomes_the_run_that_nothing_stopped(old, kin
         pytest.skip("bytes are not compared: this processor, or these libraries, are not those that wrote the run")
 
 
+@each_version
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_old_run_is_evaluated_verified_and_reported(old, kind):
-    run = old(f"{kind}_finished")
+def test_an_old_run_is_evaluated_verified_and_reported(old, kind, version):
+    run = old(version, f"{kind}_finished")
     evaluated = grpo("evaluate", f"run_dir={run}", cwd=run.parent)
     assert evaluated.returncode == 0, evaluated.stderr
     (result,) = run.glob("eval/evaluate_*.json")
@@ -79,8 +88,9 @@ def test_an_old_run_is_evaluated_verified_and_reported(old, kind):
     assert "num_steps: 4" in (run / "report.html").read_text()
 
 
-def test_an_old_run_is_forked_with_another_objective(old):
-    parent = old("full_interrupted")
+@each_version
+def test_an_old_run_is_forked_with_another_objective(old, version):
+    parent = old(version, "full_interrupted")
     fork = ["fork=true", f"run_dir={parent}", "objective=grpo", "objective.epsilon_low=0.3", "grpo.beta=0.02"]
     done = launch(*fork, cwd=parent.parent)
     assert done.returncode == 0, done.stderr
@@ -93,7 +103,7 @@ def test_an_old_run_is_forked_with_another_objective(old):
 
 
 def test_an_old_run_whose_checkpoints_are_lost_is_not_started_again(old):
-    run = old("full_interrupted")
+    run = old(0, "full_interrupted")
     shutil.rmtree(run / "checkpoints")
     kept = rows(run)
     refused = launch("resume=true", f"run_dir={run}", cwd=run.parent)
@@ -102,7 +112,7 @@ def test_an_old_run_whose_checkpoints_are_lost_is_not_started_again(old):
 
 
 def test_a_run_with_a_gap_in_its_metrics_is_not_forked(old):
-    parent = old("full_interrupted")
+    parent = old(0, "full_interrupted")
     file = parent / "metrics" / "metrics.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
     refused = launch("fork=true", f"run_dir={parent}", cwd=parent.parent)
@@ -115,7 +125,7 @@ def test_a_run_with_a_gap_in_its_metrics_is_not_forked(old):
 
 
 def frozen(**changes):
-    values = yaml.safe_load((OLD / "full_finished" / "config.yaml").read_text())
+    values = yaml.safe_load((old_run(0, "full_finished") / "config.yaml").read_text())
     return values | changes
 
 
@@ -134,8 +144,17 @@ def test_the_objective_follows_grpo_where_it_had_the_same_numbers_and_else_keeps
     values = frozen()
     values["objective"]["epsilon"] = 0.25
     objective = config_0_to_1(values)["objective"]
+    assert (objective["beta"], objective["epsilon"]) == (None, 0.25)
+    assert values["objective"]["beta"] is not None  # the argument is left as it is
+
+
+def test_the_objective_of_version_1_becomes_the_choices_that_compute_the_same():
+    values = config_0_to_1(frozen())
+    values["objective"]["epsilon"] = 0.25
+    objective = config_1_to_2(values)["objective"]
     assert (objective["beta"], objective["epsilon_low"], objective["epsilon_high"]) == (None, 0.25, 0.25)
     assert "epsilon" not in objective
+    assert values["objective"]["epsilon"] == 0.25  # the argument is left as it is
 
 
 def test_an_old_sweep_by_optuna_is_one_by_tpe(tmp_path):
@@ -183,7 +202,7 @@ def test_what_is_no_config_is_refused_in_a_line(tmp_path, text):
 
 
 def test_a_folder_of_a_newer_version_is_refused_and_left_as_it_is(old):
-    run = old("full_interrupted")
+    run = old(0, "full_interrupted")
     (run / "config.yaml").write_text(f"version: {VERSION + 1}\n" + (run / "config.yaml").read_text())
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     refused = launch("resume=true", f"run_dir={run}", cwd=run.parent)
