@@ -140,6 +140,14 @@ def test_an_optimizer_and_that_the_way_to_it_is_short(folder):
         ("objective.surrogate=no_such.file", "objective.surrogate=no_such.file: No module named 'no_such'"),
         ("objective.surrogate=clipped", "objective.surrogate=clipped: must be clip, or the dotted path of a function"),
         (
+            "objective.surrogate=toy_advantage.centered",
+            "objective.surrogate=toy_advantage.centered: it must have the form f(ratio, logps, advantages, limits): too",
+        ),
+        (
+            "objective.advantage=toy_surrogate.unclipped",
+            "objective.advantage=toy_surrogate.unclipped: it must have the form f(rewards, weights, valid): missing a",
+        ),
+        (
             "objective._target_=toy_advantage.centered",
             "it must have the form f(inputs: LossInputs, counts: Counts, **numbers)",
         ),

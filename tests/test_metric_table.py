@@ -2,6 +2,7 @@
 
 import json
 
+from grpo.analysis.charts import ACCURACY, LOSS_VS_REWARD, PANELS
 from grpo.metric_table import METRICS, component_ranges, markdown, of_components
 from tests.launches import ROOT, SETTINGS, launch
 
@@ -35,3 +36,8 @@ def test_the_range_of_the_sum_is_there_where_every_component_declares_its_own():
     config["reward"]["components"]["c"] = {"weight": 1.0}
     assert component_ranges(config) == {"a": (0, 2), "b": (-1, 1)}
     assert component_ranges({}) == {}
+
+
+def test_every_chart_of_metrics_is_one_of_the_table():
+    of_their_own = {ACCURACY, LOSS_VS_REWARD.title}
+    assert {panel.title for panel in PANELS} - of_their_own <= {metric.panel for metric in METRICS}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo.algorithm.advantage import group_advantage
 from grpo.config.errors import ConfigError
-from grpo.config.instantiate import find_function
+from grpo.config.instantiate import check_call, find_function
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ class LossInputs:
     logps: Tensor  # (m, t) float32, of the policy
     mask: Tensor  # (m, t) int64, 1 where a token counts
     advantages: Tensor  # (m,) float32, or (m, t)
-    group: Tensor  # (m,) int64, the same number for the completions of a prompt
+    group: Tensor  # (m,) int64, the same number for a prompt's completions here; they may be a part of its group
     old_logps: Tensor | None = None  # (m, t), of the policy that sampled; None: it has not changed since then
     ref_logps: Tensor | None = None  # (m, t), of the reference; None where beta is 0
     sampling_logps: Tensor | None = None  # (m, t), as the rollout engine computed them, where it does
@@ -154,12 +154,16 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return x.exp() - x - 1
 
 
-# What conf/objective/ can name, by choice. The signatures:
-#   advantage(rewards (P, G, C), weights (C,), valid (P, G, C)) -> (P, G) or (P, G, T)
-#   ratio(log_ratio (m, t), mask (m, t)) -> (m, t) or (m, 1)
-#   surrogate(ratio, logps (m, t), advantages (m, 1) or (m, t), limits) -> (m, t), {metric: (m, t)}
-#   reduction(values (m, t), mask (m, t), counts) -> scalar
-#   kl(logps (m, t), ref_logps (m, t)) -> (m, t)
+# The arguments of each choice, which are passed by position.
+ARGUMENTS = {
+    "advantage": ("rewards", "weights", "valid"),  # (P, G, C), (C,), (P, G, C) -> (P, G) or (P, G, T)
+    "ratio": ("log_ratio", "mask"),  # (m, t), (m, t) -> (m, t) or (m, 1)
+    # (m, t) or (m, 1), (m, t), (m, 1) or (m, t), the clip range -> (m, t), {metric: (m, t)}
+    "surrogate": ("ratio", "logps", "advantages", "limits"),
+    "reduction": ("values", "mask", "counts"),  # (m, t), (m, t), Counts -> scalar
+    "kl": ("logps", "ref_logps"),  # (m, t), (m, t) -> (m, t)
+}
+# What conf/objective/ can name, by choice.
 CHOICES: dict[str, dict[str, Callable[..., Any]]] = {
     "advantage": {"group": group_advantage},
     "ratio": {"token": token_ratio},
@@ -170,14 +174,20 @@ CHOICES: dict[str, dict[str, Callable[..., Any]]] = {
 
 
 def choose(choice: str, name: str) -> Callable[..., Any]:
-    """The function of a choice: one of CHOICES, or by its dotted path one from elsewhere. Raises ConfigError."""
+    """The function of a choice: one of CHOICES, or by its dotted path one from elsewhere.
+
+    Raises ConfigError where there is none, or where it does not take the arguments of its choice.
+    """
     key = f"objective.{choice}"
     known = CHOICES[choice]
     if isinstance(name, str) and name in known:
         return known[name]
     if not isinstance(name, str) or "." not in name:
         raise ConfigError(f"{key}={name}: must be {' or '.join(known)}, or the dotted path of a function of your own")
-    return find_function(key, name)
+    function = find_function(key, name)
+    form = f"it must have the form f({', '.join(ARGUMENTS[choice])})"
+    check_call(f"{key}={name}", function, form, *ARGUMENTS[choice])
+    return function
 
 
 def check_choices(objective: Mapping[str, Any]) -> None:
