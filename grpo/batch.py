@@ -15,10 +15,11 @@ class Prompts:
     ids: Tensor  # (P, L) int64
     mask: Tensor  # (P, L) int64, 1 where a token is
 
-    def take(self, rows: Tensor) -> "Prompts":
-        """The prompts of these rows (n,) int64, padded to the longest of them."""
-        start = self.ids.shape[1] - int(self.mask[rows].sum(dim=1).max())
-        return Prompts(self.ids[rows, start:], self.mask[rows, start:])
+    def take(self, prompt_of_row: Tensor) -> "tuple[Prompts, Tensor]":
+        """The prompts that some rows answer, padded to the longest of them, and each row's place among them (n,)."""
+        used, place = prompt_of_row.unique(return_inverse=True)
+        start = self.ids.shape[1] - int(self.mask[used].sum(dim=1).max())
+        return Prompts(self.ids[used, start:], self.mask[used, start:]), place
 
 
 @dataclass(frozen=True)

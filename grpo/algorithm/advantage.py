@@ -24,10 +24,10 @@ def group_advantage(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
 
 
 def total_reward(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
-    """The weighted sum of the reward components, (P, G, C) -> (P, G); a missing value adds nothing."""
-    total = rewards.new_zeros(rewards.shape[:2])
+    """The weighted sum of the reward components, (..., C) -> (...); a missing value adds nothing."""
+    total = rewards.new_zeros(rewards.shape[:-1])
     for component, weight in enumerate(weights):
-        total = total + weight * rewards[:, :, component].where(valid[:, :, component], 0.0)
+        total = total + weight * rewards[..., component].where(valid[..., component], 0.0)
     return total
 
 

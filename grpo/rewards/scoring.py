@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo.algorithm.advantage import total_reward
+
 logger = logging.getLogger(__name__)
 
 
@@ -62,9 +64,9 @@ def score(
     rows, or gives no number, unless its component skips errors.
     """
     scores = {c.name: _score(c, prompts, completions, columns) for c in components}
-    parts = (c.weight * torch.nan_to_num(scores[c.name], nan=0.0) for c in components)
-    total = sum(parts, start=torch.zeros(len(completions), dtype=torch.float64))
-    return Rewards(scores, torch.tensor([c.weight for c in components], dtype=torch.float64), total)
+    weights = torch.tensor([c.weight for c in components], dtype=torch.float64)
+    values = torch.stack([*scores.values()], dim=-1)  # (B, C)
+    return Rewards(scores, weights, total_reward(values, weights, ~values.isnan()))
 
 
 def _score(component: RewardComponent, prompts: list, completions: list, columns: Mapping[str, Sequence]) -> Tensor:

@@ -93,7 +93,7 @@ def rollout(
     fast = supports_fast_decoding(model)
     kind = functools.partial(FastDecoder, cuda_graphs=cuda_graphs and keys.is_cuda) if fast else CachedDecoder
     for rows in split_rows(lengths, group, sampling.max_new_tokens, token_budget, shared=fast):
-        start = functools.partial(kind, model, *_take_prompts(prompts, group[rows]), sampling.max_new_tokens)
+        start = functools.partial(kind, model, *prompts.take(group[rows]), sampling.max_new_tokens)
         parts.append(_decode(start, keys[rows], sampling))
     longest = max(ids.shape[1] for ids, _ in parts)
     ids, logps = (
@@ -108,12 +108,6 @@ def completion_mask(ids: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
     """1 through the first end-of-sequence token, inclusive; all ones where there is none. (B, T) -> (B, T) int64."""
     stop = torch.isin(ids, torch.tensor(stop_ids, device=ids.device)).long()
     return (stop.cumsum(dim=1) - stop == 0).long()
-
-
-def _take_prompts(prompts: Prompts, prompt_of_row: Tensor) -> tuple[Prompts, Tensor]:
-    """Only the prompts that these rows answer, and each row's place among them."""
-    used, place = prompt_of_row.unique(return_inverse=True)
-    return prompts.take(used), place
 
 
 def _decode(start: Callable[[], "Decoder"], keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -190,7 +184,7 @@ class CachedDecoder:
 def _sample_tokens(logits: Tensor, keys: Tensor, t: int, sampling: Sampling, stop_ids: Tensor) -> tuple[Tensor, Tensor]:
     """The next token (rows,) from float32 logits (rows, vocabulary): greedy, or Gumbel-max with counter noise.
 
-    And its log-probability (rows,), as the training pass is to find it again: nothing held back; 0 where greedy.
+    And its log-probability (rows,) over the whole vocabulary, as the training pass computes it; 0 where greedy.
     """
     if sampling.temperature == 0:
         return _mask_early_stops(logits, t, sampling, stop_ids).argmax(dim=1), logits.new_zeros(len(logits))

@@ -58,10 +58,10 @@ class Batch:
     def select(self, rows: Tensor) -> "Batch":
         """The completions of these rows (m,) int64, padded to the longest of them, with their prompts."""
         completions = self.completions.select(rows)
-        prompts, group = completions.group.unique(return_inverse=True)
+        prompts, group = self.prompts.take(completions.group)
         width = completions.ids.shape[1]
         return Batch(
-            self.prompts.take(prompts),
+            prompts,
             replace(completions, group=group),
             self.advantages[rows] if self.advantages.dim() == 1 else self.advantages[rows, :width],
             None if self.ref_logps is None else self.ref_logps[rows, :width],
