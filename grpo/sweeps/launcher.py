@@ -96,8 +96,8 @@ class LocalLauncher(Launcher):
                 for sentinel in wait(list(running)) if running else ():
                     job = running.pop(sentinel)
                     returns[job.place] = done = _outcome(job, stopped=bool(stop.received))
-                    state = _state(job.folder) if done.status == JobStatus.FAILED else "finished"
-                    print(progress.ended(job, state, list(running.values()), len(waiting)), flush=True)
+                    completed = done.status == JobStatus.COMPLETED
+                    print(progress.ended(job, completed, list(running.values()), len(waiting)), flush=True)
         if stop.received:
             raise SystemExit(128 + stop.received)
         return [returns[place] for place in range(len(job_overrides))]
@@ -129,23 +129,26 @@ class LocalLauncher(Launcher):
 
 
 class Progress:
-    """What the console says of a sweep's jobs while they run; people count them from 1."""
+    """What the console says of a sweep's jobs while they run, numbered from 1 as the console shows them."""
 
     def __init__(self, total: int, at_once: int) -> None:
         self._total = total
         self._at_once = at_once
-        self._seconds: list[float] = []  # of the jobs that finished
+        self._seconds: list[float] = []  # of the jobs that completed
 
     def name(self, number: int) -> str:
         """A job by its number, which counts from 0 as its folder's name does."""
         return f"job {number + 1} of {self._total}"
 
-    def ended(self, job: _Job, state: str, running: list[_Job], waiting: int) -> str:
+    def ended(self, job: _Job, completed: bool, running: list[_Job], waiting: int) -> str:
         """The line for a job that ended, with the time that the others of this launch may take."""
         now = time.monotonic()
         seconds = now - job.started
+        state = _state(job.folder)
+        if completed and state == "interrupted":  # by until_step, as successive halving sets it
+            state = "paused"
         line = f"{self.name(job.number)} ({job.name}): {state} after {duration(seconds)}"
-        if state == "finished":
+        if completed:
             self._seconds.append(seconds)
             outcome = RunFolder(job.folder).outcome()
             if outcome is not None:
@@ -160,7 +163,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it."""
+    """A duration in seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -89,7 +90,11 @@ def test_a_job_that_is_killed_ends_alone_and_the_same_command_with_resume_makes_
 
 def test_a_broken_file_of_one_job_is_its_own_matter_when_the_sweep_goes_on(cwd):
     command = ["-m", *QUICK, "seed=1,2"]
-    assert launch(*command, "hydra/launcher=basic", "grpo.num_steps=2", "until_step=1", cwd=cwd).returncode == 0
+    paused = launch(*command, "grpo.num_steps=2", "until_step=1", cwd=cwd)
+    assert paused.returncode == 0, paused.stderr
+    lines = [line for line in paused.stdout.splitlines() if " after " in line and line.startswith("job ")]
+    assert re.fullmatch(r"job 1 of 2 \(seed=1\): paused after \d+ s, reward .*; about \d+ s left for 1 more", lines[0])
+    assert re.fullmatch(r"job 2 of 2 \(seed=2\): paused after \d+ s, reward \S+", lines[1])
     sweep = sweep_of(cwd)
     broken, other = (sweep.path / job["folder"] for job in sweep.jobs())
     (broken / "status.json").write_text("{")
