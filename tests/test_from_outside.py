@@ -120,11 +120,11 @@ def test_a_rollout_engine_with_a_state_that_a_resumed_run_continues(folder):
         assert "sampling/logp_difference/mean" not in row  # it returns no log-probabilities
     samples = [json.loads(line) for line in (run / "samples" / "step_000002.jsonl").read_text().splitlines()]
     assert [sample["completion"] for sample in samples[:2]] == ["<answer>\n1\n</answer>\n", "no answer"]
-    assert load_state(run / "checkpoints" / "step_000002").parts == {"rollout": {"calls": 2}}
+    assert load_state(run / "checkpoints" / "step_000002").states == {"rollout": {"calls": 2}}
 
     longer = launch("resume=true", "run_dir=run", line, "grpo.num_steps=3", cwd=folder)
     assert longer.returncode == 0, longer.stderr
-    assert load_state(run / "checkpoints" / "step_000003").parts == {"rollout": {"calls": 3}}
+    assert load_state(run / "checkpoints" / "step_000003").states == {"rollout": {"calls": 3}}
 
 
 def test_an_optimizer_and_that_the_way_to_it_is_short(folder):
@@ -141,11 +141,11 @@ def test_an_optimizer_and_that_the_way_to_it_is_short(folder):
         ("objective.surrogate=clipped", "objective.surrogate=clipped: must be clip, or the dotted path of a function"),
         (
             "objective.surrogate=toy_advantage.centered",
-            "objective.surrogate=toy_advantage.centered: it must have the form f(ratio, logps, advantages, limits): too",
+            "objective.surrogate=toy_advantage.centered: it must have the form f(ratio, logps, advantages, limits):",
         ),
         (
             "objective.advantage=toy_surrogate.unclipped",
-            "objective.advantage=toy_surrogate.unclipped: it must have the form f(rewards, weights, valid): missing a",
+            "objective.advantage=toy_surrogate.unclipped: it must have the form f(rewards, weights, valid): missing",
         ),
         (
             "objective._target_=toy_advantage.centered",
@@ -213,10 +213,10 @@ def test_what_an_abandoned_step_or_evaluation_did_to_an_engine_is_not_saved(fold
         assert trainer.engine.calls == 0  # a run that is resumed before its first checkpoint does not repeat these
         trainer.step(1)
         trainer.engine.calls += 5  # as a step would that a stop signal ends
-        assert trainer.state_dict()["trainer"].parts == {"rollout": {"calls": 1}}
+        assert trainer.state_dict()["trainer"].states == {"rollout": {"calls": 1}}
         trainer.step(2)
         trainer.evaluate()
-        assert trainer.state_dict()["trainer"].parts == {"rollout": {"calls": 8}}
+        assert trainer.state_dict()["trainer"].states == {"rollout": {"calls": 8}}
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)

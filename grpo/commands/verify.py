@@ -160,6 +160,6 @@ def environment_changes(folder: RunFolder) -> list[str]:
     if changed:
         lines.append(f"a later launch split the work differently ({', '.join(changed)}): steps before that may differ")
     states = [load_state(file.parent) for file in folder.checkpoints.glob("step_*/trainer_state.json")]
-    if any(isinstance(part, dict) and "to" in part for state in states for part in state.parts.values()):
+    if any(isinstance(part, dict) and "to" in part for state in states for part in state.states.values()):
         lines.append("memory ran out in the run, and fewer tokens were processed at once from then on")
     return lines

@@ -122,9 +122,9 @@ def config_1_to_2(values: Values) -> Values:
 
 
 def state_1_to_2(values: Values) -> Values:
-    """What running out of memory had reduced is state of the parts that it concerns."""
+    """What running out of memory had reduced stands among the states."""
     values = dict(values)
-    return values | {"parts": values.pop("reduced", {}), "engine": NATIVE_ENGINE}
+    return values | {"states": values.pop("reduced", {}), "engine": NATIVE_ENGINE}
 
 
 def sweep_1_to_2(values: Values) -> Values:

@@ -42,10 +42,10 @@ class TrainerState:
     evaluated_step: int = 0  # the last step that `eval.every` had evaluated
     skipped_in_a_row: int = 0  # steps up to this one whose update was not finite, so that no weight changed
     loss_scale: dict[str, Any] | None = None  # `LossScale`, where the arithmetic is float16
-    # The state of the parts that have one, such as what running out of memory reduced:
-    # {"update": {"from": tokens configured, "to": tokens in use}}
-    parts: dict[str, Any] = field(default_factory=dict)
-    engine: str = ""  # rollout._target_, whose state parts["rollout"] is
+    # By name: of the sampler and the rollout engine where they have one, and of a token budget that running out of
+    # memory reduced, {"update": {"from": tokens configured, "to": tokens in use}}.
+    states: dict[str, Any] = field(default_factory=dict)
+    engine: str = ""  # rollout._target_, whose state states["rollout"] is
 
 
 def step_folder(folder: Path, step: int) -> Path:

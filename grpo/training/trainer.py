@@ -284,22 +284,22 @@ class Trainer:
         self._abortable = True
         result = evaluate(self.engine, self.sampling, self.experiment, self.state.step)
         self._abortable = False
-        self._settle()
+        self._after_evaluation()
         return result
 
     def preflight(self) -> dict[str, Any]:
         """What the untrained model earns, as preflight.json holds it."""
         found = preflight(self.engine, self.sampling, self.sampler, self.experiment)
-        self._settle()
+        self._after_evaluation()
         return found
 
-    def _settle(self) -> None:
-        """Remember the parts' states after an evaluation; put them back before step 1, which no checkpoint precedes."""
+    def _after_evaluation(self) -> None:
+        """Remember the states; before step 1, which no checkpoint precedes, put them back instead."""
         if self.state.step > 0:
             self._note_states()
             return
         for name, state in self._states.items():
-            self._parts()[name].load_state_dict(deepcopy(state))
+            self._with_states()[name].load_state_dict(deepcopy(state))
 
     def state_dict(self) -> dict[str, Any]:
         """All that the steps to come depend on, the tensors not copied.
@@ -312,7 +312,7 @@ class Trainer:
         state = replace(
             self.state,
             loss_scale=None if self.loss_scale is None else asdict(self.loss_scale),
-            parts=deepcopy({name: state for name, state in self._states.items() if state}),
+            states=deepcopy({name: state for name, state in self._states.items() if state}),
             engine=self.config.rollout["_target_"],
         )
         return {
@@ -323,20 +323,20 @@ class Trainer:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned; for a new trainer.
+        """Continue from what `state_dict` returned. To be called once, on a new trainer, whose own states are initial.
 
         The optimizer comes last, to keep the memory peak low.
         Raises RuntimeError where it does not fit the model, FileError where it does not fit the optimizer.
         """
         check_optimizer(saved, self._new_optimizer())  # before the weights, which it changes
         self.state = replace(saved["trainer"])
-        parts = self._parts()
-        states = dict(self.state.parts)
+        with_states = self._with_states()
+        states = dict(self.state.states)
         if self.state.engine != self.config.rollout["_target_"]:  # a fork with another engine
             states.pop("rollout", None)
         for name, state in states.items():
             try:
-                parts[name].load_state_dict(state)
+                with_states[name].load_state_dict(state)
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise FileError(f"the checkpoint has a state of '{name}' that does not fit: {error!r}") from error
         if self.loss_scale is not None and self.state.loss_scale is not None:
@@ -352,8 +352,8 @@ class Trainer:
         self._note_states()
 
     def _note_states(self) -> None:
-        """Remember the states of the parts. An abandoned step must leave no trace in a checkpoint."""
-        stateful = {name: part for name, part in self._parts().items() if hasattr(part, "state_dict")}
+        """Remember the states. An abandoned step must leave no trace in a checkpoint."""
+        stateful = {name: part for name, part in self._with_states().items() if hasattr(part, "state_dict")}
         states = {name: part.state_dict() for name, part in stateful.items()}
         try:
             self._states = json.loads(json.dumps(states))  # a copy, and as a checkpoint will hold it
@@ -362,8 +362,8 @@ class Trainer:
                 f"rollout._target_={self.config.rollout['_target_']}: its state_dict() must hold JSON values: {error}"
             ) from error
 
-    def _parts(self) -> dict[str, Any]:
-        """The parts that may have a state of their own, by its name in a checkpoint."""
+    def _with_states(self) -> dict[str, Any]:
+        """What may have a state of its own, by its name in a checkpoint."""
         return {
             "sampler": self.sampler,
             "rollout": self.engine,

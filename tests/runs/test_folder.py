@@ -16,6 +16,7 @@ from grpo.commands._common import run_folder_of
 from grpo.config.checks import typed
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
+from grpo.config.migrations import VERSION
 from grpo.config.overrides import Overrides
 from grpo.config.values import to_dict
 from grpo.launch.decide import known_folder, reserved, run_name
@@ -71,7 +72,7 @@ def test_the_config_is_written_once_and_reads_back_equal(tmp_path, config):
     run.write_config(config)
     written = run.config_file.read_bytes()
     assert run.started()
-    assert yaml.safe_load(written) == {"version": 1, **to_dict(config)}
+    assert yaml.safe_load(written) == {"version": VERSION, **to_dict(config)}
     assert typed(run.frozen_config()) == config
     with pytest.raises(FileExistsError, match="written once"):
         run.write_config(config)
