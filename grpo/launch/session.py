@@ -7,7 +7,7 @@ import shlex
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -203,9 +203,10 @@ def _record_end(run: Run, error: BaseException) -> None:
 
 
 def _discard(folder: RunFolder, forked: bool) -> None:
-    """Remove what a launch wrote that was refused before its first step, so that no empty run stands in the way."""
+    """Remove what a launch wrote that was refused before its first step, so that no empty run is left."""
     for name in ("config.yaml", "status.json", *(COPIED_BY_FORK if forked else ())):
-        discard(folder.path / name)
+        with suppress(OSError):  # the error that ended the launch is the one to report
+            discard(folder.path / name)
     release(folder.path)
     remove_empty([folder.path])  # unless it holds what a launcher prints to
 
