@@ -133,9 +133,9 @@ def format_without_correctness(doctor: Doctor) -> str | None:
     if fmean(formats) < 0.9 * doctor.maxima["format"] or not low or rise + 2 * noise > 0.025 * top:
         return None
     return (
-        f"format is full and correctness is low and stands still, {fmean(before):.2g} and {fmean(now):.2g} of "
-        f"{top:g} in the last two times {half} steps: the easy reward is learned and the other is "
-        "not; lower reward.components.format.weight, raise optimizer.lr, or take easier problems"
+        "the format reward is near its maximum, and correctness is low and does not improve "
+        f"({fmean(before):.2g}, then {fmean(now):.2g} of {top:g} over {half} steps each): the easy reward is learned, "
+        "the other is not; lower reward.components.format.weight, raise optimizer.lr, or take easier problems"
     )
 
 

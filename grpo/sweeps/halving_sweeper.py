@@ -129,8 +129,8 @@ class HalvingSweeper(Sweeper):
         except ValueError as least:
             raise ConfigError(
                 f"sweep.budget_hours={record.budget_hours}: at {record.step_s:.3g} s per step and "
-                f"{record.start_s:.3g} s per job beside them, {len(record.arms)} arms need {least} hours; raise it, or "
-                "sweep fewer values"
+                f"{record.start_s:.3g} s per job for its start, {len(record.arms)} arms need {least} hours; "
+                "raise it, or sweep fewer values"
             ) from None
         record.write(self.folder)
         rungs = ", ".join(f"{arms} arms to step {steps}" for steps, arms in record.ladder)

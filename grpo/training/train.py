@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(run: Run) -> None:
-    """Train from where the run folder stands to the end. Raises Exit after a stop signal, with everything saved."""
+    """Train from the run's last checkpoint to the end. Raises Exit after a stop signal, with everything saved."""
     trainer = Trainer(build_experiment(run.config, on_hang=run.end_process))
     restore(trainer, run)
     record_launch(trainer, run)
