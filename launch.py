@@ -1,4 +1,4 @@
-"""Train with GRPO: compose an experiment, open its run folder, train (see grpo/commands/train.py).
+"""Train with GRPO: start or resume a run, or a sweep (see grpo/commands/train.py).
 
 python launch.py                                       Qwen2.5-1.5B-Instruct on GSM8K
 python launch.py experiment=quickstart                 embedded model and data, half a minute on a CPU

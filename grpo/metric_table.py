@@ -1,6 +1,6 @@
-"""The one table of what a step measures: read by the charts, the W&B view, the tests, and docs/metrics.md.
+"""The table of all metrics of a step, used by the charts, the W&B view, the tests and docs/metrics.md.
 
-`python -m grpo.metric_table` prints it as Markdown. Names are TRL's where it has one.
+`python -m grpo.metric_table` prints it as Markdown. A metric that TRL has too carries TRL's name.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,16 +17,16 @@ class Metric:
     name: str
     unit: str
     meaning: str
-    taken_over: str  # what it is a mean, sum or extreme of
-    section: str = ""  # of the W&B view; empty: not shown there
-    panel: str = ""  # in that section, and the title of its chart
-    label: str = ""  # of its curve, in a panel of several
+    taken_over: str  # the values that it is a mean, sum or extreme of
+    section: str = ""  # section of the W&B view; empty: not shown there
+    panel: str = ""  # panel in that section, also the title of the chart
+    label: str = ""  # label of the curve, where a panel has several
 
 
-REWARD = "Reward"  # a section of the W&B view
+REWARD = "Reward"  # name of a section of the W&B view
 
 # name | unit | meaning
-#     what it is a mean, sum or extreme of | section of the W&B view | panel and title of its chart | label of its curve
+#     taken over | section of the W&B view | panel, also the title of the chart | label of the curve
 TABLE = """
 step | | completed steps, over all outer iterations
     the run
@@ -104,7 +104,7 @@ METRICS = _parse(TABLE)
 
 
 def of_components(names: Iterable[str]) -> list[Metric]:
-    """The table with a line for each reward component of these names."""
+    """The metrics; those with `<component>` in their name are repeated for each of the component names."""
     names = list(names)
     result = []
     for metric in METRICS:
@@ -118,7 +118,10 @@ def of_components(names: Iterable[str]) -> list[Metric]:
 
 
 def component_ranges(config: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """The lowest and highest value of each reward component that declares its `range`; `reward`: of their sum."""
+    """The (lowest, highest) value of each reward component that declares its `range`.
+
+    If all components do, `reward` has the range of their weighted sum.
+    """
     components = (config.get("reward") or {}).get("components") or {}
     ranges = {name: tuple(node["range"]) for name, node in components.items() if node.get("range")}
     if components and ranges.keys() == components.keys():
@@ -129,7 +132,7 @@ def component_ranges(config: Mapping[str, Any]) -> dict[str, tuple[float, float]
 
 
 def markdown() -> str:
-    """The table as docs/metrics.md has it."""
+    """The content of docs/metrics.md."""
     lines = [
         "# Metrics",
         "",

@@ -1,7 +1,7 @@
-"""Where Hydra looks for the launcher and the sweeper of this project, which are in grpo/sweeps.
+"""The Hydra plugins of this project: the launcher and the sweeper that grpo/sweeps implements.
 
-Hydra imports this file in every Hydra program of the environment, so at the top it imports Hydra alone. The settings
-are named here, since Hydra refuses others where it builds these.
+Hydra imports this file in every Hydra program of the environment, so the imports at the top are those of Hydra only.
+The constructors list every setting, since Hydra rejects a setting that the constructor does not have.
 """
 
 from collections.abc import Sequence
@@ -14,25 +14,25 @@ from omegaconf import DictConfig
 
 
 class LocalLauncher(Launcher):
-    """`hydra/launcher=local`."""
+    """The launcher of `hydra/launcher=local`; see `grpo.sweeps.launcher.LocalLauncher`."""
 
     def __init__(self, jobs_at_once: int | None = None) -> None:
         self.jobs_at_once = jobs_at_once
 
     def setup(self, **context: Any) -> None:
-        """Build the real launcher."""
+        """Create the launcher that does the work."""
         from grpo.sweeps import launcher
 
         self.launcher = launcher.LocalLauncher(self.jobs_at_once)
         self.launcher.setup(**context)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run these jobs."""
+        """Run the jobs."""
         return self.launcher.launch(job_overrides, initial_job_idx)
 
 
 class HalvingSweeper(Sweeper):
-    """`hydra/sweeper=halving`."""
+    """The sweeper of `hydra/sweeper=halving`; see `grpo.sweeps.halving_sweeper.HalvingSweeper`."""
 
     def __init__(self, eta: int, budget_hours: float | None, params: DictConfig | None = None) -> None:
         self.eta = eta
@@ -40,7 +40,7 @@ class HalvingSweeper(Sweeper):
         self.params = params
 
     def setup(self, **context: Any) -> None:
-        """Build the real sweeper."""
+        """Create the sweeper that does the work."""
         from grpo.sweeps import halving_sweeper
 
         self.sweeper = halving_sweeper.HalvingSweeper(self.eta, self.budget_hours, self.params)

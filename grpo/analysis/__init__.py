@@ -1,4 +1,4 @@
-"""What a run folder says: its metrics as data frames, its charts and its summary."""
+"""Analysis of run and sweep folders: metrics as data frames, charts, summaries and reports."""
 
 from grpo.analysis.load import load_runs
 

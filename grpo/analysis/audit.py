@@ -1,4 +1,4 @@
-"""The reward audit: what the rewards of a run's sampled completions are like, and whether they are gamed."""
+"""The reward audit: the rewards of a run's sampled completions, and signs that the rewards are gamed."""
 
 import re
 from pathlib import Path
@@ -12,28 +12,31 @@ _LAST_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 def load_samples(run_dir: str | Path) -> pd.DataFrame:
-    """Every completion in samples/ of a run, one row each, in the order of the steps; empty if there are none.
+    """The completions in a run's samples/, one row each, ordered by step; empty if there are none.
 
     Columns: step, problem_id, prompt, completion, answer, rewards/<component>, reward, advantage, length (tokens).
     """
     found = (file for file in Path(run_dir, "samples").glob("step_*.jsonl") if re.fullmatch(r"step_\d+", file.stem))
     files = sorted(found, key=step_of)
-    # Not by pandas' own reader, which would make numbers of completions that are nothing else.
+    # Not read by pandas, which would convert a completion that consists of digits only to a number.
     rows = [row for file in files for row in read_lines(file)]
     columns = ["step", "problem_id", "prompt", "completion", "answer", "reward", "advantage", "length"]
     samples = pd.DataFrame(rows, columns=None if rows else columns)
     rewards = [column for column in samples if column.startswith("rewards/")]
-    return samples.astype(dict.fromkeys(rewards, float))  # where a component gives none, not a number
+    return samples.astype(dict.fromkeys(rewards, float))  # a missing value of a component becomes NaN
 
 
 def components(samples: pd.DataFrame) -> list[str]:
-    """The names of the reward components that gave anything."""
+    """The names of the reward components that have at least one value."""
     given = samples.dropna(axis=1, how="all")
     return [column.removeprefix("rewards/") for column in given if column.startswith("rewards/")]
 
 
 def distribution(samples: pd.DataFrame, component: str) -> pd.DataFrame:
-    """How often a component gave each value: a row a value, or a range of many; a column the shares of a step."""
+    """The share of completions with each value of a component: values in rows, sampled steps in columns.
+
+    More than 8 different values are grouped into 6 intervals.
+    """
     values = samples[f"rewards/{component}"].round(6)
     if values.nunique() > 8:
         values = pd.cut(values, 6, include_lowest=True).astype(str)
@@ -43,9 +46,9 @@ def distribution(samples: pd.DataFrame, component: str) -> pd.DataFrame:
 def agreement(samples: pd.DataFrame) -> pd.DataFrame:
     """Strict against lenient correctness, by sampled step: shares of completions, which add up to 1.
 
-    Strict: the answer block is the reference, or the same number. Lenient: the last number anywhere in the text is.
-    `lenient only` is what was right and earned nothing: the format stands in the way. `strict only` is a right answer
-    block with other numbers after it.
+    Strict: the answer block is equal to the reference, as text or as a number. Lenient: the last number anywhere in
+    the completion is. `lenient only`: a right answer that earned nothing because of its format. `strict only`: a right
+    answer block with other numbers after it.
     """
     strict = [_is(extract_answer(c), a) for c, a in zip(samples["completion"], samples["answer"], strict=True)]
     lenient = [_is(_last_number(c), a) for c, a in zip(samples["completion"], samples["answer"], strict=True)]
@@ -60,7 +63,7 @@ def agreement(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def signs_of_gaming(samples: pd.DataFrame) -> pd.DataFrame:
-    """By sampled step: shares of completions with repeated tags, text after the answer, several answers; tokens."""
+    """Shares of completions with repeated tags, text after the answer or several answers; mean length; by step."""
     text = samples["completion"]
     table = pd.DataFrame(
         {
@@ -74,7 +77,7 @@ def signs_of_gaming(samples: pd.DataFrame) -> pd.DataFrame:
 
 
 def extremes(samples: pd.DataFrame, count: int = 3) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The completions with the highest and with the lowest reward in the last sampled step, each text once."""
+    """The completions with the highest and the lowest reward in the last sampled step, without duplicates."""
     last = samples[samples["step"] == samples["step"].max()].drop_duplicates("completion")
     ranked = last.sort_values("reward", ascending=False, kind="stable")
     return ranked.head(count), ranked.tail(count).iloc[::-1]

@@ -1,4 +1,4 @@
-"""The charts of one run, as PNG files: a table of panels, drawn alone or together."""
+"""The charts of one run, as PNG files. A file shows one or more of the panels in `PANELS`."""
 
 import math
 from collections.abc import Callable
@@ -53,20 +53,20 @@ COLORS = {
     "entropy": GREEN,
     "grad_norm": SKY,
 }
-ACCURACY = "Held-out accuracy"  # the title of its panel
+ACCURACY = "Held-out accuracy"  # title of a panel
 OTHER_COMPONENTS = (PINK, SKY, VIOLET, RED, GREY)
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What the panels of one run draw from."""
+    """The data for the panels of one run."""
 
     title: str
     metrics: pd.DataFrame
     evaluations: pd.DataFrame
     length_limit: int | None  # tokens
-    maxima: dict[str, float]  # of reward components that declare their range; `reward`: of their sum
-    window: int  # steps in the running mean, odd; 1: too few steps to smooth
+    maxima: dict[str, float]  # highest value of each reward component that declares its range; `reward`: of their sum
+    window: int  # steps in the running mean, odd; 1: no smoothing, as there are too few steps
 
     @property
     def steps(self) -> pd.Series:
@@ -82,43 +82,43 @@ class RunData:
         return finite_values(self.metrics, column).rolling(self.window, center=True, min_periods=1).mean()
 
     def curves(self, title: str) -> list[Metric]:
-        """The metrics of a panel."""
+        """The metrics of the panel with this title."""
         return [metric for metric in of_components(component_columns(self.metrics)) if metric.panel == title]
 
     def color(self, metric: Metric) -> str:
-        """The colour of its curve; components without one of their own share the rest of the palette."""
+        """The colour of a metric's curve; a component that COLORS does not have gets one of OTHER_COMPONENTS."""
         others = [name for name in component_columns(self.metrics) if name not in COLORS]
         name = metric.label if metric.name.startswith("rewards/") else metric.name
         return COLORS.get(name) or OTHER_COMPONENTS[others.index(name) % len(OTHER_COMPONENTS)]
 
     @property
     def step_range(self) -> tuple[float, float]:
-        """The same limits for the step axis of every panel, so that they can be read one below the other."""
+        """The limits of the step axis: the same in every panel, so that panels can be compared."""
         steps = [*self.steps, *self.evaluations["step"].dropna()]
         margin = max(0.5, 0.03 * (max(steps) - min(steps)))
         return min(steps) - margin, max(steps) + margin
 
     @property
     def iteration_starts(self) -> list[int]:
-        """The first step of each outer iteration but the first; none where the lines would hide the curves."""
+        """The first step of each outer iteration except the first; empty if the lines would hide the curves."""
         starts = self.metrics.groupby("iteration")["step"].min().sort_values().tolist()[1:]
         return starts if len(starts) <= 20 else []
 
     @property
     def note(self) -> str:
-        """What faint, strong and dotted lines mean."""
+        """A note for the reader that explains faint, strong and dotted lines."""
         notes = [f"faint: each step, strong: mean of {self.window} steps"] if self.window > 1 else []
         notes += ["dotted: a new iteration"] if self.iteration_starts else []
         return "; ".join(notes)
 
 
 def write_charts(run_dir: str | Path, output_dir: str | Path | None = None) -> list[Path]:
-    """Draws `loss.png`, `reward.png`, `output_length.png`, `loss_vs_reward.png` and `training_progress.png` of a run.
+    """Draw `loss.png`, `reward.png`, `output_length.png`, `loss_vs_reward.png` and `training_progress.png` of a run.
 
-    They go to `run_dir/plots/`, and `summary.json` to `run_dir`; with `output_dir`, created if needed, all of them go
-    there. Returns the paths written, the summary's last.
+    The charts are written to `run_dir/plots/` and `summary.json` to `run_dir`. With `output_dir`, which is created if
+    needed, all files are written there. Returns the paths of the files, that of the summary last.
 
-    Raises FileNotFoundError if `run_dir` is no run folder, ValueError if it has no completed step or is broken.
+    Raises FileNotFoundError if `run_dir` is not a run folder, ValueError if it has no completed step or is damaged.
     """
     run = read_run(Path(run_dir))
     plots_dir = Path(output_dir) if output_dir else Path(run_dir, "plots")
@@ -139,12 +139,15 @@ def write_charts(run_dir: str | Path, output_dir: str | Path | None = None) -> l
 
 
 def drawn_panels(run: RunData) -> "list[Panel]":
-    """The panels that have something to show, and those that every run has."""
+    """The panels that have data, and those that are always drawn."""
     return [panel for panel in PANELS if panel.is_always_drawn or panel.has_data(run)]
 
 
 def read_run(run_dir: Path) -> RunData:
-    """Raises FileNotFoundError if it is no run folder, ValueError if it has no completed step or is broken."""
+    """Read the data for the panels from a run folder.
+
+    Raises FileNotFoundError if `run_dir` is not a run folder, ValueError if it has no completed step or is damaged.
+    """
     metrics = load_metrics(run_dir)
     if metrics.empty:
         raise ValueError(f"{run_dir} has no completed step, so there is nothing to plot yet")
@@ -163,7 +166,7 @@ def read_run(run_dir: Path) -> RunData:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as a PNG file's content."""
+    """The content of a PNG file of a figure."""
     picture = BytesIO()
     figure.savefig(picture, format="png", dpi=DPI)
     return picture.getvalue()
@@ -172,7 +175,7 @@ def png(figure: Figure) -> bytes:
 def draw(
     run: RunData, panels: "list[Panel]", width: float, height: float, columns: int = 1, title: bool = True
 ) -> Figure:
-    """Some panels as one figure of this size in inches; title: whether the run's name stands above it."""
+    """Draw panels as one figure; width and height in inches. title: whether to put the run's name above it."""
     figure = new_figure(run.title if title else "", width, height)
     rows = math.ceil(len(panels) / columns)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -188,33 +191,33 @@ def draw(
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart: the metrics of its title in the table of metrics as curves, and what `extra` draws."""
+    """A chart: curves of the metrics whose `panel` in the metric table is its title, and what `extra` adds."""
 
     title: str
     is_always_drawn: bool = False
     percent: bool = False
     xlabel: str = "step"
-    ylabel: str | None = None  # None: the unit of its metrics
+    ylabel: str | None = None  # None: the unit of the metrics
     extra: "Callable[[Axes, RunData], None] | None" = None
 
     @property
     def by_step(self) -> bool:
-        """Whether it is drawn over the steps."""
+        """Whether the x axis is the step."""
         return self.xlabel == "step"
 
     def has_data(self, run: RunData) -> bool:
-        """Whether the run has something to draw here."""
-        if self.title == ACCURACY:  # of evaluations, and not in the table of metrics
+        """Whether the run has data for this panel."""
+        if self.title == ACCURACY:  # from evaluations, so it is not in the metric table
             return bool(run.evaluations["accuracy"].notna().any())
         return any(run.has(metric.name) for metric in run.curves(self.title))
 
     def draw(self, ax: Axes, run: RunData) -> None:
-        """Draw the panel into empty axes."""
+        """Draw the panel on empty axes."""
         metrics = run.curves(self.title)
         unit = metrics[0].unit if metrics else ""
         style(ax, self.title, unit if self.ylabel is None else self.ylabel, self.xlabel, self.percent)
         for metric in metrics:
-            # Those without a colour, such as the shortest completion, are drawn by `extra`.
+            # Metrics without a colour, such as the shortest completion, are drawn by `extra`.
             if run.has(metric.name) and (metric.name in COLORS or metric.name.startswith("rewards/")):
                 self._curve(ax, run, metric)
         if self.extra is not None:
@@ -228,17 +231,17 @@ class Panel:
             ax.text(0.5, 0.5, "nothing recorded", transform=ax.transAxes, ha="center", va="center", color=MUTED)
 
     def _curve(self, ax: Axes, run: RunData, metric: Metric) -> None:
-        """A metric over the steps: each step faint, the running mean strong."""
+        """Draw a metric over the steps: the values faint, their running mean strong."""
         color = run.color(metric)
         if run.window > 1:
             ax.plot(run.steps, finite_values(run.metrics, metric.name), color=color, alpha=0.28, linewidth=0.8)
-        marker = "o" if run.window == 1 else None  # one step is no line
+        marker = "o" if run.window == 1 else None  # a line through a single step would be invisible
         label = metric.label or None
         ax.plot(run.steps, run.smooth(metric.name), color=color, linewidth=2, marker=marker, markersize=5, label=label)
 
 
 def reward(ax: Axes, run: RunData) -> None:
-    """The highest value that each curve can reach, and the reward of held-out problems."""
+    """Add the highest value that each curve can reach, and the reward on held-out problems."""
     colors = {metric.label: run.color(metric) for metric in run.curves("Reward")}
     for name, maximum in run.maxima.items():
         if name in colors:
@@ -255,7 +258,7 @@ def reward(ax: Axes, run: RunData) -> None:
 
 
 def length(ax: Axes, run: RunData) -> None:
-    """The band from the shortest to the longest completion, and the limit."""
+    """Add the band from the shortest to the longest completion, and the length limit."""
     low, high = (finite_values(run.metrics, f"completions/{end}_length") for end in ("min", "max"))
     color = COLORS["completions/mean_length"]
     if (low.notna() & high.notna()).any():
@@ -269,13 +272,13 @@ def length(ax: Axes, run: RunData) -> None:
 
 
 def truncated(ax: Axes, run: RunData) -> None:
-    """Room above small shares."""
+    """Scale the y axis to the largest share, with room above it, so that small shares can be read."""
     top = min(1.0, max(0.1, 1.2 * finite_values(run.metrics, "completions/clipped_ratio").max()))
     ax.set_ylim(-0.03 * top, 1.03 * top)
 
 
 def accuracy(ax: Axes, run: RunData) -> None:
-    """Held-out accuracy with its intervals."""
+    """Draw held-out accuracy with its 95 % intervals."""
     points = run.evaluations.dropna(subset=["accuracy"])
     values = points["accuracy"].to_numpy()
     intervals = [wilson_interval(a, int(n)) for a, n in zip(values, points["n"].fillna(0), strict=True)]
@@ -289,7 +292,7 @@ def accuracy(ax: Axes, run: RunData) -> None:
 
 
 def loss_vs_reward(ax: Axes, run: RunData) -> None:
-    """A point for each step, coloured by its number."""
+    """Draw a point for each step, coloured by the number of the step."""
     points = pd.DataFrame({"step": run.steps} | {name: finite_values(run.metrics, name) for name in ("reward", "loss")})
     points = points.dropna()
     if points.empty:

@@ -1,7 +1,7 @@
-"""The run doctor: plain rules over a run's metrics that say what is wrong and what to change.
+"""The run doctor: simple rules on a run's metrics that report what is wrong and what to change.
 
-Each rule is a function of the rows so far that returns a sentence where it applies, else None. Rules about correctness
-and format apply where the run has components of these names that declare their range.
+Each rule is a function of a `Doctor`, which holds the rows so far. It returns a sentence if it applies, else None. The
+rules about correctness and format apply only if the run has components of these names that declare their range.
 """
 
 import math
@@ -11,7 +11,7 @@ from statistics import NormalDist, fmean, median, quantiles, stdev
 from typing import Any
 
 Row = Mapping[str, Any]
-MOST_ROWS = 200  # that a rule looks back over
+MOST_ROWS = 200  # number of last rows that are kept for the rules
 
 
 @dataclass(frozen=True)
@@ -24,24 +24,24 @@ class Finding:
 
 
 class Doctor:
-    """Looks at a run row by row, and says each thing once."""
+    """Applies the rules to a run row by row; each rule reports at most once."""
 
     def __init__(self, ranges: Mapping[str, tuple[float, float]]) -> None:
-        """ranges: the lowest and highest value by reward component."""
+        """ranges: reward component -> (lowest, highest) value."""
         self.maxima = {name: high for name, (_, high) in ranges.items()}
         self.rows: list[Row] = []
-        self.first: list[Row] = []  # the first ten rows, for what falls
-        self.best: list[float] = []  # the rewards of the twenty rows in a row with the highest mean
-        self.evaluations: list[Row] = []  # held out and in training: step, accuracy (0 to 1), n (problems)
-        self.reported: set[str] = set()  # names of rules
+        self.first: list[Row] = []  # the first ten rows, with which later rows are compared
+        self.best: list[float] = []  # the rewards of the 20 consecutive rows with the highest mean
+        self.evaluations: list[Row] = []  # held-out evaluations in training: step, accuracy (0 to 1), n (problems)
+        self.reported: set[str] = set()  # names of the rules that have reported
 
     def add_evaluation(self, result: Row) -> None:
-        """Take note of an evaluation in training, with its `step`, `accuracy` and `n`."""
+        """Add the result of an evaluation in training, with its `step`, `accuracy` and `n`."""
         if result["accuracy"] is not None:
             self.evaluations.append({key: result[key] for key in ("step", "accuracy", "n")})
 
     def check(self, row: Row) -> list[Finding]:
-        """What is new with this row."""
+        """Add a row, and return the findings that are new with it."""
         self.rows = [*self.rows[1 - MOST_ROWS :], row]
         self.first = [*self.first, row][:10]
         rewards = self.last("reward", 20)
@@ -56,7 +56,7 @@ class Doctor:
         return found
 
     def replay(self, rows: Sequence[Row], evaluations: Iterable[Row]) -> list[Finding]:
-        """Look at rows again, each evaluation before the row of its step, as in the run."""
+        """Check recorded rows, each evaluation before the row of its step, as in the run."""
         waiting = sorted(evaluations, key=lambda each: each["step"])
         found = []
         for row in rows:
@@ -66,19 +66,19 @@ class Doctor:
         return found
 
     def last(self, name: str, count: int, before: int = 0) -> list[float]:
-        """The finite values of a metric in the last `count` rows, or in those that end `before` rows ago."""
+        """The finite values of a metric in the last `count` rows, after removing the last `before` rows."""
         return _values(self.rows[: len(self.rows) - before][-count:], name)
 
 
 def examine(
     rows: Sequence[Row], evaluations: Iterable[Row], ranges: Mapping[str, tuple[float, float]]
 ) -> list[Finding]:
-    """Everything that the doctor would have said in the course of a run."""
+    """All findings that the doctor would have reported during a run."""
     return Doctor(ranges).replay(rows, evaluations)
 
 
 def equal_groups(doctor: Doctor) -> str | None:
-    """Every group of ten steps has equal rewards, so every advantage is zero; unless all is right already."""
+    """In ten steps every group has equal rewards, so all advantages are zero, and correctness is not near its top."""
     shares = doctor.last("frac_reward_zero_std", 10)
     if len(shares) < 10 or min(shares) < 1 or _at_the_top(doctor):
         return None
@@ -89,7 +89,7 @@ def equal_groups(doctor: Doctor) -> str | None:
 
 
 def truncated_completions(doctor: Doctor) -> str | None:
-    """Most completions of ten steps were truncated."""
+    """More than half of the completions of ten steps were truncated."""
     shares = doctor.last("completions/clipped_ratio", 10)
     if len(shares) < 10 or fmean(shares) <= 0.5:
         return None
@@ -118,7 +118,7 @@ def reward_falls(doctor: Doctor) -> str | None:
 
 
 def format_without_correctness(doctor: Doctor) -> str | None:
-    """The format is nearly always right, and correctness is low and hardly rises over 120 steps and more."""
+    """The format is nearly always right, but correctness is low and hardly rises, over 120 steps or more."""
     half = min(100, len(doctor.rows) // 2)
     formats = doctor.last("rewards/format/mean", 20)
     now, before = (doctor.last("rewards/correctness/mean", half, gap) for gap in (0, half))
@@ -140,7 +140,7 @@ def format_without_correctness(doctor: Doctor) -> str | None:
 
 
 def kl_runaway(doctor: Doctor) -> str | None:
-    """The policy is far from the reference and moves away fast, or is so far that it hardly matters how fast."""
+    """The KL divergence is above 0.5 nats per token and has tripled, or it is above 5 however fast it grows."""
     now = doctor.last("kl", 5)
     before = doctor.last("kl", 20, 30)
     if len(now) < 5 or median(now) < 0.5:
@@ -155,7 +155,7 @@ def kl_runaway(doctor: Doctor) -> str | None:
 
 
 def entropy_collapse(doctor: Doctor) -> str | None:
-    """Sampling has hardly any choice left, and groups hardly differ, while rewards are not at their top."""
+    """Entropy fell to a tenth and half of the groups have equal rewards, but correctness is not near its top."""
     now = doctor.last("entropy", 10)
     start = _values(doctor.first, "entropy")
     equal = doctor.last("frac_reward_zero_std", 10)
@@ -171,7 +171,10 @@ def entropy_collapse(doctor: Doctor) -> str | None:
 
 
 def gradient_spikes(doctor: Doctor) -> str | None:
-    """Three of twenty gradients were ten times the usual, which is that of steps that have something to learn from."""
+    """Three of the last 20 gradient norms were over ten times the usual.
+
+    The usual norm is the upper quartile of the last 100, so that steps without a learning signal do not lower it.
+    """
     norms = doctor.last("grad_norm", 20)
     usual = doctor.last("grad_norm", 100)
     if len(usual) < 20:
@@ -187,13 +190,14 @@ def gradient_spikes(doctor: Doctor) -> str | None:
 
 
 def held_out_falls(doctor: Doctor) -> str | None:
-    """Reward goes up while held-out accuracy is below its best by more than its noise, of however many evaluations."""
+    """The reward rises while held-out accuracy is below its best by more than its noise."""
     if len(doctor.evaluations) < 2:
         return None
     last = doctor.evaluations[-1]
     best = max(doctor.evaluations[:-1], key=lambda each: each["accuracy"])
     noise = math.sqrt(sum(each["accuracy"] * (1 - each["accuracy"]) / each["n"] for each in (last, best)))
-    # Each is compared with the best of all before: one in a hundred of all these comparisons may be false.
+    # Each evaluation is compared with the best one before it. The level is divided by a bound on the number of pairs,
+    # so that over all evaluations the probability of a false finding is at most 1 %.
     limit = NormalDist().inv_cdf(1 - 0.01 / len(doctor.evaluations) ** 2)
     if best["accuracy"] - last["accuracy"] <= limit * noise:
         return None
@@ -209,7 +213,7 @@ def held_out_falls(doctor: Doctor) -> str | None:
 
 
 def skipped_updates(doctor: Doctor) -> str | None:
-    """Losses or gradients were not finite."""
+    """At least 2 of the last 20 updates had a loss or gradient that was not finite."""
     skipped = sum(row.get("loss") is None or row.get("grad_norm") is None for row in doctor.rows[-20:])
     if skipped < 2:
         return None
@@ -230,7 +234,7 @@ RULES: tuple[Callable[[Doctor], str | None], ...] = (
 
 
 def _at_the_top(doctor: Doctor) -> bool:
-    """Whether the correctness of the default reward is so high that little is left to learn."""
+    """Whether the correctness component of the reward is so near its maximum that little is left to learn."""
     correct = doctor.last("rewards/correctness/mean", 10)
     top = doctor.maxima.get("correctness")
     return top is not None and bool(correct) and fmean(correct) >= 0.9 * top

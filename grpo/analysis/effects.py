@@ -1,4 +1,4 @@
-"""Means over seeds and problems, with intervals that treat both as the random units they are."""
+"""Means over seeds and problems, with intervals that treat both as random samples."""
 
 from dataclasses import dataclass, replace
 
@@ -9,16 +9,16 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % interval, in the unit of its values; the interval is None where nothing could vary."""
+    """A mean with its 95 % interval, in the unit of the values; no interval for one seed and one problem."""
 
     mean: float
-    interval: tuple[float, float] | None  # its low and its high end
+    interval: tuple[float, float] | None  # (low, high)
     seeds: int
     problems: int
 
     @property
     def shown(self) -> bool:
-        """Of a difference: whether the interval leaves out that there is none."""
+        """For a difference: whether its interval excludes zero."""
         rounding = 1e-9
         return self.interval is not None and (self.interval[0] > rounding or self.interval[1] < -rounding)
 
@@ -26,18 +26,19 @@ class Estimate:
 def crossed_mean(values: pd.DataFrame, comparisons: int = 1) -> Estimate:
     """The mean of values with seeds in rows and problems in columns, such as right (1) or wrong (0), or differences.
 
-    Both are drawn at random: another seed would train another model, another test set would have other problems. So
-    the variance of the mean is that of the two-way crossed random-effects model without replication, estimated from
-    the mean squares of the analysis of variance,
+    Both are random: another seed would train another model, and another test set would have other problems. So the
+    variance of the mean is that of the two-way crossed random-effects model without replication, estimated from the
+    mean squares of the analysis of variance,
 
         (MS_seeds + MS_problems - MS_rest) / (seeds * problems),
 
     with Satterthwaite's degrees of freedom (Searle, Casella and McCulloch, "Variance Components", 1992, chapter 4;
-    Satterthwaite 1946). The interval is never narrower than that of the seeds' means alone, or of the problems':
-    where two seeds happen to be alike, it would be. With one seed, or one column, only the other unit is random.
+    Satterthwaite 1946). The interval is never narrower than the one from the means of the seeds alone or from the
+    means of the problems alone; without this limit it could be, for example if two seeds happen to agree. With one
+    seed only the problems are random, and with one column only the seeds.
 
-    comparisons: how many differences are looked at together; each interval is so wide that all hold at once
-    (Bonferroni).
+    comparisons: number of differences that are reported together; each interval is widened so that all of them hold
+    simultaneously (Bonferroni).
     """
     table = values.to_numpy(float)
     seeds, problems = table.shape
@@ -56,7 +57,7 @@ def crossed_mean(values: pd.DataFrame, comparisons: int = 1) -> Estimate:
         variance = sum(square for square, _ in terms)
         if variance > 0:
             freedom = variance**2 / sum(square**2 / freedom for square, freedom in terms)
-            # Where the terms nearly cancel it would go to 0, and the interval to infinity.
+            # If the terms nearly cancel, the degrees of freedom would go to 0, and the interval to infinity.
             sources.append((variance, max(freedom, min(seeds, problems) - 1)))
     if not sources:
         return Estimate(mean, None, seeds, problems)
@@ -66,10 +67,10 @@ def crossed_mean(values: pd.DataFrame, comparisons: int = 1) -> Estimate:
 
 
 def paired_difference(difference: pd.DataFrame, comparisons: int = 1) -> Estimate:
-    """The mean of differences between equal problems and seeds, with seeds in rows and problems in columns.
+    """The mean of differences paired by problem and seed, with seeds in rows and problems in columns.
 
-    With one seed, one more problem is counted on each side: with few differing problems the plain interval is too
-    narrow (as Agresti and Caffo, The American Statistician 54, 2000, do for proportions).
+    With one seed, the interval is computed with one more problem of difference 1 and one of -1, since it would be too
+    narrow if few problems differ (as Agresti and Caffo, The American Statistician 54, 2000, do for proportions).
     """
     estimate = crossed_mean(difference, comparisons)
     if estimate.seeds > 1 or estimate.problems < 2:

@@ -1,6 +1,6 @@
 """Reads the records of run folders into data frames.
 
-The columns keep the metric names of `metrics/metrics.jsonl`, so a notebook and the file speak the same language.
+The columns have the metric names of `metrics/metrics.jsonl`.
 """
 
 import re
@@ -18,12 +18,12 @@ METRICS_FILE = Path("metrics", "metrics.jsonl")
 def load_runs(path: str | Path) -> pd.DataFrame:
     """The metrics of one run, or of every run below a folder such as a sweep: one row per step.
 
-    The first column, `run`, is the run folder relative to `path`, or the folder's own name where `path` is itself
-    a run; the others are the metric names, missing (NaN) where a row does not have them. Runs are sorted by name,
-    the rows of a run are in the order they were written.
+    The first column, `run`, is the run folder relative to `path`, or the folder's name if `path` itself is a run. The
+    other columns are the metrics, NaN in rows that do not have them. Runs are sorted by name; the rows of a run are in
+    the order in which they were written.
 
-    Raises FileNotFoundError if no run is there, ValueError if a metrics file is broken anywhere but in a torn last
-    line.
+    Raises FileNotFoundError if there is no run, ValueError if a metrics file is damaged; an incomplete last line is
+    ignored.
     """
     path = Path(path)
     rows: list[dict[str, Any]] = []
@@ -33,26 +33,26 @@ def load_runs(path: str | Path) -> pd.DataFrame:
 
 
 def load_metrics(run_dir: str | Path) -> pd.DataFrame:
-    """The metrics of one run folder, one row per step; without rows if the run has completed no step.
+    """The metrics of one run folder, one row per step; empty if the run has completed no step.
 
-    Raises FileNotFoundError if `run_dir` is no run folder, ValueError as `load_runs` does.
+    Raises FileNotFoundError if `run_dir` is not a run folder, ValueError if its metrics file is damaged.
     """
     run_dir = Path(run_dir)
     if (run_dir / METRICS_FILE).is_file():
         return _frame(RunFolder(run_dir).metrics(), ["step", "iteration"])
-    # A run that stopped before its first step has no metrics yet, but is a run.
+    # A run that stopped before its first step has no metrics file yet.
     if not any((run_dir / name).is_file() for name in ("config.yaml", "status.json")):
         raise FileNotFoundError(f"{run_dir} is no run folder: it has no config.yaml, status.json or {METRICS_FILE}")
     return _frame([], ["step", "iteration"])
 
 
 def load_evaluations(run_dir: str | Path, of_training: bool = False) -> pd.DataFrame:
-    """The held-out evaluations of a run, one row a file of `eval/`.
+    """The held-out evaluations of a run, one row per file in `eval/`; empty if there are none.
 
-    Columns: `name` (the file's name without ending: before, step_000050, after), `step`, `n` (problems), `accuracy`
-    (0 to 1), `reward`, `rewards/<component>` and any other single value the file has. Sorted by step, `before` first
-    and `after` last; of_training: without those of `grpo evaluate`, perhaps of other problems. Without rows
-    if there is no evaluation. Raises ValueError if a file is broken.
+    Columns: `name` (the file's name without its ending: before, step_000050, after), `step`, `n` (problems), `accuracy`
+    (0 to 1), `reward`, `rewards/<component>` and any other single value of the file. Sorted by step, `before` first
+    and `after` last. of_training: without those of `grpo evaluate`, which may be of other problems. Raises ValueError
+    if a file is damaged.
     """
     rows = []
     for name, record in RunFolder(run_dir).evaluations().items():
@@ -65,18 +65,18 @@ def load_evaluations(run_dir: str | Path, of_training: bool = False) -> pd.DataF
 
 
 def read_config(run_dir: str | Path) -> dict:
-    """A run's config with what later launches changed in it, as plain data; empty if there is none."""
+    """A run's config with the changes of later launches, as plain dicts and lists; empty if there is none."""
     run = RunFolder(run_dir)
     if not run.started():
         return {}
-    from omegaconf import OmegaConf  # here, because only charts need it
+    from omegaconf import OmegaConf
 
     values: Any = OmegaConf.to_container(run.frozen_config(complete=False), resolve=True)  # a dict
     return values
 
 
 def finite_values(metrics: pd.DataFrame, column: str) -> pd.Series:
-    """A metric as floats, NaN wherever it is missing, null, infinite or no number; all NaN if there is no such column.
+    """A metric as floats, NaN if missing, null or infinite; all NaN if the column does not exist or has no numbers.
 
     One infinite gradient norm would otherwise make every mean and every axis infinite.
     """
@@ -86,7 +86,7 @@ def finite_values(metrics: pd.DataFrame, column: str) -> pd.Series:
 
 
 def is_metric(values: pd.Series) -> bool:
-    """Whether a column holds numbers, unlike a digest or a flag."""
+    """Whether a column holds numbers, and not digests or flags."""
     return pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
 
 
@@ -99,7 +99,7 @@ def component_columns(metrics: pd.DataFrame) -> dict[str, str]:
 
 
 def _find_runs(path: Path) -> dict[str, Path]:
-    """Run name -> run folder for `path` itself or, if it is no run, for all runs below it."""
+    """Run name -> run folder for `path` itself or, if it is not a run folder, for all runs below it."""
     if (path / METRICS_FILE).is_file():
         return {path.resolve().name: path}
     if not path.is_dir():
@@ -111,8 +111,8 @@ def _find_runs(path: Path) -> dict[str, Path]:
 
 
 def _frame(rows: list[dict], first_columns: list[str]) -> pd.DataFrame:
-    """The rows as a frame, with `first_columns` first and there even if no row has them."""
+    """The rows as a frame that begins with `first_columns`, which exist even if no row has them."""
     frame = pd.DataFrame(rows)
     frame = frame.reindex(columns=[*first_columns, *(column for column in frame if column not in first_columns)])
-    # A column of nulls only would have the type `object`, in which arithmetic and plotting fail.
+    # A column of nulls only would have the dtype `object`, in which arithmetic and plotting fail.
     return frame.astype({column: float for column in frame if len(frame) and frame[column].isna().all()})

@@ -1,4 +1,4 @@
-"""Pages as one HTML file: a template, with its pictures inside."""
+"""HTML pages rendered from templates, each a single file with its images embedded."""
 
 import base64
 import io
@@ -14,7 +14,7 @@ ENVIRONMENT = Environment(
 
 
 def readable(value: float | None) -> str:
-    """A number with three significant digits, without an exponent; a dash where there is none."""
+    """A number with three significant digits and without an exponent; a dash if it is None or not finite."""
     if value is None or not math.isfinite(value):
         return "-"
     if abs(value) >= 1000:
@@ -26,12 +26,12 @@ ENVIRONMENT.filters["readable"] = readable
 
 
 def render(template: str, **content: object) -> str:
-    """A page of `templates/` with this content; text in it is escaped."""
+    """Render a template of `templates/` with this content; text is HTML-escaped."""
     return ENVIRONMENT.get_template(template).render(content)
 
 
 def embedded(figure: Figure) -> str:
-    """A figure as the address of an image that is in the page itself."""
+    """A figure as the data URL of an SVG image."""
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"

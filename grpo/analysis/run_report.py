@@ -1,4 +1,4 @@
-"""The report of one run: report.html, one file that needs no network."""
+"""The report of one run: report.html, a single file that needs no network."""
 
 import base64
 from pathlib import Path
@@ -18,14 +18,14 @@ from grpo.runs.files import write_atomic
 from grpo.runs.folder import RunFolder
 
 CHART_SIZE = (9.0, 4.2)  # inches
-SHOWN_STEPS = 12  # sampled steps whose completions are in the page, from the first to the last
-SHOWN_GROUPS = 3  # of each, whole groups of one problem
+SHOWN_STEPS = 12  # at most this many sampled steps are shown, evenly spaced from the first to the last
+SHOWN_GROUPS = 3  # groups shown of each of these steps; a group is all completions of one problem
 
 
 def write_run_report(run_dir: str | Path) -> Path:
     """Write report.html into a run's folder and return its path; plots/ and summary.json are written again, too.
 
-    Raises FileNotFoundError if it is no run folder, ValueError if it has no completed step or is broken.
+    Raises FileNotFoundError if `run_dir` is not a run folder, ValueError if it has no completed step or is damaged.
     """
     run_dir = Path(run_dir)
     write_charts(run_dir)
@@ -35,7 +35,7 @@ def write_run_report(run_dir: str | Path) -> Path:
 
 
 def content(run_dir: Path) -> dict[str, Any]:
-    """All that the page shows, by the names that its template uses."""
+    """The variables of the page's template."""
     run = RunFolder(run_dir)
     config = read_config(run_dir)
     summary = summarize(run_dir)
@@ -80,7 +80,7 @@ def _extremes(samples: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
 
 
 def _completions(samples: pd.DataFrame) -> dict[int, list[list[dict[str, Any]]]]:
-    """Step -> groups of completions of one problem, for leafing through."""
+    """Step -> groups; a group is a list of completions of one problem."""
     if samples.empty:
         return {}
     return {
@@ -93,7 +93,7 @@ def _completions(samples: pd.DataFrame) -> dict[int, list[list[dict[str, Any]]]]
 
 
 def _spread(steps: list[int]) -> list[int]:
-    """At most SHOWN_STEPS of the steps, evenly from the first to the last."""
+    """At most SHOWN_STEPS of the steps, evenly spaced from the first to the last."""
     if len(steps) <= SHOWN_STEPS:
         return steps
     return [steps[round(place * (len(steps) - 1) / (SHOWN_STEPS - 1))] for place in range(SHOWN_STEPS)]

@@ -10,23 +10,23 @@ from grpo.analysis.load import component_columns, finite_values, is_metric, load
 from grpo.runs.files import write_atomic
 from grpo.runs.folder import RunFolder
 
-# They count up, so their mean or spread says nothing.
+# Their values only count up, so a mean or spread of them has no meaning.
 COUNTERS = ("step", "iteration", "num_tokens")
 
 
 def summarize(run_dir: str | Path) -> dict:
-    """The statistics of a run, as plain values that are strictly valid JSON (None for what cannot be known).
+    """The statistics of a run, as plain values that are strictly valid JSON (None for an unknown value).
 
-    - `name`: the run folder's name; `state`: of `status.json`; `steps` and `iterations`: how many have been recorded.
+    - `name`: the run folder's name; `state`: that of `status.json`; `steps` and `iterations`: how many are recorded.
     - `metrics`: for each numeric metric `count`, `first`, `last`, `mean`, `std` (sample standard deviation over the
-      steps), `min`, `max`, `mean_first_10pct` and `mean_last_10pct` (at least one step), over the steps where it has
-      a finite value. `reward` and the means of its components also have `best_step`, the first step at their
-      maximum; a loss has none, since GRPO's does not measure progress.
+      steps), `min`, `max`, `mean_first_10pct` and `mean_last_10pct` (at least one step), over the steps in which it
+      is finite. `reward` and the means of its components also have `best_step`, the first step with their maximum;
+      the loss does not, since the GRPO loss does not measure progress.
     - `totals`: `tokens` seen, `seconds` spent in steps.
     - `eval`: `before` and `after`, each only if that evaluation exists, with `accuracy`, `n`, `reward`, `rewards` by
       component and `accuracy_interval`, the 95 % Wilson interval.
 
-    Raises FileNotFoundError if `run_dir` is no run folder, ValueError if one of its files is broken.
+    Raises FileNotFoundError if `run_dir` is not a run folder, ValueError if one of its files is damaged.
     """
     run_dir = Path(run_dir)
     metrics = load_metrics(run_dir)
@@ -49,7 +49,7 @@ def summarize(run_dir: str | Path) -> dict:
 
 
 def write_summary(run_dir: str | Path, output_dir: str | Path | None = None) -> Path:
-    """Writes `summarize(run_dir)` as `summary.json` into the run folder, or into `output_dir`, and returns its path."""
+    """Write `summarize(run_dir)` as `summary.json` into the run folder, or into `output_dir`, and return its path."""
     text = json.dumps(summarize(run_dir), indent=2, allow_nan=False) + "\n"
     path = Path(output_dir or run_dir) / "summary.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,12 +60,12 @@ def write_summary(run_dir: str | Path, output_dir: str | Path | None = None) -> 
 def wilson_interval(accuracy: float | None, n: int | None) -> list[float] | None:
     """The 95 % Wilson score interval [low, high] of an accuracy (0 to 1) measured on `n` problems; None without `n`.
 
-    Unlike the normal approximation it stays within 0 and 1 and is sound for few problems and for accuracies near
-    the ends (Wilson, "Probable inference", 1927).
+    Unlike the normal approximation it stays within 0 and 1, and is accurate for few problems and for accuracies near 0
+    or 1 (Wilson, "Probable inference", 1927).
     """
     if not n or accuracy is None or not math.isfinite(accuracy):
         return None
-    from scipy.stats import binomtest  # here, since it takes a second to import
+    from scipy.stats import binomtest  # imported here, since that takes a second
 
     interval = binomtest(round(accuracy * n), n).proportion_ci(method="wilson")
     return [float(interval.low), float(interval.high)]
@@ -103,10 +103,10 @@ def _evaluation(record: dict) -> dict:
 
 
 def _number(value: float | None) -> float | None:
-    """A plain number that JSON can hold: None for a missing, null or infinite one."""
+    """A float that JSON can represent: None if the value is missing, NaN or infinite."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
 def _whole(value: float | None) -> int | None:
-    """The same of a count."""
+    """A count as an int: None if it is missing, NaN or infinite."""
     return None if value is None or not math.isfinite(value) else int(value)

@@ -1,4 +1,4 @@
-"""What a sweep shows: its jobs as a table, its arms, and what each swept key changes."""
+"""Analysis of a sweep: its jobs as a table, its arms, and the effect of each swept key."""
 
 import functools
 import shlex
@@ -26,7 +26,7 @@ from grpo.runs.sweep_folder import SweepFolder, short
 
 @dataclass(frozen=True)
 class Effect:
-    """What one value of a swept key changes against another, all else and the seed being equal."""
+    """The effect of one value of a swept key against another, with all other keys and the seed equal."""
 
     key: str
     base: str
@@ -36,12 +36,12 @@ class Effect:
 
     @property
     def verdict(self) -> str:
-        """What the difference shows."""
+        """What the difference shows, as text."""
         return verdict(self.difference)
 
 
 def verdict(difference: Estimate) -> str:
-    """What a difference shows, in words; of one seed it is said that nothing else can be known."""
+    """What a difference shows, as text; with one seed the text says that it holds for that seed."""
     if not difference.shown:
         return "no difference shown"
     return ("higher" if difference.mean > 0 else "lower") + (", with this seed" if difference.seeds == 1 else "")
@@ -49,18 +49,19 @@ def verdict(difference: Estimate) -> str:
 
 @dataclass(frozen=True)
 class Arm:
-    """The jobs that differ in their seed only."""
+    """A group of jobs that differ only in their seed."""
 
-    values: tuple[str, ...]  # of the swept keys but the seed
-    jobs: tuple[int, ...]  # finished ones
+    values: tuple[str, ...]  # values of the swept keys except the seed
+    jobs: tuple[int, ...]  # numbers of the finished jobs
     outcome: Estimate
 
 
 class SweepAnalysis:
-    """A sweep folder, read. Arms are what differs in more than the seed; only finished jobs are compared.
+    """The results of a sweep folder. Jobs that differ only in their seed form an arm; only finished jobs are compared.
 
-    Arms are ranked by held-out accuracy after training, problem by problem; where not all finished jobs have it, by
-    the mean reward of the last tenth of the steps. Raises FileNotFoundError where `path` is no sweep folder.
+    Arms are ranked by their outcome: held-out accuracy after training, problem by problem, or, if a finished job does
+    not have it, the mean reward of the last tenth of the steps. Raises FileNotFoundError if `path` is not a sweep
+    folder.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -72,18 +73,18 @@ class SweepAnalysis:
         self.swept: list[str] = record["keys"]
         self.flags: list[str] = record.get("flags", [])
         self.flags += Overrides(record.get("hydra", [])).select({"hydra.searchpath"}).lines
-        self.is_grid = record.get("planned") is not None  # and not points that a sweeper came to
-        self.keys = [key for key in self.swept if key != SEED]  # those that make arms
+        self.is_grid = record.get("planned") is not None  # else the sweeper chose its points during the sweep
+        self.keys = [key for key in self.swept if key != SEED]  # the keys that define the arms
         self.jobs, self._seeds, correct = _read_jobs(self.folder, self.swept)
         finished = self.jobs[self.jobs["state"] == "finished"]
         self.by_accuracy = bool(len(finished)) and all(len(correct.get(job, ())) for job in finished.index)
-        # Of each finished job that has one: its reward, and 1 or 0 by problem.
+        # Job number -> values that are compared: the job's mean reward, or 1 (right) or 0 (wrong) for each problem.
         self._rewards = {job: pd.Series({"reward": each}) for job, each in finished["mean_reward"].dropna().items()}
         self._outcomes = {job: correct[job] for job in finished.index} if self.by_accuracy else self._rewards
         self.arms = self._rank_arms()
         self.unfinished = self.jobs[~self.jobs["state"].isin(["finished", "stopped early"])]
         halving = HalvingState.read(self.folder.path)
-        self.arms_tried = len(halving.arms if halving else self.arms)  # arms that the best one was chosen from
+        self.arms_tried = len(halving.arms if halving else self.arms)  # number of arms that the best was chosen from
 
     def metrics(self, job: int) -> pd.DataFrame:
         """The metrics of a job, one row per step."""
@@ -94,13 +95,14 @@ class SweepAnalysis:
         return load_evaluations(self.folder.path / self.jobs.loc[job, "folder"], of_training=True)
 
     def label(self, arm: Arm) -> str:
-        """An arm as its overrides, with long numbers shortened."""
+        """The overrides of an arm as text, with long values shortened."""
         return " ".join(f"{key}={short(value)}" for key, value in zip(self.keys, arm.values, strict=True)) or "the run"
 
     def effects(self, in_reward: bool = False) -> list[Effect]:
-        """For each swept key but the seed, each value against the first, over all pairs of jobs otherwise equal.
+        """The effect of each value of each swept key except the seed, against the first value of that key.
 
-        in_reward: in the mean reward of the last tenth of the steps, instead of in what arms are ranked by.
+        It is computed over all pairs of jobs that are equal in every other swept key. in_reward: compare the mean
+        reward of the last tenth of the steps instead of the outcome by which arms are ranked.
         """
         outcomes = self._rewards if in_reward else self._outcomes
         finished = self.jobs.loc[list(outcomes)]
@@ -116,9 +118,9 @@ class SweepAnalysis:
 
     @functools.cached_property
     def gap_to_best(self) -> dict[Arm, Estimate]:
-        """Each arm but the best, with how far it is from the best (below: negative), over the seeds that both have.
+        """The difference of each other arm from the best (negative: below it), over the seeds that both have.
 
-        Those that have no seed or no problem in common with the best are not there.
+        Arms that have no seed or no problem in common with the best are omitted.
         """
         compared: dict[Arm, Estimate] = {}
         if not self.arms:
@@ -133,9 +135,10 @@ class SweepAnalysis:
         return compared
 
     def commands(self, fresh_seeds: int = 3) -> dict[str, str]:
-        """`reproduce`: the best arm again as it was; `confirm`: on seeds that no job had."""
+        """Shell commands: `reproduce` runs the best arm again, `confirm` runs it with seeds that no job had."""
         arm = dict(zip(self.keys, self.arms[0].values, strict=True))
-        # Each in the place that its values had, since a later override may change what an earlier one sets.
+        # Each value stays at the position of the swept values, since a later override may change what an earlier one
+        # sets.
         overrides = Overrides(self.overrides)
         searched = [f"{key}={value}" for key, value in arm.items() if key not in overrides.keys]
         own = overrides.without({SEED}).with_texts(arm)
@@ -157,13 +160,14 @@ class SweepAnalysis:
     def _outcome(self, jobs: list[int]) -> Estimate:
         rows = [self._outcomes[job] for job in jobs]
         table = pd.DataFrame(rows).dropna(axis=1)
-        if table.empty:  # they were evaluated on different problems
+        if table.empty:  # the jobs were evaluated on different problems
             table = pd.DataFrame([[row.mean()] for row in rows])
         estimate = crossed_mean(table)
         wilson = wilson_interval(estimate.mean, max(len(row) for row in rows)) if self.by_accuracy else None
         if wilson is None or estimate.interval is None:
             return estimate
-        # Every job right in nearly the same problems, usually in all of them, is no sign of certainty.
+        # If all jobs solve nearly the same problems, usually all of them, the interval from their variation is too
+        # narrow. So it is extended to Wilson's; for one job it is Wilson's.
         (low, high) = wilson
         (seen_low, seen_high) = estimate.interval
         if len(jobs) > 1:
@@ -183,9 +187,9 @@ class SweepAnalysis:
     def _difference(
         self, pairs: list[tuple[int, int]], outcomes: dict[int, pd.Series], comparisons: int
     ) -> Estimate | None:
-        """The mean of second minus first; of the pairs of one seed, which are no random draw, the mean is taken.
+        """The mean outcome of the second job of each pair minus that of the first; None without a common problem.
 
-        None where there is no pair that has a problem in common.
+        Pairs with the same seed are averaged first, since only seeds and problems are random, not the other keys.
         """
         rows = {pair: (outcomes[pair[1]] - outcomes[pair[0]]).dropna() for pair in pairs}
         rows = {pair: row for pair, row in rows.items() if len(row)}
@@ -201,12 +205,13 @@ class SweepAnalysis:
 
 
 def _read_jobs(folder: SweepFolder, keys: list[str]) -> tuple[pd.DataFrame, dict[int, int], dict[int, pd.Series]]:
-    """The jobs, by number the seed of each that has begun, and 1 for right and 0 for wrong by problem after training.
+    """Read the jobs of a sweep. Returns (jobs, seeds, correct).
 
-    One row per job, indexed by its number: values of the swept keys, state, and where it came to. accuracy and
-    best_accuracy: held out, 0 to 1, after training and at best, with the 95 % Wilson interval of the first;
-    mean_reward, rewards/<component>, completions/mean_length, kl: means of the last tenth of the steps; num_tokens;
-    seconds in steps.
+    jobs: one row per job, indexed by its number: values of the swept keys, state, step, and results. accuracy and
+    best_accuracy: held-out accuracy, 0 to 1, after training and at its best, with the 95 % Wilson interval of the
+    former; mean_reward, rewards/<component>, completions/mean_length, kl: means over the last tenth of the steps;
+    num_tokens; seconds in steps. seeds: job number -> seed, for jobs that have started. correct: job number -> 1
+    (right) or 0 (wrong) for each held-out problem after training.
     """
     rows = []
     seeds = {}
@@ -224,7 +229,7 @@ def _read_jobs(folder: SweepFolder, keys: list[str]) -> tuple[pd.DataFrame, dict
                 seeds[number] = int(read_config(run).get("seed") or 0)
                 row |= _results(run)
                 correct[number] = _correct(run)
-            except (ValueError, KeyError, TypeError, AttributeError) as broken:  # the others are there still
+            except (ValueError, KeyError, TypeError, AttributeError) as broken:  # the other jobs can still be compared
                 row |= {"state": "unreadable", "error": f"{type(broken).__name__}: {broken}"}
         rows.append(row)
     columns = ["accuracy", "accuracy_low", "accuracy_high", "best_accuracy", "mean_reward", "num_tokens", "seconds"]
@@ -236,7 +241,7 @@ def _read_jobs(folder: SweepFolder, keys: list[str]) -> tuple[pd.DataFrame, dict
 def _correct(run_dir: Path) -> pd.Series:
     evaluation = RunFolder(run_dir).evaluation("after") or {"problems": []}
     graded = [each for each in evaluation["problems"] if each["correct"] is not None]
-    # With its answer, since in files of other problems the same lines may have the same names.
+    # The index includes the answer: ids may be line numbers, which stand for other problems in another data file.
     return pd.Series({f"{each['id']} {each.get('answer')}": float(each["correct"]) for each in graded}, dtype=float)
 
 

@@ -11,11 +11,11 @@ from grpo.analysis.sweep import Arm, SweepAnalysis
 from grpo.analysis.theme import BLUE, OTHERS, PALETTE, TEXT, legend, new_figure, style
 from grpo.runs.sweep_folder import short
 
-MOST_ARMS = len(PALETTE)  # whose curves can be told apart
+MOST_ARMS = len(PALETTE)  # number of arms that get a colour of their own
 
 
 def curves(sweep: SweepAnalysis, column: str, title: str, unit: str) -> Figure | None:
-    """A metric by step, a line per arm: the mean over its seeds, within the band from the lowest to the highest."""
+    """A metric by step, one line per arm: the mean over its seeds, with a band from the lowest to the highest."""
     tables = [_by_step(sweep, arm, column) for arm in sweep.arms]
     window = max(1, max(map(len, tables)) // 20)
     smooth = [table.rolling(window, center=True, min_periods=1).mean() for table in tables]
@@ -24,19 +24,19 @@ def curves(sweep: SweepAnalysis, column: str, title: str, unit: str) -> Figure |
 
 
 def held_out(sweep: SweepAnalysis) -> Figure | None:
-    """Held-out accuracy by step, where jobs were evaluated in training (eval.every): the mean over an arm's jobs."""
+    """Held-out accuracy by step, the mean over an arm's jobs, for arms evaluated during training (eval.every)."""
     tables = []
     for arm in sweep.arms:
         evaluations = pd.concat([sweep.evaluations(job).assign(job=job) for job in arm.jobs])
         tables.append(evaluations.pivot_table(index="step", columns="job", values="accuracy"))
-    shown = [table if len(table) > 2 else None for table in tables]  # more than before and after
+    shown = [table if len(table) > 2 else None for table in tables]  # more than before and after training
     return _lines(sweep, shown, "Held-out accuracy", "band: lowest to highest seed", percent=True, marker="o", ms=3)
 
 
 def _lines(
     sweep: SweepAnalysis, tables: list[pd.DataFrame | None], title: str, unit: str, percent: bool = False, **marks: Any
 ) -> Figure | None:
-    """Of each arm a table by step, a column a job; None where no arm has one."""
+    """Draw a line for each arm that has a table (steps in rows, jobs in columns); returns None if no arm has one."""
     figure = new_figure()
     axes = figure.subplots()
     for color, arm, table in zip(PALETTE, sweep.arms, tables, strict=False):
@@ -53,7 +53,7 @@ def _lines(
 
 
 def cost(sweep: SweepAnalysis) -> Figure:
-    """The outcome of each job against the tokens that it took, and of each arm with its interval."""
+    """The outcome of each job against the tokens of its training, and of each arm with its interval."""
     figure = new_figure()
     axes = figure.subplots()
     outcome = "accuracy" if sweep.by_accuracy else "mean_reward"
@@ -94,7 +94,7 @@ def heat_map(sweep: SweepAnalysis) -> Figure:
 
 
 def parallel_coordinates(sweep: SweepAnalysis) -> Figure:
-    """Each arm as a line through its values, the better the darker."""
+    """Each arm as a line through its values; a better outcome gives a darker line."""
     figure = new_figure(width=1.8 * (len(sweep.keys) + 1) + 1)
     axes = figure.subplots()
     outcomes = np.array([arm.outcome.mean for arm in sweep.arms])
@@ -128,7 +128,7 @@ def _by_step(sweep: SweepAnalysis, arm: Arm, column: str) -> pd.DataFrame:
 
 
 def _in_order(sweep: SweepAnalysis, key: str) -> list[str]:
-    """The values of a swept key: numbers by size, others as they were given."""
+    """The values of a swept key: sorted if all are numbers, else in the order in which they were given."""
     values = list(dict.fromkeys(sweep.jobs[key].dropna()))
     try:
         return sorted(values, key=float)

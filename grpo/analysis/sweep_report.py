@@ -1,4 +1,4 @@
-"""The report of a sweep: report.html, one file that needs no network, and sweep.csv."""
+"""The report of a sweep: report.html, a single file that needs no network, and sweep.csv."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +18,9 @@ FEW_SEEDS = 3
 
 
 def write_sweep_report(path: str | Path) -> tuple[list[Path], str]:
-    """Write report.html and sweep.csv into a sweep's folder and return their paths, and the answer in a sentence.
+    """Write report.html and sweep.csv into a sweep's folder, and return their paths and the headline.
 
-    Raises FileNotFoundError where it is no sweep's folder.
+    Raises FileNotFoundError if `path` is not a sweep folder.
     """
     sweep = SweepAnalysis(path)
     folder = sweep.folder.path
@@ -31,9 +31,9 @@ def write_sweep_report(path: str | Path) -> tuple[list[Path], str]:
 
 
 def content(sweep: SweepAnalysis) -> dict[str, Any]:
-    """All that the page shows, by the names that its template uses."""
+    """The variables of the page's template."""
     states = sweep.jobs["state"].value_counts()
-    with matplotlib.rc_context({"text.parse_math": False}):  # a value may have a dollar sign
+    with matplotlib.rc_context({"text.parse_math": False}):  # a value may contain a dollar sign
         charts = {name: embedded(figure) for name, figure in _charts(sweep).items()}
     return {
         "title": f"Sweep {sweep.folder.path.resolve().name}",
@@ -75,7 +75,7 @@ def _change(value: float) -> str:
 
 
 def headline(sweep: SweepAnalysis) -> str:
-    """The answer in a sentence or two."""
+    """The result of the sweep in one or two sentences."""
     if not sweep.arms:
         return "No job has finished, so there is nothing to compare."
     best = sweep.arms[0]
@@ -115,14 +115,14 @@ def _count(count: int, what: str) -> str:
 
 
 def warnings(sweep: SweepAnalysis) -> list[str]:
-    """What to keep in mind before believing the headline."""
+    """The limits of the comparison that a reader of the headline should know."""
     said = []
     if sweep.arms_tried > 1 and sweep.arms:
         said.append(
             f"The score of the best of {sweep.arms_tried} arms is too high on average, since it chose the arm. "
             "The command on fresh seeds gives a fair one."
         )
-    # The most that a comparison has; where there is none, the best arm.
+    # The largest number of seeds in a comparison; without comparisons, the number of jobs of the best arm.
     seeds = max(
         (each.seeds for each in sweep.gap_to_best.values()), default=len(sweep.arms[0].jobs) if sweep.arms else 0
     )
@@ -146,7 +146,7 @@ def warnings(sweep: SweepAnalysis) -> list[str]:
 
 
 def _budget(sweep: SweepAnalysis) -> dict[str, Any] | None:
-    """Of a sweep by halving what its time bought, with each arm in words."""
+    """For a sweep by halving, its rungs and the time spent, with a label for each arm; else None."""
     record = HalvingState.read(sweep.folder.path)
     if record is None:
         return None
@@ -172,7 +172,7 @@ def _charts(sweep: SweepAnalysis) -> dict[str, Any]:
 
 
 def _rows(sweep: SweepAnalysis) -> list[dict[str, Any]]:
-    """Of each job its cells, and the address of its own report where it has one."""
+    """For each job its table cells, and the link to its own report if it has one."""
     rows = []
     for job, *values in sweep.jobs.drop(columns=["folder", "error"]).itertuples():
         folder = sweep.jobs.loc[job, "folder"]
@@ -184,7 +184,7 @@ def _rows(sweep: SweepAnalysis) -> list[dict[str, Any]]:
 
 
 def _cell(value: object) -> str:
-    if value is None or value != value:  # not a number
+    if value is None or value != value:  # NaN
         return ""
     if not isinstance(value, float):
         return short(str(value))

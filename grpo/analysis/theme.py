@@ -1,7 +1,7 @@
-"""The look of every chart: colours, and what axes and figures have in common.
+"""The common style of all charts: colours, figures, axes and legends.
 
-Figures are matplotlib's objects alone, never `pyplot`: no state is shared, so a chart can be drawn in any thread and
-is freed with its figure.
+Figures are created without `pyplot`, which has global state. So a chart can be drawn in any thread, and its memory is
+freed with its figure.
 """
 
 from typing import Any
@@ -11,15 +11,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 TEXT, MUTED, GRID, OTHERS = "#2b2b2b", "#767676", "#e3e3e3", "#c9c9c9"
-# Okabe and Ito's palette, which readers with any colour vision can tell apart, and two more.
+# Colours of Okabe and Ito's palette, which readers with colour blindness can distinguish too, and two more.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a4fa3", "#767676")
 BLUE, RED, GREEN, PINK, ORANGE, SKY, VIOLET, GREY = PALETTE
 
 
 def new_figure(title: str = "", width: float = 8, height: float = 4) -> Figure:
-    """An empty figure, its size in inches."""
+    """An empty figure; width and height in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    if title:  # dollar signs in a run's name are not mathematics
+    if title:  # a dollar sign in a run's name does not start a formula
         figure.suptitle(
             title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=TEXT, parse_math=False, wrap=True
         )
@@ -27,7 +27,7 @@ def new_figure(title: str = "", width: float = 8, height: float = 4) -> Figure:
 
 
 def style(ax: Axes, title: str, ylabel: str = "", xlabel: str = "step", percent: bool = False) -> None:
-    """Title, labels and grid of a panel; percent: values are shares from 0 to 1."""
+    """Set title, labels and grid of a panel; percent: values are shares from 0 to 1."""
     ax.set_title(title, loc="left", fontsize=11, color=TEXT)
     ax.set_xlabel(xlabel, fontsize=9, color=TEXT)
     ax.set_ylabel(ylabel, fontsize=9, color=TEXT)
@@ -36,12 +36,12 @@ def style(ax: Axes, title: str, ylabel: str = "", xlabel: str = "step", percent:
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(GRID)
     ax.tick_params(labelsize=8, colors=MUTED)
-    # Plain numbers: matplotlib would write a common factor such as 1e-5 beside the axis.
+    # Plain numbers: by default matplotlib would write a common factor such as 1e-5 next to the axis.
     ax.yaxis.set_major_formatter(PercentFormatter(1.0) if percent else lambda value, _: f"{value:.6g}")
 
 
 def legend(ax: Axes, title: str | None = None, beside: bool = True) -> None:
-    """A legend beside the panel, where it covers no curve, or within it; none where no curve has a label."""
+    """Add a legend next to the panel, where it covers no curve, or inside it; none if no curve has a label."""
     if ax.get_legend_handles_labels()[0]:
         outside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.0}
         place = outside if beside else {"loc": "best"}

@@ -1,4 +1,4 @@
-"""What the commands share: a config from the command line or a run folder, and the model that it names."""
+"""Code shared by the commands: get a config from the command line or a run folder, and load its model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ from grpo.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class ModelUnderTest:
-    """What a command works on."""
+    """The model that a command works on, and its config."""
 
     config: Config  # model.name is the model to load
-    folder: RunFolder | None  # the run folder named by run_dir, if one is
-    weights: Path | None  # a checkpoint folder to load on top of the model, where a run has no final_model yet
-    step: int  # how many steps the model was trained for
+    folder: RunFolder | None  # the run folder given as run_dir, if any
+    weights: Path | None  # checkpoint whose weights replace those of the model, if the run has no final_model yet
+    step: int  # number of steps for which the model was trained
 
     @property
     def model(self) -> str:
-        """The model in words."""
+        """The name of the model, with its adapter if it has one."""
         lora = self.config.model.lora
         adapter = f" with the adapter {lora.init_from}" if lora is not None and lora.init_from is not None else ""
         return f"{self.config.model.name}{adapter}"
@@ -48,13 +48,13 @@ def own_arguments(arguments: Sequence[str], names: Sequence[str]) -> tuple[dict[
 
 
 def run_folder_of(overrides: Sequence[str]) -> RunFolder | None:
-    """The run folder that `run_dir=` names, if one is named. Raises ConfigError where it is none."""
+    """The run folder given as `run_dir=`; None if there is none. Raises ConfigError if it is not a run folder."""
     own, _ = own_arguments(overrides, ["run_dir"])
     return existing_run(own["run_dir"]) if "run_dir" in own else None
 
 
 def existing_run(path: str) -> RunFolder:
-    """The run folder at a path. Raises ConfigError where there is none."""
+    """The run folder at a path. Raises ConfigError if it is not a run folder."""
     folder = RunFolder(path.rstrip("/"))
     if not folder.started():
         raise ConfigError(f"run_dir={folder.path} is not a run folder (it has no config.yaml)")
@@ -63,10 +63,10 @@ def existing_run(path: str) -> RunFolder:
 
 
 def find_model(arguments: Sequence[str]) -> ModelUnderTest:
-    """The config and model that a command line names.
+    """Find the config and the model for a command line.
 
-    With run_dir: the folder's frozen config with exactly the named keys replaced, and its trained model, or, where
-    model.name is given, that model on the run's problems. Without: the config that conf/ composes.
+    With run_dir: the run's frozen config, in which only the given keys are replaced, and the run's trained model; if
+    model.name is given too, that model with the run's problems. Without run_dir: the config composed from conf/.
     """
     folder = run_folder_of(arguments)
     overrides = Overrides(own_arguments(arguments, ["run_dir"])[1])
@@ -81,7 +81,8 @@ def find_model(arguments: Sequence[str]) -> ModelUnderTest:
         if not overrides.names("model.lora"):
             changed.model.lora = None
         return ModelUnderTest(resolved(changed), folder, None, 0)
-    # final_model of a run that was given more steps, and has not taken them yet, is older than its checkpoints.
+    # Only of a finished run: if steps were added to a run and are not completed yet, its final_model is older than its
+    # checkpoints.
     if folder.finished() and folder.final_model.exists():
         if changed.model.get("lora") is None:
             changed.model.name = escape(str(folder.final_model))
@@ -97,7 +98,7 @@ def find_model(arguments: Sequence[str]) -> ModelUnderTest:
 
 
 def resolved(cfg: DictConfig) -> Config:
-    """The config as dataclasses, with what its hardware leaves open filled in and the device checked."""
+    """The config as dataclasses, with open hardware settings filled in and the device checked."""
     from grpo.model.hardware import resolve_hardware  # imports torch
 
     resolve_hardware(cfg)
@@ -105,7 +106,7 @@ def resolved(cfg: DictConfig) -> Config:
 
 
 def load_model_under_test(subject: ModelUnderTest, with_problems: bool = True):
-    """What the subject's config names, and an engine that samples from its model as training does.
+    """Build the experiment of the subject's config, and an engine that samples from its model as in training.
 
     Returns (Experiment, RolloutEngine, Sampling).
     """

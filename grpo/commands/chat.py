@@ -1,4 +1,4 @@
-"""Try a model by hand.
+"""Chat with a model: each question is answered like a training problem.
 
 python -m grpo chat run_dir=outputs/...                  the run's trained model
 python -m grpo chat model.name=M [data=...]              any hub name or local folder
@@ -16,7 +16,7 @@ from grpo.config.overrides import Overrides
 
 
 def main(arguments: list[str]) -> None:
-    """Answer one prompt, or each line that is typed until an empty one or the end of input."""
+    """Answer one prompt, or each line of the input until an empty line or the end of the input."""
     own, overrides = own_arguments(arguments, ["prompt"])
     subject = find_model(overrides)
     experiment, engine, sampling = load_model_under_test(subject, with_problems=False)
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
 
 
 def answer(experiment: Any, engine: Any, sampling: Any, question: str, turn: int) -> str:
-    """The model's completion of one question, asked as the training asks its problems."""
+    """The model's completion of one question, which is formatted like a training problem."""
     import numpy as np
 
     from grpo.counter_rng import group_keys

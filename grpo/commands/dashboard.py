@@ -1,4 +1,4 @@
-"""The saved view of this project in Weights & Biases: its panels, in the order in which one looks at a run.
+"""Save a view of the project in Weights & Biases: panels for rewards, lengths, loss, speed and completions.
 
 python -m grpo dashboard run_dir=outputs/...             the project and reward components of a run
 python -m grpo dashboard sweep_dir=outputs/sweeps/...    one curve an arm of a sweep, the mean over its seeds
@@ -21,12 +21,12 @@ from grpo.runs.sweep_folder import SweepFolder
 
 @dataclass(frozen=True)
 class View:
-    """What the view is of."""
+    """The contents of a view."""
 
     project: str
-    components: list[str]  # of the reward
-    group: str | None = None  # of the runs shown; None: all
-    keys: tuple[str, ...] = ()  # of the config that make arms
+    components: list[str]  # names of the reward components
+    group: str | None = None  # W&B group of the runs that are shown; None: all runs
+    keys: tuple[str, ...] = ()  # config keys that define the arms of a sweep
 
 
 def main(arguments: list[str]) -> None:
@@ -60,9 +60,9 @@ def _view(own: dict[str, str]) -> View:
 
 
 def _arm_keys(sweep: SweepFolder, configs: dict[int, dict[str, Any]]) -> tuple[str, ...]:
-    """The keys of the runs' configs that tell the arms apart: what is swept, or of a swept group a key that follows it.
+    """The config keys that distinguish the arms: each swept key, or for a swept group a key that changes with it.
 
-    W&B knows the values of a run's config, and not from which file they came.
+    W&B stores the values of a run's config, but not the group files that they came from.
     """
     flat = {job: {key: str(value) for key, value in flatten(config).items()} for job, config in configs.items()}
     given = {job["job"]: Overrides(job["overrides"]).texts for job in sweep.jobs()}
@@ -88,7 +88,7 @@ def _of_config(config: dict[str, Any], own: dict[str, str], **arms: Any) -> View
 def _entity(wandb: Any) -> str:
     try:
         entity = wandb.Api(timeout=20).default_entity
-    except Exception as error:  # of many kinds: not logged in, no network
+    except Exception as error:  # of various types: not logged in, no network
         raise ConfigError(
             f"not logged in to W&B ({type(error).__name__}); run wandb login, or give entity=NAME"
         ) from error
@@ -98,7 +98,7 @@ def _entity(wandb: Any) -> str:
 
 
 def panels(view: View) -> dict[str, dict[str, list[str]]]:
-    """Section -> title of a panel -> the metrics that it shows, under their names in metrics.jsonl."""
+    """Section -> title of a panel -> names of its metrics, as in metrics.jsonl."""
     sections: dict[str, dict[str, list[str]]] = {}
     for metric in of_components(view.components):
         if metric.section:
@@ -108,7 +108,7 @@ def panels(view: View) -> dict[str, dict[str, list[str]]]:
 
 
 def workspace(view: View, entity: str) -> Any:
-    """The view as wandb_workspaces has it, not saved yet; building it asks no server."""
+    """The view as a `wandb_workspaces` Workspace, not saved yet; creating it needs no server."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 

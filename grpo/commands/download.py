@@ -1,4 +1,4 @@
-"""Fetch the model and the data of a config into the local cache, so that a later run needs no network.
+"""Download the model and the data of a config to the local cache, so that later runs need no network.
 
 python -m grpo download                                  the default: Qwen2.5-1.5B-Instruct and GSM8K
 python -m grpo download model=qwen2_5_0_5b_instruct      any other config; HF_HOME says where the cache is
@@ -14,7 +14,7 @@ from grpo.config.schema import known_keys
 
 
 def main(arguments: list[str]) -> None:
-    """Download and print where things are."""
+    """Download the model and the data, and print where they are."""
     own, overrides = own_arguments(arguments, ["run_dir"])
     if own:
         raise ConfigError("download works on a config, not on a run folder: leave run_dir out")
@@ -29,11 +29,11 @@ def main(arguments: list[str]) -> None:
 
         try:
             print(f"model: {snapshot_download(config.model.name, allow_patterns=MODEL_FILES)}")
-        except Exception as error:  # the hub, the network, the cache: each has exceptions of its own
+        except Exception as error:  # the hub, the network and the cache each have their own exceptions
             raise model_not_found(config.model.name, error) from error
     problems = bind("data", config.data, without=known_keys("data"))()
     print(f"data: {len(problems.train)} problems to train on, {len(problems.test)} held out")
 
 
-# Not the same weights a second time in other formats.
+# Without the copies of the weights in other formats.
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]

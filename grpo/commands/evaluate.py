@@ -1,4 +1,4 @@
-"""Accuracy and rewards of a model on the held-out problems, greedily decoded.
+"""Evaluate accuracy and rewards of a model on the held-out problems, with greedy decoding.
 
 python -m grpo evaluate run_dir=outputs/...              the run's trained model; the result goes to its eval/ too
 python -m grpo evaluate run_dir=outputs/... model.name=M another model on the run's problems, such as the untrained one
@@ -14,7 +14,7 @@ from grpo.runs.console import closing_table
 
 
 def main(arguments: list[str]) -> None:
-    """Evaluate and print a table."""
+    """Evaluate the model and print a table."""
     subject = find_model(arguments)
     experiment, engine, sampling = load_model_under_test(subject)
     from grpo.training.evaluation import evaluate  # imports torch

@@ -1,4 +1,4 @@
-"""One model out of a run's LoRA adapter and the model below it, for what cannot load adapters.
+"""Merge a run's LoRA adapter into its base model, for programs that cannot load adapters.
 
 python -m grpo merge run_dir=outputs/...                 into its merged_model/
 python -m grpo merge run_dir=outputs/... output_dir=DIR model.dtype=bfloat16

@@ -1,4 +1,4 @@
-"""The report of a sweep or of a run, as one HTML file that opens anywhere.
+"""Write the report of a sweep or of a run, as one HTML file that needs no network.
 
 python -m grpo report sweep_dir=outputs/sweeps/...       into its report.html and sweep.csv
 python -m grpo report run_dir=outputs/...                into its report.html

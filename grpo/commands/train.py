@@ -1,4 +1,4 @@
-"""Train with GRPO: decide, let Hydra start, open the run folder, train, return the objective.
+"""Train with GRPO: start or resume a run, or a sweep.
 
 grpo train                                       Qwen2.5-1.5B-Instruct on GSM8K
 grpo train experiment=quickstart                 embedded model and data, half a minute on a CPU
@@ -28,18 +28,18 @@ from grpo.sweeps.closing import conclude
 
 def main(arguments: list[str]) -> int:
     """Launch a run or a sweep. Returns the exit code."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to run_command, which words them
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes errors on to run_command, which prints them
     return run_command(partial(_launch, arguments))
 
 
 def _launch(arguments: list[str]) -> int:
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the run handles them itself: leave, and clean up
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the run handles them itself: exit after cleaning up
         signal.signal(number, _leave)
     flags = read_flags(arguments)
     if only_shows(flags):
         return show(arguments, train_job)
     with decide(flags) as launch:
-        if launch is None:  # answered already
+        if launch is None:  # a plan was printed, or the run has finished already
             return 0
         sweep = launch.sweep
         if sweep is None:
@@ -57,24 +57,28 @@ def _leave(number: int, _: FrameType | None) -> None:
 
 
 def train_run(launch: Launch, cfg: DictConfig) -> float | None:
-    """The one run of a launch, in the folder that was decided."""
+    """Run the single run of a launch, with the config and the folder that `decide` chose."""
     if OmegaConf.to_container(cfg, resolve=False) != OmegaConf.to_container(launch.config, resolve=False):
         raise RuntimeError("Hydra composed another config than the one that was decided on")
     return train_job(launch.config, launch)
 
 
 def train_job(cfg: DictConfig, launch: Launch | None = None) -> float | None:
-    """One run. Returns what sweeps maximise: held-out accuracy after training, or else the last mean reward."""
+    """Run a single run or a job of a sweep. Returns the objective that sweepers maximize.
+
+    The objective is the held-out accuracy after training or, without one, the mean reward of the last step.
+    """
     if HydraConfig.get().job.chdir:  # paths stay relative to the directory in which the command was given
         os.chdir(get_original_cwd())
     with open_run(cfg, launch.run if launch else None) as run:
         if not run.done:
-            from grpo.training.train import train  # here, since it imports torch: --help and --cfg answer without
+            from grpo.training.train import train  # imported here: it imports torch, which --help and --cfg don't need
 
             train(run)
         return run.folder.objective()
 
 
-# They only name folders. A process that runs a job of a sweep imports this module before it reads the job's config.
+# Resolvers that only compute folder names. They are registered in this module, since a process that runs a job of a
+# sweep imports it before it reads the job's config.
 OmegaConf.register_new_resolver("job_folder", job_folder_name, replace=True)
 OmegaConf.register_new_resolver("hydra_record", hydra_record, replace=True)

@@ -1,4 +1,4 @@
-"""Certify a run folder: replay some of its steps and compare every number, and check every checksum.
+"""Verify a run folder: replay some of its steps and compare every number, and check every checksum.
 
 python -m grpo verify run_dir=outputs/...                from the last checkpoint that has steps after it
 python -m grpo verify run_dir=outputs/... step=N         up to step N, from the last checkpoint before it
@@ -18,11 +18,11 @@ from grpo.runs.files import step_of
 from grpo.runs.folder import RunFolder
 from grpo.runs.stop_signals import Exit
 
-NOT_COMPARED = ("step_time", "timing_s/", "perf/")  # times and memory: what a machine does, not what is computed
+NOT_COMPARED = ("step_time", "timing_s/", "perf/")  # times and memory, which depend on the machine
 
 
 def main(arguments: list[str]) -> None:
-    """Verify and print the verdict; raises Exit(1) where something differs."""
+    """Verify and print the verdict. Raises Exit(1) if something differs."""
     own, given = own_arguments(arguments, ["run_dir", "step"])
     overrides = Overrides(given)
     folder = run_folder_of(arguments)
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
 
 
 def check_manifests(folder: RunFolder) -> int:
-    """Check every checkpoint against its manifest; prints what is damaged and returns how many are."""
+    """Check every checkpoint against its manifest; print the damaged ones and return their number."""
     from grpo.runs.checkpoint import broken, step_folders
 
     others = [*folder.checkpoints.glob("reference_*"), folder.checkpoints / "best"]
@@ -64,7 +64,7 @@ def check_manifests(folder: RunFolder) -> int:
 
 
 def span(folder: RunFolder, step: str | None) -> tuple[int, int]:
-    """The steps to replay: after the first number (a checkpoint, or 0 for the start), up to the second."""
+    """The steps to replay, as (start, end): from start + 1 to end. Start is a checkpoint or where the run began."""
     from grpo.runs.checkpoint import broken, step_folders
 
     steps = [row["step"] for row in folder.metrics()]
@@ -83,12 +83,15 @@ def span(folder: RunFolder, step: str | None) -> tuple[int, int]:
 
 
 def _first(folder: RunFolder) -> int:
-    """Where the run itself began: 0, or for a fork the step of its parent's checkpoint."""
+    """The step at which the run began: 0, or for a fork that of its parent's checkpoint."""
     return (folder.frozen_config().get("parent") or {}).get("step", 0)
 
 
 def replay(folder: RunFolder, config: Any, start: int, end: int) -> tuple[str | None, str]:
-    """Make the steps again. Returns the first difference in words, or None, and what was compared beside the rows."""
+    """Replay the steps from start + 1 to end.
+
+    Returns the first difference as text, or None, and a text that says what was compared in addition to the rows.
+    """
     from grpo.runs.checkpoint import read_checkpoint, step_folder
     from grpo.training.experiment import build_experiment
     from grpo.training.trainer import Trainer
@@ -141,12 +144,12 @@ def _same_bits(one: Any, other: Any) -> bool:
     other = other.detach().cpu()
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    # As bytes, since a NaN is equal to itself there.
+    # Compared as bytes, since a NaN is not equal to itself as a number.
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
 
 def environment_changes(folder: RunFolder) -> list[str]:
-    """What differs from the machine and versions of the run, which may round differently."""
+    """Differences from the run's hardware, versions and settings that can change rounding, one line each."""
     from grpo.model.hardware import device_of  # imports torch
     from grpo.runs.checkpoint import load_state
     from grpo.runs.environment import environment

@@ -1,7 +1,7 @@
-"""What a training step costs, counted before any weight is loaded: operations, bytes read, and bytes held.
+"""The cost of a training step, computed before any weight is loaded: FLOPs, bytes read, and bytes allocated.
 
-The model is built on torch's meta device, where tensors have shapes and no memory, so that what is counted is what
-the real layers would keep, whatever the architecture.
+The model is built on torch's meta device, where tensors have shapes but no memory. So the tensors that the real layers
+would keep can be counted for any architecture.
 """
 
 import time
@@ -32,23 +32,24 @@ from grpo.model.packed import (
 
 @dataclass(frozen=True)
 class Work:
-    """The completions of a step: P prompts with G completions each."""
+    """The prompts and completions of a step: P prompts with G completions each."""
 
-    prompts: int
-    group: int
+    prompts: int  # P
+    group: int  # G
     prompt_tokens: int  # of each prompt, on average
     lengths: list[int]  # tokens of each of the P * G completions
 
 
 def meta_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The architecture of a model in the dtype of its arithmetic, with its adapter, without its weights."""
+    """The model on the meta device, without its weights, with its adapter. dtype: that of the arithmetic."""
     remote = config.trust_remote_code
     settings = {"dtype": dtype, "attn_implementation": config.attn_implementation, "trust_remote_code": remote}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture(config.name, remote), **settings).eval()
         if config.lora is not None:
             add_adapter(model, replace(config.lora, init_from=None), getattr(torch, config.dtype), seed=0)
-    mark_packing(model, may_pack(model) and _reads_packed(model))  # its numbers are looked at once they are there
+    # That packed rows give the right numbers is checked when the weights are loaded.
+    mark_packing(model, may_pack(model) and _reads_packed(model))
     return model
 
 
@@ -62,20 +63,20 @@ def _reads_packed(model: PreTrainedModel) -> bool:
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:
-    """How many parameters are trained, and how many stay as they are, tied ones once."""
+    """The numbers of trained and of frozen parameters; tied parameters count once."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return trained, sum(parameter.numel() for parameter in model.parameters()) - trained
 
 
 def products(model: PreTrainedModel) -> tuple[int, int]:
-    """Parameters of the linear layers, and of the output head, each of which multiplies once a token."""
+    """The numbers of parameters of the linear layers and of the output head; each is multiplied once per token."""
     head = model.get_output_embeddings()
     body = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
     return body, head.weight.numel()
 
 
 def forward_flops(model: PreTrainedModel, work: Work) -> float:
-    """Operations of the matrix products of one forward pass over all of a step's tokens, each prompt read once."""
+    """FLOPs of the matrix products of one forward pass over all tokens of a step; each prompt is processed once."""
     (body, head) = products(model)
     config = model.config
     inputs = work.prompts * work.prompt_tokens + sum(work.lengths) - len(work.lengths)
@@ -85,26 +86,27 @@ def forward_flops(model: PreTrainedModel, work: Work) -> float:
 
 
 def step_flops(model: PreTrainedModel, work: Work, reference: bool, updates: int) -> float:
-    """Operations of a step's matrix products: sampling, the reference pass where there is one, and the updates."""
-    frozen = parameters(model)[1] > 0  # whose gradient nobody computes
+    """FLOPs of the matrix products of a step: sampling, the reference pass if there is one, and the updates."""
+    frozen = parameters(model)[1] > 0  # no gradient is computed for the frozen weights
     return forward_flops(model, work) * (1 + reference + (2 if frozen else 3) * updates)
 
 
 def decode_bytes(model: PreTrainedModel, work: Work, itemsize: int) -> float:
-    """Bytes of weights read while decoding, all of them once for every token of the longest completion."""
+    """Bytes of weights read while decoding: all weights once per token of the longest completion."""
     return max(work.lengths) * sum(products(model)) * itemsize
 
 
 def cache_bytes(model: PreTrainedModel, tokens: float, itemsize: int) -> float:
-    """Bytes of the keys and values of `tokens` tokens."""
+    """Bytes of the key-value cache of `tokens` tokens."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * _head_size(config) * tokens * itemsize
 
 
 def activation_bytes(model: PreTrainedModel, prompts: int, prompt_tokens: int, rows: int, tokens: int) -> float:
-    """Bytes that the backward pass of one micro-batch needs kept: `rows` completions of `tokens`, and their prompts.
+    """Bytes of the activations that are kept for the backward pass of one micro-batch.
 
+    The micro-batch has `rows` completions of `tokens` tokens and `prompts` prompts of `prompt_tokens` tokens.
     model: from `meta_model`.
     """
     held: dict[int, Tensor] = {}
@@ -127,19 +129,20 @@ def activation_bytes(model: PreTrainedModel, prompts: int, prompt_tokens: int, r
         else:
             width = prompt_tokens + tokens
             padded = torch.zeros(rows, width, dtype=torch.long, device=meta)
-            mask = torch.zeros(rows, 1, width, width, dtype=model.dtype, device=meta)  # to make one, numbers are needed
+            # The mask is passed, since computing one needs the values of tensors, which do not exist on this device.
+            mask = torch.zeros(rows, 1, width, width, dtype=model.dtype, device=meta)
             hidden = model.get_decoder()(input_ids=padded, attention_mask=mask, use_cache=False)[0].flatten(0, 1)
         hidden = hidden.index_select(0, active)
         logps, _ = head_logps(model.get_output_embeddings(), hidden, active, 0.9)
-    assert logps.requires_grad  # else nothing would have been kept
+    assert logps.requires_grad  # otherwise no tensors would have been kept
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
 def head_bytes(model: PreTrainedModel) -> int:
-    """Bytes that the output head takes for a while: a chunk of logits with two more as it is worked on, its gradient.
+    """Bytes that the output head allocates temporarily: three buffers of a chunk of logits, and its weight gradient.
 
-    Where its weights are those of the embedding, the gradients of both exist before they are added up. In narrower
-    dtypes the gradient is summed in float32, from the products of a few chunks that are joined.
+    If its weights are tied to the embedding, the gradients of both exist before they are added. In dtypes narrower than
+    float32 the gradient is accumulated in float32, from products that each take a few chunks together.
     """
     weight = model.get_output_embeddings().weight
     gradients = 0 if not weight.requires_grad else 2 if weight is model.get_input_embeddings().weight else 1
@@ -153,7 +156,7 @@ def head_bytes(model: PreTrainedModel) -> int:
 
 
 class _Counted(PackedGroups):
-    """Stands for attention where only what it keeps is asked for."""
+    """Replaces attention when only the tensors that it keeps for the backward pass are counted."""
 
     def __init__(self, prompts: VarLen, completions: VarLen) -> None:
         rows = torch.zeros(completions.count, dtype=torch.long, device="meta")
@@ -173,7 +176,7 @@ class _Kept(torch.autograd.Function):
 
 
 def machine_rates(dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
-    """What this machine reaches: FLOP/s of a large matrix product, and bytes/s of reading memory."""
+    """Measured rates of this machine: FLOP/s of a large matrix product, and bytes/s of reading memory."""
     cuda = device.type == "cuda"
     size = 8192 if cuda else 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -183,7 +186,7 @@ def machine_rates(dtype: torch.dtype, device: torch.device) -> tuple[float, floa
         seconds = []
         for _ in range(8):
             started = time.perf_counter()
-            work()[:1].tolist()  # waits until it is done
+            work()[:1].tolist()  # waits until the work is done
             seconds.append(time.perf_counter() - started)
         return min(seconds)
 

@@ -1,4 +1,4 @@
-"""`plan=true`: what a launch, or every point of a sweep, would take in memory, on disk and in time. Loads no weight."""
+"""`plan=true`: estimate memory, disk space and time of a run, or of each job of a sweep, without loading weights."""
 
 import functools
 import math
@@ -24,29 +24,31 @@ from grpo.training.experiment import build_experiment, compute_dtype
 from grpo.training.update import Batch
 
 GB = 1e9
-# Measured step time over the time of its products alone (tests/benchmarks/NOTES.md); a card's is an expectation.
+# Step time divided by the time of its matrix products alone: measured on a CPU (tests/benchmarks/NOTES.md), assumed
+# for other devices.
 OVER_FLOOR = {("cpu", torch.float32): 1.7, ("cpu", torch.bfloat16): 2.3}
 EXPECTED_OVER_FLOOR = 2.0
-OPERATION_S = 5e-4  # that starting a layer's operations takes for each token decoded
-# Of the activations, what the C library keeps beside them in pieces, where no gradients of whole weights take those up.
+OPERATION_S = 5e-4  # seconds to start the operations of one layer, per decoded token
+# Memory that the C library holds in free fragments, relative to the activations. It counts only if no gradients of
+# whole weights are allocated, which would use these fragments.
 HOLES = 0.5
-BYTES_PER_SAMPLE = 1500  # of a completion in samples/, its prompt and rewards included
+BYTES_PER_SAMPLE = 1500  # of one completion in samples/, with its prompt and rewards
 SMALLER = "take tuning=full_bf16 or tuning=lora, or lower hardware.micro_batch_tokens"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one run takes. Memory and disk in bytes."""
+    """The resources that one run needs. Memory and disk in bytes."""
 
     parameters: int  # of the model
-    trained: int  # of them, or of the adapter
-    memory: dict[str, float]  # by part; they are not all there at once
+    trained: int  # trained parameters, of the model or of the adapter
+    memory: dict[str, float]  # by part; not all parts are allocated at the same time
     peak: float
-    available: float  # of the device: the preset's card, else this machine
-    disk: dict[str, float]
+    available: float  # memory of the device: of the preset's card, else of this machine
+    disk: dict[str, float]  # by part
     steps: int
-    tokens: float  # a step: each prompt once a completion, as num_tokens counts, completions at their limit
-    seconds: float  # a step; NaN where nothing is known of the device
+    tokens: float  # per step, counted as num_tokens: each prompt once per completion, completions at the length limit
+    seconds: float  # per step; NaN if the rates of the device are unknown
 
     @property
     def fits(self) -> bool:
@@ -55,20 +57,20 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Hours of all steps together."""
+        """Hours of all steps."""
         return self.seconds * self.steps / 3600
 
     @property
     def folder(self) -> float:
-        """Bytes of the finished run's folder."""
+        """Bytes of the run folder after the run has finished."""
         return sum(size for part, size in self.disk.items() if part != "while saving")
 
 
 def plan(config: Config) -> Plan:
-    """Count what a run of this config takes. Raises ConfigError for what could not start."""
+    """Estimate the resources that a run of this config needs. Raises ConfigError if the run could not start."""
     check_training(config)
     experiment = build_experiment(config, use=False)
-    _program()  # now, since what follows takes memory
+    _program()  # measured and cached here, since the code below allocates memory
     grpo, sizes = config.grpo, experiment.sizes
     dtype, compute = getattr(torch, config.model.dtype), compute_dtype(config)
     model = cost.meta_model(config.model, compute)
@@ -80,7 +82,8 @@ def plan(config: Config) -> Plan:
     memory = _memory(config, sizes, model, work)
     resident = sum(memory[part] for part in ("program", "weights", "working copy", "reference", "optimizer"))
     sampling = memory["keys and values"] + memory["packed weights"]
-    # Activations go while gradients come, unless a micro-batch before has brought all of them.
+    # In the backward pass activations are freed while gradients are allocated. With several micro-batches, all
+    # gradients have been allocated by the first one.
     several = len(_micro_batches(work, sizes.micro_batch_tokens, supports_packing(model))) > 1
     kept, grown = memory["activations"] + memory["holes"] + memory["output head"], memory["gradients"]
     update = kept + grown if several else max(kept, grown) + min(kept, grown) / 2
@@ -106,7 +109,7 @@ def _memory(config: Config, sizes: Sizes, model: Any, work: cost.Work) -> dict[s
     vocabulary, dtype, compute = model.config.vocab_size, getattr(torch, config.model.dtype), compute_dtype(config)
     (trained, frozen), whole = cost.parameters(model), config.model.lora is None
     weights, optimizer = trained * dtype.itemsize, _optimizer_bytes(config, model, dtype)
-    copied = trained * (compute if whole else dtype).itemsize  # of a second model, which shares what is frozen
+    copied = trained * (compute if whole else dtype).itemsize  # of a second model, which shares the frozen weights
     activations = _activations(config, model, prompts, work.prompt_tokens, len(largest), length)
     return {
         "program": _program() if on_cpu else 0.0,
@@ -134,12 +137,12 @@ def _activations(config: Config, model: Any, *shape: int) -> float:
 
 @functools.cache
 def _program() -> float:
-    """Bytes of this process with its libraries, before it has worked."""
+    """Bytes of memory that this process takes with its libraries, before it allocates anything else."""
     return peak_memory_gb(torch.device("cpu")) * GB
 
 
 def _micro_batches(work: cost.Work, token_budget: int, shared: bool) -> list[torch.Tensor]:
-    """How the training would split this work."""
+    """The micro-batches into which training would split this work, as the rows of each."""
     rows, longest = len(work.lengths), max(work.lengths)
     prompts = torch.ones(work.prompts, work.prompt_tokens, dtype=torch.long)
     completions = torch.ones(rows, longest, dtype=torch.long)
@@ -151,7 +154,7 @@ def _micro_batches(work: cost.Work, token_budget: int, shared: bool) -> list[tor
 
 
 def _optimizer_bytes(config: Config, model: Any, dtype: torch.dtype) -> float:
-    """What the optimizer keeps, found by letting it make a step on small parameters that stand for the model's."""
+    """Bytes of the optimizer's state, extrapolated from a step on smaller copies of the model's parameters."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     small = {
         name: torch.nn.Parameter(torch.zeros([min(size, 256) for size in parameter.shape], dtype=dtype))
@@ -170,7 +173,7 @@ def _optimizer_bytes(config: Config, model: Any, dtype: torch.dtype) -> float:
 
 
 def _disk(config: Config, weights: float, optimizer: float, rows: int) -> dict[str, float]:
-    """What the finished run's folder holds, and what one more checkpoint needs while it is written."""
+    """Bytes of the parts of the finished run's folder; `while saving`: of one more checkpoint while it is written."""
     keep, grpo = config.checkpoint, config.grpo
     steps = grpo.num_iterations * grpo.num_steps
     kept = min(keep.keep_last, math.ceil(steps / keep.every) if keep.every else 1)
@@ -187,7 +190,7 @@ def _disk(config: Config, weights: float, optimizer: float, rows: int) -> dict[s
 
 
 def _available(config: Config) -> float:
-    """Bytes of memory that there are: of the preset's card, else of the device found here."""
+    """Bytes of memory of the preset's card or, if the preset has none, of the device of this machine."""
     if config.hardware.card.memory_gb is not None:
         return config.hardware.card.memory_gb * GB
     device = device_of(config)
@@ -197,7 +200,11 @@ def _available(config: Config) -> float:
 
 
 def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) -> float:
-    """A step's time: its products at the device's rate and the reading of weights in decoding, times what is usual."""
+    """Seconds of a step, NaN if the rates of the device are unknown.
+
+    The time of its matrix products and of reading weights in decoding, multiplied by the usual overhead, plus the time
+    to start the operations of decoding.
+    """
     device, card = config.hardware.device, config.hardware.card
     if card.tflops is not None and card.bandwidth_gb_s is not None:
         flops, read = card.tflops * 1e12, card.bandwidth_gb_s * GB
@@ -214,16 +221,16 @@ def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) 
 
 
 def resolved(cfg: DictConfig) -> Config:
-    """The config with the hardware filled in, a preset's also where its card is not here."""
+    """The config with its hardware settings filled in. The card of a preset need not be in this machine."""
     if cfg.hardware.device == "cpu" or cfg.hardware.card.memory_gb is None:
         resolve_hardware(cfg)
     return typed(cfg)
 
 
 def print_plans(points: Sequence[tuple[str, DictConfig]]) -> None:
-    """Print the plan of each (name, composed config): of one in full, of several as a table and their disk together."""
+    """Print the plans of (name, composed config) pairs: one in full, several as a table with their time and disk."""
     plans = [(name, plan(resolved(cfg))) for name, cfg in points]
-    # A terminal wraps what is longer than its lines, so that a pipe gets the names of the points in one piece.
+    # Lines are not wrapped here but by the terminal, so that the names are complete if the output goes to a pipe.
     console = Console(width=1000, soft_wrap=True, markup=False, emoji=False)
     largest = max((each for _, each in plans), key=lambda each: each.peak)
     if len(plans) > 1:

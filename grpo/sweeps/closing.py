@@ -1,4 +1,4 @@
-"""The end of a sweep: what became of each job, the report, and how to resume."""
+"""The end of a sweep: a table of its jobs, the report, and the command that resumes it."""
 
 import logging
 import shlex
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 
 def conclude(sweep: SweepFolder) -> bool:
-    """Print what became of each job, write the report, and say how to resume. Returns whether a job failed."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # everything else has ended
+    """Print the state of each job, write the report, and print how to resume. Returns whether a job failed."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # all jobs have ended, so there is nothing left to stop
         signal.signal(number, signal.SIG_IGN)
     if sweep.holds_records_only():
         return False
@@ -44,11 +44,11 @@ def conclude(sweep: SweepFolder) -> bool:
 
 
 def _report(sweep: SweepFolder) -> None:
-    from grpo.analysis.sweep_report import write_sweep_report  # here, since it takes a second to import
+    from grpo.analysis.sweep_report import write_sweep_report  # imported here, since that takes a second
 
     try:
         files, headline = write_sweep_report(sweep.path)
-    except Exception as error:  # a report can be written again, and must not hide how the sweep ended
+    except Exception as error:  # a failed report can be written later, and must not hide how the sweep ended
         command = f"python -m grpo report {shlex.quote(f'sweep_dir={sweep.path}')}"
         logger.warning("no report (%s: %s); make it: %s", type(error).__name__, error, command)
         return
@@ -63,6 +63,6 @@ def _table(jobs: list[dict[str, Any]], keys: Sequence[str]) -> Table:
         values = Overrides(job["overrides"]).texts
         steps = f"{job['step']}/{job['total_steps']}" if job["total_steps"] else "-"
         accuracy = "-" if job["accuracy"] is None else f"{job['accuracy']:.1%}"
-        shown = (escape(short(values.get(key, "-"))) for key in keys)  # a list looks like Rich's markup
+        shown = (escape(short(values.get(key, "-"))) for key in keys)  # a list would be read as Rich markup
         table.add_row(str(job["job"]), *shown, job["state"], steps, accuracy)
     return table

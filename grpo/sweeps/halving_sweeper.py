@@ -1,4 +1,4 @@
-"""Hydra's sweeper for successive halving: `hydra/sweeper=halving`."""
+"""Hydra sweeper for successive halving: `hydra/sweeper=halving`."""
 
 import statistics
 from pathlib import Path
@@ -20,13 +20,14 @@ from grpo.sweeps.launcher import JobFailed
 
 
 class HalvingSweeper(Sweeper):
-    """Successive halving over a grid; arms are what differs in more than the seed.
+    """Successive halving over a grid; jobs that differ only in their seed form an arm.
 
-    eta: the best 1/eta of the arms continue from each rung, to eta times the steps. budget_hours: of jobs, added up;
-    None for rungs that leave one arm for the last. What is decided is in halving.json in the sweep's folder.
+    eta: the best 1/eta of the arms continue from each rung, to eta times as many steps. budget_hours: limit on the
+    total time of all jobs; None: no limit, and the rungs are chosen so that one arm is left for the last. All decisions
+    are recorded in halving.json in the sweep's folder.
     """
 
-    hydra_context: HydraContext  # these three from `setup`
+    hydra_context: HydraContext  # these three are set by `setup`
     config: DictConfig
     launcher: Launcher
 
@@ -35,7 +36,7 @@ class HalvingSweeper(Sweeper):
         self.budget_hours = budget_hours
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Hydra's: called once before `sweep`."""
+        """Called by Hydra once before `sweep`."""
         self.hydra_context = hydra_context
         self.config = config
         self.launcher = Plugins.instance().instantiate_launcher(
@@ -43,7 +44,7 @@ class HalvingSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
-        """Climb the ladder; raises what the first job that failed raised, after all others are done."""
+        """Run all rungs. If a job failed, raise the exception of the first one after all other jobs are done."""
         self.points = split_into_jobs(arguments)
         self.validate_batch_is_legal(self.points)
         self.folder = Path(self.config.hydra.sweep.dir)
@@ -56,20 +57,20 @@ class HalvingSweeper(Sweeper):
         self._climb()
         for done in self.returns.values():
             if done.status == JobStatus.FAILED:
-                _ = done.return_value  # raises
+                _ = done.return_value  # raises the job's exception
         for number in range(len(self.folders)):
             if self._state(number) == "failed":
                 raise JobFailed(f"job {number} failed in an earlier launch, and its arm is out")
         return list(self.returns.values())
 
     def _record(self) -> HalvingState:
-        """What was decided before, with this launch's budget; or a new one."""
+        """The state that earlier launches recorded, with the budget of this one; or a new state."""
         arms = arms_of(self.points)
         known = HalvingState.read(self.folder)
         if known is None:
             grpo = self._composed(0).grpo
             return HalvingState(grpo.num_iterations * grpo.num_steps, arms, self.eta, self.budget_hours)
-        if known.state == "out of budget":  # which may have become larger
+        if known.state == "out of budget":  # the budget may have been raised
             known.state = "running"
         if self.budget_hours is not None:
             known.budget_hours = self.budget_hours
@@ -78,7 +79,7 @@ class HalvingSweeper(Sweeper):
     def _climb(self) -> None:
         record = self.record
         for first, *_ in record.arms if record.budget_hours is not None else ():
-            if record.step_s is None:  # an arm may fail at once
+            if record.step_s is None:  # not measured yet: an arm before this one may have failed at once
                 self._launch([first], min(LEAST_STEPS, record.total_steps))
                 self._measure()
         if record.step_s is None and record.budget_hours is not None:
@@ -95,17 +96,17 @@ class HalvingSweeper(Sweeper):
                 break
             record.write(self.folder)
             if not (alive := self._rung(place, record.entered)):
-                return  # none came so far: the same command tries them again
+                return  # no job completed the rung; the same command with resume=true tries them again
         else:
             record.state = "finished"
         record.write(self.folder)
 
     def _rung(self, place: int, entered: list[int]) -> list[int]:
-        """Let the arms that entered a rung make its steps; returns the kept ones, best first, and records them."""
+        """Run the arms that entered a rung to its step. Records and returns those that are kept, best first."""
         record = self.record
         (steps, _) = self.record.ladder[place]
         jobs = [job for arm in entered for job in record.arms[arm]]
-        for _ in range(2):  # what failed is tried once more, as the memory or the disk may have been short
+        for _ in range(2):  # a failed job is tried once more: memory or disk space may have run out for a while
             self._launch(jobs, steps)
             for job in jobs:
                 if not self._stands_at(job, steps) and self._state(job) != "failed":
@@ -138,7 +139,7 @@ class HalvingSweeper(Sweeper):
         print(f"halving: {rungs}{about}", flush=True)
 
     def _affordable(self, alive: list[int], place: int) -> list[int]:
-        """Those of the arms that the rest of the budget pays for in a rung; without a budget all."""
+        """The first of these arms, as many as the rest of the budget allows in a rung; without a budget all."""
         record = self.record
         if record.budget_hours is None or place == 0:
             return alive
@@ -147,12 +148,12 @@ class HalvingSweeper(Sweeper):
         return alive[: max(0, int((3600 * record.budget_hours - self._spent()) / one))]
 
     def _launch(self, jobs: list[int], steps: int) -> None:
-        """Let jobs continue up to a step, but for those that stand there already."""
+        """Run jobs up to a step, except those that have reached it already."""
         jobs = [job for job in jobs if not self._stands_at(job, steps)]
         if not jobs:
             return
         own = [f"until_step={steps}", "resume=auto"]
-        # The folder by its name, since the launcher numbers the jobs of each rung anew.
+        # The folder is given by its name, since the launcher numbers the jobs of each rung from 0.
         places = [str(self.folders[job].relative_to(self.folder)) for job in jobs]
         named = zip(jobs, places, strict=True)
         points = [[*self.points[job], *own, f"hydra.sweep.subdir={quoted(place)}"] for job, place in named]
@@ -171,9 +172,10 @@ class HalvingSweeper(Sweeper):
         return RunFolder(self.folders[job]).status().get("state")
 
     def _scores(self, alive: list[int], steps: int) -> list[float | None]:
-        """By arm the mean held-out accuracy of its jobs that took the steps; where one lacks it, all by reward instead.
+        """The score of each arm: the mean held-out accuracy of those of its jobs that completed the steps.
 
-        Reward is that of the last tenth of the steps. None for an arm that is out, or of which no job came so far.
+        If one of these jobs has no accuracy, all arms are scored by the mean reward of the last tenth of the steps. The
+        score is None for an arm that is out, or if none of its jobs completed the steps.
         """
         rows = {job: RunFolder(self.folders[job]).metrics(steps) for arm in alive for job in self.record.arms[arm]}
         there = {job: each[-max(1, steps // 10) :] for job, each in rows.items() if len(each) == steps}
@@ -185,7 +187,7 @@ class HalvingSweeper(Sweeper):
         return [statistics.fmean(each) if each else None for each in of_arms]
 
     def _measure(self) -> None:
-        """What a step and the rest of a job take, from all that has run."""
+        """Record the mean seconds of a step, and of the rest of a job, over all jobs so far."""
         steps = []
         rest = []
         for folder in self.folders:
@@ -200,7 +202,7 @@ class HalvingSweeper(Sweeper):
             self.record.write(self.folder)
 
     def _spent(self) -> float:
-        """Seconds that jobs have taken so far."""
+        """Total seconds that all jobs have taken so far."""
         return sum(RunFolder(folder).status().get("seconds", 0.0) for folder in self.folders)
 
     def _composed(self, number: int) -> Any:

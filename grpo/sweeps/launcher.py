@@ -1,4 +1,4 @@
-"""Hydra's launcher for one machine: every job of a sweep in a process of its own, one on each GPU at a time."""
+"""Hydra launcher for one machine: each job of a sweep runs in its own process, one job per GPU at a time."""
 
 import logging
 import multiprocessing
@@ -33,14 +33,14 @@ from grpo.runs.sweep_folder import SweepFolder
 logger = logging.getLogger(__name__)
 
 HALVING = "hydra_plugins.hydra_grpo.HalvingSweeper"
-STOPPED = tuple(128 + number for number in STOP_SIGNALS)  # exit codes of a run that such a signal ended
+STOPPED = tuple(128 + number for number in STOP_SIGNALS)  # exit codes of a run that was ended by a stop signal
 
 
 @dataclass
 class _Job:
-    place: int  # in the list of this launch
+    place: int  # index in the list of this launch
     number: int
-    name: str  # what it sets of the swept keys
+    name: str  # its overrides of the swept keys
     overrides: list[str]
     folder: Path
     process: multiprocessing.process.BaseProcess
@@ -49,18 +49,18 @@ class _Job:
 
 
 class LocalLauncher(Launcher):
-    """Each job runs in its own process, so a crash or a kill for its memory does not affect the others.
+    """Runs each job in its own process, so a job that crashes or is killed for its memory does not affect the others.
 
-    jobs_at_once: None for as many as there are GPUs that they can share, or one. More than one write what they print
-    to console.log in their folders. A stop signal is passed on to the jobs, which save what they have, and waits for
-    them.
+    jobs_at_once: number of jobs that run in parallel; None: one per GPU if the jobs choose their GPU themselves, else
+    one. Jobs that run in parallel print to console.log in their folders. A stop signal is passed on to the jobs, which
+    save, and the launcher waits for them.
     """
 
     def __init__(self, jobs_at_once: int | None = None) -> None:
         self.jobs_at_once = jobs_at_once
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Hydra's: called once before `launch`."""
+        """Called by Hydra once before `launch`."""
         self.context = hydra_context
         self.function = task_function
         self.config = config
@@ -68,16 +68,16 @@ class LocalLauncher(Launcher):
             print(hint, flush=True)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run these jobs and return what each returned or raised, in their order. SystemExit after a stop signal."""
+        """Run jobs; returns the result or exception of each, in order. Raises SystemExit after a stop signal."""
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         target = self.config.hydra.launcher._target_
         at_once = self.jobs_at_once or (_gpus() if takes_any_gpu(self.config, target) else 0) or 1
         waiting = deque((place, initial_job_idx + place, list(each)) for place, each in enumerate(job_overrides))
-        running: dict[Any, _Job] = {}  # by what says that its process has ended
+        running: dict[Any, _Job] = {}  # by the sentinel of the job's process
         returns: dict[int, JobReturn] = {}  # by the job's place
         record = SweepFolder(self.config.hydra.sweep.dir).record()
-        is_rung = self.config.hydra.sweeper._target_ == HALVING  # of which each launch is counted by itself
+        is_rung = self.config.hydra.sweeper._target_ == HALVING  # each launch is a rung, with its own number of jobs
         known = 0 if is_rung else len(record.get("planned") or ())
         progress = Progress(max(known, initial_job_idx + len(job_overrides)), at_once)
         self.swept = record.get("keys")
@@ -92,7 +92,7 @@ class LocalLauncher(Launcher):
                     elif not stop.received:
                         job = self._start(place, number, overrides, config, progress.name(number), quiet=at_once > 1)
                         running[job.process.sentinel] = job
-                        stop.pass_on(job)  # what came while it was started
+                        stop.pass_on(job)  # a signal that was received while the job was started
                 for sentinel in wait(list(running)) if running else ():
                     job = running.pop(sentinel)
                     returns[job.place] = done = _outcome(job, stopped=bool(stop.received))
@@ -119,7 +119,7 @@ class LocalLauncher(Launcher):
         print(f"{label}: {name} ({where})", flush=True)
         receiver, sender = multiprocessing.Pipe(duplex=False)
         call = cloudpickle.dumps((self.context, self.function, config, Singleton.get_state()))
-        # A new interpreter, since a copy of this process would have no use of a GPU that this one has touched.
+        # "spawn" starts a new interpreter: a forked process cannot use CUDA if this process has initialized it.
         process = multiprocessing.get_context("spawn").Process(
             target=_run, args=(call, sender, folder / "console.log" if quiet else None), name=f"job {number}"
         )
@@ -129,7 +129,7 @@ class LocalLauncher(Launcher):
 
 
 class Progress:
-    """What the console says of a sweep's jobs while they run, numbered from 1 as the console shows them."""
+    """Console messages about the jobs of a sweep while they run; the messages number the jobs from 1."""
 
     def __init__(self, total: int, at_once: int) -> None:
         self._total = total
@@ -137,15 +137,15 @@ class Progress:
         self._seconds: list[float] = []  # of the jobs that completed
 
     def name(self, number: int) -> str:
-        """A job by its number, which counts from 0 as its folder's name does."""
+        """The name of a job in messages; number: from 0, as in the name of its folder."""
         return f"job {number + 1} of {self._total}"
 
     def ended(self, job: _Job, completed: bool, running: list[_Job], waiting: int) -> str:
-        """The line for a job that ended, with the time that the others of this launch may take."""
+        """The message for a job that ended, with an estimate of the time left for the other jobs of this launch."""
         now = time.monotonic()
         seconds = now - job.started
         state = _state(job.folder)
-        if completed and state == "interrupted":  # by until_step, as successive halving sets it
+        if completed and state == "interrupted":  # by until_step, which successive halving sets
             state = "paused"
         line = f"{self.name(job.number)} ({job.name}): {state} after {duration(seconds)}"
         if completed:
@@ -170,7 +170,7 @@ def duration(seconds: float) -> str:
 
 
 def _done_before(config: DictConfig) -> JobReturn | None:
-    """What a finished job of a resumed sweep returned, without starting a process for it."""
+    """The result of a job that finished before the sweep was resumed, so that no process is started for it; or None."""
     run = RunFolder(Path(config.hydra.sweep.dir, config.hydra.sweep.subdir))
     if not config.resume or _state(run.path) != "finished":
         return None
@@ -183,13 +183,13 @@ def _done_before(config: DictConfig) -> JobReturn | None:
 def _state(folder: Path) -> str:
     try:
         return RunFolder(folder).status().get("state", "failed")
-    except ValueError:  # which its own process will say, and ends no other
+    except ValueError:  # damaged: the job's own process reports it, and the other jobs must continue
         return "unreadable"
 
 
 def _run(call: bytes, sender: Connection, console: Path | None) -> None:
-    """In the job's process: run it and send what it returned, or what it failed with."""
-    os.setpgrp()  # so that Ctrl-C comes from the launcher alone: a job takes a second signal for impatience
+    """Run a job in its own process, and send its return value or its exception to the launcher."""
+    os.setpgrp()  # so that Ctrl-C reaches the job only once, through the launcher: a second signal ends it unsaved
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if console is not None:
         file = os.open(console, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -210,7 +210,7 @@ def _run(call: bytes, sender: Connection, console: Path | None) -> None:
     if done.status == JobStatus.COMPLETED:
         sender.send((done.return_value, None))
         return
-    failure = done._return_value  # whose own type may be known in this process only
+    failure = done._return_value  # its type may not be importable in the launcher's process
     refused = isinstance(failure, ConfigError)
     sender.send((None, failure if refused else JobFailed(f"{type(failure).__name__}: {first_line(failure)}")))
 
@@ -229,12 +229,12 @@ def _outcome(job: _Job, stopped: bool) -> JobReturn:
     assert code is not None  # it has ended
     try:
         value, error = job.result.recv()
-    except EOFError:  # it was ended, and had no time to say anything
+    except EOFError:  # the process ended before it sent a result
         reason = f"its process ended with {_describe_exit(code)}"
         value = None
         error = JobFailed(f"job {job.number} ({job.name}): {reason}")
         run = RunFolder(job.folder)
-        left = code in STOPPED  # by a signal that was for it alone: it has saved and said so
+        left = code in STOPPED  # by a signal to this job alone: the job has saved and recorded its state itself
         if not (stopped or left or _state(run.path) in ("finished", "failed", "unreadable")):
             run.update_status(state="failed", error=reason)
             logger.error("%s failed: %s", job.folder, reason)
@@ -251,13 +251,13 @@ def _describe_exit(code: int) -> str:
 
 
 class JobFailed(Exception):
-    """A job of the sweep failed; it said so itself, and its launch.log has the traceback."""
+    """A job of the sweep failed. The job has logged the error itself, with the traceback in its launch.log."""
 
     logged = True
 
 
 class _Forwarding:
-    """Passes stop signals on to the jobs that run."""
+    """Passes stop signals on to the running jobs."""
 
     def __init__(self, running: dict[Any, _Job]) -> None:
         self.running = running
@@ -278,7 +278,7 @@ class _Forwarding:
             self.pass_on(job)
 
     def pass_on(self, job: _Job) -> None:
-        """Send a job the signal that was received, if one was; it may have ended meanwhile."""
+        """Send a job the received signal, if there is one; the job may have ended already."""
         pid = job.process.pid
         if self.received and pid is not None:
             with suppress(ProcessLookupError):
@@ -286,7 +286,10 @@ class _Forwarding:
 
 
 def threads_hint(config: DictConfig, at_once: int, cores: int) -> str | None:
-    """What to say where jobs at once would each use all cores; dividing them here would change how sums are rounded."""
+    """A hint to print if parallel jobs would each use all cores, else None.
+
+    The cores are not divided automatically, since the number of threads changes how sums are rounded.
+    """
     hardware = config.hardware
     if at_once == 1 or cores == 1 or hardware.threads is not None or hardware.device == "cuda":
         return None
@@ -295,6 +298,6 @@ def threads_hint(config: DictConfig, at_once: int, cores: int) -> str | None:
 
 
 def _gpus() -> int:
-    import torch  # here, since it takes seconds; counting GPUs leaves them untouched
+    import torch  # imported here, since that takes seconds; counting GPUs does not initialize CUDA
 
     return torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""Before a sweep starts: which folder it has, its jobs, and whether each of them can run."""
+"""Preparation of a sweep: find its folder and its jobs, and check that each job can run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,26 +21,26 @@ Check = Callable[[DictConfig, Overrides], Config]
 
 @dataclass(frozen=True)
 class SweepOpening:
-    """A sweep that passed every check, not yet on disk."""
+    """A sweep that passed every check; nothing of it has been written to disk yet."""
 
-    folder: SweepFolder  # the one to resume, or the wanted name of a new one
-    is_new: bool  # in which case it gets another name where that is taken
-    begun: bool  # whether a sweep was started there before
-    overrides: Overrides  # of the experiment, as sweep.json keeps them
-    task: Overrides  # the same with the values of each swept key as a list, for Hydra
-    points: list[list[str]] | None  # the overrides of each job; None where the sweeper finds its points itself
+    folder: SweepFolder  # the folder to resume, or the wanted folder of a new sweep
+    is_new: bool  # whether it is a new folder, which gets another name if the wanted one is taken
+    begun: bool  # whether a sweep was started in the folder before
+    overrides: Overrides  # of the experiment, as recorded in sweep.json
+    task: Overrides  # the same for Hydra, with a plain list of values for each swept key
+    points: list[list[str]] | None  # the overrides of each job; None if the sweeper chooses its points itself
     hydra: Overrides  # of Hydra's own settings
     sweeper: str  # the choice of hydra/sweeper
-    flags: list[str]  # that say where the config is
-    excluded: list[str]  # keys that do not name a job's folder
-    has_params: bool  # whether the sweeper's own params are among the overrides
+    flags: list[str]  # command line flags that say where the config is
+    excluded: list[str]  # keys that are not part of the names of job folders
+    has_params: bool  # whether the sweeper has `params`, which the overrides then include
 
     def begin(self, folder: SweepFolder) -> None:
-        """Write sweep.json, or the state of the one that is there."""
+        """Write sweep.json, or update it if the sweep is resumed."""
         folder.begin(self.overrides, self.task.swept, self.points, self.hydra.lines, self.sweeper, self.flags)
 
     def overrides_for(self, folder: SweepFolder) -> list[str]:
-        """What Hydra is started with; the config of each job is composed with these, in whichever process it is."""
+        """The overrides that Hydra is started with. Each job's config is composed with them, in any process."""
         own = [f"hydra.sweep.dir={quoted(str(folder.path))}"]
         own.append(f"hydra.job.config.override_dirname.exclude_keys=[{','.join(self.excluded)}]")
         if self.has_params:
@@ -49,9 +49,9 @@ class SweepOpening:
 
 
 def prepare_sweep(composed: DictConfig, overrides: Overrides, named: str | None, check: Check) -> SweepOpening:
-    """The sweep that a command line asks for, a new one or one to resume. Raises ConfigError, or what Hydra raises.
+    """Check the sweep that a command line asks for, a new one or one to resume.
 
-    named: the folder that it names.
+    named: the sweep folder given by the user, if any. Raises ConfigError or an exception of Hydra.
     """
     check_sweep(composed)
     sweeper, choice = composed.hydra.sweeper, composed.hydra.runtime.choices["hydra/sweeper"]
@@ -67,7 +67,7 @@ def prepare_sweep(composed: DictConfig, overrides: Overrides, named: str | None,
             kept = known.continued(asked)
         elif not known.begun():
             check_empty(known.path)
-    # Read once, since `seed=shuffle(1,2,3)` would give the jobs another order each time.
+    # Expanded only once, since `seed=shuffle(1,2,3)` would give the jobs another order each time.
     task = kept.expand(record.get("planned") or points_of(kept, sweeper) or ())
     points = points_of(task, sweeper)
     _check_points(composed, task, points, check)
@@ -89,7 +89,7 @@ def prepare_sweep(composed: DictConfig, overrides: Overrides, named: str | None,
 
 
 def _known_folder(composed: DictConfig, named: str | None, asked: Overrides, choice: str) -> SweepFolder | None:
-    """The folder that the command line names, or that of the same sweep where it resumes; None: a new one."""
+    """The folder given by the user or, when resuming, of the newest sweep with these overrides; None: a new sweep."""
     path = named or (newest_sweep(asked, choice) if composed.resume else None)
     folder = SweepFolder(short_path(path)) if path is not None else None
     if composed.resume is True and (folder is None or not folder.begun()):
@@ -101,7 +101,7 @@ def _known_folder(composed: DictConfig, named: str | None, asked: Overrides, cho
 
 
 def check_sweep(composed: DictConfig) -> None:
-    """Raise ConfigError for what a sweep cannot do."""
+    """Raise ConfigError for settings that a sweep does not support."""
     hydra = composed.hydra
     for part in ("launcher", "sweeper"):
         if not has_plugin(hydra[part]._target_):
@@ -114,7 +114,7 @@ def check_sweep(composed: DictConfig) -> None:
     at_once = hydra.launcher.get("jobs_at_once")
     if at_once is not None and not (isinstance(at_once, int) and at_once > 0):
         raise ConfigError(f"hydra.launcher.jobs_at_once={at_once} must be a number above 0, or null")
-    if "minimize" in str(hydra.sweeper.get("direction")):  # as Optuna's own config has it
+    if "minimize" in str(hydra.sweeper.get("direction")):  # the default of Optuna's own config
         raise ConfigError(
             "hydra.sweeper.direction=minimize: the outcome of a run is to be maximized; use hydra/sweeper=tpe, or "
             "hydra.sweeper.direction=maximize"
@@ -126,7 +126,10 @@ def check_sweep(composed: DictConfig) -> None:
 
 
 def _check_points(composed: DictConfig, task: Overrides, points: list[list[str]] | None, check: Check) -> None:
-    """Raise ConfigError, or what Hydra raises, for a job that cannot start; None: for what all have in common."""
+    """Raise ConfigError or an exception of Hydra if a job cannot start.
+
+    points: the overrides of each job; None: they are unknown, so only the config that all jobs share is checked.
+    """
     if points is None:
         configs = [check(without_hydra(composed), task)]
     else:
@@ -135,21 +138,21 @@ def _check_points(composed: DictConfig, task: Overrides, points: list[list[str]]
 
 
 def check_equal_steps(configs: Sequence[Config], sweeper: DictConfig) -> None:
-    """Raise ConfigError where halving would compare arms after other numbers of steps."""
+    """Raise ConfigError if halving would compare arms with different numbers of steps."""
     steps = {each.grpo.num_iterations * each.grpo.num_steps for each in configs}
     if is_halving(sweeper) and len(steps) > 1:
         raise ConfigError("hydra/sweeper=halving compares arms after equal steps: leave grpo.num_steps out")
 
 
 def with_params(overrides: Overrides, sweeper: DictConfig) -> Overrides:
-    """The overrides of a sweep with what the sweeper's own params add before them."""
+    """The overrides of a sweep, preceded by the sweeper's `params` for keys that they do not set."""
     params: Any = OmegaConf.to_container(sweeper.get("params") or OmegaConf.create(), resolve=False)  # a dict
     added = Overrides([f"{key}={value}" for key, value in params.items()])
     return Overrides([*added.without(overrides.keys), *overrides])
 
 
 def points_of(overrides: Overrides, sweeper: DictConfig) -> list[list[str]] | None:
-    """The overrides of each job of a sweep over all combinations; None where the sweeper finds its points itself."""
+    """The overrides of each job of a sweep over all combinations; None if the sweeper chooses its points itself."""
     if not sweeper._target_.endswith(("BasicSweeper", "HalvingSweeper")):
         return None
     return split_into_jobs(overrides.lines)
