@@ -40,7 +40,8 @@ from grpo.metric_table import Metric, component_ranges, of_components
 from grpo.runs.files import write_atomic
 
 DPI = 120
-SMALL, TALL = (9.0, 5.4), (9.0, 7.0)  # inches
+SMALL = (9.0, 5.4)  # inches
+TALL = (9.0, 7.0)
 COLORS = {
     "loss": RED,
     "reward": BLUE,

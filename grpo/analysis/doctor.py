@@ -70,7 +70,7 @@ class Doctor:
         return _values(self.rows[: len(self.rows) - before][-count:], name)
 
 
-def examine(
+def find_problems(
     rows: Sequence[Row], evaluations: Iterable[Row], ranges: Mapping[str, tuple[float, float]]
 ) -> list[Finding]:
     """All findings that the doctor would have reported during a run."""
@@ -148,9 +148,10 @@ def kl_runaway(doctor: Doctor) -> str | None:
     growing = len(before) >= 10 and median(now) > 3 * median(before)
     if not growing and median(now) < 5:
         return None
+    grows = " and grows" if growing else ""
     return (
-        f"KL to the reference is {median(now):.2g} nats per token and grows: lower optimizer.lr or "
-        "grpo.max_grad_norm, or raise grpo.beta"
+        f"KL to the reference is {median(now):.2g} nats per token{grows}: lower optimizer.lr or grpo.max_grad_norm, or "
+        "raise grpo.beta"
     )
 
 

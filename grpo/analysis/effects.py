@@ -17,7 +17,7 @@ class Estimate:
     problems: int
 
     @property
-    def shown(self) -> bool:
+    def excludes_zero(self) -> bool:
         """For a difference: whether its interval excludes zero."""
         rounding = 1e-9
         return self.interval is not None and (self.interval[0] > rounding or self.interval[1] < -rounding)

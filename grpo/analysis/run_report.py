@@ -9,7 +9,7 @@ import yaml
 
 from grpo.analysis import audit
 from grpo.analysis.charts import draw, drawn_panels, png, read_run, write_charts
-from grpo.analysis.doctor import examine
+from grpo.analysis.doctor import find_problems
 from grpo.analysis.load import component_columns, read_config
 from grpo.analysis.page import render
 from grpo.analysis.summary import summarize
@@ -48,7 +48,7 @@ def content(run_dir: Path) -> dict[str, Any]:
         "summary": summary,
         "units": units,
         "preflight": run.preflight(),
-        "findings": examine(run.metrics(), run.training_evaluations().values(), component_ranges(config)),
+        "findings": find_problems(run.metrics(), run.training_evaluations().values(), component_ranges(config)),
         "charts": {title: base64.b64encode(png(figure)).decode() for title, figure in figures.items()},
         "evaluations": summary["eval"],
         "tables": _audit_tables(samples),

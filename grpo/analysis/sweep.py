@@ -42,7 +42,7 @@ class Effect:
 
 def verdict(difference: Estimate) -> str:
     """What a difference shows, as text; with one seed the text says that it holds for that seed."""
-    if not difference.shown:
+    if not difference.excludes_zero:
         return "no difference shown"
     return ("higher" if difference.mean > 0 else "lower") + (", with this seed" if difference.seeds == 1 else "")
 

@@ -93,7 +93,7 @@ def headline(sweep: SweepAnalysis) -> str:
     if not sweep.gap_to_best:
         return f"{text} It shares no seed or held-out problem with another arm, so it was not compared."
     others = len(sweep.arms) - 1
-    even = [sweep.label(arm) for arm, difference in sweep.gap_to_best.items() if not difference.shown]
+    even = [sweep.label(arm) for arm, difference in sweep.gap_to_best.items() if not difference.excludes_zero]
     if even:
         count = f"{len(even)} of the {others} other arms" if others > 1 else "the other arm"
         named = "; ".join(even[:4]) + ("; ..." if len(even) > 4 else "")

@@ -35,7 +35,7 @@ class Work:
     """The prompts and completions of a step: P prompts with G completions each."""
 
     prompts: int  # P
-    group: int  # G
+    group_size: int  # G
     prompt_tokens: int  # of each prompt, on average
     lengths: list[int]  # tokens of each of the P * G completions
 

@@ -26,12 +26,12 @@ from grpo.training.update import Batch
 GB = 1e9
 # Step time divided by the time of its matrix products alone: measured on a CPU (tests/benchmarks/NOTES.md), assumed
 # for other devices.
-OVER_FLOOR = {("cpu", torch.float32): 1.7, ("cpu", torch.bfloat16): 2.3}
-EXPECTED_OVER_FLOOR = 2.0
-OPERATION_S = 5e-4  # seconds to start the operations of one layer, per decoded token
+MEASURED_OVERHEAD = {("cpu", torch.float32): 1.7, ("cpu", torch.bfloat16): 2.3}
+ASSUMED_OVERHEAD = 2.0
+LAUNCH_S_PER_LAYER = 5e-4  # seconds to start the operations of one layer, per decoded token
 # Memory that the C library holds in free fragments, relative to the activations. It counts only if no gradients of
 # whole weights are allocated, which would use these fragments.
-HOLES = 0.5
+FRAGMENTATION = 0.5
 BYTES_PER_SAMPLE = 1500  # of one completion in samples/, with its prompt and rewards
 SMALLER = "take tuning=full_bf16 or tuning=lora, or lower hardware.micro_batch_tokens"
 
@@ -70,9 +70,11 @@ def plan(config: Config) -> Plan:
     """Estimate the resources that a run of this config needs. Raises ConfigError if the run could not start."""
     check_training(config)
     experiment = build_experiment(config, use=False)
-    _program()  # measured and cached here, since the code below allocates memory
-    grpo, sizes = config.grpo, experiment.sizes
-    dtype, compute = getattr(torch, config.model.dtype), compute_dtype(config)
+    _process_bytes()  # measured and cached here, since the code below allocates memory
+    grpo = config.grpo
+    sizes = experiment.sizes
+    dtype = getattr(torch, config.model.dtype)
+    compute = compute_dtype(config)
     model = cost.meta_model(config.model, compute)
     prompt_tokens = math.ceil(sum(experiment.prompt_lengths) / len(experiment.prompt_lengths))
     rows = sizes.batch_size * sizes.num_generations
@@ -80,13 +82,14 @@ def plan(config: Config) -> Plan:
 
     trained, frozen = cost.parameters(model)
     memory = _memory(config, sizes, model, work)
-    resident = sum(memory[part] for part in ("program", "weights", "working copy", "reference", "optimizer"))
+    resident = sum(memory[part] for part in ("process", "weights", "working copy", "reference", "optimizer"))
     sampling = memory["keys and values"] + memory["packed weights"]
     # In the backward pass activations are freed while gradients are allocated. With several micro-batches, all
     # gradients have been allocated by the first one.
     several = len(_micro_batches(work, sizes.micro_batch_tokens, supports_packing(model))) > 1
-    kept, grown = memory["activations"] + memory["holes"] + memory["output head"], memory["gradients"]
-    update = kept + grown if several else max(kept, grown) + min(kept, grown) / 2
+    freed = memory["activations"] + memory["fragmentation"] + memory["output head"]
+    gradients = memory["gradients"]
+    update = freed + gradients if several else max(freed, gradients) + min(freed, gradients) / 2
     peak = resident + memory["checkpoint copy"] + max(sampling, update)
     return Plan(
         parameters=frozen or trained,
@@ -104,22 +107,27 @@ def plan(config: Config) -> Plan:
 def _memory(config: Config, sizes: Sizes, model: Any, work: cost.Work) -> dict[str, float]:
     on_cpu = config.hardware.device == "cpu"
     largest = max(_micro_batches(work, sizes.micro_batch_tokens, supports_packing(model)), key=len)
-    prompts, length = len({int(row) // work.group for row in largest}), max(work.lengths)
+    prompts = len({int(row) // work.group_size for row in largest})
+    length = max(work.lengths)
     rows = min(len(work.lengths), max(1, sizes.rollout_tokens // length))
-    vocabulary, dtype, compute = model.config.vocab_size, getattr(torch, config.model.dtype), compute_dtype(config)
-    (trained, frozen), whole = cost.parameters(model), config.model.lora is None
-    weights, optimizer = trained * dtype.itemsize, _optimizer_bytes(config, model, dtype)
-    copied = trained * (compute if whole else dtype).itemsize  # of a second model, which shares the frozen weights
+    vocabulary = model.config.vocab_size
+    dtype = getattr(torch, config.model.dtype)
+    compute = compute_dtype(config)
+    trained, frozen = cost.parameters(model)
+    is_full = config.model.lora is None
+    weights = trained * dtype.itemsize
+    optimizer = _optimizer_bytes(config, model, dtype)
+    copied = trained * (compute if is_full else dtype).itemsize  # of a second model, which shares the frozen weights
     activations = _activations(config, model, prompts, work.prompt_tokens, len(largest), length)
     return {
-        "program": _program() if on_cpu else 0.0,
+        "process": _process_bytes() if on_cpu else 0.0,
         "weights": weights + frozen * compute.itemsize,
-        "working copy": copied if whole and compute != dtype else 0.0,
+        "working copy": copied if is_full and compute != dtype else 0.0,
         "reference": copied if kl_weight(config) > 0 else 0.0,
         "optimizer": optimizer,
         "gradients": weights,
         "activations": activations,
-        "holes": HOLES * activations if on_cpu and not whole else 0.0,
+        "fragmentation": FRAGMENTATION * activations if on_cpu and not is_full else 0.0,
         "output head": max(cost.head_bytes(model), 4 * 4 * rows * vocabulary),
         "keys and values": cost.cache_bytes(model, work.prompts * work.prompt_tokens + rows * length, compute.itemsize),
         "packed weights": sum(cost.products(model)) * compute.itemsize if on_cpu else 0.0,
@@ -136,17 +144,18 @@ def _activations(config: Config, model: Any, *shape: int) -> float:
 
 
 @functools.cache
-def _program() -> float:
+def _process_bytes() -> float:
     """Bytes of memory that this process takes with its libraries, before it allocates anything else."""
     return peak_memory_gb(torch.device("cpu")) * GB
 
 
 def _micro_batches(work: cost.Work, token_budget: int, shared: bool) -> list[torch.Tensor]:
     """The micro-batches into which training would split this work, as the rows of each."""
-    rows, longest = len(work.lengths), max(work.lengths)
+    rows = len(work.lengths)
+    longest = max(work.lengths)
     prompts = torch.ones(work.prompts, work.prompt_tokens, dtype=torch.long)
     completions = torch.ones(rows, longest, dtype=torch.long)
-    group = torch.arange(work.prompts).repeat_interleave(work.group)
+    group = torch.arange(work.prompts).repeat_interleave(work.group_size)
     batch = Batch(
         Prompts(prompts, prompts), Completions(completions, completions, completions, group), torch.zeros(rows)
     )
@@ -174,7 +183,8 @@ def _optimizer_bytes(config: Config, model: Any, dtype: torch.dtype) -> float:
 
 def _disk(config: Config, weights: float, optimizer: float, rows: int) -> dict[str, float]:
     """Bytes of the parts of the finished run's folder; `while saving`: of one more checkpoint while it is written."""
-    keep, grpo = config.checkpoint, config.grpo
+    keep = config.checkpoint
+    grpo = config.grpo
     steps = grpo.num_iterations * grpo.num_steps
     kept = min(keep.keep_last, math.ceil(steps / keep.every) if keep.every else 1)
     kept += steps // keep.keep_every if keep.keep_every else 0
@@ -205,9 +215,11 @@ def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) 
     The time of its matrix products and of reading weights in decoding, multiplied by the usual overhead, plus the time
     to start the operations of decoding.
     """
-    device, card = config.hardware.device, config.hardware.card
+    device = config.hardware.device
+    card = config.hardware.card
     if card.tflops is not None and card.bandwidth_gb_s is not None:
-        flops, read = card.tflops * 1e12, card.bandwidth_gb_s * GB
+        flops = card.tflops * 1e12
+        read = card.bandwidth_gb_s * GB
     elif device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
         torch.set_num_threads(config.hardware.threads or torch.get_num_threads())
         flops, read = cost.machine_rates(compute, device_of(config))
@@ -215,9 +227,9 @@ def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) 
         return math.nan
     forward = cost.forward_flops(model, work)
     decoding = max(forward / flops, cost.decode_bytes(model, work, compute.itemsize) / read)
-    starting = OPERATION_S * model.config.num_hidden_layers * max(work.lengths)
+    starting = LAUNCH_S_PER_LAYER * model.config.num_hidden_layers * max(work.lengths)
     rest = cost.step_flops(model, work, kl_weight(config) > 0, config.grpo.mu) - forward
-    return OVER_FLOOR.get((device, compute), EXPECTED_OVER_FLOOR) * (decoding + rest / flops) + starting
+    return MEASURED_OVERHEAD.get((device, compute), ASSUMED_OVERHEAD) * (decoding + rest / flops) + starting
 
 
 def resolved(cfg: DictConfig) -> Config:

@@ -109,7 +109,7 @@ class HalvingSweeper(Sweeper):
         for _ in range(2):  # a failed job is tried once more: memory or disk space may have run out for a while
             self._launch(jobs, steps)
             for job in jobs:
-                if not self._stands_at(job, steps) and self._state(job) != "failed":
+                if not self._has_reached(job, steps) and self._state(job) != "failed":
                     raise JobFailed(f"job {job} was stopped before step {steps}, so its rung is not decided")
         self._measure()
         scores = self._scores(entered, steps)
@@ -149,7 +149,7 @@ class HalvingSweeper(Sweeper):
 
     def _launch(self, jobs: list[int], steps: int) -> None:
         """Run jobs up to a step, except those that have reached it already."""
-        jobs = [job for job in jobs if not self._stands_at(job, steps)]
+        jobs = [job for job in jobs if not self._has_reached(job, steps)]
         if not jobs:
             return
         own = [f"until_step={steps}", "resume=auto"]
@@ -160,7 +160,7 @@ class HalvingSweeper(Sweeper):
         for job, done in zip(jobs, self.launcher.launch(points, initial_job_idx=0), strict=True):
             self.returns[job] = done
 
-    def _stands_at(self, job: int, steps: int) -> bool:
+    def _has_reached(self, job: int, steps: int) -> bool:
         run = RunFolder(self.folders[job])
         if steps == self.record.total_steps:
             return run.finished()

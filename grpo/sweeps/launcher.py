@@ -77,8 +77,8 @@ class LocalLauncher(Launcher):
         running: dict[Any, _Job] = {}  # by the sentinel of the job's process
         returns: dict[int, JobReturn] = {}  # by the job's place
         record = SweepFolder(self.config.hydra.sweep.dir).record()
-        is_rung = self.config.hydra.sweeper._target_ == HALVING  # each launch is a rung, with its own number of jobs
-        known = 0 if is_rung else len(record.get("planned") or ())
+        is_halving = self.config.hydra.sweeper._target_ == HALVING  # each launch is a rung, with its own number of jobs
+        known = 0 if is_halving else len(record.get("planned") or ())
         progress = Progress(max(known, initial_job_idx + len(job_overrides)), at_once)
         self.swept = record.get("keys")
         with _Forwarding(running) as stop:

@@ -54,7 +54,8 @@ def prepare_sweep(composed: DictConfig, overrides: Overrides, named: str | None,
     named: the sweep folder given by the user, if any. Raises ConfigError or an exception of Hydra.
     """
     check_sweep(composed)
-    sweeper, choice = composed.hydra.sweeper, composed.hydra.runtime.choices["hydra/sweeper"]
+    sweeper = composed.hydra.sweeper
+    choice = composed.hydra.runtime.choices["hydra/sweeper"]
     asked = with_params(overrides.of_experiment, sweeper)
     known = _known_folder(composed, named, asked, choice)
     kept = asked

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from grpo.analysis.doctor import RULES, Doctor, examine
+from grpo.analysis.doctor import RULES, Doctor, find_problems
 from tests.launches import launch, rows
 from tests.sweeps.test_sweep import QUICK
 
@@ -12,7 +12,7 @@ RANGES = {"correctness": (0.0, 2.0), "format": (0.0, 0.8)}
 
 
 def doctor_says(rows, evaluations=(), ranges=RANGES):
-    return examine(rows, evaluations, ranges)
+    return find_problems(rows, evaluations, ranges)
 
 
 def course(steps=60, **metrics):

@@ -16,7 +16,7 @@ def test_a_table_worked_out_by_hand():
     both, seeds_alone = stats.t.ppf(0.975, freedom) * math.sqrt(8 / 6), stats.t.ppf(0.975, 1) * math.sqrt(6 / 6)
     half = max(both, seeds_alone)
     assert estimate.interval == (pytest.approx(2 - half), pytest.approx(2 + half))
-    assert (estimate.seeds, estimate.problems, estimate.shown) == (2, 3, False)
+    assert (estimate.seeds, estimate.problems, estimate.excludes_zero) == (2, 3, False)
 
 
 def test_with_one_seed_or_one_number_a_seed_it_is_the_paired_t_interval():
@@ -29,11 +29,11 @@ def test_with_one_seed_or_one_number_a_seed_it_is_the_paired_t_interval():
 
 def test_one_number_has_no_interval_and_shows_nothing():
     estimate = crossed_mean(pd.DataFrame([[0.5]]))
-    assert (estimate.mean, estimate.interval, estimate.shown) == (0.5, None, False)
+    assert (estimate.mean, estimate.interval, estimate.excludes_zero) == (0.5, None, False)
 
 
 def test_equal_arms_show_no_difference():
-    assert not crossed_mean(pd.DataFrame(np.zeros((3, 40)))).shown
+    assert not crossed_mean(pd.DataFrame(np.zeros((3, 40)))).excludes_zero
 
 
 def test_of_one_seed_a_few_problems_alone_show_nothing():
@@ -43,7 +43,7 @@ def test_of_one_seed_a_few_problems_alone_show_nothing():
         after = before.copy()
         after.iloc[0, :better] = 1.0
         estimate = paired_difference(after - before)
-        assert (estimate.mean, estimate.shown) == (better / 200, shown)
+        assert (estimate.mean, estimate.excludes_zero) == (better / 200, shown)
         assert (stats.binomtest(better, better).pvalue < 0.05) == shown
 
 
@@ -57,7 +57,7 @@ def test_an_interval_stays_finite_where_its_terms_nearly_cancel():
 
 
 def test_rounding_is_no_difference():
-    assert not crossed_mean(pd.DataFrame([[8.9e-16], [8.9e-16]])).shown
+    assert not crossed_mean(pd.DataFrame([[8.9e-16], [8.9e-16]])).excludes_zero
 
 
 def test_several_comparisons_get_intervals_that_hold_together():
@@ -80,8 +80,8 @@ def test_of_nine_equal_arms_hardly_ever_is_one_called_worse_than_the_best(seeds,
         )
         arms = (generator.uniform(size=logits.shape) < 1 / (1 + np.exp(-logits))).astype(float)
         best, *others = (pd.DataFrame(arm) for arm in sorted(arms, key=lambda arm: -arm.mean()))
-        false += any(paired_difference(arm - best, comparisons=8).shown for arm in others)
-        alone += any(paired_difference(arm - best).shown for arm in others)
+        false += any(paired_difference(arm - best, comparisons=8).excludes_zero for arm in others)
+        alone += any(paired_difference(arm - best).excludes_zero for arm in others)
     assert false / cases <= 0.15
     assert alone > false
 
@@ -95,7 +95,7 @@ def test_where_there_is_no_difference_the_interval_says_so_in_about_95_of_100_ca
     for _ in range(cases):
         table = generator.normal(0, 0.3, (seeds, problems))
         table += generator.normal(0, of_seeds, (seeds, 1)) + generator.normal(0, of_problems, (1, problems))
-        false += crossed_mean(pd.DataFrame(table)).shown
+        false += crossed_mean(pd.DataFrame(table)).excludes_zero
         naive += stats.ttest_1samp(table.mean(axis=0), 0).pvalue < 0.05
     assert false / cases <= 0.075
     if of_seeds > 0:
