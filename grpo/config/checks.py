@@ -1,4 +1,4 @@
-"""The checks of a whole config: what the schema says of each key, and what reaches across keys."""
+"""Checks of a whole config: the constraints on each key from the schema, and constraints across keys."""
 
 import dataclasses
 import math
@@ -18,9 +18,9 @@ from grpo.config.values import escape, flatten
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that may be null in a config until the hardware is resolved, all of them known."""
+    """The sizes that may be null in a config before the hardware is resolved. Here none of them is null."""
 
-    batch_size: int  # prompts of a step
+    batch_size: int  # prompts per step
     num_generations: int
     max_completion_length: int
     micro_batch_tokens: int
@@ -28,18 +28,18 @@ class Sizes:
 
 
 def typed(cfg: DictConfig) -> Config:
-    """The composed config as plain dataclasses, checked across fields. Raises ConfigError."""
-    values = escape(OmegaConf.to_container(cfg, resolve=True))  # resolved once, and not a second time
+    """Convert the composed config to dataclasses and check it. Raises ConfigError."""
+    values = escape(OmegaConf.to_container(cfg, resolve=True))  # escaped, so as not to be resolved again
     for name, schema in OPEN_GROUPS.items():
         values[name] = _typed_group(name, schema, values.get(name))
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), values))
-    assert isinstance(config, Config)  # since the values were merged into its schema
+    assert isinstance(config, Config)  # the values were merged into its schema
     check(config)
     return config
 
 
 def _typed_group(group: str, schema: type, values: Any) -> dict[str, Any]:
-    """An open group with the types and defaults of its schema's keys. `values`, and the result, are escaped."""
+    """Apply the types and defaults of the schema to an open group. `values` and the result are escaped."""
     if not isinstance(values, dict):
         raise ConfigError(f"{group}={_yaml(values)}: must be a group of keys with a _target_")
     result = dict(values)
@@ -60,7 +60,7 @@ def _typed_group(group: str, schema: type, values: Any) -> dict[str, Any]:
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError naming the first value that cannot work, and the fix. None (not yet known) passes."""
+    """Raise ConfigError for the first invalid value, with the fix. None (not yet known) is accepted."""
     _check_facts(config)
     check_name(config.name)
     check_device_map(config.model.device_map)
@@ -108,14 +108,14 @@ def _check_prompts(data: dict[str, Any]) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError where runs of this name would lie outside outputs/."""
+    """Raise ConfigError if runs of this name would be stored outside outputs/."""
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts:
         raise ConfigError(f"name={name}: must be the name of a folder below outputs/, without ..")
 
 
 def complete_sizes(config: Config) -> Sizes:
-    """The sizes, once the hardware is resolved. Raises ConfigError where one is still null."""
+    """Return the sizes of a config whose hardware is resolved. Raises ConfigError if one is still null."""
     grpo = config.grpo
     hardware = config.hardware
     return Sizes(
@@ -134,7 +134,7 @@ def _not_null(key: str, size: int | None) -> int:
 
 
 def check_training(config: Config) -> None:
-    """Raise ConfigError where training would run and change nothing: for evaluating, the same config is sound."""
+    """Raise ConfigError if training would hardly change the weights. Evaluation with the same config is possible."""
     target = str(config.optimizer["_target_"])
     nearest = target.startswith(("torch.optim.", "bitsandbytes.")) or target.endswith(".MuonWithAdamW")
     if config.model.dtype == "bfloat16" and nearest:
@@ -146,7 +146,7 @@ def check_training(config: Config) -> None:
 
 
 def check_followed(config: Config, overrides: Overrides) -> None:
-    """Raise ConfigError where a command line sets a number of grpo.* that the objective does not follow."""
+    """Raise ConfigError if the command line sets a grpo.* number that the objective replaces by its own."""
     for name, followed in (("beta", "beta"), ("epsilon_low", "epsilon"), ("epsilon_high", "epsilon")):
         own = config.objective[name]
         if own is not None and own != getattr(config.grpo, followed) and overrides.names(f"grpo.{followed}"):
@@ -157,7 +157,7 @@ def check_followed(config: Config, overrides: Overrides) -> None:
 
 
 def check_device_map(device_map: object) -> None:
-    """Raise ConfigError where it is not one device."""
+    """Raise ConfigError if the device map is not a single device."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(device_map)):
         raise ConfigError(
             f"model.device_map={device_map}: a model spread over devices cannot be trained here, which takes one: "
@@ -166,10 +166,10 @@ def check_device_map(device_map: object) -> None:
 
 
 def _check_facts(config: Config) -> None:
-    """What the schema says of each key's value; None (not yet known, or none) passes where it is no choice."""
+    """Check each value against the schema. A key without choices may be None (not yet known, or unset)."""
     flat = flatten(dataclasses.asdict(config))
     for name, facts in FACTS.items():
-        if name not in flat:  # below a group that is null
+        if name not in flat:  # its group is null
             continue
         value = flat[name]
         if facts.choices:
@@ -186,7 +186,7 @@ def _check_number(name: str, value: float, facts: Facts) -> None:
 
 
 def _outside(value: float, facts: Facts) -> str | None:
-    """What a number must be, where it is not; NaN is outside."""
+    """The bound that a number violates, worded for the error, or None. NaN violates every bound."""
     if facts.between is not None and not facts.between[0] < value < facts.between[1]:
         return "lie between {:g} and {:g}".format(*facts.between)
     if facts.above is not None and not value > facts.above:
@@ -215,6 +215,6 @@ def _yaml(value: object) -> str:
 
 
 def kl_weight(config: Config) -> float:
-    """The weight of the KL penalty: the objective's own, or else grpo.beta; 0 needs no reference model."""
+    """The weight of the KL penalty: objective.beta, or grpo.beta if that is null. 0 needs no reference model."""
     own = config.objective["beta"]
     return config.grpo.beta if own is None else own

@@ -1,4 +1,4 @@
-"""Composing conf/ outside a launch, putting command lines on top of frozen configs, and wording the errors."""
+"""Compose conf/ outside a launch, and apply the overrides of a command line to a frozen config."""
 
 from collections.abc import Sequence
 
@@ -14,17 +14,17 @@ from grpo.config.values import copy_value, flatten
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
-    """conf/config.yaml with these overrides, as `python launch.py` would compose it."""
+    """Compose conf/config.yaml with these overrides, as `python launch.py` does."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         return compose("config", list(overrides))
 
 
 def apply_overrides(frozen: DictConfig, composed: DictConfig, overrides: Overrides) -> DictConfig:
-    """A frozen config with exactly what these overrides name replaced by its value in `composed`.
+    """Return a copy of a frozen config in which the overridden keys have their values from `composed`.
 
-    A group (hardware=cpu) replaces that part whole. Raises ConfigError for an override that names no part, such as
-    an experiment: it would silently change many.
+    An override of a group (hardware=cpu) replaces the whole group. Raises ConfigError for an override that is not a key
+    or group of the config, such as experiment=..., which would silently change many keys.
     """
     result = frozen.copy()
     for key, line in zip(overrides.dotted_keys, overrides, strict=True):

@@ -1,4 +1,4 @@
-"""The errors that commands answer with a line and exit code 2."""
+"""Errors that commands report in one line, with exit code 2."""
 
 
 class ConfigError(Exception):
@@ -6,9 +6,9 @@ class ConfigError(Exception):
 
 
 class FileError(ConfigError, ValueError):
-    """A file of a run folder that is damaged, or is not what its name says; the message names it."""
+    """A file of a run folder is damaged or has unexpected content. The message names the file."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a line of our own; its type where it says nothing."""
+    """The first line of an error's message, at most 300 characters; its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

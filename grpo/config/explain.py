@@ -1,4 +1,4 @@
-"""What to say of an error of Hydra or OmegaConf: what is wrong with the input, and the fix."""
+"""Explain errors of Hydra and OmegaConf to the user: what is wrong with the input, and the fix."""
 
 import difflib
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from grpo.config.errors import ConfigError, first_line
 from grpo.config.paths import CONF_DIR, LAUNCH
 from grpo.config.values import flatten
 
-# Names that people bring from other trainers, and what they are called here.
+# Key names of other trainers, and the corresponding keys here.
 OTHER_NAMES = {
     "learning_rate": "optimizer.lr",
     "lr": "optimizer.lr",
@@ -41,10 +41,10 @@ OTHER_NAMES = {
 }
 
 
-HUB_KEYS = {"model": "model.name", "data": "data.path"}  # what takes a hub name or a folder, by group
-EXTRA_PLUGINS = ("joblib", "optuna", "ray", "submitit_local", "submitit_slurm")  # of the extra [sweeps]
+HUB_KEYS = {"model": "model.name", "data": "data.path"}  # group -> its key for a hub name or a folder
+EXTRA_PLUGINS = ("joblib", "optuna", "ray", "submitit_local", "submitit_slurm")  # installed with the extra [sweeps]
 
-# How Hydra begins where the override is in its message alone.
+# Prefixes of Hydra errors that give the override only in their message.
 MERGING = "Error merging override "
 AMBIGUOUS = "Ambiguous value for argument "
 
@@ -52,7 +52,7 @@ AMBIGUOUS = "Ambiguous value for argument "
 def explain(error: Exception) -> str:
     """One or two lines for the user: what is wrong with the input, and the fix."""
     cause: BaseException | None = error
-    while cause is not None:  # Hydra and OmegaConf wrap what is raised while they work, not always with `from`
+    while cause is not None:  # Hydra and OmegaConf wrap exceptions, not always with `raise ... from`
         if isinstance(cause, ConfigError):
             return str(cause).strip()
         if isinstance(cause, MissingConfigException):
@@ -62,7 +62,7 @@ def explain(error: Exception) -> str:
         if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
             return unknown_key(cause.full_key)
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error.__cause__, OmegaConfBaseException) and not str(error):  # Hydra's, which then has no text
+    if isinstance(error.__cause__, OmegaConfBaseException) and not str(error):  # Hydra's wrapper has no message
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if lines[0].startswith(MERGING):
@@ -78,7 +78,7 @@ def explain(error: Exception) -> str:
 
 
 def unknown_key(key: str) -> str:
-    """What to say of a key that the config does not have: its name here, or the nearest real ones."""
+    """The message for a key that does not exist: its name in this suite, or the most similar keys."""
     last_part = key.rsplit(".", 1)[-1]
     other = OTHER_NAMES.get(key) or OTHER_NAMES.get(last_part)
     if other and other != key:
@@ -92,7 +92,7 @@ def unknown_key(key: str) -> str:
 
 
 def unknown_choice(path: str, options: Sequence[str]) -> str:
-    """What to say of a choice that its group does not have, such as hardware/a100 or hydra/launcher/ray."""
+    """The message for a choice that does not exist in its group, such as hardware/a100 or hydra/launcher/ray."""
     parts = path.split("/", 2 if path.startswith("hydra/") else 1)
     group = "/".join(parts[:-1])
     choice = parts[-1]

@@ -1,6 +1,6 @@
-"""The Hydra application that launches are: its flags, its search path, and composing as it would compose.
+"""The Hydra application behind a launch: parse its flags, set its config search path, and compose configs.
 
-All use of `hydra._internal` by launches stands here. It was written for Hydra 1.3.
+Only this module imports from `hydra._internal`. It requires Hydra 1.3.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TASK_NAME = "launch"
 
 
 def check_version() -> None:
-    """Raise ConfigError where the Hydra that is installed is not the one that this was written for."""
+    """Raise ConfigError if the installed Hydra is not version 1.3."""
     if not hydra.__version__.startswith("1.3."):
         raise ConfigError(
             f"this needs Hydra 1.3, and {hydra.__version__} is installed: pip install 'hydra-core>=1.3,<1.4'"
@@ -38,7 +38,7 @@ def check_version() -> None:
 
 
 def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
-    """A command line by Hydra's own parser; overrides may stand before and after the flags."""
+    """Parse a command line with Hydra's own parser; overrides may come before and after the flags."""
     check_version()
     flags = get_args_parser().parse_intermixed_args(list(arguments))
     if flags.experimental_rerun is not None:
@@ -51,17 +51,20 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def only_shows(flags: argparse.Namespace) -> bool:
-    """Whether the command line asks Hydra for its help, the config or a completion, and for no launch."""
+    """Whether the command line asks only for Hydra's help, the config or shell completion, not for a launch."""
     asked = (flags.help, flags.hydra_help, flags.cfg, flags.info, flags.shell_completion)
     return any(each not in (None, False) for each in asked)
 
 
 def show(arguments: Sequence[str], task: Callable[[DictConfig], Any]) -> int:
-    """Let Hydra answer such a command line, and return its exit code. Raises ConfigError for one of a sweep."""
+    """Let Hydra process a command line for which `only_shows` is true. Returns the exit code.
+
+    Raises ConfigError for --cfg or --info of a sweep.
+    """
     flags = read_flags(arguments)
     if flags.multirun and (flags.cfg or flags.info):
         raise ConfigError("-m: --cfg and --info show the config of one run; leave -m out")
-    # Which Hydra reads: it takes the last --config-path, and resolves a relative one against the task's module.
+    # Hydra reads sys.argv. It uses the last --config-path, and resolves a relative one against the task's module.
     sys.argv[1:] = arguments if flags.config_path is None else [*arguments, "--config-path", _config_path(flags)]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=CONFIG_NAME)(task)()
@@ -71,12 +74,12 @@ def show(arguments: Sequence[str], task: Callable[[DictConfig], Any]) -> int:
 
 
 def _config_path(flags: argparse.Namespace) -> str:
-    """The folder of the config; a relative --config-path is one beside conf/."""
+    """The folder of the config. A relative --config-path is relative to the folder that contains conf/."""
     return str(CONF_DIR if flags.config_path is None else CONF_DIR.parent / flags.config_path)
 
 
 class Application:
-    """What `hydra.main` sets up: the config's search path, with --config-dir, --config-path and --config-name."""
+    """Hydra with the config search path of `hydra.main`, from --config-dir, --config-path and --config-name."""
 
     def __init__(self, flags: argparse.Namespace) -> None:
         hydra.version.setbase("1.3")
@@ -91,9 +94,9 @@ class Application:
         self._hydra = Hydra.create_main_hydra2(TASK_NAME, search_path)
 
     def compose(self, overrides: Sequence[str], multirun: bool) -> tuple[DictConfig, bool]:
-        """The config with these overrides, and whether it is one of a sweep: by -m or by hydra.mode.
+        """Compose the config with these overrides. Also return whether it is a sweep, by -m or by hydra.mode.
 
-        Raises what Hydra raises, also for several values of a key where it is not.
+        Raises Hydra's exceptions, including the one for several values of a key outside a sweep.
         """
         cfg = self._hydra.compose_config(
             self.config_name, list(overrides), RunMode.MULTIRUN, validate_sweep_overrides=False
@@ -108,30 +111,31 @@ class Application:
         return cfg, multirun
 
     def start(self, task: Callable[[DictConfig], Any], overrides: Sequence[str], multirun: bool) -> None:
-        """Let Hydra run the task, once or for each job of a sweep. Raises what it raises."""
+        """Let Hydra run the task, once or for each job of a sweep. Raises the exceptions of Hydra and of the task."""
         run = self._hydra.multirun if multirun else self._hydra.run
         mode = RunMode.MULTIRUN if multirun else RunMode.RUN
         run(self.config_name, task, [*overrides, f"hydra.mode={mode.name}"])
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
-    """A composed config without Hydra's own part."""
+    """A composed config without its `hydra` part."""
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
 def compose_again(hydra_cfg: HydraConf, overrides: Sequence[str]) -> DictConfig:
-    """Within a launch, its config with other overrides of the experiment.
+    """Compose the config of the current launch again, with other overrides of the experiment.
 
-    hydra_cfg: the `hydra` part of the launch's config, from which it takes the config's name and search path.
+    hydra_cfg: the `hydra` part of the launch's config, which has the config's name and the overrides of Hydra's keys.
+    The search path is that of the Hydra instance in this process.
     """
-    own: Any = OmegaConf.to_container(hydra_cfg.overrides.hydra, resolve=False)  # a list of texts
+    own: Any = OmegaConf.to_container(hydra_cfg.overrides.hydra, resolve=False)  # a list of strings
     loader = GlobalHydra.instance().config_loader()
     cfg = loader.load_configuration(hydra_cfg.job.config_name, [*own, *overrides], run_mode=RunMode.RUN)
     return without_hydra(cfg)
 
 
 def config_flags(hydra_cfg: HydraConf) -> list[str]:
-    """The flags of a launch that say where its config is."""
+    """The flags --config-dir and --config-name with which a launch finds its config."""
     added = [source.path for source in hydra_cfg.runtime.config_sources if source.provider == "command-line"]
     flags = [each for path in added for each in ("--config-dir", path)]
     name = hydra_cfg.job.config_name or CONFIG_NAME
@@ -139,7 +143,7 @@ def config_flags(hydra_cfg: HydraConf) -> list[str]:
 
 
 def has_plugin(target: str) -> bool:
-    """Whether a launcher or sweeper that the config names is installed."""
+    """Whether the Hydra launcher or sweeper with this `_target_` is installed."""
     return target in Plugins.instance().class_name_to_class
 
 
@@ -148,9 +152,8 @@ def split_into_jobs(overrides: Sequence[str]) -> list[list[str]]:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     hydra_app = GlobalHydra.instance()
-    loader = (
-        hydra_app.config_loader() if hydra_app.is_initialized() else None
-    )  # tracking=glob(*) asks it for the choices
+    # For overrides such as tracking=glob(*), the loader provides the choices of the group.
+    loader = hydra_app.config_loader() if hydra_app.is_initialized() else None
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
     batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return [job for batch in batches for job in batch]

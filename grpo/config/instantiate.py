@@ -1,4 +1,4 @@
-"""From a config's `_target_` to the function it names, with the errors in words and the trust rule applied."""
+"""Resolve the `_target_` of a config to a function or an object, with readable errors."""
 
 import functools
 import inspect
@@ -14,15 +14,15 @@ from grpo.config.schema import Config
 from grpo.config.trust import targets_in
 from grpo.config.values import escape, to_dict
 
-EXTRAS = {"bitsandbytes": "8bit"}  # what is installed on demand, by the extra of pyproject.toml that has it
-HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_", "_method_")  # orders to `instantiate`
+EXTRAS = {"bitsandbytes": "8bit"}  # optional package -> extra of pyproject.toml that installs it
+HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_", "_method_")  # special in `instantiate`
 
 
 def bind(key: str, node: Mapping[str, Any], without: tuple[str, ...] = ()) -> functools.partial[Any]:
-    """The function that `node['_target_']` names, with the node's other keys but `without` as keyword arguments.
+    """Bind the function `node['_target_']` to the node's other keys, except `without`, as keyword arguments.
 
-    key: where the node stands in the config, for the error. Raises ConfigError where the target is missing, blocked
-    (Hydra's blocklist), does not exist, or does not take those arguments.
+    key: the place of the node in the config, for error messages. Raises ConfigError if the target is missing, is on
+    Hydra's blocklist, does not exist, or does not accept these arguments.
     """
     target = node.get("_target_")
     settings = {str(name): value for name, value in node.items() if name not in ("_target_", *without)}
@@ -33,29 +33,32 @@ def bind(key: str, node: Mapping[str, Any], without: tuple[str, ...] = ()) -> fu
 
 
 def find_function(key: str, path: object) -> Callable[..., Any]:
-    """The function or class of a dotted path, which stands at this key of a config.
+    """Import the function or class with a dotted path. key: where the config has the path, for error messages.
 
-    Raises ConfigError where it is blocked (Hydra's blocklist) or does not exist.
+    Raises ConfigError if it is on Hydra's blocklist or does not exist.
     """
     if not isinstance(path, str):
         raise ConfigError(f"{key}={path}: it must be the dotted path of a function")
     try:
-        # Hydra is given the path alone: it would resolve interpolations in the settings and build what they name. Its
-        # partial is not kept, since that asks the blocklist again on every call, which takes 190 microseconds.
+        # Only the path is passed to Hydra: in the settings it would resolve interpolations and instantiate targets. Its
+        # partial is not kept, since it would check the blocklist again on every call, which takes 190 microseconds.
         return instantiate({"_target_": escape(path)}, _partial_=True).func
     except HydraException as error:
         raise ConfigError(f"{key}={path}: {_reason(error)}") from error
 
 
 def check_importable(config: Config) -> None:
-    """Raise ConfigError where a target from elsewhere cannot be run, at once: those of the suite import torch."""
+    """Raise ConfigError if a target outside the suite and torch.optim cannot be imported.
+
+    The others are not checked this early, since importing them imports torch.
+    """
     for key, path in targets_in(to_dict(config)):
         if not str(path).startswith(("grpo.", "torch.optim.")):
             find_function(key, path)
 
 
 def build(key: str, node: Mapping[str, Any], without: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """The function that a node names, as `bind` gives it; of a class one object, built with the node's settings."""
+    """Like `bind` if the target is a function; if it is a class, return an object built with the node's settings."""
     function = bind(key, node, without)
     if not inspect.isclass(function.func):
         return function
@@ -68,13 +71,13 @@ def build(key: str, node: Mapping[str, Any], without: tuple[str, ...] = ()) -> C
 
 
 def bind_reward(key: str, node: Mapping[str, Any]) -> Callable[..., list[float | None]]:
-    """A reward function in TRL's form, `f(prompts, completions, **columns)`, or an object that can be called so.
+    """Build a reward function of TRL's form, `f(prompts, completions, **columns)`, or a callable object of that form.
 
-    Raises ConfigError for another form.
+    Raises ConfigError for any other form.
     """
     function = build(key, node, without=("weight", "range"))
     parameters: Mapping[str, inspect.Parameter] = {}
-    with suppress(TypeError, ValueError):  # a builtin without a signature, or nothing that can be called
+    with suppress(TypeError, ValueError):  # a builtin without a signature, or not callable
         parameters = inspect.signature(function).parameters
     if "completions" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise ConfigError(
@@ -85,7 +88,7 @@ def bind_reward(key: str, node: Mapping[str, Any]) -> Callable[..., list[float |
 
 
 def check_call(key: str, function: Callable[..., Any], form: str, *args: str, **kwargs: str) -> None:
-    """Raise ConfigError, with `form` as what is wanted, where a function cannot be called with such arguments."""
+    """Raise ConfigError if a function cannot be called with such arguments. form: what is expected, for the message."""
     try:
         inspect.signature(function).bind(*args, **kwargs)
     except (TypeError, ValueError) as error:  # the latter for a builtin without a signature
@@ -93,7 +96,7 @@ def check_call(key: str, function: Callable[..., Any], form: str, *args: str, **
 
 
 def _check_literal(key: str, settings: Any) -> None:
-    """Raise ConfigError where settings ask Hydra to build something, which a plain value cannot do."""
+    """Raise ConfigError if settings contain one of HYDRA_KEYS: settings are passed as plain values."""
     if isinstance(settings, dict | list):
         for name, child in settings.items() if isinstance(settings, dict) else enumerate(settings):
             if name in HYDRA_KEYS:

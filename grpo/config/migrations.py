@@ -1,6 +1,6 @@
-"""config.yaml, trainer_state.json and sweep.json of earlier versions, as this version reads them.
+"""Convert config.yaml, trainer_state.json and sweep.json of earlier versions to the current version.
 
-One pure function for each step from a version to the next. A file without a version key is of version 0.
+Each step from one version to the next is a pure function. A file without a version key is of version 0.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Migration = Callable[[Values], Values]
 
 # Keys that version 0 wrote and that had no effect on a run.
 WITHOUT_EFFECT_0 = {name.partition(".")[0] for name in LAUNCH_KEYS}
-# Keys that folders of version 0 may lack, with the values that they were run with.
+# Keys added during version 0, with the values that earlier runs used implicitly.
 ADDED_WITHIN_0 = {
     "preflight": False,
     "grpo.max_skipped_steps": 3,
@@ -35,7 +35,7 @@ ADDED_WITHIN_0 = {
     "model.lora": None,
     "parent": None,
 }
-# What `grpo_loss`, the one objective up to version 1, is since an objective is a set of choices.
+# `grpo_loss`, the only objective up to version 1, as the set of choices that replaced it in version 2.
 GRPO_LOSS = {
     "_target_": "grpo.algorithm.objective.Objective",
     "advantage": "group",
@@ -44,28 +44,28 @@ GRPO_LOSS = {
     "reduction": "row",
     "kl": "k3",
 }
-# Where functions stand now that version 0 names elsewhere.
+# Modules that were moved after version 0: old path -> new path.
 MOVED_0 = {"grpo.algorithm.math_xml.": "grpo.rewards.math_xml."}
-NATIVE_ENGINE = "grpo.rollout.native.NativeEngine"  # the one engine up to version 1
+NATIVE_ENGINE = "grpo.rollout.native.NativeEngine"  # the only engine up to version 1
 
 
 def load_frozen(file: Path, complete: bool = True) -> DictConfig:
-    """A run folder's config.yaml, of any version so far. Its values are data: nothing in them is interpolated again.
+    """Read a run folder's config.yaml, of this or an earlier version. Its values are not interpolated again.
 
-    complete: whether every key must be there and known, as to train or to load a model; to show it, that is not needed.
-    Raises FileError for a file of a newer version, and for one that is no config.
+    complete: whether to require that no key is missing or unknown. This is needed to train or to load a model, but not
+    to display the config. Raises FileError for a file of a newer version, and for one that is not a config.
     """
     values = migrate(read_yaml(file, dict), file, CONFIG_STEPS)
     if complete:
         _check_keys(flatten(values), file)
     try:
         return OmegaConf.create(escape(values))
-    except OmegaConfBaseException as error:  # such as a date
+    except OmegaConfBaseException as error:  # an unsupported type, such as a date
         raise FileError(f"{file} is not a config: {first_line(error)}") from error
 
 
 def _check_keys(flat: Values, file: Path) -> None:
-    """Raise FileError for a key that the schema does not have, and for one of the schema that is not there."""
+    """Raise FileError for a key that is not in the schema, and for a key of the schema that is missing."""
     schema = [key for key, facts in FACTS.items() if not facts.launch_only]
     absent = tuple(f"{name}." for name in OPTIONAL_GROUPS if flat.get(name, "") is None)
     for name in flat:
@@ -78,7 +78,7 @@ def _check_keys(flat: Values, file: Path) -> None:
 
 
 def migrate(values: Values, file: Path, steps: tuple[Migration, ...]) -> Values:
-    """A file's content as the present version has it, without its version key. Raises FileError."""
+    """Convert the content of a file to the current version; the result has no version key. Raises FileError."""
     values = deepcopy(values)
     version = values.pop("version", 0)
     if not isinstance(version, int) or not 0 <= version <= VERSION:
@@ -94,7 +94,10 @@ def migrate(values: Values, file: Path, steps: tuple[Migration, ...]) -> Values:
 
 
 def config_0_to_1(values: Values) -> Values:
-    """Drop what concerned one launch, fill in what was added within version 0, and let the objective follow grpo.*."""
+    """Drop the launch keys, add the keys of ADDED_WITHIN_0, and update the targets in MOVED_0.
+
+    Numbers of the objective that equal those of grpo.* become null, which means that they follow grpo.*.
+    """
     values = {name: deepcopy(value) for name, value in values.items() if name not in WITHOUT_EFFECT_0}
     for name, value in ADDED_WITHIN_0.items():
         _set_default(values, name, value)
@@ -108,32 +111,32 @@ def config_0_to_1(values: Values) -> Values:
 
 
 def config_1_to_2(values: Values) -> Values:
-    """The objective is a set of choices, the rollout engine has a `_target_`, and a reward component has a range."""
+    """Replace the objective by a set of choices; add the `_target_` of the rollout engine and reward ranges."""
     values = deepcopy(values)
     objective = values.get("objective") or {}
     epsilon = objective.get("epsilon")
     choices = GRPO_LOSS | {"beta": objective.get("beta"), "epsilon_low": epsilon, "epsilon_high": epsilon}
     if objective.get("_target_") == "grpo.algorithm.loss.grpo_loss":
         values["objective"] = choices
-    else:  # a user's own function, of a form that is not called any more: such a run can be reported only
+    else:  # a user's own function, in a form that is no longer supported: the run can only be reported on
         values["objective"] = choices | objective
     _set_default(values, "rollout._target_", NATIVE_ENGINE)
     return _with_declared_ranges(values)
 
 
 def state_1_to_2(values: Values) -> Values:
-    """What running out of memory had reduced stands among the states."""
+    """Rename `reduced` (token budgets reduced after running out of memory) to `states`, and add the engine."""
     values = dict(values)
     return values | {"states": values.pop("reduced", {}), "engine": NATIVE_ENGINE}
 
 
 def sweep_1_to_2(values: Values) -> Values:
-    """The choice of hydra/sweeper that was `optuna` is `tpe` now."""
+    """Rename the choice `optuna` of hydra/sweeper to `tpe`."""
     return values | {"sweeper": "tpe"} if values.get("sweeper") == "optuna" else values
 
 
 def unchanged(values: Values) -> Values:
-    """A step between versions that write the file alike."""
+    """A step between two versions that use the same format for the file."""
     return values
 
 
@@ -153,7 +156,7 @@ def _set_default(values: Values, name: str, value: Any) -> None:
 
 
 def _with_declared_ranges(values: Values) -> Values:
-    """The ranges of the default components: up to version 1, charts and doctor knew them by name."""
+    """Add the ranges of the default components, which were built into the charts and the doctor up to version 1."""
     components = (values.get("reward") or {}).get("components") or {}
     for target, low, high in (("correctness", 0.0, 2.0), ("tag_format", 0.0, 0.8)):
         for node in components.values():

@@ -1,4 +1,4 @@
-"""The overrides of a command line, read as Hydra reads them. Nothing else here understands `key=value`."""
+"""The overrides of a command line, parsed with Hydra's parser. No other module parses overrides."""
 
 import re
 import shlex
@@ -13,10 +13,10 @@ from grpo.config.values import escape
 
 
 class Overrides:
-    """A list of overrides in their order, each with its key and the text of its value.
+    """A list of overrides in order, each with its key and the text of its value.
 
-    Keys are without what stands around them: `grpo.beta` of `++grpo.beta=0`, `~grpo.beta` and `grpo.beta=0,1`;
-    `hydra/launcher` of `hydra/launcher=basic`. Raises HydraException for what Hydra's parser refuses.
+    Keys have no prefix and no value: `grpo.beta` for `++grpo.beta=0`, `~grpo.beta` and `grpo.beta=0,1`;
+    `hydra/launcher` for `hydra/launcher=basic`. Raises HydraException for an override that Hydra's parser rejects.
     """
 
     def __init__(self, lines: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ class Overrides:
 
     @cached_property
     def parsed(self) -> list[Override]:
-        """Each override as Hydra's parser gives it."""
+        """Each override as the object that Hydra's parser returns."""
         return OverridesParser.create().parse_overrides(self.lines)
 
     @cached_property
@@ -40,55 +40,55 @@ class Overrides:
 
     @property
     def dotted_keys(self) -> list[str]:
-        """The same with the groups as the parts of the config that they fill: `hydra.launcher`."""
+        """The keys, where each group is written as a path in the config: `hydra.launcher` for `hydra/launcher`."""
         return [key.replace("/", ".") for key in self.keys]
 
     @property
     def swept(self) -> list[str]:
-        """The keys that are given several values, each once."""
+        """The keys with several values, without repetitions."""
         return list(dict.fromkeys(key for key, each in self._pairs() if each.is_sweep_override()))
 
     @property
     def last_by_key(self) -> dict[str, str]:
-        """Of each key its last override, which is the one that counts."""
+        """The last override of each key, which is the one that takes effect."""
         return dict(zip(self.keys, self.lines, strict=True))
 
     @property
     def texts(self) -> dict[str, str]:
-        """Of each key the text of its last value, as it was typed."""
+        """The last value of each key as text, as it was typed."""
         return {key: text_of(line) for key, line in self.last_by_key.items()}
 
     def value(self, key: str) -> Any:
-        """The last value given to a key, None where there is none."""
+        """The last value given to a key; None if there is none."""
         given = [each for name, each in self._pairs() if name == key]
         return given[-1].value() if given else None
 
     def names(self, *keys: str) -> bool:
-        """Whether one of these keys or groups, or a key below one of them, is named."""
+        """Whether an override sets one of these keys or groups, or a key below one of them."""
         return any(name == key or name.startswith(f"{key}.") for name in self.keys for key in keys)
 
     def select(self, keys: Container[str]) -> "Overrides":
-        """Those of these keys."""
+        """The overrides of these keys."""
         return Overrides([line for key, line in zip(self.keys, self.lines, strict=True) if key in keys])
 
     def without(self, keys: Container[str]) -> "Overrides":
-        """Those of other keys than these."""
+        """The overrides of all other keys."""
         return Overrides([line for key, line in zip(self.keys, self.lines, strict=True) if key not in keys])
 
     @property
     def of_hydra(self) -> "Overrides":
-        """Those of Hydra's own settings."""
+        """The overrides of Hydra's own settings."""
         return Overrides([line for line, each in self._lines() if each.is_hydra_override()])
 
     @property
     def of_experiment(self) -> "Overrides":
-        """All others."""
+        """All overrides except those of Hydra's own settings."""
         return Overrides([line for line, each in self._lines() if not each.is_hydra_override()])
 
     def expand(self, points: Sequence[Sequence[str]]) -> "Overrides":
-        """The same with each swept key as a plain list of the values that it has in these points, in their order.
+        """Replace the values of each swept key by the list of the values that it has in these points, in their order.
 
-        A range or a shuffle is so given its values once.
+        In this way a range or shuffle is evaluated only once.
         """
         values: dict[str, dict[str, None]] = {}
         for point in points:
@@ -97,15 +97,15 @@ class Overrides:
         return self.with_texts({key: ",".join(texts) for key, texts in values.items() if len(texts) > 1})
 
     def with_texts(self, texts: Mapping[str, str]) -> "Overrides":
-        """The same with other values of these keys, as they would be typed."""
+        """Replace the values of the keys in `texts`, given as they would be typed."""
         lines = zip(self.keys, self.lines, strict=True)
         return Overrides([f"{line.partition('=')[0]}={texts[key]}" if key in texts else line for key, line in lines])
 
     def continued_by(self, new: "Overrides") -> "Overrides":
-        """These in their order with the values of `new`, and then what only `new` names.
+        """These overrides in their order with the values of `new`, followed by those whose keys only `new` has.
 
-        The order numbers the jobs of a sweep, and says what an override changes that comes after another. Another
-        choice of a group discards what these say of keys below it.
+        The order matters, since it determines the numbers of a sweep's jobs, and since a later override can replace an
+        earlier one. If `new` chooses another option of a group, overrides of keys below that group are dropped.
         """
         latest = new.last_by_key
         regrouped = tuple(f"{key}." for key, line in latest.items() if line not in self.lines)
@@ -130,13 +130,13 @@ def text_of(line: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """Text as the value of an override, taken literally whatever characters are in it."""
+    """Quote text as the value of an override, so that Hydra takes all its characters literally."""
     return QuotedString(escape(text), Quote.single).with_quotes()
 
 
 def typed_in_shell(key: str, text: object) -> str:
-    """An override as it is typed in a shell, its value taken literally by that and by Hydra; plain where it can be."""
+    """Write an override for a shell, quoted if necessary so that the shell and Hydra take its value literally."""
     plain = f"{key}={text}"
     if not re.fullmatch(r"[A-Za-z0-9_./-]+", str(text)) or Overrides([plain]).value(key.lstrip("+")) != str(text):
-        plain = f"{key}={quoted(str(text))}"  # also of what Hydra would read as a number, true or null
+        plain = f"{key}={quoted(str(text))}"  # also if Hydra would read it as a number, true or null
     return shlex.quote(plain)

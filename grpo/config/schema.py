@@ -1,7 +1,7 @@
 # ruff: noqa: RUF009  (key and group are functions that return fields)
-"""The configuration's types, and what is known about each key. Values live in conf/*.yaml, other checks in checks.py.
+"""The types of the config, and the constraints on each key. Values are in conf/*.yaml, other checks in checks.py.
 
-Imports no torch: `--help`, `--cfg job` and every configuration error answer at once.
+This module does not import torch, so that `--help`, `--cfg job` and config errors appear without delay.
 """
 
 import dataclasses
@@ -15,35 +15,35 @@ from omegaconf import MISSING
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about a key beside its type. `check` reads the bounds, resume.py the rest."""
+    """Properties of a key other than its type: its valid values, and how launches, resumes and sweeps treat it."""
 
-    least: float | None = None  # the smallest value allowed
-    above: float | None = None  # every value must be larger than this
-    between: tuple[float, float] | None = None  # every value must lie between these, and be neither
-    choices: tuple[Any, ...] = ()  # empty: any value
-    hint: str = ""  # what an error about the value adds
-    # Whether a resumed run may change it: refused | free: how the run is watched and kept | rounding: the results stay
-    # equal up to rounding | longer: only to add steps. Empty: as the group.
+    least: float | None = None  # the smallest valid value
+    above: float | None = None  # valid values are larger than this
+    between: tuple[float, float] | None = None  # valid values are between these, exclusively
+    choices: tuple[Any, ...] = ()  # the valid values; empty: any value
+    hint: str = ""  # added to an error about the value
+    # Whether a resumed run may change the key. refused: no; free: yes, since it only affects monitoring and storage;
+    # rounding: yes, since results stay equal up to rounding; longer: only to add steps. Empty: the same as its group.
     on_resume: str = ""
-    # Whether another choice of its group leaves it as it is in a resumed run: it must be named to be changed.
+    # Whether a resumed run keeps the value when another choice of the group is given, unless the key itself is set.
     kept_by_group: bool = False
-    launch_only: bool = False  # about one launch, and never written to config.yaml; so are all keys of such a group
-    names_function: bool = False  # a value with a dot is the path of a function, as that of a `_target_` is
-    of_sweep: bool = False  # of such a key: the jobs of a sweep depend on it, so that sweep.json keeps it
+    launch_only: bool = False  # concerns a single launch, and is never written to config.yaml; a group: all its keys
+    names_function: bool = False  # a value with a dot is the path of a function, like the value of `_target_`
+    of_sweep: bool = False  # for a launch_only key: the jobs of a sweep depend on it, so sweep.json keeps it
 
 
 def key(default: Any = MISSING, **facts: Any) -> Any:
-    """A field of the schema with its Facts."""
+    """A dataclass field for a key, with its Facts."""
     return field(default=default, metadata={"facts": Facts(**facts)})
 
 
 def open_group(schema: type) -> Any:
-    """A group that names a function with `_target_`: a dict with the fields of a schema and that function's own."""
+    """A field for a group with a `_target_`: a dict with the keys of `schema` and the settings of that function."""
     return field(default=MISSING, metadata={"facts": Facts(), "open": schema})
 
 
 def group(schema: type, **facts: Any) -> Any:
-    """A group of fields; `on_resume` and `launch_only` hold for the keys below it, too."""
+    """A dataclass field for a group; `on_resume` and `launch_only` also apply to the keys below it."""
     return field(default_factory=schema, metadata={"facts": Facts(**facts)})
 
 
@@ -52,9 +52,9 @@ class LoraSettings:
     """The adapter that is trained instead of all weights."""
 
     rank: int = key(least=1)
-    alpha: float = key(above=0)  # what the adapter adds is scaled by alpha / rank
-    target_modules: Any = MISSING  # all-linear, or a list of the last parts of layers' names
-    init_from: str | None = MISSING  # folder of an adapter to begin with; None: one that adds nothing
+    alpha: float = key(above=0)  # the adapter's output is scaled by alpha / rank
+    target_modules: Any = MISSING  # all-linear, or a list of the last parts of layer names
+    init_from: str | None = MISSING  # folder of an adapter to start from; None: a new one, whose output is 0
 
 
 @dataclass
@@ -63,7 +63,7 @@ class ModelConfig:
 
     name: str = MISSING  # hub name, local folder, or `tiny` for the embedded model
     attn_implementation: str = MISSING  # eager | sdpa | flash_attention_2 | ..., passed to transformers
-    # Of the weights and their optimizer state; hardware.compute_dtype is that of the arithmetic.
+    # Data type of the weights and the optimizer state; hardware.compute_dtype is that of the computation.
     dtype: str = key(choices=("float32", "bfloat16"))
     device_map: Any = key(on_resume="rounding")  # auto: hardware.device decides; else one device: cpu | mps | cuda:N
     trust_remote_code: bool = MISSING
@@ -72,7 +72,7 @@ class ModelConfig:
 
 @dataclass
 class GrpoConfig:
-    """The algorithm's numbers; conf/grpo/default.yaml explains them."""
+    """The hyperparameters of the algorithm; conf/grpo/default.yaml explains them."""
 
     num_iterations: int = key(least=1, on_resume="longer")
     num_steps: int = key(least=1, on_resume="longer")
@@ -92,7 +92,7 @@ class GrpoConfig:
 
 @dataclass
 class CardConfig:
-    """What plan=true counts on; all None: this machine, looked at."""
+    """The data sheet of the card that plan=true assumes. None: plan=true uses this machine."""
 
     memory_gb: float | None = MISSING
     tflops: float | None = MISSING  # in compute_dtype
@@ -101,10 +101,10 @@ class CardConfig:
 
 @dataclass
 class HardwareConfig:
-    """How the work is computed; three sizes are defaults of grpo.*."""
+    """How the run is computed. batch_size, num_generations and max_completion_length are the defaults of grpo.*."""
 
     device: str = key(choices=("auto", "cuda", "mps", "cpu"), on_resume="rounding")
-    # None: as model.dtype; with float16 the loss is scaled.
+    # None: the same as model.dtype. With float16 the loss is scaled.
     compute_dtype: str | None = key(
         choices=(None, "float32", "bfloat16", "float16"), on_resume="rounding", kept_by_group=True
     )
@@ -121,7 +121,7 @@ class HardwareConfig:
 
 @dataclass
 class RewardConfig:
-    """The reward components, and what happens where one fails."""
+    """The reward components, and what happens if one fails."""
 
     # Each component: {_target_, weight, and the function's own settings}. A dict, since users add their own.
     components: dict[str, Any] = MISSING
@@ -131,7 +131,7 @@ class RewardConfig:
 
 @dataclass
 class DataConfig:
-    """Of the prompts; the data set's loader has the other keys."""
+    """The prompts. The other keys of the group are arguments of the dataset's loader."""
 
     system_prompt: Any = MISSING
     examples: Any = MISSING
@@ -140,7 +140,7 @@ class DataConfig:
 
 @dataclass
 class ObjectiveConfig:
-    """The choices (grpo/algorithm/objective.py) and their numbers, of which null follows grpo.*."""
+    """The choices (see grpo/algorithm/objective.py) and their numbers; a number that is null follows grpo.*."""
 
     advantage: Any = key(default="group", names_function=True)
     ratio: Any = key(default="token", names_function=True)
@@ -154,14 +154,14 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimizerConfig:
-    """Of the optimizer; its class has the other keys."""
+    """The optimizer. The other keys of the group are arguments of its class."""
 
     lr: float = key(least=0)
 
 
 @dataclass
 class RolloutConfig:
-    """How completions are drawn; the engine that draws them has the other keys."""
+    """How completions are sampled. The other keys of the group are arguments of the rollout engine."""
 
     temperature: float = key(above=0, hint="without randomness all completions of a group are the same")
     min_new_tokens: int = key(least=0)
@@ -195,7 +195,7 @@ class CheckpointConfig:
 
 @dataclass
 class SamplesConfig:
-    """Which steps have a file of completions."""
+    """For which steps the completions are written to a file."""
 
     every: int = key(least=0)
 
@@ -214,7 +214,7 @@ class EvalConfig:
 
 @dataclass
 class SweepConfig:
-    """Of successive halving."""
+    """Settings of successive halving."""
 
     budget_hours: float | None = key(default=None, above=0, hint="null sets no limit")
     eta: int = key(default=3, least=2, hint="the best 1/eta of the arms continue", of_sweep=True)
@@ -222,7 +222,7 @@ class SweepConfig:
 
 @dataclass
 class Config:
-    """One experiment, and the keys of one launch."""
+    """The config of one experiment, and the keys of one launch."""
 
     name: str = MISSING
     seed: int = MISSING
@@ -275,7 +275,7 @@ def _facts(schema: type, above: Facts, prefix: str) -> Iterator[tuple[str, Facts
             yield dotted, own
 
 
-# Of every key of the schema, by its dotted name.
+# The Facts of every key of the schema, by dotted name.
 FACTS = dict(_facts(Config, Facts(on_resume="refused"), ""))
 LAUNCH_KEYS = frozenset(name for name, facts in FACTS.items() if facts.launch_only)
 FUNCTION_KEYS = frozenset(name for name, facts in FACTS.items() if facts.names_function)
@@ -284,7 +284,7 @@ PASSING_KEYS = frozenset(name for name in LAUNCH_KEYS if not FACTS[name].of_swee
 
 
 def on_resume(name: str) -> str:
-    """What a resumed run may change of a key, as in Facts; of a group what holds for all keys below it."""
+    """`Facts.on_resume` of a key; for a group, the value that is valid for all keys below it."""
     found = {facts.on_resume for dotted, facts in FACTS.items() if f"{dotted}.".startswith(f"{name}.")}
     if found and found <= {"free", "rounding"}:
         return "rounding" if "rounding" in found else "free"
@@ -292,7 +292,7 @@ def on_resume(name: str) -> str:
 
 
 def known_keys(group: str) -> tuple[str, ...]:
-    """The keys of an open group that are the suite's, and not those of the function that it names."""
+    """The keys of an open group that belong to the suite, not to the function of its `_target_`."""
     return tuple(each.name for each in dataclasses.fields(OPEN_GROUPS[group]))
 
 

@@ -1,4 +1,4 @@
-"""What a run folder may ask to run: by key, a few functions of grpo and torch.optim, and what the user names."""
+"""Which functions the config of a run folder may run: a few of grpo and torch.optim, and those the user names."""
 
 import functools
 import importlib
@@ -14,8 +14,8 @@ from grpo.config.paths import CONF_DIR
 from grpo.config.schema import FUNCTION_KEYS
 from grpo.config.values import flatten
 
-# What a run folder may name, by the key that names it: a module's functions (with a dot at the end), or one thing. Each
-# was chosen as one that runs nothing else that its settings name.
+# The targets that a run folder may name for each key: all functions of a module (written with a dot at the end), or a
+# single object. They were chosen because none of them runs a further function that its settings name.
 TRUSTED = {
     "objective._target_": ("grpo.algorithm.objective.Objective",),
     "rollout._target_": ("grpo.rollout.native.NativeEngine",),
@@ -27,9 +27,10 @@ TRUSTED = {
 
 
 def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
-    """Refuse to run what only a run folder names; raise ConfigError with the argument that would allow it.
+    """Raise ConfigError if a run folder's config would run untrusted code. The message has the argument to allow it.
 
-    Allowed is what TRUSTED has for its key, and whatever the present conf/ or command line names.
+    A target is allowed for a key if TRUSTED, the current conf/ or the command line names it for that key.
+    frozen: the config from the run folder. composed: the config from conf/ and the command line.
     """
     foreign = foreign_targets(frozen, _named_in(composed))
     if foreign:
@@ -40,7 +41,7 @@ def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
             f"conf/ nor this command line names; if you trust it, add: {arguments}"
         )
     attention = str(OmegaConf.select(frozen, "model.attn_implementation"))
-    if "/" in attention and attention != composed.model.attn_implementation:  # transformers gets its code from the hub
+    if "/" in attention and attention != composed.model.attn_implementation:  # transformers would load the hub's code
         raise ConfigError(
             f"{folder} asks to run code of the hub for attention, {attention}; "
             f"if you trust it, add: model.attn_implementation={attention}"
@@ -53,9 +54,10 @@ def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
 
 
 def foreign_targets(config: Any, named: Collection[tuple[str, str]] = ()) -> dict[str, str]:
-    """Key -> target of what a config runs and neither TRUSTED, conf/ nor `named` has for that key.
+    """Key -> target for the targets of a config that neither TRUSTED, conf/ nor `named` allows for their key.
 
-    named: as `_named_in` gives it. By key, since what is safe as an objective may run anything as a reward.
+    named: as returned by `_named_in`. Targets are allowed per key, since one that is safe as an objective may run
+    arbitrary code as a reward.
     """
     known = {*named, *_named_in_conf()}
     return {
@@ -66,12 +68,12 @@ def foreign_targets(config: Any, named: Collection[tuple[str, str]] = ()) -> dic
 
 
 def _place(key: str) -> str:
-    """The key, the same for all reward components."""
+    """The key, with the name of a reward component replaced by `*`."""
     return re.sub(r"^reward\.components\.[^.]+\.", "reward.components.*.", key)
 
 
 def _named_in(config: Any, key: str = "") -> set[tuple[str, str]]:
-    """Where a config names which targets."""
+    """The pairs of (key, target) in a config."""
     return {(_place(path), str(target)) for path, target in targets_in(config, key)}
 
 
@@ -86,7 +88,7 @@ def _named_in_conf() -> frozenset[tuple[str, str]]:
 
 
 def targets_in(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every path of a function below a config, with its dotted key: a `_target_`, also inside lists, or a choice."""
+    """Yield the dotted key and the path of each function in a config: each `_target_`, also in lists, and choices."""
     if isinstance(node, DictConfig):
         node = OmegaConf.to_container(node)
     if isinstance(node, dict | list):
@@ -99,8 +101,8 @@ def targets_in(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def _is_trusted(key: str, target: str) -> bool:
     allowed = TRUSTED.get(_place(key), ())
-    # `grpo.data.problems.json.load` is below grpo. by its name only: the path must lead to a module of ours, not
-    # through what one imports, and the function must have been defined in such a module as well.
+    # `grpo.data.problems.json.load` has a trusted prefix, but leads to a module that problems.py imports. Therefore the
+    # path must consist of a real module and a name, and the function must be defined in a trusted module.
     module, _, name = target.rpartition(".")
     if not any(target == each or (each.endswith(".") and target.startswith(each)) for each in allowed):
         return False

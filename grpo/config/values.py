@@ -1,4 +1,4 @@
-"""Configs as plain values: nested, flat, and taken literally."""
+"""Configs as plain values: nested, flattened, and escaped for OmegaConf."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from grpo.config.schema import LAUNCH_KEYS, Config
 
 
 def read_yaml(file: Path, kind: type) -> Any:
-    """What a YAML file holds. Raises FileError naming it where that is not of this kind, a dict or a list."""
+    """Read a YAML file. Raises FileError, with the file's name, if the content is not of `kind`, dict or list."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -25,7 +25,7 @@ def read_yaml(file: Path, kind: type) -> Any:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The config of the experiment as plain nested dicts: without what is about one launch only."""
+    """The config as plain nested dicts, without the keys that concern a single launch."""
     values = dataclasses.asdict(config)
     for name in {key.partition(".")[0] for key in LAUNCH_KEYS}:
         del values[name]
@@ -33,7 +33,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict with dotted keys; lists count as values."""
+    """Flatten nested dicts to one dict with dotted keys; lists are kept as values."""
     if isinstance(node, DictConfig | ListConfig):
         node = OmegaConf.to_container(node)
     if not isinstance(node, dict) or not node:
@@ -44,19 +44,19 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def escape(node: Any) -> Any:
-    """Plain values such that OmegaConf takes every text in them literally."""
+    """Escape plain values so that OmegaConf takes every string in them literally."""
     if isinstance(node, dict):
         return {key: escape(value) for key, value in node.items()}
     if isinstance(node, list):
         return [escape(value) for value in node]
-    # A backslash before "${" makes it plain text to OmegaConf, and must itself be doubled there.
+    # OmegaConf takes "${" literally after a backslash; backslashes that are already before it must be doubled.
     return re.sub(r"(\\*)\$\{", lambda m: 2 * m[1] + r"\${", node) if isinstance(node, str) else node
 
 
 def copy_value(source: DictConfig, key: str, target: DictConfig, to: str | None = None) -> None:
-    """Set a key of a config, in place, to another one's value of it; `to`: under another name.
+    """Copy the value of a key from `source` to `target`, in place. to: the key in `target`, if it differs.
 
-    The value is data from here on: reading it has resolved it, and its text is not interpolated a second time.
+    Interpolations in the value are resolved when it is read. The copy is escaped, so they are not resolved again.
     """
     value = OmegaConf.select(source, key)
     plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

@@ -1,4 +1,4 @@
-"""What a command line asks for, decided and checked before Hydra starts and before anything is on disk."""
+"""Decide and check what a command line asks for, before Hydra starts and before anything is written to disk."""
 
 import argparse
 from collections.abc import Iterator
@@ -29,21 +29,21 @@ from grpo.sweeps.opening import prepare_sweep
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that passed every check: what Hydra is started with, and the folder, which this process holds."""
+    """A launch that passed every check: the input for Hydra, and the folder, which this process has locked."""
 
     app: Application
-    overrides: list[str]  # for Hydra
-    config: DictConfig  # as composed, without Hydra's part; in a sweep what its jobs have in common
+    overrides: list[str]  # passed to Hydra
+    config: DictConfig  # as composed, without the `hydra` part; for a sweep, what its jobs have in common
     run: RunFolder | None = None  # the folder of a single run
-    sweep: SweepFolder | None = None  # or that of a sweep
+    sweep: SweepFolder | None = None  # the folder of a sweep
 
 
 @contextmanager
 def decide(flags: argparse.Namespace) -> Iterator[Launch | None]:
-    """Hold the folder of the launch that the flags ask for; None where there is nothing to launch: after a plan, or
-    where the run has finished.
+    """Decide on the launch that the flags ask for, and hold its folder within the block.
 
-    Raises ConfigError, or what Hydra raises, for a command or config that cannot work, with nothing left on disk.
+    Yields None if there is nothing to launch: after plan=true, or if the run has already finished. Raises ConfigError,
+    or Hydra's exceptions, for a command line or config that cannot work. Nothing is left on disk then.
     """
     app = Application(flags)
     overrides = Overrides(flags.overrides)
@@ -64,7 +64,7 @@ def decide(flags: argparse.Namespace) -> Iterator[Launch | None]:
 
 
 def check_runnable(config: DictConfig, overrides: Overrides) -> Config:
-    """The config of one run as dataclasses. Raises ConfigError where it cannot run on any machine."""
+    """Convert the config of one run to dataclasses. Raises ConfigError if it cannot run on any machine."""
     checked = typed(config)
     check_followed(checked, overrides)
     check_importable(checked)
@@ -76,7 +76,7 @@ def check_runnable(config: DictConfig, overrides: Overrides) -> Config:
 
 @contextmanager
 def hold_run(app: Application, composed: DictConfig, overrides: Overrides) -> Iterator[Launch | None]:
-    """Choose, reserve and lock the folder of a single run; None where it has finished already."""
+    """Choose, reserve and lock the folder of a single run. Yields None if the run has already finished."""
     config = without_hydra(composed)
     run = known_folder(config, named_folder(composed.hydra.run, "${run_dir}"))
     if run is None:
@@ -89,7 +89,7 @@ def hold_run(app: Application, composed: DictConfig, overrides: Overrides) -> It
             yield None
             return
         if chosen == "resume":
-            run.frozen_config()  # refused here, with nothing written to the folder, if it cannot be read
+            run.frozen_config()  # raises FileError here, before anything is written, if it cannot be read
             holding = locked(run.path)
         else:
             check_empty(run.path, config.fork)
@@ -100,22 +100,22 @@ def hold_run(app: Application, composed: DictConfig, overrides: Overrides) -> It
 
 
 def named_folder(place: DictConfig, default: str) -> str | None:
-    """The folder that hydra.run or hydra.sweep names, on the command line or in a config; None: conf's own default."""
+    """The folder of hydra.run or hydra.sweep (`place`), if the user has set it; None for the default of conf/."""
     written: Any = OmegaConf.to_container(place, resolve=False)  # a dict
     return None if written["dir"] == default else str(place.dir)
 
 
 def known_folder(config: DictConfig, named: str | None = None) -> RunFolder | None:
-    """The folder that the launch names, or the newest unfinished one where it resumes; None: a new one.
+    """The folder that the user has set, or with `resume` the newest unfinished run; None if a new folder is needed.
 
-    named: by hydra.run.dir. A fork's run_dir is another folder, that of its parent.
+    named: the folder set by hydra.run.dir, or None. The run_dir of a fork is ignored, since it is the parent's folder.
     """
     path = named or (None if config.fork else config.run_dir)
     if path is not None:
         return RunFolder(short_path(path))
     if not config.resume or config.fork:
         return None
-    # `auto` is for the same command again, as a queue restarts it, so it stays within the experiment's name.
+    # `auto` is for repeating the same command, for example by a job queue, so only runs of the same name are searched.
     found = newest_unfinished(outputs() / config.name if config.resume == "auto" else outputs())
     if found is None and config.resume is True:
         raise ConfigError(
@@ -125,7 +125,7 @@ def known_folder(config: DictConfig, named: str | None = None) -> RunFolder | No
 
 
 def run_name(config: DictConfig, overrides: Overrides) -> str:
-    """The name below which a new run is kept; that of its parent for a fork, unless the command line gives one."""
+    """The name of a new run. A fork has the name of its parent, unless the command line sets one."""
     if not config.fork or overrides.names("name"):
         return config.name
     name = RunFolder(config.run_dir).frozen_config().name
@@ -135,9 +135,9 @@ def run_name(config: DictConfig, overrides: Overrides) -> str:
 
 @contextmanager
 def reserved(wanted: Path, suffix: bool) -> Iterator[Path]:
-    """Hold the folder of a new run for this process. Where no run starts in it, it is removed again.
+    """Create and lock the folder of a new run within the block, and remove it afterwards if no run started in it.
 
-    suffix: give it another name where the wanted one is taken.
+    suffix: append a number to the name if the folder exists.
     """
     path, created = reserve(wanted, suffix)
     run = RunFolder(path)
@@ -148,7 +148,7 @@ def reserved(wanted: Path, suffix: bool) -> Iterator[Path]:
                     raise ConfigError(f"{path} became a run of another launch a moment ago; choose another run_dir")
                 yield path
             finally:
-                # While it is locked, since only its holder may remove anything.
+                # Done within the lock, since only the process that holds the folder may remove files.
                 if not run.started() and not run.has_trained():
                     release(path)
     finally:
@@ -157,9 +157,9 @@ def reserved(wanted: Path, suffix: bool) -> Iterator[Path]:
 
 @contextmanager
 def hold_sweep(app: Application, composed: DictConfig, overrides: Overrides) -> Iterator[Launch]:
-    """Choose, reserve and lock the folder of a sweep, and begin its sweep.json.
+    """Choose, reserve and lock the folder of a sweep, and write its sweep.json.
 
-    Where Hydra refuses a new sweep, so that no launcher got a job, both are removed again.
+    If Hydra rejects a new sweep before a launcher has received a job, the folder and sweep.json are removed again.
     """
     named = composed.sweep_dir or named_folder(composed.hydra.sweep, "${sweep_dir}")
     opening = prepare_sweep(composed, overrides, named, check_runnable)

@@ -1,4 +1,4 @@
-"""Forks: a new run that continues from a checkpoint of another one, with any other settings."""
+"""Forks: new runs that continue from a checkpoint of another run, with any changes of the settings."""
 
 import os
 import shutil
@@ -30,10 +30,11 @@ from grpo.runs.folder import RunFolder
 
 
 def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
-    """Make `folder` a run that stands where a checkpoint of the run in `cfg.run_dir` stands; returns its config.
+    """Create in `folder` a run that continues from a checkpoint of the run in `cfg.run_dir`. Returns its config.
 
-    It gets the parent's settings but for what the command line names, the checkpoint, and the metrics and evaluations
-    up to it. `parent` in its config.yaml says where it came from. Raises ConfigError where that cannot be.
+    The fork gets the checkpoint, the metrics and evaluations up to its step, and the parent's settings with the
+    overrides of the command line. `parent` in its config.yaml records its origin. Raises ConfigError if the fork is not
+    possible.
     """
     parent = RunFolder(cfg.run_dir)
     source = _checkpoint(parent, cfg.fork_step)
@@ -45,7 +46,7 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     values: Any = OmegaConf.to_container(before, resolve=True)  # a dict
     lineage = {"run_dir": str(parent.path), "step": state.step, "parent": values["parent"]}
     frozen.parent = escape(lineage | {"weights_sha256": manifest["files"]["model.safetensors"]["sha256"]})
-    if cfg.tracking.group is not None:  # such as that of a sweep
+    if cfg.tracking.group is not None:  # for example the group of a sweep
         copy_value(cfg, "tracking.group", frozen)
         copy_value(cfg, "tracking.tags", frozen)
     copy_value(cfg, "tracking.name", frozen)
@@ -61,14 +62,14 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     history = parent.metrics_of_steps(state.step)
     best = parent.checkpoints / "best"
     has_best = broken(best) is None and load_state(best).step <= state.step
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)  # of a fork that was killed before it was one
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)  # left by a killed attempt to fork
     for part in (source, reference_of(source), best if has_best else None):
         if part is not None:
             _link_or_copy(part, folder.checkpoints / part.name)
     folder.write_metrics(history)
     for name, result in parent.training_evaluations(state.step).items():
         folder.write_evaluation(name, result)
-    folder.write_config(config)  # last, since it makes the folder a run
+    folder.write_config(config)  # last, since with this file the folder is a run
     folder.update_status(
         state="running", iteration=state.iteration, step=state.step, best_reward=state.best_reward, error=None
     )
@@ -114,7 +115,7 @@ def _check_steps(config: Config, state: TrainerState, reference: Path | None) ->
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Checkpoint files are never changed in place, so that two folders can share them."""
+    """Copy a folder, by hard links if possible: checkpoint files are never changed in place, so they can be shared."""
 
     def link(one: str, other: str) -> None:
         try:

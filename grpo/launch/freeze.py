@@ -1,4 +1,4 @@
-"""From a composed config to the one that config.yaml holds: the same for a new, a forked and a resumed run."""
+"""Turn a composed config into the one of config.yaml, in the same way for new, forked and resumed runs."""
 
 from omegaconf import DictConfig
 
@@ -7,7 +7,7 @@ from grpo.config.schema import Config
 
 
 def freeze(cfg: DictConfig) -> Config:
-    """The config with its hardware resolved, checked as a whole. cfg is changed. Raises ConfigError."""
+    """Resolve the hardware of `cfg`, in place, and return the checked config. Raises ConfigError."""
     from grpo.model.hardware import resolve_hardware  # imports torch
 
     resolve_hardware(cfg)

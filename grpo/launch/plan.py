@@ -1,4 +1,4 @@
-"""plan=true: what the run, or each job of the sweep, takes in memory, on disk and in time."""
+"""plan=true: the memory, disk space and time that the run, or each job of the sweep, needs."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ from grpo.sweeps.opening import check_equal_steps, is_halving, points_of, with_p
 def print_plan(
     composed: DictConfig, overrides: Overrides, is_sweep: bool, check: Callable[[DictConfig, Overrides], Config]
 ) -> None:
-    """Print the plan of the launch that `composed`, Hydra's part included, is of. Raises ConfigError."""
+    """Print the plan of a launch. composed: its config, including the `hydra` part. Raises ConfigError."""
     from grpo.launch.preset import hardware_found  # imports torch
     from grpo.planning.plan import print_plans
 
@@ -39,7 +39,7 @@ def print_plan(
 
 
 def sweep_points(overrides: Overrides, sweeper: DictConfig) -> list[tuple[str, Overrides]]:
-    """Every job of a sweep over a grid: its name and its overrides. Raises ConfigError for another sweeper."""
+    """The name and the overrides of each job of a grid sweep. Raises ConfigError for other sweepers."""
     task = with_params(overrides.of_experiment, sweeper)
     points = points_of(task, sweeper)
     if points is None:
@@ -49,7 +49,7 @@ def sweep_points(overrides: Overrides, sweeper: DictConfig) -> list[tuple[str, O
 
 
 def halving_summary(config: DictConfig, points: Sequence[Sequence[str]]) -> str:
-    """How much of a whole sweep one by halving takes."""
+    """The cost of successive halving, as text: its budget, or its rungs and its share of the steps of a full sweep."""
     arms = arms_of(points)
     if config.sweep.budget_hours is not None:
         return f"hydra/sweeper=halving: {config.sweep.budget_hours:g} hours of jobs at most"

@@ -11,32 +11,34 @@ from grpo.model.hardware import asked_device, cpu_multiplies_bfloat16, cuda_mult
 
 logger = logging.getLogger(__name__)
 
-# The presets that `auto` chooses among: the first whose memory, in GB, the card has (a little is always reserved).
+# The presets for `auto`, each with the least memory of the card in GB; the first that fits is chosen. The limits are
+# below the nominal sizes, since some memory is always reserved.
 CUDA_PRESETS = ((70, "a100_80gb"), (36, "a100_40gb"), (20, "rtx_24gb"), (0, "t4_16gb"))
 
 
 def hardware_found(cfg: DictConfig, overrides: Overrides, compose: Callable[[Sequence[str]], DictConfig]) -> DictConfig:
-    """With hardware=auto what `hardware=<preset>` would have composed, for the device found here; else cfg itself.
+    """Compose hardware=auto as `hardware=<preset>` for the device of this machine; otherwise return cfg itself.
 
-    overrides: the command line that composed cfg. What it says of a preset's keys stays. compose: composes again.
+    overrides: those that cfg was composed with; keys of the preset that they set keep their values. compose: composes a
+    config from overrides.
     """
     if cfg.hardware.device != "auto":
         return cfg
-    asked_device(cfg)  # refuses one that is not here
+    asked_device(cfg)  # raises ConfigError if this machine does not have it
     preset, *adapted = preset_overrides(cfg.model.device_map if cfg.model.device_map != "auto" else find_device())
     logger.info("hardware=auto: %s", " ".join([preset, *adapted]))
-    # Of the card, plan=true looks at this machine's instead of at the preset's.
+    # So that plan=true uses the card of this machine, not the preset's.
     adapted += [f"hardware.card.{key}=null" for key in cfg.hardware.card]
-    # What an experiment sets itself is in cfg already, since `auto` leaves it open.
+    # `auto` leaves these keys null. One that is not null was set by an experiment or override, and is kept.
     still_open = [key for key in Overrides(adapted).keys if OmegaConf.select(cfg, key) is None]
     kept = overrides.without({"hardware", "hardware.device"})
     found = compose([preset, *Overrides(adapted).select(still_open), *kept])
-    OmegaConf.copy_cache(from_config=cfg, to_config=found)  # such as the time in a name
+    OmegaConf.copy_cache(from_config=cfg, to_config=found)  # keeps resolved values, such as the time in a name
     return found
 
 
 def preset_overrides(device: str) -> list[str]:
-    """The preset for a device, by its memory, and then what it lacks or has beyond the preset's card."""
+    """The preset for a device, by its memory, followed by overrides where the device differs from the preset's card."""
     if not device.startswith("cuda"):
         narrow = device == "cpu" and cpu_multiplies_bfloat16()
         return [f"hardware={device}", *(["hardware.compute_dtype=bfloat16"] if narrow else [])]

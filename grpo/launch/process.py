@@ -1,4 +1,4 @@
-"""A command as this process: its environment, its errors in a line, and its exit code."""
+"""Run a command as the main program of this process: set the environment, report errors, return the exit code."""
 
 import logging
 import os
@@ -14,22 +14,25 @@ from grpo.config.explain import explain
 
 
 def run_command(command: Callable[[], int | None]) -> int:
-    """Run a command as this process's own, and return its exit code as `report_errors` does."""
-    # Retries while the network is away would bury the one line that says so; read when huggingface_hub is imported.
+    """Set up this process, run a command, and return the exit code from `report_errors`."""
+    # Without a network, messages about retries would hide the error. Read when huggingface_hub is imported.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    # What Apple's GPU lacks is done by the processor instead of failing; read when torch is imported.
+    # Operations that Apple's GPU does not support run on the CPU instead of failing. Read when torch is imported.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    # Its own signal, USR2, would end a job of a sweep before it has saved; read when submitit is imported.
+    # submitit's default, USR2, would end a job of a sweep before it has saved. Read when submitit is imported.
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns of kernels not used here
-    # A user's reward functions are found from where the command is given; last, so that nothing there can stand in
-    # for a library's module.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by peft; warns about kernels not used here
+    # So that a user's reward functions can be imported from the working directory. Last in the path, so that no file
+    # there can replace a module of a library.
     sys.path.append(os.getcwd())
     return report_errors(command)
 
 
 def report_errors(command: Callable[[], int | None]) -> int:
-    """Run a command. Returns what it returns (None: 0), 2 after bad input, or 1 after a failure, each with a line."""
+    """Run a command and print its errors in one line.
+
+    Returns the command's result (None: 0), or 2 for invalid input, 130 for Ctrl-C and 1 for any other failure.
+    """
     try:
         return command() or 0
     except (ConfigError, HydraException, OmegaConfBaseException) as error:
@@ -42,12 +45,12 @@ def report_errors(command: Callable[[], int | None]) -> int:
         if "Config group override must be" in str(error):  # Hydra's ValueError for `data=null`
             print("error: a config group cannot be null; choose one of its files", file=sys.stderr)
             return 2
-        if "Unexpected type for root: NoneType" in str(error):  # its AssertionError for a key below a null one
+        if "Unexpected type for root: NoneType" in str(error):  # OmegaConf's AssertionError for a key below null
             print(
                 "error: a key below one that is null cannot be set; for model.lora.* add tuning=lora", file=sys.stderr
             )
             return 2
-        if not getattr(error, "logged", False):  # what fails within a run is in its launch.log
+        if not getattr(error, "logged", False):  # a failure within a run is already in its launch.log
             traceback.print_exc()
         print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""The config of a run that is resumed: the frozen one with what the command line names."""
+"""The config of a resumed run: the frozen config with the changes of the command line."""
 
 import logging
 import re
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def resumed_config(folder: RunFolder, composed: DictConfig, overrides: Overrides) -> tuple[Config, dict[str, Any]]:
-    """The config that trains, and by dotted key what this command line changes in the run.
+    """Return the config to train with, and the changes that this command line makes to the run, by dotted key.
 
-    composed: what conf/ gives with these overrides. Raises ConfigError with the old and the new value where a change
-    would make another experiment of the run, and where the folder asks to run a function that nothing here names.
+    composed: the config from conf/ with these overrides. Raises ConfigError, with the old and the new value, if a
+    change would make the run a different experiment, and if the folder names a function that is not trusted.
     """
     frozen = folder.frozen_config()
     new = new_overrides(folder, overrides)
@@ -48,9 +48,10 @@ def resumed_config(folder: RunFolder, composed: DictConfig, overrides: Overrides
 
 
 def new_overrides(folder: RunFolder, overrides: Overrides) -> Overrides:
-    """What this command line says that the first one did not.
+    """The overrides of this command line that were not on the first command line of the run.
 
-    The first may be given again as it was; only what was changed since then is compared by its value.
+    So the first command line can be repeated without changing anything. Overrides of keys that a later launch has
+    changed are always included, since for them repeating the first value is a change.
     """
     first = Overrides(list(Overrides(folder.first_overrides()).last_by_key.values()))
     changed = [f"{key}." for key in folder.changes()]
@@ -68,13 +69,13 @@ def _may_change(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool
 
 
 def _policy(key: str) -> str:
-    if re.fullmatch(r"reward\.components\.[^.]+\.range", key):  # concerns charts and the doctor only
+    if re.fullmatch(r"reward\.components\.[^.]+\.range", key):  # used only by the charts and the doctor
         return "free"
     return FACTS[key].on_resume if key in FACTS else "refused"
 
 
 def _is_longer(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
-    """Whether a changed key only adds steps to the end, so that those already taken would have been the same."""
+    """Whether a change only adds steps at the end, so that the steps already taken would have been the same."""
     if after[key] < before[key] or before["grpo.lr_schedule"] != "constant":
         return False
     return key == "grpo.num_iterations" or before["grpo.num_iterations"] == 1

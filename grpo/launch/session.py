@@ -1,4 +1,4 @@
-"""One launch in one run folder: opening it, freezing or reading its config, and leaving it in a known state."""
+"""One launch in one run folder: open the folder, freeze or read its config, and record how the launch ended."""
 
 import json
 import logging
@@ -41,17 +41,17 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def open_run(cfg: DictConfig, decided: RunFolder | None = None) -> Iterator[Run]:
-    """Hold a run folder: config.yaml written or read back, status.json true also after a failure.
+    """Hold a run folder within the block: write or read its config.yaml, and keep its status.json up to date.
 
-    decided: the folder of a single run, chosen, checked and locked before Hydra started. A job of a sweep does so here,
-    on its own machine.
+    status.json is updated also after a failure. decided: the folder of a single run, which was chosen, checked and
+    locked before Hydra started. For a job of a sweep (None) this is done here, on the machine of the job.
     """
     if decided is not None:
         with StopSignals().installed() as stop, _started(decided, cfg, cfg.resume, stop, is_job=False) as run:
             yield run
         return
     folder = job_folder()
-    # Of a sweep's jobs, some may have finished and some never begun; SLURM may start one again by itself.
+    # Some jobs of a resumed sweep may have finished, others not started; SLURM may also restart a job on its own.
     again = cfg.resume or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     resume = "auto" if again else False
     try:
@@ -64,7 +64,7 @@ def open_run(cfg: DictConfig, decided: RunFolder | None = None) -> Iterator[Run]
         ):
             yield run
     except ConfigError as error:
-        logger.error("%s: %s", folder.path, error)  # at once, and not only after all other jobs
+        logger.error("%s: %s", folder.path, error)  # immediately, not only after all other jobs have ended
         if not folder.started():
             with disk_errors_are_warnings(f"{folder.path}/status.json"):
                 folder.path.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def job_folder() -> RunFolder:
 
 def command_line() -> Overrides:
     """The overrides of the experiment that Hydra composed this run with."""
-    lines: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # a list of texts
+    lines: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # a list of strings
     return Overrides(lines)
 
 
@@ -134,7 +134,7 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
     if done:
         print(f"{folder.path} has finished already: nothing to do")
     else:
-        # A sweeper that finds its points itself leaves no other record of them before the first step.
+        # If the sweeper finds its points itself, this is the only record of them before the first step.
         known = {"overrides": overrides.lines} if is_job else {}
         folder.update_status(state="running", error=None, **known)
     before = folder.status().get("seconds", 0.0)
@@ -158,9 +158,10 @@ def new_config(folder: RunFolder, cfg: DictConfig, overrides: Overrides, is_job:
     if is_job:
         _name_in_tracking(cfg, overrides)
     now = datetime.now().isoformat(timespec="seconds")
-    folder.record_launch({"time": now, "overrides": overrides.lines})  # before there is a run to resume
+    # Before config.yaml, so that a run that can be resumed has this record.
+    folder.record_launch({"time": now, "overrides": overrides.lines})
     if cfg.fork:
-        check_parent(cfg.run_dir)  # a job of a sweep that is resumed may not have begun
+        check_parent(cfg.run_dir)  # a job of a resumed sweep may not have started before
         from grpo.launch.fork import fork  # imports torch
 
         return fork(folder, cfg, overrides)
@@ -170,10 +171,10 @@ def new_config(folder: RunFolder, cfg: DictConfig, overrides: Overrides, is_job:
 
 
 def _name_in_tracking(cfg: DictConfig, overrides: Overrides) -> None:
-    """Let W&B show the jobs of a sweep as one group, each by the values that it has."""
+    """Let W&B show the jobs of a sweep as one group, and name each job by its swept values."""
     record = SweepFolder(HydraConfig.get().sweep.dir).record()
     own = overrides.select(record["keys"]).lines
-    cfg.tracking.tags = list(dict.fromkeys([*cfg.tracking.tags, *(tag[:64] for tag in own)]))  # W&B's longest
+    cfg.tracking.tags = list(dict.fromkeys([*cfg.tracking.tags, *(tag[:64] for tag in own)]))  # maximum length in W&B
     if cfg.tracking.group is None:
         cfg.tracking.group = record["name"]
     if cfg.tracking.name is None:
@@ -195,20 +196,20 @@ def _record_end(run: Run, error: BaseException) -> None:
         _discard(run.folder, run.forked)
         return
     run.record_state("failed", f"{type(error).__name__}: {error}")
-    logger.info("the run failed", exc_info=error)  # into launch.log; the console gets the one line below
+    logger.info("the run failed", exc_info=error)  # to launch.log; the console shows only the line below
     logger.error("%s failed: %s: %s", run.folder.path, type(error).__name__, error)
     vars(error)["logged"] = True  # for `report_errors`
-    # Hydra keeps a failed job's exception for the rest of a sweep, and with its frames the model.
+    # Hydra keeps the exception of a failed job until the sweep ends, and its frames would keep the model in memory.
     traceback.clear_frames(error.__traceback__)
 
 
 def _discard(folder: RunFolder, forked: bool) -> None:
-    """Remove what a launch wrote that was refused before its first step, so that no empty run is left."""
+    """Remove the files of a launch that was refused before its first step, so that no empty run is left."""
     for name in ("config.yaml", "status.json", *(COPIED_BY_FORK if forked else ())):
-        with suppress(OSError):  # the error that ended the launch is the one to report
+        with suppress(OSError):  # so as not to hide the error that ended the launch
             discard(folder.path / name)
     release(folder.path)
-    remove_empty([folder.path])  # unless it holds what a launcher prints to
+    remove_empty([folder.path])  # not if it contains the output of a launcher
 
 
 def _discard_record(hydra_cfg: HydraConf) -> None:

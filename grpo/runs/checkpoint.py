@@ -1,8 +1,9 @@
-"""Checkpoints: complete or absent, checked by checksum, read without executing code.
+"""Checkpoints: written atomically, verified by checksum, and read without executing code.
 
-`checkpoints/step_000050/` holds model.safetensors, optimizer.safetensors, trainer_state.json and manifest.json, which
-is written last. `reference_000002/` holds the frozen reference of outer iteration 2, which all checkpoints of that
-iteration share (in iteration 1 it is the starting model), and `best/` the weights of the best held-out accuracy.
+`checkpoints/step_000050/` contains model.safetensors, optimizer.safetensors, trainer_state.json and manifest.json. The
+manifest is written last. `reference_000002/` contains the frozen reference of outer iteration 2, which all checkpoints
+of that iteration share (in iteration 1 it is the starting model). `best/` contains the weights with the best held-out
+accuracy.
 """
 
 import hashlib
@@ -27,34 +28,34 @@ from grpo.runs.files import commit_folder, discard, read_dataclass, read_json, r
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
-NAME = r"(step_\d{6,}|reference_\d{6,}|best)"  # of a folder that a run writes into checkpoints/
+NAME = r"(step_\d{6,}|reference_\d{6,}|best)"  # folders that a run writes to checkpoints/
 
 
 @dataclass
 class TrainerState:
-    """Where a run stands after a step. No random state: the noise of a step follows from its number."""
+    """The state of training after a step. It has no random state: the noise of a step depends on its number."""
 
     step: int = 0  # completed steps over all iterations
     iteration: int = 0  # outer iteration of that step, from 1
     num_tokens: int = 0  # prompt and completion tokens seen so far
     best_reward: float | None = None  # highest mean reward of a step
     best_accuracy: float | None = None  # highest held-out accuracy
-    evaluated_step: int = 0  # the last step that `eval.every` had evaluated
-    skipped_in_a_row: int = 0  # steps up to this one whose update was not finite, so that no weight changed
-    loss_scale: dict[str, Any] | None = None  # `LossScale`, where the arithmetic is float16
-    # By name: of the sampler and the rollout engine where they have one, and of a token budget that running out of
-    # memory reduced, {"update": {"from": tokens configured, "to": tokens in use}}.
+    evaluated_step: int = 0  # the last step evaluated because of `eval.every`
+    skipped_in_a_row: int = 0  # consecutive skipped steps up to this one; their update was not finite
+    loss_scale: dict[str, Any] | None = None  # fields of `LossScale`, if the computation is in float16
+    # States by name: of the sampler and the rollout engine, if they have one, and of token budgets that were reduced
+    # after running out of memory, such as {"update": {"from": configured tokens, "to": tokens in use}}.
     states: dict[str, Any] = field(default_factory=dict)
-    engine: str = ""  # rollout._target_, whose state states["rollout"] is
+    engine: str = ""  # rollout._target_ of the engine whose state is states["rollout"]
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """The checkpoint of a step."""
+    """The folder of the checkpoint of a step."""
     return folder / f"step_{step:06d}"
 
 
 def reference_folder(folder: Path, iteration: int) -> Path:
-    """The reference of an outer iteration."""
+    """The folder of the reference of an outer iteration."""
     return folder / f"reference_{iteration:06d}"
 
 
@@ -64,10 +65,10 @@ def write_checkpoint(
     state: TrainerState | None = None,
     reference: Path | None = None,
 ) -> None:
-    """Write the folder `target`, complete or not at all: a temporary folder, everything synced, then one rename.
+    """Write the folder `target` atomically: write a temporary folder, sync it to disk, then rename it.
 
-    tensors: by file name without its ending. reference: the folder beside it without which it is not complete.
-    Raises OSError, before it starts where the disk has too little room.
+    tensors: by file name without the suffix. reference: the folder, next to `target`, of the reference that the
+    checkpoint needs. Raises OSError; if the disk has too little space, before anything is written.
     """
     text = None if state is None else json.dumps({"version": VERSION, **asdict(state)}, indent=2)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -82,14 +83,14 @@ def write_checkpoint(
             (temporary / "trainer_state.json").write_text(text)
         _commit(temporary, target, None if reference is None else reference.name)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)  # it may be what fills the disk
-        if isinstance(error, SafetensorError):  # safetensors has an exception of its own for a failed write
+        shutil.rmtree(temporary, ignore_errors=True)  # it may be what filled the disk
+        if isinstance(error, SafetensorError):  # safetensors raises its own exception for a failed write
             raise OSError(str(error)) from error
         raise
 
 
 def clear(folder: Path) -> None:
-    """Remove from checkpoints/ what a save that was killed has left. For the process that holds the run folder."""
+    """Remove what a killed save left in checkpoints/. Only for the process that holds the run folder."""
     for left_over in folder.glob("*.tmp"):
         if re.fullmatch(NAME, left_over.stem):
             discard(left_over)
@@ -99,15 +100,15 @@ def clear(folder: Path) -> None:
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first; unfinished temporary folders and copies are not among them."""
+    """The checkpoints in a folder, oldest first, without temporary folders and copies."""
     found = (p for p in folder.glob("step_*") if p.is_dir() and re.fullmatch(r"step_\d{6,}", p.name))
     return sorted(found, key=step_of)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are all as its manifest says, with a loud warning for each that is not.
+    """The newest checkpoint whose files all match its manifest. Logs a warning for each newer one that is damaged.
 
-    None where there is no checkpoint at all. Raises RuntimeError where there are some and none is intact.
+    Returns None if there is no checkpoint at all. Raises RuntimeError if there are checkpoints but none is intact.
     """
     found = step_folders(folder)
     for checkpoint in reversed(found):
@@ -121,7 +122,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def broken(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, those of its reference included, or None."""
+    """Describe what is wrong with the files of a checkpoint or of its reference; None if they are intact."""
     try:
         manifest = read_json(checkpoint / MANIFEST)
         needed = ["model.safetensors"]
@@ -146,20 +147,20 @@ def broken(checkpoint: Path) -> str | None:
 
 
 def load_state(checkpoint: Path) -> TrainerState:
-    """How far a checkpoint is. Raises FileError where its file is damaged, or of a newer version."""
+    """Read the TrainerState of a checkpoint. Raises FileError if its file is damaged or of a newer version."""
     return read_dataclass(TrainerState, checkpoint / "trainer_state.json", STATE_STEPS)
 
 
 def reference_of(checkpoint: Path) -> Path | None:
-    """The folder of the reference that a checkpoint goes with; None where that is the starting model."""
+    """The folder of the reference that a checkpoint needs; None if no reference was saved for it."""
     name = read_json(checkpoint / MANIFEST, {"reference": str | None}).get("reference")
     return checkpoint.parent / name if name else None
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file by name, each read when it is asked for.
+    """The tensors of a safetensors file by name, each read on access.
 
-    The file is opened anew for each: it is mapped into memory, and its pages count until it is closed.
+    The file is opened for each access: it is mapped into memory, and its pages count as used until it is closed.
     """
 
     def __init__(self, file: Path) -> None:
@@ -182,7 +183,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint as `Trainer.load_state_dict` takes it. Raises FileError where trainer_state.json is damaged."""
+    """Read a checkpoint for `Trainer.load_state_dict`. Raises FileError if trainer_state.json is damaged."""
     reference = reference_of(checkpoint)
     return {
         "model": StoredTensors(checkpoint / "model.safetensors"),
@@ -194,7 +195,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_weights(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Put weights into a model of the same shapes. Raises RuntimeError where they do not fit."""
+    """Copy weights into the trainable parameters of a model. Raises RuntimeError if names or shapes differ."""
     parameters = _trained(model)
     for name, value in tensors.items():
         if name not in parameters or parameters[name].shape != value.shape:
@@ -207,14 +208,14 @@ def load_weights(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 def _named(tensors: Mapping[str, Tensor]) -> str:
-    """Where tensors come from, for a message."""
+    """The source of tensors, for an error message."""
     return str(tensors) if isinstance(tensors, StoredTensors) else "what was given"
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by `<parameter number>.<name>` and `group.<group number>.<name>`.
+    """The optimizer's state as tensors named `<parameter number>.<name>` and `group.<group number>.<name>`.
 
-    Its settings come from the config, not from here. A plain number becomes a tensor of int64 or float64.
+    Settings are not included; they come from the config. A plain number becomes a tensor of int64 or float64.
     """
     entries = {
         f"{number}.{key}": _as_tensor(value)
@@ -224,7 +225,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
     entries |= _group_state(optimizer)
     seen: set[int] = set()
-    for key, value in entries.items():  # a table that all parameters share is written for each: one has no two names
+    for key, value in entries.items():  # safetensors allows one name per tensor, so copy shared ones
         if value.data_ptr() in seen:
             entries[key] = value.clone()
         seen.add(value.data_ptr())
@@ -232,7 +233,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def _group_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimizer keeps in its groups beside its settings, such as Prodigy's d and k."""
+    """The state that an optimizer keeps in its groups in addition to its settings, such as d and k of Prodigy."""
     constructors = [each.__init__ for each in type(optimizer).__mro__]  # type: ignore[misc]  # of classes, not instances
     settings = {name for each in constructors for name in inspect.signature(each).parameters}
     return {
@@ -249,11 +250,11 @@ def _as_tensor(value: Any) -> Tensor:
 
 @torch.no_grad()
 def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Raise FileError where the state of a checkpoint is not that of such an optimizer and its parameters.
+    """Raise FileError if the optimizer state of a checkpoint does not fit this optimizer and its parameters.
 
-    saved: as `read_checkpoint` returns it. optimizer: one of the same kind, over the same parameters, that is discarded
-    after this. It takes a step, from a gradient of ones, to show what state it keeps, so the weights must be loaded
-    after this.
+    saved: as returned by `read_checkpoint`. optimizer: a new one of the same kind, over the same parameters, to be
+    discarded afterwards. It takes one step with a gradient of ones to create its state. This changes the weights, so
+    the weights of the checkpoint must be loaded afterwards.
     """
     for parameter, _ in _parameters(optimizer):
         parameter.grad = torch.ones_like(parameter)
@@ -262,11 +263,11 @@ def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) 
     expected = {key: _kind(value) for key, value in flatten_optimizer(optimizer).items() if key[0].isdigit()}
 
     found = {key: _kind(value) for key, value in saved["optimizer"].items()}
-    stateful = {key.partition(".")[0] for key in found}  # a parameter that had no gradient so far has no state
+    stateful = {key.partition(".")[0] for key in found}  # a parameter without a gradient so far has no state
     wrong = [key for key, kind in expected.items() if key.partition(".")[0] in stateful and found.get(key) != kind]
     wrong += [key for key in found if not _is_place(key, optimizer)]
     state = saved["trainer"]
-    no_update_so_far = state.skipped_in_a_row == state.step  # every loss or gradient was not finite
+    no_update_so_far = state.skipped_in_a_row == state.step  # no loss or gradient was finite
     if wrong or (expected and not stateful and not no_update_so_far):
         which = f"entry {wrong[0]} is missing, or of another shape or type" if wrong else "it is empty"
         raise FileError(
@@ -276,12 +277,12 @@ def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) 
 
 
 def _kind(tensor: Tensor) -> tuple[tuple[int, ...], bool]:
-    """The shape of a tensor, and whether it holds whole numbers: a wrong one can crash."""
+    """The shape of a tensor, and whether it is a non-scalar integer tensor: a wrong kind can crash the optimizer."""
     return tuple(tensor.shape), tensor.dim() > 0 and not tensor.is_floating_point()
 
 
 def _is_place(key: str, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an entry's name begins with the number of a parameter or a group that there is."""
+    """Whether an entry's name refers to an existing parameter, or to an existing number in a parameter group."""
     parts = key.split(".", 2)
     if parts[0] == "group" and len(parts) == 3 and parts[1].isdecimal():
         groups = optimizer.param_groups
@@ -290,7 +291,7 @@ def _is_place(key: str, optimizer: torch.optim.Optimizer) -> bool:
 
 
 def load_optimizer(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Give an optimizer the state that `flatten_optimizer` returned; parameters must be in the same order."""
+    """Load the state that `flatten_optimizer` returned. The optimizer must have its parameters in the same order."""
     parameters = _parameters(optimizer)
     optimizer.state.clear()
     for key, value in tensors.items():
@@ -300,20 +301,20 @@ def load_optimizer(tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimiz
             optimizer.param_groups[int(number)][name] = value.item()
             continue
         parameter, group = parameters[int(number)]
-        # By hand, since `load_state_dict` would give it the parameter's dtype, and have it in memory twice meanwhile.
-        on_device = name != "step" or group.get("fused") or group.get("capturable")  # where these want even the step
+        # Not with `load_state_dict`, which would cast it to the parameter's dtype and hold it in memory twice.
+        on_device = name != "step" or group.get("fused") or group.get("capturable")  # these need even the step there
         value = value.to(parameter.device if on_device else value.device, copy=True)
-        is_plain = value.dim() == 0 and value.dtype in (torch.int64, torch.float64)  # a number
+        is_plain = value.dim() == 0 and value.dtype in (torch.int64, torch.float64)  # was a plain number
         optimizer.state[parameter][name] = value.item() if is_plain else value
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, dict[str, Any]]]:
-    """Every parameter with its group, in the order that numbers them."""
+    """Every parameter with its group, in the order by which they are numbered."""
     return [(parameter, group) for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """A model's trained weights by name, each once: tied ones appear under their first name."""
+    """The trainable weights of a model by name; tied weights appear once, under their first name."""
     return {name: parameter.detach().contiguous() for name, parameter in _trained(model).items()}
 
 
@@ -328,7 +329,7 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def _commit(temporary: Path, target: Path, reference: str | None) -> None:
-    """Write the manifest, sync every file, and move the folder to its name."""
+    """Write the manifest, sync every file, and rename the folder to `target`."""
     files = {
         file.name: {"size": file.stat().st_size, "sha256": _file_digest(file)} for file in sorted(temporary.iterdir())
     }

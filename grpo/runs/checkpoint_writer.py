@@ -1,4 +1,4 @@
-"""Saving a run's checkpoints, in the foreground or in a background thread, and which of them are kept."""
+"""Save a run's checkpoints, in the foreground or in a background thread, and delete those not to be kept."""
 
 import logging
 import re
@@ -25,30 +25,30 @@ from grpo.runs.checkpoint import (
 from grpo.runs.files import step_of
 
 logger = logging.getLogger(__name__)
-TRIES = 5  # checkpoints in a row that may fail to be written before the run ends
+TRIES = 5  # consecutive failed checkpoints after which the run ends
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run. A failed write is a warning: the checkpoint before it is kept."""
+    """Writes the checkpoints of one run. A failed write only causes a warning; the checkpoint before it is kept."""
 
     def __init__(self, folder: Path, settings: CheckpointConfig, state: TrainerState) -> None:
-        """state: where the run starts or continues, which is on the disk already."""
+        """state: the state from which the run starts or continues, which is already on disk."""
         self._folder = folder
         self._settings = settings
         clear(folder)
         self._idle = threading.Event()
         self._idle.set()
-        self.saved_step = state.step  # of the newest checkpoint on the disk
-        self._failures = 0  # in a row
-        self._error: Exception | None = None  # of a write in the background
+        self.saved_step = state.step  # step of the newest checkpoint on disk
+        self._failures = 0  # consecutive failed writes
+        self._error: Exception | None = None  # raised by a write in the background
         has_reference = reference_folder(folder, state.iteration).exists()
-        self._reference_iteration = state.iteration if has_reference else 0  # whose reference is on the disk
+        self._reference_iteration = state.iteration if has_reference else 0  # its reference is on disk; 0: none
 
     def save(self, saved: Mapping[str, Any]) -> None:
-        """Save a step, unless it is saved already, and delete what is not to be kept.
+        """Save a checkpoint, unless its step is saved already, and delete the checkpoints that are not to be kept.
 
-        saved: as `Trainer.state_dict` returns it. With `overlap` its tensors are copied to host memory at once and
-        written while training continues.
+        saved: as returned by `Trainer.state_dict`. With `overlap`, its tensors are first copied to host memory, and
+        then written while training continues.
         """
         self.close()
         state = saved["trainer"]
@@ -79,14 +79,14 @@ class CheckpointWriter:
         self._run(write, f"the checkpoint of step {state.step}")
 
     def save_best(self, saved: Mapping[str, Any]) -> None:
-        """Replace `best/` by these weights."""
+        """Replace `best/` by these weights, if `keep_best` is set."""
         self.close()
         if self._settings.keep_best:
             model = {"model": saved["model"]}
             self._write(lambda: write_checkpoint(self._folder / "best", model, saved["trainer"]), "best/")
 
     def check(self) -> None:
-        """Raise RuntimeError where checkpoints cannot be written: a run that is stopped would lose ever more."""
+        """Raise RuntimeError after TRIES failed checkpoints, since a stopped run would lose more and more steps."""
         if self._failures >= TRIES:
             raise RuntimeError(
                 f"the last {TRIES} checkpoints could not be written to {self._folder}, as the warnings say; "
@@ -94,7 +94,7 @@ class CheckpointWriter:
             )
 
     def close(self) -> None:
-        """Wait until nothing is being written, also if a signal arrives while waiting. Raises what a write raised."""
+        """Wait until nothing is being written, even if a signal arrives meanwhile. Re-raises an unexpected error."""
         try:
             self._idle.wait()
         except BaseException:
@@ -112,7 +112,7 @@ class CheckpointWriter:
         def in_background() -> None:
             try:
                 self._write(write, what)
-            except Exception as error:  # no disk error: a fault, which `close` raises in the main thread
+            except Exception as error:  # not a disk error but a bug; `close` raises it in the main thread
                 self._error = error
             finally:
                 self._idle.set()
@@ -131,11 +131,11 @@ class CheckpointWriter:
 
 
 def retain(newest: Path, settings: CheckpointConfig) -> None:
-    """Delete what is not to be kept: all but the last `keep_last` checkpoints and those of every `keep_every` steps.
+    """Delete all checkpoints except the last `keep_last` and those at multiples of `keep_every` steps.
 
-    newest: just written, and so the last that counts: a later one is damaged, since the run would have
-    continued from it. A reference goes with the last checkpoint that needs it; best/ stays. A failed delete is a
-    warning, not an error.
+    newest: the checkpoint just written. Checkpoints of later steps are not counted: they must be damaged, since
+    otherwise the run would have continued from them. A reference is deleted with the last checkpoint that needs it;
+    best/ is kept. A failed deletion only causes a warning.
     """
     folder = newest.parent
     older = [path for path in step_folders(folder) if step_of(path) <= step_of(newest)][: -settings.keep_last]

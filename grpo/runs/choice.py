@@ -1,4 +1,4 @@
-"""What a launch does with a run folder: start a new run, resume, or nothing, where it has finished."""
+"""Decide what a launch does with a run folder: start a new run, resume it, or nothing if it has finished."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ from grpo.runs.files import check_links
 from grpo.runs.folder import BEFORE_START, COPIED_BY_FORK, RunFolder
 from grpo.runs.lock import left_by_us
 
-OF_JOB = ("console.log", "status.json")  # what a job of a sweep has beside them before its run starts
+OF_JOB = ("console.log", "status.json")  # further files of a job of a sweep before its run starts
 
 
 def choose_run(run: RunFolder, resume: bool | str, overrides: Overrides) -> str:
-    """`fresh`, `resume` or `done`.
+    """Return "fresh" (start a new run), "resume", or "done" (the run has finished).
 
-    resume: false | true | auto, which resumes if there is something to resume. Raises ConfigError where this launch
-    would spoil the folder, or has nothing to resume.
+    resume: False, True, or "auto" (resume if there is something to resume, else start). Raises ConfigError if this
+    launch would damage an existing run, or has nothing to resume.
     """
     path = run.path
     if path.exists() and not path.is_dir():
@@ -46,15 +46,16 @@ def choose_run(run: RunFolder, resume: bool | str, overrides: Overrides) -> str:
 
 
 def has_finished(run: RunFolder) -> str:
-    """What to say where a run is to be resumed that has no steps left."""
+    """The error message for resuming a run that has finished."""
     return f"resume=true: {run.path} has finished already; to train it further, add a larger grpo.num_steps"
 
 
 def check_empty(path: Path, fork: bool = False, job: bool = False) -> None:
-    """Raise ConfigError where a new run would be among files that are not of a launch that was killed before its start.
+    """Raise ConfigError if a folder is not empty, and therefore cannot be used for a new run.
 
-    fork: whether the new run is a fork, which may find what an earlier try of it had copied. job: whether it is a job
-    of a sweep, for which Hydra and the launcher have written there already, as may an earlier try that was refused.
+    Files of a launch that was killed before its run started are accepted. fork: whether the new run is a fork; accept
+    what an earlier attempt copied. job: whether it is a job of a sweep; accept what Hydra, the launcher, and an earlier
+    attempt that was refused have written.
     """
     if not path.exists():
         return
@@ -70,12 +71,12 @@ def check_empty(path: Path, fork: bool = False, job: bool = False) -> None:
 
 
 def _is_empty_folder(path: Path) -> bool:
-    """Such as a disk of its own that is mounted for the checkpoints of a run."""
+    """Whether a path is an empty folder, such as a separate disk mounted for the checkpoints of a run."""
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
 def check_parent(parent: str | None) -> None:
-    """Raise ConfigError where there is nothing to fork from."""
+    """Raise ConfigError if `parent` is not a run to fork from."""
     if not parent:
         raise ConfigError("fork=true needs the run to start from: run_dir=outputs/...")
     if not RunFolder(parent).started():

@@ -1,4 +1,4 @@
-"""What a person sees during a run: a progress bar on a terminal, plain lines elsewhere."""
+"""Console output during a run: a progress bar on a terminal, plain lines otherwise."""
 
 import shlex
 import time
@@ -14,11 +14,11 @@ from rich.table import Table
 from grpo.config.overrides import typed_in_shell
 from grpo.config.paths import LAUNCH
 
-PLAIN_LINE_SECONDS = 10  # where nobody can see a bar, a line at most this often (and the first and the last step)
+PLAIN_LINE_SECONDS = 10  # least time between plain lines; the first and last step always have one
 
 
 class StepDisplay:
-    """Shows the live numbers of each step."""
+    """Shows the progress and the most important metrics of each step."""
 
     def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
         self._console = console
@@ -60,7 +60,7 @@ class StepDisplay:
 
 
 def live_numbers(row: dict[str, Any]) -> str:
-    """The few numbers of a row that are worth watching, in one line."""
+    """The most important numbers of a metrics row, in one line."""
     parts = [name.split("/")[1] for name in row if name.startswith("rewards/") and name.endswith("/mean")]
     components = " ".join(f"{part} {_two_digits(row[f'rewards/{part}/mean'])}" for part in parts)
     numbers = [
@@ -74,7 +74,7 @@ def live_numbers(row: dict[str, Any]) -> str:
 
 
 def closing_table(evaluations: dict[str, dict[str, Any] | None]) -> Table:
-    """Before and after training, on the held-out problems."""
+    """A table of the evaluations on the held-out problems before and after training."""
     shown = {name: result for name, result in evaluations.items() if result}
     results = list(shown.values())
     table = Table(title="held-out problems, greedy decoding")
@@ -90,13 +90,13 @@ def closing_table(evaluations: dict[str, dict[str, Any] | None]) -> Table:
 
 
 def next_commands(run_dir: Path, foreign: Mapping[str, str], more_steps: str | None) -> str:
-    """What to type after a run.
+    """The text that suggests commands to run next.
 
-    foreign: key -> target of the user's own functions, which only a command line can allow. more_steps: the override
-    with which the run could continue, if it can.
+    foreign: key -> target of the user's own functions, which must be allowed on the command line. more_steps: the
+    override with which the run can be extended; None if it cannot.
     """
-    name = shlex.quote(f"run_dir={run_dir}")
-    allow = _allowing(foreign)  # commands take their own arguments literally
+    name = shlex.quote(f"run_dir={run_dir}")  # without quotes for Hydra: commands take their own arguments literally
+    allow = _allowing(foreign)
     lines = [
         f"run folder: {run_dir}",
         *([f"  report    {run_dir / 'report.html'}"] if (run_dir / "report.html").exists() else []),
@@ -115,7 +115,7 @@ def resume_command(run_dir: Path, foreign: Mapping[str, str]) -> str:
 
 
 def _allowing(foreign: Mapping[str, str]) -> str:
-    # ++: whether conf/ has the key or not
+    # ++ works whether or not conf/ has the key
     return "".join(f" {typed_in_shell(f'++{key}', target)}" for key, target in foreign.items())
 
 

@@ -1,4 +1,4 @@
-"""What a launch ran on, as far as it can change a result."""
+"""The software and hardware of a launch, as far as they can affect its results."""
 
 import platform
 from pathlib import Path
@@ -9,7 +9,7 @@ import transformers
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Versions and hardware whose change can change rounding."""
+    """Versions and hardware that can affect rounding."""
     result = {
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""Small files and folders of a run: read in one line of error, written whole, and never through a link."""
+"""Small files and folders of a run: read with one-line errors, written atomically, and never through a link."""
 
 import json
 import logging
@@ -17,15 +17,15 @@ logger = logging.getLogger(__name__)
 
 
 def short_path(path: str | Path) -> Path:
-    """The path as a person would type it: relative where it lies below the working directory."""
+    """The path, relative to the working directory if it is below it."""
     path = Path(path)
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def read_json(file: Path, types: Mapping[str, Any] = MappingProxyType({})) -> dict:
-    """A JSON object from a file. Raises FileError naming the file if it holds anything else.
+    """Read a JSON object from a file. Raises FileError, with the file's name, if the content is anything else.
 
-    types: by name what a value must be where there is one, as an annotation such as `float | None`.
+    types: name -> type of the value, if it is present, as an annotation such as `float | None`.
     """
     try:
         record = json.loads(file.read_bytes())
@@ -38,9 +38,9 @@ def read_json(file: Path, types: Mapping[str, Any] = MappingProxyType({})) -> di
 
 
 def read_dataclass(kind: type, file: Path, steps: tuple[Migration, ...] = ()) -> Any:
-    """A dataclass from the JSON object in a file. Raises FileError naming the file where it does not fit.
+    """Read a dataclass from a JSON file. Raises FileError, with the file's name, if the content does not fit.
 
-    steps: the migrations of a file that has versions.
+    steps: the migrations for a file with a version.
     """
     record = read_json(file)
     if steps:
@@ -48,7 +48,7 @@ def read_dataclass(kind: type, file: Path, steps: tuple[Migration, ...] = ()) ->
     _check_types(record, get_type_hints(kind), file)
     try:
         return kind(**record)
-    except TypeError as error:  # a key is missing, or is not one of its own
+    except TypeError as error:  # a key is missing or unknown
         raise FileError(f"{file}: {first_line(error)}") from error
 
 
@@ -65,7 +65,7 @@ def _is_of(value: Any, annotation: Any) -> bool:
 
 
 def check_links(folder: Path) -> None:
-    """Raise ConfigError where a link leads out of a run folder: what is written there would land elsewhere."""
+    """Raise ConfigError if a link points outside of a run folder: files would be written to another place."""
     inside = os.path.realpath(folder)
     for place, folders, files in os.walk(folder):
         for path in (Path(place, name) for name in (*folders, *files)):
@@ -75,16 +75,16 @@ def check_links(folder: Path) -> None:
                     "replace it by a copy of that, or delete it"
                 )
         if "wandb" in folders and (Path(place) == Path(folder) or "config.yaml" in files):
-            folders.remove("wandb")  # of a run: in it W&B links to its own logs; nothing of ours is written there
+            folders.remove("wandb")  # W&B's folder has links to its own logs; the suite writes nothing there
 
 
 def no_link(path: str, flags: int) -> int:
-    """An opener for `open`: raises OSError where the file is a link, which may lead anywhere."""
+    """An opener for `open` that raises OSError if the file is a symbolic link, which may point anywhere."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def discard(path: Path) -> None:
-    """Remove a file, a folder with all that is in it, or a link but not what it points to, if it is there."""
+    """Remove a file, a folder with its content, or a link but not its target, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -92,11 +92,11 @@ def discard(path: Path) -> None:
 
 
 def write_atomic(file: Path, content: str | bytes) -> None:
-    """Write a small file whole or not at all. Where there is a link, the file takes its place."""
+    """Write a small file atomically. If `file` is a link, the link is replaced, not its target."""
     temporary = file.with_name(file.name + ".tmp")
-    if temporary.is_symlink() or not temporary.is_dir():  # a folder is not ours, and is an error below
+    if temporary.is_symlink() or not temporary.is_dir():  # a folder of this name causes an error below
         temporary.unlink(missing_ok=True)
-    with temporary.open("xb") as stream:  # x: never through a link
+    with temporary.open("xb") as stream:  # x: does not follow a link
         stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
         os.fsync(stream.fileno())
@@ -105,10 +105,10 @@ def write_atomic(file: Path, content: str | bytes) -> None:
 
 
 def commit_folder(folder: Path, target: Path) -> None:
-    """Give a complete folder its name, in place of what has it, such that it would outlast a power failure.
+    """Rename a complete folder to `target`, replacing what exists there, and sync it to disk.
 
-    No folder can replace another one in one step: what had the name is called `.<name>.replaced` meanwhile, for
-    `restore_replaced`; a name that nobody would give a folder of their own.
+    A folder cannot replace another one in a single step. The old one is therefore first renamed to `.<name>.replaced`,
+    a name that users would not choose, from which `restore_replaced` can restore it.
     """
     for path in [*folder.iterdir(), folder]:
         sync(path)
@@ -122,9 +122,9 @@ def commit_folder(folder: Path, target: Path) -> None:
 
 
 def restore_replaced(target: Path) -> None:
-    """After a killed `commit_folder`: give the old folder its name back, or remove it where the new one has it.
+    """Clean up after a killed `commit_folder`: restore the old folder, or remove it if the new one is in place.
 
-    For the process that holds the run folder.
+    Only for the process that holds the run folder.
     """
     old = target.with_name(f".{target.name}.replaced")
     if os.path.lexists(target):
@@ -134,12 +134,12 @@ def restore_replaced(target: Path) -> None:
 
 
 def step_of(path: Path) -> int:
-    """The step in the name of a checkpoint or of a file of samples; names do not sort by it beyond 999,999."""
+    """The step in the name of a checkpoint or samples file. (Beyond 999,999, sorting names does not sort steps.)"""
     return int(path.stem.removeprefix("step_"))
 
 
 def sync(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -148,9 +148,9 @@ def sync(path: Path) -> None:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The JSON objects of a file, one per line; without what follows the last newline, which a crash has torn.
+    """Read a file of one JSON object per line. An incomplete last line, left by a crash, is ignored.
 
-    Raises FileError naming file and line where any other line is no object.
+    Raises FileError, with the file's name and the line number, if any other line is not an object.
     """
     lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
     rows = []
@@ -172,7 +172,11 @@ def json_lines(rows: Iterable[dict]) -> str:
 
 @contextmanager
 def disk_errors_are_warnings(what: str) -> Iterator[None]:
-    """For what a run can do without: a full disk, or a damaged file, must neither end a run nor hide what ended it."""
+    """Log disk errors within the block as warnings.
+
+    For files that a run can do without: a full disk or a damaged file must neither end a run nor hide the error that
+    ended it.
+    """
     try:
         yield
     except (OSError, FileError) as error:

@@ -1,4 +1,4 @@
-"""The run folder: what one experiment leaves on disk, and all that is needed to resume it."""
+"""The run folder: all files that a run writes, including those needed to resume it."""
 
 import hashlib
 import json
@@ -30,20 +30,23 @@ from grpo.runs.files import (
 )
 from grpo.runs.lock import in_use
 
-# The types of what the small files hold, as far as it is read.
+# The types of the values that are read from the small files.
 STATUS: dict[str, Any] = {"state": str, "step": int, "iteration": int, "total_steps": int, "saved_step": int}
 STATUS |= {"seconds": float, "best_reward": float | None, "error": str | None, "overrides": list}
 EVALUATION: dict[str, Any] = {"step": int, "n": int, "accuracy": float | None, "reward": float | None}
 EVALUATION |= {"rewards": dict | None, "problems": list}
 
 
-# What a launch writes before the config.yaml that makes a folder a run, and what a fork copies before that.
+# What a launch writes, and what a fork copies, before config.yaml, with which the folder becomes a run.
 BEFORE_START = (".lock", ".hydra", "launch.log", "launches.jsonl")
 COPIED_BY_FORK = ("checkpoints", "metrics", "eval")
 
 
 def outputs() -> Path:
-    """Where new run folders are created: $GRPO_OUTPUTS, or outputs/ in the repository, where grpo runs from one."""
+    """The folder of new runs: $GRPO_OUTPUTS if set, else outputs/.
+
+    outputs/ is in the repository if grpo runs from a checkout, else in the working directory.
+    """
     given = os.environ.get("GRPO_OUTPUTS")
     checkout = Path(__file__).resolve().parents[2]
     root = checkout if (checkout / "launch.py").exists() else Path.cwd()
@@ -51,10 +54,10 @@ def outputs() -> Path:
 
 
 def reserve(wanted: Path, suffix: bool) -> tuple[Path, list[Path]]:
-    """Create a folder that no other launch takes. Returns it, and all folders that were created for it.
+    """Create a folder that no other launch uses. Returns it, and all folders that were created, parents included.
 
-    suffix: give it another name where it exists, since two launches may start in the same second; without, a folder
-    that exists is taken as it is.
+    suffix: whether to append a number if the folder exists, since two launches may start in the same second. Otherwise
+    an existing folder is returned.
     """
     missing = [each for each in wanted.parents if not each.exists()]
     wanted.parent.mkdir(parents=True, exist_ok=True)
@@ -72,9 +75,9 @@ def reserve(wanted: Path, suffix: bool) -> tuple[Path, list[Path]]:
 
 
 def release(path: Path) -> None:
-    """Remove from a reserved folder what a launch writes before its run starts. For the process that holds it."""
+    """Remove from a folder what a launch writes before its run starts. Only for the process that holds it."""
     for name in BEFORE_START:
-        with suppress(OSError):  # such as of a mounted disk
+        with suppress(OSError):  # for example on a mounted disk
             discard(path / name)
 
 
@@ -86,7 +89,7 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 
 class RunFolder:
-    """Names and small files of one run folder; docs/watching.md has the layout."""
+    """The paths and small files of one run folder; docs/watching.md describes the layout."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -125,14 +128,17 @@ class RunFolder:
         return self.status().get("state") == "finished"
 
     def saved_step(self) -> int:
-        """The step of the newest checkpoint that the run is known to have had; 0 where it had none."""
+        """The step of the newest checkpoint that was recorded, even if it no longer exists; 0 if there was none."""
         status = self.status()
         starts = [launch.get("from_step") for launch in self.launches()]
         saved = status["saved_step"] if "saved_step" in status else self._saved_step_of_version_0(status)
         return max(step for step in (0, saved, *starts) if isinstance(step, int))
 
     def _saved_step_of_version_0(self, status: dict[str, Any]) -> int:
-        """The same from what version 0 recorded: a stop saves, and so does every `checkpoint.every`-th step."""
+        """The last saved step of a run of version 0, which did not record it.
+
+        A checkpoint is saved when a run is stopped and every `checkpoint.every` steps.
+        """
         step = status.get("step", 0)
         if status.get("state") in ("interrupted", "finished") or not self.started():
             return step
@@ -140,20 +146,20 @@ class RunFolder:
         return step - step % every if every else 0
 
     def update_status(self, **changes: object) -> None:
-        """Change some keys of status.json, in one rename, so that a reader never sees half a file."""
+        """Change some keys of status.json. The file is replaced atomically, so a reader never sees half a file."""
         write_atomic(self.path / "status.json", json.dumps(self.status() | changes, indent=2) + "\n")
 
     def write_config(self, config: Config) -> None:
-        """Freeze the resolved config. It is written once and never overwritten."""
+        """Write the resolved config to config.yaml, which is never overwritten."""
         if self.started():
             raise FileExistsError(f"{self.config_file} is written once and exists already")
         values = {"version": VERSION, **to_dict(config)}
         write_atomic(self.config_file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
     def frozen_config(self, complete: bool = True) -> DictConfig:
-        """The config that the run was started with, and what later launches were allowed to change in it.
+        """The config that the run was started with, with the changes of later launches.
 
-        complete: as in load_frozen.
+        complete: see load_frozen.
         """
         frozen = load_frozen(self.config_file, complete)
         for key, value in self.changes().items():
@@ -164,29 +170,29 @@ class RunFolder:
         return frozen
 
     def changes(self) -> dict[str, Any]:
-        """What resumed launches changed, by dotted key; config.yaml itself is never overwritten."""
+        """The changes by resumed launches, by dotted key; config.yaml itself is never overwritten."""
         file = self.path / "changes.yaml"
         return read_yaml(file, dict) if file.exists() else {}
 
     def record_changes(self, changes: dict[str, Any]) -> None:
-        """Add to what later launches changed."""
+        """Add the changes by a resumed launch to changes.yaml."""
         if changes:
             write_atomic(self.path / "changes.yaml", yaml.safe_dump(self.changes() | changes, allow_unicode=True))
 
     def record_launch(self, launch: dict[str, Any], begun: bool = False) -> None:
-        """Add a line to launches.jsonl: what was asked for, from which step, and on what it runs.
+        """Add a line to launches.jsonl: the command line, the step it starts from, and the environment.
 
-        begun: in place of the last line, which recorded the command line before the run could start.
+        begun: whether to replace the last line, which recorded the command line before the run started.
         """
         known = self.launches()
         write_atomic(self.path / "launches.jsonl", json_lines([*(known[:-1] if begun else known), launch]))
 
     def launches(self) -> list[dict[str, Any]]:
-        """The launches of this run in order; a torn last line does not count."""
+        """The launches of this run, in order; an incomplete last line is ignored."""
         return read_lines(self.path / "launches.jsonl")
 
     def has_trained(self) -> bool:
-        """Whether a launch got to its first step: what it runs on is recorded right before that."""
+        """Whether a launch reached its first step; its environment is recorded directly before that."""
         return any("environment" in launch for launch in self.launches())
 
     def first_overrides(self) -> list[str]:
@@ -195,7 +201,7 @@ class RunFolder:
         return [str(each) for each in launches[0].get("overrides", [])] if launches else []
 
     def metrics(self, up_to_step: int | None = None) -> list[dict]:
-        """The metrics rows, in order, up to a step; a torn last line does not count. Raises FileError."""
+        """The metrics rows, in order, up to a step; an incomplete last line is ignored. Raises FileError."""
         rows = read_lines(self.metrics_file)
         for number, row in enumerate(rows, start=1):
             if type(row.get("step")) is not int:
@@ -205,7 +211,7 @@ class RunFolder:
         return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
 
     def metrics_of_steps(self, steps: int) -> list[dict]:
-        """One row for each of the first steps. Raises FileError where one is missing or a line is damaged."""
+        """The metrics rows of the first `steps` steps. Raises FileError if one is missing or a line is damaged."""
         rows = self.metrics(up_to_step=steps)
         if [row["step"] for row in rows] != list(range(1, steps + 1)):
             raise FileError(
@@ -215,16 +221,16 @@ class RunFolder:
         return rows
 
     def truncate_metrics(self, step: int) -> list[dict]:
-        """Drop the rows after a step, which will be taken again. Returns those that stay.
+        """Remove the metrics rows after a step, since those steps will be repeated. Returns the rows that are kept.
 
-        Raises FileError, and changes nothing, where one of theirs is missing or a line is damaged.
+        Raises FileError, without changing the file, if a row to keep is missing or a line is damaged.
         """
         rows = self.metrics_of_steps(step)
         self.write_metrics(rows)
         return rows
 
     def write_metrics(self, rows: Iterable[dict]) -> None:
-        """Write the whole file anew."""
+        """Replace the metrics file by one with these rows."""
         self.metrics_file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.metrics_file, json_lines(rows))
 
@@ -234,18 +240,18 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def sync_metrics(self) -> None:
-        """Make sure that the rows written so far would survive a power failure."""
+        """Sync the metrics file to disk, so that its rows survive a power failure."""
         if self.metrics_file.exists():
             sync(self.metrics_file)
 
     def write_samples(self, step: int, rows: Iterable[dict]) -> None:
-        """Every completion of a step, one JSON object a line."""
+        """Write every completion of a step, one JSON object per line."""
         file = self.path / "samples" / f"step_{step:06d}.jsonl"
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, json_lines(rows))
 
     def write_skipped(self, step: int, tensors: dict[str, Any], rows: Iterable[dict]) -> Path:
-        """The batch of a step whose loss or gradient was not finite, as skipped/step_000012.{safetensors,jsonl}."""
+        """Write the batch of a step whose update was not finite to skipped/step_000012.{safetensors,jsonl}."""
         from safetensors.torch import save_file  # here, since it imports torch
 
         file = self.path / "skipped" / f"step_{step:06d}.safetensors"
@@ -257,19 +263,19 @@ class RunFolder:
 
     @property
     def preflight_file(self) -> Path:
-        """What the pre-flight found."""
+        """The results of the pre-flight."""
         return self.path / "preflight.json"
 
     def write_preflight(self, found: dict) -> None:
-        """What the pre-flight found, as preflight.json."""
+        """Write the results of the pre-flight to preflight.json."""
         write_atomic(self.preflight_file, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
 
     def preflight(self) -> dict | None:
-        """What the pre-flight found; None where there was none."""
+        """The results of the pre-flight; None if there was none."""
         return read_json(self.preflight_file) if self.preflight_file.exists() else None
 
     def write_evaluation(self, name: str, result: dict) -> Path:
-        """An evaluation as eval/<name>.json."""
+        """Write an evaluation to eval/<name>.json."""
         file = self.path / "eval" / f"{name}.json"
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
@@ -288,7 +294,7 @@ class RunFolder:
         return {name: found[name] for name in names}
 
     def training_evaluations(self, up_to_step: int | None = None) -> dict[str, dict]:
-        """Those of the weights that training went through: `before`, and `step_000123`."""
+        """The evaluations from before and during training: `before` and `step_000123`."""
         found = {name: each for name, each in self.evaluations().items() if re.fullmatch(r"before|step_\d+", name)}
         return {name: each for name, each in found.items() if up_to_step is None or each.get("step", 0) <= up_to_step}
 
@@ -298,7 +304,10 @@ class RunFolder:
         return next((each.get("accuracy") for each in found if each is not None and each.get("step") == step), None)
 
     def outcome(self) -> tuple[str, float] | None:
-        """What a run is compared by, with its name: held-out accuracy after the last step, or else its mean reward."""
+        """The name and value of the number by which runs are compared; None before the first step.
+
+        It is the held-out accuracy after the last step, or if that was not evaluated, the mean reward of the last step.
+        """
         rows = self.metrics()
         if not rows:
             return None
@@ -306,12 +315,12 @@ class RunFolder:
         return ("reward", rows[-1]["reward"]) if accuracy is None else ("held-out accuracy", accuracy)
 
     def objective(self) -> float | None:
-        """The number that a sweep maximises."""
+        """The number that a sweep maximizes."""
         found = self.outcome()
         return None if found is None else found[1]
 
     def save_final_model(self, *writers: Callable[[Path], object]) -> None:
-        """Write final_model/ by all that write a part of it into a folder (model, tokenizer), whole or not at all."""
+        """Write final_model/ atomically. writers: functions that each write a part (model, tokenizer) to a folder."""
         temporary = self.path / "final_model.tmp"
         discard(temporary)
         for write in writers:
@@ -327,9 +336,9 @@ def run_folders(root: Path) -> list[RunFolder]:
 
 
 def newest_unfinished(root: Path) -> RunFolder | None:
-    """The run started last, at or below `root`, among those that did not finish and that a resume can take.
+    """The run started last, at or below `root`, among the unfinished runs that can be resumed.
 
-    Left out are runs that are running now, jobs of sweeps, which resume with their sweep, and unreadable folders.
+    Runs in progress, jobs of sweeps (they are resumed with their sweep) and unreadable folders are skipped.
     """
     return next((run for run in reversed(run_folders(root)) if _can_resume(run, root)), None)
 
@@ -339,12 +348,12 @@ def _can_resume(run: RunFolder, root: Path) -> bool:
         return False
     try:
         return not run.finished() and not in_use(run.path)
-    except FileError:  # naming the folder will say what is wrong with it
+    except FileError:  # a launch with this folder as run_dir reports the error
         return False
 
 
 def job_folder_name(number: int, overrides: str, longest: int = 80) -> str:
-    """A sweep job's folder: `<number>_<overrides>`, free of `=`, `,` and `/`, shortened with a hash where long."""
+    """The folder name of a sweep's job: `<number>_<overrides>` without `=`, `,` and `/`; if long, it ends in a hash."""
     name = f"{number}_{re.sub(r'[^A-Za-z0-9._+-]+', '_', overrides)}".rstrip("_")
     if len(name) <= longest:
         return name
@@ -352,7 +361,7 @@ def job_folder_name(number: int, overrides: str, longest: int = 80) -> str:
 
 
 def hydra_record(folder: str, now: str) -> str:
-    """Where Hydra records a launch within a run folder: not over its record of the first one."""
+    """The subfolder for Hydra's record of a launch. The record of the first launch is not overwritten."""
     return f".hydra/resumes/{now}" if RunFolder(folder).started() else ".hydra"
 
 

@@ -1,4 +1,4 @@
-"""A queue for the GPUs of one machine: each job of a sweep takes one that is free, or waits for it."""
+"""A queue for the GPUs of one machine: each job of a sweep takes a free GPU, or waits for one."""
 
 import os
 import tempfile
@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 POLL_S = 1.0
 NOTED = "GRPO_SWEEP_VISIBLE_DEVICES"
 SUBMITIT_LOCAL = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
-# Those that start jobs on this machine and assign no GPU to them. Of other launchers nothing is assumed: their jobs use
-# the GPUs that they are given.
+# Launchers that start jobs on this machine without assigning GPUs to them. The jobs of other launchers use the GPUs
+# that they are given.
 LOCAL_LAUNCHERS = (
     "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
     "hydra_plugins.hydra_grpo.LocalLauncher",
@@ -21,7 +21,7 @@ LOCAL_LAUNCHERS = (
     SUBMITIT_LOCAL,
 )
 
-_held: FileLock | None = None  # the lock of this process's GPU, which goes with the process however that ends
+_held: FileLock | None = None  # the lock of this process's GPU; released by the system when the process ends
 
 
 def takes_any_gpu(cfg: DictConfig, launcher: str) -> bool:
@@ -30,12 +30,15 @@ def takes_any_gpu(cfg: DictConfig, launcher: str) -> bool:
 
 
 def remember_gpus() -> None:
-    """At the start of a sweep note which GPUs it may use, for `show_all_gpus` in its jobs."""
+    """Record, at the start of a sweep, which GPUs it may use, for `show_all_gpus` in its jobs."""
     os.environ[NOTED] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
 
 
 def show_all_gpus(launcher: str) -> None:
-    """Before torch looks for GPUs: submitit's local executor hides from its jobs all that were not asked for."""
+    """Make the GPUs of the sweep visible again in a job of submitit's local executor, which hides those not requested.
+
+    Must be called before torch looks for GPUs.
+    """
     noted = os.environ.get(NOTED)
     if launcher != SUBMITIT_LOCAL or noted is None:
         return
@@ -45,10 +48,10 @@ def show_all_gpus(launcher: str) -> None:
 
 
 def claim_gpu(count: int, folder: Path | None = None) -> str | None:
-    """Let this process see one of the GPUs that it sees now, `count` in number, and no other process of ours take it.
+    """Reserve one of the `count` visible GPUs for this process and hide the others; wait while all are reserved.
 
-    For before torch touches them. Waits while all are taken. Whichever launcher starts the jobs, and however many
-    sweeps, each GPU has one job at a time. Returns the GPU's name in CUDA_VISIBLE_DEVICES; None where there is none.
+    Must be called before torch uses a GPU. Across all launchers and sweeps of a user, each GPU has one job at a time.
+    folder: the folder of the lock files. Returns the GPU's name in CUDA_VISIBLE_DEVICES; None if there is no GPU.
     """
     global _held
     if _held is not None or count == 0:

@@ -1,7 +1,7 @@
 """Successive halving (Jamieson and Talwalkar, arXiv 1502.07943) over the arms of a sweep, with a budget of time.
 
-All arms take the steps of a first rung; the best of them advance to the next, and so on, until the last ones have taken
-all steps. A run that is resumed equals one that never stopped, so no step is computed twice.
+All arms take the steps of a first rung; the best of them advance to the next rung, and so on, until the last ones have
+taken all steps. A resumed run equals one without an interruption, so no step is computed twice.
 """
 
 import json
@@ -13,21 +13,21 @@ from typing import Any
 from grpo.config.overrides import Overrides
 from grpo.runs.files import read_dataclass, write_atomic
 
-LEAST_STEPS = 3  # of the first rung under a budget: as many are taken first, to measure how long a step takes
+LEAST_STEPS = 3  # minimum of the first rung with a budget; also taken first, to measure the time of a step
 SEED = "seed"
 Ladder = list[tuple[int, int]]  # (steps taken by the end of the rung, arms that take them)
 
 
 @dataclass
 class HalvingState:
-    """What has been decided, as halving.json has it: enough to continue after any interruption."""
+    """The decisions so far, as stored in halving.json: enough to continue after any interruption."""
 
     total_steps: int
-    arms: list[list[int]]  # the numbers of each arm's jobs, one a seed
+    arms: list[list[int]]  # the numbers of each arm's jobs, one per seed
     eta: int
     budget_hours: float | None
     step_s: float | None = None  # seconds of a step, as last measured
-    start_s: float | None = None  # seconds of a job beside its steps: loading and evaluating
+    start_s: float | None = None  # seconds of a job apart from its steps: loading and evaluating
     ladder: Ladder = field(default_factory=list)
     entered: list[int] | None = None  # arms of the rung in progress
     rungs: list[dict[str, Any]] = field(default_factory=list)  # each: steps, scores by arm, kept arms, hours spent
@@ -44,12 +44,12 @@ class HalvingState:
         write_atomic(folder / "halving.json", json.dumps(asdict(self), indent=1) + "\n")
 
     def seconds(self, ladder: Ladder) -> float:
-        """What a ladder takes, in seconds of jobs, by the `step_s` and `start_s` that were measured."""
-        assert self.step_s is not None and self.start_s is not None  # both are measured at once
+        """The total time of a ladder's jobs in seconds, from the measured `step_s` and `start_s`."""
+        assert self.step_s is not None and self.start_s is not None  # both are measured together
         return seconds(ladder, len(self.arms[0]), self.step_s, self.start_s)
 
     def summary(self) -> dict[str, Any]:
-        """For the report: what the time bought, and each rung."""
+        """For the report: the time spent, as a share of the full sweep, and each rung."""
         spent = self.rungs[-1]["spent_hours"] if self.rungs else 0.0
         full = self.seconds([(self.total_steps, len(self.arms))]) / 3600 if self.step_s is not None else None
         budget = f" of {self.budget_hours:g}" if self.budget_hours is not None else ""
@@ -62,7 +62,7 @@ class HalvingState:
 
 
 def arms_of(points: Sequence[Sequence[str]]) -> list[list[int]]:
-    """The numbers of the jobs that differ in their seed only, arm by arm."""
+    """The numbers of the jobs of each arm. The jobs of an arm differ only in their seed."""
     arms: dict[tuple[str, ...], list[int]] = {}
     for number, point in enumerate(points):
         arms.setdefault(tuple(Overrides(point).without({SEED})), []).append(number)
@@ -70,7 +70,7 @@ def arms_of(points: Sequence[Sequence[str]]) -> list[list[int]]:
 
 
 def ladder(total_steps: int, arms: int, eta: int, first: int) -> Ladder:
-    """The rungs from `first` steps on: eta times the steps for the best 1/eta of the arms each time."""
+    """The rungs from `first` steps on: each has eta times the steps of the one before and 1/eta of its arms."""
     rungs = []
     steps = first
     left = arms
@@ -84,7 +84,7 @@ def ladder(total_steps: int, arms: int, eta: int, first: int) -> Ladder:
 
 
 def seconds(rungs: Ladder, seeds: int, step_s: float, start_s: float) -> float:
-    """What a ladder takes in all: each job of a rung is started once, and continues from the rung before."""
+    """The total time of a ladder in seconds: each job of a rung starts once, and continues from the rung before."""
     taken = 0
     total = 0.0
     for steps, arms in rungs:
@@ -94,9 +94,10 @@ def seconds(rungs: Ladder, seeds: int, step_s: float, start_s: float) -> float:
 
 
 def choose_ladder(record: HalvingState) -> Ladder:
-    """The longest first rung that the budget pays for; without one, rungs such that one arm is left for the last.
+    """Choose the ladder with the longest first rung within the budget.
 
-    Raises ValueError with the least budget in hours where even a few steps for all are too much.
+    Without a budget, choose the first rung such that the last one has fewer than eta arms. Raises ValueError, with the
+    smallest sufficient budget in hours, if the budget is too small even for the shortest first rung.
     """
     total = record.total_steps
     arms = len(record.arms)
@@ -117,6 +118,6 @@ def choose_ladder(record: HalvingState) -> Ladder:
 
 
 def best_arms(scores: Sequence[float | None], keep: int) -> list[int]:
-    """The arms with the best scores, best first; those without one are out, and of equal ones the first stays."""
+    """The `keep` arms with the best scores, best first. Arms without a score are dropped; the first of equals wins."""
     ranked = sorted((-score, number) for number, score in enumerate(scores) if score is not None)
     return [number for _, number in ranked[:keep]]

@@ -1,4 +1,4 @@
-"""One process at a time in a run folder, also where several machines share the disk."""
+"""A lock that allows one process at a time in a run folder, also if several machines share the disk."""
 
 import fcntl
 import json
@@ -22,12 +22,13 @@ LINE = 512  # bytes
 
 @contextmanager
 def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[Path]:
-    """Hold a folder, which it yields, for this process; raises ConfigError where another live process holds it.
+    """Lock a folder for this process, and yield it. Raises ConfigError if another live process holds the lock.
 
-    On one machine the system's lock of `.lock` decides, which goes with its process however that dies. Other machines
-    may not see that lock, or see it still after its machine died; so the holder also renews a line in the file every
-    `renew_s` seconds. A line of another machine that is not renewed for 2.5 times as long belongs to a dead process.
-    No clocks are compared. Where the file system has no locks, the line alone decides.
+    Within one machine, the system's file lock on `.lock` decides; the system releases it when the process ends in any
+    way. Other machines may not see this lock, or may see it even after the locking machine has crashed. So the holder
+    also renews a line in the file every `renew_s` seconds. If the line of another machine is not renewed for 2.5 times
+    as long, its process is considered dead. No clocks are compared. If the file system has no locks, only the line
+    decides.
     """
     with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b", buffering=0) as file:
         holder = _read(folder)
@@ -57,7 +58,7 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[Path]:
 
 
 def _is_still_there(file: BinaryIO, path: Path) -> bool:
-    """Whether the file that is open has still its name: a launch that is refused removes it, and so does not wait."""
+    """Whether the open file still exists at `path`: a refused launch may have removed it in the meantime."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except FileNotFoundError:
@@ -65,17 +66,17 @@ def _is_still_there(file: BinaryIO, path: Path) -> bool:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether the process that holds the folder lives, as far as a look can say that takes no lock.
+    """Whether the process that holds the folder is alive, as far as this can be seen without taking the lock.
 
-    Of another machine, of this one before it was restarted, or of another container, whose process numbers mean nothing
-    here, that is a guess: its line was renewed within a minute.
+    The process IDs of another machine, of this one before it was restarted, and of another container mean nothing
+    here. Such a process is assumed to be alive if its line was renewed within the last minute.
     """
     holder = _read(folder)
     if holder.get("machine") != _machine() or holder.get("pid_namespace", _pid_namespace()) != _pid_namespace():
         return bool(holder) and time.time() - (folder / ".lock").stat().st_mtime < 6 * RENEW_S
     try:
         os.kill(holder["pid"], 0)
-    except (ProcessLookupError, OverflowError):  # a number that no process can have
+    except (ProcessLookupError, OverflowError):  # OverflowError: no process can have this ID
         return False
     except PermissionError:
         pass
@@ -83,12 +84,12 @@ def in_use(folder: Path) -> bool:
 
 
 def left_by_us(folder: Path) -> bool:
-    """Whether a process of ours held this folder and was killed: at any other end it empties its `.lock`."""
+    """Whether a launch held this folder and was killed: if it ends in any other way, it empties its `.lock`."""
     return "token" in _read(folder)
 
 
 def _lock(file: BinaryIO) -> bool | None:
-    """Whether another process has the system's lock; None where the file system has none."""
+    """Try to lock the file. Returns whether another process has the lock; None if the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -104,7 +105,7 @@ def _lock(file: BinaryIO) -> bool | None:
 
 
 def _is_renewed(folder: Path, holder: dict, seconds: float) -> bool:
-    """Watch whether a line changes within `seconds` seconds."""
+    """Wait to see whether the line of the holder changes within `seconds` seconds."""
     print(f"waiting {seconds:.0f} s to see whether the process on {holder.get('host')} is alive", flush=True)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -132,7 +133,7 @@ def _renew(file: BinaryIO, folder: Path, token: str, stop: threading.Event, seco
 def _read(folder: Path) -> dict:
     try:
         holder = json.loads((folder / ".lock").read_text().strip() or "{}")
-    except (OSError, ValueError):  # while it is written
+    except (OSError, ValueError):  # for example, while it is being written
         return {}
     return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else {}
 
@@ -140,13 +141,13 @@ def _read(folder: Path) -> dict:
 def _write(file: BinaryIO, token: str, beat: int) -> None:
     holder = {"machine": _machine(), "host": platform.node(), "pid": os.getpid(), "token": token, "beat": beat}
     holder["pid_namespace"] = _pid_namespace()
-    # Over what stands there, at one length, so that a full disk cannot leave half a line.
+    # Overwrite the line with one of the same length, so that a full disk cannot leave half a line.
     os.pwrite(file.fileno(), json.dumps(holder).ljust(LINE).encode(), 0)
     os.fsync(file.fileno())
 
 
 def _pid_namespace() -> str | None:
-    """Within which the numbers of processes are unique: containers on one machine have one each; None where unknown."""
+    """The namespace in which process IDs are unique; each container has its own. None if it is unknown."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:  # not on Linux
@@ -154,6 +155,6 @@ def _pid_namespace() -> str | None:
 
 
 def _machine() -> str:
-    """The same within one boot of one machine only: names of hosts need not be unique."""
+    """An ID of this machine since its last boot, if available. Host names are not used, as they may not be unique."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return boot.read_text().strip() if boot.exists() else f"{uuid.getnode():x}"

@@ -1,4 +1,4 @@
-"""What a launch and the training loop share: one run with its folder, config and stop signals."""
+"""The object that a launch passes to the training loop: one run with its folder, config and stop signals."""
 
 import os
 import sys
@@ -18,28 +18,28 @@ class Run:
 
     folder: RunFolder
     config: Config
-    resumed: bool  # continues from what the folder holds
-    forked: bool  # which it took over from another run just now
-    done: bool  # finished before, and no further steps are asked for
+    resumed: bool  # continues from the content of the folder
+    forked: bool  # this launch copied that content from another run
+    done: bool  # has finished before, and no further steps are requested
     stop: StopSignals
     overrides: list[str]  # of this launch's command line
-    changes: dict[str, Any]  # what it changes in a run that it resumes
-    until_step: int | None  # where this launch stops, if before the end
+    changes: dict[str, Any]  # changes of this launch to a resumed run, by dotted key
+    until_step: int | None  # step at which this launch stops; None: at the end
     started: float  # by time.monotonic
-    seconds_before: float  # of all launches so far
+    seconds_before: float  # total time of all earlier launches
 
     @property
     def seconds(self) -> float:
-        """How long all launches took together."""
+        """The total time of all launches, in seconds."""
         return round(self.seconds_before + time.monotonic() - self.started, 3)
 
     def record_state(self, state: str, error: str | None) -> None:
-        """Say in status.json how the run stands."""
+        """Record the state of the run in status.json."""
         with disk_errors_are_warnings(f"{self.folder.path}/status.json"):
             self.folder.update_status(state=state, error=error)
 
     def end_process(self, error: str) -> None:
-        """Record a failure and end this process, from any thread and whatever the others do."""
+        """Record a failure and end this process, from any thread, without waiting for other threads."""
         self.record_state("failed", error)
         print(f"failed: {error}", file=sys.stderr, flush=True)
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and exits that no signal asked for."""
+"""Signals that request a run to stop, and exits that no signal requested."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -11,12 +11,12 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Exit(SystemExit):
-    """An exit that the suite decided, as after a stop signal; any other SystemExit comes from code that it runs."""
+    """An exit requested by the suite, such as after a stop signal. Other SystemExits come from code that it runs."""
 
 
 @contextmanager
 def exits_are_failures(*allowed: type[BaseException]) -> Iterator[None]:
-    """Turn SystemExit, KeyboardInterrupt and the like, but for those `allowed`, into a RuntimeError.
+    """Convert SystemExit, KeyboardInterrupt and similar exceptions, except those `allowed`, into RuntimeError.
 
     A reward that calls `sys.exit(0)` would otherwise end a run as if it had succeeded.
     """
@@ -32,7 +32,10 @@ def exits_are_failures(*allowed: type[BaseException]) -> Iterator[None]:
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and SIGUSR1 (what SLURM can send ahead) end the run at once, but within `deferred` with care."""
+    """Ends the run after SIGINT, SIGTERM or SIGUSR1 (which SLURM can send before it ends a job).
+
+    The run ends immediately, except within `deferred`.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -46,7 +49,7 @@ class StopSignals:
 
     @contextmanager
     def installed(self) -> Iterator["StopSignals"]:
-        """Handle the signals within the block, and restore the former handlers after it."""
+        """Handle the signals within the block, and restore the previous handlers after it."""
         former = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         try:
             yield self
@@ -56,14 +59,15 @@ class StopSignals:
 
     @contextmanager
     def deferred(self, can_be_dropped: Callable[[], bool], save: Callable[[], None]) -> Iterator[None]:
-        """Within the block a signal waits for `leave_if_asked`, unless the present work can be dropped; then `save`.
+        """Defer signals within the block until `leave_if_asked`, and call `save` before the run ends.
 
-        A second signal neither waits nor saves.
+        can_be_dropped: returns whether the current work can be abandoned; if so, a signal is not deferred. A second
+        signal ends the run immediately, without `save`.
         """
         self._can_be_dropped = can_be_dropped
         try:
             yield
-        except Exit:  # of another exit nobody knows whether the policy is whole
+        except Exit:  # not after other exceptions: the weights may be partly updated
             self._can_be_dropped = None
             if not self._again:
                 with disk_errors_are_warnings("a checkpoint of the last step"):
@@ -73,12 +77,12 @@ class StopSignals:
             self._can_be_dropped = None
 
     def ignored_from_here(self) -> None:
-        """All is done and saved: a signal that comes now changes nothing."""
+        """Ignore all further signals. To be called when the run is complete and saved."""
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def leave_if_asked(self) -> None:
-        """Raise Exit if a signal waits."""
+        """Raise Exit if a signal was received."""
         if self.received is not None:
             raise Exit(self.exit_code)
 

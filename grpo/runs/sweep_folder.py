@@ -1,4 +1,4 @@
-"""A sweep's folder: what was asked for, and how far each job is."""
+"""The folder of a sweep: the overrides it was started with, and the progress of each job."""
 
 import json
 import logging
@@ -26,20 +26,20 @@ from grpo.runs.lock import in_use
 
 logger = logging.getLogger(__name__)
 
-RECORDS = ("sweep.json", "multirun.yaml", "halving.json")  # what is written before any job
-# The types of what sweep.json holds, as far as it is read.
+RECORDS = ("sweep.json", "multirun.yaml", "halving.json")  # written before any job
+# The types of the values that are read from sweep.json.
 RECORD: dict[str, Any] = {"overrides": list, "hydra": list, "keys": list, "planned": list | None, "flags": list}
 RECORD |= {"jobs": list, "name": str, "state": str, "sweeper": str}
 
 
 class SweepFolder:
-    """Names and small files of one sweep's folder."""
+    """The paths and small files of the folder of one sweep."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def check_same(self, overrides: Overrides, sweeper: str, resume: bool | str) -> None:
-        """Raise ConfigError where the folder holds a sweep that this command line would not resume."""
+        """Raise ConfigError if the folder has a sweep that this command line does not resume."""
         recorded = self.record()
         if not recorded:
             return
@@ -61,10 +61,10 @@ class SweepFolder:
         sweeper: str = "basic",
         flags: Sequence[str] = (),
     ) -> None:
-        """Record the overrides, the keys that are swept, and the overrides of each job (None: not known yet).
+        """Record the overrides, the swept keys, and the overrides of each job (None: not known yet) in sweep.json.
 
-        hydra: the overrides of Hydra's own keys, such as the launcher; sweeper: which one; flags: where the config
-        is. Of a sweep that is resumed only `hydra` is new, and of the overrides what may change.
+        hydra: the overrides of Hydra's own keys, such as the launcher. sweeper: the choice of hydra/sweeper. flags: the
+        flags with which the config is found. For a resumed sweep, only `hydra` and `overrides` are updated.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         new = {"overrides": overrides.without(PASSING_KEYS).lines, "hydra": list(hydra)}
@@ -79,7 +79,7 @@ class SweepFolder:
         self.update()
 
     def continued(self, overrides: Overrides) -> Overrides:
-        """The overrides with which a launch resumes: those recorded, with what is new in these."""
+        """The overrides of a resumed sweep: the recorded ones, updated by those of this launch."""
         return Overrides(self.record()["overrides"]).continued_by(overrides)
 
     def begun(self) -> bool:
@@ -87,11 +87,11 @@ class SweepFolder:
         return bool(self.record()) or any(self.path.glob("[0-9]*/config.yaml"))
 
     def holds_records_only(self) -> bool:
-        """Whether there is no job, and nothing of a launcher, which may have jobs that wait in a queue."""
+        """Whether the folder has no job and no file of a launcher, whose jobs may still wait in a queue."""
         return {each.name for each in self.path.iterdir()} <= {".lock", *RECORDS}
 
     def discard(self) -> None:
-        """Remove what describes the sweep, and no job of it."""
+        """Remove the files that describe the sweep, but no job."""
         for name in RECORDS:
             discard(self.path / name)
 
@@ -109,16 +109,16 @@ class SweepFolder:
         return self.record().get("keys", [])
 
     def jobs(self) -> list[dict[str, Any]]:
-        """Each job by its number, with its folder, its overrides of the swept keys, and how far it is.
+        """The jobs, sorted by number, each with its folder, its overrides of the swept keys, and its progress.
 
-        Those that have not begun are there too, as pending, where it is known what they will be.
+        Jobs that have not started are included as pending, if their overrides are known.
         """
         record = self.record()
         planned = record.get("planned") or []
         halving = HalvingState.read(self.path)
         halved = halving is not None and halving.state == "finished"
         numbered = ((re.match(r"(\d+)(_|$)", path.name), path) for path in sorted(self.path.iterdir()) if path.is_dir())
-        # Of a number there can be two: a trial that failed, and now does not, leads Optuna elsewhere from there on.
+        # Two jobs can have the same number: if a failed trial succeeds on resume, Optuna then chooses other points.
         begun = [(int(found[1]), RunFolder(path)) for found, path in numbered if found]
         pending = set(range(len(planned))) - {number for number, _ in begun}
         jobs = []
@@ -137,7 +137,7 @@ class SweepFolder:
                 given = Overrides(status.get("overrides") or run.first_overrides())
                 given = given.select(record["keys"]).lines if "keys" in record else given.lines
             accuracy = (run.evaluation("after") or {}).get("accuracy") if run else None
-        except (ValueError, YAMLError) as broken:  # of one job, which the others have nothing to do with
+        except (ValueError, YAMLError) as broken:  # concerns only this job
             status = {"state": "unreadable", "error": str(broken)}
         state = status.get("state", "pending")
         if run is not None and state == "running" and not in_use(run.path):  # it was killed
@@ -156,20 +156,20 @@ class SweepFolder:
         }
 
     def update(self, state: str | None = None) -> None:
-        """Write sweep.json anew from what the jobs' folders say; `state` is the sweep's where it changes."""
+        """Update sweep.json from the folders of the jobs. state: the new state of the sweep; None: unchanged."""
         record = self.record()
         if record:
             self._write(record | {"state": state or record["state"], "jobs": self.jobs()})
 
     def _write(self, record: dict[str, Any]) -> None:
-        # Several jobs may do so at once; each writes the truth, in a file of its own before it gets its name.
+        # Several jobs may write at the same time. Each writes the current state to a separate file and renames it.
         file = self.path / f"sweep.json.{os.getpid()}"
         write_atomic(file, json.dumps({"version": VERSION, **record}, indent=1) + "\n")
         file.replace(self.path / "sweep.json")
 
 
 def fixed_values(overrides: Overrides) -> list[str]:
-    """Of a sweep's overrides what cannot change when it is resumed: the last of each key, and all that is swept."""
+    """The last override of each key that is fixed on resume: swept keys, and keys not marked free or rounding."""
     last = Overrides(list(overrides.without(PASSING_KEYS).last_by_key.values()))
     swept = last.swept
     fixed = [key for key in last.keys if key in swept or on_resume(key.replace("/", ".")) not in ("free", "rounding")]
@@ -177,11 +177,11 @@ def fixed_values(overrides: Overrides) -> list[str]:
 
 
 def newest_sweep(overrides: Overrides, sweeper: str = "basic") -> Path | None:
-    """The folder of the sweep started last with these overrides."""
+    """The folder of the sweep started last with these overrides; None if there is none."""
     wanted = (fixed_values(overrides), sweeper)
     found = []
     for file in (outputs() / "sweeps").glob("*/sweep.json"):
-        with suppress(ValueError, KeyError, HydraException):  # of another version, or broken: not this one
+        with suppress(ValueError, KeyError, HydraException):  # skip folders that are damaged or of another version
             record = SweepFolder(file.parent).record()
             if (fixed_values(Overrides(record["overrides"])), record["sweeper"]) == wanted:
                 found.append((record["started"], file.parent))
@@ -189,7 +189,7 @@ def newest_sweep(overrides: Overrides, sweeper: str = "basic") -> Path | None:
 
 
 def short(value: str) -> str:
-    """An override's value for people to read: a long decimal number with four digits, a long text shortened."""
+    """Format the value of an override for display: long decimal numbers with four digits, long texts shortened."""
     try:
         return f"{float(value):.4g}" if len(value) > 8 and not value.lstrip("-").isdigit() else value
     except ValueError:

@@ -1,8 +1,8 @@
-"""Weights & Biases, kept at arm's length: training never stops for it and waits a bounded time only.
+"""Weights & Biases tracking that cannot stop training and delays it only for a limited time.
 
-Every call into wandb runs in a thread of its own with a time limit. The first one that raises or does not come back
-costs one warning, and nothing more is tracked: metrics.jsonl and samples/ hold everything anyway. When the `with`
-block ends, nothing of wandb is left in the process, so that the jobs of a sweep are separate runs.
+Every call into wandb runs in a separate thread with a time limit. After the first call that raises or times out, a
+warning is logged and tracking ends; metrics.jsonl and samples/ contain all data in any case. At the end of the `with`
+block, wandb is shut down in this process, so that the jobs of a sweep are separate runs.
 """
 
 import importlib
@@ -24,16 +24,16 @@ from grpo.runs.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
-LOG_SECONDS = 20.0  # for handing over one row; wandb only queues it, usually in about a millisecond
-FINISH_SECONDS = 30.0  # for uploading what is left at the end
+LOG_SECONDS = 20.0  # for logging one row; wandb only queues it, usually in about a millisecond
+FINISH_SECONDS = 30.0  # for uploading the remaining data at the end
 TEARDOWN_SECONDS = 5.0  # for wandb's background process to end
 MAX_TABLE_ROWS = 64
 
 
 class Tracker:
-    """Hands metrics to one W&B run. Without a run, or after the first failure, every method does nothing.
+    """Logs to one W&B run. Without a run, or after the first failure, every method does nothing.
 
-    `how_to_look` says in plain lines where the run can be seen. No method raises what comes from wandb.
+    `how_to_look` has lines of text about where to view the run. No method raises an exception from wandb.
     """
 
     def __init__(self, run: Any = None):
@@ -41,8 +41,8 @@ class Tracker:
         self.how_to_look: list[str] = []
         self._run = run
         self._usable = self._takes_tables = run is not None  # until something fails
-        self._responds = True  # until something does not come back in time
-        self._open_step = 0  # the first step that W&B still takes: it drops what comes for an earlier one
+        self._responds = True  # until a call times out
+        self._open_step = 0  # the first step that W&B still accepts; it drops data for earlier ones
         if run is not None:
             self._open_step = run.starting_step
             folder = shlex.quote(str(run.sync_dir))
@@ -51,7 +51,7 @@ class Tracker:
             self.how_to_look = [look, self._upload_line] if run.offline else [look]
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Log one step's metrics. `row` holds "step"; values that are None are left out."""
+        """Log one step's metrics. `row` holds "step"; values that are None are omitted."""
         step = row["step"]
         self._open_step = max(step, self._open_step)
         values = {key: value for key, value in row.items() if value is not None}
@@ -65,40 +65,40 @@ class Tracker:
         self._open_step = step = max(step, self._open_step)
 
         def log_table() -> None:
-            # A column may hold numbers in one row and text in the next (answers), which a typed table refuses.
+            # A column may hold numbers in one row and text in the next (answers), which a typed table rejects.
             table = importlib.import_module("wandb").Table(columns=columns, data=data, allow_mixed_types=True)
             self._run.log({"step": step, "completions": table}, step=step)
 
-        # Online, wandb asks the server before it takes a table, whereas it only queues metrics: a network that is gone
-        # for a while must not cost more than the tables.
+        # Online, wandb sends a request to the server before it accepts a table, whereas it only queues metrics. So a
+        # temporary loss of the network must end only the logging of tables.
         _, error = _attempt(LOG_SECONDS, log_table) if self._usable and self._takes_tables else (None, None)
         if error is not None:
             logger.warning("W&B: logging completions failed (%s). No more tables are sent.", _one_line(error))
             self._takes_tables = False
 
     def log_evaluation(self, name: str, step: int, values: Mapping[str, Any]) -> None:
-        """Log an evaluation after `step` steps, `values` such as {"accuracy": 0.7, "n": 100}.
+        """Log an evaluation after `step` steps, with `values` such as {"accuracy": 0.7, "n": 100}.
 
-        The history gets eval/accuracy, eval/n, ..., in the row of that step; the summary gets eval/<name>/accuracy,
-        ..., for comparing runs. An evaluation of a step that W&B has closed already (after a crash it may be ahead of
-        the checkpoint) goes to the first step still open, since W&B would drop it.
+        The values are logged to the history, in the row of that step, as eval/accuracy, eval/n, ..., and to the summary
+        as eval/<name>/accuracy, ..., for comparing runs. If W&B has already closed the step (after a crash it may be
+        ahead of the checkpoint), it would drop the values, so they are logged at the first step that is open.
         """
         history = {f"eval/{key}": value for key, value in values.items()}
         self.log({**history, "step": max(step, self._open_step)})
         self.set_summary({f"eval/{name}/{key}": value for key, value in values.items()})
 
     def alert(self, title: str, text: str) -> None:
-        """Send an alert, which W&B passes on by mail or chat as the user has set it up there."""
+        """Send an alert, which W&B forwards by mail or chat according to the user's settings there."""
         self._do("an alert", lambda: self._run.alert(title=title, text=text, level="WARN"))
 
     def set_summary(self, values: Mapping[str, Any]) -> None:
-        """Set values of the run as a whole."""
+        """Set values in the summary of the run."""
         self._do("writing the summary", lambda: self._run.summary.update(dict(values)))
 
     def replay(self, rows: Iterable[Mapping[str, Any]], evaluations: Mapping[str, Mapping[str, Any]]) -> None:
-        """Log what of earlier launches this run does not have: all in a fresh run, else what it missed.
+        """Log the data of earlier launches that the W&B run does not have: all of it if the W&B run is new.
 
-        evaluations: by name, as `log_evaluation` takes them, each with its "step".
+        evaluations: values by name, as for `log_evaluation`, each with its "step".
         """
         first = self._open_step
         of_step: dict[int, list[str]] = {}
@@ -113,7 +113,7 @@ class Tracker:
                     self.log_evaluation(name, step, {k: v for k, v in evaluations[name].items() if k != "step"})
 
     def close(self, exit_code: int) -> None:
-        """Finish the run, failed if `exit_code` is not 0, and free what wandb holds in this process."""
+        """Finish the run, marked as failed if `exit_code` is not 0, and shut down wandb in this process."""
         if self._run is None:
             return
         if self._responds:
@@ -142,12 +142,12 @@ def tracking(
     rows: Iterable[Mapping[str, Any]] = (),
     evaluations: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> Iterator[Tracker]:
-    """Track one training run, as `cfg["tracking"]` says, with wandb's files under `run_dir`/wandb.
+    """Track one training run with the settings in `cfg["tracking"]`. wandb writes its files to `run_dir`/wandb.
 
-    `cfg` is the resolved config as plain dicts and is sent along. mode=auto is online for a user who is logged in,
-    else offline; an online run that cannot start continues offline. `rows` are the metrics rows of earlier launches,
-    `evaluations` theirs by name.
-    Opening takes `init_timeout` seconds at most. An exception inside the block marks the run failed and propagates.
+    `cfg` is the resolved config as plain dicts, and is sent to W&B. mode=auto is online for a user who is logged in,
+    else offline; if an online run cannot start, the run continues offline. `rows` and `evaluations` (by name) are those
+    of earlier launches. Opening takes at most `init_timeout` seconds. An exception inside the block marks the run as
+    failed and propagates.
     """
     hooks = sys.exit, sys.excepthook
     tracker = _open(cfg, Path(run_dir).absolute(), resumed)
@@ -160,7 +160,7 @@ def tracking(
         raise
     finally:
         tracker.close(exit_code)
-        # wandb wraps both whenever it starts its background process, and never takes that back.
+        # wandb wraps both whenever it starts its background process, and never restores them.
         sys.exit, sys.excepthook = hooks
 
 
@@ -168,7 +168,7 @@ def _open(cfg: Mapping[str, Any], run_dir: Path, resumed: bool) -> Tracker:
     mode, seconds = cfg["tracking"]["mode"], cfg["tracking"]["init_timeout"]
     if mode == "disabled" or (mode == "auto" and os.environ.get("WANDB_MODE") == "disabled"):
         return Tracker()
-    # Else wandb sends usage statistics, also from offline runs, and on a bad network holds up the exit for 20 s.
+    # Otherwise wandb sends usage statistics, also from offline runs, and delays the exit by 20 s on a bad network.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     deadline = time.monotonic() + seconds
     if mode != "offline":
@@ -193,7 +193,7 @@ def _open_online(cfg: Mapping[str, Any], run_dir: Path, resumed: bool, seconds: 
     id_file = run_dir / "wandb_run_id"
     known = id_file.read_text().strip() if resumed and id_file.exists() else ""
     run_id = known or uuid.uuid4().hex[:12]
-    write_atomic(id_file, run_id + "\n")  # before the run exists, so that no crash can separate the two
+    write_atomic(id_file, run_id + "\n")  # before the run exists, so that a crash cannot lose its ID
 
     def start() -> Tracker | None:
         if not _silent_wandb().login(prompt=False, verify=False):
@@ -202,12 +202,12 @@ def _open_online(cfg: Mapping[str, Any], run_dir: Path, resumed: bool, seconds: 
 
     tracker, error = _attempt(seconds, start)
     if tracker is None and not known:
-        id_file.unlink()  # there is no such run to resume
+        id_file.unlink()  # no run with this ID exists to be resumed
     return tracker, error
 
 
 def _silent_wandb() -> Any:
-    """The wandb module, told not to write to the terminal nor ask for a key there; `login` then needs no network."""
+    """Import wandb without output or a prompt for a key on the terminal; `login` then needs no network."""
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))
@@ -221,7 +221,7 @@ def _init(cfg: Mapping[str, Any], run_dir: Path, mode: str, seconds: float, **id
         console="off",
         symlink=False,
         use_dot_wandb=False,
-        init_timeout=0.9 * seconds,  # so that wandb gives up by itself before it is left behind
+        init_timeout=0.9 * seconds,  # so that wandb stops by itself before `_attempt` times out
         finish_timeout=0.9 * FINISH_SECONDS,
         finish_timeout_raises=True,
     )
@@ -231,7 +231,7 @@ def _init(cfg: Mapping[str, Any], run_dir: Path, mode: str, seconds: float, **id
         config=dict(cfg),
         dir=str(run_dir),
         mode=mode,
-        reinit="create_new",  # never the run that something else in this process has left open
+        reinit="create_new",  # never a run that other code in this process left open
         settings=settings,
         **identity,
     )
@@ -240,18 +240,21 @@ def _init(cfg: Mapping[str, Any], run_dir: Path, mode: str, seconds: float, **id
 
 
 def _teardown(exit_code: int, seconds: float) -> None:
-    """End wandb's background process and forget its state; after `seconds` a hanging one is left behind."""
+    """End wandb's background process and clear its state, waiting at most `seconds` for it."""
     _attempt(seconds, lambda: importlib.import_module("wandb").teardown(exit_code))
 
 
 def _attempt(seconds: float, call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-    """The result of `call` and its error, one of them None; TimeoutError after `seconds`, with `call` left behind."""
+    """Run `call` in a thread. Returns its result and its error, one of which is None.
+
+    After `seconds`, the error is TimeoutError, and the thread is abandoned.
+    """
     outcome: queue.SimpleQueue = queue.SimpleQueue()
 
     def work() -> None:
         try:
             outcome.put((call(), None))
-        except BaseException as error:  # also SystemExit, which wandb raises when its process ends badly
+        except BaseException as error:  # also SystemExit, which wandb raises if its process fails
             outcome.put((None, error))
 
     threading.Thread(target=work, name="wandb-call", daemon=True).start()
