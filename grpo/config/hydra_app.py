@@ -135,9 +135,13 @@ def compose_again(hydra_cfg: HydraConf, overrides: Sequence[str]) -> DictConfig:
 
 
 def config_flags(hydra_cfg: HydraConf) -> list[str]:
-    """The flags --config-dir and --config-name with which a launch finds its config."""
-    added = [source.path for source in hydra_cfg.runtime.config_sources if source.provider == "command-line"]
-    flags = [each for path in added for each in ("--config-dir", path)]
+    """The flags --config-path, --config-dir and --config-name with which a launch finds its config."""
+    flags = []
+    for source in hydra_cfg.runtime.config_sources:
+        if source.provider == "command-line":
+            flags += ["--config-dir", source.path]
+        elif source.provider == "main" and source.path != str(CONF_DIR):
+            flags += ["--config-path", source.path]
     name = hydra_cfg.job.config_name or CONFIG_NAME
     return [*flags, *(["--config-name", name] if name != CONFIG_NAME else [])]
 

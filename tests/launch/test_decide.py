@@ -6,6 +6,7 @@ import shutil
 import pytest
 import yaml
 
+from grpo.config.migrations import VERSION
 from grpo.runs.folder import RunFolder
 from tests.conftest import SMALL_RUN
 from tests.launches import SETTINGS, Launch, launch, start, wait_for_step
@@ -176,7 +177,7 @@ def test_the_first_command_line_of_a_run_is_in_a_file_of_the_run(finished_run):
     (first,) = (json.loads(line) for line in (finished_run / "launches.jsonl").read_text().splitlines())
     assert first["overrides"] == [*SMALL_RUN, "optimizer.lr=0.001", "eval.every=1"]
     config = yaml.safe_load((finished_run / "config.yaml").read_text())
-    assert config["version"] == 1
+    assert config["version"] == VERSION
     assert not {"resume", "run_dir", "fork", "plan", "sweep", "sweep_dir", "until_step"} & config.keys()
 
 

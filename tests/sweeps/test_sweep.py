@@ -270,10 +270,12 @@ hydra: {sweeper: {params: {seed: "shuffle(1,2,3)"}}}
 
 
 def test_a_sweep_that_an_experiment_of_ones_own_describes(cwd):
-    """Its params in an order drawn once, its folder of configs in the command that goes on, each job its own name."""
+    """Its params in an order drawn once, its config folders in the resume command, each job its own name."""
+    shutil.copytree(ROOT / "conf", cwd / "base")
     (cwd / "own" / "experiment").mkdir(parents=True)
     (cwd / "own" / "experiment" / "mine.yaml").write_text(EXPERIMENT)
-    command = ["--config-dir", "own", "-m", "experiment=mine", *QUICK[1:], "hydra/launcher=basic", "grpo.num_steps=1"]
+    folders = ["--config-path", str(cwd / "base"), "--config-dir", "own"]
+    command = [*folders, "-m", "experiment=mine", *QUICK[1:], "hydra/launcher=basic", "grpo.num_steps=1"]
     command += ["grpo.max_completion_length=8", "tracking.name=run_${seed}", "hardware=cpu"]
     done = launch(*command, cwd=cwd)
     assert done.returncode == 0, done.stderr
@@ -283,7 +285,7 @@ def test_a_sweep_that_an_experiment_of_ones_own_describes(cwd):
         (seed,) = (each.partition("=")[2] for each in job["overrides"])
         config = RunFolder(sweep_of(cwd).path / job["folder"]).frozen_config()
         assert (str(config.seed), config.tracking.name) == (seed, f"run_{seed}")
-    assert record["flags"] == ["--config-dir", str(cwd / "own")]
+    assert record["flags"] == ["--config-path", str(cwd / "base"), "--config-dir", str(cwd / "own")]
     planned = launch(*command[:-1], "plan=true", cwd=cwd)
     assert (planned.returncode, planned.stdout.count("seed=")) == (0, 3), planned.stderr
     assert "tracking.name=run_${seed}" in record["overrides"]
