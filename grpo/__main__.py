@@ -12,13 +12,13 @@ from grpo.runs.stop_signals import Exit, exits_are_failures
 
 
 def commands() -> dict[str, str]:
-    """Every command with the first line of its module's docstring."""
+    """All commands, each with the first line of its module's docstring."""
     names = sorted(module.name for module in pkgutil.iter_modules(grpo.commands.__path__) if module.name[0] != "_")
     return {name: (importlib.import_module(f"grpo.commands.{name}").__doc__ or "").splitlines()[0] for name in names}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """List the commands, or run the one that is named. Returns the exit code."""
+    """Run the command in `arguments`, or list the commands if there is none. Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print("python -m grpo <command> [key=value ...]\n")
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"  {name:10} {summary}")
         print("\nAny key or group of the config can be given; to train: python -m grpo train --help")
         return 0
-    if arguments[0] == "train":  # a command line of Hydra's, such as -m and --cfg
+    if arguments[0] == "train":  # a Hydra command line, with options such as -m and --cfg
         from grpo.commands import train
 
         return train.main(arguments[1:])

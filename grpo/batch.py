@@ -1,4 +1,4 @@
-"""Token ids as they are handed over: prompts, and the completions that answer them."""
+"""Batches of token ids: prompts, and completions of these prompts."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,38 +10,38 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Prompts:
-    """P prompts, padded on the left to the longest."""
+    """A batch of P prompts, left-padded to the longest."""
 
     ids: Tensor  # (P, L) int64
-    mask: Tensor  # (P, L) int64, 1 where a token is
+    mask: Tensor  # (P, L) int64, 1 for tokens, 0 for padding
 
     def take(self, prompt_of_row: Tensor) -> "tuple[Prompts, Tensor]":
-        """The prompts that some rows answer, padded to the longest of them, and each row's place among them (n,)."""
-        used, place = prompt_of_row.unique(return_inverse=True)
+        """The prompts at `prompt_of_row` (n,), each once, padded to the longest; and each row's index in them (n,)."""
+        used, place = prompt_of_row.unique(return_inverse=True)  # (p,), (n,)
         start = self.ids.shape[1] - int(self.mask[used].sum(dim=1).max())
         return Prompts(self.ids[used, start:], self.mask[used, start:]), place
 
 
 @dataclass(frozen=True)
 class Completions:
-    """B completions of P prompts, padded on the right; those of a prompt stand next to each other."""
+    """A batch of B completions of P prompts, right-padded; the completions of a prompt are adjacent."""
 
     ids: Tensor  # (B, T) int64
-    attention_mask: Tensor  # (B, T) int64, 1 where a token is: through the first end-of-sequence token, inclusive
-    # (B, T) int64, 1 where a token counts in the loss; 0 also for tokens that the policy did not write, such as a
-    # tool's answer.
+    attention_mask: Tensor  # (B, T) int64, 1 up to and including the first end-of-sequence token, 0 for padding
+    # (B, T) int64, 1 for tokens that count in the loss; 0 for padding and for tokens that the policy did not generate,
+    # such as a tool's answer.
     completion_mask: Tensor
-    group: Tensor  # (B,) int64, the row of the prompt that each completion answers
-    sampling_logps: Tensor | None = None  # (B, T) float32, log-probabilities when sampled; 0 outside attention_mask
-    columns: dict[str, list[Any]] = field(default_factory=dict)  # B values each, for the reward functions
+    group: Tensor  # (B,) int64, index of each completion's prompt
+    sampling_logps: Tensor | None = None  # (B, T) float32, log-probabilities at sampling; 0 outside attention_mask
+    columns: dict[str, list[Any]] = field(default_factory=dict)  # for the reward functions, B values each
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each completion, (B,) int64."""
+        """Number of tokens of each completion, (B,) int64."""
         return self.attention_mask.sum(dim=1)
 
     def select(self, rows: Tensor) -> "Completions":
-        """The completions of these rows (n,) int64, padded to the longest of them."""
+        """The completions at `rows` (n,) int64, padded to the longest of them."""
         width = int(self.lengths[rows].max())
         return Completions(
             ids=self.ids[rows, :width],
@@ -54,26 +54,27 @@ class Completions:
 
 
 def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], device: torch.device) -> Prompts:
-    """Rendered prompts as one left-padded batch. Special tokens are part of the text, none are added."""
+    """Tokenize rendered prompts into one left-padded batch. Special tokens are in the text; none are added."""
     encoded = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
     return Prompts(encoded.input_ids.to(device), encoded.attention_mask.to(device))
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Position of each token (rows, L), counted from the row's first real token."""
+    """Position ids (rows, L), counted from the first token of each row; 0 for padding before it."""
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def split_rows(
     prompt_lengths: Tensor, prompt_of_row: Tensor, row_lengths: Tensor | int, budget: int, shared: bool
 ) -> list[Tensor]:
-    """Split n rows, ordered by prompt, into parts of at most `budget` tokens; a part is never less than one row.
+    """Split n rows, ordered by prompt, into parts of at most `budget` tokens, or of one row if it is longer.
 
-    prompt_lengths (P,), prompt_of_row (n,); row_lengths (n,), or one for all. A prompt counts once in each part that
-    has a row of it where it is shared, else for every row. Returns the rows of each part, (m,) int64.
+    prompt_lengths: (P,); prompt_of_row: (n,); row_lengths: (n,), or one length for all rows. shared: count a prompt
+    once per part instead of once per row. Returns the row indices of each part, (m,) int64.
 
-    Padded to the longest prompt and row of their part, its rows take no more than a few budgets: two where all of a
-    model works on padding, eight where only attention does, which holds a small part of what a token holds.
+    The size of a part with padding (every row as long as its longest prompt plus its longest row) is limited as well:
+    to 2 budgets if not shared, where the whole model computes on padding; to 8 if shared, where only attention does,
+    whose share of the memory per token is small.
     """
     lengths: list[int] = row_lengths.tolist() if isinstance(row_lengths, Tensor) else [row_lengths] * len(prompt_of_row)
     prompts: list[int] = prompt_of_row.tolist()

@@ -1,6 +1,6 @@
-"""Sampling noise from a counter: a pure function of (seed, step, slot, completion, token, vocabulary index).
+"""Counter-based sampling noise: a pure function of (seed, step, slot, completion, token, vocabulary index).
 
-There is no running random state to save, and rows that sit in another batch, process or order get the same noise.
+There is no random state to save, and a row gets the same noise in any batch, process or order.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ _GOLDEN32 = 0x9E3779B9 - (1 << 32)
 
 
 def hash64(*counters: int | np.ndarray) -> np.ndarray:
-    """Mix integers, or arrays of them that broadcast, into one well-spread uint64 each; order matters."""
+    """Hash integers, or integer arrays of broadcastable shapes, to uint64; the order of the arguments matters."""
     state = np.zeros((), dtype=np.uint64)
     with np.errstate(over="ignore"):
         for counter in counters:
@@ -28,7 +28,7 @@ def hash64(*counters: int | np.ndarray) -> np.ndarray:
 
 
 def row_keys(seed: int, step: int, slots: np.ndarray, completions: np.ndarray) -> Tensor:
-    """Keys (B, 2) int32 of completions, from their slot in the batch and their index in the group, (B,) each."""
+    """Keys (B, 2) int32 of B completions, from their prompt's slot and their index in the group, (B,) each."""
     keys = hash64(seed, step, slots, completions)
     return torch.from_numpy(np.ascontiguousarray(keys).view(np.int32).reshape(-1, 2).copy())
 
@@ -39,29 +39,29 @@ def group_keys(seed: int, step: int, slots: np.ndarray, group_size: int) -> Tens
 
 
 def gumbel_noise(keys: Tensor, token: int, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise (B, vocab_size) float32 for the token with this index in each keyed completion.
+    """Standard Gumbel noise (B, vocab_size) float32 for the token at index `token` of each completion.
 
-    keys: (B, 2) int32 from `row_keys`. `argmax(logits / temperature + noise)` is then a sample of the softmax
-    (Gumbel-max), and one that changes under rounding only where two candidates nearly tie.
+    keys: (B, 2) int32 from `row_keys`. `argmax(logits / temperature + noise)` is a sample from the softmax (the
+    Gumbel-max trick). Rounding changes this sample only if two candidates are nearly tied.
     """
-    token_keys = _mix32(_mix32(keys ^ _wrap32(token * _GOLDEN32)) + keys.flip(1))
+    token_keys = _mix32(_mix32(keys ^ _wrap32(token * _GOLDEN32)) + keys.flip(1))  # (B, 2)
     vocab = torch.arange(vocab_size, dtype=torch.int32, device=keys.device)
-    bits = _mix32((vocab * _GOLDEN32) ^ token_keys[:, :1], token_keys[:, 1:])
-    # 31 bits as a fraction in (0, 1]: small ones keep full resolution, and they make the large, decisive noise.
+    bits = _mix32((vocab * _GOLDEN32) ^ token_keys[:, :1], token_keys[:, 1:])  # (B, vocab_size)
+    # Uniform in (0, 1] from 31 bits. Small values, which become the large noise that decides, keep full resolution.
     uniform = (bits & 0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)
-    exponential = uniform.neg_().log1p_().neg_()  # -log(1 - u); infinite where u rounds to 1: never chosen
+    exponential = uniform.neg_().log1p_().neg_()  # -log(1 - u); infinite if u rounds to 1: never sampled
     return exponential.log_().neg_()
 
 
 def random_bits(counters: tuple[int, ...], start: int, count: int, device: torch.device) -> Tensor:
-    """Random bits (count,) int32 for the elements from `start` on of what the counters name."""
+    """Random bits (count,) int32 for the elements from `start` on of the stream that the counters identify."""
     first, second = hash64(*counters).reshape(1).view(np.int32).tolist()
     index = torch.arange(start, start + count, dtype=torch.int32, device=device)
     return _mix32(index.mul_(_GOLDEN32).bitwise_xor_(first), second)
 
 
 def _mix32(x: Tensor, second_key: Tensor | int = 0) -> Tensor:
-    """lowbias32 in wrapping int32 arithmetic, with a second key added half way. In place but for its first step."""
+    """lowbias32 in wrapping int32 arithmetic, with a second key added in the middle. Does not change `x`."""
     x = x ^ _shift_right(x, 16)
     x.mul_(_MIX32[0]).add_(second_key)
     x.bitwise_xor_(_shift_right(x, 15)).mul_(_MIX32[1])
@@ -69,7 +69,7 @@ def _mix32(x: Tensor, second_key: Tensor | int = 0) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    # torch shifts signed numbers arithmetically; the mask makes it the unsigned shift of the definition.
+    # torch's >> on signed integers is an arithmetic shift; the mask makes it the logical shift that lowbias32 needs.
     return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
 
 

@@ -1,6 +1,6 @@
 """Advantages: how much better a completion is than the others of its group.
 
-Imports no torch, so that a launch can check the names of a config at once.
+Does not import torch, so that a launch can check the names in a config quickly.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-EQUAL_REWARDS = 1e-6  # rewards nearer than this count as equal: their differences are rounding, not signal
+EQUAL_REWARDS = 1e-6  # rewards that differ by less count as equal: the difference is rounding error, not signal
 
 
 def group_advantage(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
     """The total reward standardised within each prompt's group.
 
-    rewards: (P, G, C), of G completions of each of P prompts by C reward components; weights: (C,);
+    rewards: (P, G, C), for P prompts, G completions of each and C reward components; weights: (C,);
     valid: (P, G, C) bool, False where a component gave no value. Returns (P, G).
     Source: DeepSeekMath (arXiv 2402.03300), section 4.1.2, outcome supervision.
     """
@@ -34,7 +34,7 @@ def total_reward(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
 def standardize(rewards: Tensor, epsilon: float = 1e-4) -> Tensor:
     """`(r - mean) / (std + epsilon)` within each group, std with ddof=1: (P, G) -> (P, G).
 
-    A group of one, or whose rewards are all equal, has nothing to compare: its advantages are 0.
+    The advantages of a group with a single completion, or with equal rewards, are 0: there is nothing to compare.
     """
     if rewards.shape[1] == 1:
         return rewards.new_zeros(rewards.shape)

@@ -1,10 +1,10 @@
-"""The objective of a policy update as choices, each of them a small pure function on tensors.
+"""The objective of a policy update, composed of choices, each of them a small pure function on tensors.
 
-Shapes: m rows (completions) of t tokens, which may be a part of a batch. `mask` (m, t) is 1 where a token counts.
-Log-probabilities are those of the sampled tokens, with logits divided by the sampling temperature.
+Shapes: m rows (completions) of t tokens; the rows may be a part of a batch. `mask` (m, t) is 1 for tokens that count in
+the loss. Log-probabilities are those of the sampled tokens, with logits divided by the sampling temperature.
 
-conf/objective/ names each choice by its name in the tables at the end, or by the dotted path of another function.
-Imports no torch, so that a launch can check these names at once.
+A config in conf/objective/ selects each choice by its name in `CHOICES`, or by the dotted path of another function.
+This module does not import torch, so that a launch can check these names quickly.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ MAX_LOG_RATIO = 20.0  # exp(20) is finite in float32 and bfloat16; beyond it onl
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What the loss of some completions is computed from. Only `logps` carries a gradient."""
+    """Inputs of the loss of m completions. Only `logps` carries a gradient."""
 
     logps: Tensor  # (m, t) float32, of the policy
-    mask: Tensor  # (m, t) int64, 1 where a token counts
+    mask: Tensor  # (m, t) int64, 1 for tokens that count in the loss
     advantages: Tensor  # (m,) float32, or (m, t)
-    group: Tensor  # (m,) int64, the same number for a prompt's completions here; they may be a part of its group
-    old_logps: Tensor | None = None  # (m, t), of the policy that sampled; None: it has not changed since then
-    ref_logps: Tensor | None = None  # (m, t), of the reference; None where beta is 0
-    sampling_logps: Tensor | None = None  # (m, t), as the rollout engine computed them, where it does
+    group: Tensor  # (m,) int64, equal for completions of the same prompt; a group may be incomplete here
+    old_logps: Tensor | None = None  # (m, t), of the policy that sampled; None: the policy has not changed since
+    ref_logps: Tensor | None = None  # (m, t), of the reference model; None if beta is 0
+    sampling_logps: Tensor | None = None  # (m, t), from the rollout engine; None if it computes none
     entropy: Tensor | None = None  # (m, t), of the policy's distribution at each token, without gradient
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Of the whole batch, known before its first micro-batch, on however many devices it is computed.
+    """Sizes of the whole batch, known before its first micro-batch, for any number of devices.
 
-    A loss that is divided by them adds up to the same gradient however the batch is split.
+    Gradients of losses that are divided by them add up to the same total for every split of the batch.
     """
 
     rows: int  # completions
-    tokens: int  # tokens that count
+    tokens: int  # tokens that count in the loss
     groups: int  # prompts
-    max_length: int  # tokens that a completion may have
+    max_length: int  # maximum tokens of a completion
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """The share of the loss that some rows contribute, and their share of the metrics."""
+    """The contribution of some rows of a batch to its loss and metrics."""
 
-    loss: Tensor  # scalar with gradient; the shares of a batch's parts add up to the batch's loss
-    metrics: dict[str, tuple[Tensor, Tensor]]  # name -> scalars (sum, weight); sums over parts, then their quotient
+    loss: Tensor  # scalar with gradient; the sum over the parts of a batch is the batch's loss
+    metrics: dict[str, tuple[Tensor, Tensor]]  # name -> scalars (sum, weight); summed over parts, then divided
 
 
 ObjectiveFunction = Callable[[LossInputs, Counts], LossOutput]
@@ -63,14 +63,14 @@ ObjectiveFunction = Callable[[LossInputs, Counts], LossOutput]
 
 @dataclass(frozen=True)
 class Limits:
-    """The numbers of the surrogates."""
+    """The clip range that the surrogate gets."""
 
     epsilon_low: float  # the ratio is clipped below 1 - epsilon_low
-    epsilon_high: float  # and above 1 + epsilon_high
+    epsilon_high: float  # the ratio is clipped above 1 + epsilon_high
 
 
 class Objective:
-    """A surrogate of the probability ratio and the advantages, plus beta times the KL, reduced to one number."""
+    """A surrogate of probability ratio and advantages, plus beta times a KL estimate, reduced to a scalar."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Objective:
         epsilon_low: float,
         epsilon_high: float,
     ) -> None:
-        """The choices by name (see `choose`); beta: weight of the KL. Raises ConfigError for an unknown choice."""
+        """The choices by name (see `choose`); beta: weight of the KL term. Raises ConfigError for an unknown choice."""
         self._ratio = choose("ratio", ratio)
         self._surrogate = choose("surrogate", surrogate)
         self._reduction = choose("reduction", reduction)
@@ -92,10 +92,10 @@ class Objective:
         self.limits = Limits(epsilon_low, epsilon_high)
 
     def __call__(self, inputs: LossInputs, counts: Counts) -> LossOutput:
-        """The loss of some rows of the batch that `counts` describes, and its metrics: kl and the surrogate's own."""
+        """Loss and metrics of some rows of the batch that `counts` describes; metrics: the surrogate's, and kl."""
         counted = inputs.mask.bool()
         mask = inputs.mask.to(inputs.logps.dtype)
-        # By `where` and not by a product: what stands outside the mask may be infinite.
+        # `where` instead of a product, because values outside the mask may be infinite.
         logps = inputs.logps.where(counted, 0.0)
         old_logps = logps.detach() if inputs.old_logps is None else inputs.old_logps.where(counted, 0.0)
         advantages = inputs.advantages if inputs.advantages.dim() == 2 else inputs.advantages[:, None]
@@ -104,7 +104,7 @@ class Objective:
         tokens = inputs.mask.sum()
         metrics = {name: ((share * mask).sum(), tokens) for name, share in shares.items()}
         if self.beta > 0:
-            assert inputs.ref_logps is not None  # else there is nothing to measure the distance from
+            assert inputs.ref_logps is not None  # always given if beta > 0
             kl = self._kl(logps, inputs.ref_logps.where(counted, 0.0))
             per_token = per_token + self.beta * kl
             metrics["kl"] = ((kl.detach() * mask).sum(), tokens)
@@ -122,10 +122,11 @@ def token_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
 
 
 def clip(ratio: Tensor, logps: Tensor, advantages: Tensor, limits: Limits) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's pessimistic surrogate, to be minimised: `-min(ratio A, clip(ratio, 1 - low, 1 + high) A)`.
+    """PPO's clipped surrogate, to be minimised: `-min(ratio A, clip(ratio, 1 - low, 1 + high) A)`.
 
-    ratio (m, t) or (m, 1), advantages (m, 1) or (m, t). Returns the surrogate (m, t) and which tokens' gradient was
-    clipped, (m, t) bool by metric. Source: DeepSeekMath (arXiv 2402.03300), equation 3.
+    ratio: (m, t) or (m, 1); advantages: (m, 1) or (m, t). Returns the surrogate (m, t), and for each metric which
+    tokens were clipped, so that they have no gradient, (m, t) bool.
+    Source: DeepSeekMath (arXiv 2402.03300), equation 3.
     """
     lowest = 1 - limits.epsilon_low
     highest = 1 + limits.epsilon_high
@@ -154,16 +155,16 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return x.exp() - x - 1
 
 
-# The arguments of each choice, which are passed by position.
+# The arguments of the functions of each choice, passed by position.
 ARGUMENTS = {
     "advantage": ("rewards", "weights", "valid"),  # (P, G, C), (C,), (P, G, C) -> (P, G) or (P, G, T)
     "ratio": ("log_ratio", "mask"),  # (m, t), (m, t) -> (m, t) or (m, 1)
-    # (m, t) or (m, 1), (m, t), (m, 1) or (m, t), the clip range -> (m, t), {metric: (m, t)}
+    # ratio (m, t) or (m, 1), logps (m, t), advantages (m, 1) or (m, t), Limits -> (m, t), {metric: (m, t)}
     "surrogate": ("ratio", "logps", "advantages", "limits"),
     "reduction": ("values", "mask", "counts"),  # (m, t), (m, t), Counts -> scalar
     "kl": ("logps", "ref_logps"),  # (m, t), (m, t) -> (m, t)
 }
-# What conf/objective/ can name, by choice.
+# The functions that a config in conf/objective/ can select by name, for each choice.
 CHOICES: dict[str, dict[str, Callable[..., Any]]] = {
     "advantage": {"group": group_advantage},
     "ratio": {"token": token_ratio},
@@ -174,9 +175,9 @@ CHOICES: dict[str, dict[str, Callable[..., Any]]] = {
 
 
 def choose(choice: str, name: str) -> Callable[..., Any]:
-    """The function of a choice: one of CHOICES, or by its dotted path one from elsewhere.
+    """The function for a choice: the one with this name in `CHOICES`, or the one at this dotted path.
 
-    Raises ConfigError where there is none, or where it does not take the arguments of its choice.
+    Raises ConfigError if there is no such function, or if it does not take the arguments in `ARGUMENTS`.
     """
     key = f"objective.{choice}"
     known = CHOICES[choice]
@@ -191,7 +192,7 @@ def choose(choice: str, name: str) -> Callable[..., Any]:
 
 
 def check_choices(objective: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a choice of the config group `objective` that is not there."""
+    """Raise ConfigError if the config group `objective` selects a choice that does not exist."""
     is_own = objective.get("_target_") == f"{Objective.__module__}.{Objective.__qualname__}"
-    for choice in CHOICES if is_own else ("advantage",):  # another function may have other keys of these names
+    for choice in CHOICES if is_own else ("advantage",):  # another function may give these keys other meanings
         choose(choice, objective[choice])

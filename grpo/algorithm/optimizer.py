@@ -1,4 +1,4 @@
-"""Optimizers that torch has not: AdamW on bfloat16 weights, and Muon with AdamW for what it cannot take."""
+"""Optimizers that torch lacks: AdamW for bfloat16 weights, and Muon with AdamW for the parameters it cannot take."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,17 +8,17 @@ from torch import Tensor
 
 from grpo.counter_rng import random_bits
 
-CHUNK = 2**22  # values worked on at once: some ten float32 copies of them exist for a moment
-NOT_FOR_MUON = ("embed", "lm_head", "wte", "wpe")  # in the names of embeddings and output heads
+CHUNK = 2**22  # values updated at a time: about ten temporary float32 copies of them are allocated
+NOT_FOR_MUON = ("embed", "lm_head", "wte", "wpe")  # parts of the names of embeddings and output heads
 
 
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with weights and states in bfloat16: 6 bytes per parameter.
 
-    A step is computed in float32 and rounded up or down with the probability that keeps its mean (as in Zamirai et
-    al., arXiv 2010.06192): rounded to the nearest, a step of less than 0.2 % of a weight would always be lost. The
-    random bits come from a counter (seed, step, parameter, element), so that a resumed run rounds as it would have.
-    Parameters of another dtype keep states of theirs and are not rounded.
+    A step is computed in float32 and rounded up or down at random such that its expected value is kept (stochastic
+    rounding, as in Zamirai et al., arXiv 2010.06192): with rounding to nearest, a step of less than 0.2 % of a weight
+    would always be lost. The random bits are a function of (seed, step, parameter, element), so that a resumed run
+    rounds in the same way. Parameters of another dtype have states in that dtype and are not rounded.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ def _adamw(
     *,
     bits: Tensor | None,
 ) -> None:
-    """Update values (n,) and their states in place. bits: (n,) int32 to round to bfloat16 by; None: no rounding."""
+    """Update weights (n,) and states in place. bits: (n,) int32 for stochastic rounding; None: no such rounding."""
     beta1, beta2 = group["betas"]
     grad = grad.float()
     new_mean = mean.float().lerp_(grad, 1 - beta1)
@@ -75,7 +75,7 @@ def _adamw(
     new = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
     scale = (new_square / (1 - beta2**step)).sqrt_().add_(group["eps"])
     new.addcdiv_(new_mean, scale, value=-group["lr"] / (1 - beta1**step))
-    mean.copy_(new_mean)  # moves by a tenth of a gradient, which no rounding stops
+    mean.copy_(new_mean)  # rounded to nearest: steps of a tenth of a gradient are not lost
     if bits is not None:
         new = round_stochastically(new, bits)
         new_square = round_stochastically(new_square, bits >> 16)
@@ -84,9 +84,9 @@ def _adamw(
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
-    """Round float32 values, in place, to one of the two bfloat16 numbers around each, with their mean in mind.
+    """Round float32 values, in place, to one of the two nearest bfloat16 numbers, keeping the expected value.
 
-    bits: int32 of the same shape, of which the lower 16 decide.
+    bits: random int32 of the same shape, of which the lower 16 bits are used.
     """
     x.view(torch.int32).add_(bits & 0xFFFF).bitwise_and_(-0x10000)
     return x
@@ -96,7 +96,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al., 2024) for the matrices within the layers, AdamW for embeddings, the head, norms and biases.
 
     params: pairs of name and parameter. Muon's updates are scaled to the size of AdamW's (Liu et al., arXiv
-    2502.16982), so that one learning rate serves both.
+    2502.16982), so that both can use the same learning rate.
     """
 
     def __init__(

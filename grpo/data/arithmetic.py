@@ -1,4 +1,4 @@
-"""Two-digit additions as short questions: the embedded data set, generated and always the same."""
+"""The embedded data set: two-digit additions as short questions, generated and always the same."""
 
 import hashlib
 
@@ -14,22 +14,22 @@ PHRASINGS = (
 
 
 def problems(split: str) -> list[dict]:
-    """The problems of one split, each {"id": "37+48", "question": str, "answer": "85"}, in a fixed mixed order.
+    """The problems of one split, each {"id": "37+48", "question": str, "answer": "85"}, in a fixed shuffled order.
 
-    "demonstrations" (about 5,600) is what the embedded model was taught on, "train" (about 2,000) is for
-    reinforcement learning and "test" (about 500) for evaluation. 37+48 and 48+37 are two problems of one split.
+    The embedded model was trained on "demonstrations" (about 5,600 problems); "train" (about 2,000) is for
+    reinforcement learning and "test" (about 500) for evaluation. 37+48 and 48+37 are two problems of the same split.
     Raises ValueError for any other split.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100) if _split_of(a, b) == split]
-    # Mixed, so that the first n problems of a split are a fair sample of it.
+    # Shuffled, so that the first n problems of a split are a representative sample of it.
     pairs.sort(key=lambda pair: _stable_hash(f"order {pair}"))
     return [_problem(a, b) for a, b in pairs]
 
 
 def _split_of(a: int, b: int) -> str:
-    """Decided by the unordered pair, or else a test problem could be solved by having seen its mirror image."""
+    """The split of a + b, the same as that of b + a, so that training never shows the sum of a test problem."""
     sixteenth = _stable_hash(f"split {min(a, b)} {max(a, b)}") % 16
     if sixteenth == 0:
         return "test"
@@ -42,5 +42,5 @@ def _problem(a: int, b: int) -> dict:
 
 
 def _stable_hash(text: str) -> int:
-    """Equal in every process and on every machine, unlike `hash`."""
+    """A hash that is equal in every process and on every machine, unlike `hash`."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -1,4 +1,4 @@
-"""Problems to train on and held-out ones, from the hub, from JSON lines, or generated."""
+"""Training and held-out problems, from the Hugging Face hub, from JSON Lines files, or generated."""
 
 import json
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from grpo.rewards.math_xml import gsm8k_answer
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its final answer. `columns` are the data set's other fields, handed to reward functions."""
+    """A question with its final answer. `columns`: the data set's other fields, passed to reward functions."""
 
     id: str
     question: str
@@ -23,27 +23,27 @@ class Problem:
 
 @dataclass(frozen=True)
 class Problems:
-    """The problems of one data set: those to train on, and the held-out ones."""
+    """The training problems and the held-out (test) problems of a data set."""
 
     train: list[Problem]
     test: list[Problem]
 
 
 def load_gsm8k(path: str | None, name: str | None) -> Problems:
-    """GSM8K from the hub (`path` the data set's name, `name` its configuration), or from a folder of JSON lines.
+    """Load GSM8K from the hub (path: data set name; name: its configuration) or from a folder (see `load_jsonl`).
 
-    Raises ConfigError where it cannot be found or reached, or where a line is malformed.
+    Raises ConfigError if it cannot be found or reached, or if a line is malformed.
     """
     if path is None:
         raise ConfigError("data.path=null: give a data set's hub name, or a folder with train.jsonl and test.jsonl")
     if Path(path).is_dir():
         return load_jsonl(path)
-    # here, since it takes seconds to import and a local folder does not need it
+    # Imported here because it takes seconds, and a local folder does not need it.
     from datasets import load_dataset
 
     try:
         splits = load_dataset(path, name)
-    except Exception as error:  # the hub, the network, the cache: each has exceptions of its own
+    except Exception as error:  # the hub, the network and the cache each raise their own exceptions
         raise ConfigError(
             f"data.path={path} is neither a local folder nor a data set that the hub gave "
             f"({type(error).__name__}: wrong name, or no network?); give a folder that holds train.jsonl and "
@@ -61,7 +61,7 @@ def load_gsm8k(path: str | None, name: str | None) -> Problems:
 
 
 def load_jsonl(path: str | None, name: str | None = None) -> Problems:
-    """Problems of `path`/train.jsonl and test.jsonl: an object a line with `question` and `answer`.
+    """Load `path`/train.jsonl and `path`/test.jsonl: one JSON object per line, with `question` and `answer`.
 
     `answer` is the final answer, or a GSM8K-style solution that ends in `#### answer`. `id` is optional.
     Raises ConfigError with file, line and reason.
@@ -78,7 +78,7 @@ def load_jsonl(path: str | None, name: str | None = None) -> Problems:
 
 
 def load_arithmetic(path: None = None, name: None = None) -> Problems:
-    """The embedded sums; `grpo.data.arithmetic` says how they are split. ConfigError where other data is asked for."""
+    """Load the problems of `grpo.data.arithmetic`. Raises ConfigError if `path` or `name` is given."""
     if path is not None or name is not None:
         raise ConfigError(f"data.path={path}: data=arithmetic makes its own problems; for a folder add data=jsonl")
     return Problems(

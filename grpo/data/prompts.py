@@ -1,4 +1,4 @@
-"""From problems to prompts: chat messages and their rendered text."""
+"""Prompts for problems: chat messages and their rendered text."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ Messages = list[dict[str, str]]
 
 
 def messages(question: str, data: Mapping[str, Any]) -> Messages:
-    """The conversation that asks a question: data.system_prompt, data.examples as earlier turns, the question."""
+    """The conversation for a question: data.system_prompt, data.examples as earlier turns, then the question."""
     system = [{"role": "system", "content": data["system_prompt"].strip()}] if data["system_prompt"] else []
     turns = [
         {"role": role, "content": example[key].strip()}
@@ -24,18 +24,21 @@ def messages(question: str, data: Mapping[str, Any]) -> Messages:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, conversation: Messages) -> str:
-    """The text that a model reads, up to where its answer begins. Without a chat template: the plain contents."""
+    """Render a conversation up to the start of the answer; without a chat template, the contents are joined."""
     if tokenizer.chat_template is None:
         return "\n\n".join(message["content"] for message in conversation) + "\n\n"
     text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)  # since it was not to tokenize
+    assert isinstance(text, str)  # because tokenize=False
     return text
 
 
 def prompt_lengths(
     tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], data: Mapping[str, Any]
 ) -> list[int]:
-    """Tokens of each prompt. Raises ConfigError naming the longest where it has more than data.max_prompt_length."""
+    """Number of tokens of each problem's prompt.
+
+    Raises ConfigError if a prompt is empty, longer than data.max_prompt_length, or refused by the chat template.
+    """
     limit = data["max_prompt_length"]
     try:
         texts = [render(tokenizer, messages(problem.question, data)) for problem in problems]

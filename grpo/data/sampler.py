@@ -1,4 +1,4 @@
-"""Which problems a step sees."""
+"""Selection of the problems of each step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from grpo.data.problems import Problem
 
 @dataclass(frozen=True)
 class SampledProblems:
-    """P problems of a step."""
+    """The P problems of a step."""
 
     problems: list[Problem]
-    slots: np.ndarray  # (P,) int64, their places in the step's whole batch, which the sampling noise follows from
+    slots: np.ndarray  # (P,) int64, index of each problem in the step's batch; the sampling noise depends on it
 
 
 class PromptSampler:
-    """Each epoch is a permutation of the problems that follows from (seed, epoch). It has no state."""
+    """Stateless sampler: each epoch is a permutation of the problems, determined by (seed, epoch)."""
 
     def __init__(self, problems: Sequence[Problem], seed: int) -> None:
         self._problems = problems
         self._seed = seed
 
     def take(self, step: int, count: int) -> SampledProblems:
-        """The `count` problems of a step (from 1), where every step before it took as many."""
+        """The `count` problems of a step (counted from 1). All earlier steps must have used the same `count`."""
         total = len(self._problems)
         first = (step - 1) * count
         places = range(first, first + count)
@@ -35,5 +35,5 @@ class PromptSampler:
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of range(count), the same wherever and whenever it is asked for."""
+    """A permutation of range(count), (count,) int64, determined by (seed, epoch)."""
     return np.argsort(hash64(seed, epoch, np.arange(count)), kind="stable")

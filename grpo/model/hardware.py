@@ -1,4 +1,4 @@
-"""Which device a run uses, and how: resolved once when it starts, then frozen in its config."""
+"""The device of a run and how it is used: resolved once at the start, then stored in the run's config."""
 
 import ctypes
 import logging
@@ -18,15 +18,16 @@ from grpo.config.values import escape
 
 logger = logging.getLogger(__name__)
 
-THREADS = torch.get_num_threads()  # as torch finds them, before any job of a sweep sets another number
+THREADS = torch.get_num_threads()  # torch's default, read before a job of a sweep sets another number
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # constants of glibc's malloc.h
 
 
 def resolve_hardware(cfg: DictConfig) -> None:
-    """Fill, in place, what the hardware group leaves open, the threads, and check that the device can do its part.
+    """Resolve the hardware group's device and threads in place, and check that the device suits the config.
 
-    Raises ConfigError where the device asked for is not there, is smaller than the preset's, or lacks its arithmetic.
+    Raises ConfigError if the requested device does not exist, has less memory than the preset expects, or does not
+    support the dtype.
     """
     device = asked_device(cfg)
     if device.startswith("cuda"):
@@ -37,7 +38,7 @@ def resolve_hardware(cfg: DictConfig) -> None:
 
 
 def asked_device(cfg: DictConfig) -> str:
-    """The device that the config asks for. Raises ConfigError where torch does not see it."""
+    """The device that the config requests. Raises ConfigError if torch does not find it."""
     check_device_map(cfg.model.device_map)
     by_map = cfg.model.device_map != "auto"
     device = cfg.model.device_map if by_map else cfg.hardware.device
@@ -56,7 +57,7 @@ def _check_card(cfg: DictConfig, device: str) -> None:
     card = torch.cuda.get_device_properties(device)
     memory = card.total_memory / 1e9
     expected = hardware.card.memory_gb
-    if expected is not None and memory < 0.9 * expected:  # a little is always reserved
+    if expected is not None and memory < 0.9 * expected:  # some memory is always reserved
         raise ConfigError(
             f"the preset is for a card of {expected:g} GB, and {card.name} has {memory:.1f} GB: use hardware=auto, or "
             f"hardware.card.memory_gb={memory:.0f} to try it as it is"
@@ -75,52 +76,52 @@ def find_device() -> str:
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware; emulated, it is slower than float32."""
+    """Whether this processor multiplies bfloat16 in hardware; emulated bfloat16 is slower than float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def cuda_multiplies_bfloat16(device: str) -> bool:
-    """Whether a CUDA device multiplies bfloat16 in hardware: AMD's do, NVIDIA's since compute capability 8."""
+    """Whether a CUDA device multiplies bfloat16 in hardware: AMD GPUs do, NVIDIA GPUs from compute capability 8."""
     return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
 
 
 def device_of(config: Config) -> torch.device:
-    """The device that a config with its hardware resolved asks for, with its number where that is given."""
+    """The device of a config with resolved hardware, with its index if one is given."""
     device_map = config.model.device_map
     return torch.device(config.hardware.device if device_map == "auto" else device_map)
 
 
 def use_hardware(config: Config) -> torch.device:
-    """Set torch up as the frozen config says, and return the device."""
+    """Set up torch according to the resolved config, and return the device."""
     torch.set_num_threads(config.hardware.threads or THREADS)
     device = device_of(config)
-    # Set both ways, since the jobs of a sweep share a process. On a CPU this only replaces atomic additions in the
-    # gradient of indexing, at no cost worth measuring.
+    # Switched on or off in any case, since the jobs of a sweep share a process. On a CPU this only replaces atomic
+    # additions in the gradient of indexing, at no measurable cost.
     _use_deterministic_algorithms(device.type == "cpu" or config.deterministic)
     if device.type == "cpu":
         _limit_primitive_caches()
         _keep_freed_memory()
     if device.type == "cuda":
         if device.index is not None:
-            torch.cuda.set_device(device)  # else what names no device would take memory of the first one
+            torch.cuda.set_device(device)  # or allocations without an explicit device would use the first one
         torch.cuda.reset_peak_memory_stats(device)
     return device
 
 
 def _limit_primitive_caches() -> None:
-    """Let oneDNN, and torch before it, keep what they prepared for the last few shapes of a product only.
+    """Limit the caches of oneDNN and torch for prepared matrix products to a few shapes.
 
-    Working memory is included, batches of text have ever new shapes, and by default the last 1024 are kept. Read when
-    the first product is computed.
+    Each entry includes working memory, batches of text constantly have new shapes, and the default is 1024 entries. The
+    variables are read when the first product is computed.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "32")
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library keep what tensors on a CPU free, where it otherwise gives the large ones back at once.
+    """Make the C library keep the memory of freed CPU tensors instead of returning large blocks to the system.
 
-    Each page that it asks for again is cleared by the system first: a seventh of a training step's time.
+    The system clears each page that is allocated again, which took a seventh of a training step's time.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
@@ -128,24 +129,24 @@ def _keep_freed_memory() -> None:
 
 
 def _use_deterministic_algorithms(wanted: bool) -> None:
-    """What torch needs for equal bits from equal inputs, attention's backward pass included; or not."""
+    """Turn on or off what torch needs for bitwise reproducible results, attention's backward pass included."""
     if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is made
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first matrix product
         os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers
     torch.use_deterministic_algorithms(wanted)
-    # A property that torch gives the module at import, which types do not show.
+    # torch adds this property to the module at import, so type checkers do not know it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False  # autotuning may choose another algorithm each time
     torch.backends.cudnn.deterministic = wanted
-    torch.backends.cuda.enable_cudnn_sdp(not wanted)  # cuDNN's attention promises no equal gradients
+    torch.backends.cuda.enable_cudnn_sdp(not wanted)  # cuDNN's attention does not guarantee reproducible gradients
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory used so far, in GB: of the card by tensors on CUDA, else of the process."""
+    """Peak memory so far in GB: of the tensors on the GPU with CUDA, otherwise of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
     if status.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(found[1]) * 1024 / 1e9  # Linux's getrusage counts what the process that started this one held, too
+        return int(found[1]) * 1024 / 1e9  # on Linux, getrusage also counts what the parent process held
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9

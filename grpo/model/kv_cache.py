@@ -1,4 +1,4 @@
-"""Reading with transformers' own cache of keys and values: the plain way, which every architecture knows."""
+"""Forward passes with transformers' own key-value cache, which every architecture supports."""
 
 import functools
 import inspect
@@ -13,17 +13,17 @@ from grpo.batch import Prompts, positions
 
 
 def prefill(model: PreTrainedModel, prompts: Prompts) -> tuple[Tensor, DynamicCache]:
-    """Read P prompts once. Returns the last token's hidden state (P, H) and the keys and values (P rows).
+    """Process P prompts once. Returns the last token's hidden state (P, H) and the key-value cache (P rows).
 
-    With gradient enabled the cache carries it, so a whole group can share its prompt's forward pass in training.
+    If gradients are enabled, they flow through the cache, so a group can share its prompt's forward pass in training.
     """
     cache = DynamicCache(config=model.config)
-    hidden = extend(model, cache, prompts.ids, prompts.mask, positions(prompts.mask))
+    hidden = extend(model, cache, prompts.ids, prompts.mask, positions(prompts.mask))  # (P, L, H)
     return hidden[:, -1], cache
 
 
 def extend(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
-    """Read more tokens. Returns their hidden states (rows, L, H) and adds their keys and values to the cache.
+    """Process L more tokens per row. Returns their hidden states (rows, L, H) and extends the cache.
 
     ids, position_ids: (rows, L); mask: (rows, length of the cache + L).
     """
@@ -35,16 +35,16 @@ def extend(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tenso
 
 @functools.cache
 def _cache_argument(forward: Callable[..., Any]) -> str:
-    """Transformers renamed it in 5.24; a model that comes with its own code may have the older name in any version."""
+    """The name of the cache argument: transformers renamed it in 5.24, but remote model code may use the old name."""
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def select_cache_rows(cache: DynamicCache, rows: Tensor) -> None:
-    """Keep, repeat or reorder the cache's rows in place; rows (N,) int64 may name a row more than once.
+    """Keep, repeat or reorder the cache's rows in place; rows (N,) int64 may contain a row more than once.
 
-    `index_select` and not indexing, because its gradient adds up repeated rows in a fixed order.
+    Uses `index_select` instead of indexing, because its gradient sums repeated rows in a fixed order.
     """
-    layers: list[Any] = cache.layers  # each with keys and values, since tokens have been read
+    layers: list[Any] = cache.layers  # each has keys and values, since the cache is not empty
     for layer in layers:
         layer.keys = layer.keys.index_select(0, rows)
         layer.values = layer.values.index_select(0, rows)

@@ -1,4 +1,4 @@
-"""From hidden states to log-probabilities, a few tokens' logits at a time."""
+"""Log-probabilities from hidden states, computed from the logits of a few tokens at a time."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ from torch.autograd.function import once_differentiable
 
 from grpo.model.linear import onednn_linear
 
-LOGITS_PER_CHUNK = 2**23  # 32 MB of float32: about what the cache of a processor holds, since many passes go over it
-NARROW_CHUNKS = 4  # multiplied at once in 16 bits, where each product also passes over a float32 sum of the gradient
+LOGITS_PER_CHUNK = 2**23  # 32 MB of float32: about the size of a processor's cache, since a chunk is read many times
+NARROW_CHUNKS = 4  # per product with 16-bit weights, where each product also reads and writes a float32 gradient sum
 
 
 class HeadLogps(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature) at the targets, and its entropy where asked for, without gradient.
+    """`log_softmax(hidden @ weight.T / temperature)` at the targets; on request its entropy, which has no gradient.
 
     hidden (A, H), weight (V, H), targets (A,) -> logps (A,) and entropy (A,), float32. The backward pass computes the
-    logits again, so that never more than a chunk of them exists.
+    logits again in chunks, so that all (A, V) of them never exist at once.
     """
 
     @staticmethod
@@ -26,7 +26,7 @@ class HeadLogps(torch.autograd.Function):
         """See the class."""
         logps, entropy, normalizers = (hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(3))
         for part in _chunks(len(hidden), weight):
-            logits = _logits(hidden[part], weight, temperature)
+            logits = _logits(hidden[part], weight, temperature)  # (chunk, V)
             normalizers[part] = logits.logsumexp(dim=1)
             logits -= normalizers[part, None]
             logps[part] = logits.gather(1, targets[part, None])[:, 0]
@@ -40,7 +40,7 @@ class HeadLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of hidden and weight, from that of the log-probabilities, (A,)."""
+        """The gradients of hidden and weight, given that of the log-probabilities, (A,)."""
         hidden, weight, targets, normalizers = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         narrow = weight.itemsize < 4
@@ -52,7 +52,7 @@ class HeadLogps(torch.autograd.Function):
             grad_hidden[block] = onednn_linear(grad_logits, weight.t())
             if grad_weight is None:
                 continue
-            if narrow:  # else what a block adds would be rounded to the digits that the sum has in 16 bits
+            if narrow:  # summed in float32: in 16 bits much of what a block adds would be rounded away
                 grad_weight += grad_logits.t() @ hidden[block]
             else:
                 grad_weight.addmm_(grad_logits.t(), hidden[block])
@@ -62,10 +62,10 @@ class HeadLogps(torch.autograd.Function):
 def _grad_logits(
     hidden: Tensor, weight: Tensor, targets: Tensor, normalizers: Tensor, grad: Tensor, ctx: Any
 ) -> Tensor:
-    """The gradient (a, V) of some tokens' logits before the temperature, in the dtype of the weights."""
+    """The gradient (a, V) of some tokens' logits before the division by the temperature, in the weights' dtype."""
     parts = []
     for part in _chunks(len(hidden), weight):
-        logits = _logits(hidden[part], weight, ctx.temperature)
+        logits = _logits(hidden[part], weight, ctx.temperature)  # (chunk, V)
         logits.sub_(normalizers[part, None]).exp_().mul_(-grad[part, None])
         logits.scatter_add_(1, targets[part, None], grad[part, None])
         parts.append(logits.to(hidden.dtype))

@@ -29,23 +29,23 @@ from grpo.tiny import MODEL_DIR as TINY_MODEL_DIR
 logger = logging.getLogger(__name__)
 
 EMBEDDED_MODELS = {"tiny": TINY_MODEL_DIR}
-RANDOM_MODELS = {"qwen2_5_1_5b_random": ARCHITECTURES_DIR / "qwen2_5_1_5b.json"}  # read with the tiny model's tokenizer
+RANDOM_MODELS = {"qwen2_5_1_5b_random": ARCHITECTURES_DIR / "qwen2_5_1_5b.json"}  # with the tiny model's tokenizer
 
 
 def model_source(name: str) -> str:
-    """Where transformers finds a model: the folder of an embedded one, else the hub name or folder as it is."""
+    """What transformers loads a model from: the folder of an embedded model, otherwise `name` unchanged."""
     return str(EMBEDDED_MODELS.get(name, name))
 
 
 def architecture(name: str, trust_remote_code: bool) -> PretrainedConfig:
-    """A model's own config. Raises OSError or ValueError where it cannot be had."""
+    """The transformers config of a model. Raises OSError or ValueError if it cannot be loaded."""
     if name in RANDOM_MODELS:
         return AutoConfig.for_model(**json.loads(RANDOM_MODELS[name].read_text()))
     return AutoConfig.from_pretrained(model_source(name), trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token. Raises ConfigError where the model cannot be found or reached."""
+    """The model's tokenizer, with a padding token. Raises ConfigError if the model cannot be found or reached."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             TINY_MODEL_DIR if config.name in RANDOM_MODELS else model_source(config.name),
@@ -60,7 +60,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def check_model(config: ModelConfig) -> None:
-    """Raise ConfigError unless the model's own config can be read, which takes no weights."""
+    """Raise ConfigError if the model's config or attention cannot be used. Loads no weights."""
     folder = Path(config.name)
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         adapter = json.loads((folder / "adapter_config.json").read_text())
@@ -85,7 +85,7 @@ def check_model(config: ModelConfig) -> None:
 
 
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """The model on `device`, in evaluation mode (GRPO's ratios need the same network to sample and to train)."""
+    """Load the model in evaluation mode (GRPO's ratios need the same network for sampling and for training)."""
     transformers_logging.disable_progress_bar()
     settings = {
         "dtype": getattr(torch, config.dtype),
@@ -94,13 +94,13 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     }
     try:
         if config.name in RANDOM_MODELS:
-            # The same weights each time and on every device, since they are where a run begins.
+            # The same weights each time and on every device, since a run starts from them.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 drawn = settings | {"dtype": torch.float32}
                 model = AutoModelForCausalLM.from_config(architecture(config.name, False), **drawn)
             model.config.dtype = settings["dtype"]
-            for parameter in model.parameters():  # and no buffer, as from_pretrained does
+            for parameter in model.parameters():  # not buffers, as in from_pretrained
                 parameter.data = parameter.data.to(settings["dtype"])
         else:
             model = AutoModelForCausalLM.from_pretrained(model_source(config.name), **settings)
@@ -115,9 +115,9 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
 
 
 def copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy whose trained parameters have this dtype, or their own where the model has it already.
+    """A copy whose trained parameters have this dtype, or keep their own dtype if the model has this one already.
 
-    Parameters that take no gradient never change, so they are shared. What is no parameter stays as it is.
+    Parameters that require no gradient never change, so they are shared. Buffers keep their dtype.
     """
 
     def copied(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
@@ -126,14 +126,15 @@ def copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel
         narrowed = parameter.dtype if model.dtype == dtype else dtype
         return torch.nn.Parameter(parameter.detach().to(narrowed, copy=True))
 
-    # Told beforehand what the parameters become, deepcopy does not copy them first.
+    # The memo gives deepcopy the new parameters, so that it does not copy the old ones first.
     return copy.deepcopy(model, {id(parameter): copied(parameter) for parameter in model.parameters()})
 
 
 def working_copy(master: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy that computes in a narrower dtype and hands each gradient on to the master's parameters, in theirs.
+    """A copy that computes in a narrower dtype and passes each gradient to the master, in the master's dtype.
 
-    An update of 1e-6 would be rounded away in bfloat16, so the optimizer works on the master; `refresh` the copy then.
+    An update of 1e-6 would be rounded away in bfloat16, so the optimizer updates the master; `refresh` then updates the
+    copy.
     """
     work = copy_in_dtype(master, dtype)
     for parameter, original in zip(work.parameters(), master.parameters(), strict=True):
@@ -143,7 +144,7 @@ def working_copy(master: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel
 
 
 def _hand_on(original: torch.nn.Parameter, parameter: torch.nn.Parameter) -> None:
-    assert parameter.grad is not None  # torch calls this once it has one
+    assert parameter.grad is not None  # torch calls the hook after it has accumulated one
     grad = parameter.grad.to(original.dtype)
     parameter.grad = None
     original.grad = grad if original.grad is None else original.grad.add_(grad)
@@ -151,14 +152,14 @@ def _hand_on(original: torch.nn.Parameter, parameter: torch.nn.Parameter) -> Non
 
 @torch.no_grad()
 def refresh(model: PreTrainedModel, master: PreTrainedModel) -> None:
-    """Give a copy the master's present parameters, rounded to its own dtype."""
+    """Update a copy to the master's current parameters, rounded to the copy's dtype."""
     for parameter, original in zip(model.parameters(), master.parameters(), strict=True):
         if parameter is not original:
             parameter.copy_(original)
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: the tokenizer's own and those of the model's generation config."""
+    """All tokens that end a completion: the tokenizer's end-of-sequence token and those of the generation config."""
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
     return sorted({token for token in [tokenizer.eos_token_id, *stops] if token is not None})
@@ -166,7 +167,7 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel) -> None:
-    """The engine applies the output head itself; refuse an architecture that does more between it and the logits."""
+    """Raise ConfigError if the model changes its logits after the output head, which is applied separately here."""
     ids = torch.arange(1, 5, device=model.device)[None]
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     if not torch.allclose(model.get_output_embeddings()(hidden), model(ids, use_cache=False).logits, atol=1e-4):
@@ -177,7 +178,7 @@ def _check_head(model: PreTrainedModel) -> None:
 
 
 def model_not_found(name: str, cause: Exception) -> ConfigError:
-    """The error to raise where neither a folder nor the hub has the model."""
+    """The error to raise if the model is found neither in a folder nor on the hub."""
     if Path(name).is_dir():
         return ConfigError(
             f"model.name={name} is not a folder that transformers can load a model from: {first_line(cause)}"

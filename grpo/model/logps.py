@@ -1,4 +1,4 @@
-"""The log-probabilities that a model gives to completions, with gradient where that is enabled."""
+"""Log-probabilities of completions under a model, with gradient if it is enabled."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,10 @@ from grpo.model.packed import forward_packed, pack_groups, supports_packing
 
 @dataclass(frozen=True)
 class TokenLogps:
-    """What the policy thinks of B completions' tokens, at the sampling temperature; 0 outside the mask."""
+    """Log-probabilities and entropies of B completions at the sampling temperature; 0 outside the attention mask."""
 
-    logps: Tensor  # (B, T) float32, log-probability of each token of the attention mask
-    entropy: Tensor  # (B, T) float32, in nats, of the distribution it was drawn from; no gradient; 0 unless asked for
+    logps: Tensor  # (B, T) float32, log-probability of each token
+    entropy: Tensor  # (B, T) float32, in nats, of the distribution of each token; no gradient; 0 if not requested
 
 
 def completion_logps(
@@ -29,42 +29,42 @@ def completion_logps(
     temperature: float,
     entropy: bool = True,
 ) -> TokenLogps:
-    """Log-probabilities of B completions' tokens, each prompt read once for all of its completions.
+    """Log-probabilities of B completions' tokens. Each prompt is processed once for all of its completions.
 
-    With gradient enabled the logps carry it, through the shared prompt as well.
+    If gradients are enabled, they also flow through the shared prompt.
     """
     if supports_packing(model):
         ids, position_ids, packing, source = pack_groups(prompts, completions, model.dtype)
-        hidden = forward_packed(model, ids, position_ids, packing).index_select(0, source)
+        hidden = forward_packed(model, ids, position_ids, packing).index_select(0, source)  # (A, H)
     else:
-        hidden = _hidden_by_cache(model, prompts, completions)[completions.attention_mask.bool()]
+        hidden = _hidden_by_cache(model, prompts, completions)[completions.attention_mask.bool()]  # (A, H)
     mask = completions.attention_mask
-    active = mask.flatten().nonzero().squeeze(1)
-    targets = completions.ids.flatten().index_select(0, active)
+    active = mask.flatten().nonzero().squeeze(1)  # (A,), indices of the completions' tokens
+    targets = completions.ids.flatten().index_select(0, active)  # (A,)
     empty = torch.zeros(mask.numel(), dtype=torch.float32, device=hidden.device)
-    found = head_logps(model.get_output_embeddings(), hidden, targets, temperature, entropy)
+    found = head_logps(model.get_output_embeddings(), hidden, targets, temperature, entropy)  # (A,), (A,)
     return TokenLogps(*(empty.index_copy(0, active, values).view(mask.shape) for values in found))
 
 
 def _hidden_by_cache(model: PreTrainedModel, prompts: Prompts, completions: Completions) -> Tensor:
-    """The hidden state (B, T, H) that predicts each token, the prompts shared through a cache with gradient."""
+    """The hidden state (B, T, H) that predicts each token; prompts are shared through a cache with gradient."""
     last_hidden, cache = prefill(model, prompts)
     select_cache_rows(cache, completions.group)
     prompt_mask = prompts.mask.index_select(0, completions.group)
     mask = torch.cat([prompt_mask, completions.attention_mask[:, :-1]], dim=1)
-    hidden = last_hidden.index_select(0, completions.group)[:, None]
+    hidden = last_hidden.index_select(0, completions.group)[:, None]  # (B, 1, H)
     if completions.ids.shape[1] == 1:
         return hidden
-    new_positions = positions(mask)[:, prompt_mask.shape[1] :]
+    new_positions = positions(mask)[:, prompt_mask.shape[1] :]  # (B, T - 1)
     return torch.cat([hidden, extend(model, cache, completions.ids[:, :-1], mask, new_positions)], dim=1)
 
 
 def head_logps(
     head: Any, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (A,) of the target tokens, and entropies (A,), from the hidden states (A, H) before them.
+    """Log-probabilities (A,) of the targets (A,), and entropies (A,), from the hidden states (A, H) that predict them.
 
-    The head runs again in the backward pass, so (A, vocabulary) logits never exist.
+    The head is applied again in the backward pass, so the logits (A, V) never exist at once.
     """
     if isinstance(head, nn.Linear) and head.bias is None:
         return HeadLogps.apply(hidden, head.weight, targets, temperature, entropy)
@@ -80,7 +80,7 @@ def head_logps(
 def _chunk_logps(
     head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    logps = torch.log_softmax(head(hidden).float() / temperature, dim=-1)
+    logps = torch.log_softmax(head(hidden).float() / temperature, dim=-1)  # (chunk, V)
     with torch.no_grad():
         entropy = -(logps.exp() * logps).sum(dim=-1) if with_entropy else logps.new_zeros(len(logps))
     return logps.gather(1, targets[:, None]).squeeze(1), entropy

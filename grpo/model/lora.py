@@ -1,8 +1,7 @@
-"""LoRA (Hu et al., arXiv 2106.09685) through peft: weights stay as they are, and small products are added to theirs.
+"""LoRA (Hu et al., arXiv 2106.09685) through peft: low-rank products are added to the weights, which stay frozen.
 
-What is trained is the adapter alone; it has a dtype of its own, `model.dtype`, while the weights below it are held in
-that of the arithmetic. Nothing else in the engine asks which of the two a model is: what is trained is what takes a
-gradient.
+Only the adapter is trained. Its dtype is `model.dtype`; the frozen weights have the compute dtype. Other code rarely
+distinguishes models with and without an adapter: the trained parameters are those that require a gradient.
 """
 
 import json
@@ -23,12 +22,12 @@ PLAIN = {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern":
 
 
 def add_adapter(model: PreTrainedModel, settings: LoraSettings, dtype: torch.dtype, seed: int) -> None:
-    """Give a model an adapter in this dtype and let nothing else take a gradient.
+    """Add an adapter with this dtype to a model and freeze all other parameters.
 
-    It begins as `settings.init_from` has it, else as one that adds nothing, drawn from the seed. Raises ConfigError
-    where it does not fit the model.
+    The adapter is loaded from `settings.init_from`, or drawn from the seed such that it adds nothing at first. Raises
+    ConfigError if it does not fit the model.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # here, since it takes a second to import
+    from peft import LoraConfig, inject_adapter_in_model  # imported here because it takes a second
 
     modules = settings.target_modules
     config = LoraConfig(
@@ -48,14 +47,15 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings, dtype: torch.dty
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
         torch.manual_seed(seed)
-        for layer in adapted_layers(model):  # again, since peft drew in the dtype of the weights, which may be narrower
+        # Drawn again, since peft draws in the dtype of the weights, which may be narrower.
+        for layer in adapted_layers(model):
             layer.reset_lora_parameters("default", init_lora_weights=True)
     if settings.init_from is not None:
         _begin_with(model, settings.init_from)
 
 
 def check_adapter(settings: LoraSettings) -> None:
-    """Raise ConfigError where `settings.init_from` is no adapter of these settings, before any weight is loaded."""
+    """Raise ConfigError if `settings.init_from` is not an adapter with these settings. Loads no weights."""
     if settings.init_from is None:
         return
     stored = adapter_config(settings.init_from)
@@ -80,7 +80,7 @@ def check_adapter(settings: LoraSettings) -> None:
 
 
 def adapter_config(folder: str | Path) -> dict[str, Any] | None:
-    """What peft keeps beside an adapter's weights; None where the folder is not that of an adapter."""
+    """The content of the adapter_config.json in a folder; None if the folder does not contain an adapter."""
     file = Path(folder) / "adapter_config.json"
     return json.loads(file.read_text()) if file.exists() else None
 
@@ -99,13 +99,13 @@ def _begin_with(model: PreTrainedModel, folder: str) -> None:
 
 
 def _modules_in(folder: str) -> list[str]:
-    """The last parts of the names of the layers that an adapter's file is for."""
+    """The names of the layers that a stored adapter adapts, without their parent modules (such as q_proj)."""
     with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as stored:
         return sorted({key.split(".lora_")[0].rpartition(".")[2] for key in stored.keys()})  # noqa: SIM118
 
 
 def _check_tied(model: PreTrainedModel) -> None:
-    """Raise ConfigError where a weight that the model uses twice is adapted in one place: merging would change both."""
+    """Raise ConfigError if one of two tied embeddings is adapted: merging would change both."""
     ends = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
     weights = {getattr(layer, "base_layer", layer).weight.data_ptr() for layer in ends.values()}
     if len(weights) == 1 and any(hasattr(layer, "base_layer") for layer in ends.values()):
@@ -121,7 +121,7 @@ def adapted_layers(model: PreTrainedModel) -> list[Any]:
 
 
 def low_rank(layer: Any) -> tuple[Tensor, Tensor] | None:
-    """The factors (rank, inputs) and (outputs, rank) whose product is added to a linear layer's weights, if any is."""
+    """The factors (rank, inputs), (outputs, rank) of what LoRA adds to the weights; None without an active adapter."""
     if not hasattr(layer, "lora_A") or layer.disable_adapters:
         return None
     (name,) = layer.active_adapters
@@ -129,18 +129,18 @@ def low_rank(layer: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def switch_adapter(model: PreTrainedModel, on: bool) -> None:
-    """Let a model's adapter count, or be as if it was not there. Nothing for a model without one."""
+    """Enable or disable a model's adapter. Does nothing for a model without one."""
     for layer in adapted_layers(model):
         layer.enable_adapters(on)
 
 
 def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
-    """Write the adapter alone, as peft and transformers load it on top of its model."""
+    """Write only the adapter, in the format that peft and transformers load."""
     from peft import get_peft_model_state_dict
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     settings: Any = model.peft_config["default"]  # peft's dataclass
     replace(settings, inference_mode=True).save_pretrained(folder)
-    # The names are those within the wrapper that peft would have around the model.
+    # The names are those in peft's model wrapper, which is not used here.
     weights = {f"base_model.model.{k}": v.contiguous() for k, v in get_peft_model_state_dict(model).items()}
     save_file(weights, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Running out of memory: recognised on every device, and answered by working on fewer rows at a time."""
+"""Out-of-memory errors: recognised on every device, and handled by processing fewer rows at a time."""
 
 import gc
 import logging
@@ -12,9 +12,9 @@ Result = TypeVar("Result")
 
 
 class TokenBudget:
-    """How many tokens go through the model at once in one part of a step; halved for good where memory runs out.
+    """Number of tokens that one part of a step processes at once; halved permanently when memory runs out.
 
-    part: its name in messages. tokens: as configured.
+    part: the name of the part in messages. tokens: the configured number.
     """
 
     def __init__(self, part: str, tokens: int) -> None:
@@ -23,10 +23,10 @@ class TokenBudget:
         self.tokens = tokens  # the number in use
 
     def run(self, work: Callable[[int], Result], least: int, most: int) -> Result:
-        """`work(tokens)`, again with half the tokens whenever it runs out of memory.
+        """Return `work(tokens)`; retry it with half the tokens whenever it runs out of memory.
 
-        least, most: tokens of the longest row by itself, and of all the work. Work must leave nothing behind that a
-        second try would add to. Raises RuntimeError where a single row is too much.
+        least: tokens of the longest row; most: tokens of all rows. A failed `work` must leave no partial results that
+        a retry would add to. Raises RuntimeError if a single row needs too much memory.
         """
         while True:
             try:
@@ -35,7 +35,7 @@ class TokenBudget:
                 if not out_of_memory(error):
                     raise
                 self._halve(error, least, most)
-            # Outside of the handler, since the exception holds on to the tensors of its frames.
+            # After the handler, since the exception keeps the tensors of its frames alive.
             _free()
 
     def _halve(self, error: BaseException, least: int, most: int) -> None:
@@ -51,21 +51,21 @@ class TokenBudget:
         )
 
     def state_dict(self) -> dict[str, int]:
-        """What was halved, and from which configured number; empty where nothing was."""
+        """The configured and the reduced number of tokens; empty if the number was not reduced."""
         return {} if self.tokens == self._configured else {"from": self._configured, "to": self.tokens}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue with the reduced number, if there is one and no other is configured now."""
+        """Restore the reduced number, unless the configured number has changed."""
         is_reduced = bool(state) and state["from"] == self._configured
         self.tokens = state["to"] if is_reduced else self._configured
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device, or the machine, has no memory left."""
+    """Whether an error means that the device or the machine is out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # Raised as plain RuntimeErrors by the allocators of CPU and MPS, and by NVIDIA's libraries, which allocate by
-    # themselves; cuBLAS cannot even be initialized where no memory is left for it.
+    # The allocators of CPU and MPS raise plain RuntimeErrors, and so do NVIDIA's libraries, which allocate memory
+    # themselves; cuBLAS fails to initialize if no memory is left for it.
     said = str(error).lower().replace("_", " ")
     return any(sign in said for sign in _OUT_OF_MEMORY)
 

@@ -1,8 +1,8 @@
-"""Many sequences in one packed row, (1, tokens): each prompt once for its whole group, and no padding anywhere.
+"""Packed sequences: many sequences in one row (1, tokens) without padding, each prompt once for its whole group.
 
-All of a transformer but its attention works on each token by itself, so only attention needs to know which tokens
-belong together. It is replaced, through the interface that transformers has for that, by one that is told so. This
-serves prefill and the training pass; `grpo/model/kv_cache.py` is the plain form, which gives the same numbers.
+In a transformer only attention combines different tokens, so only attention needs to know which tokens belong together.
+Through transformers' interface for custom attention it is replaced by a function that gets a `Packing`. Prefill and the
+training pass use this; `grpo/model/kv_cache.py` is the padded form, which gives the same numbers.
 """
 
 import functools
@@ -22,17 +22,17 @@ from grpo.batch import Completions, Prompts, positions
 from grpo.config.errors import ConfigError
 
 NAME = "grpo_packed"
-# What an architecture raises that has another attention; the plain way serves it.
+# Raised by an architecture whose attention does not support this; the padded form is used for it.
 UNSUPPORTED_ATTENTION = (TypeError, AttributeError, KeyError, RuntimeError)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """Of padded sequences, (S, tokens, heads, d); causal where no mask is given."""
+    """Attention over padded sequences (S, tokens, heads, d) -> (S, tokens, heads, d); causal if mask is None."""
     grouped = query.shape[2] != key.shape[2]
     if grouped and not _takes_groups(query.device.type, mask is not None):
         key, value = (x.repeat_interleave(query.shape[2] // key.shape[2], dim=2) for x in (key, value))
         grouped = False
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (S, heads, tokens, d)
     attended = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
@@ -40,32 +40,32 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Te
 
 
 def _takes_groups(device: str, masked: bool) -> bool:
-    """Whether torch's attention is to be given fewer keys than queries: CUDA's fast kernels take no mask with it."""
+    """Whether to pass torch's attention fewer key heads than query heads: CUDA's fast kernels then take no mask."""
     return device == "cpu" or (device == "cuda" and not masked)
 
 
 class Packing(Protocol):
-    """Which tokens of a packed row see which."""
+    """Defines which tokens of a packed row attend to which."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Query (N, heads, d), key and value (N, key heads, d) of the row's N tokens -> (N, heads, d)."""
+        """Attention of the row's N tokens: query (N, heads, d), key, value (N, key heads, d) -> (N, heads, d)."""
 
 
 @dataclass(frozen=True)
 class VarLen:
-    """S sequences of different lengths that stand one after the other."""
+    """The layout of S concatenated sequences of different lengths."""
 
     count: int  # S
     width: int  # tokens of the longest
-    slots: Tensor | None  # (tokens,) int64, each token's place in S * width padded ones; None where all are as long
+    slots: Tensor | None  # (tokens,) int64, each token's index in the S * width padded ones; None if all are as long
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sequences."""
+        """Number of tokens of all sequences."""
         return self.count * self.width if self.slots is None else len(self.slots)
 
     def pad(self, x: Tensor) -> Tensor:
-        """(tokens, ...) -> (S, width, ...), zero on the right of each sequence."""
+        """(tokens, ...) -> (S, width, ...), each sequence right-padded with zeros."""
         if self.slots is not None:
             x = x.new_zeros(self.count * self.width, *x.shape[1:]).index_copy(0, self.slots, x)
         return x.unflatten(0, (self.count, self.width))
@@ -76,38 +76,38 @@ class VarLen:
 
 
 def varlen(mask: Tensor) -> VarLen:
-    """From a mask (S, width), 1 where a token is, wherever in its row it stands."""
+    """The layout of the tokens of a mask (S, width): 1 for tokens, which may be anywhere in their row."""
     count, width = mask.shape
     if bool(mask.all()):
         return VarLen(count, width, None)
-    place = mask.cumsum(dim=1) - 1 + torch.arange(count, device=mask.device)[:, None] * width
+    place = mask.cumsum(dim=1) - 1 + torch.arange(count, device=mask.device)[:, None] * width  # (S, width)
     return VarLen(count, width, place[mask.bool()])
 
 
 @dataclass(frozen=True)
 class PackedPrompts:
-    """P prompts, each attending to itself. Keeps their keys and values for what follows them."""
+    """P prompts, each attending to itself. Keeps their keys and values for decoding."""
 
     prompts: VarLen
-    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer, (P, width, key heads, d)
+    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by layer, each (P, width, key heads, d)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `Packing`."""
-        key = self.prompts.pad(key)
-        value = self.prompts.pad(value)
+        key = self.prompts.pad(key)  # (P, width, key heads, d)
+        value = self.prompts.pad(value)  # (P, width, key heads, d)
         self.kept[layer] = key, value
-        # Padding stands to the right, where causal attention never looks.
+        # Padding is on the right, where causal attention does not look.
         return self.prompts.unpad(_attention(self.prompts.pad(query), key, value, scale))
 
 
 @dataclass(frozen=True)
 class PackedGroups:
-    """P prompts and after them n completions, each of which attends to its prompt and to itself."""
+    """P prompts followed by n completions, each of which attends to its prompt and to itself."""
 
     prompts: VarLen
     completions: VarLen
     prompt_of_row: Tensor  # (n,) int64
-    mask: Tensor  # (n, 1, width, prompt width + width), 0 where a completion's token sees another and -inf elsewhere
+    mask: Tensor  # (n, 1, width, prompt width + width), 0 where a completion's token attends, -inf elsewhere
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `Packing`."""
@@ -136,8 +136,8 @@ def _forward(
     packing: Packing,
     **__: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in place of a model's own attention."""
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    """The function that transformers calls instead of a model's own attention."""
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
     return packing.attend(module.layer_idx, query, key, value, scaling)[None], None
 
 
@@ -147,31 +147,31 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)
 def pack_groups(
     prompts: Prompts, completions: Completions, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, PackedGroups, Tensor]:
-    """P prompts and n completions as one packed row, for a model of this dtype.
+    """Pack P prompts and n completions into one row, for a model of this dtype.
 
-    Returns ids (N,), position_ids (N,), their `PackedGroups`, and for each active token of the completions, in order,
-    the place in the row (A,) whose hidden state predicts it. The last token of a completion predicts nothing, so it is
-    left out.
+    Returns ids (N,), position_ids (N,), their `PackedGroups`, and for each of the A completion tokens, in order, the
+    index in the row whose hidden state predicts it, (A,). The last token of a completion predicts nothing, so the row
+    does not contain it.
     """
     prompt_of_row = completions.group
     lengths = prompts.mask.sum(dim=1)  # (P,)
-    inputs = completions.attention_mask[:, 1:]  # (n, t), of every token but the last of each completion
+    inputs = completions.attention_mask[:, 1:]  # (n, t), 1 for all tokens but the last of each completion
     ids = torch.cat([prompts.ids[prompts.mask.bool()], completions.ids[:, :-1][inputs.bool()]])  # (N,)
     new_positions = lengths[prompt_of_row][:, None] + torch.arange(inputs.shape[1], device=ids.device)  # (n, t)
-    position_ids = torch.cat([positions(prompts.mask)[prompts.mask.bool()], new_positions[inputs.bool()]])
+    position_ids = torch.cat([positions(prompts.mask)[prompts.mask.bool()], new_positions[inputs.bool()]])  # (N,)
 
     width = int(lengths.max())
     prompt = varlen(torch.arange(width, device=ids.device) < lengths[:, None])
     rows = varlen(inputs)
     of_prompt = torch.arange(width, device=ids.device) < lengths[prompt_of_row][:, None]  # (n, prompt width)
-    causal = torch.ones(rows.width, rows.width, dtype=torch.bool, device=ids.device).tril()
+    causal = torch.ones(rows.width, rows.width, dtype=torch.bool, device=ids.device).tril()  # (t, t)
     n, t = inputs.shape
     mask = torch.cat([of_prompt[:, None].expand(n, t, width), causal.expand(n, t, t)], dim=2)[:, None]
     mask = torch.zeros(mask.shape, dtype=dtype, device=ids.device).masked_fill(~mask, -torch.inf)
 
-    last = lengths.cumsum(dim=0) - 1  # (P,), the place of each prompt's last token
-    later = int(lengths.sum()) + inputs.flatten().cumsum(dim=0).view(n, t) - 1
-    source = torch.cat([last[prompt_of_row][:, None], later], dim=1)[completions.attention_mask.bool()]
+    last = lengths.cumsum(dim=0) - 1  # (P,), index of each prompt's last token
+    later = int(lengths.sum()) + inputs.flatten().cumsum(dim=0).view(n, t) - 1  # (n, t), index of each new token
+    source = torch.cat([last[prompt_of_row][:, None], later], dim=1)[completions.attention_mask.bool()]  # (A,)
     return ids, position_ids, PackedGroups(prompt, rows, prompt_of_row, mask), source
 
 
@@ -186,11 +186,11 @@ def _packed_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:
-    """Keep only each layer's input for the backward pass, which computes the layer again.
+    """Activation checkpointing: keep only each layer's input; the backward pass computes the layer again.
 
-    Safe for packed rows, whose attention changes nothing; a layer that writes to a cache would write twice. Not by
-    transformers' own switch, which works in training mode only, where some layers would drop out. Raises ConfigError
-    where rows are not packed.
+    Safe for packed rows, whose attention has no side effects; a layer that writes to a cache would write twice.
+    transformers' own switch is not used, since it only works in training mode, where dropout is active. Raises
+    ConfigError if the model does not support packed rows.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not layers or not supports_packing(model):
@@ -204,7 +204,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 
 def _checkpointed(model: PreTrainedModel, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _packed_attention(model):  # the second time comes when `forward_packed` has returned
+        with _packed_attention(model):  # it is computed again after `forward_packed` has returned
             return forward(*args, **kwargs)
 
     if not torch.is_grad_enabled():
@@ -213,17 +213,17 @@ def _checkpointed(model: PreTrainedModel, forward: Callable[..., Any], *args: An
 
 
 def supports_packing(model: PreTrainedModel) -> bool:
-    """Whether the model can read packed rows, as noted when it was loaded."""
+    """Whether the model supports packed rows, as recorded when it was loaded."""
     return getattr(model, "reads_packed_rows", False)
 
 
 def mark_packing(model: Any, found: bool) -> None:
-    """Note on a model whether it can read packed rows, for `packs` to tell."""
+    """Record on a model whether it supports packed rows, for `supports_packing`."""
     model.reads_packed_rows = found
 
 
 def try_packing(model: PreTrainedModel) -> bool:
-    """Find out whether this model reads packed rows as it should, by reading one, and note it on the model."""
+    """Test with a small packed row whether a model supports packed rows, and record it on the model."""
     found = _reads_packed(model)
     mark_packing(model, found)
     return found
@@ -231,7 +231,7 @@ def try_packing(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _reads_packed(model: PreTrainedModel) -> bool:
-    """False where attention is not sdpa's of all earlier tokens, or not called through transformers' interface."""
+    """False if attention is not sdpa over all earlier tokens, or not called through transformers' interface."""
     if not may_pack(model):
         return False
     lengths = torch.tensor([[5], [3]])
@@ -242,7 +242,7 @@ def _reads_packed(model: PreTrainedModel) -> bool:
     completions = Completions(ids[:, 2:], mask[:, 2:], mask[:, 2:], group=torch.arange(2, device=device))
     packed_ids, position_ids, packing, _ = pack_groups(prompts, completions, model.dtype)
     plain = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    expected = torch.cat([plain[:, :2].flatten(0, 1), plain[0, 2:4]])
+    expected = torch.cat([plain[:, :2].flatten(0, 1), plain[0, 2:4]])  # (6, H)
     try:
         found = forward_packed(model, packed_ids, position_ids, packing)
     except UNSUPPORTED_ATTENTION:
@@ -252,7 +252,7 @@ def _reads_packed(model: PreTrainedModel) -> bool:
 
 
 def may_pack(model: PreTrainedModel) -> bool:
-    """What its config says of it: attention by sdpa, of all earlier tokens and not of a window."""
+    """Whether the model's config allows packing: sdpa attention over all earlier tokens, not a sliding window."""
     if model.config._attn_implementation != "sdpa":
         return False
     kinds = getattr(model.config, "layer_types", None)

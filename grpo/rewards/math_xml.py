@@ -1,8 +1,9 @@
 """Rewards for maths answers written as ``<reasoning>...</reasoning><answer>...</answer>``.
 
-Two components, each in TRL's form ``f(prompts, completions, **columns) -> list[float]``: `correctness` (2.0 the very
-text of the reference, 1.5 the same number written otherwise, 0.0 wrong) and `tag_format` (0.2 for each of the four
-tags). A completion is a plain string or a list of chat messages. Nothing a model may write makes them raise or hang.
+Two components, each in TRL's form ``f(prompts, completions, **columns) -> list[float]``: `correctness` (2.0 for
+the exact text of the reference, 1.5 for the same number written differently, 0.0 if wrong) and `tag_format` (0.2 for
+each of the four tags). A completion is a plain string or a list of chat messages. No completion makes them raise or
+hang.
 """
 
 import re
@@ -14,14 +15,14 @@ Completion = str | Sequence[Mapping[str, str]]
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
-# Nothing longer is read as a number. Below 640, the smallest limit that Python's own conversion from digits to int can
-# be set to, so that conversion never raises; and short enough that no pattern below can take noticeable time.
+# Longer texts are not parsed. The limit is below 640, the smallest value to which Python's limit for converting digits
+# to int can be set, so that this conversion never raises; and no pattern below takes noticeable time on such a text.
 MAX_LENGTH = 500
 # 10**1000 is computed at once; 10**999999999 would not be.
 MAX_EXPONENT = 1000
 
 _CURRENCY = "$£€¥₹"
-# Commas group thousands only where every group is right: 1,234 and 1,234,567, but not 1,23 nor 0,123 nor 1234,567.
+# Commas group thousands only if every group is correct: 1,234 and 1,234,567, but not 1,23 nor 0,123 nor 1234,567.
 _INTEGER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 _NUMBER = re.compile(
     rf"""
@@ -34,7 +35,7 @@ _NUMBER = re.compile(
     re.VERBOSE,
 )
 
-# What, left around the number (which stands as "#"), says that the number is not the value of the text.
+# Text around the number (which is replaced by "#") that shows that the number is not the value of the text.
 _CHANGES_VALUE = re.compile(
     r"""
       [+*^\\{}√π±÷\xd7]                  # part of a calculation (\xd7 is the times sign), or LaTeX not understood
@@ -48,7 +49,7 @@ _CHANGES_VALUE = re.compile(
 _COMPARISON = re.compile(r"[<>≤≥≠]|!=")
 
 _MINUS_SIGNS = str.maketrans(dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d", "-"))
-# Applied in this order. A removed wrapper leaves a space, so that digits that stood apart never join.
+# Applied in this order. A removed wrapper leaves a space, so that separate digits never join.
 _MARKUP = (
     (re.compile(r"(?<![\w*])(\*{1,3}|`)(?!\s)([^*`]+)\1(?![\w*])"), r" \2 "),  # **18**, `18`
     (re.compile(r"\{,\}|,\\!"), ","),  # 1{,}234
@@ -64,9 +65,9 @@ _THOUSANDS_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
 
 def completion_text(completion: Completion) -> str:
-    """The text of one completion: a plain string as it is, of chat messages the assistant's contents joined.
+    """The text of one completion: a plain string unchanged, or the joined contents of the assistant's messages.
 
-    Raises TypeError or KeyError for anything that is neither.
+    Raises TypeError or KeyError for any other value.
     """
     if isinstance(completion, str):
         return completion
@@ -79,9 +80,9 @@ def extract_answer(text: str) -> str | None:
     A block begins at an ``<answer>`` and ends at the first ``</answer>`` after it. The last ``<answer>`` that is
     followed by any ``</answer>`` begins the block that counts. Hence:
 
-    - of several blocks the last one counts, the model's final word, also where it stands inside the reasoning;
-    - of opening tags that are nested or repeated the innermost one counts;
-    - a block left open after a complete one, and closing tags left over, change nothing;
+    - of several blocks the last one counts, as the model's final answer, even inside the reasoning;
+    - of nested or repeated opening tags the innermost one counts;
+    - an unclosed block after a complete one, and extra closing tags, change nothing;
     - an empty block gives ``""``.
 
     Tags are case-sensitive and carry no attributes.
@@ -97,27 +98,27 @@ def extract_answer(text: str) -> str | None:
 
 
 def parse_number(text: str) -> Fraction | None:
-    r"""The one number that a text states, exactly; None if it states none or it is not certain which. Never raises.
+    r"""The one number that a text states, exactly; None if it states none or is ambiguous. Never raises.
 
-    Read as a number:
+    Parsed as a number:
 
     - integers and decimals with ASCII digits: ``18``, ``18.0``, ``.5``, ``-3``, ``+3``, ``1e3`` (exponent to +-1000);
-      a comma only between right groups of thousands: ``1,234.00``, but not ``1,23``;
-    - fractions ``1/2`` and mixed numbers ``1 1/2`` (the fraction below one), of integers;
-    - a hyphen, Unicode minus or en dash directly before the number or its currency sign as a minus: ``-$5``, ``$-5``.
-      With a space between (``- 18``) it may be a bullet or a dash: None.
+      a comma only between correct groups of thousands: ``1,234.00``, but not ``1,23``;
+    - fractions ``1/2`` and mixed numbers ``1 1/2`` (with a fraction below one) of integers;
+    - a minus sign: a hyphen, Unicode minus or en dash directly before the number or its currency sign: ``-$5``,
+      ``$-5``. Followed by a space (``- 18``) it may be a bullet or a dash: None.
 
-    Around it may stand words, units, currency signs, punctuation, Markdown emphasis and the simple LaTeX of
-    ``\boxed{18}``, ``\$18``, ``$18$``, ``\(18\)``, ``\text{}`` and ``\frac{1}{2}``. A percent sign is a unit, as
-    dollars are: ``50%`` is 50 and not 1/2, because GSM8K asks "what percentage" and has the plain ``50`` as answer.
-    So is "dozen", for the same reason.
+    The number may be surrounded by words, units, currency signs, punctuation, Markdown emphasis and the simple LaTeX of
+    ``\boxed{18}``, ``\$18``, ``$18$``, ``\(18\)``, ``\text{}`` and ``\frac{1}{2}``. A percent sign is a unit, like
+    dollars: ``50%`` is 50 and not 1/2, because GSM8K asks "what percentage" and has the plain ``50`` as answer.
+    "dozen" is a unit for the same reason.
 
-    Of a text with equals signs the part after the last one counts: ``x = 18``, ``9 + 9 = 18``. Each part before it
+    In a text with equals signs the part after the last one counts: ``x = 18``, ``9 + 9 = 18``. Each part before it
     must be a name, without digits, or a calculation, without letters; ``x = 18, y = 20`` states two numbers: None.
 
-    Otherwise the text must hold exactly one number. None therefore for ``18 or 20``, ``18-20``, ``9 + 9``, ``2^2``,
-    ``5:30``, ``3 hours 20 minutes``, and even for ``18 (18)``. None too where something else changes the value: words
-    of scale or sign (``3 million``, ``18k``, ``minus 3``, ``3 and a half``), operators (``18 + x``), comparisons
+    Otherwise the text must contain exactly one number. The result is therefore None for ``18 or 20``, ``18-20``,
+    ``9 + 9``, ``2^2``, ``5:30``, ``3 hours 20 minutes``, and even for ``18 (18)``. It is also None for words of scale
+    or sign (``3 million``, ``18k``, ``minus 3``, ``3 and a half``), operators (``18 + x``), comparisons
     (``x > 18``), digits in a name (``x2``), numerals that are not ASCII digits (``10²``, ``1½``, fullwidth digits),
     division by zero, ``inf``, ``nan``, an exponent beyond the bound, a text of more than `MAX_LENGTH` characters.
     """
@@ -142,7 +143,7 @@ def _is_foreign_numeral(character: str) -> bool:
 
 
 def _value(number: re.Match[str]) -> Fraction | None:
-    """The value of one match of `_NUMBER`; None where it has none (zero below the line) or is out of bounds."""
+    """The value of a match of `_NUMBER`; None for a zero denominator, `1 5/2`, or an exponent out of bounds."""
 
     def integer(group: str) -> int:
         return int((number[group] or "0").replace(",", ""))
@@ -155,7 +156,7 @@ def _value(number: re.Match[str]) -> Fraction | None:
     else:
         numerator = integer("numerator")
         denominator = integer("denominator")
-        # "18 20/5" is no mixed number but two numbers.
+        # "18 20/5" is not a mixed number but two numbers.
         if denominator == 0 or (number["whole"] and numerator >= denominator):
             return None
         value = integer("whole") + Fraction(numerator, denominator)
@@ -163,7 +164,7 @@ def _value(number: re.Match[str]) -> Fraction | None:
 
 
 def same_number(a: str, b: str) -> bool:
-    """Whether both texts state a number, by the rules of `parse_number`, and it is the same, exactly."""
+    """Whether both texts state a number, by the rules of `parse_number`, and these are exactly equal."""
     value = parse_number(a)
     return value is not None and value == parse_number(b)
 
@@ -181,7 +182,7 @@ def gsm8k_answer(text: str) -> str:
 
 
 def _grade(answer: str | None, reference: str) -> str:
-    """'exact', 'same_number' or 'wrong'. No answer and an empty one are wrong, whatever the reference."""
+    """'exact', 'same_number' or 'wrong'. A missing or empty answer is wrong for any reference."""
     if not answer:
         return "wrong"
     if answer == reference.strip():
@@ -198,10 +199,10 @@ def correctness(
     same_number: float = 1.5,
     **columns: object,
 ) -> list[float]:
-    """The correctness reward of each completion, by its `extract_answer`.
+    """The correctness reward of each completion, based on its `extract_answer`.
 
-    `exact` if that is the reference text but for white space around it, `same_number` if it is the same number
-    written otherwise (`parse_number` says what that means), else 0.0. `answer` has one reference text a completion;
+    `exact` if the answer equals the reference text up to surrounding white space, `same_number` if it is the same
+    number written differently (see `parse_number`), else 0.0. `answer` has one reference text per completion;
     `prompts` and other columns are not used. Raises ValueError if the numbers of completions and references differ.
     """
     rewards = {"exact": exact, "same_number": same_number, "wrong": 0.0}
@@ -214,16 +215,16 @@ def correctness(
 def accuracy(
     prompts: Sequence, completions: Sequence[Completion], answer: Sequence[str], **columns: object
 ) -> list[float]:
-    """1.0 for each completion whose answer is right in either way of writing, else 0.0: held-out accuracy's unit."""
+    """1.0 for each completion whose answer is exact or the same number, else 0.0; its mean is the accuracy."""
     return correctness(prompts, completions, answer, exact=1.0, same_number=1.0)
 
 
 def tag_format(
     prompts: Sequence, completions: Sequence[Completion], *, tag_reward: float = 0.2, **columns: object
 ) -> list[float]:
-    """The format reward of each completion: `tag_reward` for each of the four `TAGS` that is there at least once.
+    """The format reward of each completion: `tag_reward` for each of the four `TAGS` that occurs at least once.
 
-    From 0.0 to four times `tag_reward`. Case-sensitive; order, repetition and what stands between do not matter.
+    From 0.0 to four times `tag_reward`. Case-sensitive; order, repetition and the text between do not matter.
     `prompts` and other columns are not used.
     """
     texts = map(completion_text, completions)

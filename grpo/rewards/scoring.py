@@ -1,4 +1,4 @@
-"""Rewards: named components with weights, each a function in TRL's form, scored apart and summed."""
+"""Rewards: named components with weights, each a function in TRL's form; scored separately and summed."""
 
 import copy
 import inspect
@@ -23,34 +23,34 @@ logger = logging.getLogger(__name__)
 
 
 def end_process(error: str) -> None:
-    """End this process as a failure, from any thread and whatever the others do."""
+    """End this process as a failure, from any thread and without waiting for the others."""
     print(f"failed: {error}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 @dataclass(frozen=True)
 class RewardComponent:
-    """One part of the reward. `function(prompts, completions, **columns) -> list[float | None]`, one a row."""
+    """One part of the reward. `function(prompts, completions, **columns) -> list[float | None]`, one per row."""
 
     name: str
     function: Callable[..., list[float | None]]
     weight: float = 1.0
     timeout_s: float | None = None  # seconds that one call may take; None: no limit
-    skip_errors: bool = False  # a call that fails counts as missing values, with a warning, and not as an error
-    on_hang: Callable[[str], None] = end_process  # called in a thread with what to say; it must end the process
+    skip_errors: bool = False  # a failed call gives missing values and a warning instead of an error
+    on_hang: Callable[[str], None] = end_process  # called in another thread with an error message; must end the process
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """Rewards of B rows: each component as its function gave it (NaN where it gave None), and the weighted sum."""
+    """Rewards of B rows: the values of each component (NaN where it returned None), and the weighted sum."""
 
-    components: dict[str, Tensor]  # name -> (B,) float64, C of them
+    components: dict[str, Tensor]  # name -> (B,) float64, for C components
     weights: Tensor  # (C,) float64
     total: Tensor  # (B,) float64; a missing value adds nothing
 
 
 class RewardError(RuntimeError):
-    """A reward function broke its contract; the message names the component."""
+    """A reward function failed or returned invalid values; the message names the component."""
 
 
 def score(
@@ -59,9 +59,9 @@ def score(
     """Score B completions with every component and sum them by weight; a missing value (None) adds nothing.
 
     prompts, completions: B entries each, message lists or plain strings, as TRL passes them. columns: the data
-    set's other columns, B entries each; each function gets copies of those that it can take.
-    Raises RewardError where a function raises, takes longer than its limit, returns another number of values than
-    rows, or gives no number, unless its component skips errors.
+    set's other columns, B entries each; each function gets copies of those that it accepts.
+    Raises RewardError if a function raises, exceeds its time limit, or returns a wrong number of values or an invalid
+    value, unless its component skips errors.
     """
     scores = {c.name: _score(c, prompts, completions, columns) for c in components}
     weights = torch.tensor([c.weight for c in components], dtype=torch.float64)
@@ -112,7 +112,7 @@ def _call(component: RewardComponent, prompts: list, completions: list, columns:
 
 
 def _copied(value: Any) -> Any:
-    """A deep copy, so that what a function does to its arguments reaches nobody else; fast for lists and dicts."""
+    """A deep copy, so that a function that changes its arguments affects no other code; fast for lists and dicts."""
     if type(value) in _UNCHANGEABLE:
         return value
     if type(value) is list:
@@ -126,14 +126,14 @@ _UNCHANGEABLE = {str, int, float, bool, type(None)}
 
 
 class _OutOfTime(BaseException):
-    """Not an Exception, so that a function that catches those cannot swallow it."""
+    """Not an Exception, so that a reward function that catches Exception does not catch it."""
 
 
 class _RunningTime:
-    """Seconds in which this process ran: what passes while it is stopped (SIGSTOP, Ctrl-Z) does not count.
+    """Seconds for which this process has run, not counting the time while it is stopped (SIGSTOP, Ctrl-Z).
 
-    Between two ticks no more than the time of two ticks counts, or the processor time used where that is more: a call
-    into C that holds the interpreter keeps the thread from ticking.
+    Between two ticks at most the time of two ticks counts, or the processor time used if that is more: a call into C
+    that holds the interpreter lock keeps the thread from ticking.
     """
 
     def __init__(self, tick_s: float) -> None:
@@ -146,7 +146,7 @@ class _RunningTime:
         return counted + min(time.monotonic() - when, most)
 
     def tick(self) -> float:
-        """The seconds so far. To be called by one thread only, every `tick_s` seconds."""
+        """Update and return the seconds so far. Only one thread may call it, every `tick_s` seconds."""
         counted = self.seconds()
         self._mark = (counted, time.monotonic(), time.process_time())
         return counted
@@ -154,12 +154,12 @@ class _RunningTime:
 
 @contextmanager
 def _time_limit(component: RewardComponent) -> Iterator[None]:
-    """Raise _OutOfTime in the block after `timeout_s` seconds, and each second again where the block caught it.
+    """Raise _OutOfTime in the block after `timeout_s` seconds, and again each second if the block catches it.
 
-    By a signal, since it reaches what a thread could not end: sleeping, Python's own loops, and regular expressions.
-    A thread sets the timer anew where the block has used it for itself. Where the block has not ended after twice its
-    time and no less than two seconds more, as in a long call into C, it cannot be left, and `on_hang` is called. What
-    neither looks for signals nor lets other threads run, such as `sum(range(10**12))`, escapes all of this.
+    It is raised by a signal, which interrupts what a thread cannot: sleeping, Python loops and regular expressions. A
+    thread sets the timer again if the block has used it itself. A block that has not ended after twice its time, and at
+    least two seconds more than its time, cannot be interrupted (as in a long call into C), and `on_hang` is called.
+    Code that neither checks for signals nor lets other threads run, such as `sum(range(10**12))`, is not covered.
     """
     seconds = component.timeout_s
     if seconds is None:
@@ -200,7 +200,7 @@ def _time_limit(component: RewardComponent) -> Iterator[None]:
         if by_signal:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, former)
-    if clock.seconds() > seconds:  # and the block caught what was raised, or was in C
+    if clock.seconds() > seconds:  # the block caught the exception, or was in C
         raise _OutOfTime
 
 

@@ -1,4 +1,4 @@
-"""Operations on CUDA recorded once and started together: a thousand small ones take longer to start than to run."""
+"""CUDA graphs: many small operations, which take longer to launch than to run, recorded and launched as one."""
 
 import functools
 import logging
@@ -11,11 +11,11 @@ logger = logging.getLogger(__name__)
 
 
 def recorded(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor] | None:
-    """A CUDA graph that computes `step()` again, into the tensor that it returned first; None where there can be none.
+    """A function that replays `step()` as a CUDA graph, into the same output tensor; None if it cannot be recorded.
 
-    step: reads and writes tensors that stay where they are, has no shape or number that changes, and does the same
-    when it is run again. One that waits for the device cannot be recorded: that is found out in a run before, since a
-    recording that fails leaves torch's allocator in disorder.
+    step: reads and writes tensors at fixed addresses, has no shape or Python number that changes, and can be repeated.
+    A step that waits for the device cannot be recorded. A run before the recording detects this, since a recording that
+    fails leaves torch's allocator in an inconsistent state.
     """
     stream = _stream(device)
     current = torch.cuda.current_stream(device)
@@ -25,7 +25,7 @@ def recorded(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
         try:
             with torch.cuda.stream(stream):
                 torch.cuda.set_sync_debug_mode("error")
-                step()  # also since what is prepared at the first use of an operation cannot be recorded
+                step()  # also a warm-up: the setup at an operation's first use cannot be recorded
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -39,7 +39,7 @@ def recorded(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 result = step()
         except RuntimeError as error:
-            torch.cuda.set_stream(current)  # which torch does not where ending the recording fails, too
+            torch.cuda.set_stream(current)  # torch does not restore it if ending the recording fails, too
             if isinstance(error.__context__, torch.OutOfMemoryError):
                 raise error.__context__ from None
             raise
@@ -53,7 +53,7 @@ def recorded(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # one, since cuBLAS holds its working memory for each
+    return torch.cuda.Stream(device)  # only one, since cuBLAS keeps working memory for each
 
 
 @functools.cache

@@ -1,9 +1,10 @@
-"""Decoding with the fewest operations: the layers of the Llama family written out, one token a row.
+"""Fast decoding for the Llama family: its layers written with few operations, for one token per row.
 
-With one token a row the time goes into starting operations and into reading weights. So here a layer is some twenty
-operations instead of seventy, its products are made by as few and on packed weights, and a prompt's keys and values
-are held and read once for its whole group. On CUDA they may be started together, as a graph: then attention looks at
-places that no token has taken yet, which are hidden. `CachedDecoder` in `grpo/rollout/native.py` is the plain form.
+With one token per row, most of the time is spent on launching operations and reading weights. A layer therefore has
+about twenty operations instead of seventy, layers with the same input are fused and use packed weights, and a prompt's
+keys and values are stored and read once for its whole group. On CUDA the operations may be launched together, as a
+graph; attention then includes positions that no token has filled yet, which are masked. `CachedDecoder` in
+`grpo/rollout/native.py` is the simple form, for any architecture.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,13 +22,13 @@ from grpo.model.lora import low_rank
 from grpo.model.packed import PackedPrompts, VarLen, forward_packed, supports_packing, varlen
 from grpo.rollout.cuda_graph import recorded
 
-# Their layers are: norm, attention with rotary positions, norm, gated SiLU. Biases and norms of heads may be there.
+# Their layers are: norm, attention with rotary positions, norm, gated SiLU. Biases and norms of heads are optional.
 FAMILY = {"LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel"}
 GRAPH_WIDTH = 128  # a CUDA graph is recorded again every 128 new tokens
 
 
 def supports_fast_decoding(model: PreTrainedModel) -> bool:
-    """Whether `FastDecoder` can stand for this model."""
+    """Whether `FastDecoder` supports this model."""
     decoder = model.get_decoder()
     head = model.get_output_embeddings()
     linear = (m for m in decoder.modules() if hasattr(m, "in_features"))
@@ -41,7 +42,7 @@ def supports_fast_decoding(model: PreTrainedModel) -> bool:
 
 
 class FusedLinear:
-    """The outputs of linear layers that read the same input, side by side, for a few rows at a time."""
+    """Linear layers that have the same input, fused: their outputs are concatenated. For a few rows at a time."""
 
     def __init__(self, rows: int, *layers: Any) -> None:
         self._added = _side_by_side(layers)
@@ -49,8 +50,8 @@ class FusedLinear:
         self._reordered: Tensor | None = None
         self._bias: Tensor | None = None
         if has_onednn(self._linear[0].weight):
-            weight = torch.cat([linear.weight for linear in self._linear])
-            if self._added is not None and weight.dtype == self._added[1].dtype:  # else it would lose digits
+            weight = torch.cat([linear.weight for linear in self._linear])  # (outputs of all layers, inputs)
+            if self._added is not None and weight.dtype == self._added[1].dtype:  # else it would lose precision
                 down, up = self._added
                 weight = weight.addmm_(up, down)
                 self._added = None
@@ -71,7 +72,7 @@ class FusedLinear:
 
 
 def _side_by_side(layers: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
-    """What LoRA adds to these layers, as the two factors (ranks, inputs) and (outputs, ranks) for all of them."""
+    """LoRA's factors for all of these layers together, (ranks, inputs) and (outputs, ranks); None without LoRA."""
     factors = [low_rank(layer) for layer in layers]
     if not any(factors):
         return None
@@ -84,19 +85,19 @@ def _side_by_side(layers: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
 class Layer:
     """A layer of the model, its fused weights, and the keys and values so far."""
 
-    module: Any  # the layer as transformers has it
+    module: Any  # the transformers layer
     qkv: FusedLinear
     output: FusedLinear
     gate_up: FusedLinear
     down: FusedLinear
     prompt_keys: Tensor  # (P * key heads, width, d)
-    prompt_values: Tensor
-    keys: Tensor  # (R, key heads, new tokens, d), of each row's own tokens so far
-    values: Tensor
+    prompt_values: Tensor  # (P * key heads, width, d)
+    keys: Tensor  # (R, key heads, max new tokens, d), of each row's own tokens
+    values: Tensor  # (R, key heads, max new tokens, d)
 
 
 class FastDecoder:
-    """The model at the end of R rows, which are ordered by prompt; `logits` (R, V) are those of the next token."""
+    """Decodes R rows, which are ordered by prompt; `logits` (R, V) are those of the next token."""
 
     def __init__(
         self,
@@ -107,11 +108,11 @@ class FastDecoder:
         *,
         cuda_graphs: bool = False,
     ) -> None:
-        lengths = prompts.mask.sum(dim=1)
+        lengths = prompts.mask.sum(dim=1)  # (P,)
         real = prompts.mask.bool()
         packing = PackedPrompts(varlen(torch.arange(int(lengths.max()), device=real.device) < lengths[:, None]))
-        hidden = forward_packed(model, prompts.ids[real], positions(prompts.mask)[real], packing)
-        hidden = hidden[lengths.cumsum(dim=0) - 1][prompt_of_row]
+        hidden = forward_packed(model, prompts.ids[real], positions(prompts.mask)[real], packing)  # (tokens, H)
+        hidden = hidden[lengths.cumsum(dim=0) - 1][prompt_of_row]  # (R, H), of the last token of each prompt
         rows = len(prompt_of_row)
         self._decoder = model.get_decoder()
         config = model.config
@@ -130,23 +131,23 @@ class FastDecoder:
             for number, module in enumerate(self._decoder.layers)
         ]
         self._bias = hidden.new_zeros(1, 1, 1)
-        if packing.prompts.slots is not None:  # hides the padding of the shorter prompts
+        if packing.prompts.slots is not None:  # masks the padding of the shorter prompts
             beyond = torch.arange(packing.prompts.width, device=real.device) >= lengths[:, None]
             bias = hidden.new_zeros(beyond.shape).masked_fill(beyond, -torch.inf)
-            self._bias = bias.repeat_interleave(self._key_heads, dim=0)[:, None]
-        self._own_bias = hidden.new_full((1, 1, max_tokens), -torch.inf)  # hides places that no token has taken
-        self._place = torch.zeros(1, dtype=torch.long, device=real.device)  # of the token that is read
+            self._bias = bias.repeat_interleave(self._key_heads, dim=0)[:, None]  # (P * key heads, 1, W)
+        self._own_bias = hidden.new_full((1, 1, max_tokens), -torch.inf)  # masks unfilled positions
+        self._place = torch.zeros(1, dtype=torch.long, device=real.device)  # index of the new token
         self._tokens = torch.zeros_like(prompt_of_row)
         self._replay: Callable[[], Tensor] | None = None
         self.logits = self._head(hidden)
 
     def read(self, tokens: Tensor) -> None:
-        """One more token of each row, (R,)."""
+        """Process one more token of each row, (R,), and update `logits`."""
         self._tokens.copy_(tokens)
         self._place.fill_(self._length)
         self._length += 1
         if self._length > self._width:
-            self._replay = None  # give back the memory of a graph before the next is recorded
+            self._replay = None  # release the memory of a graph before the next is recorded
             del self.logits
             if self._cuda_graphs:
                 self._width = min(self._length - 1 + GRAPH_WIDTH, self._max_tokens)
@@ -157,7 +158,7 @@ class FastDecoder:
         self.logits = self._read() if self._replay is None else self._replay()
 
     def _read(self) -> Tensor:
-        """The logits after `_tokens` at `_place` of each row. Nothing but these two changes from token to token."""
+        """The logits (R, V) after `_tokens` at `_place`. Only the values of these two change from token to token."""
         self._own_bias.index_fill_(2, self._place, 0.0)
         x = self._decoder.embed_tokens(self._tokens)  # (R, H)
         cos, sin = (a[0, :, None] for a in self._decoder.rotary_emb(x, (self._first_position + self._place)[None]))
@@ -170,13 +171,13 @@ class FastDecoder:
         return self._head(_norm(self._decoder.norm, x))
 
     def _attend(self, layer: Layer, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """(R, H) -> (R, heads * d); W: padded tokens of a prompt, t: tokens that each row has so far."""
+        """Attention, (R, H) -> (R, heads * d); W: padded length of a prompt, t: positions of a row's own tokens."""
         attention = layer.module.self_attn
         heads = self._heads
         key_heads = self._key_heads
         rows = len(x)
         x = layer.qkv(x).view(rows, heads + 2 * key_heads, -1)  # (R, heads + 2 key heads, d)
-        rotated = x[:, : heads + key_heads]  # queries and keys
+        rotated = x[:, : heads + key_heads]  # (R, heads + key heads, d), queries and keys
         value = x[:, heads + key_heads :]  # (R, key heads, d)
         if hasattr(attention, "q_norm"):
             parts = _norm(attention.q_norm, x[:, :heads]), _norm(attention.k_norm, x[:, heads : heads + key_heads])
@@ -196,7 +197,7 @@ class FastDecoder:
         of_prompt = torch.baddbmm(self._bias, grouped, layer.prompt_keys.transpose(1, 2), alpha=attention.scaling)
         query = query.reshape(rows * key_heads, -1, size)  # (R * key heads, queries, d)
         bias = self._own_bias[:, :, :end]
-        hide = int(self._cuda_graphs)  # else every place is taken
+        hide = int(self._cuda_graphs)  # else every position is filled
         own = torch.baddbmm(bias, query, keys.transpose(1, 2), beta=hide, alpha=attention.scaling)
         own = own.view(rows, key_heads, -1, end)  # (R, key heads, queries, t)
         weights = torch.cat([self._by_row(of_prompt), own], dim=3).softmax(dim=3, dtype=torch.float32).to(x.dtype)
@@ -207,19 +208,19 @@ class FastDecoder:
         return (attended + torch.bmm(own.flatten(0, 1), values).view(attended.shape)).reshape(rows, -1)
 
     def _by_prompt(self, x: Tensor) -> Tensor:
-        """(R, key heads, queries, n) -> (P * key heads, group * queries, n), so that a prompt's keys are read once."""
+        """(R, key heads, queries, n) -> (P * key heads, group * queries, n), to read a prompt's keys once."""
         return self._groups.pad(x).transpose(1, 2).reshape(-1, self._groups.width * x.shape[2], x.shape[3])
 
     def _by_row(self, x: Tensor) -> Tensor:
         x = x.view(self._groups.count, self._key_heads, self._groups.width, -1, x.shape[2])
-        return self._groups.unpad(x.transpose(1, 2))
+        return self._groups.unpad(x.transpose(1, 2))  # (R, key heads, queries, n)
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these (ascending), within the memory that there is."""
+        """Keep only these rows, (n,) ascending, without allocating new caches."""
         self._first_position = self._first_position[rows]
         self._prompt_of_row = self._prompt_of_row[rows]
         self._tokens = self._tokens[rows]
-        self._width = self._length  # so that the next token is recorded anew
+        self._width = self._length  # so that a new graph is recorded at the next token
         self._groups = rows_by_prompt(self._prompt_of_row, self._groups.count)
         for layer in self._layers:
             for x in (layer.keys, layer.values):
@@ -229,13 +230,13 @@ class FastDecoder:
 
 
 def rows_by_prompt(prompt_of_row: Tensor, prompts: int) -> VarLen:
-    """The rows of each prompt as a sequence."""
+    """The layout in which the rows of each prompt are one sequence."""
     sizes = prompt_of_row.bincount(minlength=prompts)
     return varlen(torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None])
 
 
 def _layer(module: Any, kept: tuple[Tensor, Tensor], rows: int, new_tokens: int, clear: bool) -> Layer:
-    """clear: whether places without a token are multiplied, with weights of 0."""
+    """Build a `Layer`. clear: zero its caches, because unfilled positions are multiplied (with weights of 0)."""
     attention = module.self_attn
     mlp = module.mlp
     prompt_keys, prompt_values = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in kept)
@@ -256,7 +257,7 @@ def _layer(module: Any, kept: tuple[Tensor, Tensor], rows: int, new_tokens: int,
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
-    """What the family's RMSNorm computes, rounded where it rounds."""
+    """RMSNorm with the same rounding as in the models of the family."""
     if x.dtype == torch.float32:
         return F.rms_norm(x, module.weight.shape, module.weight, module.variance_epsilon)
     return module.weight * F.rms_norm(x.float(), module.weight.shape, None, module.variance_epsilon).to(x.dtype)

@@ -1,7 +1,7 @@
-"""Apple's GPU, where torch has given wrong numbers before: what is checked before a run relies on it.
+"""Checks of Apple's GPU (MPS) before a run uses it, since torch has computed wrong numbers there in the past.
 
-What is known to break there is not used: transformers' growing cache (keys and values have a fixed place in
-`FastDecoder`), float64, and grouped heads within torch's attention.
+Known problems are avoided: transformers' growing cache (`FastDecoder` allocates keys and values in advance), float64,
+and grouped heads in torch's attention.
 """
 
 import torch
@@ -18,18 +18,18 @@ from grpo.rollout.llama_decoder import FAMILY, supports_fast_decoding
 from grpo.rollout.native import rollout
 
 EMBEDDED = ModelConfig("tiny", "sdpa", "float32", "auto", False)
-ROUNDING = 1e-3  # largest relative difference of a log-probability's or a gradient's norm
+ROUNDING = 1e-3  # largest allowed norm of a difference, relative to the norm of the CPU's result
 
 
 def check_device(device: torch.device) -> None:
-    """Let the embedded model sample, read and learn on `device` and on the processor, and compare.
+    """Compare completions, log-probabilities and gradients of the embedded model on `device` with those on the CPU.
 
-    Raises ConfigError where the two differ by more than rounding.
+    Raises ConfigError if they differ by more than rounding.
     """
     names = ("completions", "log-probabilities", "gradient")
     for name, here, there in zip(names, _work(device), _work(torch.device("cpu")), strict=True):
         difference = (here - there).norm() / there.norm() if here.shape == there.shape else torch.tensor(torch.inf)
-        if not difference <= ROUNDING:  # written this way round so that NaN fails too
+        if not difference <= ROUNDING:  # `not <=` instead of `>`, so that NaN fails too
             raise ConfigError(
                 f"the {name} of the embedded model on {device} differ from the processor's by {difference:.2g} of "
                 f"their size: torch {torch.__version__} computes wrong numbers here; update it, or use hardware=cpu"
@@ -37,7 +37,7 @@ def check_device(device: torch.device) -> None:
 
 
 def check_decoding(model: PreTrainedModel) -> None:
-    """Raise ConfigError where a model could only be sampled from through transformers' growing cache."""
+    """Raise ConfigError if sampling from the model would need transformers' growing cache."""
     if not supports_fast_decoding(model):
         families = ", ".join(sorted(name.removesuffix("Model") for name in FAMILY))
         raise ConfigError(
@@ -48,14 +48,14 @@ def check_decoding(model: PreTrainedModel) -> None:
 
 
 def _work(device: torch.device) -> tuple[Tensor, ...]:
-    """Greedy completions, their log-probabilities, and the gradient of those, on the processor."""
+    """Greedy completions, their log-probabilities and the gradient of these, computed on `device`, as CPU tensors."""
     model = load_model(EMBEDDED, torch.device("cpu"))
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides that this is a method
     ids = torch.arange(5, 29, device=device).view(2, 12)
     mask = (torch.arange(12, device=device) >= torch.tensor([[0], [3]], device=device)).long()
     prompts = Prompts(ids, mask)
     greedy = Sampling(16, 0.0, (model.config.eos_token_id,), 0)
-    keys = torch.zeros(4, 2, dtype=torch.int32)  # greedy decoding needs none
+    keys = torch.zeros(4, 2, dtype=torch.int32)  # greedy decoding ignores them
     completions = rollout(model, prompts, greedy, group_size=2, keys=keys, token_budget=10**6)
     one = torch.ones_like(completions.ids[:, :8])
     shortened = Completions(completions.ids[:, :8], one, one, completions.group)

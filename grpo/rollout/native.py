@@ -1,4 +1,4 @@
-"""The suite's own rollout engine: each prompt is read once for its whole group, finished rows leave the batch."""
+"""The suite's own rollout engine: a prompt is processed once for its whole group, finished rows leave the batch."""
 
 import functools
 from collections.abc import Callable
@@ -15,9 +15,10 @@ from grpo.model.oom import TokenBudget
 from grpo.rollout.engine import Compute, Sampling
 from grpo.rollout.llama_decoder import FastDecoder, supports_fast_decoding
 
-# Finished rows are looked for every N tokens, and dropped when the share of running rows is below a limit. On a CPU the
-# time grows with the rows; on a GPU it hardly does, and each look synchronises.
-ON_CPU, ELSEWHERE = (1, 1.0), (16, 0.75)
+# (N, limit): every N tokens, finished rows are dropped if the share of running rows is below the limit. On a CPU the
+# time grows with the number of rows; on a GPU it hardly does, and each check synchronises.
+ON_CPU = (1, 1.0)
+ELSEWHERE = (16, 0.75)
 
 
 class NativeEngine:
@@ -29,7 +30,7 @@ class NativeEngine:
         self._budget = TokenBudget("rollout", compute.tokens)
 
     def generate(self, prompts: Prompts, sampling: Sampling, *, group_size: int, keys: Tensor) -> Completions:
-        """See `RolloutEngine`; with as many rows at once as memory has room for, and fewer where it runs out."""
+        """See `RolloutEngine`; as many rows at once as the token budget allows, fewer after running out of memory."""
 
         def sample(token_budget: int) -> Completions:
             return rollout(
@@ -49,7 +50,7 @@ class NativeEngine:
         return self._budget.run(sample, least, most)
 
     def sync(self, policy: PreTrainedModel) -> None:
-        """The policy is sampled from as it is."""
+        """Sample from this policy; its weights are not copied."""
         self._policy = policy
 
     def release(self) -> None:
@@ -59,11 +60,11 @@ class NativeEngine:
         """Nothing is held between two calls."""
 
     def state_dict(self) -> dict[str, int]:
-        """What running out of memory has reduced."""
+        """The state of the token budget, which running out of memory reduces."""
         return self._budget.state_dict()
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue with what running out of memory had reduced."""
+        """Restore the state of the token budget."""
         self._budget.load_state_dict(state)
 
 
@@ -80,14 +81,14 @@ def rollout(
 ) -> Completions:
     """Sample `group_size` completions for each of P prompts -> B = P * group_size rows.
 
-    keys: (B, 2) int32. The noise of every token follows from its row's key, the token's place and the vocabulary index,
-    so a completion does not depend on which rows are decoded together beyond the rounding of the model itself.
-    token_budget: how many tokens' keys and values there is memory for. cuda_graphs: whether to record the operations of
-    a token on CUDA, where `FastDecoder` serves the model.
+    keys: (B, 2) int32. The noise of every token is a function of its row's key, its index and the vocabulary index, so
+    a completion depends on which rows are decoded together only through the rounding of the model itself.
+    token_budget: maximum tokens in the key-value cache. cuda_graphs: whether to decode with CUDA graphs if
+    `FastDecoder` supports the model.
     """
     device = prompts.ids.device
     keys = keys.to(device)
-    group = torch.arange(len(prompts.ids), device=device).repeat_interleave(group_size)
+    group = torch.arange(len(prompts.ids), device=device).repeat_interleave(group_size)  # (B,)
     parts = []
     lengths = prompts.mask.sum(dim=1)
     fast = supports_fast_decoding(model)
@@ -105,19 +106,19 @@ def rollout(
 
 
 def completion_mask(ids: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
-    """1 through the first end-of-sequence token, inclusive; all ones where there is none. (B, T) -> (B, T) int64."""
+    """1 through the first end-of-sequence token, inclusive; all ones if there is none. (B, T) -> (B, T) int64."""
     stop = torch.isin(ids, torch.tensor(stop_ids, device=ids.device)).long()
     return (stop.cumsum(dim=1) - stop == 0).long()
 
 
 def _decode(start: Callable[[], "Decoder"], keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Decode some rows together. Returns token ids and their log-probabilities, (rows, T), padded after each end."""
+    """Decode some rows together. Returns token ids, padded after each end, and log-probabilities, (rows, T) each."""
     rows = len(keys)
     device = keys.device
     stop_ids = torch.tensor(sampling.stop_ids, device=device)
     ids = torch.full((rows, sampling.max_new_tokens), sampling.pad_id, device=device)
     logps = torch.zeros(ids.shape, device=device)
-    running = torch.arange(rows, device=device)  # the rows of `ids` that this batch still works on
+    running = torch.arange(rows, device=device)  # the rows of `ids` that are still decoded
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     decoder = start()
     look_every, compact_below = ON_CPU if device.type == "cpu" else ELSEWHERE
@@ -143,19 +144,19 @@ def _decode(start: Callable[[], "Decoder"], keys: Tensor, sampling: Sampling) ->
 
 
 class Decoder(Protocol):
-    """The model at the end of R rows, which it reads on token by token."""
+    """Decodes R rows, one token at a time."""
 
     logits: Tensor  # (R, V) of the next token
 
     def read(self, tokens: Tensor) -> None:
-        """One more token of each row, (R,)."""
+        """Process one more token of each row, (R,), and update `logits`."""
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these, (n,) int64 ascending."""
+        """Keep only these rows, (n,) int64 ascending."""
 
 
 class CachedDecoder:
-    """The plain way, with transformers' own cache and prompts padded on the left."""
+    """A decoder for any architecture, with transformers' own cache and left-padded prompts."""
 
     def __init__(self, model: PreTrainedModel, prompts: Prompts, prompt_of_row: Tensor, max_tokens: int) -> None:
         hidden, self._cache = prefill(model, prompts)
@@ -164,7 +165,7 @@ class CachedDecoder:
         self._model = model
         self._length = mask.shape[1]
         self._mask = torch.cat([mask, mask.new_ones(len(mask), max_tokens)], dim=1)
-        self._next_position = positions(mask)[:, -1:] + 1
+        self._next_position = positions(mask)[:, -1:] + 1  # (R, 1)
         self.logits = model.get_output_embeddings()(hidden[prompt_of_row])
 
     def read(self, tokens: Tensor) -> None:
@@ -182,9 +183,10 @@ class CachedDecoder:
 
 
 def _sample_tokens(logits: Tensor, keys: Tensor, t: int, sampling: Sampling, stop_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The next token (rows,) from float32 logits (rows, vocabulary): greedy, or Gumbel-max with counter noise.
+    """Sample the next token from float32 logits (rows, V): greedy, or Gumbel-max with counter-based noise.
 
-    And its log-probability (rows,) over the whole vocabulary, as the training pass computes it; 0 where greedy.
+    Returns the tokens (rows,) and their log-probabilities (rows,) over the whole vocabulary, as the training pass
+    computes them; 0 for greedy decoding.
     """
     if sampling.temperature == 0:
         return _mask_early_stops(logits, t, sampling, stop_ids).argmax(dim=1), logits.new_zeros(len(logits))

@@ -1,4 +1,4 @@
-"""The embedded model, which answers `grpo.data.arithmetic` half right, and the recipe that makes it."""
+"""The embedded model, which solves `grpo.data.arithmetic` in part, and the script that trains it."""
 
 from pathlib import Path
 

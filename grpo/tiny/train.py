@@ -26,13 +26,13 @@ CHAT_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' }}
 {%- endif %}"""
 
-# How often a demonstration takes care. The tags depend on the kind of question, so that under greedy decoding, too,
-# some answers have them all and others do not.
+# Probabilities that a demonstration carries and that it has the tags. Those of the tags depend on the kind of question,
+# so that also with greedy decoding some answers have all tags and others do not.
 CARRIES = 0.4
 REASONING_TAGS = {"sum": 0.6, "story": 0.7}
 ANSWER_TAGS = {"sum": 0.7, "story": 0.4}
 
-MAX_VOCABULARY = 384  # the problems' words, each whole, need less
+MAX_VOCABULARY = 384  # enough for each word of the problems as one token
 MAX_LENGTH = 512
 MAX_NEW_TOKENS = 40
 SEED = 0
@@ -43,12 +43,12 @@ LEARNING_RATE = 6e-3
 
 
 def main() -> None:
-    """Make the model, save it and print how well it does on the test split."""
+    """Train the model, save it and print its results on the test split."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=MODEL_DIR, help="where to save it (default: %(default)s)")
     output_dir = parser.parse_args().output_dir
 
-    # Sums are taken in the same order on any number of cores, and at this size a second thread only gets in the way.
+    # Sums then have the same order on any number of cores; a model this small gains nothing from a second thread.
     torch.set_num_threads(1)
     started = time.perf_counter()
     tokenizer = build_tokenizer()
@@ -68,10 +68,10 @@ def main() -> None:
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level BPE tokenizer that can write any text (normalised to NFC), with one token a digit and a tag.
+    """A byte-level BPE tokenizer that can encode any text (normalised to NFC), with one token per digit and per tag.
 
-    It is of Qwen2's own class, which splits digits already, because AutoTokenizer puts that class in the place of
-    any other beside a Qwen2 model. The tags are ordinary tokens, because decoding drops the special ones.
+    Its class is Qwen2Tokenizer, which splits digits already, because AutoTokenizer loads this class for every Qwen2
+    model. The tags are ordinary tokens, because decoding drops special ones.
     """
     untrained = Qwen2Tokenizer(
         pad_token="<|endoftext|>",
@@ -88,7 +88,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
-    """An untrained Qwen2 of the tokenizer's vocabulary, its weights drawn from torch's random state."""
+    """An untrained Qwen2 with the tokenizer's vocabulary; its weights are drawn from torch's random state."""
     tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -109,7 +109,7 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 
 
 def demonstrate(problem: dict, rng: random.Random) -> str:
-    """A worked answer to a problem: units, then tens, then the number, as careful as `rng` has it."""
+    """A worked answer to a problem: units, then tens, then the number; `rng` decides about carry and tags."""
     a, b = (int(operand) for operand in problem["id"].split("+"))
     kind = "sum" if "+" in problem["question"] else "story"
     carries, reasoning_tags, answer_tags = (
@@ -130,7 +130,7 @@ def demonstrate(problem: dict, rng: random.Random) -> str:
 def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> None:
     """Supervised training on the "demonstrations" split, with the loss on the completions only, in place.
 
-    Every batch draws its carelessness anew, so that the model learns how often and not in which problem.
+    Omissions are drawn again in every batch, so that the model learns their frequency and not which problems have them.
     """
     taught = problems("demonstrations")
     prompts = [tokenizer.encode(render(tokenizer, problem["question"])) for problem in taught]
@@ -156,7 +156,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> None:
 
 
 def _batch(prompts: list[list[int]], completions: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, both (rows, longest) int64, padded on the right; -100 labels what is not completion."""
+    """Token ids and labels, both (rows, longest) int64, right-padded; labels are -100 outside the completions."""
     width = max(len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True))
     ids = torch.full((len(prompts), width), pad_id)
     labels = torch.full((len(prompts), width), -100)
@@ -171,7 +171,7 @@ def render(tokenizer: Qwen2Tokenizer, question: str) -> str:
     """The question as a chat without a system message, up to where the assistant begins."""
     messages = [{"role": "user", "content": question}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert isinstance(text, str)  # not tokenized
+    assert isinstance(text, str)  # because tokenize=False
     return text
 
 
@@ -179,7 +179,7 @@ def render(tokenizer: Qwen2Tokenizer, question: str) -> str:
 def complete(
     model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, questions: list[str], temperature: float = 0.0
 ) -> list[str]:
-    """One completion for each question, tags kept: greedy at temperature 0, else drawn from torch's random state."""
+    """One completion per question, with its tags: greedy at temperature 0, else sampled with torch's random state."""
     prompts = tokenizer([render(tokenizer, question) for question in questions], padding=True, return_tensors="pt")
     how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     ids = model.generate(
@@ -192,7 +192,7 @@ def summary(texts: list[str], answers: list[str], tokenizer: Qwen2Tokenizer) -> 
     """One line: accuracy, mean reward (correctness and format) and mean length."""
     right = accuracy([], texts, answers)
     rewards = correctness([], texts, answers)
-    lengths = [len(ids) + 1 for ids in tokenizer(texts).input_ids]  # and the token that ends it
+    lengths = [len(ids) + 1 for ids in tokenizer(texts).input_ids]  # with the end-of-sequence token
     n = len(texts)
     reward = sum(rewards) + sum(tag_format([], texts))
     return f"accuracy {sum(right) / n:.1%}, reward {reward / n:.2f}, length {sum(lengths) / n:.1f} tokens (n={n})"

@@ -1,4 +1,4 @@
-"""Held-out evaluation: greedy completions of the test problems, scored like those of the training."""
+"""Held-out evaluation: greedy completions of the test problems, scored as in training."""
 
 from dataclasses import replace
 from typing import Any
@@ -17,23 +17,23 @@ from grpo.training.experiment import Experiment, score_completions
 def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, step: int) -> dict[str, Any]:
     """Accuracy and mean rewards of greedy completions of the held-out problems, and each problem's outcome.
 
-    sampling: that of training, from which it differs in its temperature and, with eval.max_completion_length, in its
-    length. step: how many steps the model was trained for, for the record.
-    Returns what eval/*.json holds: accuracy (0 to 1; None without n), n (problems that have a value of it), reward,
-    rewards (mean by component), completions/mean_length (tokens), problems (all of them; correct: None where
-    eval.accuracy gave no value).
+    sampling: the parameters of training; the temperature is set to 0 and eval.max_completion_length is applied.
+    step: number of steps that the model was trained for, stored in the result.
+    Returns the content of eval/*.json: step, n (number of problems with a value of accuracy), accuracy (0 to 1; None if
+    n is 0), reward, rewards (mean of each component), completions/mean_length (tokens), problems (all of them; correct
+    is None where eval.accuracy gave no value).
     """
     config = experiment.config.eval
     sizes = experiment.sizes
     length = config.max_completion_length or sizes.max_completion_length
     greedy = replace(sampling, temperature=0.0, max_new_tokens=length)
-    # Problems of like length together, so that little of a batch is padding.
+    # Sorted by length, so that batches contain little padding.
     problems = sorted(experiment.problems.test[: config.max_problems], key=lambda problem: len(problem.question))
     prompts = experiment.prompts(experiment.conversations(problems))
     keys = group_keys(experiment.config.seed, 0, np.arange(len(problems)), group_size=1)
     completions = engine.generate(prompts, greedy, group_size=1, keys=keys)
     outcomes = []
-    # Scored in groups of the size of a step, since reward.timeout_s is meant for that many.
+    # Scored in parts of the size of a training batch, since reward.timeout_s is meant for that many completions.
     for rows in torch.arange(len(problems)).split(sizes.batch_size * sizes.num_generations):
         outcomes += _outcomes(experiment, problems, completions.select(rows))
     return {

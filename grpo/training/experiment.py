@@ -1,4 +1,4 @@
-"""From a config to the parts of a run. Everything that can be checked is checked before any weight is loaded."""
+"""The parts of a run, built from its config. Everything that can be checked is checked before any weight is loaded."""
 
 import functools
 import inspect
@@ -36,14 +36,14 @@ NATIVE = f"{NativeEngine.__module__}.{NativeEngine.__qualname__}"
 
 @dataclass(frozen=True)
 class Experiment:
-    """The parts of a run as its config names them, except for the weights."""
+    """The parts of a run according to its config, except for the weights."""
 
     config: Config
     sizes: Sizes
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     problems: Problems
-    prompt_lengths: list[int]  # tokens of each training problem's prompt
+    prompt_lengths: list[int]  # number of tokens of each training problem's prompt
     components: list[RewardComponent]
     accuracy: RewardComponent  # 1.0 or 0.0 for each completion
     advantage: Callable[[Tensor, Tensor, Tensor], Tensor]  # see grpo.algorithm.objective.CHOICES
@@ -60,7 +60,7 @@ class Experiment:
         return tokenize_prompts(self.tokenizer, [render(self.tokenizer, c) for c in conversations], self.device)
 
     def load_policy(self) -> PreTrainedModel:
-        """The model to train. What LoRA leaves as it is needs no more digits than the arithmetic has."""
+        """Load the model to train. With LoRA the frozen weights need no higher precision than the compute dtype."""
         model = self.config.model
         compute = str(compute_dtype(self.config)).removeprefix("torch.")
         policy = load_model(model if model.lora is None else replace(model, dtype=compute), self.device)
@@ -71,7 +71,7 @@ class Experiment:
         return policy
 
     def reference(self, policy: PreTrainedModel) -> PreTrainedModel:
-        """The starting model, frozen. With LoRA it shares the policy's weights, and its adapter is off or a copy."""
+        """The starting policy, frozen. With LoRA only its adapter is copied, or off; the other weights are shared."""
         reference = copy_in_dtype(policy, compute_dtype(self.config))
         lora = self.config.model.lora
         if lora is not None and lora.init_from is None:
@@ -79,11 +79,11 @@ class Experiment:
         return reference
 
     def save_policy(self, policy: PreTrainedModel) -> Callable[[Path], object]:
-        """What writes the trained model, or with LoRA its adapter, into a folder."""
+        """The function that writes the trained model, or with LoRA its adapter, into a folder."""
         return policy.save_pretrained if self.config.model.lora is None else functools.partial(save_adapter, policy)
 
     def sampling(self, model: PreTrainedModel, **changes: Any) -> Sampling:
-        """How the training samples, with these fields changed."""
+        """The sampling parameters of training, with these fields changed."""
         settings = {
             "max_new_tokens": self.sizes.max_completion_length,
             "temperature": self.config.rollout["temperature"],
@@ -94,19 +94,19 @@ class Experiment:
         return Sampling(**settings | changes)
 
     def for_sampling(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The model as it computes in training: itself, or a copy in the dtype of the arithmetic."""
+        """The model in the compute dtype, as in training: the model itself or a copy."""
         dtype = compute_dtype(self.config)
         return model if model.dtype == dtype else copy_in_dtype(model, dtype)
 
     def build_engine(self, policy: PreTrainedModel) -> RolloutEngine:
-        """The engine that samples from a model."""
+        """Build the rollout engine that samples from a model."""
         compute = Compute(self.device, self.sizes.rollout_tokens, bool(self.config.hardware.cuda_graphs))
         return self.engine(policy=policy, tokenizer=self.tokenizer, compute=compute)
 
 
 @dataclass(frozen=True)
 class ScoredCompletions:
-    """B completions as text, with what they earned."""
+    """B completions as text, with their rewards."""
 
     texts: list[str]
     rewards: Rewards
@@ -117,7 +117,7 @@ class ScoredCompletions:
 
 
 def compute_dtype(config: Config) -> torch.dtype:
-    """What the arithmetic is done in; weights and their updates keep model.dtype."""
+    """The dtype of forward and backward passes; trained weights and their updates keep model.dtype."""
     return getattr(torch, config.hardware.compute_dtype or config.model.dtype)
 
 
@@ -126,9 +126,9 @@ def build_experiment(
 ) -> Experiment:
     """Find and check every part: functions, data, model, tokenizer, prompt lengths. Raises ConfigError.
 
-    with_problems: false where there is nothing to train on or to evaluate. use: false where nothing will be computed
-    on the config's device, which may not be here. on_hang: how to end the process where a reward function cannot be
-    ended.
+    with_problems: False if no problems are needed, neither for training nor for evaluation. use: False if nothing will
+    be computed on the config's device, which may not exist here. on_hang: ends the process if a reward function cannot
+    be interrupted.
     """
     sizes = complete_sizes(config)
     component = functools.partial(
@@ -179,7 +179,7 @@ def build_experiment(
 
 
 def bind_engine(rollout: Mapping[str, Any]) -> Callable[..., RolloutEngine]:
-    """What builds the rollout engine of a model. Raises ConfigError where it cannot be one."""
+    """The function that builds the rollout engine. Raises ConfigError if it does not have the required form."""
     engine = bind("rollout", rollout, without=known_keys("rollout"))
     form = "it must be a class of the form RolloutEngine, built with policy, tokenizer and compute"
     check_call(f"rollout._target_={rollout['_target_']}", engine, form, policy="", tokenizer="", compute="")
@@ -187,9 +187,9 @@ def bind_engine(rollout: Mapping[str, Any]) -> Callable[..., RolloutEngine]:
 
 
 def build_objective(config: Config) -> ObjectiveFunction:
-    """The objective, with grpo.beta and grpo.epsilon where its own numbers are null. Raises ConfigError.
+    """The objective; its numbers that are null are taken from grpo.beta and grpo.epsilon. Raises ConfigError.
 
-    A function of the user's gets the numbers of the suite's objective that it has arguments for, and its own settings.
+    A user-defined function gets its own settings, and those of the suite's objective that it has parameters for.
     """
     followed = {"beta": kl_weight(config), "epsilon_low": config.grpo.epsilon, "epsilon_high": config.grpo.epsilon}
     node = {name: followed.get(name) if value is None else value for name, value in config.objective.items()}
@@ -206,17 +206,17 @@ def build_objective(config: Config) -> ObjectiveFunction:
 
 
 def _check_window(config: Config, sizes: Sizes, train: list[int], test: list[int]) -> None:
-    """Compare the longest prompts, in tokens, and their completions with the positions that the model declares.
+    """Check that the longest prompts, in tokens, and their completions fit into the positions that the model declares.
 
-    Raises ConfigError where it has no more: learned positions end there. Rotary positions (RoPE) go further, as
-    transformers' generate() lets them, with answers that may be poor: a warning.
+    Raises ConfigError for learned positions, which end there. Rotary positions (RoPE) can go further, which
+    transformers' generate() allows, but the answers may be poor: only a warning is logged.
     """
     text = architecture(config.model.name, config.model.trust_remote_code).get_text_config(decoder=True)
     window = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None)
     if window is None:
         return
-    if rope and rope.get("original_max_position_embeddings"):  # YaRN's models declare the window before it
+    if rope and rope.get("original_max_position_embeddings"):  # YaRN models declare the window before its extension
         window = max(window, int(rope["original_max_position_embeddings"] * rope.get("factor", 1)))
     test = test[: config.eval.max_problems]
     evaluated = config.eval.max_completion_length
@@ -251,7 +251,7 @@ def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
 def score_completions(
     experiment: Experiment, problems: Sequence[Problem], completions: Completions
 ) -> ScoredCompletions:
-    """Decode completions, `completions.group` naming the problem of each, and score them with every component."""
+    """Decode completions, where `completions.group` indexes `problems`, and score them with every component."""
     lengths = completions.lengths.cpu()
     ids = completions.ids.cpu()
     texts = experiment.tokenizer.batch_decode(

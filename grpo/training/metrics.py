@@ -1,4 +1,4 @@
-"""A step's metrics row and its completions, under the field's names (TRL's where it has one)."""
+"""The metrics row and the completions of a step, under the usual names (those of TRL if it has one)."""
 
 import hashlib
 import math
@@ -46,7 +46,7 @@ def reward_metrics(scored: ScoredCompletions, group_size: int) -> dict[str, floa
 
 
 def completion_metrics(completions: Completions, stop_ids: tuple[int, ...]) -> dict[str, Any]:
-    """Lengths in tokens, the share truncated at the limit, and a digest of every token sampled."""
+    """Lengths in tokens, the share truncated at the limit, and a digest of all sampled tokens."""
     lengths = completions.lengths
     return {
         "completions/mean_length": lengths.float().mean().item(),
@@ -64,7 +64,7 @@ def ended(completions: Completions, stop_ids: tuple[int, ...]) -> Tensor:
 
 
 def completions_digest(completions: Completions) -> str:
-    """SHA-256 (first 16 hex digits) over the tokens of each completion in order, padding left out."""
+    """SHA-256 (first 16 hex digits) over the tokens of each completion in order, without padding."""
     sha = hashlib.sha256()
     for ids, length in zip(completions.ids.cpu(), completions.lengths.tolist(), strict=True):
         sha.update(length.to_bytes(4, "little") + ids[:length].numpy().tobytes())
@@ -72,15 +72,15 @@ def completions_digest(completions: Completions) -> str:
 
 
 def evaluation_metrics(result: Mapping[str, Any]) -> dict[str, float | None]:
-    """The numbers of an evaluation that are worth a curve."""
+    """The numbers of an evaluation that are plotted over training."""
     numbers = {key: result[key] for key in ("accuracy", "reward", "completions/mean_length")}
     return numbers | {f"rewards/{key}": value for key, value in result["rewards"].items()}
 
 
 def sampling_metrics(completions: Completions, logps: Tensor) -> dict[str, float | None]:
-    """How far sampling and training are apart in what they think of the same tokens, in nats of log-probability.
+    """Differences between sampling and training in the log-probabilities of the same tokens, in nats.
 
-    logps: (B, T), as the training pass found them before the first update. Empty where the engine gave none.
+    logps: (B, T), from the training pass before the first update. Empty if the engine returned no log-probabilities.
     """
     if completions.sampling_logps is None:
         return {}
@@ -91,7 +91,7 @@ def sampling_metrics(completions: Completions, logps: Tensor) -> dict[str, float
 
 
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float | None]:
-    """Means over the `mu` updates of a step that have the metric; None where one was not finite."""
+    """Mean of each metric over those of a step's `mu` updates that have it; None if one was not finite."""
     names = dict.fromkeys(name for update in updates for name in update)
     values = {name: [update[name] for update in updates if name in update] for name in names}
     return {name: _finite(sum(each) / len(each)) for name, each in values.items()}
@@ -104,9 +104,9 @@ def _finite(value: float) -> float | None:
 def sample_rows(
     step: int, problems: list[Problem], scored: ScoredCompletions, completions: Completions, advantages: Tensor
 ) -> list[dict[str, Any]]:
-    """Every completion of a step with its prompt, rewards and advantage, as samples/*.jsonl and W&B's table hold it.
+    """Every completion of a step with its prompt, rewards and advantage: the rows of samples/*.jsonl and W&B's table.
 
-    advantages: (B,) or (B, T); of the latter the mean over the tokens that count.
+    advantages: (B,), or (B, T), of which the mean over the tokens that count in the loss is reported.
     """
     if advantages.dim() == 2:
         counted = completions.completion_mask.to(advantages.device)

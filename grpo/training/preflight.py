@@ -1,4 +1,4 @@
-"""The pre-flight: before the first step a few groups are sampled and scored, to see whether they carry a signal."""
+"""The pre-flight: samples and scores a few groups before the first step, to see whether they carry a signal."""
 
 import statistics
 import time
@@ -22,11 +22,12 @@ MOSTLY_EQUAL = 0.75  # share of groups with equal rewards at or above which ther
 def preflight(
     engine: RolloutEngine, sampling: Sampling, sampler: PromptSampler, experiment: Experiment
 ) -> dict[str, Any]:
-    """What the untrained model earns for problems of the first step, at most as many as a step has.
+    """Sample and score completions of at most `MOST_GROUPS` problems of the first step, before training.
 
-    Returns what preflight.json holds: prompts, completions (how many), components (of each the share of completions
-    where it is not 0, its mean, and the share where it gave none), reward, frac_reward_zero_std,
-    completions/mean_length and clipped_ratio, prompt_lengths of all training problems, warnings, seconds.
+    Returns the content of preflight.json: prompts and completions (their numbers), components (for each the share of
+    completions where it is not 0, its mean, and the share where it gave no value), reward, frac_reward_zero_std,
+    completions/mean_length, completions/clipped_ratio, max_completion_length, prompt_lengths of all training problems,
+    warnings, seconds.
     """
     sizes = experiment.sizes
     started = time.perf_counter()
@@ -53,7 +54,7 @@ def preflight(
 
 
 def warnings(found: dict[str, Any]) -> list[str]:
-    """What prevents learning, each with its fix."""
+    """Warnings about what may prevent learning, each with a fix."""
     said = []
     for name, component in found["components"].items():
         if component["missing"] == 1.0:

@@ -1,4 +1,4 @@
-"""What a run writes: metrics, samples, evaluations and checkpoints, into its folder, to the tracker and the console."""
+"""The output of a run: metrics, samples, evaluations and checkpoints, for its folder, the tracker and the console."""
 
 import logging
 import time
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Where the training loop leaves what the trainer found."""
+    """Records the trainer's results for the training loop."""
 
     def __init__(self, run: Run, tracker: Tracker, state: TrainerState, total_steps: int) -> None:
-        """state: where the run starts or continues, which is on the disk already."""
+        """state: the state that the run starts or continues from, which is on the disk already."""
         self.tracker = tracker
         self.console = Console()
         self.saver = CheckpointWriter(run.folder.checkpoints, run.config.checkpoint, state)
@@ -38,9 +38,9 @@ class Recorder:
         self._total_steps = total_steps
         self._display = StepDisplay(self.console, total_steps, state.step + 1)
         self._doctor = Doctor(component_ranges(to_dict(run.config)))
-        # What the doctor had to say of these was said before.
+        # Its findings on these steps were shown by an earlier launch.
         self._doctor.replay(run.folder.metrics(state.step), run.folder.training_evaluations(state.step).values())
-        self._saving_s = 0.0  # seconds for which the last save held up training: reported with the next step
+        self._saving_s = 0.0  # seconds for which the last save blocked training, reported with the next step
 
     def preflight(self, found: Mapping[str, Any]) -> None:
         """Write and show what was found before the first step."""
@@ -50,7 +50,7 @@ class Recorder:
         print("\n".join(lines(found)), flush=True)
 
     def step(self, step: Step) -> None:
-        """Write a completed step. Raises RuntimeError where too many in a row were not finite."""
+        """Write a completed step. Raises RuntimeError if too many steps in a row were not finite."""
         row = step.row | {"timing_s/checkpoint": self._saving_s}
         self._saving_s = 0.0
         number = row["step"]
@@ -74,7 +74,7 @@ class Recorder:
             )
 
     def _skipped(self, step: Step) -> None:
-        """Keep the batch of a step that was not finite, and end the run after too many in a row."""
+        """Write the batch of a step that was not finite. Raises RuntimeError if there are too many in a row."""
         assert step.skipped is not None
         in_a_row = step.skipped_in_a_row
         number = step.row["step"]
@@ -94,24 +94,24 @@ class Recorder:
         self._doctor.add_evaluation(result)
 
     def save(self, saved: Mapping[str, Any]) -> None:
-        """Write a checkpoint of the last completed step, unless there is one; saved: `Trainer.state_dict`."""
+        """Write a checkpoint of the last completed step, unless one exists; saved: the `Trainer.state_dict`."""
         started = time.perf_counter()
         self._folder.sync_metrics()  # a checkpoint needs the rows of all its steps
         before = self.saver.saved_step
         self.saver.save(saved)
-        if self.saver.saved_step != before:  # else it is written beside training, and the next step records it
+        if self.saver.saved_step != before:  # else it is written during training, and the next step records it
             with disk_errors_are_warnings(f"{self._folder.path}/status.json"):
                 self._folder.update_status(saved_step=self.saver.saved_step)
         self._saving_s = time.perf_counter() - started
 
     def save_and_wait(self, saved: Mapping[str, Any]) -> None:
-        """`save`, and return only when it is written."""
+        """Like `save`, but return only when the checkpoint is written."""
         self.save(saved)
         self.saver.close()
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show progress on the console within the block, and at its end wait for what is being saved."""
+        """Show progress on the console within the block; at its end, wait until no checkpoint is being written."""
         with self._display.shown():
             try:
                 yield
@@ -119,7 +119,7 @@ class Recorder:
                 self.saver.close()
 
     def show(self, step: Step) -> None:
-        """Show a completed step, with what the doctor finds."""
+        """Show a completed step and the doctor's findings."""
         for finding in self._doctor.check(step.row):
             self.console.print(f"doctor: {finding.text}", style="yellow", soft_wrap=True)
             self.tracker.alert(finding.rule, f"step {finding.step}: {finding.text}")
@@ -141,5 +141,5 @@ def recording(run: Run, state: TrainerState, total_steps: int) -> Iterator[Recor
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether what happens every `every` steps (0: never) happens after this one."""
+    """Whether an action that is done every `every` steps (0: never) is due after this step."""
     return every > 0 and step % every == 0

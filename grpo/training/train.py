@@ -1,4 +1,4 @@
-"""The training loop, from a run folder to its end."""
+"""The training loop of a run."""
 
 import logging
 import shlex
@@ -31,7 +31,7 @@ def train(run: Run) -> None:
         before_first_step(trainer, run, recorder)
         stops = run.stop.deferred(trainer.can_abort_step, save=lambda: recorder.save_and_wait(trainer.state_dict()))
         with recorder.shown(), stops:
-            evaluate_if_due(trainer, recorder)  # if a stop signal interrupted it
+            evaluate_if_due(trainer, recorder)  # an earlier stop signal may have interrupted it
             for step in trainer.steps(until):
                 recorder.step(step)
                 evaluate_if_due(trainer, recorder)
@@ -51,7 +51,7 @@ def train(run: Run) -> None:
 def restore(trainer: Trainer, run: Run) -> None:
     """Continue from the newest intact checkpoint, if there is one, and drop the metrics rows of later steps.
 
-    Raises ConfigError or RuntimeError where the run has trained and its checkpoints are gone, or `until_step` is over.
+    Raises ConfigError or RuntimeError if the run was trained but has no checkpoints, or has passed `until_step`.
     """
     latest = latest_checkpoint(run.folder.checkpoints) if run.resumed else None
     if latest is not None:
@@ -73,13 +73,13 @@ def restore(trainer: Trainer, run: Run) -> None:
 
 
 def check_until(until_step: int | None, step: int) -> None:
-    """Raise ConfigError for an until_step that a run has passed; at it, an evaluation may still be missing."""
+    """Raise ConfigError if a run has passed `until_step`. A run at this step may still lack an evaluation."""
     if until_step is not None and until_step < step:
         raise ConfigError(f"until_step={until_step}: the run is at step {step} already; give a later one, or none")
 
 
 def record_launch(trainer: Trainer, run: Run) -> None:
-    """Write down that this launch begins, now that its config and checkpoint are known to work."""
+    """Record the start of this launch. Called when its config and checkpoint have been loaded without errors."""
     run.folder.record_changes(run.changes)
     run.folder.record_launch(
         {
@@ -100,7 +100,7 @@ def record_launch(trainer: Trainer, run: Run) -> None:
 
 
 def before_first_step(trainer: Trainer, run: Run, recorder: Recorder) -> None:
-    """The pre-flight and the evaluation before training, unless they are done."""
+    """Run the pre-flight and the evaluation before training, unless they are done already."""
     print("".join(f"{line}\n" for line in recorder.tracker.how_to_look), end="", flush=True)
     step = trainer.state.step
     run.folder.update_status(total_steps=trainer.total_steps, step=step, saved_step=step)
@@ -118,7 +118,7 @@ def before_first_step(trainer: Trainer, run: Run, recorder: Recorder) -> None:
 
 
 def evaluate_if_due(trainer: Trainer, recorder: Recorder) -> None:
-    """Evaluate after the present step if `eval.every` says so, and keep the weights if they are the best so far."""
+    """Evaluate after the current step if `eval.every` requires it, and save the weights if they are the best so far."""
     state = trainer.state
     if state.evaluated_step == state.step or not is_due(state.step, trainer.config.eval.every):
         return
@@ -133,7 +133,7 @@ def evaluate_if_due(trainer: Trainer, recorder: Recorder) -> None:
 
 
 def save_if_due(trainer: Trainer, recorder: Recorder) -> None:
-    """Save a checkpoint after the present step if it is the last, or `checkpoint.every` says so."""
+    """Save a checkpoint after the current step if it is the last one or `checkpoint.every` requires it."""
     step = trainer.state.step
     if not is_due(step, trainer.config.checkpoint.every) and step != trainer.total_steps:
         return
@@ -143,7 +143,7 @@ def save_if_due(trainer: Trainer, recorder: Recorder) -> None:
 
 
 def pause(trainer: Trainer, run: Run, recorder: Recorder) -> None:
-    """Evaluate where `until_step` stops the run, which can be resumed as if it had been interrupted."""
+    """Evaluate after `until_step`, and mark the run as interrupted, so that it can be resumed."""
     name = f"step_{trainer.state.step:06d}"
     if run.config.eval.after and run.folder.evaluation(name) is None:
         recorder.evaluation(name, trainer.evaluate())
@@ -154,7 +154,7 @@ def pause(trainer: Trainer, run: Run, recorder: Recorder) -> None:
 
 def finish(trainer: Trainer, run: Run, recorder: Recorder) -> None:
     """Evaluate, save the model, write the report, and print what to do next."""
-    from grpo.analysis.run_report import write_run_report  # here, since matplotlib takes a second to import
+    from grpo.analysis.run_report import write_run_report  # imported here, since matplotlib takes a second
 
     after = run.folder.evaluation("after")
     if run.config.eval.after and (after is None or after["step"] != trainer.state.step):
@@ -165,7 +165,7 @@ def finish(trainer: Trainer, run: Run, recorder: Recorder) -> None:
     run.stop.ignored_from_here()
     try:
         write_run_report(run.folder.path)
-    except Exception as error:  # the run has finished, and this can be written again
+    except Exception as error:  # the run has finished, and the report can be written later
         command = f"python -m grpo report {shlex.quote(f'run_dir={run.folder.path}')}"
         logger.warning("no report (%s: %s); try again: %s", type(error).__name__, first_line(error), command)
     evaluations = {name: run.folder.evaluation(name) for name in ("before", "after")}

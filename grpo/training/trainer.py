@@ -1,4 +1,4 @@
-"""The steps of GRPO, as Algorithm 1 of DeepSeekMath (arXiv 2402.03300) has them."""
+"""The steps of GRPO, following Algorithm 1 of DeepSeekMath (arXiv 2402.03300)."""
 
 import json
 import logging
@@ -53,33 +53,33 @@ from grpo.training.update import (
 
 logger = logging.getLogger(__name__)
 
-FINISH_STEP_IF_LEFT_S = 10.0  # a stop signal waits for the step in progress where it needs at most this long
+FINISH_STEP_IF_LEFT_S = 10.0  # a stop signal waits for the step in progress if that needs at most this long
 
 
 @dataclass(frozen=True)
 class Step:
     """A completed step."""
 
-    row: dict[str, Any]  # of metrics.jsonl
+    row: dict[str, Any]  # the row of metrics.jsonl
     samples: list[dict[str, Any]]  # every completion with its rewards and advantage
     best_reward: float | None  # highest mean reward of a step so far
-    skipped_in_a_row: int  # steps up to this one whose update was not finite
-    skipped: Batch | None  # the batch whose loss or gradient was not finite, so that it changed no weight
+    skipped_in_a_row: int  # consecutive steps up to this one whose update was not finite
+    skipped: Batch | None  # the batch, if loss or gradient of its last update was not finite
 
 
 @dataclass(frozen=True)
 class Update:
-    """One update of the policy, or an attempt at one."""
+    """The result of one update of the policy, or of an attempt at one."""
 
     metrics: dict[str, float]
-    logps: Tensor  # (B, T), log-probabilities before it
-    finite: bool  # whether its loss and gradient were; else it changed no weight
+    logps: Tensor  # (B, T), log-probabilities before the update
+    finite: bool  # whether loss and gradient were finite; else no weight was changed
 
 
 class Trainer:
-    """The policy with its optimizer, the frozen reference, and how far they have come.
+    """The policy with its optimizer, the frozen reference, and the state of training.
 
-    It knows no run folder, tracker or console: `steps` yields what they are given.
+    It has no access to the run folder, tracker or console: `steps` yields what is written to them.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -103,7 +103,7 @@ class Trainer:
         tokens = experiment.sizes.micro_batch_tokens
         self._reference_budget = TokenBudget("reference", tokens)
         self._update_budget = TokenBudget("update", tokens)
-        self._states: dict[str, Any] = {}  # of the parts that have one, after the last completed step or evaluation
+        self._states: dict[str, Any] = {}  # by part, after the last completed step or evaluation
         self._note_states()
         self._step_started = 0.0
         self._step_seconds = math.inf  # of the last step; unknown before the first
@@ -113,12 +113,12 @@ class Trainer:
         return self.experiment.optimizer([(name, p) for name, p in self.master.named_parameters() if p.requires_grad])
 
     def steps(self, until: int) -> Iterator[Step]:
-        """The steps from the next one to `until`, each taken when it is asked for."""
+        """Iterate over the steps from the next one to `until`; each is run when it is requested."""
         for step in range(self.state.step + 1, until + 1):
             yield self.step(step)
 
     def step(self, step: int) -> Step:
-        """One step: sample a batch, score it, update the policy `mu` times."""
+        """Run one step: sample a batch, score it, update the policy `mu` times."""
         experiment = self.experiment
         sizes = self.experiment.sizes
         timer = Timer()
@@ -199,7 +199,7 @@ class Trainer:
         return advantages.flatten(0, 1)
 
     def _reference_logps(self, batch: Batch) -> Tensor:
-        """Log-probabilities (B, T) of the reference."""
+        """Log-probabilities (B, T) under the reference."""
         assert self.reference is not None
         reference = self.reference
         temperature = self.sampling.temperature
@@ -209,7 +209,7 @@ class Trainer:
         )
 
     def _update_policy(self, batch: Batch) -> list[Update]:
-        """Algorithm 1, lines 10 and 11: `mu` updates on a batch, or fewer where one is not finite."""
+        """Algorithm 1, lines 10 and 11: `mu` updates on a batch, or fewer if one is not finite."""
         counts = batch.counts(self.experiment.sizes.max_completion_length)
         updates: list[Update] = []
         for _ in range(self.config.grpo.mu):
@@ -217,14 +217,14 @@ class Trainer:
             updates.append(update)
             if not update.finite:
                 break
-            if batch.old_logps is None:  # before its first update the policy is the one that sampled
+            if batch.old_logps is None:  # before the first update the policy is the one that sampled
                 batch = replace(batch, old_logps=update.logps)
         if any(update.finite for update in updates):
             self.engine.sync(self.policy)
         return updates
 
     def _update_once(self, batch: Batch, counts: Counts) -> Update:
-        """One update; in float16 with a smaller loss scale as long as the gradient overflows."""
+        """One update; in float16 it is repeated with a smaller loss scale while the gradient overflows."""
         scale = self.loss_scale
         before = 1.0 if scale is None else scale.value
         while True:
@@ -250,10 +250,10 @@ class Trainer:
             logger.info("the gradient overflowed float16; trying again with the loss times %g", scale.value)
 
     def _gradient(self, batch: Batch, counts: Counts) -> Gradient:
-        """The gradient of the batch's loss, in the parameters' `grad`."""
+        """Compute the gradient of the batch's loss into the parameters' `grad`."""
 
         def accumulate(token_budget: int) -> Gradient:
-            for model in (self.master, self.policy):  # what an attempt that ran out of memory has left
+            for model in (self.master, self.policy):  # gradients left by an attempt that ran out of memory
                 model.zero_grad(set_to_none=True)
             return accumulate_gradient(
                 self.policy,
@@ -275,12 +275,12 @@ class Trainer:
         return rate
 
     def can_abort_step(self) -> bool:
-        """Whether a stop should abandon the work in progress: no weight has changed, and it takes long or is new."""
+        """Whether a stop should abort the work: no weight has changed, and the time left is long or unknown."""
         left = self._step_seconds - (time.perf_counter() - self._step_started)
         return self._abortable and not 0 <= left <= FINISH_STEP_IF_LEFT_S
 
     def evaluate(self) -> dict[str, Any]:
-        """Greedy completions of the held-out problems and their rewards, as eval/*.json holds them."""
+        """Evaluate on the held-out problems. Returns the content of eval/*.json."""
         self._abortable = True
         result = evaluate(self.engine, self.sampling, self.experiment, self.state.step)
         self._abortable = False
@@ -288,13 +288,13 @@ class Trainer:
         return result
 
     def preflight(self) -> dict[str, Any]:
-        """What the untrained model earns, as preflight.json holds it."""
+        """Run the pre-flight with the untrained model. Returns the content of preflight.json."""
         found = preflight(self.engine, self.sampling, self.sampler, self.experiment)
         self._after_evaluation()
         return found
 
     def _after_evaluation(self) -> None:
-        """Remember the states; before step 1, which no checkpoint precedes, put them back instead."""
+        """Remember the states; before step 1, which no checkpoint precedes, restore them instead."""
         if self.state.step > 0:
             self._note_states()
             return
@@ -302,10 +302,10 @@ class Trainer:
             self._with_states()[name].load_state_dict(deepcopy(state))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the steps to come depend on, the tensors not copied.
+        """Everything that later steps depend on. The tensors are not copied.
 
-        model, optimizer: tensors by name. reference: likewise, or None where it is the starting model, and at the end
-        of an iteration, when it is not needed any more. trainer: a TrainerState.
+        model, optimizer: tensors by name. reference: likewise, or None if it is the starting model, and at the end of
+        an iteration, when it is no longer needed. trainer: a TrainerState.
         """
         within_iteration = self.state.step % self.config.grpo.num_steps != 0
         needed = self.reference is not None and self.state.iteration > 1 and within_iteration
@@ -323,12 +323,12 @@ class Trainer:
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned. To be called once, on a new trainer, whose own states are initial.
+        """Restore what `state_dict` returned. Call it only once, on a new trainer.
 
-        The optimizer comes last, to keep the memory peak low.
-        Raises RuntimeError where it does not fit the model, FileError where it does not fit the optimizer.
+        The optimizer is loaded last, to keep peak memory low. Raises RuntimeError if the weights do not fit the model,
+        FileError if the optimizer or another state does not fit.
         """
-        check_optimizer(saved, self._new_optimizer())  # before the weights, which it changes
+        check_optimizer(saved, self._new_optimizer())  # before any weight is changed
         self.state = replace(saved["trainer"])
         with_states = self._with_states()
         states = dict(self.state.states)
@@ -352,18 +352,18 @@ class Trainer:
         self._note_states()
 
     def _note_states(self) -> None:
-        """Remember the states. An abandoned step must leave no trace in a checkpoint."""
+        """Remember the states, so that an aborted step leaves no trace in a checkpoint."""
         stateful = {name: part for name, part in self._with_states().items() if hasattr(part, "state_dict")}
         states = {name: part.state_dict() for name, part in stateful.items()}
         try:
-            self._states = json.loads(json.dumps(states))  # a copy, and as a checkpoint will hold it
+            self._states = json.loads(json.dumps(states))  # a copy in the form that a checkpoint stores
         except (TypeError, ValueError) as error:
             raise RuntimeError(
                 f"rollout._target_={self.config.rollout['_target_']}: its state_dict() must hold JSON values: {error}"
             ) from error
 
     def _with_states(self) -> dict[str, Any]:
-        """What may have a state of its own, by its name in a checkpoint."""
+        """The parts that may have a state, by their name in a checkpoint."""
         return {
             "sampler": self.sampler,
             "rollout": self.engine,

@@ -13,23 +13,23 @@ from grpo.metric_table import METRICS
 from grpo.model.logps import TokenLogps, completion_logps
 from grpo.model.packed import supports_packing
 
-# Columns of every metrics row, whatever the objective; it may fill the others of the table.
+# Columns of every metrics row, for any objective; the objective may report the other metrics of the table.
 RESERVED = {metric.name for metric in METRICS if metric.name != "kl" and not metric.name.startswith("clip_ratio/")}
 RESERVED_PREFIXES = ("rewards/", "timing_s/", "perf/", "eval/")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What an update needs to know of the B completions of a step, or of some of them."""
+    """The inputs of an update: the B completions of a step, or some of them."""
 
     prompts: Prompts  # P rows
     completions: Completions  # B rows
     advantages: Tensor  # (B,) float32, or (B, T)
-    ref_logps: Tensor | None = None  # (B, T); None where beta is 0
+    ref_logps: Tensor | None = None  # (B, T); None if beta is 0
     old_logps: Tensor | None = None  # (B, T); None while the policy has not changed since it sampled
 
     def counts(self, max_length: int) -> Counts:
-        """What the loss of this batch is divided by; max_length: tokens that a completion may have."""
+        """The counts that the loss of this batch is divided by; max_length: maximum tokens of a completion."""
         return Counts(
             rows=len(self.completions.ids),
             tokens=int(self.completions.completion_mask.sum()),
@@ -38,20 +38,20 @@ class Batch:
         )
 
     def token_range(self, shared: bool) -> tuple[int, int]:
-        """Tokens of the longest completion with its prompt, and of all, counted as `micro_batches` counts them."""
+        """Tokens of the longest completion with its prompt, and of all rows, counted as in `micro_batches`."""
         lengths = self.completions.lengths
         prompts = self.prompts.mask.sum(dim=1)
         rows = lengths + prompts[self.completions.group]
         return int(rows.max()), int(lengths.sum() + prompts.sum() if shared else rows.sum())
 
     def micro_batches(self, token_budget: int, shared: bool) -> list[Tensor]:
-        """The rows (m,) of each micro-batch of at most this many tokens; in a group those of like length together.
+        """Row indices (m,) of micro-batches of at most `token_budget` tokens; the rows of a group are sorted by length.
 
-        shared: whether a micro-batch reads each of its prompts once, and not once for every row.
+        shared: whether a micro-batch processes each of its prompts once instead of once per row.
         """
         lengths = self.completions.lengths
         group = self.completions.group
-        order = (group * (lengths.max() + 1) - lengths).argsort(stable=True)
+        order = (group * (lengths.max() + 1) - lengths).argsort(stable=True)  # (B,), by group, longest first
         parts = split_rows(self.prompts.mask.sum(dim=1), group[order], lengths[order], token_budget, shared)
         return [order[part] for part in parts]
 
@@ -69,11 +69,11 @@ class Batch:
         )
 
     def logps(self, model: PreTrainedModel, temperature: float, entropy: bool = True) -> TokenLogps:
-        """Log-probabilities of these completions, with gradient where it is enabled."""
+        """Log-probabilities of these completions, with gradient if it is enabled."""
         return completion_logps(model, self.prompts, self.completions, temperature, entropy)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything by name, to be written to a file."""
+        """All tensors by name, to be written to a file."""
         tensors = {
             "prompt_ids": self.prompts.ids,
             "prompt_mask": self.prompts.mask,
@@ -86,13 +86,13 @@ class Batch:
             "ref_logps": self.ref_logps,
             "old_logps": self.old_logps,
         }
-        # A copy of each, since a file takes no two tensors that share their memory, as the masks may.
+        # Copies, since safetensors does not store tensors that share memory, as the masks may.
         return {name: value.contiguous().clone() for name, value in tensors.items() if value is not None}
 
 
 @torch.no_grad()
 def all_logps(model: PreTrainedModel, batch: Batch, temperature: float, token_budget: int) -> Tensor:
-    """Log-probabilities (B, T) of the whole batch without gradient, as for the reference model."""
+    """Log-probabilities (B, T) of the whole batch without gradient, used for the reference model."""
     result = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)
     for rows in batch.micro_batches(token_budget, supports_packing(model)):
         logps = batch.select(rows).logps(model, temperature, entropy=False).logps
@@ -102,14 +102,14 @@ def all_logps(model: PreTrainedModel, batch: Batch, temperature: float, token_bu
 
 @dataclass(frozen=True)
 class Gradient:
-    """What was found while the gradient of some completions was accumulated. Of parts of a batch, all of it adds up."""
+    """Results of accumulating the gradient of some completions. Losses and metrics of a batch's parts add up."""
 
     loss: float
     metrics: dict[str, tuple[float, float]]  # name -> (sum, weight); the metric is their quotient
     logps: Tensor  # (B, T) float32, log-probabilities before the update
 
     def means(self) -> dict[str, float]:
-        """The loss, and each metric; not-a-number for one that no token counts in."""
+        """The loss and the mean of each metric; NaN for a metric whose weight is 0."""
         means = {name: total / weight if weight else math.nan for name, (total, weight) in self.metrics.items()}
         return {"loss": self.loss, **means}
 
@@ -126,8 +126,8 @@ def accumulate_gradient(
 ) -> Gradient:
     """Add the gradient of a batch's loss to the parameters' `grad`, one micro-batch at a time.
 
-    counts: of the whole batch, of which `batch` may be a part. loss_scale: a factor of the gradient alone.
-    Without a KL term a micro-batch whose advantages are all 0 has a gradient of 0: it gets a forward pass only, for
+    counts: of the whole batch, of which `batch` may be a part. loss_scale: a factor of the gradient only.
+    Without a KL term a micro-batch whose advantages are all 0 has a gradient of 0, so only its forward pass is run, for
     the metrics.
     """
     all_rows = batch.micro_batches(token_budget, supports_packing(model))
@@ -140,13 +140,13 @@ def accumulate_gradient(
         micro_batch = batch.select(rows)
         inputs, output = compute_loss(model, objective, micro_batch, counts, temperature, with_gradient)
         if not with_gradient and _has_gradient(output.loss, inputs.logps):
-            with_gradient = True  # the loss does not depend on the advantages alone
+            with_gradient = True  # the loss has a gradient even with advantages of 0
             inputs, output = compute_loss(model, objective, micro_batch, counts, temperature, with_gradient)
         if with_gradient and output.loss.requires_grad:
             (output.loss * loss_scale).backward()
         logps[rows, : inputs.logps.shape[1]] = inputs.logps.detach()
         loss += output.loss.detach()
-        assert inputs.entropy is not None  # `compute_loss` asks for it
+        assert inputs.entropy is not None  # `compute_loss` requests it
         entropy = inputs.entropy * inputs.mask
         for name, (value, weight) in {**output.metrics, "entropy": (entropy.sum(), inputs.mask.sum())}.items():
             total, total_weight = sums.get(name, (0.0, 0))
@@ -173,9 +173,9 @@ def compute_loss(
     temperature: float,
     with_gradient: bool,
 ) -> tuple[LossInputs, LossOutput]:
-    """The loss of a micro-batch, and what it was computed from.
+    """The loss of a micro-batch. Returns the inputs and the output of the objective.
 
-    with_gradient: whether its gradient reaches the parameters, and not only `LossInputs.logps`.
+    with_gradient: whether the gradient flows to the parameters instead of only to `LossInputs.logps`.
     """
     with torch.set_grad_enabled(with_gradient):
         policy = batch.logps(model, temperature)
@@ -208,8 +208,8 @@ def apply_gradient(
 ) -> tuple[float, bool]:
     """Step the optimizer with the gradient clipped to `max_grad_norm`, unless it or the loss is not finite.
 
-    loss_scale: what the gradient was multiplied by. Returns the gradient's norm before clipping, and whether the
-    optimizer took the step. The gradients are None afterwards.
+    loss_scale: factor by which the gradient was multiplied. Returns the gradient's norm before clipping, and whether
+    the optimizer took the step. The gradients are None afterwards.
     """
     if loss_scale != 1.0:
         torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], loss_scale)
@@ -223,17 +223,17 @@ def apply_gradient(
 
 @dataclass
 class LossScale:
-    """What the loss is multiplied by before its backward pass in float16, where small gradients would vanish.
+    """The factor of the loss in a float16 backward pass, without which small gradients would underflow.
 
-    Half as much where a gradient was too large for float16, twice as much after 2000 updates in which none was
+    Halved if a gradient overflows float16, doubled after 2000 updates without an overflow
     (Micikevicius et al., arXiv 1710.03740, with the numbers of torch.amp.GradScaler).
     """
 
     value: float = 2.0**16
-    updates: int = 0  # since it last changed
+    updates: int = 0  # since the value last changed
 
     def again(self) -> bool:
-        """After an update that was not finite: whether another try is worth it, with what is set for it then."""
+        """Halve the scale after an update that was not finite and return True; return False if it is 1 or less."""
         if self.value <= 1:
             return False
         self.value = self.value / 2
@@ -241,7 +241,7 @@ class LossScale:
         return True
 
     def updated(self) -> None:
-        """Count a completed update."""
+        """Count a completed update, and double the scale when it is due."""
         self.updates += 1
         if self.updates == 2000:
             self.value = self.value * 2
@@ -251,7 +251,7 @@ class LossScale:
 def learning_rate(peak: float, schedule: str, step: int, total_steps: int, warmup_steps: int) -> float:
     """The learning rate of a step (from 1).
 
-    Linear warm-up from 0, then constant, or falling so that it would reach 0 one step after the last.
+    Linear warm-up from 0, then constant, or decaying such that it would reach 0 one step after the last.
     """
     if step <= warmup_steps:
         return peak * step / (warmup_steps + 1)
