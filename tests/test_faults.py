@@ -346,7 +346,7 @@ def test_the_handlers_are_those_of_before_when_a_run_ends():
     stop = StopSignals()
     with stop.installed():
         assert all(signal.getsignal(number) != before[number] for number in STOP_SIGNALS)
-        stop.ignored_from_here()
+        stop.ignore_signals()
         os.kill(os.getpid(), signal.SIGTERM)
     assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
     with pytest.raises(SystemExit) as left, stop.installed():
@@ -361,9 +361,9 @@ def test_a_step_is_dropped_where_it_takes_long_or_longer_than_known(monkeypatch)
     monkeypatch.setattr(time, "perf_counter", lambda: 50.0)
     for last_step_took, dropped in ((55.0, False), (59.0, False), (70.0, True), (40.0, True), (math.inf, True)):
         trainer._step_seconds = last_step_took
-        trainer._abortable = True
+        trainer._step_can_abort = True
         assert trainer.can_abort_step() is dropped
-        trainer._abortable = False
+        trainer._step_can_abort = False
         assert trainer.can_abort_step() is False
 
 
@@ -466,7 +466,10 @@ def test_out_of_memory_while_a_gradient_is_handed_to_its_master_adds_nothing_twi
     settings = [*QUICK, "grpo.num_steps=1", "hardware.compute_dtype=bfloat16", "optimizer.lr=1.0", "checkpoint.every=0"]
     settings += ["optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~optimizer.fused", "grpo.warmup_steps=0"]
     weights = [load_file(MODEL_DIR / "model.safetensors")]
-    for name, fault in (("straight", NO_FAULT), ("failing", ("grpo.model.loading._hand_on", "7x", "memory"))):
+    for name, fault in (
+        ("straight", NO_FAULT),
+        ("failing", ("grpo.model.loading._pass_gradient_to_master", "7x", "memory")),
+    ):
         run_dir = tmp_path / name
         done = launch(*settings, f"run_dir={run_dir}", cwd=tmp_path, fault=fault)
         assert done.returncode == 0, done.stderr

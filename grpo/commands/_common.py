@@ -114,7 +114,7 @@ def load_model_under_test(subject: ModelUnderTest, with_problems: bool = True):
     from grpo.training.experiment import build_experiment
 
     experiment = build_experiment(subject.config, with_problems)
-    model = experiment.for_sampling(experiment.load_policy())
+    model = experiment.in_compute_dtype(experiment.load_policy())
     if subject.weights is not None:
         load_weights(StoredTensors(subject.weights / "model.safetensors"), model)
     return experiment, experiment.build_engine(model), experiment.sampling(model)

@@ -51,11 +51,11 @@ def main(arguments: list[str]) -> None:
 
 def check_manifests(folder: RunFolder) -> int:
     """Check every checkpoint against its manifest; print the damaged ones and return their number."""
-    from grpo.runs.checkpoint import broken, step_folders
+    from grpo.runs.checkpoint import find_damage, step_folders
 
     others = [*folder.checkpoints.glob("reference_*"), folder.checkpoints / "best"]
     checked = [*step_folders(folder.checkpoints), *(p for p in others if p.is_dir() and not p.suffix)]
-    problems = {path.name: broken(path) for path in checked}
+    problems = {path.name: find_damage(path) for path in checked}
     damaged = {name: problem for name, problem in problems.items() if problem is not None}
     for name, problem in damaged.items():
         print(f"damaged: checkpoints/{name}: {problem}")
@@ -65,7 +65,7 @@ def check_manifests(folder: RunFolder) -> int:
 
 def span(folder: RunFolder, step: str | None) -> tuple[int, int]:
     """The steps to replay, as (start, end): from start + 1 to end. Start is a checkpoint or where the run began."""
-    from grpo.runs.checkpoint import broken, step_folders
+    from grpo.runs.checkpoint import find_damage, step_folders
 
     steps = [row["step"] for row in folder.metrics()]
     rows = len(steps)
@@ -73,7 +73,7 @@ def span(folder: RunFolder, step: str | None) -> tuple[int, int]:
         raise ConfigError(f"{folder.path} has no completed step to replay")
     if steps != list(range(1, rows + 1)):
         raise ConfigError(f"{folder.metrics_file} has gaps or repetitions: it must have one row for each step")
-    kept = [step_of(path) for path in step_folders(folder.checkpoints) if broken(path) is None]
+    kept = [step_of(path) for path in step_folders(folder.checkpoints) if find_damage(path) is None]
     if step is None:
         start = max((s for s in kept if s < rows), default=_first(folder))
         return start, min((s for s in kept if s > start), default=rows)
@@ -114,9 +114,9 @@ def replay(folder: RunFolder, config: Any, start: int, end: int) -> tuple[str | 
 
 
 def _compare_state(trainer: Any, checkpoint: Path) -> tuple[str | None, str]:
-    from grpo.runs.checkpoint import broken, read_checkpoint, weights_of
+    from grpo.runs.checkpoint import find_damage, read_checkpoint, weights_of
 
-    if not checkpoint.exists() or broken(checkpoint) is not None:
+    if not checkpoint.exists() or find_damage(checkpoint) is not None:
         return None, "; no sound checkpoint of that step is kept, so weights were not compared"
     stored = read_checkpoint(checkpoint)
     present = trainer.state_dict()

@@ -145,7 +145,7 @@ def check_training(config: Config) -> None:
         )
 
 
-def check_followed(config: Config, overrides: Overrides) -> None:
+def check_unused_overrides(config: Config, overrides: Overrides) -> None:
     """Raise ConfigError if the command line sets a grpo.* number that the objective replaces by its own."""
     for name, followed in (("beta", "beta"), ("epsilon_low", "epsilon"), ("epsilon_high", "epsilon")):
         own = config.objective[name]

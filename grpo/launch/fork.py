@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config.checks import check_followed, kl_weight
+from grpo.config.checks import check_unused_overrides, kl_weight
 from grpo.config.compose import apply_overrides
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
@@ -18,7 +18,7 @@ from grpo.launch.freeze import freeze
 from grpo.runs.checkpoint import (
     MANIFEST,
     TrainerState,
-    broken,
+    find_damage,
     latest_checkpoint,
     load_state,
     reference_of,
@@ -51,7 +51,7 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
         copy_value(cfg, "tracking.tags", frozen)
     copy_value(cfg, "tracking.name", frozen)
     config = freeze(frozen)
-    check_followed(config, overrides)
+    check_unused_overrides(config, overrides)
     _check_steps(config, state, reference_of(source))
     if config.optimizer["_target_"] != before.optimizer._target_:
         raise ConfigError(
@@ -61,7 +61,7 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
 
     history = parent.metrics_of_steps(state.step)
     best = parent.checkpoints / "best"
-    has_best = broken(best) is None and load_state(best).step <= state.step
+    has_best = find_damage(best) is None and load_state(best).step <= state.step
     shutil.rmtree(folder.checkpoints, ignore_errors=True)  # left by a killed attempt to fork
     for part in (source, reference_of(source), best if has_best else None):
         if part is not None:
@@ -86,7 +86,7 @@ def _checkpoint(parent: RunFolder, step: int | None) -> Path:
     checkpoint = step_folder(parent.checkpoints, step)
     if not checkpoint.exists():
         raise ConfigError(f"fork_step={step}: {parent.path} keeps no checkpoint of that step, but of: {kept}")
-    problem = broken(checkpoint)
+    problem = find_damage(checkpoint)
     if problem is not None:
         raise ConfigError(f"fork_step={step}: {checkpoint} is damaged ({problem}); kept are: {kept}")
     return checkpoint

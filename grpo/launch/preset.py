@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from grpo.config.overrides import Overrides
-from grpo.model.hardware import asked_device, cpu_multiplies_bfloat16, cuda_multiplies_bfloat16, find_device
+from grpo.model.hardware import cpu_supports_bfloat16, cuda_supports_bfloat16, find_device, requested_device
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ def hardware_found(cfg: DictConfig, overrides: Overrides, compose: Callable[[Seq
     """
     if cfg.hardware.device != "auto":
         return cfg
-    asked_device(cfg)  # raises ConfigError if this machine does not have it
+    requested_device(cfg)  # raises ConfigError if this machine does not have it
     preset, *adapted = preset_overrides(cfg.model.device_map if cfg.model.device_map != "auto" else find_device())
     logger.info("hardware=auto: %s", " ".join([preset, *adapted]))
     # So that plan=true uses the card of this machine, not the preset's.
@@ -40,10 +40,10 @@ def hardware_found(cfg: DictConfig, overrides: Overrides, compose: Callable[[Seq
 def preset_overrides(device: str) -> list[str]:
     """The preset for a device, by its memory, followed by overrides where the device differs from the preset's card."""
     if not device.startswith("cuda"):
-        narrow = device == "cpu" and cpu_multiplies_bfloat16()
+        narrow = device == "cpu" and cpu_supports_bfloat16()
         return [f"hardware={device}", *(["hardware.compute_dtype=bfloat16"] if narrow else [])]
     memory = torch.cuda.get_device_properties(device).total_memory / 1e9
     name = next(name for least, name in CUDA_PRESETS if memory >= least)
-    if name == "t4_16gb" or cuda_multiplies_bfloat16(device):
+    if name == "t4_16gb" or cuda_supports_bfloat16(device):
         return [f"hardware={name}"]
     return [f"hardware={name}", "hardware.compute_dtype=float16"] if memory >= 36 else ["hardware=t4_16gb"]

@@ -30,7 +30,7 @@ from grpo.runs.choice import check_empty, check_parent, choose_run, has_finished
 from grpo.runs.console import resume_command
 from grpo.runs.files import discard, disk_errors_are_warnings, short_path
 from grpo.runs.folder import COPIED_BY_FORK, RunFolder, release, remove_empty
-from grpo.runs.gpu_queue import claim_gpu, show_all_gpus, takes_any_gpu
+from grpo.runs.gpu_queue import claim_gpu, must_choose_gpu, show_all_gpus
 from grpo.runs.lock import locked
 from grpo.runs.run import Run
 from grpo.runs.stop_signals import Exit, StopSignals, exits_are_failures
@@ -109,7 +109,7 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
     hydra_cfg = HydraConfig.get()
     overrides = command_line()
     launcher = hydra_cfg.launcher._target_
-    if is_job and takes_any_gpu(cfg, launcher):
+    if is_job and must_choose_gpu(cfg, launcher):
         show_all_gpus(launcher)
         claim_gpu(torch.cuda.device_count())
     started = time.monotonic()

@@ -29,7 +29,7 @@ def resolve_hardware(cfg: DictConfig) -> None:
     Raises ConfigError if the requested device does not exist, has less memory than the preset expects, or does not
     support the dtype.
     """
-    device = asked_device(cfg)
+    device = requested_device(cfg)
     if device.startswith("cuda"):
         _check_card(cfg, device)
     cfg.hardware.device = escape(device.split(":")[0])
@@ -37,7 +37,7 @@ def resolve_hardware(cfg: DictConfig) -> None:
         cfg.hardware.threads = THREADS
 
 
-def asked_device(cfg: DictConfig) -> str:
+def requested_device(cfg: DictConfig) -> str:
     """The device that the config requests. Raises ConfigError if torch does not find it."""
     check_device_map(cfg.model.device_map)
     by_map = cfg.model.device_map != "auto"
@@ -62,7 +62,7 @@ def _check_card(cfg: DictConfig, device: str) -> None:
             f"the preset is for a card of {expected:g} GB, and {card.name} has {memory:.1f} GB: use hardware=auto, or "
             f"hardware.card.memory_gb={memory:.0f} to try it as it is"
         )
-    if "bfloat16" in (hardware.compute_dtype or cfg.model.dtype) and not cuda_multiplies_bfloat16(device):
+    if "bfloat16" in (hardware.compute_dtype or cfg.model.dtype) and not cuda_supports_bfloat16(device):
         asked = "hardware.compute_dtype" if hardware.compute_dtype else "model.dtype"
         fix = "hardware.compute_dtype=float16" if cfg.model.dtype == "float32" else "tuning=lora"
         raise ConfigError(f"{asked}=bfloat16: {card.name} has no bfloat16; use hardware=auto, or {fix}")
@@ -75,12 +75,12 @@ def find_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def cpu_multiplies_bfloat16() -> bool:
+def cpu_supports_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 in hardware; emulated bfloat16 is slower than float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def cuda_multiplies_bfloat16(device: str) -> bool:
+def cuda_supports_bfloat16(device: str) -> bool:
     """Whether a CUDA device multiplies bfloat16 in hardware: AMD GPUs do, NVIDIA GPUs from compute capability 8."""
     return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
 

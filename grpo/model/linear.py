@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from grpo.model.hardware import cpu_multiplies_bfloat16
+from grpo.model.hardware import cpu_supports_bfloat16
 
 
 class OneDnnLinear(nn.Linear):
@@ -65,7 +65,7 @@ def _onednn_dtypes() -> tuple[torch.dtype, ...]:
     # These operators are internal to torch's compiler, so a later version may not have them.
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return ()
-    return (torch.float32, torch.bfloat16) if cpu_multiplies_bfloat16() else (torch.float32,)
+    return (torch.float32, torch.bfloat16) if cpu_supports_bfloat16() else (torch.float32,)
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -139,11 +139,11 @@ def working_copy(master: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel
     work = copy_in_dtype(master, dtype)
     for parameter, original in zip(work.parameters(), master.parameters(), strict=True):
         if original.requires_grad:
-            parameter.register_post_accumulate_grad_hook(functools.partial(_hand_on, original))
+            parameter.register_post_accumulate_grad_hook(functools.partial(_pass_gradient_to_master, original))
     return work
 
 
-def _hand_on(original: torch.nn.Parameter, parameter: torch.nn.Parameter) -> None:
+def _pass_gradient_to_master(original: torch.nn.Parameter, parameter: torch.nn.Parameter) -> None:
     assert parameter.grad is not None  # torch calls the hook after it has accumulated one
     grad = parameter.grad.to(original.dtype)
     parameter.grad = None

@@ -214,23 +214,23 @@ def _checkpointed(model: PreTrainedModel, forward: Callable[..., Any], *args: An
 
 def supports_packing(model: PreTrainedModel) -> bool:
     """Whether the model supports packed rows, as recorded when it was loaded."""
-    return getattr(model, "reads_packed_rows", False)
+    return getattr(model, "supports_packed_rows", False)
 
 
 def mark_packing(model: Any, found: bool) -> None:
     """Record on a model whether it supports packed rows, for `supports_packing`."""
-    model.reads_packed_rows = found
+    model.supports_packed_rows = found
 
 
 def try_packing(model: PreTrainedModel) -> bool:
     """Test with a small packed row whether a model supports packed rows, and record it on the model."""
-    found = _reads_packed(model)
+    found = _supports_packed_rows(model)
     mark_packing(model, found)
     return found
 
 
 @torch.no_grad()
-def _reads_packed(model: PreTrainedModel) -> bool:
+def _supports_packed_rows(model: PreTrainedModel) -> bool:
     """False if attention is not sdpa over all earlier tokens, or not called through transformers' interface."""
     if not may_pack(model):
         return False

@@ -49,11 +49,11 @@ def meta_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         if config.lora is not None:
             add_adapter(model, replace(config.lora, init_from=None), getattr(torch, config.dtype), seed=0)
     # That packed rows give the right numbers is checked when the weights are loaded.
-    mark_packing(model, may_pack(model) and _reads_packed(model))
+    mark_packing(model, may_pack(model) and _supports_packed_rows(model))
     return model
 
 
-def _reads_packed(model: PreTrainedModel) -> bool:
+def _supports_packed_rows(model: PreTrainedModel) -> bool:
     ids = torch.zeros(4, dtype=torch.long, device="meta")
     try:
         forward_packed(model, ids, ids, _Counted(VarLen(1, 2, None), VarLen(1, 2, None)))

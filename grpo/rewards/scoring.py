@@ -98,7 +98,7 @@ def _call(component: RewardComponent, prompts: list, completions: list, columns:
     try:
         with _time_limit(component):
             values = component.function(**_copied(arguments))
-    except _OutOfTime:
+    except _TimeLimitExceeded:
         raise RewardError(_too_slow(component)) from None
     except Exception as error:
         raise RewardError(f"reward component '{component.name}' raised {type(error).__name__}: {error}") from error
@@ -125,7 +125,7 @@ def _copied(value: Any) -> Any:
 _UNCHANGEABLE = {str, int, float, bool, type(None)}
 
 
-class _OutOfTime(BaseException):
+class _TimeLimitExceeded(BaseException):
     """Not an Exception, so that a reward function that catches Exception does not catch it."""
 
 
@@ -154,7 +154,7 @@ class _RunningTime:
 
 @contextmanager
 def _time_limit(component: RewardComponent) -> Iterator[None]:
-    """Raise _OutOfTime in the block after `timeout_s` seconds, and again each second if the block catches it.
+    """Raise _TimeLimitExceeded in the block after `timeout_s` seconds, and again each second if the block catches it.
 
     It is raised by a signal, which interrupts what a thread cannot: sleeping, Python loops and regular expressions. A
     thread sets the timer again if the block has used it itself. A block that has not ended after twice its time, and at
@@ -175,7 +175,7 @@ def _time_limit(component: RewardComponent) -> Iterator[None]:
             return
         left = seconds - clock.seconds()
         if left <= 0:
-            raise _OutOfTime
+            raise _TimeLimitExceeded
         signal.setitimer(signal.ITIMER_REAL, left, 1.0)  # the process was stopped meanwhile
 
     def watch() -> None:
@@ -201,7 +201,7 @@ def _time_limit(component: RewardComponent) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, former)
     if clock.seconds() > seconds:  # the block caught the exception, or was in C
-        raise _OutOfTime
+        raise _TimeLimitExceeded
 
 
 def _too_slow(component: RewardComponent) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-def recorded(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor] | None:
+def capture_graph(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor] | None:
     """A function that replays `step()` as a CUDA graph, into the same output tensor; None if it cannot be recorded.
 
     step: reads and writes tensors at fixed addresses, has no shape or Python number that changes, and can be repeated.

@@ -20,7 +20,7 @@ from grpo.batch import Prompts, positions
 from grpo.model.linear import has_onednn, onednn_linear, reorder_weight
 from grpo.model.lora import low_rank
 from grpo.model.packed import PackedPrompts, VarLen, forward_packed, supports_packing, varlen
-from grpo.rollout.cuda_graph import recorded
+from grpo.rollout.cuda_graph import capture_graph
 
 # Their layers are: norm, attention with rotary positions, norm, gated SiLU. Biases and norms of heads are optional.
 FAMILY = {"LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel"}
@@ -45,7 +45,7 @@ class FusedLinear:
     """Linear layers that have the same input, fused: their outputs are concatenated. For a few rows at a time."""
 
     def __init__(self, rows: int, *layers: Any) -> None:
-        self._added = _side_by_side(layers)
+        self._added = _fused_lora_factors(layers)
         self._linear: list[nn.Linear] = [getattr(layer, "base_layer", layer) for layer in layers]
         self._reordered: Tensor | None = None
         self._bias: Tensor | None = None
@@ -71,7 +71,7 @@ class FusedLinear:
         return torch.addmm(y.to(up.dtype), x.to(down.dtype) @ down.t(), up.t()).to(y.dtype)
 
 
-def _side_by_side(layers: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
+def _fused_lora_factors(layers: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
     """LoRA's factors for all of these layers together, (ranks, inputs) and (outputs, ranks); None without LoRA."""
     factors = [low_rank(layer) for layer in layers]
     if not any(factors):
@@ -151,7 +151,7 @@ class FastDecoder:
             del self.logits
             if self._cuda_graphs:
                 self._width = min(self._length - 1 + GRAPH_WIDTH, self._max_tokens)
-                self._replay = recorded(self._read, self._tokens.device)
+                self._replay = capture_graph(self._read, self._tokens.device)
                 self._cuda_graphs = self._replay is not None
             if not self._cuda_graphs:
                 self._width = self._length
@@ -242,7 +242,8 @@ def _layer(module: Any, kept: tuple[Tensor, Tensor], rows: int, new_tokens: int,
     prompt_keys, prompt_values = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in kept)
     keys, values = (x.new_empty(rows, x.shape[2], new_tokens, x.shape[3]) for x in kept)
     if clear:
-        keys.zero_(), values.zero_()
+        keys.zero_()
+        values.zero_()
     return Layer(
         module,
         FusedLinear(rows, attention.q_proj, attention.k_proj, attention.v_proj),

@@ -27,7 +27,7 @@ def check_device(device: torch.device) -> None:
     Raises ConfigError if they differ by more than rounding.
     """
     names = ("completions", "log-probabilities", "gradient")
-    for name, here, there in zip(names, _work(device), _work(torch.device("cpu")), strict=True):
+    for name, here, there in zip(names, _compute_all(device), _compute_all(torch.device("cpu")), strict=True):
         difference = (here - there).norm() / there.norm() if here.shape == there.shape else torch.tensor(torch.inf)
         if not difference <= ROUNDING:  # `not <=` instead of `>`, so that NaN fails too
             raise ConfigError(
@@ -47,7 +47,7 @@ def check_decoding(model: PreTrainedModel) -> None:
         )
 
 
-def _work(device: torch.device) -> tuple[Tensor, ...]:
+def _compute_all(device: torch.device) -> tuple[Tensor, ...]:
     """Greedy completions, their log-probabilities and the gradient of these, computed on `device`, as CPU tensors."""
     model = load_model(EMBEDDED, torch.device("cpu"))
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides that this is a method

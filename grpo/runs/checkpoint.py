@@ -112,7 +112,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """
     found = step_folders(folder)
     for checkpoint in reversed(found):
-        problem = broken(checkpoint)
+        problem = find_damage(checkpoint)
         if problem is None:
             return checkpoint
         logger.warning("checkpoint %s is damaged (%s); trying the one before it", checkpoint, problem)
@@ -121,7 +121,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def broken(checkpoint: Path) -> str | None:
+def find_damage(checkpoint: Path) -> str | None:
     """Describe what is wrong with the files of a checkpoint or of its reference; None if they are intact."""
     try:
         manifest = read_json(checkpoint / MANIFEST)
@@ -142,7 +142,7 @@ def broken(checkpoint: Path) -> str | None:
     reference = manifest.get("reference")
     if reference and (checkpoint.name == reference or not re.fullmatch(r"reference_\d{6,}", str(reference))):
         return f"{reference} is not a reference"
-    problem = broken(checkpoint.parent / reference) if reference else None
+    problem = find_damage(checkpoint.parent / reference) if reference else None
     return f"its reference {reference}: {problem}" if problem else None
 
 

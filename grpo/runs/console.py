@@ -38,7 +38,7 @@ class StepDisplay:
             self._task = self._progress.add_task("", total=total_steps, completed=first_step - 1, numbers="")
 
     @contextmanager
-    def shown(self) -> Iterator["StepDisplay"]:
+    def displayed(self) -> Iterator["StepDisplay"]:
         """Show the progress bar within the block."""
         if self._progress is None:
             yield self

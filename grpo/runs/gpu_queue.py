@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from omegaconf import DictConfig
 
 POLL_S = 1.0
-NOTED = "GRPO_SWEEP_VISIBLE_DEVICES"
+VISIBLE_DEVICES_VARIABLE = "GRPO_SWEEP_VISIBLE_DEVICES"
 SUBMITIT_LOCAL = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher"
 # Launchers that start jobs on this machine without assigning GPUs to them. The jobs of other launchers use the GPUs
 # that they are given.
@@ -24,14 +24,14 @@ LOCAL_LAUNCHERS = (
 _held: FileLock | None = None  # the lock of this process's GPU; released by the system when the process ends
 
 
-def takes_any_gpu(cfg: DictConfig, launcher: str) -> bool:
+def must_choose_gpu(cfg: DictConfig, launcher: str) -> bool:
     """Whether a job must choose a GPU of this machine itself, since its launcher (a `_target_`) assigns none."""
     return launcher in LOCAL_LAUNCHERS and {cfg.hardware.device, cfg.model.device_map} <= {"auto", "cuda"}
 
 
 def remember_gpus() -> None:
     """Record, at the start of a sweep, which GPUs it may use, for `show_all_gpus` in its jobs."""
-    os.environ[NOTED] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    os.environ[VISIBLE_DEVICES_VARIABLE] = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
 
 
 def show_all_gpus(launcher: str) -> None:
@@ -39,7 +39,7 @@ def show_all_gpus(launcher: str) -> None:
 
     Must be called before torch looks for GPUs.
     """
-    noted = os.environ.get(NOTED)
+    noted = os.environ.get(VISIBLE_DEVICES_VARIABLE)
     if launcher != SUBMITIT_LOCAL or noted is None:
         return
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
@@ -60,7 +60,7 @@ def claim_gpu(count: int, folder: Path | None = None) -> str | None:
     names = [name.strip() for name in visible.split(",")] if visible else [str(number) for number in range(count)]
     folder = folder or Path(tempfile.gettempdir(), f"grpo-gpus-{os.getuid()}")
     folder.mkdir(exist_ok=True)
-    told = False
+    has_printed = False
     while True:
         for name in names:
             lock = FileLock(folder / name.replace("/", "_"))
@@ -69,7 +69,7 @@ def claim_gpu(count: int, folder: Path | None = None) -> str | None:
                 _held = lock
                 os.environ["CUDA_VISIBLE_DEVICES"] = name
                 return name
-        if not told:
+        if not has_printed:
             print(f"waiting for one of the GPUs {', '.join(names)}", flush=True)
-            told = True
+            has_printed = True
         time.sleep(POLL_S)

@@ -39,7 +39,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._can_be_dropped: Callable[[], bool] | None = None  # set within `deferred`
+        self._can_abort: Callable[[], bool] | None = None  # set within `deferred`
         self._again = False
 
     @property
@@ -58,30 +58,30 @@ class StopSignals:
                 signal.signal(number, handler)
 
     @contextmanager
-    def deferred(self, can_be_dropped: Callable[[], bool], save: Callable[[], None]) -> Iterator[None]:
-        """Defer signals within the block until `leave_if_asked`, and call `save` before the run ends.
+    def deferred(self, can_abort: Callable[[], bool], save: Callable[[], None]) -> Iterator[None]:
+        """Defer signals within the block until `exit_if_requested`, and call `save` before the run ends.
 
-        can_be_dropped: returns whether the current work can be abandoned; if so, a signal is not deferred. A second
+        can_abort: returns whether the current work can be abandoned; if so, a signal is not deferred. A second
         signal ends the run immediately, without `save`.
         """
-        self._can_be_dropped = can_be_dropped
+        self._can_abort = can_abort
         try:
             yield
         except Exit:  # not after other exceptions: the weights may be partly updated
-            self._can_be_dropped = None
+            self._can_abort = None
             if not self._again:
                 with disk_errors_are_warnings("a checkpoint of the last step"):
                     save()
             raise
         finally:
-            self._can_be_dropped = None
+            self._can_abort = None
 
-    def ignored_from_here(self) -> None:
+    def ignore_signals(self) -> None:
         """Ignore all further signals. To be called when the run is complete and saved."""
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
-    def leave_if_asked(self) -> None:
+    def exit_if_requested(self) -> None:
         """Raise Exit if a signal was received."""
         if self.received is not None:
             raise Exit(self.exit_code)
@@ -89,5 +89,5 @@ class StopSignals:
     def _handle(self, number: int, _: FrameType | None) -> None:
         self._again = self.received is not None
         self.received = number
-        if self._again or self._can_be_dropped is None or self._can_be_dropped():
+        if self._again or self._can_abort is None or self._can_abort():
             raise Exit(self.exit_code)

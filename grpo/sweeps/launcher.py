@@ -26,7 +26,7 @@ from omegaconf import DictConfig, open_dict
 from grpo.config.errors import ConfigError, first_line
 from grpo.config.overrides import Overrides
 from grpo.runs.folder import RunFolder
-from grpo.runs.gpu_queue import takes_any_gpu
+from grpo.runs.gpu_queue import must_choose_gpu
 from grpo.runs.stop_signals import STOP_SIGNALS
 from grpo.runs.sweep_folder import SweepFolder
 
@@ -72,7 +72,7 @@ class LocalLauncher(Launcher):
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         target = self.config.hydra.launcher._target_
-        at_once = self.jobs_at_once or (_gpus() if takes_any_gpu(self.config, target) else 0) or 1
+        at_once = self.jobs_at_once or (_gpus() if must_choose_gpu(self.config, target) else 0) or 1
         waiting = deque((place, initial_job_idx + place, list(each)) for place, each in enumerate(job_overrides))
         running: dict[Any, _Job] = {}  # by the sentinel of the job's process
         returns: dict[int, JobReturn] = {}  # by the job's place

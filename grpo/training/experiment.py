@@ -93,7 +93,7 @@ class Experiment:
         }
         return Sampling(**settings | changes)
 
-    def for_sampling(self, model: PreTrainedModel) -> PreTrainedModel:
+    def in_compute_dtype(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model in the compute dtype, as in training: the model itself or a copy."""
         dtype = compute_dtype(self.config)
         return model if model.dtype == dtype else copy_in_dtype(model, dtype)

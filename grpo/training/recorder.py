@@ -110,9 +110,9 @@ class Recorder:
         self.saver.close()
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
+    def progress_display(self) -> Iterator[None]:
         """Show progress on the console within the block; at its end, wait until no checkpoint is being written."""
-        with self._display.shown():
+        with self._display.displayed():
             try:
                 yield
             finally:

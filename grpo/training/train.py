@@ -30,18 +30,18 @@ def train(run: Run) -> None:
     with closing(trainer.engine), recording(run, trainer.state, trainer.total_steps) as recorder:
         before_first_step(trainer, run, recorder)
         stops = run.stop.deferred(trainer.can_abort_step, save=lambda: recorder.save_and_wait(trainer.state_dict()))
-        with recorder.shown(), stops:
+        with recorder.progress_display(), stops:
             evaluate_if_due(trainer, recorder)  # an earlier stop signal may have interrupted it
             for step in trainer.steps(until):
                 recorder.step(step)
                 evaluate_if_due(trainer, recorder)
                 save_if_due(trainer, recorder)
                 recorder.show(step)
-                run.stop.leave_if_asked()
+                run.stop.exit_if_requested()
             if until < trainer.total_steps:
                 recorder.save(trainer.state_dict())
             recorder.saver.close()
-            run.stop.leave_if_asked()
+            run.stop.exit_if_requested()
         if until < trainer.total_steps:
             pause(trainer, run, recorder)
         else:
@@ -162,7 +162,7 @@ def finish(trainer: Trainer, run: Run, recorder: Recorder) -> None:
     experiment = trainer.experiment
     run.folder.save_final_model(experiment.save_policy(trainer.master), experiment.tokenizer.save_pretrained)
     run.folder.update_status(state="finished")
-    run.stop.ignored_from_here()
+    run.stop.ignore_signals()
     try:
         write_run_report(run.folder.path)
     except Exception as error:  # the run has finished, and the report can be written later

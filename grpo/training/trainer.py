@@ -104,10 +104,10 @@ class Trainer:
         self._reference_budget = TokenBudget("reference", tokens)
         self._update_budget = TokenBudget("update", tokens)
         self._states: dict[str, Any] = {}  # by part, after the last completed step or evaluation
-        self._note_states()
+        self._snapshot_states()
         self._step_started = 0.0
         self._step_seconds = math.inf  # of the last step; unknown before the first
-        self._abortable = False  # True while the work in progress has changed no weight
+        self._step_can_abort = False  # True while the work in progress has changed no weight
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return self.experiment.optimizer([(name, p) for name, p in self.master.named_parameters() if p.requires_grad])
@@ -123,7 +123,7 @@ class Trainer:
         sizes = self.experiment.sizes
         timer = Timer()
         self._step_started = time.perf_counter()
-        self._abortable = True
+        self._step_can_abort = True
         iteration = (step - 1) // self.config.grpo.num_steps + 1
         sampled = self.sampler.take(step, sizes.batch_size)
         prompts = experiment.prompts(experiment.conversations(sampled.problems))  # P prompts
@@ -166,7 +166,7 @@ class Trainer:
         }
         best = self.state.best_reward
         self.state.best_reward = row["reward"] if best is None else max(best, row["reward"])
-        self._note_states()
+        self._snapshot_states()
         samples = sample_rows(step, sampled.problems, scored, completions, advantages)
         return Step(
             row,
@@ -229,7 +229,7 @@ class Trainer:
         before = 1.0 if scale is None else scale.value
         while True:
             gradient = self._gradient(batch, counts)
-            self._abortable = False
+            self._step_can_abort = False
             norm, finite = apply_gradient(
                 self.master,
                 self.optimizer,
@@ -241,10 +241,10 @@ class Trainer:
             if finite and self.policy is not self.master:
                 refresh(self.policy, self.master)
             if finite and scale is not None:
-                scale.updated()
+                scale.count_update()
             if finite or scale is None or not math.isfinite(gradient.loss):
                 return update
-            if not scale.again():
+            if not scale.reduce():
                 scale.value = before / 2  # no scale helps this batch
                 return update
             logger.info("the gradient overflowed float16; trying again with the loss times %g", scale.value)
@@ -277,13 +277,13 @@ class Trainer:
     def can_abort_step(self) -> bool:
         """Whether a stop should abort the work: no weight has changed, and the time left is long or unknown."""
         left = self._step_seconds - (time.perf_counter() - self._step_started)
-        return self._abortable and not 0 <= left <= FINISH_STEP_IF_LEFT_S
+        return self._step_can_abort and not 0 <= left <= FINISH_STEP_IF_LEFT_S
 
     def evaluate(self) -> dict[str, Any]:
         """Evaluate on the held-out problems. Returns the content of eval/*.json."""
-        self._abortable = True
+        self._step_can_abort = True
         result = evaluate(self.engine, self.sampling, self.experiment, self.state.step)
-        self._abortable = False
+        self._step_can_abort = False
         self._after_evaluation()
         return result
 
@@ -296,10 +296,10 @@ class Trainer:
     def _after_evaluation(self) -> None:
         """Remember the states; before step 1, which no checkpoint precedes, restore them instead."""
         if self.state.step > 0:
-            self._note_states()
+            self._snapshot_states()
             return
         for name, state in self._states.items():
-            self._with_states()[name].load_state_dict(deepcopy(state))
+            self._stateful()[name].load_state_dict(deepcopy(state))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later steps depend on. The tensors are not copied.
@@ -330,7 +330,7 @@ class Trainer:
         """
         check_optimizer(saved, self._new_optimizer())  # before any weight is changed
         self.state = replace(saved["trainer"])
-        with_states = self._with_states()
+        with_states = self._stateful()
         states = dict(self.state.states)
         if self.state.engine != self.config.rollout["_target_"]:  # a fork with another engine
             states.pop("rollout", None)
@@ -349,11 +349,11 @@ class Trainer:
             refresh(self.policy, self.master)
         self.engine.sync(self.policy)
         load_optimizer(saved["optimizer"], self.optimizer)
-        self._note_states()
+        self._snapshot_states()
 
-    def _note_states(self) -> None:
+    def _snapshot_states(self) -> None:
         """Remember the states, so that an aborted step leaves no trace in a checkpoint."""
-        stateful = {name: part for name, part in self._with_states().items() if hasattr(part, "state_dict")}
+        stateful = {name: part for name, part in self._stateful().items() if hasattr(part, "state_dict")}
         states = {name: part.state_dict() for name, part in stateful.items()}
         try:
             self._states = json.loads(json.dumps(states))  # a copy in the form that a checkpoint stores
@@ -362,7 +362,7 @@ class Trainer:
                 f"rollout._target_={self.config.rollout['_target_']}: its state_dict() must hold JSON values: {error}"
             ) from error
 
-    def _with_states(self) -> dict[str, Any]:
+    def _stateful(self) -> dict[str, Any]:
         """The parts that may have a state, by their name in a checkpoint."""
         return {
             "sampler": self.sampler,

@@ -232,7 +232,7 @@ class LossScale:
     value: float = 2.0**16
     updates: int = 0  # since the value last changed
 
-    def again(self) -> bool:
+    def reduce(self) -> bool:
         """Halve the scale after an update that was not finite and return True; return False if it is 1 or less."""
         if self.value <= 1:
             return False
@@ -240,7 +240,7 @@ class LossScale:
         self.updates = 0
         return True
 
-    def updated(self) -> None:
+    def count_update(self) -> None:
         """Count a completed update, and double the scale when it is due."""
         self.updates += 1
         if self.updates == 2000:

@@ -95,7 +95,7 @@ def test_auto_leaves_what_an_experiment_sets(card, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("able", [True, False])
 def test_auto_takes_bfloat16_where_the_processor_multiplies_it_unless_told_otherwise(monkeypatch, able):
-    monkeypatch.setattr(preset, "cpu_multiplies_bfloat16", lambda: able)
+    monkeypatch.setattr(preset, "cpu_supports_bfloat16", lambda: able)
     monkeypatch.setattr(preset, "find_device", lambda: "cpu")
     for overrides, expected in (
         ([], "bfloat16" if able else None),

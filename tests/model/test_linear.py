@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from grpo.model import linear
-from grpo.model.hardware import cpu_multiplies_bfloat16
+from grpo.model.hardware import cpu_supports_bfloat16
 from grpo.model.linear import OneDnnLinear, onednn_linear, use_onednn
 from tests.launches import ROOT
 
@@ -39,13 +39,13 @@ def test_a_product_by_onednn_is_that_of_a_linear_layer_with_its_gradients(bias):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_dtype_that_onednn_cannot_multiply_here_is_multiplied_by_torch(monkeypatch, dtype, able):
     """On an older processor oneDNN refuses bfloat16, and everywhere float64."""
-    monkeypatch.setattr(linear, "cpu_multiplies_bfloat16", lambda: able)
+    monkeypatch.setattr(linear, "cpu_supports_bfloat16", lambda: able)
     linear._onednn_dtypes.cache_clear()
     layer = nn.Linear(6, 4).to(dtype)
     use_onednn(layer)
     linear_type = OneDnnLinear if dtype == torch.float32 or (dtype == torch.bfloat16 and able) else nn.Linear
     x = torch.randn(3, 6).to(dtype)
-    if linear_type is nn.Linear or dtype == torch.float32 or cpu_multiplies_bfloat16():
+    if linear_type is nn.Linear or dtype == torch.float32 or cpu_supports_bfloat16():
         torch.testing.assert_close(onednn_linear(x, layer.weight, layer.bias), F.linear(x, layer.weight, layer.bias))
     linear._onednn_dtypes.cache_clear()
     assert type(layer) is linear_type

@@ -13,7 +13,7 @@ from grpo.model.linear import use_onednn
 from grpo.model.packed import try_packing
 from grpo.rollout import llama_decoder as decoder_module
 from grpo.rollout import native as engine
-from grpo.rollout.cuda_graph import recorded
+from grpo.rollout.cuda_graph import capture_graph
 from grpo.rollout.engine import Sampling
 from grpo.rollout.llama_decoder import FastDecoder, supports_fast_decoding
 from grpo.rollout.native import CachedDecoder, completion_mask, rollout
@@ -198,7 +198,7 @@ def test_a_token_decoded_from_a_recording_is_the_same(prompts, monkeypatch, widt
         recordings.append(make_fx(lambda: step())())
         return recordings[-1]
 
-    monkeypatch.setattr(decoder_module, "recorded", recorded)
+    monkeypatch.setattr(decoder_module, "capture_graph", recorded)
     monkeypatch.setattr(decoder_module, "GRAPH_WIDTH", width)
     monkeypatch.setattr(decoder_module, "has_onednn", lambda _: False)  # oneDNN's packed weights cannot be traced
     check_fast_decoding(model_of_the_family("qwen3", True), prompts, cuda_graphs=True)
@@ -211,10 +211,10 @@ def test_a_token_decoded_from_a_cuda_graph_is_the_same(prompts, sampling, monkey
     recordings = []
 
     def counted(*arguments):
-        recordings.append(recorded(*arguments))
+        recordings.append(capture_graph(*arguments))
         return recordings[-1]
 
-    monkeypatch.setattr(decoder_module, "recorded", counted)
+    monkeypatch.setattr(decoder_module, "capture_graph", counted)
     model = model_of_the_family("qwen2", True).cuda()
     on_card = Prompts(prompts.ids.cuda(), prompts.mask.cuda())
     eager, graph = (sample(model, on_card, sampling, generations=8, cuda_graphs=graphs) for graphs in (False, True))
@@ -224,7 +224,7 @@ def test_a_token_decoded_from_a_cuda_graph_is_the_same(prompts, sampling, monkey
 
 def test_a_step_that_cannot_be_recorded_is_run_as_it_is(prompts, monkeypatch):
     asked = []
-    monkeypatch.setattr(decoder_module, "recorded", lambda *_: asked.append(1))
+    monkeypatch.setattr(decoder_module, "capture_graph", lambda *_: asked.append(1))
     check_fast_decoding(model_of_the_family("llama", True), prompts, cuda_graphs=True)
     assert len(asked) == 1
 

@@ -25,8 +25,8 @@ from grpo.model.loading import load_model
 from grpo.runs.checkpoint import (
     StoredTensors,
     TrainerState,
-    broken,
     check_optimizer,
+    find_damage,
     flatten_optimizer,
     latest_checkpoint,
     load_optimizer,
@@ -173,9 +173,9 @@ def test_the_reference_is_stored_once_an_iteration_and_goes_with_the_last_checkp
 def test_a_checkpoint_whose_reference_is_damaged_is_damaged(tmp_path):
     model = small_model()
     checkpoint = save_checkpoint(tmp_path, model, adamw(model), model, TrainerState(step=2, iteration=2))
-    assert broken(checkpoint) is None
+    assert find_damage(checkpoint) is None
     flip_a_bit(tmp_path / "reference_000002" / "model.safetensors")
-    assert broken(checkpoint) == "its reference reference_000002: model.safetensors does not match its checksum"
+    assert find_damage(checkpoint) == "its reference reference_000002: model.safetensors does not match its checksum"
 
 
 def test_a_run_that_goes_on_does_not_write_its_reference_again(tmp_path):
@@ -185,7 +185,7 @@ def test_a_run_that_goes_on_does_not_write_its_reference_again(tmp_path):
     saver = CheckpointWriter(tmp_path, settings(), TrainerState(step=2, iteration=2))
     saver.save(saved(model, adamw(model), model, TrainerState(step=3, iteration=2)))
     assert (tmp_path / "reference_000002" / "model.safetensors").stat() == written
-    assert broken(step_folder(tmp_path, 3)) is None
+    assert find_damage(step_folder(tmp_path, 3)) is None
 
 
 def test_the_state_of_plain_gradient_descent_comes_back_too(tmp_path):
@@ -352,7 +352,7 @@ def test_a_manifest_names_plain_files_of_its_own_folder(tmp_path, name):
     manifest = json.loads((tmp_path / "step_000001" / "manifest.json").read_text())
     manifest["files"][name] = {"size": 0, "sha256": "0"}
     (tmp_path / "step_000001" / "manifest.json").write_text(json.dumps(manifest))
-    assert broken(tmp_path / "step_000001") == f"{name} is not a file in it"
+    assert find_damage(tmp_path / "step_000001") == f"{name} is not a file in it"
 
 
 @pytest.mark.parametrize("reference", ["step_000001", "../elsewhere", "/", 3, ["x"]])
@@ -360,7 +360,7 @@ def test_a_manifest_names_a_reference_beside_it(tmp_path, reference):
     save_steps(tmp_path, 1)
     manifest = json.loads((tmp_path / "step_000001" / "manifest.json").read_text())
     (tmp_path / "step_000001" / "manifest.json").write_text(json.dumps(manifest | {"reference": reference}))
-    assert broken(tmp_path / "step_000001") == f"{reference} is not a reference"
+    assert find_damage(tmp_path / "step_000001") == f"{reference} is not a reference"
 
 
 def test_checkpoints_are_ordered_by_step_beyond_a_million(tmp_path):
@@ -397,9 +397,9 @@ def test_without_any_checkpoint_there_is_none_and_no_error(tmp_path):
 def test_an_intact_checkpoint_has_nothing_wrong_and_the_reason_names_the_file(tmp_path):
     save_steps(tmp_path, 1)
     checkpoint = tmp_path / "step_000001"
-    assert broken(checkpoint) is None
+    assert find_damage(checkpoint) is None
     flip_a_bit(checkpoint / "optimizer.safetensors")
-    assert broken(checkpoint) == "optimizer.safetensors does not match its checksum"
+    assert find_damage(checkpoint) == "optimizer.safetensors does not match its checksum"
 
 
 # Interrupted saves.
@@ -507,7 +507,7 @@ def test_a_save_killed_at_any_file_operation_leaves_the_one_before_or_the_new_on
         saver = CheckpointWriter(folder, settings(keep_last=1), load_state(latest_checkpoint(folder)))
         saver.save(saved(model, adamw(model), model, TrainerState(step=3, iteration=2)))
         assert sorted(path.name for path in folder.iterdir()) == ["reference_000002", "step_000003"]
-        assert broken(step_folder(folder, 3)) is None
+        assert find_damage(step_folder(folder, 3)) is None
 
 
 # What the disk refuses.
@@ -548,7 +548,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it_and_the_next_one_suc
     assert "could not write the checkpoint of step 2" in caplog.text
     assert "File too large" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
-    assert broken(step_folder(tmp_path, 1)) is None
+    assert find_damage(step_folder(tmp_path, 1)) is None
     saver.save(saved(model, optimizer, None, TrainerState(step=2, iteration=1)))
     saver.close()
     assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
@@ -616,7 +616,7 @@ def test_best_is_replaced_whole(tmp_path):
     load_weights(stored(tmp_path / "best"), fresh)
     assert fresh.weight.tolist() == [[7.0] * 3] * 2
     assert load_state(tmp_path / "best").best_accuracy == 0.5
-    assert broken(tmp_path / "best") is None
+    assert find_damage(tmp_path / "best") is None
     save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=6))
     assert (tmp_path / "best").is_dir()
 
@@ -627,7 +627,7 @@ def test_the_best_weights_come_back_after_a_kill_while_they_are_replaced(tmp_pat
     (tmp_path / "best.tmp").mkdir()
     CheckpointWriter(tmp_path, settings(), TrainerState(step=1))
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
-    assert broken(tmp_path / "best") is None
+    assert find_damage(tmp_path / "best") is None
 
 
 def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, caplog):

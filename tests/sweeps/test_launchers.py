@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 
 from grpo.config.compose import compose_config
 from grpo.config.paths import CONF_DIR
-from grpo.runs.gpu_queue import LOCAL_LAUNCHERS, takes_any_gpu
+from grpo.runs.gpu_queue import LOCAL_LAUNCHERS, must_choose_gpu
 from grpo.runs.sweep_folder import SweepFolder
 from grpo.sweeps.launcher import threads_hint
 from tests.launches import ROOT, launch, rows
@@ -226,7 +226,7 @@ def test_a_launcher_that_is_not_known_here_runs_a_sweep(tmp_path):
 def test_jobs_choose_a_gpu_themselves_only_where_their_launcher_is_known_to_assign_none():
     config = compose_config(["hardware=auto"])
     chosen = {
-        name: takes_any_gpu(config, target)
+        name: must_choose_gpu(config, target)
         for name, target in {
             "local": "hydra_plugins.hydra_grpo.LocalLauncher",
             "slurm": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",

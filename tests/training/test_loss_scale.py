@@ -79,9 +79,9 @@ def test_what_no_scale_makes_finite_is_a_skipped_step_and_costs_the_next_ones_a_
 def test_the_scale_grows_after_many_updates():
     scale = LossScale(8.0)
     for _ in range(1999):
-        scale.updated()
+        scale.count_update()
     assert scale.value == 8.0
-    scale.updated()
+    scale.count_update()
     assert scale == LossScale(16.0, 0)
 
 
