@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("python -m grpo <command> [key=value ...]\n")
         for name, summary in commands().items():
             print(f"  {name:10} {summary}")
-        print("\nAny key or group of the config can be given; to train: python -m grpo train --help")
+        print("\nArguments can be any key or group of the config; to train: python -m grpo train --help")
         return 0
     if arguments[0] == "train":  # a Hydra command line, with options such as -m and --cfg
         from grpo.commands import train

@@ -242,7 +242,9 @@ def _correct(run_dir: Path) -> pd.Series:
     evaluation = RunFolder(run_dir).evaluation("after") or {"problems": []}
     graded = [each for each in evaluation["problems"] if each["correct"] is not None]
     # The index includes the answer: ids may be line numbers, which stand for other problems in another data file.
-    return pd.Series({f"{each['id']} {each.get('answer')}": float(each["correct"]) for each in graded}, dtype=float)
+    return pd.Series(
+        {f"{each['problem_id']} {each.get('answer')}": float(each["correct"]) for each in graded}, dtype=float
+    )
 
 
 def _results(run_dir: Path) -> dict[str, float | None]:

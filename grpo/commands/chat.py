@@ -2,7 +2,7 @@
 
 python -m grpo chat run_dir=outputs/...                  the run's trained model
 python -m grpo chat model.name=M [data=...]              any hub name or local folder
-prompt="What is 27 + 35?" asks once and ends; rollout.temperature=0.7 samples, the default is greedy
+prompt="What is 27 + 35?" answers this question and exits; rollout.temperature=0.7 samples, the default is greedy
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Save a view of the project in Weights & Biases: panels for rewards, lengths, loss, speed and completions.
 
 python -m grpo dashboard run_dir=outputs/...             the project and reward components of a run
-python -m grpo dashboard sweep_dir=outputs/sweeps/...    one curve an arm of a sweep, the mean over its seeds
+python -m grpo dashboard sweep_dir=outputs/sweeps/...    one curve per arm of a sweep, the mean over its seeds
 python -m grpo dashboard project=grpo entity=NAME        by name
 It needs `pip install -e ".[dashboard]"` and `wandb login`. Without an account: wandb leet RUN_DIR/wandb/offline-run-...
 """

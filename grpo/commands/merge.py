@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"{target} exists already; remove it, or give another output_dir=DIR")
     temporary = target.with_name(f"{target.name}.tmp")
     if temporary.exists():
-        raise ConfigError(f"{temporary} is in the way, as a merge that was killed leaves it; remove it")
+        raise ConfigError(f"{temporary} exists; it is left over from an interrupted merge: remove it")
     merged = PeftModel.from_pretrained(load_model(model, torch.device("cpu")), model.lora.init_from).merge_and_unload()
     temporary.mkdir(parents=True)
     merged.save_pretrained(temporary)

@@ -1,7 +1,7 @@
 """Write the charts and the summary of a run from its metrics.
 
 python -m grpo plot run_dir=outputs/...                  into its plots/ and summary.json
-python -m grpo plot run_dir=outputs/... output_dir=DIR   into a folder of choice
+python -m grpo plot run_dir=outputs/... output_dir=DIR   into another folder
 """
 
 from pathlib import Path

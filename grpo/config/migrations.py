@@ -1,4 +1,4 @@
-"""Convert config.yaml, trainer_state.json and sweep.json of earlier versions to the current version.
+"""Convert config.yaml, trainer_state.json, sweep.json and eval/*.json of earlier versions to the current version.
 
 Each step from one version to the next is a pure function. A file without a version key is of version 0.
 """
@@ -135,6 +135,16 @@ def sweep_1_to_2(values: Values) -> Values:
     return values | {"sweeper": "tpe"} if values.get("sweeper") == "optuna" else values
 
 
+def evaluation_1_to_2(values: Values) -> Values:
+    """The rows of an evaluation have the keys of those in samples/."""
+    values = deepcopy(values)
+    for row in values.get("problems", []):
+        if "id" in row:
+            row["problem_id"] = row.pop("id")
+        row.update({f"rewards/{name}": value for name, value in row.pop("rewards", {}).items()})
+    return values
+
+
 def unchanged(values: Values) -> Values:
     """A step between two versions that use the same format for the file."""
     return values
@@ -143,6 +153,7 @@ def unchanged(values: Values) -> Values:
 CONFIG_STEPS = (config_0_to_1, config_1_to_2)
 STATE_STEPS = (unchanged, state_1_to_2)
 SWEEP_STEPS = (unchanged, sweep_1_to_2)
+EVALUATION_STEPS = (unchanged, evaluation_1_to_2)
 
 
 def _set_default(values: Values, name: str, value: Any) -> None:

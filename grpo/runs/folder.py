@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config.errors import FileError, first_line
-from grpo.config.migrations import VERSION, load_frozen
+from grpo.config.migrations import EVALUATION_STEPS, VERSION, load_frozen, migrate
 from grpo.config.schema import Config
 from grpo.config.values import escape, read_yaml, to_dict
 from grpo.runs.files import (
@@ -278,17 +278,17 @@ class RunFolder:
         """Write an evaluation to eval/<name>.json."""
         file = self.path / "eval" / f"{name}.json"
         file.parent.mkdir(exist_ok=True)
-        write_atomic(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(file, json.dumps({"version": VERSION, **result}, indent=1, ensure_ascii=False) + "\n")
         return file
 
     def evaluation(self, name: str) -> dict | None:
         """The content of eval/<name>.json; None where there is none."""
         file = self.path / "eval" / f"{name}.json"
-        return read_json(file, EVALUATION) if file.exists() else None
+        return _read_evaluation(file) if file.exists() else None
 
     def evaluations(self) -> dict[str, dict]:
         """The content of every eval/<name>.json by its name: `before` first, then by step, `after` last."""
-        found = {file.stem: read_json(file, EVALUATION) for file in self.path.glob("eval/*.json")}
+        found = {file.stem: _read_evaluation(file) for file in self.path.glob("eval/*.json")}
         place = {"before": 0, "after": 2}
         names = sorted(found, key=lambda name: (place.get(name, 1), found[name].get("step") or 0, name))
         return {name: found[name] for name in names}
@@ -326,6 +326,10 @@ class RunFolder:
         for write in writers:
             write(temporary)
         commit_folder(temporary, self.final_model)
+
+
+def _read_evaluation(file: Path) -> dict[str, Any]:
+    return migrate(read_json(file, EVALUATION), file, EVALUATION_STEPS)
 
 
 def run_folders(root: Path) -> list[RunFolder]:

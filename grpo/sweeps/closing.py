@@ -50,7 +50,7 @@ def _report(sweep: SweepFolder) -> None:
         files, headline = write_sweep_report(sweep.path)
     except Exception as error:  # a failed report can be written later, and must not hide how the sweep ended
         command = f"python -m grpo report {shlex.quote(f'sweep_dir={sweep.path}')}"
-        logger.warning("no report (%s: %s); make it: %s", type(error).__name__, error, command)
+        logger.warning("no report (%s: %s); write it with: %s", type(error).__name__, error, command)
         return
     print(f"{headline}\n  report    {files[0]}")
 

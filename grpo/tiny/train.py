@@ -1,8 +1,8 @@
-"""The recipe of the embedded model: `python -m grpo.tiny.train` makes `grpo/tiny/model/` anew, in minutes on a CPU.
+"""The recipe of the embedded model: `python -m grpo.tiny.train` creates `grpo/tiny/model/`, in minutes on a CPU.
 
-A small Qwen2 is taught to add two-digit numbers from demonstrations that are often careless: they forget to carry,
-and they forget tags. The sums themselves are always right, and each carelessness is drawn on its own. So the model
-knows how to add, but of its own accord takes care only now and then; that is what GRPO can teach it afterwards.
+A small Qwen2 learns to add two-digit numbers from demonstrations that are often careless: they forget to carry, and
+they forget tags. The sums themselves are always right, and each omission is drawn independently. So the model can add,
+but it often omits the carry or a tag. GRPO can then teach it to be careful.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """Held-out evaluation: greedy completions of the test problems, scored as in training."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from grpo.data.problems import Problem
 from grpo.rewards.scoring import score
 from grpo.rollout.engine import RolloutEngine, Sampling
 from grpo.training.experiment import Experiment, score_completions
+from grpo.training.metrics import completion_rows
 
 
 def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, step: int) -> dict[str, Any]:
@@ -20,8 +22,8 @@ def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, 
     sampling: the parameters of training; the temperature is set to 0 and eval.max_completion_length is applied.
     step: number of steps that the model was trained for, stored in the result.
     Returns the content of eval/*.json: step, n (number of problems with a value of accuracy), accuracy (0 to 1; None if
-    n is 0), reward, rewards (mean of each component), completions/mean_length (tokens), problems (all of them; correct
-    is None where eval.accuracy gave no value).
+    n is 0), reward, rewards (mean of each component), completions/mean_length (tokens), problems (rows as `completion_rows` gives
+    them, with correct: None where eval.accuracy gave no value, and length in tokens).
     """
     config = experiment.config.eval
     sizes = experiment.sizes
@@ -41,7 +43,7 @@ def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, 
         "n": sum(o["correct"] is not None for o in outcomes),
         "accuracy": _mean([o["correct"] for o in outcomes]),
         "reward": _mean([o["reward"] for o in outcomes]),
-        "rewards": {c.name: _mean([o["rewards"][c.name] for o in outcomes]) for c in experiment.components},
+        "rewards": {c.name: _mean([o[f"rewards/{c.name}"] for o in outcomes]) for c in experiment.components},
         "completions/mean_length": _mean([o["length"] for o in outcomes]),
         "problems": outcomes,
     }
@@ -50,25 +52,14 @@ def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, 
 def _outcomes(experiment: Experiment, problems: list[Problem], completions: Completions) -> list[dict[str, Any]]:
     scored = score_completions(experiment, problems, completions)
     accuracy = score([experiment.accuracy], scored.prompts, scored.messages, scored.columns)
-    correct = accuracy.components[experiment.accuracy.name]
+    correct = accuracy.components[experiment.accuracy.name].tolist()
+    rows = completion_rows(problems, scored, completions.group)
     return [
-        {
-            "id": problem.id,
-            "correct": None if torch.isnan(correct[row]) else bool(correct[row]),
-            "reward": scored.rewards.total[row].item(),
-            "rewards": {name: _value(scores[row]) for name, scores in scored.rewards.components.items()},
-            "length": int(scored.lengths[row]),
-            "answer": problem.answer,
-            "completion": scored.texts[row],
-        }
-        for row, problem in enumerate(problems[group] for group in completions.group.tolist())
+        {**row, "correct": None if math.isnan(value) else bool(value), "length": length}
+        for row, value, length in zip(rows, correct, scored.lengths.tolist(), strict=True)
     ]
 
 
 def _mean(values: list[float | None]) -> float | None:
     present = [value for value in values if value is not None]
     return sum(present) / len(present) if present else None
-
-
-def _value(score_of_row: torch.Tensor) -> float | None:
-    return None if torch.isnan(score_of_row) else score_of_row.item()

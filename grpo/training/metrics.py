@@ -101,34 +101,38 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def sample_rows(
-    step: int, problems: list[Problem], scored: ScoredCompletions, completions: Completions, advantages: Tensor
-) -> list[dict[str, Any]]:
-    """Every completion of a step with its prompt, rewards and advantage: the rows of samples/*.jsonl and W&B's table.
+def completion_rows(problems: list[Problem], scored: ScoredCompletions, group: Tensor) -> list[dict[str, Any]]:
+    """B completions with their problems and rewards, as samples/*.jsonl, eval/*.json and W&B's table have them.
 
-    advantages: (B,), or (B, T), of which the mean over the tokens that count in the loss is reported.
+    group: (B,), index of each completion's problem. A missing reward is None.
     """
-    if advantages.dim() == 2:
-        counted = completions.completion_mask.to(advantages.device)
-        advantages = (advantages * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
     rows = []
-    for b, (text, group) in enumerate(zip(scored.texts, completions.group.tolist(), strict=True)):
-        problem = problems[group]
-        rewards = {
-            name: None if torch.isnan(values[b]) else values[b].item()
-            for name, values in scored.rewards.components.items()
-        }
+    for b, place in enumerate(group.tolist()):
+        problem = problems[place]
+        rewards = {name: values[b].item() for name, values in scored.rewards.components.items()}
         rows.append(
             {
-                "step": step,
                 "problem_id": problem.id,
                 "prompt": scored.prompts[b][-1]["content"],
-                "completion": text,
+                "completion": scored.texts[b],
                 "answer": problem.answer,
-                **{f"rewards/{name}": value for name, value in rewards.items()},
+                **{f"rewards/{name}": _finite(value) for name, value in rewards.items()},
                 "reward": scored.rewards.total[b].item(),
-                "advantage": advantages[b].item(),
-                "length": int(scored.lengths[b]),
             }
         )
     return rows
+
+
+def sample_rows(
+    step: int, problems: list[Problem], scored: ScoredCompletions, completions: Completions, advantages: Tensor
+) -> list[dict[str, Any]]:
+    """The completions of a step with their advantages; of advantages (B, T) the mean over the tokens that count."""
+    if advantages.dim() == 2:
+        counted = completions.completion_mask.to(advantages.device)
+        advantages = (advantages * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)  # (B,)
+    rows = completion_rows(problems, scored, completions.group)
+    numbers = zip(advantages.tolist(), scored.lengths.tolist(), strict=True)
+    return [
+        {"step": step, **row, "advantage": advantage, "length": length}
+        for row, (advantage, length) in zip(rows, numbers, strict=True)
+    ]

@@ -49,54 +49,53 @@ def preflight(
         "max_completion_length": sizes.max_completion_length,
         "prompt_lengths": {"min": min(lengths), "median": statistics.median(lengths), "max": max(lengths)},
     }
-    said = warnings(found)
-    return found | {"warnings": said, "seconds": time.perf_counter() - started}
+    return found | {"warnings": warnings(found), "seconds": time.perf_counter() - started}
 
 
 def warnings(found: dict[str, Any]) -> list[str]:
     """Warnings about what may prevent learning, each with a fix."""
-    said = []
+    messages = []
     for name, component in found["components"].items():
         if component["missing"] == 1.0:
-            said.append(f"{name} gave no value for any completion: does its function know these problems?")
+            messages.append(f"{name} gave no value for any completion: does its function know these problems?")
         elif component["nonzero"] == 0.0:
-            said.append(
+            messages.append(
                 f"{name} is 0 for all {found['completions']} completions, so there is no signal for it: show solved "
-                "problems (data.examples), say in data.system_prompt what is asked, or take a larger model.name or "
+                "problems (data.examples), describe the task in data.system_prompt, or take a larger model.name or "
                 "easier problems"
             )
     if found["frac_reward_zero_std"] >= MOSTLY_EQUAL:
-        said.append(
+        messages.append(
             f"{found['frac_reward_zero_std']:.0%} of the groups have equal rewards, which carry no signal: "
             "take problems that the model solves sometimes, a larger grpo.num_generations, or a reward with values "
             "in between"
         )
     limit = found["max_completion_length"]
     if found["completions/clipped_ratio"] >= TRUNCATED_OFTEN:
-        said.append(
+        messages.append(
             f"{found['completions/clipped_ratio']:.0%} of the completions are truncated at {limit} tokens: "
             f"set grpo.max_completion_length={2 * limit}, or ask for shorter answers"
         )
-    return said
+    return messages
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
     """The lines for the console."""
-    shown = [
+    result = [
         f"pre-flight: {found['prompts']} problems, {found['completions']} completions in {found['seconds']:.1f} s "
         "(preflight=false skips it)"
     ]
     for name, component in found["components"].items():
         mean = "none" if component["mean"] is None else f"{component['mean']:.2f}"
-        shown.append(f"  {name:<14} mean {mean}, nonzero in {component['nonzero']:.0%}")
+        result.append(f"  {name:<14} mean {mean}, nonzero in {component['nonzero']:.0%}")
     prompt = found["prompt_lengths"]
-    shown += [
+    result += [
         f"  {'groups':<14} {found['frac_reward_zero_std']:.0%} with equal rewards",
         f"  {'completions':<14} {found['completions/mean_length']:.0f} tokens, "
         f"{found['completions/clipped_ratio']:.0%} truncated at {found['max_completion_length']}",
         f"  {'prompts':<14} {prompt['min']} to {prompt['max']} tokens, median {prompt['median']:.0f}",
     ]
-    return shown + [f"warning: {text}" for text in found["warnings"]]
+    return result + [f"warning: {text}" for text in found["warnings"]]
 
 
 def _component(values: torch.Tensor) -> dict[str, float | None]:

@@ -44,7 +44,7 @@ def make_sweep(folder, swept, right, accuracy=True, states=None, fixed=("experim
                 | {"completions/mean_length": 20.0, "num_tokens": 100 * step, "step_time": 0.5}
                 for step in range(1, 21)
             )
-            problems = [{"id": f"p{i}", "correct": bool(each)} for i, each in enumerate(outcome)]
+            problems = [{"problem_id": f"p{i}", "correct": bool(each)} for i, each in enumerate(outcome)]
             if accuracy:
                 run.write_evaluation(
                     "after", {"step": 20, "n": len(problems), "accuracy": float(np.mean(outcome)), "problems": problems}
@@ -267,7 +267,8 @@ def test_a_job_without_an_outcome_takes_no_part(tmp_path):
     run = RunFolder(other / "1_job")
     after = run.evaluation("after")
     run.write_evaluation(
-        "after", after | {"problems": [each | {"id": f"other {each['id']}"} for each in after["problems"]]}
+        "after",
+        after | {"problems": [each | {"problem_id": f"other {each['problem_id']}"} for each in after["problems"]]},
     )
     sweep = SweepAnalysis(other)
     assert "nan" not in headline(sweep)

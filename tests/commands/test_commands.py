@@ -135,9 +135,9 @@ def test_evaluate_changes_only_what_the_command_line_names(command, run):
     again, after = newest_evaluation(run), evaluation(run, "after")
     assert again["n"] == 3
     first_three = {row["id"] for row in arithmetic.problems("test")[:3]}
-    assert {problem["id"] for problem in again["problems"]} == first_three
-    of_all = {problem["id"]: problem["completion"] for problem in after["problems"]}
-    assert all(problem["completion"] == of_all[problem["id"]] for problem in again["problems"])
+    assert {problem["problem_id"] for problem in again["problems"]} == first_three
+    of_all = {problem["problem_id"]: problem["completion"] for problem in after["problems"]}
+    assert all(problem["completion"] == of_all[problem["problem_id"]] for problem in again["problems"])
     assert (run / "config.yaml").read_text().count("max_problems: 8") == 1
 
 
@@ -230,7 +230,7 @@ def test_chat_answers_line_by_line_until_an_empty_one(command, run, monkeypatch)
 
 
 def question(problem):
-    return next(row["question"] for row in arithmetic.problems("test") if row["id"] == problem["id"])
+    return next(row["question"] for row in arithmetic.problems("test") if row["id"] == problem["problem_id"])
 
 
 def test_a_prompt_may_hold_any_character(command):

@@ -157,6 +157,15 @@ def test_the_objective_of_version_1_becomes_the_choices_that_compute_the_same():
     assert values["objective"]["epsilon"] == 0.25  # the argument is left as it is
 
 
+def test_the_rows_of_an_old_evaluation_have_the_keys_of_samples():
+    run = RunFolder(old_run(0, "full_finished"))
+    (row, *_) = json.loads((run.path / "eval" / "after.json").read_text())["problems"]
+    (now, *_) = run.evaluation("after")["problems"]
+    assert (now["problem_id"], now["completion"], now["correct"]) == (row["id"], row["completion"], row["correct"])
+    assert {name: now[f"rewards/{name}"] for name in row["rewards"]} == row["rewards"]
+    assert not {"id", "rewards"} & now.keys()
+
+
 def test_an_old_sweep_by_optuna_is_one_by_tpe(tmp_path):
     record = {"overrides": ["seed=1,2"], "state": "interrupted", "sweeper": "optuna"}
     (tmp_path / "sweep.json").write_text(json.dumps(record))
