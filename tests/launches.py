@@ -41,10 +41,18 @@ NOT_COMPARED = ("step_time", "timing_s/", "perf/")
 
 NO_FAULT = ("none", "0", "none")
 
-# Launches are processes of their own, but forked from one that has imported torch already: that takes five seconds.
+# Each launch is a separate process, but forked from one that has already imported torch, which takes five seconds.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
-    ["grpo.training.trainer", "grpo.analysis.charts", "transformers.models.qwen2.modeling_qwen2"]
+    [
+        "grpo.commands.train",
+        "grpo.training.train",
+        "grpo.analysis.run_report",
+        "grpo.analysis.sweep_report",
+        "transformers.models.qwen2.modeling_qwen2",
+        "matplotlib.backends.backend_agg",
+        "scipy.stats",
+    ]
 )
 
 

@@ -22,8 +22,8 @@ def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, 
     sampling: the parameters of training; the temperature is set to 0 and eval.max_completion_length is applied.
     step: number of steps that the model was trained for, stored in the result.
     Returns the content of eval/*.json: step, n (number of problems with a value of accuracy), accuracy (0 to 1; None if
-    n is 0), reward, rewards (mean of each component), completions/mean_length (tokens), problems (rows as `completion_rows` gives
-    them, with correct: None where eval.accuracy gave no value, and length in tokens).
+    n is 0), reward, rewards (mean of each component), completions/mean_length (tokens), problems (the rows of
+    `completion_rows` with `correct`, None where eval.accuracy gave no value, and `length` in tokens).
     """
     config = experiment.config.eval
     sizes = experiment.sizes
