@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from grpo.config.checks import typed
 from grpo.config.migrations import load_frozen
-from grpo.runs.checkpoint import broken, latest_checkpoint, load_state, read_checkpoint
+from grpo.runs.checkpoint import find_damage, latest_checkpoint, load_state, read_checkpoint
 from grpo.runs.stop_signals import STOP_SIGNALS, StopSignals
 from grpo.tiny import MODEL_DIR
 from grpo.training.experiment import build_experiment
@@ -35,6 +35,8 @@ def checkpoint_steps(run_dir):
     return [int(path.name[-6:]) for path in sorted((run_dir / "checkpoints").glob("step_*"))]
 
 
+SLOW = pytest.mark.slow  # rows of a table of which the plain run takes a sample
+
 # Killed at any moment.
 
 
@@ -42,14 +44,14 @@ def checkpoint_steps(run_dir):
     ("place", "call", "arguments"),
     [
         pytest.param(f"{TRAINER}.group_keys", "1", [], id="before the first step"),
-        pytest.param(f"{RECORDER}.step", "1", [], id="before the first step is written down"),
+        pytest.param(f"{RECORDER}.step", "1", [], id="before the first step is written down", marks=SLOW),
         pytest.param(f"{TRAINER}.apply_gradient", "6", [], id="between the updates of a batch"),
-        pytest.param(f"{TRAINER}.group_keys", "6", ["checkpoint.every=5"], id="in the middle of an epoch"),
         pytest.param(f"{TRAINER}.group_keys", "7", ["checkpoint.every=3"], id="at the end of an epoch"),
-        pytest.param(f"{TRAINER}.group_keys", "5", [], id="at the end of an iteration"),
-        pytest.param(f"{TRAINER}.group_keys", "8", ["checkpoint.every=7"], id="before the last step"),
+        pytest.param(f"{TRAINER}.group_keys", "6", ["checkpoint.every=5"], id="in the middle of an epoch", marks=SLOW),
+        pytest.param(f"{TRAINER}.group_keys", "5", [], id="at the end of an iteration", marks=SLOW),
+        pytest.param(f"{TRAINER}.group_keys", "8", ["checkpoint.every=7"], id="before the last step", marks=SLOW),
         pytest.param("grpo.runs.folder.RunFolder.save_final_model", "1", [], id="after the last step"),
-        pytest.param("grpo.analysis.charts.write_summary", "1", [], id="while the charts are drawn"),
+        pytest.param("grpo.analysis.charts.write_summary", "1", [], id="while the charts are drawn", marks=SLOW),
     ],
 )
 def test_killed_at_a_given_place_and_resumed_is_bitwise_equal(tmp_path, straight, place, call, arguments):
@@ -81,7 +83,7 @@ def kill_at_random(run_dir, rng, kills, seconds):
 OFTEN = ["checkpoint.overlap=true", "checkpoint.every=1"]  # so that many kills come while a checkpoint is written
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_killed_at_random_moments_in_a_row_is_bitwise_equal(tmp_path, straight, seed):
     assert kill_at_random(tmp_path / "run", random.Random(seed), kills=3, seconds=1.5) > 0
     assert_same_run(tmp_path / "run", straight)
@@ -100,7 +102,9 @@ def test_killed_at_random_moments_in_a_long_row_is_bitwise_equal(tmp_path, strai
 # Damaged checkpoints.
 
 
-@pytest.mark.parametrize("damage", ["truncated", "bit-flipped", "missing"])
+@pytest.mark.parametrize(
+    "damage", ["bit-flipped", pytest.param("truncated", marks=SLOW), pytest.param("missing", marks=SLOW)]
+)
 def test_a_damaged_checkpoint_is_passed_over_and_the_outcome_is_the_same(tmp_path, straight, damage):
     run_dir = tmp_path / "run"
     fault = (f"{TRAINER}.group_keys", "6", "kill")
@@ -175,7 +179,7 @@ def test_on_a_full_disk_training_goes_on_and_the_checkpoint_before_stays(tmp_pat
     assert "could not write the checkpoint of step 4 (it takes" in run.stderr + run.stdout
     assert "training continues, the one before it is kept" in run.stderr + run.stdout
     assert checkpoint_steps(run_dir) == [2]
-    assert broken(run_dir / "checkpoints" / "step_000002") is None
+    assert find_damage(run_dir / "checkpoints" / "step_000002") is None
     assert rows(run_dir) == rows(straight)
 
 
@@ -268,10 +272,10 @@ def test_a_status_that_cannot_be_written_does_not_end_training(tmp_path):
     ("place", "call", "name", "code"),
     [
         ("grpo.rollout.native._sample_tokens", "60", "term", 143),
-        ("grpo.training.update.completion_logps", "8", "int", 130),
-        ("torch.Tensor.backward", "5", "term", 143),
+        pytest.param("grpo.training.update.completion_logps", "8", "int", 130, marks=SLOW),
+        pytest.param("torch.Tensor.backward", "5", "term", 143, marks=SLOW),
         ("torch.Tensor.backward", "6", "usr1", 138),
-        ("grpo.runs.checkpoint_writer.write_checkpoint", "1", "int", 130),
+        pytest.param("grpo.runs.checkpoint_writer.write_checkpoint", "1", "int", 130, marks=SLOW),
     ],
     ids=["in sampling", "in the reference pass", "in backward", "in the second update", "in a save"],
 )
@@ -290,6 +294,7 @@ def test_a_signal_saves_the_step_and_resume_is_bitwise_equal(tmp_path, straight,
     assert_same_run(run_dir, straight)
 
 
+@pytest.mark.slow
 def test_a_step_that_would_take_long_is_dropped(tmp_path, straight):
     # How long a step takes is not known in the first one, so that it counts as long.
     run_dir = tmp_path / "run"
@@ -317,7 +322,7 @@ def test_a_step_whose_policy_has_moved_is_never_saved_half(tmp_path, straight):
     assert_same_run(run_dir, straight)
 
 
-@pytest.mark.parametrize("signals", [1, 2])
+@pytest.mark.parametrize("signals", [pytest.param(1, marks=SLOW), 2])
 def test_a_stop_waits_for_the_checkpoint_that_is_written_beside_training(tmp_path, straight, signals):
     run_dir = tmp_path / "run"
     fault = ("grpo.runs.checkpoint_writer.write_checkpoint", "1x", "sleep:3")
@@ -328,7 +333,7 @@ def test_a_stop_waits_for_the_checkpoint_that_is_written_beside_training(tmp_pat
         process.send_signal(signal.SIGTERM)
     assert process.wait().returncode == 143
     assert 3 in checkpoint_steps(run_dir) or checkpoint_steps(run_dir)[-1] > 3
-    assert broken(latest_checkpoint(run_dir / "checkpoints")) is None
+    assert find_damage(latest_checkpoint(run_dir / "checkpoints")) is None
     assert go_on(run_dir).returncode == 0
     assert_same_run(run_dir, straight)
 
@@ -428,8 +433,8 @@ def cut_run(tmp_path_factory):
     ("place", "call", "part"),
     [
         ("grpo.rollout.native._decode", "1x", "rollout"),
-        (f"{TRAINER}.all_logps", "1x", "reference"),
-        (f"{TRAINER}.accumulate_gradient", "1x", "update"),
+        pytest.param(f"{TRAINER}.all_logps", "1x", "reference", marks=SLOW),
+        pytest.param(f"{TRAINER}.accumulate_gradient", "1x", "update", marks=SLOW),
         ("torch.Tensor.backward", "2x", "update"),
     ],
     ids=["in sampling", "in the reference pass", "in forward", "in backward"],
@@ -595,6 +600,7 @@ def my_rewards(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_failed_job_of_a_sweep_leaves_nothing_behind_and_is_tried_again(my_rewards):
     sweep = my_rewards / "sweep"
     command = [
@@ -704,6 +710,7 @@ def test_a_reward_function_that_cannot_be_ended_ends_the_run_as_failed(my_reward
 # Memory.
 
 
+@pytest.mark.slow
 def test_resuming_needs_no_more_memory_than_training_did(tmp_path):
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 

@@ -60,6 +60,7 @@ def test_nothing_is_learnt_from_rewards_shuffled_within_the_batch(tmp_path):
     assert sum(gains) / 4 < 0.2
 
 
+@pytest.mark.slow
 def test_with_a_learning_rate_of_zero_nothing_moves(tmp_path):
     summary, rows, _ = quickstart(
         tmp_path / "run", "optimizer.lr=0", "grpo.num_steps=3", "eval.max_problems=64", "tracking=disabled"

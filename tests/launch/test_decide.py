@@ -122,32 +122,26 @@ def test_what_cannot_be_is_refused_in_its_own_words_and_leaves_what_was_there(tm
 
 def test_a_config_of_ones_own_works_with_hardware_auto_wherever_it_is(tmp_path, own):
     search = f"hydra.searchpath=[file://{own}]"
-    for arguments in ([search, "experiment=mine"], ["--config-dir", str(own), "--config-name", "my"]):
-        for several in ([], ["-m", "grpo.mu=1,2"]):
-            planned = launch(*several, *arguments, "plan=true", cwd=tmp_path)
-            assert planned.returncode == 0, planned.stderr
-            assert ("all 2 runs" in planned.stdout) == bool(several)
-            assert not (tmp_path / "outputs").exists()
-    for several in ([], ["-m", "grpo.mu=1,2"]):
-        done = launch(*several, search, "experiment=mine", "tracking=disabled", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr + done.stdout
-        done = launch(*several, "--config-dir", own, "--config-name", "my", "tracking=disabled", cwd=tmp_path)
+    searched = [search, "experiment=mine"]
+    named = ["--config-dir", own, "--config-name", "my"]
+    sweep = ["-m", "grpo.mu=1,2"]
+    for arguments in (searched, [*sweep, *named]):
+        planned = launch(*arguments, "plan=true", cwd=tmp_path)
+        assert planned.returncode == 0, planned.stderr
+        assert ("all 2 runs" in planned.stdout) == ("-m" in arguments)
+        assert not (tmp_path / "outputs").exists()
+    for arguments in (searched, named, [*sweep, *searched, "hydra/launcher=basic"], [*sweep, *named]):
+        done = launch(*arguments, "tracking=disabled", cwd=tmp_path)
         assert done.returncode == 0, done.stderr + done.stdout
     found = configs(tmp_path)
-    assert sorted((each["seed"], each["grpo"]["mu"]) for each in found) == [
-        (1, 1),
-        (1, 1),
-        (1, 2),
-        (7, 1),
-        (7, 1),
-        (7, 2),
-    ]
+    seeds = sorted((each["seed"], each["grpo"]["mu"]) for each in found)
+    assert seeds == [(1, 1), (1, 1), (1, 2), (7, 1), (7, 1), (7, 2)]
     assert {(each["name"], each["hardware"]["device"], each["grpo"]["batch_size"]) for each in found} == {
         ("mine", "cpu", 2)
     }
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow)])
 def test_a_config_of_ones_own_reaches_the_jobs_of_other_launchers(tmp_path, own, cold, launcher):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
     search = [f"hydra.searchpath=[file://{own}]", "experiment=mine"]
@@ -189,7 +183,8 @@ def test_hydras_own_name_for_the_folder_counts_also_with_an_interpolation_and_in
     experiment.write_text(
         experiment.read_text() + "hydra: {run: {dir: 'scratch/${name}'}, sweep: {dir: scratch/sweep}}\n"
     )
-    for several, place in ([], "scratch/mine"), (["-m", "seed=1,2"], "scratch/sweep/0_seed_1"):
+    sweep = ["-m", "seed=1,2", "hydra/launcher=basic"]
+    for several, place in ([], "scratch/mine"), (sweep, "scratch/sweep/0_seed_1"):
         done = launch(*several, "--config-dir", own, "experiment=mine", "tracking=disabled", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / place / "final_model").exists()

@@ -117,6 +117,7 @@ def test_a_fork_that_lost_its_checkpoints_does_not_start_from_another_model(pare
     assert len(rows(run)) == 4
 
 
+@pytest.mark.slow
 def test_a_sweep_of_forks_that_was_killed_goes_on(parent, tmp_path):
     sweep = ["-m", "fork=true", f"run_dir={parent}", "fork_step=6", "optimizer.lr=0.0002,0.01", "sweep_dir=sweep"]
     sweep.append("hydra/launcher=basic")

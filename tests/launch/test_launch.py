@@ -497,6 +497,7 @@ def test_a_launch_is_tracked_with_every_row_the_evaluations_and_completions(laun
     assert_tracked(run, folder)
 
 
+@pytest.mark.slow
 def test_after_any_number_of_kills_the_tracked_history_is_that_of_the_metrics(launch, tmp_path):
     settings = [*SETTINGS, "tracking=offline", "eval.every=3", "eval.before=true", "eval.max_problems=2", "run_dir=run"]
     for call in ("3", "2", "4"):

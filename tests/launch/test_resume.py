@@ -37,6 +37,7 @@ def kill_after_step(run_dir, step):
     process.wait()
 
 
+@pytest.mark.slow
 def test_resume_in_bfloat16_over_float32_weights_is_bitwise_equal(tmp_path):
     """Through two updates a step, a second iteration with its own reference, and layers computed twice."""
     settings = [*SETTINGS, "hardware.compute_dtype=bfloat16", "hardware.activation_checkpointing=true"]
@@ -69,7 +70,14 @@ def test_resume_with_lora_is_bitwise_equal(tmp_path):
     assert kl[3] > kl[4] < kl[7]  # the reference is renewed before step 5
 
 
-@pytest.mark.parametrize("optimizer", ["tuning=full_bf16", "optimizer=adamw_8bit", "optimizer=muon"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "tuning=full_bf16",
+        pytest.param("optimizer=adamw_8bit", marks=pytest.mark.slow),
+        pytest.param("optimizer=muon", marks=pytest.mark.slow),
+    ],
+)
 def test_resume_with_any_optimizer_is_bitwise_equal(tmp_path, optimizer):
     settings = [*SETTINGS, optimizer]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
@@ -82,7 +90,9 @@ def test_resume_with_any_optimizer_is_bitwise_equal(tmp_path, optimizer):
     assert_same_run(killed, straight)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_the_step_in_progress_and_resume_is_bitwise_equal(tmp_path, straight, number, code):
     run_dir = tmp_path / "run"
     process = start(run_dir)

@@ -180,7 +180,8 @@ def test_what_is_trained_decides_what_is_held():
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "least", "most"), [("adamw_8bit", 2.0, 2.2), ("muon", 4.0, 5.0), ("adamw", 8, 8)]
+    ("optimizer", "least", "most"),
+    [("adamw_8bit", 2.0, 2.2), pytest.param("muon", 4.0, 5.0, marks=pytest.mark.slow), ("adamw", 8, 8)],
 )
 def test_the_states_of_any_optimizer_are_counted(optimizer, least, most):
     """Muon keeps one number for a matrix within a layer, and AdamW two for an embedding, a sixth of this model."""

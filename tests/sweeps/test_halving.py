@@ -107,6 +107,7 @@ def test_arms_stop_early_and_the_best_one_is_the_run_that_it_would_have_been(str
     assert "resume    python launch.py -m" not in done.stdout
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_goes_on_to_the_same_decisions(straight):
     cwd, _ = straight
     fault = ("grpo.training.trainer.group_keys", "6", "kill")  # of 8 steps in all: in the second rung
@@ -123,6 +124,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_decisions(straight):
         assert_equal(cwd / "killed" / job["folder"], cwd / "sweep" / job["folder"])
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_too_small_is_refused_with_the_least_one_and_a_larger_one_goes_on(tmp_path):
     command = ["-m", *(each for each in HALVING if not each.startswith("optimizer.lr")), "optimizer.lr=0,0.0001"]
     command += ["sweep_dir=sweep", "grpo.batch_size=2", "grpo.num_generations=4"]
@@ -173,6 +175,7 @@ def test_an_arm_that_fails_twice_is_out_and_the_others_go_on(tmp_path):
     assert (again.returncode, "job 0 failed in an earlier launch, and its arm is out" in again.stderr) == (1, True)
 
 
+@pytest.mark.slow
 def test_a_rung_is_decided_only_when_its_jobs_have_come_so_far(tmp_path):
     (tmp_path / "mine.py").write_text(TROUBLE)
     (tmp_path / "armed").write_text("fail")
