@@ -1,4 +1,4 @@
-"""Real launches of the suite, and the one finished run that many tests look at."""
+"""Real launches of the suite, and the finished run that many tests read."""
 
 import os
 import subprocess
@@ -14,8 +14,8 @@ from tests.tiny_model import fast_model, model, plain_model, prompts, tokenizer 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["GRPO_OUTPUTS"] = "outputs"  # below the working directory of each launch
 
-# The embedded model for two steps of 2 problems x 4 completions: seconds. One thread, so that a busy machine does not
-# stretch them.
+# Two steps of the embedded model with 2 problems x 4 completions, which take seconds. One thread, so that they do not
+# take much longer on a busy machine.
 SMALL_RUN = (
     "experiment=quickstart",
     "grpo.num_steps=2",
@@ -29,7 +29,7 @@ SMALL_RUN = (
 
 
 def cold_launch(*arguments, cwd):
-    """`python launch.py` as a person starts it, in an interpreter of its own."""
+    """Run `python launch.py` as a user does, in a new interpreter."""
     command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
 
@@ -42,7 +42,7 @@ def cold():
 
 @pytest.fixture(scope="session")
 def launch():
-    """The same, forked from a process that has imported torch: `launch("experiment=quickstart", cwd=tmp_path)`."""
+    """Like `cold`, forked from a process that has imported torch: `launch("experiment=quickstart", cwd=tmp_path)`."""
     return warm_launch
 
 
@@ -54,7 +54,7 @@ def small_run():
 
 @pytest.fixture(scope="session")
 def finished_launch(tmp_path_factory):
-    """A small run with an evaluation after each step: the finished process and its run folder. Only to be read.
+    """A small run with an evaluation after each step: the finished process and its run folder. Tests only read it.
 
     It learns fast enough for its answers to change within two steps.
     """
@@ -73,7 +73,7 @@ def finished_run(finished_launch):
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory):
-    """The run of `tests.launches.SETTINGS` that nothing stops. Only to be read."""
+    """A run of `tests.launches.SETTINGS` that is never stopped. Tests only read it."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     result = warm_launch(*SETTINGS, f"run_dir={run_dir}", cwd=run_dir.parent)
     assert result.returncode == 0, result.stderr

@@ -1,3 +1,3 @@
-"""A module whose import fails without a word."""
+"""A module whose import raises an exception without a message."""
 
 raise AssertionError

@@ -1,9 +1,10 @@
-"""A launch in which something goes wrong at one place: `python tests/inject.py PLACE COUNT FAULT [key=value ...]`.
+"""Run launch.py with a fault in one function: `python tests/inject.py PLACE COUNT FAULT [key=value ...]`.
 
-PLACE is the dotted path of a function; from its COUNT-th call on (COUNT `3`) or at that call only (`3x`), FAULT
-happens before it: `kill` (kill -9 of this process), `term`, `int` or `usr1` (that signal, as another process would
-send it), `memory` (the error that an allocator raises), `nan` (its result becomes not a number), or `sleep:S`.
-PLACE `none` changes nothing. The rest of the command line is launch.py's.
+PLACE is the dotted path of the function. The fault happens before its COUNT-th call and all later ones (COUNT `3`), or
+before that call only (`3x`). FAULT is `kill` (kill -9 of this process), `term`, `int` or `usr1` (that signal, as sent
+by another process), `memory` (the error that an allocator raises), `nan` (the result of the call becomes NaN),
+`sleep:S` (wait for S seconds), or the message of a ValueError. PLACE `none` changes nothing. The other arguments are
+passed to launch.py.
 """
 
 import functools
@@ -20,7 +21,7 @@ SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT,
 
 
 def spoiled(result):
-    """The same result, with every number that can be not a number made one."""
+    """The same result, with NaN in its tensor or its loss."""
     import torch
 
     if isinstance(result, torch.Tensor):
@@ -31,7 +32,7 @@ def spoiled(result):
 
 
 def inject(place: str, count: str, fault: str) -> None:
-    """Put the fault into the function at that place."""
+    """Replace the function at `place` by one in which the fault happens."""
     path, name = place.rsplit(".", 1)
     try:
         owner = importlib.import_module(path)
@@ -62,7 +63,7 @@ def inject(place: str, count: str, fault: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run launch.py with the fault in place; leaves by SystemExit."""
+    """Run launch.py with the fault in place. Ends with SystemExit."""
     place, count, fault, *rest = arguments
     if place != "none":
         inject(place, count, fault)

@@ -1,4 +1,4 @@
-"""Small real runs to be stopped, broken and compared, and how to compare them."""
+"""Helpers that start, stop and break small real runs and compare them."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from grpo.__main__ import main as grpo_main
 from tests import inject
 
 ROOT = Path(__file__).resolve().parent.parent
-# Two outer iterations of four steps with two updates each: the reference moves, and old and new policy differ. Nine
+# Two outer iterations of four steps with two updates each: the reference changes, and old and new policy differ. Nine
 # problems, so that an epoch ends after steps 3 and 6.
 SETTINGS = [
     "experiment=quickstart",
@@ -57,14 +57,14 @@ processes.set_forkserver_preload(
 
 
 class OptimizerWithoutNames(torch.optim.SGD):
-    """One that cannot take parameters with their names."""
+    """An optimizer that does not accept parameters with their names."""
 
     def __init__(self, params, **settings):
         super().__init__([each for each in params if each.requires_grad], **settings)
 
 
 class Launch:
-    """A launch that goes on by itself, its output in two files beside its working directory."""
+    """A launch in a background process; its output is in two files next to its working directory."""
 
     def __init__(self, *arguments, cwd, fault=NO_FAULT, main=inject.main, **environment):
         self._files = [Path(tempfile.mkstemp(dir=cwd.parent, suffix=suffix)[1]) for suffix in (".out", ".err")]
@@ -79,7 +79,7 @@ class Launch:
         self._process.kill()
 
     def wait(self, timeout=120):
-        """Wait for its end and return it, with returncode, stdout and stderr."""
+        """Wait until the launch ends, set returncode, stdout and stderr, and return self."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             self.kill()
@@ -99,17 +99,17 @@ def _run(main, arguments, cwd, files, environment):
 
 
 def launch(*arguments, cwd, timeout=120, **options):
-    """A launch that is waited for."""
+    """Start a launch and wait until it ends."""
     return Launch(*arguments, cwd=cwd, **options).wait(timeout)
 
 
 def grpo(*arguments, cwd):
-    """`python -m grpo ...`, waited for."""
+    """Run `python -m grpo ...` and wait until it ends."""
     return Launch(*arguments, cwd=cwd, main=grpo_main).wait()
 
 
 def start(run_dir, *arguments, **options):
-    """A launch of SETTINGS that goes on by itself."""
+    """Start a launch of SETTINGS in a background process."""
     return Launch(*SETTINGS, f"run_dir={run_dir}", *arguments, cwd=run_dir.parent, **options)
 
 
@@ -135,7 +135,7 @@ def wait_for_step(run_dir, step):
 
 
 def digests(run_dir):
-    """Of every file that must come out the same: the last checkpoint, the final model, the samples."""
+    """The SHA-256 of every file that must be equal: the last checkpoint, the final model, the samples."""
     files = [*run_dir.glob(f"checkpoints/step_{STEPS:06d}/*.safetensors"), *run_dir.glob("final_model/*.safetensors")]
     files += run_dir.glob("samples/*.jsonl")
     assert len(files) == 2 + 1 + STEPS
@@ -143,7 +143,7 @@ def digests(run_dir):
 
 
 def assert_same_run(run_dir, straight):
-    """Bitwise: every metric, completion and weight, none missing and none twice."""
+    """Assert that every metric, completion and weight is bitwise equal, and that no step is missing or repeated."""
     assert [row["step"] for row in rows(run_dir)] == list(range(1, STEPS + 1))
     assert rows(run_dir) == rows(straight)
     assert digests(run_dir) == digests(straight)

@@ -1,4 +1,4 @@
-"""What the engine computes, written plainly, to test it against."""
+"""Simple implementations of functions of the engine, to test it against."""
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +13,7 @@ def completion_logps_unshared(
     completions: Completions,
     temperature: float,
 ) -> TokenLogps:
-    """What `completion_logps` computes, written plainly: prompt and completion in one row, all logits at once."""
+    """A simple `completion_logps`: prompt and completion in one row, all logits at once."""
     ids = torch.cat([prompts.ids[completions.group], completions.ids], dim=1)
     mask = torch.cat([prompts.mask[completions.group], completions.attention_mask], dim=1)
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits

@@ -1,4 +1,4 @@
-"""The default rewards dealt out to the wrong completions: a control under which nothing can be learnt."""
+"""The default rewards, shuffled among the completions: a control in which nothing can be learnt."""
 
 import random
 
@@ -14,6 +14,6 @@ def tag_format(prompts, completions, **columns):
 
 
 def _shuffled(rewards, completions):
-    # Seeded by the batch, so that both components move together and a run can be repeated.
+    # Seeded by the batch, so that both components are shuffled alike and a run can be repeated.
     random.Random(str(completions)).shuffle(rewards)
     return rewards

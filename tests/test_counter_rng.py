@@ -10,7 +10,7 @@ def keys(seed=1, step=1, slots=(0,), completions=(0,)):
     return row_keys(seed, step, np.array(slots), np.array(completions))
 
 
-def test_the_noise_of_a_completion_does_not_depend_on_the_rows_beside_it():
+def test_the_noise_of_a_completion_does_not_depend_on_other_rows():
     together = gumbel_noise(keys(slots=[0, 0, 1, 1], completions=[0, 1, 0, 1]), token=3, vocab_size=50)
     alone = gumbel_noise(keys(slots=[1], completions=[0]), token=3, vocab_size=50)
     assert torch.equal(together[2:3], alone)
@@ -22,7 +22,7 @@ def mix(x, second_key=0):
     return x ^ x >> 16
 
 
-def test_the_noise_is_that_of_its_definition_in_plain_integers():
+def test_the_noise_equals_its_definition_in_plain_integers():
     key = int(hash64(1, 7, 2, 3))
     low, high = key % 2**32, key >> 32
     golden = 0x9E3779B9

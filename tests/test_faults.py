@@ -1,4 +1,4 @@
-"""What a run survives, each fault in a real process; tests/inject.py says how they are brought about."""
+"""Faults that a run survives, each in a real process; tests/inject.py describes how they are caused."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def checkpoint_steps(run_dir):
     return [int(path.name[-6:]) for path in sorted((run_dir / "checkpoints").glob("step_*"))]
 
 
-SLOW = pytest.mark.slow  # rows of a table of which the plain run takes a sample
+SLOW = pytest.mark.slow  # rows of large tables, of which a plain test run takes only a sample
 
 # Killed at any moment.
 
@@ -54,7 +54,7 @@ SLOW = pytest.mark.slow  # rows of a table of which the plain run takes a sample
         pytest.param("grpo.analysis.charts.write_summary", "1", [], id="while the charts are drawn", marks=SLOW),
     ],
 )
-def test_killed_at_a_given_place_and_resumed_is_bitwise_equal(tmp_path, straight, place, call, arguments):
+def test_a_run_killed_at_a_given_place_and_resumed_is_bitwise_equal(tmp_path, straight, place, call, arguments):
     run_dir = tmp_path / "run"
     killed = start(run_dir, *arguments, fault=(place, call, "kill")).wait()
     assert killed.returncode == -9
@@ -65,9 +65,9 @@ def test_killed_at_a_given_place_and_resumed_is_bitwise_equal(tmp_path, straight
 
 
 def kill_at_random(run_dir, rng, kills, seconds):
-    """Start, kill after a random time, and start again with the same command, so many times; then let it finish.
+    """Start a run and kill it after a random time, `kills` times with the same command; then let it finish.
 
-    Returns how many of them were still at work when they were killed.
+    Returns how many launches were still running when they were killed.
     """
     found_at_work = 0
     for _ in range(kills):
@@ -80,18 +80,18 @@ def kill_at_random(run_dir, rng, kills, seconds):
     return found_at_work
 
 
-OFTEN = ["checkpoint.overlap=true", "checkpoint.every=1"]  # so that many kills come while a checkpoint is written
+OFTEN = ["checkpoint.overlap=true", "checkpoint.every=1"]  # so that many kills happen while a checkpoint is written
 
 
 @pytest.mark.parametrize("seed", [0])
-def test_killed_at_random_moments_in_a_row_is_bitwise_equal(tmp_path, straight, seed):
+def test_a_run_killed_several_times_at_random_moments_is_bitwise_equal(tmp_path, straight, seed):
     assert kill_at_random(tmp_path / "run", random.Random(seed), kills=3, seconds=1.5) > 0
     assert_same_run(tmp_path / "run", straight)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 124))
-def test_killed_at_random_moments_in_a_long_row_is_bitwise_equal(tmp_path, straight, seed):
+def test_a_run_killed_many_times_at_random_moments_is_bitwise_equal(tmp_path, straight, seed):
     rng = random.Random(seed)
     kills = kill_at_random(tmp_path / "run", rng, kills=rng.randint(3, 10), seconds=2.5)
     assert kills > 0
@@ -105,7 +105,7 @@ def test_killed_at_random_moments_in_a_long_row_is_bitwise_equal(tmp_path, strai
 @pytest.mark.parametrize(
     "damage", ["bit-flipped", pytest.param("truncated", marks=SLOW), pytest.param("missing", marks=SLOW)]
 )
-def test_a_damaged_checkpoint_is_passed_over_and_the_outcome_is_the_same(tmp_path, straight, damage):
+def test_a_damaged_checkpoint_is_skipped_and_the_result_is_the_same(tmp_path, straight, damage):
     run_dir = tmp_path / "run"
     fault = (f"{TRAINER}.group_keys", "6", "kill")
     start(run_dir, "checkpoint.every=1", "checkpoint.keep_last=3", fault=fault).wait()
@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_outcome_is_the_same(tmp_pat
     assert_same_run(run_dir, straight)
 
 
-def test_without_an_intact_checkpoint_the_run_ends_and_nothing_is_deleted(tmp_path):
+def test_without_an_intact_checkpoint_a_resume_fails_and_nothing_is_deleted(tmp_path):
     run_dir = tmp_path / "run"
     start(run_dir, fault=(f"{TRAINER}.group_keys", "4", "kill")).wait()
     os.truncate(run_dir / "checkpoints" / "step_000002" / "model.safetensors", 10)
@@ -137,7 +137,7 @@ def test_without_an_intact_checkpoint_the_run_ends_and_nothing_is_deleted(tmp_pa
     assert len(rows(run_dir)) == 3
 
 
-def test_a_run_whose_checkpoints_are_gone_is_not_started_again(tmp_path):
+def test_a_run_whose_checkpoints_are_missing_is_not_started_again(tmp_path):
     run_dir = tmp_path / "run"
     start(run_dir, fault=(f"{TRAINER}.group_keys", "4", "kill")).wait()
     (run_dir / "checkpoints").rename(run_dir / "moved")
@@ -156,7 +156,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_started_again(tmp_path):
 
 @pytest.fixture
 def mount(tmp_path):
-    """Mount a small or read-only file system at a folder; skipped where that is not allowed."""
+    """Mount a small or read-only file system at a folder; the test is skipped where that is not allowed."""
     mounted = []
 
     def make(folder, *options):
@@ -171,7 +171,7 @@ def mount(tmp_path):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_on_a_full_disk_training_goes_on_and_the_checkpoint_before_stays(tmp_path, straight, mount):
+def test_on_a_full_disk_training_continues_and_the_previous_checkpoint_is_kept(tmp_path, straight, mount):
     run_dir = tmp_path / "run"
     mount(run_dir / "checkpoints", "-t", "tmpfs", "-o", "size=2500k", "tmpfs")  # room for one checkpoint, not for two
     run = start(run_dir).wait()
@@ -183,7 +183,7 @@ def test_on_a_full_disk_training_goes_on_and_the_checkpoint_before_stays(tmp_pat
     assert rows(run_dir) == rows(straight)
 
 
-def test_where_checkpoints_cannot_be_written_at_all_training_goes_on(tmp_path, straight, mount):
+def test_training_continues_if_no_checkpoint_can_be_written(tmp_path, straight, mount):
     run_dir = tmp_path / "run"
     mount(run_dir / "checkpoints", "-t", "tmpfs", "-o", "ro", "tmpfs")
     run = start(run_dir).wait()
@@ -192,7 +192,7 @@ def test_where_checkpoints_cannot_be_written_at_all_training_goes_on(tmp_path, s
     assert rows(run_dir) == rows(straight)
 
 
-def test_where_metrics_cannot_be_written_the_run_ends_with_the_reason_and_goes_on_later(tmp_path, straight, mount):
+def test_a_run_that_cannot_write_metrics_fails_with_the_reason_and_can_be_resumed(tmp_path, straight, mount):
     run_dir = tmp_path / "run"
     mount(run_dir / "metrics", "-t", "tmpfs", "-o", "size=4k", "tmpfs")
     run = start(run_dir).wait()
@@ -243,7 +243,7 @@ def block_status(completions, **columns):
 
 
 @pytest.mark.parametrize(("then", "code"), [("raise", 1), ("stop", 143)])
-def test_a_full_disk_does_not_hide_what_ended_the_run(tmp_path, mount, then, code):
+def test_a_full_disk_does_not_hide_why_the_run_ended(tmp_path, mount, then, code):
     (tmp_path / "full.py").write_text(FULL)
     mount(tmp_path / "run", "-t", "tmpfs", "-o", "size=4m", "tmpfs")
     filling = f"+reward.components.fill={{_target_: full.fill_disk, then: {then}}}"
@@ -288,15 +288,15 @@ def test_a_signal_saves_the_step_and_resume_is_bitwise_equal(tmp_path, straight,
     step = status(run_dir)["step"]
     assert 2 <= step < STEPS
     assert [row["step"] for row in rows(run_dir)] == list(range(1, step + 1))
-    assert load_state(latest_checkpoint(run_dir / "checkpoints")).step == step  # of a whole step
+    assert load_state(latest_checkpoint(run_dir / "checkpoints")).step == step  # of a completed step
     resumed = go_on(run_dir)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(run_dir, straight)
 
 
 @pytest.mark.slow
-def test_a_step_that_would_take_long_is_dropped(tmp_path, straight):
-    # How long a step takes is not known in the first one, so that it counts as long.
+def test_a_signal_drops_a_step_that_would_take_long(tmp_path, straight):
+    # During the first step it is not known how long a step takes, so it counts as long.
     run_dir = tmp_path / "run"
     stopped = start(run_dir, fault=("grpo.rollout.native._sample_tokens", "5x", "term")).wait()
     assert stopped.returncode == 143
@@ -311,9 +311,9 @@ def test_a_step_that_would_take_long_is_dropped(tmp_path, straight):
     assert_same_run(run_dir, straight)
 
 
-def test_a_step_whose_policy_has_moved_is_never_saved_half(tmp_path, straight):
+def test_a_step_that_has_changed_the_policy_is_completed_before_it_is_saved(tmp_path, straight):
     run_dir = tmp_path / "run"
-    # The second gradient of the first step: the policy has moved once, so the step is finished before it is saved.
+    # The second gradient of the first step: the policy has changed once, so the step is completed before it is saved.
     stopped = start(run_dir, fault=(f"{TRAINER}.accumulate_gradient", "2x", "term")).wait()
     assert stopped.returncode == 143
     assert [row["step"] for row in rows(run_dir)] == [1]
@@ -323,7 +323,7 @@ def test_a_step_whose_policy_has_moved_is_never_saved_half(tmp_path, straight):
 
 
 @pytest.mark.parametrize("signals", [pytest.param(1, marks=SLOW), 2])
-def test_a_stop_waits_for_the_checkpoint_that_is_written_beside_training(tmp_path, straight, signals):
+def test_a_stop_signal_waits_for_the_checkpoint_that_is_written_during_training(tmp_path, straight, signals):
     run_dir = tmp_path / "run"
     fault = ("grpo.runs.checkpoint_writer.write_checkpoint", "1x", "sleep:3")
     process = start(run_dir, "checkpoint.overlap=true", "checkpoint.every=3", "resume=auto", fault=fault)
@@ -338,7 +338,7 @@ def test_a_stop_waits_for_the_checkpoint_that_is_written_beside_training(tmp_pat
     assert_same_run(run_dir, straight)
 
 
-def test_a_signal_once_all_is_done_changes_nothing(tmp_path, straight):
+def test_a_signal_after_training_has_finished_changes_nothing(tmp_path, straight):
     run_dir = tmp_path / "run"
     done = start(run_dir, "resume=auto", fault=("grpo.analysis.charts.write_summary", "1x", "term")).wait()
     assert done.returncode == 0, done.stderr
@@ -346,7 +346,7 @@ def test_a_signal_once_all_is_done_changes_nothing(tmp_path, straight):
     assert_same_run(run_dir, straight)
 
 
-def test_the_handlers_are_those_of_before_when_a_run_ends():
+def test_the_previous_signal_handlers_are_restored_when_a_run_ends():
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     stop = StopSignals()
     with stop.installed():
@@ -360,7 +360,7 @@ def test_the_handlers_are_those_of_before_when_a_run_ends():
     assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
 
 
-def test_a_step_is_dropped_where_it_takes_long_or_longer_than_known(monkeypatch):
+def test_a_step_can_be_aborted_if_much_time_is_left_or_it_takes_longer_than_the_last_step(monkeypatch):
     trainer = object.__new__(Trainer)
     trainer._step_started = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: 50.0)
@@ -372,7 +372,7 @@ def test_a_step_is_dropped_where_it_takes_long_or_longer_than_known(monkeypatch)
         assert trainer.can_abort_step() is False
 
 
-def test_what_killed_launches_left_does_not_stand_in_the_way(tmp_path, straight):
+def test_files_left_by_killed_launches_do_not_block_a_new_one(tmp_path, straight):
     run_dir = tmp_path / "run"
     (run_dir / ".hydra").mkdir(parents=True)
     (run_dir / ".hydra" / "overrides.yaml").write_text("[]\n")
@@ -387,7 +387,7 @@ def test_what_killed_launches_left_does_not_stand_in_the_way(tmp_path, straight)
     assert_same_run(run_dir, straight)
 
 
-def test_an_evaluation_that_is_stopped_is_made_again(tmp_path):
+def test_an_interrupted_evaluation_is_repeated(tmp_path):
     settings = [*QUICK, "eval.every=2", "grpo.num_steps=4", "eval.max_problems=4"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert launch(*settings, f"run_dir={whole}", cwd=tmp_path).returncode == 0
@@ -402,7 +402,7 @@ def test_an_evaluation_that_is_stopped_is_made_again(tmp_path):
     assert (stopped / state).read_text() == (whole / state).read_text()
 
 
-def test_the_same_command_in_a_loop_with_resume_auto_ends(tmp_path, straight):
+def test_repeating_the_same_command_with_resume_auto_finishes_the_run(tmp_path, straight):
     run_dir = tmp_path / "run"
     codes = []
     for call in ("2x", "2x", "2x", "99x"):
@@ -418,12 +418,12 @@ def test_the_same_command_in_a_loop_with_resume_auto_ends(tmp_path, straight):
 
 
 CUT = ["hardware.rollout_tokens=400", "hardware.micro_batch_tokens=200", "grpo.num_steps=3", "checkpoint.every=1"]
-CUT += ["checkpoint.keep_last=2", "preflight=false"]  # what a pre-flight does to the engine is undone
+CUT += ["checkpoint.keep_last=2", "preflight=false"]  # a budget halved in the pre-flight is restored after it
 
 
 @pytest.fixture(scope="module")
 def cut_run(tmp_path_factory):
-    """A run whose memory suffices. Only to be read."""
+    """A run with enough memory. Tests only read it."""
     run_dir = tmp_path_factory.mktemp("cut") / "run"
     assert launch(*QUICK, *CUT, f"run_dir={run_dir}", cwd=run_dir.parent).returncode == 0
     return run_dir
@@ -439,7 +439,7 @@ def cut_run(tmp_path_factory):
     ],
     ids=["in sampling", "in the reference pass", "in forward", "in backward"],
 )
-def test_out_of_memory_halves_the_tokens_and_the_size_is_remembered(tmp_path, cut_run, place, call, part):
+def test_out_of_memory_halves_the_token_budget_and_a_resumed_run_keeps_it(tmp_path, cut_run, place, call, part):
     budget = 400 if part == "rollout" else 200
     run_dir = tmp_path / "run"
     failing = launch(*QUICK, *CUT, f"run_dir={run_dir}", cwd=tmp_path, fault=(place, call, "memory"))
@@ -448,7 +448,7 @@ def test_out_of_memory_halves_the_tokens_and_the_size_is_remembered(tmp_path, cu
     assert f"out of memory in the {part} with {budget} tokens at a time; trying {budget // 2} from here on" in said
     assert said.count("out of memory") == 1
     assert load_state(run_dir / "checkpoints" / "step_000003").parts == {part: {"from": budget, "to": budget // 2}}
-    # Cut otherwise, the same problems, noise and, to rounding, the same numbers.
+    # Batches are split differently; problems and noise are the same, and the numbers are equal up to rounding.
     for ours, theirs in zip(rows(run_dir), rows(cut_run), strict=True):
         assert ours["digest/completions"] == theirs["digest/completions"]
         for name in ("loss", "grad_norm", "kl", "entropy"):
@@ -466,8 +466,8 @@ def test_out_of_memory_halves_the_tokens_and_the_size_is_remembered(tmp_path, cu
     assert load_state(run_dir / "checkpoints" / "step_000003").parts == {part: {"from": budget, "to": budget // 2}}
 
 
-def test_out_of_memory_while_a_gradient_is_handed_to_its_master_adds_nothing_twice(tmp_path):
-    """In bfloat16 each gradient becomes a float32 one, for which there may be no room. By plain gradient descent."""
+def test_out_of_memory_while_a_gradient_is_added_to_its_master_weight_adds_nothing_twice(tmp_path):
+    """In bfloat16 each gradient is converted to float32, for which there may be no memory. The optimizer is SGD."""
     settings = [*QUICK, "grpo.num_steps=1", "hardware.compute_dtype=bfloat16", "optimizer.lr=1.0", "checkpoint.every=0"]
     settings += ["optimizer._target_=torch.optim.SGD", "~optimizer.betas", "~optimizer.fused", "grpo.warmup_steps=0"]
     weights = [load_file(MODEL_DIR / "model.safetensors")]
@@ -483,11 +483,11 @@ def test_out_of_memory_while_a_gradient_is_handed_to_its_master_adds_nothing_twi
     for name, before in weights[0].items():
         straight, failing = weights[1][name] - before, weights[2][name] - before
         assert straight.norm() > 0
-        assert (failing - straight).norm() < 0.2 * straight.norm(), name  # cut otherwise, so rounded otherwise
+        assert (failing - straight).norm() < 0.2 * straight.norm(), name  # split differently, so rounded differently
 
 
 def part_tokens(run_dir, part):
-    """How many tokens a run that goes on from its newest checkpoint works on at once."""
+    """How many tokens a run that is resumed from its newest checkpoint processes at once in this part."""
     trainer = Trainer(build_experiment(typed(load_frozen(run_dir / "config.yaml"))))
     trainer.load_state_dict(read_checkpoint(latest_checkpoint(run_dir / "checkpoints")))
     return trainer.state_dict()["trainer"].parts[part]["to"]
@@ -502,10 +502,10 @@ def test_out_of_memory_with_one_completion_says_what_to_lower(tmp_path):
     assert "with 150 tokens at a time; trying 75" in failed.stderr + failed.stdout
 
 
-# Not a number.
+# NaN.
 
 
-def test_a_loss_that_is_not_finite_changes_nothing_and_its_batch_is_kept(tmp_path):
+def test_a_step_with_a_loss_that_is_not_finite_changes_nothing_and_its_batch_is_saved(tmp_path):
     run_dir = tmp_path / "run"
     settings = [*QUICK, "grpo.num_steps=4", "checkpoint.every=1", "checkpoint.keep_last=9"]
     fault = ("grpo.algorithm.objective.Objective.__call__", "2x", "nan")
@@ -526,7 +526,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_its_batch_is_kept(tmp_pat
     assert states == [0, 1, 0]
 
 
-def test_after_too_many_in_a_row_the_run_fails_and_the_checkpoint_is_sound(tmp_path):
+def test_after_too_many_skipped_steps_in_a_row_the_run_fails_with_an_intact_checkpoint(tmp_path):
     run_dir = tmp_path / "run"
     settings = [*QUICK, "grpo.num_steps=6", "checkpoint.every=1", "grpo.max_skipped_steps=2"]
     fault = ("grpo.algorithm.objective.Objective.__call__", "3", "nan")
@@ -601,7 +601,7 @@ def my_rewards(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failed_job_of_a_sweep_leaves_nothing_behind_and_is_tried_again(my_rewards):
+def test_a_failed_job_of_a_sweep_leaves_no_model_in_memory_and_is_run_again_on_resume(my_rewards):
     sweep = my_rewards / "sweep"
     command = [
         "-m",
@@ -624,7 +624,7 @@ def test_a_failed_job_of_a_sweep_leaves_nothing_behind_and_is_tried_again(my_rew
     assert f"sweep/{jobs[1].name} failed: {status(jobs[1])['error']}" in failed.stdout + failed.stderr
     assert "Traceback" in (jobs[1] / "launch.log").read_text()
     alive = [int(line) for line in (my_rewards / "models").read_text().split()]
-    assert set(alive) == {2}  # policy and reference of the job itself, in the job after the failed one, too
+    assert set(alive) == {2}  # only its own policy and reference, also in the job after the failed one
     wandb_runs = [path for job in jobs for path in job.glob("wandb/offline-run-*")]
     assert len({path.name.rsplit("-", 1)[-1] for path in wandb_runs}) == len(jobs)
     finished = {job: (job / "metrics" / "metrics.jsonl").stat().st_mtime_ns for job in (jobs[0], jobs[2])}
@@ -638,7 +638,7 @@ def test_a_failed_job_of_a_sweep_leaves_nothing_behind_and_is_tried_again(my_rew
     assert [row["step"] for row in rows(jobs[1])] == [1, 2]
 
 
-def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
+def test_a_killed_sweep_resumes_where_it_stopped(tmp_path):
     command = ["-m", *QUICK, "hydra/launcher=basic", "grpo.num_steps=3", "grpo.beta=0.01,0.04", "checkpoint.every=1"]
     assert launch(*command, "sweep_dir=whole", cwd=tmp_path).returncode == 0
     fault = (f"{TRAINER}.group_keys", "5", "kill")  # the second step of the second job
@@ -653,17 +653,17 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
         ).read_bytes()
 
 
-def test_a_sweep_that_is_not_there_cannot_go_on(tmp_path):
+def test_a_sweep_that_does_not_exist_cannot_be_resumed(tmp_path):
     refused = launch("-m", *QUICK, "grpo.beta=0.01,0.04", "resume=true", cwd=tmp_path)
     assert refused.returncode == 2
     assert "resume=true: no sweep with these overrides was found; give those of its first launch" in refused.stderr
 
 
-# Rewards that leave.
+# Reward functions that raise SystemExit or KeyboardInterrupt.
 
 
 @pytest.mark.parametrize(("how", "raised"), [("exit", "SystemExit(0)"), ("interrupt", "KeyboardInterrupt()")])
-def test_an_exit_that_no_signal_asked_for_is_a_failure(my_rewards, how, raised):
+def test_an_exit_without_a_signal_counts_as_a_failure(my_rewards, how, raised):
     leaving = f"+reward.components.leave={{_target_: my_rewards.leave, how: {how}}}"
     failed = launch(*QUICK, "run_dir=run", leaving, cwd=my_rewards)
     assert failed.returncode == 1
@@ -673,17 +673,17 @@ def test_an_exit_that_no_signal_asked_for_is_a_failure(my_rewards, how, raised):
     assert not (my_rewards / "run" / "checkpoints").exists()
 
 
-def test_an_exit_in_a_command_is_a_failure(my_rewards):
+def test_an_exit_in_a_command_counts_as_a_failure(my_rewards):
     leaving = "+reward.components.leave={_target_: my_rewards.leave, how: exit}"
     failed = grpo("evaluate", "experiment=quickstart", "eval.max_problems=2", leaving, cwd=my_rewards)
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith("failed: RuntimeError: SystemExit(0) was raised")
 
 
-# Rewards that hang.
+# Reward functions that hang.
 
 
-def test_a_reward_function_that_hangs_ends_the_run_by_its_time_out_or_is_skipped(my_rewards):
+def test_a_reward_function_that_hangs_fails_the_run_after_its_timeout_or_is_skipped(my_rewards):
     settings = [*QUICK, "grpo.num_steps=1", "reward.timeout_s=0.5"]
     settings += ["+reward.components.hang={_target_: my_rewards.hang}"]
     failed = launch(*settings, "run_dir=a", cwd=my_rewards)
@@ -698,7 +698,7 @@ def test_a_reward_function_that_hangs_ends_the_run_by_its_time_out_or_is_skipped
     assert row["reward"] > 0
 
 
-def test_a_reward_function_that_cannot_be_ended_ends_the_run_as_failed(my_rewards):
+def test_a_reward_function_that_cannot_be_interrupted_ends_the_run_as_failed(my_rewards):
     hanging = "+reward.components.hang={_target_: my_rewards.hang_in_c}"
     failed = launch(*QUICK, "reward.timeout_s=0.5", "run_dir=run", hanging, cwd=my_rewards)
     assert failed.returncode == 1
@@ -720,7 +720,7 @@ def test_resuming_needs_no_more_memory_than_training_did(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
     config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, tie_word_embeddings=True, **sizes)
-    model = Qwen2ForCausalLM(config)  # 30 million parameters: their copies outweigh what one step needs beside them
+    model = Qwen2ForCausalLM(config)  # 30 million parameters: copies of them outweigh the other memory of a step
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""What a user adds: each by one file of tests/outside and one line of config, without touching grpo/."""
+"""Extensions by a user: each is one file of tests/outside and one line of config, without a change in grpo/."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ SHORT = [
 
 @pytest.fixture
 def folder(tmp_path):
-    """A user's folder, with nothing in it but the file that a test puts there."""
+    """The folder of a user, which contains only the files that a test puts there."""
     here = tmp_path / "user"
     here.mkdir()
     return here
@@ -48,26 +48,26 @@ def run_with(folder: Path, name: str, line: str, *more: str) -> Path:
     return folder / "run"
 
 
-def test_an_objective(folder):
+def test_an_objective_of_the_user(folder):
     run = run_with(folder, "toy_objective", "objective._target_=toy_objective.reinforce", "+objective.scale=2.0")
     single = launch(*SHORT, "objective._target_=toy_objective.reinforce", "run_dir=single", cwd=folder)
     assert single.returncode == 0, single.stderr
     ours, theirs = rows(run), rows(folder / "single")
     assert "clip_ratio/low_mean" not in ours[0]
-    # By two updates on the same completions; the first is the same but for the scale, of which Adam's steps are free.
+    # Two updates on the same completions. The losses differ only by the scale, on which Adam's steps do not depend.
     assert ours[0]["digest/completions"] == theirs[0]["digest/completions"]
     assert ours[0]["loss"] == pytest.approx(2 * theirs[0]["loss"], rel=1e-3)
     assert ours[0]["toy/mean_logp"] == pytest.approx(theirs[0]["toy/mean_logp"], rel=1e-3)
     assert ours[0]["toy/mean_logp"] < 0
 
 
-def test_one_choice_of_an_objective(folder):
-    """With a clip range that nothing leaves, PPO's surrogate is the one without a clip."""
+def test_a_surrogate_of_the_user(folder):
+    """With a clip range that no ratio leaves, PPO's surrogate equals the surrogate without clipping."""
     run = run_with(folder, "toy_surrogate", "objective.surrogate=toy_surrogate.unclipped")
     wide = launch(*SHORT, "grpo.epsilon=0.999", "run_dir=wide", cwd=folder)
     assert wide.returncode == 0, wide.stderr
     ours, theirs = rows(run), rows(folder / "wide")
-    assert 0 < ours[0]["toy/ratio_above_1"] < 1  # of the second of two updates
+    assert 0 < ours[0]["toy/ratio_above_1"] < 1  # in the second of two updates
     assert theirs[0]["clip_ratio/region_mean"] == 0
     assert ours[0]["loss"] == theirs[0]["loss"]
     assert ours[1]["digest/completions"] == theirs[1]["digest/completions"]
@@ -76,7 +76,7 @@ def test_one_choice_of_an_objective(folder):
         assert torch.equal(one, other)
 
 
-def test_an_advantage(folder):
+def test_an_advantage_function_of_the_user(folder):
     run = run_with(folder, "toy_advantage", "objective.advantage=toy_advantage.centered")
     samples = [json.loads(line) for line in (run / "samples" / "step_000001.jsonl").read_text().splitlines()]
     assert len(samples) == 8
@@ -87,14 +87,14 @@ def test_an_advantage(folder):
             assert sample["advantage"] == pytest.approx(sample["reward"] - mean, abs=1e-6)
 
 
-def test_an_advantage_of_another_shape_is_named(folder):
+def test_an_advantage_function_that_returns_a_wrong_shape_is_reported_by_name(folder):
     (folder / "wrong.py").write_text("def total(rewards, weights, valid):\n    return rewards.sum()\n")
     failed = launch(*SHORT, "objective.advantage=wrong.total", "run_dir=run", cwd=folder)
     assert failed.returncode == 1
     assert "objective.advantage=wrong.total returned the shape (); it must be (2, 4), or have the" in failed.stderr
 
 
-def test_a_reward_class(folder):
+def test_a_reward_class_of_the_user(folder):
     line = "+reward.components.brief={_target_: toy_reward.Brevity, limit: 40, weight: 0.5}"
     run = run_with(folder, "toy_reward", line)
     samples = [json.loads(line) for line in (run / "samples" / "step_000001.jsonl").read_text().splitlines()]
@@ -104,7 +104,7 @@ def test_a_reward_class(folder):
         assert sample["reward"] == pytest.approx(others + 0.5 * sample["rewards/brief"])
 
 
-def test_a_data_set(folder):
+def test_a_data_set_of_the_user(folder):
     run = run_with(folder, "toy_data", "data._target_=toy_data.load", "eval.after=true")
     samples = [json.loads(line) for line in (run / "samples" / "step_000001.jsonl").read_text().splitlines()]
     assert all(" - " in sample["prompt"] for sample in samples)
@@ -112,7 +112,7 @@ def test_a_data_set(folder):
     assert [len(after["problems"]), after["n"]] == [10, 10]
 
 
-def test_a_rollout_engine_with_a_state_that_a_resumed_run_continues(folder):
+def test_a_rollout_engine_of_the_user_with_a_state_that_a_resumed_run_continues(folder):
     line = "rollout._target_=toy_engine.Prepared"
     run = run_with(folder, "toy_engine", line, "grpo.lr_schedule=constant")
     for row in rows(run):
@@ -127,8 +127,8 @@ def test_a_rollout_engine_with_a_state_that_a_resumed_run_continues(folder):
     assert load_state(run / "checkpoints" / "step_000003").states == {"rollout": {"calls": 3}}
 
 
-def test_an_optimizer_and_that_the_way_to_it_is_short(folder):
-    """From `train` to the optimizer at most six functions, so that a reader finds the way."""
+def test_an_optimizer_of_the_user_is_called_through_at_most_six_functions(folder):
+    """There are at most six functions from `train` to the optimizer, so that a reader can follow the calls."""
     run_with(folder, "toy_optimizer", "optimizer._target_=toy_optimizer.Traced")
     callers = (folder / "callers.txt").read_text().split()
     assert callers == ["train", "steps", "step", "_update_policy", "_update_once", "apply_gradient"]
@@ -162,7 +162,7 @@ def test_an_optimizer_and_that_the_way_to_it_is_short(folder):
         ("rollout.temperature={a: 1}", "rollout.temperature={'a': 1}: must be a number"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_a_line_and_leaves_nothing(folder, line, said):
+def test_an_extension_that_does_not_fit_is_refused_and_leaves_no_files(folder, line, said):
     for file in OUTSIDE.glob("*.py"):
         shutil.copy(file, folder)
     before = sorted(folder.iterdir())
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_refused_in_a_line_and_leaves_nothing(folder, line,
     assert sorted(path for path in folder.iterdir() if path.name != "__pycache__") == before
 
 
-def test_a_fork_may_take_another_engine_than_the_one_whose_state_was_saved(folder):
+def test_a_fork_may_use_another_engine_than_the_one_whose_state_was_saved(folder):
     run_with(folder, "toy_engine", "rollout._target_=toy_engine.Prepared")
     fork = ["fork=true", "run_dir=run", "grpo.num_steps=3", "rollout._target_=grpo.rollout.native.NativeEngine"]
     done = launch(*fork, cwd=folder)
@@ -182,7 +182,7 @@ def test_a_fork_may_take_another_engine_than_the_one_whose_state_was_saved(folde
 
 
 @pytest.mark.parametrize("overlap", ["false", "true"])
-def test_an_engine_whose_state_cannot_be_saved_ends_the_run_with_its_name(folder, overlap):
+def test_a_run_fails_with_the_name_of_the_engine_if_the_engine_state_cannot_be_saved(folder, overlap):
     code = "import torch\nimport toy_engine\n\n\nclass Tensors(toy_engine.Prepared):\n    def state_dict(self):\n"
     (folder / "tensors.py").write_text(code + "        return {'calls': torch.ones(1)}\n")
     shutil.copy(OUTSIDE / "toy_engine.py", folder)
@@ -192,7 +192,7 @@ def test_an_engine_whose_state_cannot_be_saved_ends_the_run_with_its_name(folder
     assert "rollout._target_=tensors.Tensors: its state_dict() must hold JSON values" in failed.stderr
 
 
-def test_the_files_of_the_documentation_are_these():
+def test_the_documentation_shows_these_files_unchanged():
     page = (ROOT / "docs" / "extending.md").read_text()
     shown = [file for file in sorted(OUTSIDE.glob("*.py")) if file.name in page]
     assert len(shown) >= 6
@@ -200,8 +200,8 @@ def test_the_files_of_the_documentation_are_these():
         assert file.read_text().strip() in page, f"{file.name} in docs/extending.md is another one"
 
 
-def test_what_an_abandoned_step_or_evaluation_did_to_an_engine_is_not_saved(folder, monkeypatch):
-    """A checkpoint holds the engine as it was after the last completed step, so that a resumed run repeats the rest."""
+def test_the_saved_state_of_an_engine_is_that_after_the_last_completed_step_or_evaluation(folder, monkeypatch):
+    """An aborted step is not saved, since a resumed run repeats it; neither is an evaluation before step 1."""
     shutil.copy(OUTSIDE / "toy_engine.py", folder)
     monkeypatch.syspath_prepend(folder)
     threads = torch.get_num_threads()
@@ -212,7 +212,7 @@ def test_what_an_abandoned_step_or_evaluation_did_to_an_engine_is_not_saved(fold
         trainer.evaluate()
         assert trainer.engine.calls == 0  # a run that is resumed before its first checkpoint does not repeat these
         trainer.step(1)
-        trainer.engine.calls += 5  # as a step would that a stop signal ends
+        trainer.engine.calls += 5  # as a step would do that a stop signal aborts
         assert trainer.state_dict()["trainer"].states == {"rollout": {"calls": 1}}
         trainer.step(2)
         trainer.evaluate()
@@ -222,7 +222,7 @@ def test_what_an_abandoned_step_or_evaluation_did_to_an_engine_is_not_saved(fold
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_strangers_run_with_a_choice_of_theirs_is_refused(folder):
+def test_a_run_folder_that_names_an_untrusted_choice_of_the_objective_is_refused(folder):
     run = run_with(folder, "toy_surrogate", "objective.surrogate=toy_surrogate.unclipped", "grpo.lr_schedule=constant")
     refused = launch("resume=true", f"run_dir={run}", "grpo.num_steps=4", cwd=folder)
     assert refused.returncode == 2

@@ -1,4 +1,4 @@
-"""The table of metrics says what runs log, and docs/metrics.md is that table."""
+"""The table of metrics describes everything that runs log, and docs/metrics.md shows this table."""
 
 import json
 
@@ -25,11 +25,11 @@ def test_the_columns_that_only_some_runs_have_are_in_the_table(tmp_path):
     assert {"kl", "loss_scale"} <= row.keys() <= {metric.name for metric in of_components(["correctness", "format"])}
 
 
-def test_the_page_is_the_table():
+def test_docs_metrics_md_equals_the_table():
     assert (ROOT / "docs" / "metrics.md").read_text() == markdown(), "python -m grpo.metric_table > docs/metrics.md"
 
 
-def test_the_range_of_the_sum_is_there_where_every_component_declares_its_own():
+def test_the_reward_has_a_range_only_if_every_component_declares_one():
     first, second = {"range": [0, 2], "weight": 0.5}, {"range": [-1, 1], "weight": -2.0}
     config = {"reward": {"components": {"a": first, "b": second}}}
     assert component_ranges(config) == {"a": (0, 2), "b": (-1, 1), "reward": (-2.0, 3.0)}
@@ -38,6 +38,6 @@ def test_the_range_of_the_sum_is_there_where_every_component_declares_its_own():
     assert component_ranges({}) == {}
 
 
-def test_every_chart_of_metrics_is_one_of_the_table():
+def test_every_chart_of_metrics_is_named_in_the_table():
     of_their_own = {ACCURACY, LOSS_VS_REWARD.title}
     assert {panel.title for panel in PANELS} - of_their_own <= {metric.panel for metric in METRICS}

@@ -1,4 +1,4 @@
-"""The notebooks, run from top to bottom as a person runs them, on the embedded model."""
+"""The notebooks, run from top to bottom as a user runs them, on the embedded model."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ SMALL = "grpo.batch_size=4 grpo.num_generations=4 eval.max_problems=8 tracking=d
 
 
 def outputs(notebook):
-    """All that the cells printed or showed."""
+    """All text that the cells printed or displayed."""
     texts = []
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
@@ -26,7 +26,7 @@ def outputs(notebook):
 
 @pytest.fixture
 def working_copy(tmp_path):
-    """The project as it lies there, so that what a notebook writes stays outside of it."""
+    """A copy of the project, so that a notebook writes nothing into the project itself."""
     for name in ("conf", "grpo", "hydra_plugins", "notebooks", "launch.py", "pyproject.toml"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
@@ -56,7 +56,7 @@ def test_the_notebook_for_a_free_gpu_runs(working_copy, monkeypatch):
 
 
 def executed(name, cwd, monkeypatch):
-    """A notebook run where `cwd` holds notebooks/ and outputs/."""
+    """Execute a notebook in `cwd`/notebooks, next to `cwd`/outputs, and return it."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells)
@@ -69,7 +69,7 @@ def images(notebook):
     return [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
 
 
-def test_the_notebook_of_a_run_shows_the_newest_one(tmp_path, monkeypatch):
+def test_the_notebook_of_a_run_shows_the_newest_run(tmp_path, monkeypatch):
     small = [*SMALL.split(), "grpo.num_steps=3", "samples.every=1", "hardware.threads=1"]
     assert launch("experiment=quickstart", *small, cwd=tmp_path).returncode == 0
     notebook = executed("run.ipynb", tmp_path, monkeypatch)
@@ -79,7 +79,7 @@ def test_the_notebook_of_a_run_shows_the_newest_one(tmp_path, monkeypatch):
     assert len(images(notebook)) == 2
 
 
-def test_the_notebook_of_a_sweep_shows_the_newest_one(tmp_path, monkeypatch):
+def test_the_notebook_of_a_sweep_shows_the_newest_sweep(tmp_path, monkeypatch):
     small = [*SMALL.split(), "grpo.num_steps=2", "hydra/launcher=basic", "grpo.beta=0,0.04", "seed=1,2"]
     assert launch("-m", "experiment=quickstart", *small, cwd=tmp_path).returncode == 0
     notebook = executed("sweep.ipynb", tmp_path, monkeypatch)
@@ -89,7 +89,7 @@ def test_the_notebook_of_a_sweep_shows_the_newest_one(tmp_path, monkeypatch):
     assert len(images(notebook)) == 2
 
 
-def test_what_the_notebook_asks_for_by_default_composes_to_qwen_with_lora():
+def test_the_default_settings_of_the_notebook_compose_to_qwen_with_lora():
     from grpo.config.compose import compose_config
 
     notebook = nbformat.read(ROOT / "notebooks" / "colab.ipynb", as_version=4)
@@ -98,4 +98,4 @@ def test_what_the_notebook_asks_for_by_default_composes_to_qwen_with_lora():
     config = compose_config(values["SETTINGS"].split())
     assert (config.model.name, config.model.lora.rank) == ("Qwen/Qwen2.5-0.5B-Instruct", 32)
     assert compose_config(values["QUICKSTART"].split()).model.name == "tiny"
-    assert all(not cell.get("outputs") for cell in notebook.cells)  # kept without what a run of it showed
+    assert all(not cell.get("outputs") for cell in notebook.cells)  # the notebook is stored without outputs

@@ -1,4 +1,4 @@
-"""The first command that a person types: what it must reach, and the controls that show that it is GRPO's doing."""
+"""The quickstart: the results that it must reach, and controls which show that they are due to GRPO."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def quickstart(run_dir, *arguments):
-    """Run it; returns its summary, its metrics rows and its seconds."""
+    """Run the quickstart; returns its summary, its metrics rows and its duration in seconds."""
     started = time.monotonic()
     subprocess.run(
         [sys.executable, str(ROOT / "launch.py"), "experiment=quickstart", f"run_dir={run_dir}", *arguments],
@@ -44,9 +44,9 @@ def test_quickstart_learns_to_add(tmp_path, seed):
 
 @pytest.mark.slow
 def test_nothing_is_learnt_from_rewards_shuffled_within_the_batch(tmp_path):
-    # By the completions sampled in training: greedy answers flip as soon as one option passes another in probability,
-    # so that chance alone moves their accuracy far (0.15 to 0.58 over eight seeds, from 0.35). A run with its own
-    # rewards gains 1.0.
+    # Measured on the completions sampled in training. Greedy answers change as soon as another option becomes the most
+    # probable one, so chance alone changes their accuracy a lot (from 0.35 to between 0.15 and 0.58 over eight seeds).
+    # A run with the true rewards gains 1.0.
     targets = [
         f"reward.components.{component}._target_=tests.shuffled_rewards.{function}"
         for component, function in (("correctness", "correctness"), ("format", "tag_format"))
@@ -61,7 +61,7 @@ def test_nothing_is_learnt_from_rewards_shuffled_within_the_batch(tmp_path):
 
 
 @pytest.mark.slow
-def test_with_a_learning_rate_of_zero_nothing_moves(tmp_path):
+def test_with_a_learning_rate_of_zero_no_weight_changes(tmp_path):
     summary, rows, _ = quickstart(
         tmp_path / "run", "optimizer.lr=0", "grpo.num_steps=3", "eval.max_problems=64", "tracking=disabled"
     )

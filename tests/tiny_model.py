@@ -17,13 +17,13 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def plain_model():
-    """As transformers loads it: read padded, with transformers' cache."""
+    """The model as transformers loads it: padded batches, the cache of transformers."""
     return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="session")
 def fast_model():
-    """As the suite loads it: read packed, decoded by `FastDecoder`, multiplied by oneDNN."""
+    """The model as the suite loads it: packed batches, decoding by `FastDecoder`, matrix products by oneDNN."""
     model = load_model(tiny_config(), torch.device("cpu"))
     assert supports_packing(model)
     assert supports_fast_decoding(model)
@@ -32,7 +32,7 @@ def fast_model():
 
 @pytest.fixture(scope="session", params=["plain", "fast"])
 def model(request, plain_model, fast_model):
-    """Either of them: what holds of one holds of the other."""
+    """Each of the two models in turn: a test must hold for both."""
     return {"plain": plain_model, "fast": fast_model}[request.param]
 
 
@@ -42,7 +42,7 @@ def tiny_config(**changes):
 
 
 def plain_completions(ids, group, mask=None):
-    """Completions all of whose tokens count; mask: 1 where a token is, (B, T), by default everywhere."""
+    """Completions in which every token counts. mask, (B, T): 1 where there is a token, by default everywhere."""
     mask = torch.ones_like(ids) if mask is None else mask
     return Completions(ids, mask, mask, group)
 

@@ -1,4 +1,4 @@
-"""The objective against numbers worked out by hand; test_trl_parity.py compares it with an independent oracle."""
+"""Tests of the objective against values computed by hand; test_trl_parity.py compares it with TRL."""
 
 import math
 import subprocess
@@ -23,20 +23,20 @@ def grpo(beta=0.0, epsilon=0.1):
 
 
 def loss_of(logps, old_logps, ref_logps, advantages, mask, whole, beta=0.0, epsilon=0.1):
-    """The loss of some rows of the batch with the mask `whole`."""
+    """The loss of some rows of a batch whose mask is `whole`."""
     group = torch.zeros(len(mask), dtype=torch.long)
     inputs = LossInputs(logps, mask, advantages, group, old_logps=old_logps, ref_logps=ref_logps)
     return grpo(beta, epsilon)(inputs, counts(whole))
 
 
-def test_k3_is_exp_x_minus_x_minus_one_of_reference_minus_policy():
+def test_k3_is_exp_x_minus_x_minus_one_where_x_is_reference_minus_policy():
     logps = torch.tensor([-1.0, -1.0, -1.0])
     ref_logps = torch.tensor([-1.0, -1.0 + math.log(2), -1.0 - math.log(2)])
     expected = torch.tensor([0.0, 2 - math.log(2) - 1, 0.5 + math.log(2) - 1])
     torch.testing.assert_close(k3(logps, ref_logps), expected)
 
 
-def test_k3_is_the_kl_divergence_on_average_over_samples_of_the_policy():
+def test_the_mean_of_k3_over_samples_of_the_policy_is_the_kl_divergence():
     policy, reference = torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log()
     exact = (policy.exp() * (policy - reference)).sum()
     torch.testing.assert_close((policy.exp() * k3(policy, reference)).sum(), exact)
@@ -46,18 +46,18 @@ def test_k3_is_the_kl_divergence_on_average_over_samples_of_the_policy():
     ("ratio", "advantage", "expected"),
     [
         (1.0, 2.0, -2.0),
-        (1.5, 2.0, -2.2),  # better than before, but no further than 1 + epsilon
-        (0.5, 2.0, -1.0),  # worse than before: the full loss, unclipped
-        (1.5, -2.0, 3.0),  # a bad completion became likelier: the full loss
-        (0.5, -2.0, 1.8),  # a bad completion is unlikely enough: clipped at 1 - epsilon
+        (1.5, 2.0, -2.2),  # a good completion became likelier: clipped at 1 + epsilon
+        (0.5, 2.0, -1.0),  # a good completion became less likely: not clipped
+        (1.5, -2.0, 3.0),  # a bad completion became likelier: not clipped
+        (0.5, -2.0, 1.8),  # a bad completion became less likely: clipped at 1 - epsilon
     ],
 )
-def test_clipping_is_pessimistic_on_the_right_side(ratio, advantage, expected):
+def test_clipping_takes_the_larger_of_the_clipped_and_the_unclipped_loss(ratio, advantage, expected):
     loss, _ = clip(torch.tensor([[ratio]]), torch.zeros(1, 1), torch.tensor([[advantage]]), Limits(0.1, 0.1))
     assert loss.item() == pytest.approx(expected)
 
 
-def test_loss_is_the_mean_over_rows_of_each_rows_token_mean():
+def test_the_loss_is_the_mean_over_rows_of_the_mean_over_each_rows_tokens():
     logps = torch.zeros(2, 3)
     old_logps = -torch.tensor([[math.log(1.05), 0.0, 0.0], [0.0, 0.0, 0.0]])
     ref_logps = torch.tensor([[math.log(2), 0.0, 0.0], [0.0, 0.0, 9.0]])
@@ -72,7 +72,7 @@ def test_loss_is_the_mean_over_rows_of_each_rows_token_mean():
 
 
 @pytest.mark.parametrize("outside", [300.0, float("-inf"), float("nan")])
-def test_tokens_outside_the_mask_change_nothing_even_when_they_are_infinite(outside):
+def test_tokens_outside_the_mask_affect_neither_loss_nor_gradient_even_if_not_finite(outside):
     mask = torch.tensor([[1, 1, 0]])
     clean = torch.tensor([[-1.0, -2.0, 0.0]], requires_grad=True)
     dirty = torch.tensor([[-1.0, -2.0, outside]], requires_grad=True)
@@ -95,7 +95,7 @@ def test_without_old_logps_the_ratio_is_one_and_the_gradient_is_that_of_reinforc
     torch.testing.assert_close(logps.grad, torch.tensor([[-0.75, -0.75]]))
 
 
-def test_parts_of_a_batch_add_up_to_the_whole():
+def test_losses_and_metrics_of_the_parts_of_a_batch_add_up_to_those_of_the_whole():
     generator = torch.Generator().manual_seed(0)
     logps, old, ref = (-torch.rand(6, 5, generator=generator) for _ in range(3))
     mask = (torch.arange(5) < torch.tensor([1, 5, 3, 2, 4, 5])[:, None]).long()
@@ -111,7 +111,7 @@ def test_parts_of_a_batch_add_up_to_the_whole():
         assert sum(part.metrics[name][1] for part in parts) == weight
 
 
-def test_clip_shares_count_the_tokens_whose_gradient_is_cut():
+def test_clip_ratios_count_the_tokens_whose_loss_is_clipped():
     ratio = torch.tensor([[1.2, 0.8, 1.2, 0.8, 1.0]])
     mask = torch.ones(1, 5, dtype=torch.long)
     for advantage, expected in ((1.0, (0, 2)), (-1.0, (2, 0))):
@@ -125,11 +125,11 @@ def test_clip_shares_count_the_tokens_whose_gradient_is_cut():
         }
 
 
-def test_an_absurd_log_ratio_is_clamped_so_that_the_loss_stays_finite():
+def test_a_very_large_log_ratio_is_clamped_so_that_the_loss_stays_finite():
     assert log_ratio(torch.tensor([[0.0]]), torch.tensor([[-500.0]]), torch.ones(1, 1)).item() == 20.0
 
 
-def test_the_two_sides_of_the_clip_have_their_own_limits():
+def test_the_clip_has_separate_lower_and_upper_limits():
     ratio, advantage = torch.tensor([[1.25, 0.75]]), torch.tensor([[2.0]])
     loss, shares = clip(ratio, torch.zeros(1, 2), advantage, Limits(epsilon_low=0.1, epsilon_high=0.2))
     assert loss.tolist() == [[pytest.approx(-2.4), pytest.approx(-1.5)]]
@@ -139,7 +139,7 @@ def test_the_two_sides_of_the_clip_have_their_own_limits():
     assert shares["clip_ratio/low_mean"].tolist() == [[False, True]]
 
 
-def test_advantages_of_tokens_are_those_of_their_row_where_they_are_equal():
+def test_equal_advantages_per_token_give_the_same_loss_as_one_advantage_per_row():
     generator = torch.Generator().manual_seed(1)
     logps, old, ref = (-torch.rand(2, 3, generator=generator) for _ in range(3))
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
@@ -148,22 +148,22 @@ def test_advantages_of_tokens_are_those_of_their_row_where_they_are_equal():
     assert torch.equal(by_row.loss, by_token.loss)
 
 
-def test_an_unknown_choice_is_refused_with_those_there_are():
+def test_an_unknown_choice_is_refused_with_a_list_of_the_known_ones():
     choices = {choice: next(iter(known)) for choice, known in CHOICES.items()}
     own = {"_target_": "grpo.algorithm.objective.Objective", **choices}
     check_choices(own)
     for choice in CHOICES:
         with pytest.raises(ConfigError, match=rf"objective\.{choice}=x: must be .*, or the dotted path of a function"):
             check_choices(own | {choice: "x"})
-    check_choices(own | {"_target_": "theirs.loss", "ratio": "x"})  # a setting of another function
+    check_choices(own | {"_target_": "theirs.loss", "ratio": "x"})  # not checked: an argument of another function
     with pytest.raises(ConfigError, match=r"objective\.kl=no\.such: .*No module named 'no'"):
         check_choices(own | {"kl": "no.such"})
 
 
-def test_every_choice_is_a_key_that_names_a_function():
+def test_every_choice_is_listed_as_a_config_key_whose_value_is_a_function():
     assert {f"objective.{choice}" for choice in CHOICES} == FUNCTION_KEYS
 
 
-def test_the_names_of_choices_are_checked_without_torch():
+def test_importing_the_objective_module_does_not_import_torch():
     code = "import sys, grpo.algorithm.objective; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

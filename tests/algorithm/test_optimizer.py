@@ -17,7 +17,7 @@ def train(optimizer_of, start, grads):
     return parameter.detach()
 
 
-def test_on_float32_it_is_adamw():
+def test_stochastic_adamw_on_float32_equals_adamw():
     settings = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(7, 5, generator=generator)
@@ -28,19 +28,19 @@ def test_on_float32_it_is_adamw():
     assert not torch.allclose(ours, start, atol=1e-2)
 
 
-def test_steps_too_small_for_bfloat16_add_up_on_average_and_are_lost_when_rounded_to_the_nearest():
+def test_steps_too_small_for_bfloat16_add_up_with_stochastic_rounding_and_are_lost_without_it():
     start, steps, lr = torch.ones(20_000, dtype=torch.bfloat16), 200, 1e-5
     grads = torch.ones(steps, 20_000)
     nearest = train(lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.0), start, grads)
     assert torch.equal(nearest, start)
     stochastic = train(lambda p: StochasticAdamW(p, lr=lr), start, grads)
     moved = (start - stochastic).float().mean().item()
-    # Just below 1 the numbers lie 2**-8 apart: a binomial whose mean is known.
+    # The spacing of bfloat16 just below 1 is 2**-8, so the number of moves is binomial with a known mean.
     deviation = (steps * lr * 2**-8 / 20_000) ** 0.5
     assert moved == pytest.approx(steps * lr, abs=4 * deviation)
 
 
-def test_a_value_is_rounded_to_a_neighbour_with_the_probability_that_keeps_its_mean():
+def test_stochastic_rounding_goes_to_a_neighbouring_value_and_keeps_the_mean():
     x = torch.tensor([1.001, -1.001, 3.3e-5, 2.0, 0.0]).repeat(40_000, 1)
     rounded = round_stochastically(x.clone(), random_bits((1, 2), 0, x.numel(), CPU).view_as(x))
     assert torch.equal(rounded, rounded.bfloat16().float())
@@ -52,7 +52,7 @@ def test_a_value_is_rounded_to_a_neighbour_with_the_probability_that_keeps_its_m
     assert torch.equal(rounded[:, 3:], x[:, 3:])
 
 
-def test_the_rounding_follows_from_seed_step_and_element_and_from_no_running_state(monkeypatch):
+def test_the_rounding_depends_only_on_seed_step_and_element(monkeypatch):
     start, grads = torch.rand(300).bfloat16(), torch.rand(5, 300)
 
     def run(seed):
@@ -66,7 +66,7 @@ def test_the_rounding_follows_from_seed_step_and_element_and_from_no_running_sta
     assert torch.equal(run(1), expected)
 
 
-def test_parameters_of_equal_content_are_rounded_apart():
+def test_two_equal_parameters_are_rounded_differently():
     parameters = [torch.nn.Parameter(torch.full((500,), 0.7).bfloat16()) for _ in range(2)]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
@@ -74,7 +74,7 @@ def test_parameters_of_equal_content_are_rounded_apart():
     assert not torch.equal(*parameters)
 
 
-def test_muon_takes_the_matrices_within_the_layers_and_adamw_the_rest():
+def test_muon_updates_the_matrices_of_the_layers_and_adamw_the_rest():
     generator = torch.Generator().manual_seed(0)
     shapes = {"model.embed_tokens.weight": (10, 4), "layers.0.q_proj.weight": (6, 4), "norm.weight": (4,)}
     start = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -102,7 +102,7 @@ def test_muon_takes_the_matrices_within_the_layers_and_adamw_the_rest():
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (4,)])
-def test_muon_serves_a_model_that_has_one_kind_only(shape):
+def test_muon_with_adamw_works_if_all_parameters_are_of_one_kind(shape):
     parameter = torch.nn.Parameter(torch.ones(shape))
     optimizer = MuonWithAdamW([("weight", parameter)], lr=0.1)
     parameter.grad = torch.ones(shape)

@@ -1,4 +1,4 @@
-"""The default objective against TRL's GRPOTrainer, on random tokens and random old and reference log-probabilities."""
+"""The default objective and TRL's GRPOTrainer compared on random tokens and old and reference log-probabilities."""
 
 import pytest
 import torch
@@ -60,8 +60,8 @@ def gradients(model, loss):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("on_policy", [True, False])
-def test_loss_and_gradient_are_those_of_trl(trl_trainer, seed, on_policy):
-    model = trl_trainer.model.eval()  # in evaluation TRL divides by no accumulation steps
+def test_loss_and_gradient_equal_those_of_trl(trl_trainer, seed, on_policy):
+    model = trl_trainer.model.eval()  # in evaluation mode TRL does not divide by the accumulation steps
     prompts, completions, (old_noise, ref_noise), advantages = random_batch(seed)
     logps = completion_logps(model, prompts, completions, TEMPERATURE).logps
     old = None if on_policy else logps.detach() + old_noise
@@ -89,6 +89,6 @@ def test_loss_and_gradient_are_those_of_trl(trl_trainer, seed, on_policy):
     theirs = trl_trainer._compute_loss(model, inputs)
     their_gradient = gradients(model, theirs)
 
-    # Log-probabilities near -20 carry a rounding of 1e-6 each, which is what is left in the sum.
+    # Log-probabilities near -20 have rounding errors of 1e-6 each, which remain in the sum.
     torch.testing.assert_close(ours.loss, theirs, rtol=1e-5, atol=1e-5)
     assert (our_gradient - their_gradient).norm() / their_gradient.norm() < 1e-5

@@ -52,7 +52,7 @@ def test_strict_and_lenient_correctness(completion, kind):
     assert table[10].to_dict() == {"both": 0, "strict only": 0, "lenient only": 0, "neither": 0} | {kind: 1}
 
 
-def test_signs_of_gaming_are_shares_by_step():
+def test_signs_of_gaming_are_given_as_shares_for_each_step():
     rows = [
         sample(RIGHT),
         sample("<answer>1</answer><answer>2</answer>"),
@@ -65,7 +65,7 @@ def test_signs_of_gaming_are_shares_by_step():
     assert table.loc["tokens per completion"].tolist() == [1.0, 3.5]
 
 
-def test_the_distribution_is_of_values_or_of_ranges_where_there_are_many():
+def test_the_distribution_is_over_values_or_over_ranges_if_there_are_many_values():
     few = pd.DataFrame([sample(RIGHT, reward=value) for value in (0.0, 0.2 + 0.4, 0.6, 2.0)])
     assert audit.distribution(few, "correctness")[10].to_dict() == {0.0: 0.25, 0.6: 0.5, 2.0: 0.25}
     many = pd.DataFrame([sample(RIGHT, reward=value / 10) for value in range(50)])
@@ -73,7 +73,7 @@ def test_the_distribution_is_of_values_or_of_ranges_where_there_are_many():
     assert (len(table), table[10].sum()) == (6, pytest.approx(1))
 
 
-def test_extremes_are_of_the_last_step_and_each_text_once():
+def test_extremes_come_from_the_last_step_and_contain_each_text_once():
     rows = [
         sample("early", reward=9.0),
         *(sample(t, step=20, reward=r) for t, r in (("a", 1), ("a", 1), ("b", 3), ("c", 2))),

@@ -19,7 +19,7 @@ def write_run(run_dir: Path, rows: list[dict]) -> Path:
 
 
 def rows(steps: int, **constant) -> list[dict]:
-    """A run that learns; `constant` replaces or adds values of every row."""
+    """Metrics rows of a run that learns; `constant` replaces or adds values in every row."""
     learned = []
     for step in range(1, steps + 1):
         correctness, format = 2.0 * step / steps, 0.8 * step / steps
@@ -37,7 +37,7 @@ def write_evaluation(run_dir: Path, name: str, **record) -> None:
 
 
 def has_color(path: Path, color: str) -> np.ndarray:
-    """Which pixels of an image have, but for rounding, this colour."""
+    """Which pixels of an image have this colour, up to rounding."""
     return np.abs(imread(path)[:, :, :3] - to_rgb(color)).max(axis=2) < 0.02
 
 
@@ -45,14 +45,14 @@ def share_of(path: Path, color: str) -> float:
     return float(has_color(path, color).mean())
 
 
-def test_all_charts_and_the_summary_are_written_and_show_something(tmp_path):
+def test_all_charts_and_the_summary_are_written_and_not_empty(tmp_path):
     run_dir = write_run(tmp_path / "run", rows(40))
     write_evaluation(run_dir, "before", step=0, n=50, accuracy=0.25, reward=1.0)
     write_evaluation(run_dir, "after", step=40, n=50, accuracy=0.75, reward=2.0)
     paths = write_charts(str(run_dir))
     assert paths == [*(run_dir / "plots" / name for name in PNGS), run_dir / "summary.json"]
     shapes = {path.name: imread(path).shape[:2] for path in paths[:5]}
-    # 120 pixels an inch: single panels of 9 x 5.4 inches, nine panels of 6 x 4.1 in three rows.
+    # At 120 pixels per inch: single panels of 9 x 5.4 inches, and nine panels of 6 x 4.1 inches in three rows.
     assert shapes["loss.png"] == shapes["reward.png"] == shapes["loss_vs_reward.png"] == (648, 1080)
     assert shapes["output_length.png"] == (840, 1080)
     assert shapes["training_progress.png"] == (1476, 2160)
@@ -62,7 +62,7 @@ def test_all_charts_and_the_summary_are_written_and_show_something(tmp_path):
     assert json.loads(paths[5].read_text())["eval"]["after"]["accuracy"] == 0.75
 
 
-def test_only_what_belongs_to_the_run_is_drawn(tmp_path):
+def test_only_metrics_and_evaluations_of_the_run_itself_are_drawn(tmp_path):
     absent = dict.fromkeys(["kl", "entropy", "grad_norm", "completions/clipped_ratio"])
     own = [
         {key: value for key, value in row.items() if not key.startswith("rewards/")} | {"rewards/brevity $/mean": 0.4}
@@ -71,15 +71,15 @@ def test_only_what_belongs_to_the_run_is_drawn(tmp_path):
     run_dir = write_run(tmp_path / "run", own)
     write_evaluation(run_dir, "other_data", step=900, n=5, accuracy=1.0, reward=2.8)
     paths = write_charts(run_dir)
-    assert share_of(paths[1], "#cc79a7") > 0.0005  # a component of any name
+    assert share_of(paths[1], "#cc79a7") > 0.0005  # a component with another name
     assert share_of(paths[1], COLORS["correctness"]) == share_of(paths[1], COLORS["format"]) == 0
     assert imread(paths[4]).shape[:2] == (984, 1440)  # the four panels that every run has
     write_evaluation(run_dir, "before", step=0, n=0, accuracy=0.25, reward=None)
-    assert imread(write_charts(run_dir)[4]).shape[:2] == (984, 2160)  # and held-out accuracy: five, in rows of three
+    assert imread(write_charts(run_dir)[4]).shape[:2] == (984, 2160)  # five with held-out accuracy, in rows of three
 
 
 @pytest.mark.parametrize("steps", [1, 2])
-def test_short_runs(tmp_path, steps):
+def test_charts_of_short_runs_are_written_to_the_given_folder_only(tmp_path, steps):
     paths = write_charts(write_run(tmp_path / "run", rows(steps)), tmp_path / "new/folder")
     assert [path.parent for path in paths] == [tmp_path / "new/folder"] * 6
     assert share_of(paths[0], COLORS["loss"]) > 0.00002  # at least the marker of a step
@@ -87,7 +87,7 @@ def test_short_runs(tmp_path, steps):
     assert not (tmp_path / "run/summary.json").exists()
 
 
-def test_ten_thousand_steps(tmp_path):
+def test_a_run_of_ten_thousand_steps_is_drawn(tmp_path):
     paths = write_charts(write_run(tmp_path / "run", rows(10_000)))
     assert share_of(paths[1], COLORS["reward"]) > 0.0005
 
@@ -100,13 +100,13 @@ def test_null_and_infinite_values_still_give_every_chart_with_name_and_limit(tmp
     plain, configured = write_charts(write_run(tmp_path / "plain/run", nothing)), write_charts(run_dir)
     for before, after in zip(plain[:5], configured[:5], strict=True):
         assert has_color(after, TEXT)[:45].sum() > 1.5 * has_color(before, TEXT)[:45].sum()  # the experiment's name
-    # A dashed line across the panel at the limit: a row of pixels of which about half are dark.
+    # The dashed line at the limit is a row of pixels of which about half are dark.
     dark = [(imread(path)[:, :, :3].mean(axis=2) < 0.8).mean(axis=1).max() for path in (plain[2], configured[2])]
     assert dark[0] < 0.3
     assert dark[1] > 0.4
 
 
-def test_a_run_without_a_step_is_refused_and_leaves_nothing(tmp_path):
+def test_a_run_without_a_completed_step_is_refused_and_no_file_is_written(tmp_path):
     (tmp_path / "config.yaml").write_text("name: x\n")
     with pytest.raises(ValueError, match="no completed step") as error:
         write_charts(tmp_path)
@@ -114,6 +114,6 @@ def test_a_run_without_a_step_is_refused_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no run folder"):
         write_charts(tmp_path)

@@ -1,4 +1,4 @@
-"""Each rule with a course of metrics that shows it, and with one beside it that does not."""
+"""Tests of each rule with metrics for which it must report, and with similar metrics for which it must not."""
 
 import random
 
@@ -16,7 +16,7 @@ def doctor_says(rows, evaluations=(), ranges=RANGES):
 
 
 def course(steps=60, **metrics):
-    """Rows of a healthy run, with these metrics as given: a value, or a function of the step."""
+    """Rows of a healthy run with some metrics replaced, each by a value or by a function of the step."""
     luck = random.Random(0)
     healthy = {
         "frac_reward_zero_std": 0.2,
@@ -49,7 +49,7 @@ def evaluation(step, accuracy, n=400):
     return {"step": step, "accuracy": accuracy, "n": n}
 
 
-# For each rule: a course that shows it, the step where, and one or more that are close to it but well.
+# For each rule: rows for which it reports, the step at which (None: any), and similar rows for which it does not.
 CASES = {
     "equal_groups": (
         course(frac_reward_zero_std=lambda step: 1.0 if step > 20 else 0.5),
@@ -62,7 +62,7 @@ CASES = {
     ),
     "truncated_completions": (
         course(**{"completions/clipped_ratio": lambda step: 0.8 if step > 10 else 0.1}),
-        16,  # 6 of 10 steps at 0.8 and 4 at 0.1 make 0.52; 5 and 5 make 0.45
+        16,  # the mean of 6 steps at 0.8 and 4 at 0.1 is 0.52, that of 5 and 5 is 0.45
         [course(**{"completions/clipped_ratio": 0.45})],
     ),
     "reward_falls": (
@@ -71,7 +71,7 @@ CASES = {
         [
             course(80, reward=noisy(lambda step: 1.0 + 0.03 * min(step, 40))),
             course(400, reward=noisy(lambda step: 1.0, 0.3)),
-            course(80, reward_std=2.0, reward=lambda step: -5.0 if step < 40 else -5.3),  # little on its scale
+            course(80, reward_std=2.0, reward=lambda step: -5.0 if step < 40 else -5.3),  # small for this reward_std
             course(80, reward=noisy(lambda step: 1.0 + 0.03 * step if step < 40 else 2.2 - 0.005 * (step - 40))),
         ],
     ),
@@ -83,7 +83,7 @@ CASES = {
             course(200, **{"rewards/format/mean": 0.79}),
             course(200, **{"rewards/format/mean": 0.79, "rewards/correctness/mean": flat(1.2)}),
             course(500, **{"rewards/format/mean": 0.79, "rewards/correctness/mean": noisy(lambda s: 0.1 + 0.0008 * s)}),
-            course(  # it fell, of which another rule speaks
+            course(  # the reward fell, which another rule reports
                 200,
                 reward=noisy(lambda step: 2.0 if step < 60 else 1.0),
                 **{"rewards/format/mean": 0.79, "rewards/correctness/mean": noisy(lambda s: 1.5 if s < 60 else 0.1)},
@@ -116,7 +116,7 @@ CASES = {
         [
             course(grad_norm=lambda step: 9.0 if step in (30, 35) else 0.2),
             course(grad_norm=lambda step: 0.02 * step),
-            course(grad_norm=lambda step: 0.0 if step % 3 else 0.2),  # of groups that are mostly equal
+            course(grad_norm=lambda step: 0.0 if step % 3 else 0.2),  # two of three steps without a signal
             course(grad_norm=lambda step: 0.002 if step % 3 else 0.2),
         ],
     ),
@@ -129,16 +129,16 @@ CASES = {
 
 
 @pytest.mark.parametrize("rule", CASES)
-def test_a_rule_speaks_where_it_should_once_and_keeps_still_beside_it(rule):
+def test_a_rule_reports_once_where_it_should_and_not_for_similar_metrics(rule):
     ill, step, well = CASES[rule]
     (found,) = [finding for finding in doctor_says(ill) if finding.rule == rule]
     assert step is None or found.step == step
-    assert any(key in found.text for key in ("grpo.", "optimizer.", "reward.", "data."))  # what to change
+    assert any(key in found.text for key in ("grpo.", "optimizer.", "reward.", "data."))  # the setting to change
     for each in well:
         assert rule not in [finding.rule for finding in doctor_says(each)]
 
 
-def test_a_rising_reward_with_falling_accuracy_is_told_from_noise():
+def test_falling_accuracy_with_a_rising_reward_is_distinguished_from_noise():
     falling = [evaluation(20, 0.60, 400), evaluation(40, 0.48, 400)]
     (found,) = doctor_says(course(), falling)
     assert (found.rule, found.step) == ("held_out_falls", 40)
@@ -148,19 +148,19 @@ def test_a_rising_reward_with_falling_accuracy_is_told_from_noise():
     assert [finding.rule for finding in both] == ["reward_falls"]
 
 
-def test_a_fall_is_one_wherever_the_reward_has_its_zero():
+def test_a_falling_reward_is_reported_whatever_its_offset():
     for zero in (-10.0, 0.0, 10.0):
         fallen = course(80, reward_std=0.5, reward=lambda step, zero=zero: zero + (1.2 if step < 45 else 0.2))
         assert "reward_falls" in [finding.rule for finding in doctor_says(fallen)]
 
 
 @pytest.mark.parametrize("kl", [lambda step: 0.001 * 1.05**step, lambda step: 0.1 * step])
-def test_a_slow_runaway_is_one_too(kl):
+def test_a_slowly_growing_kl_is_reported_too(kl):
     assert "kl_runaway" in [finding.rule for finding in doctor_says(course(steps=200, kl=kl))]
 
 
-def test_the_luck_of_many_evaluations_is_no_fall():
-    """A policy that stays as it is, evaluated forty times on 200 problems, each time with luck of its own."""
+def test_noise_over_many_evaluations_is_not_reported_as_a_fall():
+    """A policy of constant accuracy, evaluated forty times on 200 problems with independent noise."""
     false = 0
     for seed in range(30):
         luck = random.Random(seed)
@@ -170,7 +170,7 @@ def test_the_luck_of_many_evaluations_is_no_fall():
     assert false <= 2
 
 
-def test_after_a_resume_it_says_what_it_would_have_said():
+def test_after_a_resume_the_doctor_reports_the_same_as_without_one():
     rows, made = course(), [evaluation(0, 0.5, 400), evaluation(20, 0.60, 400), evaluation(40, 0.48, 400)]
     doctor = Doctor(RANGES)
     assert doctor.replay(rows[:30], made[:2]) == []
@@ -178,25 +178,25 @@ def test_after_a_resume_it_says_what_it_would_have_said():
     assert [finding.rule for row in rows[39:] for finding in doctor.check(row)] == ["held_out_falls"]
 
 
-def test_every_rule_has_its_case():
+def test_every_rule_has_a_case():
     assert {rule.__name__ for rule in RULES} == {*CASES, "held_out_falls"}
 
 
-def test_a_healthy_run_is_left_in_peace_and_so_are_rewards_of_other_names():
+def test_nothing_is_reported_for_a_healthy_run_whatever_the_names_of_its_rewards():
     assert doctor_says(course(steps=200)) == []
     other = [{k.replace("correctness", "judge"): v for k, v in row.items()} for row in course(steps=200)]
     assert doctor_says(other) == []
 
 
-def test_what_is_high_follows_from_the_declared_range():
-    """Equal rewards at the top are a run that has learned everything, and below it one that learns nothing."""
+def test_whether_a_reward_is_high_depends_on_its_declared_range():
+    """With equal rewards near the maximum a run has learned everything; below it, it learns nothing."""
     equal = course(steps=30, frac_reward_zero_std=1.0, **{"rewards/correctness/mean": 1.9})
     assert doctor_says(equal) == []
     higher = RANGES | {"correctness": (0.0, 4.0)}
     assert [finding.rule for finding in doctor_says(equal, ranges=higher)] == ["equal_groups"]
 
 
-def test_in_a_run_it_speaks_when_it_happens_and_once_over_a_stop(tmp_path):
+def test_in_a_run_the_doctor_reports_at_once_and_not_again_after_a_resume(tmp_path):
     command = [
         *QUICK,
         "tracking=offline",

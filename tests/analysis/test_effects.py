@@ -8,8 +8,8 @@ from scipy import stats
 from grpo.analysis.effects import crossed_mean, paired_difference
 
 
-def test_a_table_worked_out_by_hand():
-    # Means of seeds 1, 3; of problems 1, 2, 3; MS_seeds = 3*2 = 6, MS_problems = 2*1 = 2, MS_rest = 0.
+def test_the_interval_equals_one_computed_by_hand():
+    # Means of the seeds 1, 3; of the problems 1, 2, 3; MS_seeds = 3*2 = 6, MS_problems = 2*1 = 2, MS_rest = 0.
     estimate = crossed_mean(pd.DataFrame([[0, 1, 2], [2, 3, 4]]))
     assert estimate.mean == 2
     freedom = (6 + 2) ** 2 / (6**2 / 1 + 2**2 / 2)
@@ -19,7 +19,7 @@ def test_a_table_worked_out_by_hand():
     assert (estimate.seeds, estimate.problems, estimate.excludes_zero) == (2, 3, False)
 
 
-def test_with_one_seed_or_one_number_a_seed_it_is_the_paired_t_interval():
+def test_with_one_seed_or_one_value_per_seed_the_interval_is_that_of_the_paired_t_test():
     values = np.array([0.0, 1.0, 1.0, 0.0, 1.0])
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     for table in (pd.DataFrame([values]), pd.DataFrame(values)):
@@ -27,7 +27,7 @@ def test_with_one_seed_or_one_number_a_seed_it_is_the_paired_t_interval():
         assert estimate.interval == (pytest.approx(expected.low), pytest.approx(expected.high))
 
 
-def test_one_number_has_no_interval_and_shows_nothing():
+def test_a_single_value_has_no_interval_and_shows_no_difference():
     estimate = crossed_mean(pd.DataFrame([[0.5]]))
     assert (estimate.mean, estimate.interval, estimate.excludes_zero) == (0.5, None, False)
 
@@ -36,8 +36,8 @@ def test_equal_arms_show_no_difference():
     assert not crossed_mean(pd.DataFrame(np.zeros((3, 40)))).excludes_zero
 
 
-def test_of_one_seed_a_few_problems_alone_show_nothing():
-    """As the exact test of McNemar has it: 5 better and 0 worse is p = 0.06, 7 and 0 is p = 0.02."""
+def test_with_one_seed_a_few_differing_problems_show_no_difference():
+    """As in McNemar's exact test: 5 better and 0 worse give p = 0.06, 7 and 0 give p = 0.02."""
     before = pd.DataFrame(np.zeros((1, 200)))
     for better, shown in ((4, False), (5, False), (7, True)):
         after = before.copy()
@@ -47,7 +47,7 @@ def test_of_one_seed_a_few_problems_alone_show_nothing():
         assert (stats.binomtest(better, better).pvalue < 0.05) == shown
 
 
-def test_an_interval_stays_finite_where_its_terms_nearly_cancel():
+def test_an_interval_stays_finite_if_its_terms_nearly_cancel():
     generator = np.random.default_rng(0)
     for _ in range(300):
         table = pd.DataFrame(generator.choice([-1.0, 0.0, 1.0], (3, 200), p=[0.1, 0.8, 0.1]))
@@ -56,11 +56,11 @@ def test_an_interval_stays_finite_where_its_terms_nearly_cancel():
         assert high - low < 2
 
 
-def test_rounding_is_no_difference():
+def test_a_rounding_error_is_not_a_difference():
     assert not crossed_mean(pd.DataFrame([[8.9e-16], [8.9e-16]])).excludes_zero
 
 
-def test_several_comparisons_get_intervals_that_hold_together():
+def test_the_intervals_of_several_comparisons_hold_simultaneously():
     values = np.array([0.0, 1.0, 1.0, 0.0, 1.0])
     expected = stats.ttest_1samp(values, 0).confidence_interval(1 - 0.05 / 4)
     estimate = crossed_mean(pd.DataFrame(values), comparisons=4)
@@ -69,8 +69,8 @@ def test_several_comparisons_get_intervals_that_hold_together():
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize("of_seeds", [0.0, 0.3, 0.8])
-def test_of_nine_equal_arms_hardly_ever_is_one_called_worse_than_the_best(seeds, of_seeds):
-    """Without allowing for eight comparisons it would be half of the time; that the best is chosen costs the rest."""
+def test_of_nine_equal_arms_one_is_rarely_called_worse_than_the_best(seeds, of_seeds):
+    """Over 5 % are allowed, since the best arm is chosen by its result; uncorrected it would be half of the cases."""
     generator, problems, cases = np.random.default_rng(1), 100, 100
     false = alone = 0
     for _ in range(cases):
@@ -88,8 +88,8 @@ def test_of_nine_equal_arms_hardly_ever_is_one_called_worse_than_the_best(seeds,
 
 @pytest.mark.parametrize("seeds", [2, 4])
 @pytest.mark.parametrize(("of_seeds", "of_problems"), [(0, 0), (0.05, 0.2), (0.2, 0.05)])
-def test_where_there_is_no_difference_the_interval_says_so_in_about_95_of_100_cases(seeds, of_seeds, of_problems):
-    """Seeds and problems have effects of their own; without those of seeds, a fifth and more would be false."""
+def test_without_a_difference_the_interval_contains_zero_in_about_95_of_100_cases(seeds, of_seeds, of_problems):
+    """Seeds and problems have random effects; if those of the seeds were ignored, over a fifth would be false."""
     generator, problems, cases = np.random.default_rng(0), 200, 600
     false = naive = 0
     for _ in range(cases):

@@ -28,7 +28,7 @@ def rows(*losses: float) -> list[dict]:
     return [{"step": i, "iteration": 1, "loss": loss} for i, loss in enumerate(losses, start=1)]
 
 
-def test_one_run_has_a_row_for_each_step_and_its_own_folder_as_name(tmp_path):
+def test_one_run_has_a_row_for_each_step_and_the_name_of_its_folder(tmp_path):
     runs = load_runs(write_run(tmp_path / "2026-01-01_00-00-00", rows(0.5, 0.25)))
     assert list(runs.columns) == ["run", "step", "iteration", "loss"]
     assert runs["run"].tolist() == ["2026-01-01_00-00-00"] * 2
@@ -36,7 +36,7 @@ def test_one_run_has_a_row_for_each_step_and_its_own_folder_as_name(tmp_path):
     assert runs["loss"].tolist() == [0.5, 0.25]
 
 
-def test_the_present_folder_as_a_run_has_a_name(tmp_path, monkeypatch):
+def test_the_current_folder_as_a_run_has_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(write_run(tmp_path / "here", rows(0.5)))
     assert load_runs(".")["run"].tolist() == ["here"]
 
@@ -53,7 +53,7 @@ def test_runs_at_any_depth_are_found_and_sorted_by_name(tmp_path):
     assert runs["kl"].isna().tolist() == [True, False, True]
 
 
-def test_no_run_is_said_in_one_line(tmp_path):
+def test_a_folder_without_runs_or_a_missing_folder_is_an_error_of_one_line(tmp_path):
     with pytest.raises(FileNotFoundError) as nothing_below:
         load_runs(tmp_path)
     assert str(tmp_path) in str(nothing_below.value)
@@ -64,11 +64,11 @@ def test_no_run_is_said_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("tail", [b'{"step": 3, "lo', b'{"step": 3, "note": "\xc3', b"\0\0\0\0", b'{"step": 3}'])
-def test_a_torn_last_line_is_ignored(tmp_path, tail):
+def test_an_incomplete_last_line_is_ignored(tmp_path, tail):
     assert load_runs(write_run(tmp_path / "run", rows(0.5, 0.25), tail))["step"].tolist() == [1, 2]
 
 
-def test_a_run_torn_in_its_only_line_has_no_rows(tmp_path):
+def test_a_run_whose_only_line_is_incomplete_has_no_rows(tmp_path):
     runs = load_runs(write_run(tmp_path / "run", [], b'{"step'))
     assert len(runs) == 0
     assert "run" in runs
@@ -78,14 +78,14 @@ BROKEN = [b'{"step": 3, "lo\n', b"[1]\n", b"[" * 99999 + b"\n", b"\xff\n", b'{"l
 
 
 @pytest.mark.parametrize("line", BROKEN)
-def test_a_broken_line_elsewhere_is_an_error_with_file_and_line(tmp_path, line):
+def test_an_invalid_line_elsewhere_is_an_error_with_file_and_line(tmp_path, line):
     run_dir = write_run(tmp_path / "run", rows(0.5, 0.25), line + b'{"step": 4}\n')
     for read in (load_runs, load_metrics, lambda folder: RunFolder(folder).metrics()):
         with pytest.raises(ValueError, match=r"metrics\.jsonl, line 3: not "):
             read(run_dir)
 
 
-def test_nulls_are_missing_numbers(tmp_path):
+def test_null_values_are_read_as_missing_numbers(tmp_path):
     written = [{"step": 1, "kl": None, "entropy": None}, {"step": 2, "kl": None, "entropy": 0.5}]
     metrics = load_metrics(write_run(tmp_path / "run", written))
     assert metrics["kl"].dtype == float
@@ -94,7 +94,7 @@ def test_nulls_are_missing_numbers(tmp_path):
     assert metrics["entropy"].mean() == 0.5
 
 
-def test_a_run_without_a_step_is_a_run_and_another_folder_is_not(tmp_path):
+def test_a_run_without_a_completed_step_is_read_and_a_folder_that_is_not_a_run_is_refused(tmp_path):
     (tmp_path / "status.json").write_text("{}")
     assert len(load_metrics(tmp_path)) == 0
     (tmp_path / "status.json").unlink()
@@ -102,7 +102,7 @@ def test_a_run_without_a_step_is_a_run_and_another_folder_is_not(tmp_path):
         load_metrics(tmp_path)
 
 
-def test_evaluations_run_from_before_to_after(tmp_path):
+def test_evaluations_are_ordered_from_before_to_after(tmp_path):
     write_evaluation(
         tmp_path, "after", step=100, n=4, accuracy=0.75, reward=2.0, rewards={"format": 0.5}, problems=[{}]
     )
@@ -118,7 +118,7 @@ def test_evaluations_run_from_before_to_after(tmp_path):
     assert not {"problems", "rewards"} & set(evaluations.columns)
 
 
-def test_no_evaluation_is_an_empty_frame_and_a_broken_one_is_named(tmp_path):
+def test_without_evaluations_the_frame_is_empty_and_an_invalid_file_is_named_in_the_error(tmp_path):
     evaluations = load_evaluations(tmp_path)
     assert isinstance(evaluations, pd.DataFrame)
     assert len(evaluations) == 0
@@ -129,7 +129,7 @@ def test_no_evaluation_is_an_empty_frame_and_a_broken_one_is_named(tmp_path):
         load_evaluations(tmp_path)
 
 
-def test_the_import_brings_neither_torch_nor_matplotlib():
+def test_importing_the_analysis_imports_neither_torch_nor_matplotlib():
     code = "import sys, grpo.analysis, grpo.analysis.summary; print({'torch', 'matplotlib'} & set(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "set()"

@@ -1,4 +1,4 @@
-"""A run's report, of a real run, and in a real browser."""
+"""Tests of a run's report, written for a real run and opened in a real browser."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ from grpo.runs.folder import RunFolder
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def test_a_finished_run_has_its_report_which_needs_nothing_else(finished_run):
+def test_a_finished_run_has_a_report_that_needs_no_other_file(finished_run):
     text = (finished_run / "report.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)|@import|url\(""", text)
     for heading in ("Findings", "Before and after", "Charts", "Summary", "Config"):
@@ -27,7 +27,7 @@ def test_a_finished_run_has_its_report_which_needs_nothing_else(finished_run):
     assert "_target_: grpo.algorithm.objective.Objective" in text
 
 
-def test_the_findings_before_training_are_in_it(finished_run, tmp_path):
+def test_the_report_contains_the_findings_before_training(finished_run, tmp_path):
     run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
     found = {"completions": 128, "prompts": 8, "frac_reward_zero_std": 0.0, "completions/clipped_ratio": 0.94}
     found |= {"components": {"format": {"mean": 0.1, "nonzero": 0.2, "missing": 0.0}}}
@@ -45,7 +45,7 @@ def test_numbers_are_written_without_an_exponent():
     ]  # fmt: skip
 
 
-def test_completions_are_there_with_what_they_earned_and_as_text(finished_run, tmp_path):
+def test_the_report_shows_completions_as_escaped_text_with_their_rewards(finished_run, tmp_path):
     run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
     row = {"step": 1, "problem_id": "p", "prompt": "1+1?", "completion": "<answer>2</answer>", "answer": "2"}
     row |= {"rewards/correctness": 2.0, "rewards/format": 0.4, "reward": 2.4, "advantage": 0.5, "length": 7}
@@ -61,7 +61,7 @@ def test_completions_are_there_with_what_they_earned_and_as_text(finished_run, t
     ]
 
 
-def test_the_config_is_the_one_that_later_launches_changed(finished_run, tmp_path):
+def test_the_config_in_the_report_contains_the_changes_of_later_launches(finished_run, tmp_path):
     run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
     run.record_changes({"grpo.num_steps": 777, "tracking.name": "${oc.env:HOME}"})
     config = yaml.safe_load(content(run.path)["config"])
@@ -69,13 +69,13 @@ def test_the_config_is_the_one_that_later_launches_changed(finished_run, tmp_pat
     assert config["tracking"]["name"] == "${oc.env:HOME}"
 
 
-def test_long_runs_are_sampled_from_the_first_step_to_the_last():
+def test_the_steps_shown_of_a_long_run_are_spread_from_the_first_to_the_last():
     chosen = _spread(list(range(10, 1010, 10)))
     assert (len(chosen), chosen[0], chosen[-1]) == (12, 10, 1000)
     assert _spread([10, 20]) == [10, 20]
 
 
-def test_a_report_that_cannot_be_made_is_refused_in_a_line(tmp_path):
+def test_a_report_of_a_folder_without_a_run_or_without_a_completed_step_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_run_report(tmp_path)
     (tmp_path / "config.yaml").write_text("name: x\n")
@@ -85,7 +85,7 @@ def test_a_report_that_cannot_be_made_is_refused_in_a_line(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_a_browser_shows_it_without_a_network(finished_run, tmp_path):
+def test_a_browser_shows_the_report_without_a_network(finished_run, tmp_path):
     picture = tmp_path / "page.png"
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1100,3000"]
     address = (finished_run / "report.html").resolve().as_uri()
@@ -94,10 +94,10 @@ def test_a_browser_shows_it_without_a_network(finished_run, tmp_path):
     subprocess.run([*command, f"--screenshot={picture}", address], capture_output=True, timeout=120, check=True)
     pixels = imread(picture)
     assert pixels.shape[:2] == (3000, 1100)
-    assert (pixels[:, :, :3].min(axis=2) < 0.5).mean() > 0.01  # there is writing on it
+    assert (pixels[:, :, :3].min(axis=2) < 0.5).mean() > 0.01  # the page shows text
 
 
-def test_a_component_that_judged_nothing_is_left_out(finished_run, tmp_path):
+def test_a_component_without_any_value_is_omitted(finished_run, tmp_path):
     run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
     row = {"step": 1, "problem_id": "p", "prompt": "1+1?", "completion": "2", "answer": "2", "advantage": 0.5}
     row |= {"rewards/correctness": 2.0, "rewards/none": None, "rewards/some": None, "reward": 2.4, "length": 7}

@@ -23,13 +23,13 @@ def read_strictly(path: Path) -> dict:
 @pytest.mark.parametrize(
     ("accuracy", "n", "low", "high"),
     [
-        # With z = 1.959964: no success in 10 has the upper end z^2 / (10 + z^2) = 3.841459 / 13.841459.
+        # With z = 1.959964: the upper end for 0 of 10 is z^2 / (10 + z^2) = 3.841459 / 13.841459.
         (0.0, 10, 0.0, 0.277533),
         (1.0, 10, 0.722467, 1.0),
         # 50 of 100: 0.5 -+ 1.959964 / 1.03841459 * sqrt(0.25 / 100 + 3.841459 / 40000) = 0.5 -+ 0.096168.
         (0.5, 100, 0.403832, 0.596168),
         # 30 of 200: centre (0.15 + 0.0096036) / 1.0192073 = 0.156596,
-        # half 1.959964 / 1.0192073 * sqrt(0.0006375 + 0.0000240091) = 0.049460.
+        # half width 1.959964 / 1.0192073 * sqrt(0.0006375 + 0.0000240091) = 0.049460.
         (0.15, 200, 0.107136, 0.206056),
     ],
 )
@@ -37,13 +37,13 @@ def test_wilson_interval(accuracy, n, low, high):
     assert wilson_interval(accuracy, n) == pytest.approx([low, high], abs=2e-6)
 
 
-def test_no_interval_without_problems():
+def test_there_is_no_interval_without_problems_or_without_accuracy():
     assert wilson_interval(0.5, 0) is None
     assert wilson_interval(None, 10) is None
 
 
-def test_statistics_by_hand(tmp_path):
-    rewards = [1.0, 3.0, 2.0, 3.0] + [2.0] * 7  # 11 steps: a tenth is two of them
+def test_statistics_equal_those_computed_by_hand(tmp_path):
+    rewards = [1.0, 3.0, 2.0, 3.0] + [2.0] * 7  # 11 steps: a tenth is rounded up to two
     rows = [
         {"step": i, "iteration": 1 if i < 6 else 2, "reward": reward, "num_tokens": 100 * i, "step_time": 0.5}
         for i, reward in enumerate(rewards, start=1)
@@ -68,7 +68,7 @@ def test_statistics_by_hand(tmp_path):
     }
 
 
-def test_every_numeric_metric_but_the_counters(tmp_path):
+def test_the_summary_has_every_numeric_metric_except_the_counters(tmp_path):
     row = {"step": 1, "iteration": 1, "num_tokens": 5, "loss": 0.1, "rewards/brevity/mean": 0.2, "kl": None}
     metrics = summarize(write_run(tmp_path / "run", [row | {"digest/completions": "1e5", "flag": True}]))["metrics"]
     assert list(metrics) == ["loss", "rewards/brevity/mean", "kl"]
@@ -78,7 +78,7 @@ def test_every_numeric_metric_but_the_counters(tmp_path):
     assert metrics["kl"]["mean"] is None
 
 
-def test_values_that_are_not_finite_are_left_out_and_the_file_is_strict_json(tmp_path):
+def test_values_that_are_not_finite_are_omitted_and_the_file_is_strict_json(tmp_path):
     norms = [1.0, float("inf"), 3.0, float("nan")]
     rows = [{"step": i, "grad_norm": norm, "reward": None} for i, norm in enumerate(norms, start=1)]
     run_dir = write_run(tmp_path / "run", rows)
@@ -96,13 +96,13 @@ def test_values_that_are_not_finite_are_left_out_and_the_file_is_strict_json(tmp
     assert summary["totals"] == {"tokens": None, "seconds": None}
 
 
-def test_one_step_has_no_spread(tmp_path):
+def test_a_run_of_one_step_has_no_standard_deviation(tmp_path):
     loss = read_strictly(write_summary(write_run(tmp_path / "run", [{"step": 1, "loss": 0.5}])))["metrics"]["loss"]
     assert loss["std"] is None
     assert loss["mean_first_10pct"] == loss["mean_last_10pct"] == 0.5
 
 
-def test_held_out_accuracy_before_and_after(tmp_path):
+def test_the_summary_has_held_out_accuracy_before_and_after_training(tmp_path):
     run_dir = write_run(tmp_path / "run", [{"step": 1}])
     (run_dir / "eval").mkdir()
     for name, accuracy in (("before", 0.0), ("step_000050", 0.4), ("after", 1.0)):
@@ -117,12 +117,12 @@ def test_held_out_accuracy_before_and_after(tmp_path):
     assert evaluations["after"]["accuracy_interval"] == pytest.approx([0.722467, 1.0], abs=1e-6)
 
 
-def test_a_run_that_never_completed_a_step(tmp_path):
+def test_a_run_without_a_completed_step_has_a_summary(tmp_path):
     (tmp_path / "status.json").write_text('{"state": "failed"}')
     summary = read_strictly(write_summary(tmp_path))
     assert (summary["state"], summary["steps"], summary["metrics"], summary["eval"]) == ("failed", 0, {}, {})
 
 
-def test_a_folder_that_is_no_run(tmp_path):
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no run folder"):
         write_summary(tmp_path)

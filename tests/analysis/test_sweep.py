@@ -1,4 +1,4 @@
-"""A sweep's report, from folders such as launches leave; tests/sweeps/test_sweep.py has the launches."""
+"""Tests of a sweep's report with generated sweep folders; tests/sweeps/test_sweep.py launches real sweeps."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ from grpo.runs.sweep_folder import SweepFolder, short
 
 
 def make_sweep(folder, swept, right, accuracy=True, states=None, fixed=("experiment=quickstart",), grid=True):
-    """A sweep over `swept` (key -> values), each job right in the problems that `right(values, seed)` says."""
+    """A sweep folder over `swept` (key -> values); `right(values)` tells for each problem whether a job solves it."""
     points = [
         [f"{key}={value}" for key, value in zip(swept, values, strict=True)]
         for values in itertools.product(*swept.values())
@@ -54,7 +54,7 @@ def make_sweep(folder, swept, right, accuracy=True, states=None, fixed=("experim
 
 
 def drawn(shares):
-    """Problems right with the share that an arm has, the same problems and the same luck for all."""
+    """A `right` for 200 problems: an arm solves `shares(values)` of them, with the same random numbers for all arms."""
 
     def right(values):
         luck = np.random.default_rng(int(values.get("seed", 1))).uniform(size=200)
@@ -68,11 +68,11 @@ KEYS = {"grpo.beta": ["0", "0.04"], "optimizer.lr": ["1e-6", "5e-6"], "seed": ["
 
 @pytest.fixture
 def better_rate(tmp_path):
-    """One key matters, the other does nothing."""
+    """A sweep in which the learning rate has an effect and beta has none."""
     return make_sweep(tmp_path / "sweep", KEYS, drawn(lambda values: 0.8 if values["optimizer.lr"] == "5e-6" else 0.5))
 
 
-def test_the_effect_of_a_key_is_the_mean_over_pairs_that_are_equal_in_all_else(better_rate):
+def test_the_effect_of_a_key_is_the_mean_over_pairs_of_jobs_that_differ_only_in_it(better_rate):
     sweep = SweepAnalysis(better_rate)
     by_key = {effect.key: effect for effect in sweep.effects()}
     assert list(by_key) == ["grpo.beta", "optimizer.lr"]
@@ -81,11 +81,11 @@ def test_the_effect_of_a_key_is_the_mean_over_pairs_that_are_equal_in_all_else(b
     assert by_key["optimizer.lr"].difference.mean == pytest.approx(rates["5e-6"] - rates["1e-6"])
     assert (by_key["optimizer.lr"].pairs, by_key["optimizer.lr"].verdict) == (6, "higher")
     assert (by_key["grpo.beta"].difference.mean, by_key["grpo.beta"].verdict) == (0, "no difference shown")
-    assert by_key["optimizer.lr"].difference.seeds == 3  # two pairs of one seed are no two draws of it
+    assert by_key["optimizer.lr"].difference.seeds == 3  # two pairs with the same seed count as one seed
     assert [effect.verdict for effect in sweep.effects(in_reward=True)] == ["no difference shown", "higher"]
 
 
-def test_a_problem_without_a_grade_counts_for_nobody(tmp_path):
+def test_a_problem_without_a_grade_is_not_compared(tmp_path):
     right = {"0": [True, False, True, True], "0.1": [False, False, True, True]}
     folder = make_sweep(tmp_path / "s", {"grpo.beta": ["0", "0.1"]}, lambda values: right[values["grpo.beta"]])
     file = folder / "0_job" / "eval" / "after.json"
@@ -98,7 +98,7 @@ def test_a_problem_without_a_grade_counts_for_nobody(tmp_path):
     assert [arm.outcome.mean for arm in sweep.arms] == [2 / 3, 0.5]
 
 
-def test_equal_arms_are_called_equal_and_the_better_ones_better(better_rate):
+def test_the_headline_names_the_best_arm_and_those_not_shown_to_be_worse(better_rate):
     text = headline(SweepAnalysis(better_rate))
     assert text.startswith("Best: grpo.beta=0 optimizer.lr=5e-6 with ")
     assert "held-out accuracy, 95 % interval" in text
@@ -107,7 +107,7 @@ def test_equal_arms_are_called_equal_and_the_better_ones_better(better_rate):
     assert "The score of the best of 4 arms is too high on average" in chosen
 
 
-def test_the_commands_are_of_the_best_arm_as_it_was_and_on_seeds_that_no_job_had(better_rate):
+def test_the_commands_reproduce_the_best_arm_and_confirm_it_with_unused_seeds(better_rate):
     commands = {name: shlex.split(line) for name, line in SweepAnalysis(better_rate).commands().items()}
     arm = ["experiment=quickstart", "grpo.beta=0", "optimizer.lr=5e-6"]
     assert commands["reproduce"] == ["python", "launch.py", "-m", *arm, "seed=1,2,3"]
@@ -115,7 +115,7 @@ def test_the_commands_are_of_the_best_arm_as_it_was_and_on_seeds_that_no_job_had
     assert compose_config([*arm, "seed=4"]).optimizer.lr == 5e-6
 
 
-def test_a_seed_that_is_not_swept_is_not_called_fresh(tmp_path):
+def test_a_seed_that_is_not_swept_is_not_used_to_confirm(tmp_path):
     fixed = ["experiment=quickstart", "seed=7"]
     folder = make_sweep(tmp_path / "s", {"grpo.beta": ["0", "0.1"]}, drawn(lambda _: 0.5), fixed=fixed)
     commands = SweepAnalysis(folder).commands()
@@ -123,7 +123,7 @@ def test_a_seed_that_is_not_swept_is_not_called_fresh(tmp_path):
     assert commands["confirm"] == "python launch.py -m experiment=quickstart grpo.beta=0 seed=8,9,10"
 
 
-def test_a_key_with_the_name_of_a_group_makes_arms_too(tmp_path):
+def test_a_swept_config_group_defines_arms_too(tmp_path):
     keys = {"reward": ["math_xml", "mine"], "seed": ["1", "2", "3"]}
     sweep = SweepAnalysis(
         make_sweep(tmp_path / "s", keys, drawn(lambda values: 0.9 if values["reward"] == "mine" else 0.3))
@@ -136,13 +136,13 @@ def test_only_seeds_of_finished_jobs_count(tmp_path):
     assert any(each.startswith("With one seed the intervals") for each in warnings(SweepAnalysis(folder)))
 
 
-def test_a_sweep_of_unknown_points_that_never_began_has_a_page(tmp_path):
+def test_a_sweep_with_unknown_points_that_never_started_has_a_report(tmp_path):
     SweepFolder(tmp_path / "s").begin(Overrides(["optimizer.lr=interval(0,1)"]), ["optimizer.lr"], None)
     _, answer = write_sweep_report(tmp_path / "s")
     assert answer.startswith("No job has finished")
 
 
-def test_the_page_needs_nothing_else_and_the_table_has_every_job(better_rate):
+def test_the_page_needs_no_other_file_and_the_table_has_every_job(better_rate):
     (page, table), answer = write_sweep_report(better_rate)
     text = page.read_text()
     assert not re.findall(r"""src=["'](?!data:)|href=["'][a-z]+:|@import|url\(""", text)
@@ -165,11 +165,11 @@ def test_three_keys_are_drawn_side_by_side(tmp_path):
     assert "grpo.mu=2" in answer.split(" with ")[0]
 
 
-def test_points_that_a_sweeper_came_to_are_shown_with_short_numbers_and_reproduced_with_long_ones(tmp_path):
+def test_points_chosen_by_a_sweeper_are_shown_with_short_numbers_and_reproduced_with_exact_ones(tmp_path):
     keys = {"optimizer.lr": ["1.6193112e-06", "0.000142977"], "grpo.mu": ["1", "2"]}
     shares = drawn(lambda values: 0.9 if values["optimizer.lr"] == "0.000142977" else 0.3)
     folder = make_sweep(tmp_path / "s", keys, shares, grid=False)
-    shutil.copytree(folder / "3_job", folder / "3_other")  # a second trial of that number
+    shutil.copytree(folder / "3_job", folder / "3_other")  # a second trial with the same number
     (page, table), answer = write_sweep_report(folder)
     assert answer.startswith("Best: optimizer.lr=0.000143 grpo.mu=1 with")
     text = page.read_text()
@@ -179,7 +179,7 @@ def test_points_that_a_sweeper_came_to_are_shown_with_short_numbers_and_reproduc
     assert pd.read_csv(table)["folder"].tolist() == ["0_job", "1_job", "2_job", "3_job", "3_other"]
 
 
-def test_overrides_keep_their_places_in_the_commands_since_the_later_one_counts(tmp_path):
+def test_overrides_keep_their_order_in_the_commands_since_the_last_one_counts(tmp_path):
     keys, fixed = {"reward": ["math_xml", "mine"]}, ("experiment=quickstart", "grpo.beta=0.9")
     folder = make_sweep(tmp_path / "s", keys, drawn(lambda _: 0.5), fixed=fixed)
     record = SweepFolder(folder).record()
@@ -192,7 +192,7 @@ def test_overrides_keep_their_places_in_the_commands_since_the_later_one_counts(
     }
 
 
-def test_a_first_value_without_a_finished_job_is_not_what_others_are_compared_with(tmp_path):
+def test_a_first_value_without_a_finished_job_is_not_the_base_of_comparisons(tmp_path):
     keys = {"optimizer.lr": ["1", "2e-5", "1e-4"], "seed": ["1", "2", "3"]}
     states = dict.fromkeys((0, 1, 2), "failed")
     folder = make_sweep(
@@ -202,7 +202,7 @@ def test_a_first_value_without_a_finished_job_is_not_what_others_are_compared_wi
     assert (effect.base, effect.value, effect.pairs, effect.verdict) == ("2e-5", "1e-4", 3, "higher")
 
 
-def test_what_one_seed_shows_is_said_of_that_seed(tmp_path):
+def test_a_difference_shown_with_one_seed_is_reported_for_that_seed_only(tmp_path):
     keys = {"grpo.beta": ["0", "0.1"], "seed": ["1", "2", "3"]}
     right = drawn(lambda values: 0.8 if values["grpo.beta"] == "0" else 0.3)
     folder = make_sweep(tmp_path / "s", keys, right, states={1: "failed", 5: "failed"})
@@ -215,13 +215,13 @@ def test_what_one_seed_shows_is_said_of_that_seed(tmp_path):
     assert "shares no seed or held-out problem with another arm" in headline(SweepAnalysis(apart))
 
 
-def test_other_problems_are_compared_with_none(tmp_path):
+def test_arms_evaluated_on_different_problems_are_not_compared(tmp_path):
     keys = {"data.path": ["one", "other"], "seed": ["1", "2"]}
     folder = make_sweep(tmp_path / "s", keys, drawn(lambda _: 0.5))
     for number in (2, 3):
         run = RunFolder(folder / f"{number}_job")
         after = run.evaluation("after")
-        for problem in after["problems"]:  # lines of another file, that are numbered alike
+        for problem in after["problems"]:  # as in another file whose lines have the same numbers
             problem["answer"] = "42"
         run.write_evaluation("after", after)
     (page, _), answer = write_sweep_report(folder)
@@ -230,7 +230,7 @@ def test_other_problems_are_compared_with_none(tmp_path):
     assert any("with the best: 1 arms" in each for each in warnings(SweepAnalysis(folder)))
 
 
-def test_a_file_that_cannot_be_read_costs_one_job_and_a_dollar_sign_none(tmp_path):
+def test_an_unreadable_file_excludes_only_its_job_and_dollar_signs_in_values_do_no_harm(tmp_path):
     keys = {"data.system_prompt": ["'a $x_1_2$ b'", "'/d/$HOME_x_y$z'"], "seed": ["1", "2"]}
     folder = make_sweep(tmp_path / "s", keys, drawn(lambda _: 0.5))
     for place, content in (
@@ -251,8 +251,8 @@ def test_a_file_that_cannot_be_read_costs_one_job_and_a_dollar_sign_none(tmp_pat
         file.write_text(before)
 
 
-def test_a_job_without_an_outcome_takes_no_part(tmp_path):
-    """One without a finite reward, and one on other problems than the other seeds of its arm."""
+def test_a_job_without_a_comparable_outcome_is_excluded(tmp_path):
+    """A job without a finite reward, and one evaluated on other problems than the other seeds of its arm."""
     keys = {"grpo.beta": ["0", "0.1"], "seed": ["1", "2", "3"]}
     folder = make_sweep(tmp_path / "s", keys, drawn(lambda _: 0.5), accuracy=False)
     run = RunFolder(folder / "1_job")
@@ -275,7 +275,7 @@ def test_a_job_without_an_outcome_takes_no_part(tmp_path):
     assert [difference.seeds for difference in sweep.gap_to_best.values()] == [2]
 
 
-def test_a_deletion_stays_as_it_was_given(tmp_path):
+def test_a_deletion_override_is_kept_unchanged_in_the_commands(tmp_path):
     fixed = ("experiment=quickstart", "~reward.components.format")
     folder = make_sweep(tmp_path / "s", {"grpo.beta": ["0", "0.1"]}, drawn(lambda _: 0.5), fixed=fixed)
     assert "'~reward.components.format' grpo.beta=0" in SweepAnalysis(folder).commands()["reproduce"]
@@ -289,7 +289,7 @@ def test_only_long_decimal_numbers_are_shortened(value, shown):
     assert short(value) == (shown or value)
 
 
-def test_jobs_that_did_not_finish_are_named_with_their_reason_and_left_out(tmp_path):
+def test_jobs_that_did_not_finish_are_listed_with_their_error_and_excluded(tmp_path):
     states = {1: "failed", 4: "interrupted", 7: "pending"}
     folder = make_sweep(tmp_path / "s", KEYS, drawn(lambda values: 0.5), states=states)
     (page, _), _ = write_sweep_report(folder)
@@ -300,7 +300,7 @@ def test_jobs_that_did_not_finish_are_named_with_their_reason_and_left_out(tmp_p
     assert any("did not finish: 3 of 12 jobs" in each for each in warnings(sweep))
 
 
-def test_without_evaluations_rewards_are_compared_and_it_is_said(tmp_path):
+def test_without_evaluations_rewards_are_compared_with_a_warning(tmp_path):
     keys = {"grpo.beta": ["0", "0.1"], "seed": ["1", "2", "3"]}
     right = drawn(lambda values: 0.2 if values["grpo.beta"] == "0" else 0.9)
     folder = make_sweep(tmp_path / "s", keys, right, accuracy=False)
@@ -312,22 +312,22 @@ def test_without_evaluations_rewards_are_compared_and_it_is_said(tmp_path):
     assert "mean reward of the last tenth" in page.read_text()
 
 
-def test_a_sweep_in_which_nothing_finished_has_a_page_too(tmp_path):
+def test_a_sweep_without_a_finished_job_has_a_report_too(tmp_path):
     folder = make_sweep(tmp_path / "s", {"seed": ["1", "2"]}, drawn(lambda _: 1), states={0: "failed", 1: "pending"})
     (page, table), answer = write_sweep_report(folder)
     assert answer == "No job has finished, so there is nothing to compare."
     assert "as it was" in page.read_text() and len(table.read_text().splitlines()) == 3
 
 
-def test_an_arm_that_is_always_right_is_not_called_certain(tmp_path):
+def test_an_arm_that_is_always_right_still_has_an_interval(tmp_path):
     folder = make_sweep(tmp_path / "s", {"seed": ["1", "2", "3"]}, drawn(lambda _: 1.1))
     outcome = SweepAnalysis(folder).arms[0].outcome
     low, high = outcome.interval
     assert (outcome.mean, high) == (1, 1)
-    assert 0.97 < low < 0.99  # Wilson's for 200 of 200
+    assert 0.97 < low < 0.99  # Wilson's interval for 200 of 200
 
 
-def test_text_from_a_run_is_text_in_the_page(tmp_path):
+def test_text_from_a_run_is_escaped_in_the_page(tmp_path):
     folder = make_sweep(tmp_path / "s", {"seed": ["1", "2"]}, drawn(lambda _: 1), states={0: "failed"})
     status = folder / "0_job" / "status.json"
     status.write_text(json.dumps(json.loads(status.read_text()) | {"error": "<script>alert(1)</script>"}))
@@ -335,6 +335,6 @@ def test_text_from_a_run_is_text_in_the_page(tmp_path):
     assert "<script>" not in page.read_text()
 
 
-def test_a_folder_that_is_no_sweep_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_sweep_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"it has no sweep\.json"):
         SweepAnalysis(tmp_path)

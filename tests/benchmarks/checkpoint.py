@@ -1,9 +1,10 @@
-"""What saving costs, in the way of training and beside it.
+"""Measure the cost of saving checkpoints: without checkpoint.overlap ("in the way") and with it ("beside training").
 
 python tests/benchmarks/checkpoint.py [MODEL]      a hub name or local folder; default: the embedded model
 
-`paused` are the seconds that `save` takes, `written` those until all is on the disk, and `lost` those by which a fixed
-number of forward and backward passes after the save, which outlasts the writing, ends later than without one.
+`paused` is the time in seconds that `save` takes, and `written` the time until everything is on disk. `lost` is how
+much later a fixed number of forward and backward passes ends if a checkpoint is saved before them; they take longer
+than the writing.
 """
 
 import statistics
@@ -25,7 +26,7 @@ ROUNDS = 3
 
 
 def work(model: torch.nn.Module, passes: int) -> float:
-    """Seconds of so many passes."""
+    """The time in seconds of `passes` forward and backward passes."""
     ids = torch.arange(64).repeat(4, 1) + 5
     started = time.perf_counter()
     for _ in range(passes):
@@ -35,7 +36,7 @@ def work(model: torch.nn.Module, passes: int) -> float:
 
 
 def saved(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
-    """What a trainer hands over to be saved."""
+    """The state that a trainer passes to the checkpoint writer."""
     state = TrainerState(step=step, iteration=1)
     return {"model": weights_of(model), "optimizer": flatten_optimizer(optimizer), "reference": None, "trainer": state}
 
@@ -44,7 +45,7 @@ def main(name: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_source(name), dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters())
     work(model, 1)
-    optimizer.step()  # makes its state
+    optimizer.step()  # creates its state
     size = 3 * sum(parameter.numel() * 4 for parameter in model.parameters()) / 1e9
     passes = max(3, int((0.2 + 4 * size) / work(model, 1)))
     print(f"{name}: {size:.3f} GB a checkpoint, {torch.get_num_threads()} threads, medians of {ROUNDS}")

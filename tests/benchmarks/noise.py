@@ -1,4 +1,4 @@
-"""What drawing a token costs: counter noise (Gumbel-max) beside torch.multinomial and the model's own decode step.
+"""Compare the time per token of counter-based noise (Gumbel-max), torch.multinomial, and the model's decode step.
 
 python tests/benchmarks/noise.py [MODEL]      a hub name or local folder; default: the embedded model
 """
@@ -20,7 +20,7 @@ PROMPT_TOKENS, ROUNDS = 80, 15
 
 
 def read(model: PreTrainedModel, cache: DynamicCache, ids: torch.Tensor) -> torch.Tensor:
-    """The hidden states (rows, H) of the last of these tokens."""
+    """Append `ids` to the cache, and return the hidden states (rows, H) of their last token."""
     start = cache.get_seq_length()
     mask = torch.ones(len(ids), start + ids.shape[1], dtype=torch.long)
     position_ids = torch.arange(start, start + ids.shape[1]).expand_as(ids)

@@ -1,9 +1,9 @@
-"""What plan=true counts beside what a run takes: peak memory and seconds a step, for three shapes.
+"""Compare plan=true with measured runs: peak memory and seconds per step, for three shapes.
 
 python tests/benchmarks/plan.py [OVERRIDE ...]
 
-The overrides say which model and data; default: the embedded ones. Each run is a launch of two steps whose completions
-may not end early, as the plan assumes; its first step is not timed.
+The overrides choose model and data; default: the embedded ones. Each run is a launch of two steps in which no
+completion ends early, as the plan assumes; its first step is not timed.
 """
 
 import json

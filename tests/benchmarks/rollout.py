@@ -1,11 +1,11 @@
-"""Sampling: tokens a second of this suite, of transformers' generate and, where it is installed, of vLLM.
+"""Measure sampling: tokens per second of this suite, of transformers' generate and, if it is installed, of vLLM.
 
 python tests/benchmarks/rollout.py [MODEL] [--shape 2x8x64] [--prompt-tokens 80] [--third] [--dtype float32]
 
 MODEL is a hub name or local folder; default: the embedded one. All read the same prompts of random tokens, sample at
-temperature 1 and end each completion at the same length: all at the limit, or with --third a third of them by a
-quarter of it (not for vLLM, which is asked for one length). Turns, medians. Counted are the tokens up to each end.
-All share a process, and so what this suite sets for it: oneDNN keeps what it prepared for 32 shapes of products only.
+temperature 1 and end each completion at the same length: all at the limit, or with --third a third of them within a
+quarter of it (without vLLM then, for which only one length can be set). They run in turns in one process, and the
+median times count. Only tokens up to the end of each completion are counted.
 """
 
 import argparse
@@ -28,7 +28,7 @@ STOP, PAD = 2, 0
 
 
 class ForceLengths(LogitsProcessor):
-    """What makes `generate` end each row where it should."""
+    """Makes `generate` end each row at its length in `ends`."""
 
     def __init__(self, ends: torch.Tensor, prompt_tokens: int) -> None:
         self.ends, self.prompt_tokens = ends, prompt_tokens
@@ -41,7 +41,7 @@ class ForceLengths(LogitsProcessor):
 
 
 def force_lengths(ends: torch.Tensor, keys: torch.Tensor) -> None:
-    """Make `rollout` end the row of each key where it should."""
+    """Make `rollout` end the row of each key at its length in `ends`."""
     choose = engine._sample_tokens
     end_of = {tuple(key): end for key, end in zip(keys.tolist(), ends.tolist(), strict=True)}
 
@@ -100,7 +100,7 @@ def main() -> None:
             attention_mask=torch.ones_like(repeated),
             max_new_tokens=tokens,
             do_sample=True,
-            temperature=1.0,  # these four as the sampling of ours, whatever the model's own generation config has
+            temperature=1.0,  # these four equal our sampling and override the model's generation config
             top_k=0,
             top_p=1.0,
             repetition_penalty=1.0,
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def vllm_contestant(args, source, ids, group, tokens):  # type: ignore[no-untyped-def]
-    """vLLM on the same prompts, or None where it is not installed."""
+    """A function that samples with vLLM from the same prompts, or None if vLLM is not installed."""
     try:
         from vllm import LLM, SamplingParams
     except ImportError:

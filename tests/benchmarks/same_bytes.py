@@ -1,10 +1,10 @@
-"""Whether this checkout and another one compute the same bytes.
+"""Check whether this checkout and another one compute the same bytes.
 
     python tests/benchmarks/same_bytes.py OTHER_CHECKOUT [--smollm2 DIR --gsm8k DIR] [--keep DIR]
 
-Runs the same commands with both, in the Python that runs this, and compares the SHA-256 of every weight and
-optimizer file, the samples, and every metrics row but for times and memory. --keep: a folder in which the other
-checkout's runs are kept, so that a second call need not repeat them. Exits with 1 at a difference.
+Runs the same commands with both, using the Python interpreter of this script, and compares the SHA-256 of every file
+of weights, optimizer state or samples, and every metrics row except for times and memory. --keep: a folder that keeps
+the other checkout's runs, so that a second call does not repeat them. Exits with 1 if anything differs.
 """
 
 import argparse
@@ -22,7 +22,7 @@ EVERYWHERE = ["seed=1", "tracking=disabled"]
 
 
 def cases(smollm2: str | None, gsm8k: str | None) -> dict[str, list[str]]:
-    """The command lines by name; those of SmolLM2 only where its folder is given."""
+    """The arguments of each case by its name; the cases of SmolLM2 only if its folder is given."""
     quickstart = ["experiment=quickstart"]
     found = {
         "quickstart": quickstart,
@@ -43,7 +43,7 @@ def cases(smollm2: str | None, gsm8k: str | None) -> dict[str, list[str]]:
 
 
 def run(checkout: Path, arguments: list[str], folder: Path) -> None:
-    """One launch of a checkout into a run folder. Raises RuntimeError with its output where it fails."""
+    """Launch a run of a checkout in `folder`. Raises RuntimeError with its output if it fails."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(checkout / "launch.py"), *arguments, *EVERYWHERE, f"run_dir={folder}"]
     environment = os.environ | {"PYTHONPATH": str(checkout)}
@@ -53,7 +53,7 @@ def run(checkout: Path, arguments: list[str], folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """What must be equal, by name: a digest of each file of tensors or samples, and each metrics row."""
+    """The contents that must be equal, by name: a digest of each file of tensors or samples, and each metrics row."""
     files = [*folder.glob("checkpoints/*/*.safetensors"), *folder.glob("final_model/*.safetensors")]
     files += folder.glob("samples/*.jsonl")
     found = {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
@@ -65,7 +65,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    """Compare; prints a line for each case and returns the exit code."""
+    """Compare the chosen cases, print a line for each, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path)
     parser.add_argument("--smollm2")

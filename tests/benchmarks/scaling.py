@@ -1,12 +1,13 @@
-"""How the time and the memory of the parts of a step grow: with the group, the tokens, the prompt and the vocabulary.
+"""Measure how time and memory of the parts of a step grow with the group, the tokens, the prompt and the vocabulary.
 
 python tests/benchmarks/scaling.py [--hidden 256] [--layers 8]
 
-A Llama of random weights, 2 prompts, float32 on a CPU. `sample` and `update` are seconds (medians of turns through all
-shapes, so that a slow moment of the machine does not fall on one). `linear` is the time over that of the shape before,
-divided by how much the work grew: 1.00 is linear. `memory` is what an update takes above the weights and their
-gradients, in a process of its own for each shape, cut to the same budget of tokens. `activations` is the same without
-the head's gradient or the embedding's, one of which at a time exists a second time before it is added.
+Uses a Llama with random weights and 2 prompts, in float32 on a CPU. `sample` and `update` are seconds: medians
+of several rounds through all shapes, so that a slow moment of the machine does not affect one shape only. `linear` is
+the time divided by that of the previous shape and by the growth of the work: 1.00 is linear. `memory` is what an update
+needs in addition to the weights and their gradients, measured in a separate process for each shape, with micro-batches
+of the same token budget. `activations` is `memory` without the gradient of the head or of the embedding, of which one
+at a time is allocated a second time before it is added.
 """
 
 import argparse
@@ -82,9 +83,9 @@ class Shape:
 
 
 def update_memory(args: argparse.Namespace, values: dict[str, int]) -> float:
-    """GB that an update took above what stood before it and its gradients, of this fresh process."""
+    """GB that an update needs in addition to the weights and their gradients; must be called once per process."""
     shape = Shape(args, **values | {"group": 2, "tokens": 4, "prompt": 4})
-    shape.update()  # loads what is loaded at first use, and makes the gradients
+    shape.update()  # loads everything that is loaded at the first use, and allocates the gradients
     shape.set_batch(**values)
     before = peak_memory_gb(torch.device("cpu"))
     shape.update()

@@ -1,19 +1,19 @@
-"""A training step of this suite and of TRL's GRPOTrainer on the same work: time, memory, and the counted floor.
+"""Compare a training step of this suite with TRL's GRPOTrainer on the same work: time, memory, and computed floor.
 
 python tests/benchmarks/vs_trl.py [--shape 2x4x64] [--third-by N] [--ours-bf16] [OVERRIDE ...]
 
-Both read the same prompts with the same model, sample groups of the same size, are made to end each completion at the
-same length (all at the limit, or a third of them spread up to --third-by tokens), use AdamW, the same beta and one
-update a batch. Each runs in processes of its own, in turns, TRL in one that has nothing of this suite in it; the first
-step of each is left out. A step is all that passes from the start of one to the start of the next: data, rewards and
-logging are in it, checkpoints and evaluations are not.
+Both use the same model, prompts and group size, are forced to end each completion at the same length (all at the limit,
+or a third of them at lengths spread up to --third-by tokens), and use AdamW, the same beta and one update per batch.
+They run in turns, each time in a new process; that of TRL imports nothing of this suite. The first step of each process
+is not counted. The time of a step is that from its start to the start of the next: it includes data, rewards and
+logging, but no checkpoints and no evaluations.
 
-TRL trains without gradient checkpointing, which would slow it, unless --trl-checkpointing asks for what is its default;
-in passes of as many completions as fit ours when padded, at least the 8 that are its default; with torch's own number
-of threads unless --trl-threads is given.
+TRL trains without gradient checkpointing, which would slow it down, unless --trl-checkpointing turns on this default of
+TRL. Its passes have as many completions as fit into our token budget when padded, but at least 8, which is its default.
+It uses torch's default number of threads unless --trl-threads is given.
 
-The floor is the time that the matrix products of the work would take at the rate of a large product measured here, and
-the reading of the weights, once a decode step, at the rate of reading memory measured here.
+The floor is the time of the work's matrix products at the measured rate of one large product. While decoding, it is the
+time of reading the weights once per decode step at the measured rate of reading memory, if that is longer.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
 
 
 def forced_lengths(args: argparse.Namespace) -> list[int]:
-    """How many tokens each completion of a step has: of every three, the first ends early where that is asked for."""
+    """The number of tokens of each completion of a step; with --third-by the first of every three ends early."""
     early = len(range(0, args.rows, 3))
     return [
         args.third_by * (row // 3 + 1) // early if args.third_by and row % 3 == 0 else args.tokens
@@ -83,7 +83,7 @@ def settings(args: argparse.Namespace) -> list[str]:
 
 
 def run_ours(args: argparse.Namespace) -> list[float]:
-    """Seconds of each step of a real launch, whose sampling is made to end completions where it should."""
+    """Seconds of each step of a real launch in which every completion is forced to end at its length."""
     import numpy as np
     import torch
 
@@ -213,7 +213,7 @@ def run_trl(args: argparse.Namespace, work: dict) -> list[float]:
 
 
 def describe_work(args: argparse.Namespace, folder: str) -> dict:
-    """What TRL is to be given, and the floor of a step: its seconds at the rates measured here."""
+    """The inputs for TRL's trainer, and the floor of a step in seconds at the rates measured here."""
     import torch
 
     from grpo.config.checks import typed
@@ -262,7 +262,7 @@ def describe_work(args: argparse.Namespace, folder: str) -> dict:
 
 
 def peak_gb() -> float:
-    """The most memory that this process had, in GB; Linux."""
+    """Peak memory of this process in GB; works on Linux only."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 

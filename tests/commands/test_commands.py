@@ -24,7 +24,7 @@ from grpo.runs.folder import RunFolder
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """Run a command in an empty working directory: (exit code, stdout, stderr). Torch's settings are put back."""
+    """Run a command in an empty working directory: (exit code, stdout, stderr). Torch's settings are restored."""
     cwd = tmp_path / "cwd"
     cwd.mkdir()
     monkeypatch.chdir(cwd)
@@ -45,7 +45,7 @@ def command(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def run(finished_run, tmp_path):
-    """A copy of the finished run, to be written into."""
+    """A copy of the finished run, which a test may change."""
     return shutil.copytree(finished_run, tmp_path / "run")
 
 
@@ -58,7 +58,7 @@ def evaluation(folder, name):
     return json.loads((folder / "eval" / f"{name}.json").read_text())
 
 
-def test_without_a_command_all_are_listed_with_what_they_do(tmp_path):
+def test_without_a_command_all_commands_are_listed_with_what_they_do(tmp_path):
     arguments = [sys.executable, "-m", "grpo"]
     result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0
@@ -68,21 +68,21 @@ def test_without_a_command_all_are_listed_with_what_they_do(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_command_explains_itself(command):
+def test_every_command_has_a_help_text(command):
     for name in commands():
         code, out, _ = command(name, "--help")
         assert code == 0
         assert f"python -m grpo {name}" in out
 
 
-def test_an_unknown_command_is_answered_with_the_commands(command):
+def test_an_unknown_command_is_answered_with_the_list_of_commands(command):
     code, _, err = command("evalute", "run_dir=outputs/x")
     assert code == 2
     assert err == f"error: there is no command 'evalute'; choose one of {', '.join(commands())}\n"
 
 
 @pytest.mark.parametrize("name", ["evaluate", "chat", "plot"])
-def test_a_folder_that_is_no_run_is_refused(command, tmp_path, name):
+def test_a_folder_that_is_not_a_run_is_refused(command, tmp_path, name):
     code, _, err = command(name, f"run_dir={tmp_path}")
     assert code == 2
     assert err == f"error: run_dir={tmp_path} is not a run folder (it has no config.yaml)\n"
@@ -102,7 +102,7 @@ def test_a_folder_that_is_no_run_is_refused(command, tmp_path, name):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_bad_command_ends_with_2_and_one_line(command, arguments, said):
+def test_a_bad_command_exits_with_2_and_a_short_message(command, arguments, said):
     code, out, err = command(*arguments)
     assert code == 2
     assert "Traceback" not in out + err
@@ -111,7 +111,7 @@ def test_a_bad_command_ends_with_2_and_one_line(command, arguments, said):
     assert err.count("\n") <= 2
 
 
-def test_evaluate_gives_the_trained_models_accuracy_again(command, run):
+def test_evaluate_reproduces_the_accuracy_of_the_trained_model(command, run):
     code, out, _ = command("evaluate", f"run_dir={run}")
     assert code == 0
     again, after = newest_evaluation(run), evaluation(run, "after")
@@ -121,7 +121,7 @@ def test_evaluate_gives_the_trained_models_accuracy_again(command, run):
     assert str(run / "eval") in out
 
 
-def test_evaluate_with_the_first_model_gives_the_accuracy_before_training(command, run):
+def test_evaluate_with_the_initial_model_gives_the_accuracy_before_training(command, run):
     code, out, _ = command("evaluate", f"run_dir={run}", "model.name=tiny")
     assert code == 0
     again, before = newest_evaluation(run), evaluation(run, "before")
@@ -141,7 +141,7 @@ def test_evaluate_changes_only_what_the_command_line_names(command, run):
     assert (run / "config.yaml").read_text().count("max_problems: 8") == 1
 
 
-def test_evaluate_takes_the_last_checkpoint_of_a_run_that_has_no_final_model(command, run):
+def test_evaluate_uses_the_last_checkpoint_of_a_run_that_has_no_final_model(command, run):
     shutil.rmtree(run / "final_model")
     assert command("evaluate", f"run_dir={run}")[0] == 0
     again = newest_evaluation(run)
@@ -149,7 +149,7 @@ def test_evaluate_takes_the_last_checkpoint_of_a_run_that_has_no_final_model(com
     assert again["problems"] == evaluation(run, "after")["problems"] != evaluation(run, "before")["problems"]
 
 
-def test_evaluate_says_where_a_run_has_no_trained_model_yet(command, run):
+def test_evaluate_refuses_a_run_that_has_no_trained_model_yet(command, run):
     shutil.rmtree(run / "final_model")
     shutil.rmtree(run / "checkpoints")
     code, _, err = command("evaluate", f"run_dir={run}")
@@ -167,7 +167,7 @@ def test_evaluate_works_without_a_run_and_leaves_no_file(command):
 
 
 @pytest.mark.parametrize("name", ["evaluate", "chat"])
-def test_a_tool_refuses_to_run_what_only_the_folder_names(command, run, tmp_path, name):
+def test_a_command_refuses_to_run_a_function_that_only_the_run_folder_names(command, run, tmp_path, name):
     proof = tmp_path / "proof"
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["objective"]["_target_"] = "subprocess.check_output"
@@ -207,7 +207,7 @@ def test_values_of_a_run_folder_are_not_interpolated(run, tmp_path, monkeypatch,
     found = flatten(to_dict(config))
     expected = dict.fromkeys(TEXTS, SECRET) | {"tracking.project": "${project}"}
     if reader == "fork":
-        expected["tracking.name"] = None  # a fork is a run of its own in W&B
+        expected["tracking.name"] = None  # a fork is a separate run in W&B
     assert {key: found[key] for key in TEXTS} == expected
     assert found["tracking.tags"] == ["a", SECRET]
 
@@ -219,7 +219,7 @@ def test_chat_answers_a_prompt_as_the_evaluation_did(command, run):
     assert out == problem["completion"] + "\n"
 
 
-def test_chat_answers_line_by_line_until_an_empty_one(command, run, monkeypatch):
+def test_chat_answers_line_by_line_until_an_empty_line(command, run, monkeypatch):
     problems = evaluation(run, "after")["problems"][:3]
     lines = [question(problem) for problem in problems]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n\nWhat is 1 + 1?\n"))
@@ -233,20 +233,20 @@ def question(problem):
     return next(row["question"] for row in arithmetic.problems("test") if row["id"] == problem["problem_id"])
 
 
-def test_a_prompt_may_hold_any_character(command):
+def test_a_prompt_may_contain_any_character(command):
     tiny = ["model=tiny", "data=arithmetic", "hardware=cpu", "hardware.threads=1", "grpo.max_completion_length=4"]
     code, _, err = command("chat", *tiny, 'prompt=a = {b}, "c" ${d} [e] \\f')
     assert (code, err) == (0, "")
 
 
-def test_chat_samples_where_a_temperature_is_given(command, run):
+def test_chat_samples_if_a_temperature_is_given(command, run):
     prompt = f"prompt={question(evaluation(run, 'after')['problems'][0])}"
     answers = [command("chat", f"run_dir={run}", "rollout.temperature=5", f"seed={seed}", prompt) for seed in (1, 1, 2)]
     assert [code for code, _, _ in answers] == [0, 0, 0]
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_plot_draws_into_the_folder_of_choice_and_leaves_the_run_as_it_is(command, run, tmp_path):
+def test_plot_writes_to_output_dir_and_leaves_the_run_unchanged(command, run, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     charts = tmp_path / "charts"
     code, out, _ = command("plot", f"run_dir={run}", f"output_dir={charts}")
@@ -259,7 +259,7 @@ def test_plot_draws_into_the_folder_of_choice_and_leaves_the_run_as_it_is(comman
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_plot_draws_again_what_was_deleted(command, run):
+def test_plot_recreates_deleted_charts_and_a_deleted_summary(command, run):
     shutil.rmtree(run / "plots")
     (run / "summary.json").unlink()
     assert command("plot", f"run_dir={run}")[0] == 0
@@ -275,7 +275,7 @@ def test_plot_of_a_broken_metrics_file_names_the_line(command, run):
     assert "metrics.jsonl, line 1" in err
 
 
-def test_download_has_nothing_to_fetch_for_the_embedded_model_and_data(command):
+def test_download_has_nothing_to_download_for_the_embedded_model_and_data(command):
     code, out, _ = command("download", "experiment=quickstart")
     assert code == 0
     train, test = len(arithmetic.problems("train")), len(arithmetic.problems("test"))
@@ -284,7 +284,7 @@ def test_download_has_nothing_to_fetch_for_the_embedded_model_and_data(command):
 
 @pytest.fixture(scope="module")
 def adapter_run(tmp_path_factory, small_run, launch):
-    """A finished run of LoRA that learned something, and one that was not finished. Only to be read."""
+    """A finished run with LoRA that learned something. Tests only read it."""
     cwd = tmp_path_factory.mktemp("adapter")
     settings = [*small_run, "tuning=lora", "optimizer.lr=0.01", "checkpoint.every=1", "run_dir=run"]
     result = launch(*settings, cwd=cwd)
@@ -292,7 +292,7 @@ def adapter_run(tmp_path_factory, small_run, launch):
     return cwd / "run"
 
 
-def test_a_run_of_lora_is_evaluated_with_its_adapter_and_without(command, adapter_run, tmp_path):
+def test_a_lora_run_is_evaluated_with_and_without_its_adapter(command, adapter_run, tmp_path):
     run = shutil.copytree(adapter_run, tmp_path / "run")
     before, after = evaluation(run, "before"), evaluation(run, "after")
     assert before["problems"] != after["problems"]
@@ -301,13 +301,13 @@ def test_a_run_of_lora_is_evaluated_with_its_adapter_and_without(command, adapte
         assert code == 0, err
         assert newest_evaluation(run)["problems"] == expected["problems"]
         shutil.rmtree(run / "eval")
-    shutil.rmtree(run / "final_model")  # as where it was interrupted: the last checkpoint
+    shutil.rmtree(run / "final_model")  # as in an interrupted run: the last checkpoint is used
     code, _, err = command("evaluate", f"run_dir={run}")
     assert code == 0, err
     assert newest_evaluation(run)["problems"] == after["problems"]
 
 
-def test_merge_makes_one_model_of_a_run_of_lora(command, adapter_run, tmp_path):
+def test_merge_writes_one_model_from_a_lora_run(command, adapter_run, tmp_path):
     run = shutil.copytree(adapter_run, tmp_path / "run")
     code, out, err = command("merge", f"run_dir={run}")
     assert (code, out) == (0, f"{run / 'merged_model'}\n"), err
@@ -321,7 +321,7 @@ def test_merge_makes_one_model_of_a_run_of_lora(command, adapter_run, tmp_path):
     assert (code, "has no final_model/ with its adapter yet" in err) == (2, True)
 
 
-def test_merge_takes_no_adapter_that_a_run_only_began_with(command, launch, small_run, adapter_run, tmp_path):
+def test_merge_does_not_use_the_initial_adapter_of_a_run(command, launch, small_run, adapter_run, tmp_path):
     adapter = adapter_run / "final_model"
     settings = [*small_run, "tuning=lora", f"model.lora.init_from={adapter}", "checkpoint.every=1", "run_dir=run"]
     stopped = launch(*settings, cwd=tmp_path, fault=("grpo.training.trainer.apply_gradient", "2", "kill"))
@@ -334,7 +334,7 @@ def test_merge_takes_no_adapter_that_a_run_only_began_with(command, launch, smal
     assert (code, "is not the folder of an adapter" in err) == (2, True)
 
 
-def test_a_run_of_another_device_is_merged_all_the_same(command, adapter_run, tmp_path):
+def test_a_run_from_another_device_can_be_merged(command, adapter_run, tmp_path):
     run = shutil.copytree(adapter_run, tmp_path / "run")
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["hardware"]["device"], config["model"]["device_map"] = "cuda", "cuda:1"
@@ -343,12 +343,12 @@ def test_a_run_of_another_device_is_merged_all_the_same(command, adapter_run, tm
     assert (code, out) == (0, f"{run / 'merged_model'}\n"), err
 
 
-def test_merge_has_nothing_to_do_without_an_adapter(command, finished_run):
+def test_merge_is_refused_without_an_adapter(command, finished_run):
     code, _, err = command("merge", f"run_dir={finished_run}")
     assert (code, err) == (2, f"error: nothing to merge: {finished_run} has no adapter\n")
 
 
-def test_an_adapter_given_as_a_model_is_answered_with_the_whole_command(command, adapter_run, tmp_path):
+def test_an_adapter_given_as_a_model_is_answered_with_overrides_that_work(command, adapter_run, tmp_path):
     data = ["data=arithmetic", "data.system_prompt=null", "eval.max_problems=8", "hardware=cpu"]
     code, _, err = command("evaluate", f"model.name={adapter_run / 'final_model'}", *data)
     assert code == 2

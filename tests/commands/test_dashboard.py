@@ -1,4 +1,4 @@
-"""The W&B view, built offline: every panel is of a metric that runs do log."""
+"""The W&B view, built offline: every panel shows a metric that runs log."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_every_panel_shows_a_metric_that_a_run_logs(finished_run):
     assert {"reward", "rewards/correctness/mean", "rewards/format/mean", "completions/mean_length", "loss"} <= shown
 
 
-def test_the_view_of_a_sweep_is_of_its_group_and_puts_the_seeds_of_an_arm_together(tmp_path, monkeypatch):
+def test_the_view_of_a_sweep_shows_only_its_group_and_puts_the_seeds_of_an_arm_together(tmp_path, monkeypatch):
     small = [*QUICK, "grpo.num_steps=1", "hydra/launcher=basic", "grpo.beta=0,0.04", "seed=1,2"]
     assert launch("-m", *small, "sweep_dir=mine", cwd=tmp_path).returncode == 0
     view = _view({"sweep_dir": str(tmp_path / "mine")})
@@ -46,7 +46,7 @@ def test_the_view_of_a_sweep_is_of_its_group_and_puts_the_seeds_of_an_arm_togeth
     assert config["overrides"] == ["grpo.beta=0", "seed=1"]
 
 
-def test_arms_of_a_group_are_told_apart_by_a_key_that_follows_it(tmp_path):
+def test_arms_of_a_swept_config_group_are_distinguished_by_a_key_that_it_sets(tmp_path):
     overrides = ["tuning=lora,full", "seed=1,2"]
     points = [[f"tuning={tuning}", f"seed={seed}"] for tuning in ("lora", "full") for seed in (1, 2)]
     sweep = SweepFolder(tmp_path / "sweep")
@@ -62,7 +62,7 @@ def test_arms_of_a_group_are_told_apart_by_a_key_that_follows_it(tmp_path):
     assert key.startswith("model.lora")
 
 
-def test_what_cannot_be_shown_is_refused_in_a_line(tmp_path, capsys):
+def test_arguments_that_name_nothing_to_show_are_refused(tmp_path, capsys):
     for arguments, said in (
         ([], "dashboard takes one of"),
         (["run_dir=a", "sweep_dir=b"], "dashboard takes one of"),

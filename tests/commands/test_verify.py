@@ -1,4 +1,4 @@
-"""`python -m grpo verify`: a folder that is what its settings give, and folders that are not."""
+"""`python -m grpo verify`: a run folder that its settings reproduce, and folders that they do not."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tests.launches import SETTINGS, STEPS, grpo, launch
 
 @pytest.fixture
 def run(tmp_path, straight):
-    """A copy of the run that nothing stopped, with its one checkpoint of the last step."""
+    """A copy of the run that was never stopped, with its only checkpoint, that of the last step."""
     return shutil.copytree(straight, tmp_path / "run")
 
 
@@ -26,7 +26,7 @@ def everything(folder):
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
-def test_a_sound_folder_is_certified_from_the_start_to_its_checkpoint_and_left_as_it_is(run, verify):
+def test_an_intact_folder_is_verified_from_the_first_step_to_its_checkpoint_and_left_unchanged(run, verify):
     before = everything(run)
     result = verify(f"run_dir={run}")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -47,7 +47,7 @@ def change_row(run, step, **changes):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_a_row_that_was_changed_is_named(run, verify):
+def test_a_changed_row_is_reported(run, verify):
     change_row(run, 2, reward=2.8)
     result = verify(f"run_dir={run}", "step=3")
     assert result.returncode == 1
@@ -59,12 +59,12 @@ def test_a_row_that_was_changed_is_named(run, verify):
     )
 
 
-def test_times_may_differ(run, verify):
+def test_differences_in_times_are_ignored(run, verify):
     change_row(run, 1, step_time=99.0, **{"timing_s/update": 98.0, "perf/tokens_per_s": 1.0})
     assert verify(f"run_dir={run}", "step=1").returncode == 0
 
 
-def test_weights_that_are_others_under_a_sound_manifest_are_named(run, verify):
+def test_changed_weights_with_a_valid_manifest_are_reported(run, verify):
     checkpoint = run / "checkpoints" / f"step_{STEPS:06d}"
     tensors = {
         name: {key: value.clone() for key, value in StoredTensors(checkpoint / f"{name}.safetensors").items()}
@@ -102,7 +102,7 @@ def test_progress_and_optimizer_of_a_checkpoint_are_compared_too(verify, tmp_pat
     assert "no sound checkpoint of that step is kept, so weights were not compared" in result.stdout
 
 
-def test_a_missing_row_is_said(run, verify):
+def test_a_missing_row_is_reported(run, verify):
     file = run / "metrics" / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:2] + lines[3:]))
@@ -111,7 +111,7 @@ def test_a_missing_row_is_said(run, verify):
     assert "has gaps or repetitions" in result.stderr
 
 
-def test_a_damaged_checkpoint_is_named_and_the_rest_still_replayed(run, verify):
+def test_a_damaged_checkpoint_is_reported_and_the_steps_are_still_replayed(run, verify):
     os.truncate(run / "checkpoints" / f"step_{STEPS:06d}" / "model.safetensors", 100)
     result = verify(f"run_dir={run}", "step=2")
     assert result.returncode == 1
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_named_and_the_rest_still_replayed(run, verify):
     assert "different" not in result.stdout
 
 
-def test_another_version_or_machine_is_told_beside_a_difference(run, verify):
+def test_a_difference_is_reported_together_with_a_changed_version_or_machine(run, verify):
     change_row(run, 1, kl=5.0)
     file = run / "launches.jsonl"
     launch = json.loads(file.read_text())
@@ -140,7 +140,7 @@ def test_another_version_or_machine_is_told_beside_a_difference(run, verify):
         (["run_dir=RUN", "step=x"], "step=x: must be one of the completed steps, 1 to 8"),
     ],
 )
-def test_bad_input_is_one_line(run, verify, arguments, said):
+def test_bad_input_is_refused_in_one_line(run, verify, arguments, said):
     result = verify(*(argument.replace("RUN", str(run)) for argument in arguments))
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()

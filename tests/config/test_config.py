@@ -1,4 +1,4 @@
-"""Composing conf/, the checks on its values, and what is said of bad ones."""
+"""Composing conf/, the checks on its values, and the messages for bad ones."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def compose_typed(*overrides):
 
 
 def complaint(*overrides):
-    """What is said of these overrides. They must be refused as bad input."""
+    """The error message for these overrides, which must be refused as bad input."""
     errors = []
 
     def compose():
@@ -45,7 +45,7 @@ def complaint(*overrides):
 
 @pytest.fixture(scope="module")
 def defaults():
-    """What `python launch.py` composes, with dotted keys."""
+    """The config that `python launch.py` composes, with dotted keys."""
     return flatten(to_dict(compose_typed()))
 
 
@@ -54,7 +54,7 @@ def test_every_choice_of_every_group_composes_and_passes_the_checks(choice):
     assert isinstance(compose_typed(choice), Config)
 
 
-def test_all_groups_of_the_layout_have_choices():
+def test_every_config_group_has_choices():
     groups = {choice.split("=")[0] for choice in CHOICES}
     wanted = {"model", "data", "reward", "grpo", "objective", "optimizer", "hardware", "rollout", "tracking"}
     assert wanted | {"experiment"} <= groups
@@ -92,7 +92,7 @@ def test_all_groups_of_the_layout_have_choices():
         ("tracking.mode", "auto"),
     ],
 )
-def test_default_of(defaults, key, value):
+def test_default_value_of_a_key(defaults, key, value):
     assert defaults[key] == value
     assert type(defaults[key]) is type(value)
 
@@ -107,7 +107,7 @@ def test_default_of(defaults, key, value):
         ("auto", None, None, None),
     ],
 )
-def test_a_hardware_preset_carries_the_three_sizes(preset, batch_size, num_generations, max_completion_length):
+def test_a_hardware_preset_sets_the_three_sizes(preset, batch_size, num_generations, max_completion_length):
     grpo = compose_typed(f"hardware={preset}").grpo
     assert (grpo.batch_size, grpo.num_generations, grpo.max_completion_length) == (
         batch_size,
@@ -128,7 +128,7 @@ def test_an_experiment_gives_the_same_learning_problem_on_every_machine():
     assert on_card.hardware.device == "cuda"
 
 
-def test_the_experiment_gsm8k_qwen_is_the_default_by_name():
+def test_the_experiment_gsm8k_qwen_equals_the_default_config():
     assert compose_typed("experiment=gsm8k_qwen") == compose_typed()
 
 
@@ -139,7 +139,7 @@ def test_the_experiment_gsm8k_qwen_is_the_default_by_name():
         ("gsm8k_qwen_0_5b", "Qwen/Qwen2.5-0.5B-Instruct", None, 5e-6),
     ],
 )
-def test_a_variant_of_the_recipe_differs_in_what_its_name_says(experiment, model, rank, lr):
+def test_a_variant_of_the_recipe_differs_only_in_model_and_learning_rate(experiment, model, rank, lr):
     variant, default = compose_typed(f"experiment={experiment}"), compose_typed()
     assert variant.model.name == model
     assert (variant.model.lora.rank if rank else variant.model.lora) == rank
@@ -148,14 +148,14 @@ def test_a_variant_of_the_recipe_differs_in_what_its_name_says(experiment, model
     assert dataclasses.replace(variant, **same) == default
 
 
-def test_lora_takes_ten_times_the_learning_rate_and_an_experiment_or_the_command_line_still_sets_it():
+def test_lora_uses_ten_times_the_learning_rate_unless_an_experiment_or_the_command_line_sets_it():
     assert compose_typed("tuning=lora").optimizer["lr"] == pytest.approx(10 * compose_typed().optimizer["lr"])
     assert compose_typed("tuning=lora", "optimizer.lr=1e-4").optimizer["lr"] == 1e-4
     assert compose_typed("tuning=lora", "experiment=quickstart").optimizer["lr"] == 2e-4
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "muon"])
-def test_weights_that_would_not_move_are_refused(optimizer):
+def test_training_that_would_hardly_change_the_weights_is_refused(optimizer):
     config = compose_typed("tuning=full_bf16", f"optimizer={optimizer}")
     with pytest.raises(ConfigError, match="use tuning=full_bf16, whose optimizer rounds stochastically"):
         check_training(config)
@@ -163,7 +163,7 @@ def test_weights_that_would_not_move_are_refused(optimizer):
         check_training(compose_typed(*sound))
 
 
-def test_the_objective_follows_beta_and_epsilon_of_grpo_or_has_its_own():
+def test_the_objective_uses_beta_and_epsilon_of_grpo_unless_it_sets_its_own():
     config = compose_typed("grpo.beta=0.5", "grpo.epsilon=0.3")
     objective = build_objective(config)
     assert (objective.beta, objective.limits) == (0.5, Limits(epsilon_low=0.3, epsilon_high=0.3))
@@ -173,7 +173,7 @@ def test_the_objective_follows_beta_and_epsilon_of_grpo_or_has_its_own():
     assert (kl_weight(config), kl_weight(own)) == (0.5, 0.0)
 
 
-def test_a_number_of_grpo_is_refused_where_the_objective_has_its_own():
+def test_a_value_of_grpo_is_refused_where_the_objective_sets_its_own():
     both = ["objective.epsilon_low=3e-4", "grpo.epsilon=0.2"]
     said = r"grpo\.epsilon: the objective has its own, objective\.epsilon_low=0\.0003; set"
     with pytest.raises(ConfigError, match=said):
@@ -204,7 +204,7 @@ def test_a_reward_component_can_be_dropped_and_one_added():
         ("temperature=0.7", "rollout.temperature"),
     ],
 )
-def test_the_name_of_another_trainer_is_pointed_to_the_key_here(override, right_key):
+def test_a_key_name_of_another_trainer_is_answered_with_the_key_of_the_suite(override, right_key):
     bare = override.lstrip("+").split("=")[0]
     assert complaint(override) == f"there is no key '{bare}'; here it is called {right_key}"
 
@@ -222,18 +222,18 @@ def test_the_name_of_another_trainer_is_pointed_to_the_key_here(override, right_
         ("grpo.num_step={a: 1}", "grpo.num_steps"),
     ],
 )
-def test_an_unknown_key_is_answered_with_the_nearest_real_one(override, real_key):
+def test_an_unknown_key_is_answered_with_the_most_similar_key(override, real_key):
     text = complaint(override)
     bare = override.lstrip("+").split("=")[0]
     assert f"there is no key '{bare}'; did you mean" in text
     assert real_key in text.split("did you mean ")[1].rstrip("?").split(" or ")
 
 
-def test_a_key_like_no_other_is_answered_with_where_to_see_them_all():
+def test_a_key_without_a_similar_one_is_answered_with_how_to_list_all_keys():
     assert complaint("qqq=1") == "there is no key 'qqq'; `python launch.py --cfg job` prints every key"
 
 
-def test_an_unknown_preset_is_answered_with_the_choices_and_the_nearest():
+def test_an_unknown_preset_is_answered_with_the_choices_and_the_most_similar_one():
     text = complaint("hardware=a100")
     for preset in ("a100_40gb", "a100_80gb", "auto", "cpu", "h100_80gb", "mps", "rtx_24gb", "t4_16gb"):
         assert preset in text
@@ -249,11 +249,11 @@ def test_an_unknown_preset_is_answered_with_the_choices_and_the_nearest():
         ("data=openai/gsm8k", "give data.path=openai/gsm8k"),
     ],
 )
-def test_a_hub_name_or_folder_given_to_a_group_is_pointed_to_its_key(override, mend):
+def test_a_hub_name_or_folder_given_to_a_group_is_answered_with_the_right_key(override, mend):
     assert complaint(override).endswith(mend)
 
 
-def test_several_values_without_m_are_answered_with_both_mends():
+def test_several_values_without_m_are_answered_with_both_possible_fixes():
     assert complaint("grpo.beta=0.01,0.04") == (
         "grpo.beta=0.01,0.04 names several values: for one run of each add -m, for a list write key=[a,b]"
     )
@@ -270,13 +270,13 @@ def test_several_values_without_m_are_answered_with_both_mends():
         ("tracking.tags=a", "list"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_named_with_its_key(override, reason):
+def test_a_value_of_the_wrong_type_is_reported_with_its_key(override, reason):
     text = complaint(override)
     assert text.startswith(f"{override}: ")
     assert reason in text
 
 
-def test_arithmetic_wider_than_the_weights_is_refused():
+def test_a_compute_dtype_more_precise_than_the_weights_is_refused():
     said = complaint("model.dtype=bfloat16", "hardware.compute_dtype=float32")
     assert said.startswith("hardware.compute_dtype=float32 is more precise than model.dtype=bfloat16")
 
@@ -315,7 +315,7 @@ def test_arithmetic_wider_than_the_weights_is_refused():
         ("reward.components.format._target_=null", "reward.components.format needs a _target_"),
     ],
 )
-def test_a_value_that_cannot_work_is_refused_with_the_mend(override, mend):
+def test_an_invalid_value_is_refused_with_the_fix(override, mend):
     assert mend in complaint(override)
 
 
@@ -328,16 +328,16 @@ def test_a_value_that_cannot_work_is_refused_with_the_mend(override, mend):
         ("model.lora.target_modules=[1]", "must be all-linear, or a list"),
     ],
 )
-def test_an_adapter_that_cannot_be_is_refused(override, mend):
+def test_invalid_adapter_settings_are_refused(override, mend):
     assert mend in complaint("tuning=lora", override)
 
 
-def test_an_adapters_keys_without_an_adapter_are_answered_with_what_makes_one(capsys):
+def test_adapter_keys_without_an_adapter_are_answered_with_tuning_lora(capsys):
     assert run_command(lambda: compose_typed("model.lora.rank=8")) == 2
     assert capsys.readouterr().err.endswith("for model.lora.* add tuning=lora\n")
 
 
-def test_an_error_of_ours_is_said_as_it_is_whatever_wraps_it():
+def test_a_config_error_is_shown_unchanged_even_if_another_error_wraps_it():
     try:
         try:
             raise ConfigError("the cause")
@@ -347,7 +347,7 @@ def test_an_error_of_ours_is_said_as_it_is_whatever_wraps_it():
         assert explain(error) == "the cause"
 
 
-def test_what_is_said_fits_in_two_lines():
+def test_error_messages_fit_in_two_lines():
     bad = ["learning_rate=1", "grpo.num_step=3", "hardware=a100", "grpo.num_steps=many", "resume=maybe", "grpo.beta={"]
     for override in bad:
         assert complaint(override).count("\n") <= 1
@@ -367,7 +367,7 @@ def test_a_reward_without_components_is_refused():
         ("hydra.job.env_copy=${nope}", "'nope'"),
     ],
 )
-def test_an_override_that_cannot_be_read_is_bad_input(override, named):
+def test_an_override_that_cannot_be_parsed_is_bad_input(override, named):
     text = complaint(override)
     assert text.startswith(override.split("=")[0])
     assert named in text
@@ -378,7 +378,7 @@ def test_a_group_set_to_null_is_bad_input(capsys):
     assert "a config group cannot be null" in capsys.readouterr().err
 
 
-def test_a_failure_is_said_in_a_line_and_ends_with_1(capsys):
+def test_a_failure_is_reported_in_one_line_and_exits_with_1(capsys):
     def fail():
         raise RuntimeError("the disk is full")
 
@@ -387,14 +387,14 @@ def test_a_failure_is_said_in_a_line_and_ends_with_1(capsys):
     assert run_command(lambda: None) == 0
 
 
-# What a run may change when it goes on.
+# What may change when a run is resumed.
 
 FIRST = ["experiment=quickstart", "grpo.num_steps=7", "grpo.beta=0.01", "optimizer.lr=0.0005"]
 
 
 @pytest.fixture
 def run_with(tmp_path):
-    """A started run folder: its experiment and its first command line."""
+    """The folder of a started run, with its config and its first command line."""
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     folder.write_config(compose_typed(*FIRST))
@@ -416,13 +416,13 @@ def resumed(folder, *overrides):
         ("grpo.num_steps=5", "grpo.num_steps: 7 -> 5"),
     ],
 )
-def test_resume_refuses_a_change_of_the_experiment_with_the_old_and_the_new_value(run_with, override, change):
+def test_resume_refuses_a_change_of_the_experiment_and_shows_the_old_and_the_new_value(run_with, override, change):
     with pytest.raises(ConfigError) as refused:
         resumed(run_with, override)
     assert change in str(refused.value)
 
 
-def test_resume_accepts_a_change_of_how_the_run_is_watched_and_kept(run_with):
+def test_resume_accepts_changes_of_tracking_checkpoints_samples_and_evaluation(run_with):
     config = resumed(run_with, "tracking=disabled", "checkpoint.every=3", "samples.every=2", "eval.every=5")
     assert (config.tracking.mode, config.checkpoint.every, config.samples.every, config.eval.every) == (
         "disabled",
@@ -433,7 +433,7 @@ def test_resume_accepts_a_change_of_how_the_run_is_watched_and_kept(run_with):
     assert (config.grpo.num_steps, config.optimizer["lr"], config.model.name) == (7, 0.0005, "tiny")
 
 
-def test_a_group_of_tracking_changes_how_a_run_is_tracked_and_not_its_place(tmp_path):
+def test_another_choice_of_tracking_on_resume_keeps_the_group_name_and_tags_of_the_run(tmp_path):
     folder = RunFolder(tmp_path)
     folder.write_config(compose_typed(*FIRST, "tracking.group=sweep", "tracking.name=mine", "tracking.tags=[a]"))
     kept = resumed(folder, "tracking=disabled").tracking
@@ -441,9 +441,9 @@ def test_a_group_of_tracking_changes_how_a_run_is_tracked_and_not_its_place(tmp_
     assert resumed(folder, "tracking=disabled", "tracking.name=other").tracking.name == "other"
 
 
-def test_resume_accepts_another_cut_and_says_what_that_costs(run_with, caplog):
+def test_resume_accepts_another_batch_split_and_warns_that_results_are_not_bit_for_bit_equal(run_with, caplog):
     assert resumed(run_with, "hardware.micro_batch_tokens=2").hardware.micro_batch_tokens == 2
-    # Another card's preset cuts otherwise; other digits are asked for by their name.
+    # The preset of another GPU splits batches differently; the compute dtype changes only if its key is given.
     moved = resumed(run_with, "hardware=a100_80gb", "hardware.device=cpu")
     assert (moved.hardware.micro_batch_tokens, moved.hardware.compute_dtype) == (4096, None)
     assert resumed(run_with, "hardware=auto").hardware.compute_dtype is None
@@ -452,12 +452,12 @@ def test_resume_accepts_another_cut_and_says_what_that_costs(run_with, caplog):
     assert "not bit for bit" in caplog.text
 
 
-def test_a_card_for_the_plan_changes_nothing_of_a_run(run_with, caplog):
+def test_the_card_for_the_plan_can_change_on_resume_without_a_warning(run_with, caplog):
     assert resumed(run_with, "hardware.card.memory_gb=5").hardware.card.memory_gb == 5
     assert caplog.text == ""
 
 
-def test_resume_takes_nothing_from_conf_that_the_command_line_does_not_name(run_with):
+def test_resume_uses_nothing_from_conf_that_the_command_line_does_not_name(run_with):
     assert resumed(run_with) == typed(run_with.frozen_config())
 
 
@@ -466,7 +466,7 @@ def test_the_first_command_line_can_be_given_again(run_with):
     assert (config.grpo.num_steps, config.checkpoint.every) == (7, 1)
 
 
-def test_the_first_command_line_does_not_undo_a_later_change_in_silence(run_with):
+def test_the_first_command_line_does_not_silently_undo_a_later_change(run_with):
     run_with.record_changes({"checkpoint.every": 3, "grpo.num_steps": 9})
     assert resumed(run_with, "experiment=quickstart").grpo.num_steps == 9
     with pytest.raises(ConfigError, match=r"grpo\.num_steps: 9 -> 7"):
@@ -493,7 +493,7 @@ def test_an_escaped_value_of_the_command_line_stays_literal():
     assert compose_typed(r"data.system_prompt='\${oc.env:HOME}'").data["system_prompt"] == "${oc.env:HOME}"
 
 
-def test_a_frozen_config_is_read_without_making_objects(tmp_path):
+def test_a_frozen_config_is_read_without_creating_python_objects(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("a: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(Exception, match="could not determine a constructor"):

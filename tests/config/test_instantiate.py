@@ -41,12 +41,12 @@ def own_module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_a_target_becomes_its_function_with_the_nodes_settings(own_module):
+def test_a_target_is_resolved_to_its_function_with_the_settings_of_the_node(own_module):
     function = bind_reward("reward.components.brief", {"_target_": "my_functions.brief", "scale": 2.0, "weight": 9.0})
     assert function(prompts=["?"], completions=[[{"content": "four"}], [{"content": ""}]]) == [-8.0, 0.0]
 
 
-def test_the_keys_named_in_without_are_not_passed_on():
+def test_the_keys_listed_in_without_are_not_passed_to_the_function():
     node = {"_target_": "builtins.dict", "lr": 1.0, "system_prompt": "x"}
     assert bind("data", node, without=("system_prompt",))() == {"lr": 1.0}
 
@@ -86,7 +86,7 @@ def test_a_setting_that_the_function_does_not_take_is_refused_by_name():
         bind("data", {"_target_": "grpo.data.problems.load_arithmetic", "split": "train"})
 
 
-def test_a_reward_function_of_another_form_is_refused(own_module):
+def test_a_reward_function_with_another_signature_is_refused(own_module):
     with pytest.raises(ConfigError, match=r"f\(prompts, completions, \*\*columns\) -> list of numbers"):
         bind_reward("reward.components.x", {"_target_": "my_functions.no_reward"})
     assert bind_reward("reward.components.x", {"_target_": "my_functions.keyword_free"})
@@ -113,7 +113,7 @@ def test_settings_reach_the_function_as_written(own_module, tmp_path, monkeypatc
     assert not (tmp_path / "trace").exists()
 
 
-def test_a_literal_in_a_config_reaches_the_function_through_the_whole_config(tmp_path):
+def test_an_escaped_interpolation_reaches_the_function_as_literal_text(tmp_path):
     composed = compose_config(["+reward.components.x={_target_: builtins.dict, pattern: '\\${x}'}"])
     assert bind("x", typed(composed).reward.components["x"])()["pattern"] == "${x}"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(typed(composed))))
@@ -122,7 +122,7 @@ def test_a_literal_in_a_config_reaches_the_function_through_the_whole_config(tmp
 
 
 @pytest.mark.parametrize("name", ["_target_", "_args_", "_partial_", "_recursive_", "_convert_"])
-def test_settings_that_ask_to_build_something_are_refused(own_module, name):
+def test_settings_with_instantiation_keys_of_hydra_are_refused(own_module, name):
     order = {name: ["my_functions.leave_a_trace"]}
     for node in ({"a": {"b": order}}, {"a": [[order]]}, order):
         with pytest.raises(ConfigError, match=rf"^objective\..*{name}"):
@@ -130,12 +130,12 @@ def test_settings_that_ask_to_build_something_are_refused(own_module, name):
 
 
 @pytest.mark.parametrize("target", ["${oc.env:HOME}", {"_target_": "my_functions.brief"}, ["x"], 3, None])
-def test_a_target_is_a_text_that_is_not_interpolated(own_module, target):
+def test_a_target_must_be_text_and_is_not_interpolated(own_module, target):
     with pytest.raises(ConfigError, match=r"objective\._target_=.*must be the dotted path of a function"):
         bind("objective", {"_target_": target})
 
 
-# Trust. `frozen` stands for what only a run folder names, `composed` for conf/ and the command line.
+# Trust. `frozen` makes the config of a run folder; `composed` is the config from conf/ and the command line.
 
 
 def frozen(target, **more):
@@ -196,7 +196,7 @@ def test_rewards_of_the_suite_are_trusted_under_any_name(composed):
 @pytest.mark.parametrize(
     ("key", "target"),
     [
-        # They resolve dotted paths that their settings name, so only their own key may name them.
+        # These functions resolve dotted paths in their settings, so only their own key may name them.
         ("reward.components.x", "grpo.algorithm.objective.Objective"),
         ("eval.accuracy", "grpo.algorithm.objective.Objective"),
         ("data", "grpo.algorithm.objective.choose"),
@@ -208,7 +208,7 @@ def test_rewards_of_the_suite_are_trusted_under_any_name(composed):
         ("parent", "torch.optim.SGD"),
     ],
 )
-def test_what_is_trusted_under_one_key_is_not_under_another(composed, key, target):
+def test_a_function_trusted_under_one_key_is_not_trusted_under_another(composed, key, target):
     theirs = OmegaConf.create({})
     OmegaConf.update(theirs, f"{key}._target_", target)
     with pytest.raises(ConfigError, match=rf"asks to run {target} \({key}\._target_\)"):
@@ -216,19 +216,19 @@ def test_what_is_trusted_under_one_key_is_not_under_another(composed, key, targe
 
 
 @pytest.mark.parametrize("target", [["os.system"], {"a": "os.system"}, 5])
-def test_a_target_that_is_no_text_is_refused_in_a_line(composed, target):
+def test_a_target_that_is_not_text_is_refused_in_one_line(composed, target):
     with pytest.raises(ConfigError, match=r"asks to run .* \(data\._target_\)"):
         check_trusted(OmegaConf.create({"data": {"_target_": target}}), composed, "outputs/theirs")
 
 
-def test_a_choice_of_conf_is_trusted_and_another_path_is_not(composed):
+def test_a_function_path_as_a_choice_of_the_objective_is_trusted_only_from_the_command_line(composed):
     with pytest.raises(ConfigError, match=r"asks to run os\.getcwd \(objective\.ratio\)"):
         check_trusted(OmegaConf.create({"objective": {"ratio": "os.getcwd"}}), composed, "outputs/theirs")
     named = compose_config(["objective.ratio=my_functions.ratio"])
     check_trusted(OmegaConf.create({"objective": {"ratio": "my_functions.ratio"}}), named, "outputs/theirs")
 
 
-def test_what_the_command_line_names_is_trusted():
+def test_a_target_named_on_the_command_line_is_trusted():
     named = compose_config(["objective._target_=my_functions.loss"])
     check_trusted(frozen("my_functions.loss"), named, "outputs/theirs")
     with pytest.raises(ConfigError, match=r"my_functions\.other"):
@@ -243,7 +243,7 @@ def test_what_the_command_line_names_is_trusted():
         {"deep": [[{"a": [{"_target_": "subprocess.check_output"}]}]]},
     ],
 )
-def test_a_target_inside_another_ones_settings_is_refused(composed, hidden):
+def test_a_target_inside_the_settings_of_another_one_is_refused(composed, hidden):
     with pytest.raises(ConfigError, match=r"subprocess\.check_output"):
         check_trusted(frozen("grpo.algorithm.objective.Objective", **hidden), composed, "outputs/theirs")
 
@@ -264,7 +264,7 @@ def test_code_of_a_model_runs_only_if_the_command_line_asks_for_it(composed):
     check_trusted(theirs, compose_config(["model.trust_remote_code=true"]), "outputs/theirs")
 
 
-def test_code_of_the_hub_for_attention_is_run_only_where_the_command_line_names_it(composed):
+def test_attention_code_from_the_hub_runs_only_if_the_command_line_names_it(composed):
     theirs = OmegaConf.create({"model": {"name": "tiny", "attn_implementation": "someone/attention"}})
     with pytest.raises(ConfigError, match=r"if you trust it, add: model\.attn_implementation=someone/attention$"):
         check_trusted(theirs, composed, "outputs/theirs")
@@ -272,7 +272,7 @@ def test_code_of_the_hub_for_attention_is_run_only_where_the_command_line_names_
     check_trusted(OmegaConf.create({"model": {"attn_implementation": "eager"}}), composed, "outputs/theirs")
 
 
-def test_what_an_extra_would_bring_is_answered_with_the_extra(monkeypatch):
+def test_a_missing_optional_package_is_answered_with_the_extra_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.delitem(sys.modules, "bitsandbytes.optim", raising=False)
     with pytest.raises(ConfigError, match=r'bitsandbytes is not installed; add it with: pip install -e "\.\[8bit\]"'):

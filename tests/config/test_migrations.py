@@ -1,7 +1,7 @@
-"""Run folders that earlier versions wrote are resumed, evaluated, verified, forked and reported by this one.
+"""Run folders written by earlier versions can be resumed, evaluated, verified, forked and reported.
 
-old_runs has a folder for each earlier version, from the one without a version key (0) on, and each has four runs of the
-embedded model that it wrote, two of them stopped after step 2 of 4.
+old_runs/ has a folder for each earlier version, beginning with version 0, which has no version key. Each contains four
+runs of the embedded model that this version wrote; two of them were stopped after step 2 of 4.
 """
 
 import json
@@ -41,7 +41,7 @@ def old(tmp_path):
 
 
 def written_here(run_dir):
-    """Whether a run was written on a processor and with libraries like these, so that its bytes come out here."""
+    """Whether a run was written on the same processor with the same libraries, so that its bytes can be reproduced."""
     return RunFolder(run_dir).launches()[0]["environment"] == environment(torch.device("cpu"))
 
 
@@ -52,7 +52,7 @@ def tensors(run_dir):
 
 @each_version
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_old_run_is_resumed_and_becomes_the_run_that_nothing_stopped(old, kind, version):
+def test_an_old_run_is_resumed_and_equals_the_run_that_was_never_stopped(old, kind, version):
     run = old(version, f"{kind}_interrupted")
     straight = old_run(version, f"{kind}_finished")
     done = launch("resume=true", f"run_dir={run}", cwd=run.parent)
@@ -120,7 +120,7 @@ def test_a_run_with_a_gap_in_its_metrics_is_not_forked(old):
     assert [each.name for each in parent.parent.iterdir()] == [parent.name]
 
 
-# What a config.yaml of another version becomes.
+# Migration of a config.yaml of another version.
 
 
 def frozen(**changes):
@@ -128,7 +128,7 @@ def frozen(**changes):
     return values | changes
 
 
-def test_what_concerned_one_launch_is_dropped_and_what_was_added_later_is_filled_in():
+def test_migration_drops_keys_of_one_launch_and_fills_in_keys_that_were_added_later():
     values = frozen(run_dir="r", until_step=3, resume="auto")
     del values["grpo"]["max_skipped_steps"], values["hardware"]["cuda_graphs"], values["reward"]["on_error"]
     values["hardware"]["card"] = None
@@ -136,27 +136,27 @@ def test_what_concerned_one_launch_is_dropped_and_what_was_added_later_is_filled
     assert not {"run_dir", "until_step", "resume", "fork", "sweep", "plan"} & new.keys()
     assert (new["grpo"]["max_skipped_steps"], new["reward"]["on_error"]) == (3, "fail")
     assert new["hardware"]["card"] == {"memory_gb": None, "tflops": None, "bandwidth_gb_s": None}
-    assert values["run_dir"] == "r"  # the argument is left as it is
+    assert values["run_dir"] == "r"  # the argument is not changed
 
 
-def test_the_objective_follows_grpo_where_it_had_the_same_numbers_and_else_keeps_its_own():
+def test_a_migrated_objective_follows_grpo_where_the_values_were_equal_and_else_keeps_its_own():
     values = frozen()
     values["objective"]["epsilon"] = 0.25
     objective = config_0_to_1(values)["objective"]
     assert (objective["beta"], objective["epsilon"]) == (None, 0.25)
-    assert values["objective"]["beta"] is not None  # the argument is left as it is
+    assert values["objective"]["beta"] is not None  # the argument is not changed
 
 
-def test_the_objective_of_version_1_becomes_the_choices_that_compute_the_same():
+def test_the_objective_of_version_1_is_migrated_to_choices_that_compute_the_same():
     values = config_0_to_1(frozen())
     values["objective"]["epsilon"] = 0.25
     objective = config_1_to_2(values)["objective"]
     assert (objective["beta"], objective["epsilon_low"], objective["epsilon_high"]) == (None, 0.25, 0.25)
     assert "epsilon" not in objective
-    assert values["objective"]["epsilon"] == 0.25  # the argument is left as it is
+    assert values["objective"]["epsilon"] == 0.25  # the argument is not changed
 
 
-def test_the_rows_of_an_old_evaluation_have_the_keys_of_samples():
+def test_the_rows_of_an_old_evaluation_are_read_with_the_keys_of_samples():
     run = RunFolder(old_run(0, "full_finished"))
     (row, *_) = json.loads((run.path / "eval" / "after.json").read_text())["problems"]
     (now, *_) = run.evaluation("after")["problems"]
@@ -165,7 +165,7 @@ def test_the_rows_of_an_old_evaluation_have_the_keys_of_samples():
     assert not {"id", "rewards"} & now.keys()
 
 
-def test_an_old_sweep_by_optuna_is_one_by_tpe(tmp_path):
+def test_an_old_sweep_by_optuna_is_read_as_one_by_tpe(tmp_path):
     record = {"overrides": ["seed=1,2"], "state": "interrupted", "sweeper": "optuna"}
     (tmp_path / "sweep.json").write_text(json.dumps(record))
     assert SweepFolder(tmp_path).record() == record | {"sweeper": "tpe"}
@@ -190,7 +190,7 @@ def test_an_old_sweep_by_optuna_is_one_by_tpe(tmp_path):
         ({"grpo": None}, r"lacks grpo\.num_iterations"),
     ],
 )
-def test_a_config_that_cannot_be_read_is_refused_in_a_line(tmp_path, change, said):
+def test_a_config_that_cannot_be_read_is_refused_in_one_line(tmp_path, change, said):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(frozen(**change)))
     with pytest.raises(ConfigError, match=said) as refused:
@@ -200,7 +200,7 @@ def test_a_config_that_cannot_be_read_is_refused_in_a_line(tmp_path, change, sai
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\0"])
-def test_what_is_no_config_is_refused_in_a_line(tmp_path, text):
+def test_a_file_that_is_not_a_config_is_refused_in_one_line(tmp_path, text):
     file = tmp_path / "config.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError) as refused:
@@ -209,7 +209,7 @@ def test_what_is_no_config_is_refused_in_a_line(tmp_path, text):
     assert "\n" not in str(refused.value)
 
 
-def test_a_folder_of_a_newer_version_is_refused_and_left_as_it_is(old):
+def test_a_folder_of_a_newer_version_is_refused_and_left_unchanged(old):
     run = old(0, "full_interrupted")
     (run / "config.yaml").write_text(f"version: {VERSION + 1}\n" + (run / "config.yaml").read_text())
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}

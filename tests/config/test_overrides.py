@@ -1,4 +1,4 @@
-"""The overrides of a command line: keys and values, however they are written."""
+"""The overrides of a command line: keys and values, in every notation."""
 
 import shlex
 from pathlib import Path
@@ -16,7 +16,7 @@ WRITTEN = ["grpo.beta=0.1", "+grpo.beta=0.1", "++grpo.beta=0.1", "~grpo.beta", "
 
 
 @pytest.mark.parametrize("line", WRITTEN)
-def test_a_key_is_the_same_however_it_is_written(line):
+def test_a_key_is_the_same_in_every_notation(line):
     overrides = Overrides(["seed=1", line])
     assert overrides.keys == ["seed", "grpo.beta"]
     assert overrides.names("grpo.beta")
@@ -26,7 +26,7 @@ def test_a_key_is_the_same_however_it_is_written(line):
     assert overrides.without({"grpo.beta"}).lines == ["seed=1"]
 
 
-def test_a_group_is_a_key_too():
+def test_a_config_group_counts_as_a_key():
     overrides = Overrides(["hydra/launcher=basic", "model@model=tiny", "+experiment=a,b"])
     assert overrides.keys == ["hydra/launcher", "model", "experiment"]
     assert overrides.dotted_keys == ["hydra.launcher", "model", "experiment"]
@@ -35,14 +35,14 @@ def test_a_group_is_a_key_too():
     assert overrides.of_experiment.lines == ["model@model=tiny", "+experiment=a,b"]
 
 
-def test_of_a_key_the_last_value_counts():
+def test_the_last_value_of_a_key_is_used():
     overrides = Overrides(["seed=1", "grpo.mu=2", "++seed=3"])
     assert overrides.value("seed") == 3
     assert overrides.texts == {"seed": "3", "grpo.mu": "2"}
     assert overrides.value("name") is None
 
 
-def test_what_is_swept_has_several_values():
+def test_swept_keys_are_those_with_several_values():
     overrides = Overrides(["grpo.mu=1", "+x.y=1,2", "seed=range(1,4)", "data.examples=[1,2]", "name='a,b'"])
     assert overrides.swept == ["x.y", "seed"]
 
@@ -54,7 +54,7 @@ def test_a_range_is_expanded_once_to_the_values_of_the_jobs():
     assert split_into_jobs(overrides.expand(points).lines) == points
 
 
-def test_what_is_about_the_launch_is_not_of_the_sweep():
+def test_overrides_about_the_launch_are_not_part_of_the_sweep():
     overrides = Overrides(["b=1", "resume=true", "+a=2", "plan=true", "sweep_dir=x", "fork=true", "run_dir=y"])
     assert overrides.without(PASSING_KEYS).lines == ["b=1", "+a=2", "fork=true", "run_dir=y"]
 
@@ -71,7 +71,7 @@ def test_quoted_text_is_taken_literally(text):
     "path",
     ["outputs/a-b_c.1", "it's, 1", 'a "b" $HOME', "${seed}", "a=b", "[1]", "1e3", "null", "x\\", "é", "/a b/(c)"],
 )
-def test_a_printed_command_names_the_path_that_it_means(path):
+def test_a_printed_command_can_be_typed_in_a_shell_and_names_the_same_path(path):
     (line,) = shlex.split(typed_in_shell("run_dir", path))
     assert compose_config([line]).run_dir == path
     *_, line, own = shlex.split(resume_command(Path(path), {"reward.components.x._target_": "mine.f"}))
@@ -82,12 +82,12 @@ def test_a_printed_command_names_the_path_that_it_means(path):
     assert shlex.split(plot.split(" grpo plot ")[1]) == [f"run_dir={path}"]
 
 
-def test_a_plain_path_is_printed_plainly():
+def test_a_plain_path_is_printed_without_quotes():
     assert typed_in_shell("run_dir", "outputs/a-b_c.1/2026-01-01_10-00-00") == (
         "run_dir=outputs/a-b_c.1/2026-01-01_10-00-00"
     )
 
 
-def test_what_hydra_cannot_read_is_refused_as_hydra_refuses_it():
+def test_an_override_that_hydra_cannot_parse_raises_the_error_of_hydra():
     with pytest.raises(HydraException):
         _ = Overrides(["seed=[1"]).keys

@@ -11,7 +11,7 @@ def operands(problem):
     return tuple(int(operand) for operand in problem["id"].split("+"))
 
 
-def test_the_splits_are_of_the_promised_sizes_and_hold_every_two_digit_addition_once():
+def test_the_splits_have_the_promised_sizes_and_contain_every_two_digit_addition_once():
     sizes = {split: len(problems(split)) for split in SPLITS}
     assert sizes["test"] >= 400
     assert sizes["train"] >= 1500
@@ -19,13 +19,13 @@ def test_the_splits_are_of_the_promised_sizes_and_hold_every_two_digit_addition_
     assert len(ids) == len(set(ids)) == 90 * 90
 
 
-def test_a_pair_of_numbers_is_in_one_split_in_whichever_order():
+def test_a_pair_of_numbers_in_either_order_is_in_one_split_only():
     pairs = [{frozenset(operands(problem)) for problem in problems(split)} for split in SPLITS]
     assert sum(len(split) for split in pairs) == len(set.union(*pairs)) == 90 * 91 // 2
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_question_and_answer_belong_to_the_operands(split):
+def test_question_and_answer_match_the_operands(split):
     for problem in problems(split):
         a, b = operands(problem)
         assert problem.keys() == {"id", "question", "answer"}
@@ -34,7 +34,7 @@ def test_question_and_answer_belong_to_the_operands(split):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_first_problems_are_a_fair_sample(split):
+def test_the_first_problems_are_a_representative_sample(split):
     first = problems(split)[:200]
     used = {
         phrasing
@@ -47,7 +47,7 @@ def test_the_first_problems_are_a_fair_sample(split):
     assert 60 <= carries <= 120  # 45 % of all additions carry
 
 
-def test_another_process_sees_the_same_problems_without_torch():
+def test_another_process_gets_the_same_problems_without_importing_torch():
     code = (
         "import sys; from grpo.data.arithmetic import problems; "
         "print([problem['question'] for problem in problems('test')], 'torch' in sys.modules)"
@@ -56,12 +56,12 @@ def test_another_process_sees_the_same_problems_without_torch():
     assert output.strip() == f"{[problem['question'] for problem in problems('test')]} False"
 
 
-def test_the_problems_do_not_change_from_one_version_to_the_next():
-    # The embedded model was taught on "demonstrations": another cut would leak test problems into its training.
+def test_the_problems_do_not_change_between_versions():
+    # The embedded model was trained on "demonstrations": other splits would leak test problems into its training.
     assert [problem["id"] for problem in problems("test")[:3]] == ["46+47", "18+81", "36+98"]
     assert [problem["question"] for problem in problems("train")[:1]] == ["Tom ran 70 km, then 94 km. How far in all?"]
 
 
-def test_an_unknown_split_is_refused_with_the_known_ones():
+def test_an_unknown_split_is_refused_with_a_list_of_the_known_ones():
     with pytest.raises(ValueError, match=r"'dev'.*demonstrations, train, test"):
         problems("dev")

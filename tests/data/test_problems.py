@@ -1,4 +1,4 @@
-"""Problems from JSON lines, GSM8K's form and the embedded sums, and what is said of bad lines."""
+"""Tests of loading problems from JSON lines, GSM8K's format and the embedded sums, and of errors for bad lines."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_problems_without_an_id_are_named_by_split_and_line_and_empty_lines_are_
     assert [problem.id for problem in problems.train] == ["train-1", "train-3", "train-5"]
 
 
-def test_a_gsm8k_solution_gives_its_final_answer_and_stays_as_a_column(folder):
+def test_the_final_answer_of_a_gsm8k_solution_is_extracted_and_the_solution_kept_as_a_column(folder):
     solution = "She sells 48/2 = <<48/2=24>>24 clips in May.\n#### 1,072"
     (problem,) = load_jsonl(folder(train=json.dumps({"question": "?", "answer": solution}))).train
     assert problem.answer == "1072"
@@ -77,7 +77,7 @@ def test_the_held_out_problems_are_checked_too(folder):
         load_jsonl(folder(test='{"question": "2 + 2?"}\n'))
 
 
-def test_bytes_that_are_not_utf8_are_refused_with_the_file(folder, tmp_path):
+def test_bytes_that_are_not_utf8_are_refused_with_the_name_of_the_file(folder, tmp_path):
     path = folder()
     (tmp_path / "train.jsonl").write_bytes(GOOD.encode() + b'{"question": "\xff?", "answer": "4"}\n')
     with pytest.raises(ConfigError, match=r"train\.jsonl"):
@@ -90,7 +90,7 @@ def test_an_empty_file_is_refused(folder, content):
         load_jsonl(folder(train=content))
 
 
-def test_a_missing_folder_or_file_is_named(folder, tmp_path):
+def test_a_missing_folder_or_file_is_named_in_the_error(folder, tmp_path):
     with pytest.raises(ConfigError, match=r"data=jsonl needs data\.path=DIR"):
         load_jsonl(None)
     with pytest.raises(ConfigError, match=r"data\.path=/no/such/folder: there is no train\.jsonl"):
@@ -101,21 +101,21 @@ def test_a_missing_folder_or_file_is_named(folder, tmp_path):
         load_jsonl(path)
 
 
-def test_gsm8k_can_come_from_a_folder_without_the_hub(folder):
+def test_gsm8k_can_be_read_from_a_folder_without_the_hub(folder):
     path = folder(train=json.dumps({"question": "Two and two?", "answer": "2 + 2 = 4\n#### 4"}))
     assert load_gsm8k(path, "main").train == [
         Problem("train-1", "Two and two?", "4", {"solution": "2 + 2 = 4\n#### 4"}),
     ]
 
 
-def test_a_data_set_that_nobody_has_is_refused_with_the_mend():
+def test_a_data_set_that_does_not_exist_is_refused_with_a_suggested_fix():
     with pytest.raises(ConfigError) as refused:
         load_gsm8k("/no/such/data", "main")
     assert str(refused.value).startswith("data.path=/no/such/data is neither a local folder nor a data set")
     assert "data.path=DIR" in str(refused.value)
 
 
-def test_the_embedded_sums_are_right_and_held_out_ones_share_no_pair_with_the_others():
+def test_the_embedded_sums_are_correct_and_the_splits_share_no_pair_of_numbers():
     problems = load_arithmetic()
     pairs = {}
     for split, some in (("train", problems.train), ("test", problems.test)):
@@ -140,6 +140,6 @@ def test_the_embedded_sums_have_no_other_splits():
         arithmetic.problems("validation")
 
 
-def test_problems_are_the_same_whenever_they_are_loaded():
+def test_problems_are_the_same_each_time_they_are_loaded():
     assert load_arithmetic() == load_arithmetic()
     assert isinstance(load_arithmetic(), Problems)

@@ -1,4 +1,4 @@
-"""From problems to prompts, and which problems a step sees."""
+"""Tests of rendering problems as prompts, and of choosing the problems of a step."""
 
 import pytest
 
@@ -39,7 +39,7 @@ def test_examples_are_earlier_turns_of_the_conversation():
     ]
 
 
-def test_a_prompt_is_what_the_chat_template_makes_up_to_where_the_answer_begins(tokenizer):
+def test_a_prompt_is_the_output_of_the_chat_template_up_to_the_start_of_the_answer(tokenizer):
     conversation = messages(SUM.question, data())
     text = render(tokenizer, conversation)
     answered = [*conversation, {"role": "assistant", "content": "62"}]
@@ -48,12 +48,12 @@ def test_a_prompt_is_what_the_chat_template_makes_up_to_where_the_answer_begins(
     assert tokenizer.apply_chat_template(answered, tokenize=False).startswith(text + "62")
 
 
-def test_without_a_chat_template_a_prompt_is_its_plain_contents(tokenizer, monkeypatch):
+def test_without_a_chat_template_a_prompt_is_the_plain_text_of_its_messages(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     assert render(tokenizer, messages(SUM.question, data("Be brief."))) == "Be brief.\n\nWhat is 27 + 35?\n\n"
 
 
-def test_prompts_that_are_too_long_are_refused_with_the_longest_and_the_mend(tokenizer):
+def test_prompts_that_are_too_long_are_refused_with_the_longest_and_a_suggested_fix(tokenizer):
     longer = Problem("the long one", "What is 27 + 35? How much is 10 + 10?", "62")
     longest = len(tokenizer.encode(render(tokenizer, messages(longer.question, data())), add_special_tokens=False))
     prompt_lengths(tokenizer, [SUM, longer], data(max_prompt_length=longest))
@@ -65,7 +65,7 @@ def test_prompts_that_are_too_long_are_refused_with_the_longest_and_the_mend(tok
     )
 
 
-def test_the_system_prompt_counts_for_the_length(tokenizer):
+def test_the_system_prompt_counts_towards_the_length(tokenizer):
     alone = len(tokenizer.encode(render(tokenizer, messages(SUM.question, data())), add_special_tokens=False))
     prompt_lengths(tokenizer, [SUM], data(max_prompt_length=alone))
     with pytest.raises(ConfigError, match="1 of 1 prompts are longer"):
@@ -81,27 +81,27 @@ def ids_of_steps(count, seed, batch_size, steps):
     return [problem.id for step in steps for problem in sampler.take(step, batch_size).problems]
 
 
-def test_an_epoch_sees_every_problem_once_also_where_a_batch_crosses_its_end():
-    seen = ids_of_steps(10, seed=1, batch_size=4, steps=range(1, 6))  # 20 places: two epochs of 10, batch 3 in both
+def test_an_epoch_contains_every_problem_once_even_if_a_batch_spans_two_epochs():
+    seen = ids_of_steps(10, seed=1, batch_size=4, steps=range(1, 6))  # 20 problems, two epochs; batch 3 is in both
     everything = sorted(map(str, range(10)))
     assert sorted(seen[:10]) == everything
     assert sorted(seen[10:]) == everything
     assert seen[:10] != seen[10:]
 
 
-def test_a_batch_larger_than_the_data_set_goes_on_into_the_next_epochs():
+def test_a_batch_larger_than_the_data_set_continues_into_the_next_epochs():
     seen = ids_of_steps(3, seed=1, batch_size=7, steps=[1])
     assert sorted(seen[:3]) == sorted(seen[3:6]) == ["0", "1", "2"]
     assert len(seen) == 7
 
 
-def test_the_problems_of_a_step_follow_from_seed_and_step_alone():
+def test_the_problems_of_a_step_depend_only_on_seed_and_step():
     straight = ids_of_steps(50, seed=3, batch_size=5, steps=range(1, 21))
     assert ids_of_steps(50, seed=3, batch_size=5, steps=[14]) == straight[65:70]
     assert ids_of_steps(50, seed=4, batch_size=5, steps=range(1, 11)) != straight[:50]
 
 
-def test_the_order_of_an_epoch_is_that_of_splitmix64_in_plain_integers():
+def test_the_order_of_an_epoch_sorts_the_problems_by_a_splitmix64_hash():
     mask = 2**64 - 1
 
     def splitmix(*counters):

@@ -1,4 +1,4 @@
-"""What a launch decides before Hydra starts: its folder, its config, or that it cannot be."""
+"""What a launch decides before Hydra starts: its folder, its config, or that it is refused."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from tests.launches import SETTINGS, Launch, launch, start, wait_for_step
 
 QUICK = [each for each in SMALL_RUN if not each.startswith("grpo.num_steps")]
 QUICK += ["grpo.num_steps=1", "eval.before=false", "eval.after=false", "preflight=false"]
-# An experiment that leaves the hardware open.
+# An experiment that does not choose the hardware.
 MINE = """# @package _global_
 defaults:
   - override /model: tiny
@@ -28,7 +28,7 @@ preflight: false
 
 @pytest.fixture
 def own(tmp_path):
-    """A folder with a config and an experiment of the user's own."""
+    """A folder with a config and an experiment of the user."""
     (tmp_path / "own" / "experiment").mkdir(parents=True)
     (tmp_path / "own" / "experiment" / "mine.yaml").write_text(MINE)
     (tmp_path / "own" / "my.yaml").write_text("defaults: [config, {override experiment: mine}]\nseed: 7\n")
@@ -41,10 +41,10 @@ def contents(folder):
 
 def configs(cwd):
     found = [yaml.safe_load(file.read_text()) for file in cwd.glob("outputs/**/config.yaml")]
-    return [each for each in found if "version" in each]  # not those of Hydra's records
+    return [each for each in found if "version" in each]  # skips the files that Hydra writes to .hydra/
 
 
-def test_two_launches_at_the_same_moment_get_two_folders_runs_and_sweeps(tmp_path):
+def test_two_runs_or_sweeps_launched_at_the_same_moment_get_two_folders(tmp_path):
     for several in ([], ["-m", "hydra/launcher=basic"]):
         both = [Launch(*several, *QUICK, f"seed={seed}", cwd=tmp_path) for seed in (1, 2)]
         for each in both:
@@ -56,7 +56,7 @@ def test_two_launches_at_the_same_moment_get_two_folders_runs_and_sweeps(tmp_pat
         assert {yaml.safe_load(file.read_text())["seed"] for file in files} == {1, 2}
 
 
-def test_resume_auto_starts_a_run_in_a_folder_that_is_not_there_and_does_nothing_once_it_has_finished(tmp_path):
+def test_resume_auto_starts_a_run_in_a_missing_folder_and_does_nothing_once_it_has_finished(tmp_path):
     first = launch(*QUICK, "resume=auto", "run_dir=run", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     before = contents(tmp_path / "run")
@@ -65,7 +65,7 @@ def test_resume_auto_starts_a_run_in_a_folder_that_is_not_there_and_does_nothing
     assert contents(tmp_path / "run") == before
 
 
-def test_a_refused_launch_changes_nothing_in_the_folder_of_another(tmp_path):
+def test_a_refused_launch_changes_nothing_in_the_folder_of_another_run(tmp_path):
     run = tmp_path / "run"
     first = start(run, "grpo.num_steps=4000", "seed=1")
     wait_for_step(run, 1)
@@ -107,7 +107,7 @@ def test_a_refused_launch_changes_nothing_in_the_folder_of_another(tmp_path):
         (["grpo.beta=0.5", "objective.beta=0.1"], "grpo.beta: the objective has its own, objective.beta=0.1; set that"),
     ],
 )
-def test_what_cannot_be_is_refused_in_its_own_words_and_leaves_what_was_there(tmp_path, arguments, said):
+def test_an_impossible_launch_is_refused_with_its_reason_and_leaves_all_files_unchanged(tmp_path, arguments, said):
     for name in (".hydra/config.yaml", "launch.log", "status.json", "final_model/weights", "notes.tmp"):
         (tmp_path / "mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "mine" / name).write_text("the user's")
@@ -120,7 +120,7 @@ def test_what_cannot_be_is_refused_in_its_own_words_and_leaves_what_was_there(tm
     assert [each.name for each in tmp_path.iterdir()] == ["mine"]
 
 
-def test_a_config_of_ones_own_works_with_hardware_auto_wherever_it_is(tmp_path, own):
+def test_a_config_of_the_user_is_found_by_searchpath_or_config_dir_and_works_with_hardware_auto(tmp_path, own):
     search = f"hydra.searchpath=[file://{own}]"
     searched = [search, "experiment=mine"]
     named = ["--config-dir", own, "--config-name", "my"]
@@ -142,7 +142,7 @@ def test_a_config_of_ones_own_works_with_hardware_auto_wherever_it_is(tmp_path, 
 
 
 @pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow)])
-def test_a_config_of_ones_own_reaches_the_jobs_of_other_launchers(tmp_path, own, cold, launcher):
+def test_a_config_of_the_user_reaches_the_jobs_of_other_launchers(tmp_path, own, cold, launcher):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
     search = [f"hydra.searchpath=[file://{own}]", "experiment=mine"]
     place = search if launcher == "joblib" else ["--config-dir", own, "--config-name", "my"]
@@ -152,13 +152,13 @@ def test_a_config_of_ones_own_reaches_the_jobs_of_other_launchers(tmp_path, own,
     assert sorted((each["name"], each["grpo"]["mu"]) for each in configs(tmp_path)) == [("mine", 1), ("mine", 2)]
 
 
-def test_a_sweep_may_be_asked_for_before_or_after_its_values_or_by_the_config(tmp_path):
+def test_a_sweep_can_be_requested_before_or_after_its_values_or_by_hydra_mode(tmp_path):
     for arguments in (["seed=1,2", "-m"], ["-m", "seed=1,2"], ["seed=1,2", "hydra.mode=MULTIRUN"]):
         planned = launch(*QUICK[:1], *arguments, *QUICK[1:], "plan=true", cwd=tmp_path)
         assert (planned.returncode, "all 2 runs" in planned.stdout) == (0, True), planned.stderr
 
 
-def test_flags_of_hydra_that_start_nothing_pass_through(tmp_path):
+def test_hydra_flags_that_start_no_run_pass_through(tmp_path):
     config = [*QUICK, "--cfg", "job"]
     beside = ["--config-path", "conf", *config]
     for arguments in (config, beside, [*QUICK, "--info", "searchpath"], ["--hydra-help"], ["--help"]):
@@ -167,7 +167,7 @@ def test_flags_of_hydra_that_start_nothing_pass_through(tmp_path):
         assert shown.stdout
 
 
-def test_the_first_command_line_of_a_run_is_in_a_file_of_the_run(finished_run):
+def test_the_first_command_line_of_a_run_is_recorded_in_its_folder(finished_run):
     (first,) = (json.loads(line) for line in (finished_run / "launches.jsonl").read_text().splitlines())
     assert first["overrides"] == [*SMALL_RUN, "optimizer.lr=0.001", "eval.every=1"]
     config = yaml.safe_load((finished_run / "config.yaml").read_text())
@@ -175,7 +175,7 @@ def test_the_first_command_line_of_a_run_is_in_a_file_of_the_run(finished_run):
     assert not {"resume", "run_dir", "fork", "plan", "sweep", "sweep_dir", "until_step"} & config.keys()
 
 
-def test_hydras_own_name_for_the_folder_counts_also_with_an_interpolation_and_in_an_experiment(tmp_path, own):
+def test_hydra_run_dir_and_sweep_dir_set_the_folder_also_with_interpolation_or_in_an_experiment(tmp_path, own):
     done = launch(*QUICK, "name=named", "hydra.run.dir=r_${name}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "r_named" / "final_model").exists()
@@ -190,14 +190,14 @@ def test_hydras_own_name_for_the_folder_counts_also_with_an_interpolation_and_in
         assert (tmp_path / place / "final_model").exists()
 
 
-def test_the_time_in_a_name_is_read_once(tmp_path):
+def test_a_time_interpolation_in_a_name_is_resolved_only_once(tmp_path):
     done = launch(*QUICK, "name='${now:%f}'", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (config,) = configs(tmp_path)
     assert (tmp_path / "outputs" / config["name"]).exists()
 
 
-def test_a_run_killed_before_its_first_step_is_resumed_by_its_own_command(tmp_path):
+def test_a_run_killed_before_its_first_step_is_resumed_by_the_same_command(tmp_path):
     command = [*QUICK, "run_dir=run", "resume=auto"]
     killed = launch(*command, cwd=tmp_path, fault=("grpo.training.train.restore", "1", "kill"))
     assert killed.returncode == -9
@@ -206,9 +206,9 @@ def test_a_run_killed_before_its_first_step_is_resumed_by_its_own_command(tmp_pa
     assert [each["overrides"] for each in RunFolder(tmp_path / "run").launches()] == [command, command]
 
 
-def test_a_resume_that_is_refused_leaves_nothing_in_the_folder(finished_run, tmp_path):
+def test_a_refused_resume_changes_nothing_in_the_folder(finished_run, tmp_path):
     run = shutil.copytree(finished_run, tmp_path / "run", symlinks=True)
-    (run / "launch.log").unlink()  # which says that it was refused
+    (run / "launch.log").unlink()  # not compared, since a refusal is written to it
     before = contents(run)
     for change in ("grpo.beta=0.5", "grpo.num_steps=1"):
         refused = launch("resume=true", "run_dir=run", change, cwd=tmp_path)
@@ -218,7 +218,7 @@ def test_a_resume_that_is_refused_leaves_nothing_in_the_folder(finished_run, tmp
         assert {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)} == set()
 
 
-def test_a_sweep_of_which_no_job_starts_leaves_nothing(tmp_path):
+def test_a_sweep_whose_jobs_never_start_leaves_no_files(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     tpe = ["hydra/sweeper=tpe", "optimizer.lr=interval(1e-6,1e-4)", "hydra.sweeper.sampler._target_=nope.Sampler"]
     refused = launch("-m", *QUICK, *tpe, cwd=tmp_path)
@@ -226,7 +226,7 @@ def test_a_sweep_of_which_no_job_starts_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_fork_that_was_killed_may_have_its_folder_again(finished_run, tmp_path):
+def test_a_killed_fork_can_be_started_again_in_the_same_folder(finished_run, tmp_path):
     command = ["fork=true", f"run_dir={finished_run}", "grpo.num_steps=3", "hydra.run.dir=fork"]
     killed = launch(*command, cwd=tmp_path, fault=("grpo.runs.folder.RunFolder.write_config", "1", "kill"))
     assert killed.returncode == -9
@@ -235,7 +235,7 @@ def test_a_fork_that_was_killed_may_have_its_folder_again(finished_run, tmp_path
     assert done.returncode == 0, done.stderr
 
 
-def test_a_fork_is_refused_a_number_that_its_objective_does_not_follow(finished_run, tmp_path):
+def test_a_fork_cannot_change_grpo_beta_where_the_objective_sets_its_own_beta(finished_run, tmp_path):
     parent = shutil.copytree(finished_run, tmp_path / "parent", symlinks=True)
     text = (parent / "config.yaml").read_text()
     (parent / "config.yaml").write_text(text.replace("\n  beta: null\n", "\n  beta: 0.05\n"))

@@ -13,7 +13,7 @@ TWIN = [*SETTINGS, "checkpoint.every=2", "checkpoint.keep_last=9"]
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory):
-    """The usual run with all of its checkpoints. Only to be read."""
+    """A run of `SETTINGS` with all of its checkpoints. Tests only read it."""
     run_dir = tmp_path_factory.mktemp("parent") / "run"
     assert launch(*TWIN, f"run_dir={run_dir}", cwd=run_dir.parent).returncode == 0
     return run_dir
@@ -56,7 +56,7 @@ def test_a_fork_with_another_learning_rate_starts_from_the_same_weights_and_nois
     assert {path: path.stat().st_mtime_ns for path in parent.rglob("*")} == before
 
 
-def test_a_fork_that_is_killed_at_once_goes_on_and_does_not_need_its_parent(parent, tmp_path):
+def test_a_fork_killed_at_its_start_can_be_resumed_without_its_parent(parent, tmp_path):
     copy = shutil.copytree(parent, tmp_path / "copy")
     killed, run = fork(copy, tmp_path, "fork_step=4", fault=("grpo.training.trainer.group_keys", "1", "kill"))
     assert killed.returncode == -9
@@ -66,7 +66,7 @@ def test_a_fork_that_is_killed_at_once_goes_on_and_does_not_need_its_parent(pare
     assert rows(run) == rows(parent)
 
 
-def test_a_sweep_of_forks(parent, tmp_path):
+def test_a_sweep_of_forks_starts_every_job_from_the_checkpoint_of_the_parent(parent, tmp_path):
     sweep = ["-m", "fork=true", f"run_dir={parent}", "fork_step=6", "optimizer.lr=0.0002,0.01", "sweep_dir=sweep"]
     result = launch(*sweep, "hydra/launcher=basic", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -78,7 +78,7 @@ def test_a_sweep_of_forks(parent, tmp_path):
     assert load_frozen(other / "config.yaml").tracking.group == "sweep"
 
 
-def test_another_beta_reaches_the_objective(parent, tmp_path):
+def test_a_fork_with_another_beta_passes_it_to_the_objective(parent, tmp_path):
     result, run = fork(parent, tmp_path, "fork_step=6", "grpo.beta=0.5", "grpo.epsilon=0.2")
     assert result.returncode == 0, result.stderr
     config = load_frozen(run / "config.yaml")
@@ -87,7 +87,7 @@ def test_another_beta_reaches_the_objective(parent, tmp_path):
     assert rows(run)[6]["loss"] != rows(parent)[6]["loss"]
 
 
-def test_a_penalty_can_be_added_only_where_its_reference_is_known(tmp_path):
+def test_a_fork_can_add_a_kl_penalty_only_where_the_reference_model_is_known(tmp_path):
     run_dir = tmp_path / "run"
     assert launch(*TWIN, "grpo.beta=0", f"run_dir={run_dir}", cwd=tmp_path).returncode == 0
     refused, _ = fork(run_dir, tmp_path, "fork_step=6", "grpo.beta=0.04")
@@ -118,7 +118,7 @@ def test_a_fork_that_lost_its_checkpoints_does_not_start_from_another_model(pare
 
 
 @pytest.mark.slow
-def test_a_sweep_of_forks_that_was_killed_goes_on(parent, tmp_path):
+def test_a_killed_sweep_of_forks_can_be_resumed(parent, tmp_path):
     sweep = ["-m", "fork=true", f"run_dir={parent}", "fork_step=6", "optimizer.lr=0.0002,0.01", "sweep_dir=sweep"]
     sweep.append("hydra/launcher=basic")
     killed = launch(*sweep, cwd=tmp_path, fault=("grpo.training.trainer.group_keys", "2", "kill"))
@@ -130,12 +130,12 @@ def test_a_sweep_of_forks_that_was_killed_goes_on(parent, tmp_path):
     launches = [json.loads(line) for line in (same / "launches.jsonl").read_text().splitlines()]
     assert [each["from_step"] for each in launches] == [6, 6]
     assert status(other)["state"] == "finished"
-    # The parent has other numbers of steps than the defaults, which asks for nothing.
+    # The parent's numbers of steps differ from the defaults, which must not count as a request for more steps.
     done = launch(*sweep[:-1], "resume=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("has finished already: nothing to do") == 2
     assert "job 1 of" not in done.stdout, "a process was started"
-    # A job whose config.yaml is lost is not started again over what it has.
+    # A job that lost its config.yaml is not restarted over its existing files.
     (other / "config.yaml").unlink()
     kept = rows(other)
     refused = launch(*sweep, "resume=true", cwd=tmp_path)
@@ -160,7 +160,7 @@ def test_a_sweep_of_forks_that_was_killed_goes_on(parent, tmp_path):
         (["fork=true", "run_dir=PARENT", "fork_step=6", "data.max_prompt_length=3"], "prompts are longer"),
     ],
 )
-def test_what_cannot_be_forked_is_refused_and_leaves_no_run(parent, tmp_path, arguments, said):
+def test_an_impossible_fork_is_refused_and_leaves_no_run(parent, tmp_path, arguments, said):
     result = launch(*(argument.replace("PARENT", str(parent)) for argument in arguments), cwd=tmp_path)
     assert result.returncode == 2, result.stdout + result.stderr
     assert said in result.stderr.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""launch.py as a person meets it: answers at once, a finished run's folder, sweeps, own rewards, and bad commands."""
+"""launch.py as a user sees it: quick answers, the folder of a finished run, sweeps, own rewards, and bad commands."""
 
 import io
 import json
@@ -48,14 +48,14 @@ def folders_below(path):
     return sorted(str(each.relative_to(path)) for each in path.rglob("*") if each.is_dir())
 
 
-# Answers at once.
+# Quick answers.
 
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [(["--help"], 0), (["--cfg", "job"], 0), (["learning_rate=1e-5"], 2), (["seed=x"], 2), (["-m", "--cfg", "job"], 2)],
 )
-def test_help_config_and_config_errors_answer_within_two_seconds(cold, tmp_path, arguments, code):
+def test_help_the_config_and_config_errors_are_printed_within_two_seconds(cold, tmp_path, arguments, code):
     seconds = []
     for _ in range(3):
         started = time.monotonic()
@@ -86,7 +86,7 @@ def test_torch_is_not_imported_before_training(tmp_path, arguments):
     assert result.stdout.splitlines()[-1].split() == ["imported:"], result.stderr
 
 
-def test_importing_the_package_changes_nothing_of_the_process():
+def test_importing_the_package_changes_no_global_state_of_the_process():
     code = """
         import json, os, sys, threading
         def state():
@@ -110,7 +110,7 @@ def test_cfg_job_prints_the_whole_config(launch, tmp_path):
 # A finished run.
 
 
-def test_a_finished_run_says_where_it_is_and_what_to_do_next(finished_launch):
+def test_a_finished_run_prints_its_folder_and_the_next_commands(finished_launch):
     process, run = finished_launch
     path = f"outputs/quickstart/{run.name}"
     assert f"run folder {path}\n" in process.stdout
@@ -122,7 +122,7 @@ def test_a_finished_run_says_where_it_is_and_what_to_do_next(finished_launch):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)
 
 
-def test_a_finished_run_folder_holds_every_file_of_the_contract(finished_run):
+def test_a_finished_run_folder_has_all_expected_files(finished_run):
     files = {str(path.relative_to(finished_run)) for path in finished_run.rglob("*") if path.is_file()}
     wanted = {"config.yaml", "status.json", "launch.log", "summary.json", "metrics/metrics.jsonl"}
     wanted |= {".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml"}
@@ -152,7 +152,7 @@ def test_the_status_of_a_finished_run(finished_run):
     }
 
 
-def test_the_frozen_config_is_what_hydras_record_of_the_command_line_composes(finished_run):
+def test_the_frozen_config_equals_the_config_composed_from_the_recorded_overrides(finished_run):
     frozen = typed(load_frozen(finished_run / "config.yaml"))
     overrides = yaml.safe_load((finished_run / ".hydra" / "overrides.yaml").read_text())
     assert frozen == typed(compose_config(overrides))
@@ -160,7 +160,7 @@ def test_the_frozen_config_is_what_hydras_record_of_the_command_line_composes(fi
     assert "${" not in (finished_run / "config.yaml").read_text()
 
 
-def test_metrics_rows_carry_the_names_of_the_contract(finished_run):
+def test_metrics_rows_have_all_expected_names(finished_run):
     names = "step iteration loss reward reward_std frac_reward_zero_std kl entropy grad_norm learning_rate num_tokens"
     names += " rewards/correctness/mean rewards/correctness/std rewards/format/mean rewards/format/std"
     names += " completions/mean_length completions/min_length completions/max_length completions/clipped_ratio"
@@ -175,7 +175,7 @@ def test_metrics_rows_carry_the_names_of_the_contract(finished_run):
         assert row["step_time"] >= sum(row[f"timing_s/{part}"] for part in ("rollout", "reward", "reference", "update"))
 
 
-def test_the_first_step_is_on_policy_and_has_no_distance_from_the_reference(finished_run):
+def test_the_first_step_is_on_policy_and_has_a_kl_of_zero(finished_run):
     first = metrics(finished_run)[0]
     assert first["kl"] == 0.0
     assert first["clip_ratio/region_mean"] == 0.0
@@ -183,7 +183,7 @@ def test_the_first_step_is_on_policy_and_has_no_distance_from_the_reference(fini
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_the_samples_of_a_step_add_up_to_its_metrics(finished_run, step):
+def test_the_samples_of_a_step_agree_with_its_metrics(finished_run, step):
     row = metrics(finished_run)[step - 1]
     samples = read_lines(finished_run / "samples" / f"step_{step:06d}.jsonl")
     names = "step problem_id prompt completion answer rewards/correctness rewards/format reward advantage length"
@@ -213,7 +213,7 @@ def test_the_samples_of_a_step_add_up_to_its_metrics(finished_run, step):
         assert [sample["advantage"] for sample in by_reward] == sorted(sample["advantage"] for sample in group)
 
 
-def test_the_tokens_seen_add_up(finished_run):
+def test_num_tokens_is_the_sum_of_prompt_and_completion_lengths(finished_run):
     tokenizer = AutoTokenizer.from_pretrained(finished_run / "final_model")
     seen = 0
     for row in metrics(finished_run):
@@ -261,10 +261,10 @@ def test_the_best_weights_are_those_of_the_first_step_with_the_best_accuracy(fin
     assert best["step"] == min(step for step in accuracies if accuracies[step] == max(accuracies.values()))
 
 
-# A used folder, and nothing to go on with.
+# Run folders that a launch refuses.
 
 
-def test_a_used_run_folder_is_refused_and_left_as_it_is(launch, finished_run, small_run):
+def test_a_folder_that_holds_a_run_is_refused_and_left_unchanged(launch, finished_run, small_run):
     before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
     result = launch(*small_run, f"run_dir={finished_run}", cwd=finished_run.parent)
     assert result.returncode == 2
@@ -272,7 +272,7 @@ def test_a_used_run_folder_is_refused_and_left_as_it_is(launch, finished_run, sm
     assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
 
 
-def test_resume_on_a_finished_run_is_refused_and_auto_ends_with_0(launch, finished_run, small_run):
+def test_resume_true_on_a_finished_run_is_refused_and_resume_auto_exits_with_0(launch, finished_run, small_run):
     refused = launch("resume=true", f"run_dir={finished_run}", cwd=finished_run.parent)
     assert refused.returncode == 2
     assert "has finished already" in refused.stderr
@@ -282,7 +282,7 @@ def test_resume_on_a_finished_run_is_refused_and_auto_ends_with_0(launch, finish
     assert status(finished_run)["state"] == "finished"
 
 
-def test_a_strangers_folder_that_is_refused_is_left_as_it_is(launch, finished_run, tmp_path):
+def test_a_folder_refused_for_an_untrusted_function_is_left_unchanged(launch, finished_run, tmp_path):
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     config = yaml.safe_load((finished_run / "config.yaml").read_text())
@@ -330,7 +330,7 @@ def bad_inputs(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_bad_command_ends_with_2_a_mend_and_no_folder(launch, bad_inputs, arguments, mend):
+def test_a_bad_command_exits_with_2_says_how_to_fix_it_and_creates_no_folder(launch, bad_inputs, arguments, mend):
     result = launch(*arguments, cwd=bad_inputs)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: ")
@@ -371,7 +371,7 @@ def test_a_bad_command_ends_with_2_a_mend_and_no_folder(launch, bad_inputs, argu
         (["reward.components.format._target_=tests.empty_failure.f"], "AssertionError; it must be the dotted path"),
     ],
 )
-def test_what_cannot_be_found_is_refused_before_any_weight_is_loaded(overrides, said):
+def test_a_bad_value_is_refused_before_any_weights_are_loaded(overrides, said):
     with pytest.raises(ConfigError) as refused:
         build_experiment(typed(compose_config(["experiment=quickstart", *overrides])))
     assert said in str(refused.value)
@@ -393,7 +393,7 @@ class NotCallable:
     pass
 
 
-def test_a_class_as_a_reward_is_built_once_and_called_for_each_batch():
+def test_a_reward_class_is_built_once_and_called_for_each_batch():
     own = "+reward.components.own={_target_: tests.launch.test_launch.Counting, start: 40, weight: 2}"
     setup = build_experiment(typed(compose_config(["experiment=quickstart", own])))
     component = next(each for each in setup.components if each.name == "own")
@@ -414,7 +414,7 @@ def test_a_class_as_a_reward_is_built_once_and_called_for_each_batch():
             build_experiment(typed(compose_config(["experiment=quickstart", f"+reward.components.own={node}"])))
 
 
-def test_a_model_folder_that_is_not_whole_is_refused(tmp_path):
+def test_an_incomplete_model_folder_is_refused(tmp_path):
     whole = ROOT / "grpo" / "tiny" / "model"
     for broken in ("no_tokenizer", "cut"):
         shutil.copytree(whole, tmp_path / broken)
@@ -427,7 +427,7 @@ def test_a_model_folder_that_is_not_whole_is_refused(tmp_path):
             build_experiment(typed(compose_config(overrides))).load_policy()
 
 
-def test_a_template_that_takes_no_system_message_is_refused_with_the_mend(tmp_path):
+def test_a_chat_template_that_rejects_system_messages_is_refused_with_the_fix(tmp_path):
     shutil.copytree(ROOT / "grpo" / "tiny" / "model", tmp_path / "model")
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}hello"
     (tmp_path / "model" / "chat_template.jinja").write_text(template)
@@ -453,21 +453,22 @@ def test_more_tokens_than_a_model_has_positions_for_are_refused_with_the_length_
         with pytest.raises(ConfigError, match=f"lower it to {fits}"):
             build_experiment(typed(compose_config([*command, f"{key}={fits + 1}"])))
     assert caplog.text == ""
-    build_experiment(typed(compose_config([*experiment, "grpo.max_completion_length=512"])))  # rotary positions of 512
+    # The embedded model has rotary positions: exceeding their number gives only a warning.
+    build_experiment(typed(compose_config([*experiment, "grpo.max_completion_length=512"])))
     assert "is for 512; lower it to " in caplog.text
 
 
-# Going on with other hardware, and with what does not work.
+# Resuming with other hardware, and with changes that do not work.
 
 
 @pytest.fixture
 def stopped_run(launch, small_run, tmp_path):
-    """A run of which one step is still to be made."""
+    """A finished run of one step, to be resumed with `grpo.num_steps=2`."""
     assert launch(*small_run, "run_dir=run", "grpo.num_steps=1", "checkpoint.every=1", cwd=tmp_path).returncode == 0
     return tmp_path / "run"
 
 
-def test_a_change_that_does_not_work_leaves_the_run_as_it_was(launch, stopped_run):
+def test_a_change_that_does_not_work_leaves_the_run_unchanged(launch, stopped_run):
     more = ["resume=true", f"run_dir={stopped_run}", "grpo.num_steps=2"]
     refused = launch(*more, "hardware=rtx_24gb", cwd=stopped_run.parent)
     assert refused.returncode == 2
@@ -477,7 +478,7 @@ def test_a_change_that_does_not_work_leaves_the_run_as_it_was(launch, stopped_ru
     assert moved.returncode == 0, moved.stderr
     assert "equal up to rounding, not bit for bit" in moved.stderr + moved.stdout
     changes = yaml.safe_load((stopped_run / "changes.yaml").read_text())
-    assert changes["hardware.rollout_tokens"] == 16384  # as the preset has it
+    assert changes["hardware.rollout_tokens"] == 16384  # the value of the preset
     assert not set(changes) & {"hardware.batch_size", "grpo.batch_size", "hardware.device"}
     again = launch(*more, cwd=stopped_run.parent)
     assert again.returncode == 2
@@ -487,7 +488,7 @@ def test_a_change_that_does_not_work_leaves_the_run_as_it_was(launch, stopped_ru
 # Weights & Biases.
 
 
-def test_a_launch_is_tracked_with_every_row_the_evaluations_and_completions(launch, small_run, tmp_path):
+def test_a_tracked_launch_logs_every_row_the_evaluations_and_completions(launch, small_run, tmp_path):
     settings = ["tracking=offline", "tracking.completions_every=1", "eval.every=1", "run_dir=run"]
     result = launch(*small_run, *settings, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -498,7 +499,7 @@ def test_a_launch_is_tracked_with_every_row_the_evaluations_and_completions(laun
 
 
 @pytest.mark.slow
-def test_after_any_number_of_kills_the_tracked_history_is_that_of_the_metrics(launch, tmp_path):
+def test_after_several_kills_the_tracked_history_equals_the_metrics(launch, tmp_path):
     settings = [*SETTINGS, "tracking=offline", "eval.every=3", "eval.before=true", "eval.max_problems=2", "run_dir=run"]
     for call in ("3", "2", "4"):
         fault = ("grpo.training.recorder.Recorder.step", call, "kill")
@@ -510,7 +511,7 @@ def test_after_any_number_of_kills_the_tracked_history_is_that_of_the_metrics(la
 
 
 def assert_tracked(run, folder):
-    """The run's own wandb file has every metrics row, and every evaluation in the row of its step."""
+    """Assert that the wandb file of a run has every metrics row, with each evaluation in the row of its step."""
     (file,) = folder.glob("run-*.wandb")
     command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", file, folder.parent]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
@@ -534,7 +535,7 @@ def assert_tracked(run, folder):
 # Sweeps.
 
 
-def test_a_sweep_makes_a_folder_for_each_job_that_see_the_same_problems_and_noise(launch, small_run, tmp_path):
+def test_a_sweep_has_a_folder_for_each_job_and_all_jobs_see_the_same_problems_and_noise(launch, small_run, tmp_path):
     sweep = ["hydra/launcher=basic", "eval.max_problems=2", "grpo.beta=0,0.04", "sweep_dir=sweep"]
     result = launch("-m", *small_run, *sweep, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -576,7 +577,7 @@ def test_a_component_that_scored_no_held_out_problem_is_shown_as_missing():
 
 
 @pytest.mark.parametrize("none_at_all", [False, True])
-def test_a_problem_that_the_evaluator_could_not_grade_is_missing_and_not_wrong(launch, tmp_path, none_at_all):
+def test_a_problem_that_the_evaluator_could_not_grade_counts_as_missing_and_not_as_wrong(launch, tmp_path, none_at_all):
     (tmp_path / "my_rewards.py").write_text(textwrap.dedent(MY_REWARDS))
     settings = ["experiment=quickstart", "grpo.num_steps=1", "eval.max_problems=8", "eval.every=1", "preflight=false"]
     settings += [
@@ -672,7 +673,7 @@ def test_reward_functions_of_the_user_and_of_trl_are_scored_under_their_names(la
     }
 
 
-def test_a_reward_function_that_raises_ends_the_run_and_the_same_command_goes_on_with_it(launch, small_run, my_rewards):
+def test_a_reward_function_that_raises_ends_the_run_and_the_same_command_resumes_it(launch, small_run, my_rewards):
     command = [*small_run, "+reward.components.judge={_target_: my_rewards.needs_a_file}", "eval.before=false"]
     failed = launch(*command, "resume=auto", cwd=my_rewards)
     assert failed.returncode == 1
@@ -697,10 +698,10 @@ def test_a_reward_function_that_raises_ends_the_run_and_the_same_command_goes_on
     assert [row["rewards/judge/mean"] for row in metrics(run)] == [0.25, 0.25]
 
 
-def test_a_run_that_failed_before_its_first_step_leaves_the_folder_to_go_on_with(
+def test_resuming_a_run_killed_before_its_first_step_still_refuses_a_changed_setting(
     launch, small_run, finished_run, tmp_path
 ):
-    # As a kill while the model was loading leaves it: config and status, no metrics.
+    # What a kill leaves while the model is loading: config and status, no metrics.
     run = tmp_path / "run"
     shutil.copytree(finished_run / ".hydra", run / ".hydra")
     shutil.copy(finished_run / "config.yaml", run)

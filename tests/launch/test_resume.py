@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on gives, byte for byte, what a run that was never stopped gives."""
+"""A run that is stopped and resumed gives the same bytes as a run that is never stopped."""
 
 import os
 import signal
@@ -39,11 +39,11 @@ def kill_after_step(run_dir, step):
 
 @pytest.mark.slow
 def test_resume_in_bfloat16_over_float32_weights_is_bitwise_equal(tmp_path):
-    """Through two updates a step, a second iteration with its own reference, and layers computed twice."""
+    """With two updates per step, a second iteration with its own reference, and activation checkpointing."""
     settings = [*SETTINGS, "hardware.compute_dtype=bfloat16", "hardware.activation_checkpointing=true"]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert launch(*settings, f"run_dir={straight}", cwd=tmp_path).returncode == 0
-    fault = ("grpo.training.trainer.refresh", "12", "kill")  # two a step, and one as the reference moves: in step 6
+    fault = ("grpo.training.trainer.refresh", "12", "kill")  # two per step, one for a new reference: in step 6
     assert launch(*settings, f"run_dir={killed}", cwd=tmp_path, fault=fault).returncode != 0
     assert [row["step"] for row in rows(killed)] == [1, 2, 3, 4, 5]
     result = launch("resume=true", f"run_dir={killed}", cwd=tmp_path)
@@ -53,11 +53,11 @@ def test_resume_in_bfloat16_over_float32_weights_is_bitwise_equal(tmp_path):
 
 
 def test_resume_with_lora_is_bitwise_equal(tmp_path):
-    """Through a second iteration, whose reference is a frozen copy of the adapter; only the adapter is saved."""
+    """With a second iteration, whose reference is a frozen copy of the adapter. Only the adapter is saved."""
     settings = [*SETTINGS, "tuning=lora", "optimizer.lr=2e-3", "grpo.beta=0.1", "hardware.compute_dtype=bfloat16"]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert launch(*settings, f"run_dir={straight}", cwd=tmp_path).returncode == 0
-    fault = ("grpo.training.trainer.apply_gradient", "12", "kill")  # two a step: in step 6
+    fault = ("grpo.training.trainer.apply_gradient", "12", "kill")  # two calls per step: in step 6
     assert launch(*settings, f"run_dir={killed}", cwd=tmp_path, fault=fault).returncode != 0
     assert [row["step"] for row in rows(killed)] == [1, 2, 3, 4, 5]
     names = set(StoredTensors(killed / "checkpoints" / "step_000004" / "model.safetensors"))
@@ -67,7 +67,7 @@ def test_resume_with_lora_is_bitwise_equal(tmp_path):
     assert result.returncode == 0, result.stderr
     assert_same_run(killed, straight)
     kl = [row["kl"] for row in rows(straight)]
-    assert kl[3] > kl[4] < kl[7]  # the reference is renewed before step 5
+    assert kl[3] > kl[4] < kl[7]  # the reference is updated before step 5
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_resume_with_any_optimizer_is_bitwise_equal(tmp_path, optimizer):
     settings = [*SETTINGS, optimizer]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert launch(*settings, f"run_dir={straight}", cwd=tmp_path).returncode == 0
-    fault = ("grpo.training.trainer.apply_gradient", "10", "kill")  # two a step: in step 5
+    fault = ("grpo.training.trainer.apply_gradient", "10", "kill")  # two calls per step: in step 5
     assert launch(*settings, f"run_dir={killed}", cwd=tmp_path, fault=fault).returncode != 0
     assert [row["step"] for row in rows(killed)] == [1, 2, 3, 4]
     result = launch("resume=true", f"run_dir={killed}", cwd=tmp_path)
@@ -106,7 +106,7 @@ def test_a_signal_saves_the_step_in_progress_and_resume_is_bitwise_equal(tmp_pat
     assert (run_dir / "checkpoints" / f"step_{step:06d}" / "manifest.json").exists()
     assert len(rows(run_dir)) == step < 8
 
-    # Without run_dir the newest unfinished run below outputs/ is taken.
+    # Without run_dir the newest unfinished run below outputs/ is resumed.
     outputs = tmp_path / "outputs" / "quickstart"
     outputs.mkdir(parents=True)
     run_dir.rename(outputs / "run")
@@ -126,7 +126,7 @@ def test_resume_keeps_the_first_records_and_config(tmp_path, straight):
     assert_same_run(run_dir, straight)
 
 
-def test_a_finished_run_that_gets_more_steps_is_one_that_had_them_from_the_start(tmp_path):
+def test_a_finished_run_extended_to_more_steps_equals_a_run_that_had_them_from_the_start(tmp_path):
     steps = [*SETTINGS, "grpo.num_iterations=1", "grpo.lr_schedule=constant", "grpo.warmup_steps=0"]
     whole, extended = tmp_path / "whole", tmp_path / "extended"
     for run_dir, count in ((whole, 6), (extended, 4)):
@@ -143,7 +143,7 @@ def test_a_finished_run_that_gets_more_steps_is_one_that_had_them_from_the_start
     assert (extended / "changes.yaml").read_text() == "grpo.num_steps: 6\n"
 
 
-def test_a_torn_last_row_is_dropped_and_computed_again(tmp_path, straight):
+def test_an_incomplete_last_row_is_dropped_and_computed_again(tmp_path, straight):
     run_dir = tmp_path / "run"
     kill_after_step(run_dir, 3)
     file = run_dir / "metrics" / "metrics.jsonl"
@@ -156,5 +156,5 @@ def test_a_torn_last_row_is_dropped_and_computed_again(tmp_path, straight):
 def test_an_until_step_that_the_run_has_passed_is_refused():
     with pytest.raises(ConfigError, match="until_step=20: the run is at step 50 already"):
         check_until(20, 50)
-    for fine in (None, 50, 51):  # at 50 its evaluation may be missing
+    for fine in (None, 50, 51):  # at step 50 its evaluation may still be missing
         check_until(fine, 50)

@@ -18,7 +18,7 @@ from grpo.runs.environment import environment
 
 @pytest.fixture
 def card(monkeypatch):
-    """Let torch say that there are two CUDA cards: `card(gigabytes, bfloat16=True)`, the second from `second`."""
+    """A function that makes torch report two CUDA cards with `gigabytes` of memory, or `second` for the second card."""
 
     def pretend(gigabytes, second=None, bfloat16=True):
         def properties(device):
@@ -52,14 +52,14 @@ def found(*overrides):
         (8, True, ["hardware=t4_16gb"]),
     ],
 )
-def test_a_card_gets_the_preset_of_its_memory_in_the_arithmetic_that_it_has(card, gigabytes, bfloat16, expected):
+def test_a_card_gets_the_preset_for_its_memory_with_a_dtype_that_it_supports(card, gigabytes, bfloat16, expected):
     card(gigabytes, bfloat16=bfloat16)
     assert preset_overrides("cuda") == expected
     cfg = found()
     assert cfg.hardware.compute_dtype == ("bfloat16" if bfloat16 and gigabytes > 20 else "float16")
 
 
-def test_the_card_that_is_asked_for_by_its_number_is_the_one_that_counts(card):
+def test_a_card_requested_by_its_number_decides_preset_and_memory(card):
     card(8, 85.1)
     cfg = found("model.device_map=cuda:1")
     assert cfg.hardware.rollout_tokens == compose_config(["hardware=a100_80gb"]).hardware.rollout_tokens
@@ -69,7 +69,7 @@ def test_the_card_that_is_asked_for_by_its_number_is_the_one_that_counts(card):
     assert environment(device_of(config))["gpu"] == "NVIDIA Something Else"
 
 
-def test_auto_is_the_preset_found_with_all_that_it_chooses_and_what_is_set_by_hand_stays(card):
+def test_auto_is_composed_as_the_preset_found_and_keeps_the_users_overrides(card):
     card(25.3)
     chosen = found("hardware.rollout_tokens=7", "grpo.batch_size=3")
     no_card = [f"hardware.card.{key}=null" for key in chosen.hardware.card]
@@ -81,7 +81,7 @@ def test_auto_is_the_preset_found_with_all_that_it_chooses_and_what_is_set_by_ha
     assert found("hardware=cpu", "hardware.device=auto") == found()
 
 
-def test_auto_leaves_what_an_experiment_sets(card, monkeypatch, tmp_path):
+def test_auto_keeps_what_an_experiment_sets(card, monkeypatch, tmp_path):
     shutil.copytree(CONF_DIR, tmp_path / "conf")
     mine = {"compute_dtype": "float32", "rollout_tokens": 333, "card": {"tflops": 5}}
     file = tmp_path / "conf" / "experiment" / "mine.yaml"
@@ -94,7 +94,7 @@ def test_auto_leaves_what_an_experiment_sets(card, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("able", [True, False])
-def test_auto_takes_bfloat16_where_the_processor_multiplies_it_unless_told_otherwise(monkeypatch, able):
+def test_auto_uses_bfloat16_if_the_processor_multiplies_it_unless_overridden(monkeypatch, able):
     monkeypatch.setattr(preset, "cpu_supports_bfloat16", lambda: able)
     monkeypatch.setattr(preset, "find_device", lambda: "cpu")
     for overrides, expected in (
@@ -115,7 +115,7 @@ def test_auto_takes_bfloat16_where_the_processor_multiplies_it_unless_told_other
         (["hardware=t4_16gb", "tuning=full_bf16", "hardware.compute_dtype=null"], 16, "model.dtype=bfloat16: NVIDIA"),
     ],
 )
-def test_a_card_that_cannot_do_what_the_preset_asks_is_refused_with_the_mend(card, overrides, gigabytes, said):
+def test_a_card_that_does_not_meet_the_preset_is_refused_with_a_suggested_fix(card, overrides, gigabytes, said):
     card(gigabytes, bfloat16=False)
     with pytest.raises(ConfigError) as refused:
         resolve_hardware(compose_config(overrides))
@@ -124,7 +124,7 @@ def test_a_card_that_cannot_do_what_the_preset_asks_is_refused_with_the_mend(car
     resolve_hardware(compose_config([*overrides, "hardware.card.memory_gb=16", "hardware.compute_dtype=float16"]))
 
 
-def test_a_card_of_a_number_that_is_not_there_is_refused(card):
+def test_a_card_number_that_does_not_exist_is_refused(card):
     card(85)
     for way in (found, lambda *overrides: resolve_hardware(compose_config(overrides))):
         with pytest.raises(ConfigError, match=r"device_map=cuda:9: torch sees 2 CUDA devices here"):
@@ -140,7 +140,7 @@ def test_a_card_of_a_number_that_is_not_there_is_refused(card):
         (["model.device_map=foo"], "model.device_map=foo: a model spread over devices cannot be trained here"),
     ],
 )
-def test_a_device_that_is_not_there_is_said_of_the_key_that_asks_for_it(overrides, said):
+def test_a_missing_device_is_refused_with_the_key_that_requests_it(overrides, said):
     for way in (found, lambda *overrides: resolve_hardware(compose_config(overrides))):
         with pytest.raises(ConfigError) as refused:
             way(*overrides)
@@ -148,7 +148,7 @@ def test_a_device_that_is_not_there_is_said_of_the_key_that_asks_for_it(override
         assert str(refused.value).startswith(said)
 
 
-def test_threads_left_open_are_those_that_torch_found_whatever_an_earlier_job_set(tmp_path):
+def test_threads_null_means_torchs_default_whatever_an_earlier_job_has_set(tmp_path):
     from grpo.config.checks import typed
 
     try:
@@ -161,7 +161,7 @@ def test_threads_left_open_are_those_that_torch_found_whatever_an_earlier_job_se
         torch.set_num_threads(hardware.THREADS)
 
 
-def test_determinism_is_set_and_taken_back():
+def test_determinism_can_be_turned_on_and_off_again():
     try:
         hardware._use_deterministic_algorithms(True)
         assert torch.are_deterministic_algorithms_enabled()

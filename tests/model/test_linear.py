@@ -14,7 +14,7 @@ from tests.launches import ROOT
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_product_by_onednn_is_that_of_a_linear_layer_with_its_gradients(bias):
+def test_a_product_by_onednn_and_its_gradients_equal_those_of_a_linear_layer(bias):
     torch.manual_seed(0)
     plain = nn.Linear(6, 4, bias=bias)
     ours = copy.deepcopy(plain)
@@ -37,8 +37,8 @@ def test_a_product_by_onednn_is_that_of_a_linear_layer_with_its_gradients(bias):
 
 @pytest.mark.parametrize("able", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_a_dtype_that_onednn_cannot_multiply_here_is_multiplied_by_torch(monkeypatch, dtype, able):
-    """On an older processor oneDNN refuses bfloat16, and everywhere float64."""
+def test_a_dtype_that_onednn_does_not_support_here_is_multiplied_by_torch(monkeypatch, dtype, able):
+    """oneDNN refuses float64 on every processor, and bfloat16 on older ones."""
     monkeypatch.setattr(linear, "cpu_supports_bfloat16", lambda: able)
     linear._onednn_dtypes.cache_clear()
     layer = nn.Linear(6, 4).to(dtype)
@@ -66,7 +66,7 @@ print(peak_memory_gb(torch.device("cpu")) - before)
 """
 
 
-def test_products_of_ever_new_shapes_hold_no_more_and_more_memory():
-    """Left alone, each shape would hold 5 MB for good: 1.6 GB here. What remains is the allocator's own holes."""
+def test_products_of_always_new_shapes_do_not_accumulate_memory():
+    """Without the limit each shape would keep 5 MB, 1.6 GB in total. The rest is fragmentation of the allocator."""
     done = subprocess.run([sys.executable, "-c", EVER_NEW_SHAPES], cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 0.4

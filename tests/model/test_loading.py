@@ -8,7 +8,7 @@ from grpo.tiny import MODEL_DIR
 from tests.tiny_model import tiny_config
 
 
-def test_the_embedded_model_is_found_by_its_name():
+def test_the_embedded_model_is_loaded_by_its_name():
     config = tiny_config()
     model = load_model(config, torch.device("cpu"))
     tokenizer = load_tokenizer(config)
@@ -18,8 +18,8 @@ def test_the_embedded_model_is_found_by_its_name():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_of_random_weights_is_what_its_saved_weights_say(tmp_path, monkeypatch, dtype):
-    """Buffers too: positions rounded to bfloat16 would make another function of it."""
+def test_a_model_with_random_weights_equals_the_one_loaded_from_its_saved_weights(tmp_path, monkeypatch, dtype):
+    """Its buffers are equal too: positions rounded to bfloat16 would change the outputs."""
     (tmp_path / "small.json").write_text((MODEL_DIR / "config.json").read_text())
     monkeypatch.setattr(model_module, "RANDOM_MODELS", {"small_random": tmp_path / "small.json"})
     state = torch.random.get_rng_state()
@@ -34,7 +34,7 @@ def test_a_model_of_random_weights_is_what_its_saved_weights_say(tmp_path, monke
 
 
 def test_an_architecture_that_scales_its_logits_is_refused(tmp_path):
-    """Gemma 2 caps its logits after the head; taking hidden states through the head alone would be wrong."""
+    """Gemma 2 caps its logits after the head; applying only the head to hidden states would be wrong."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
@@ -52,7 +52,7 @@ def test_an_architecture_that_scales_its_logits_is_refused(tmp_path):
         load_model(tiny_config(name=str(tmp_path), attn_implementation="eager"), torch.device("cpu"))
 
 
-def test_a_working_copy_hands_its_gradient_on_and_follows_the_master(prompts):
+def test_a_working_copy_passes_its_gradient_to_the_master_and_is_refreshed_from_it(prompts):
     master = load_model(tiny_config(), torch.device("cpu"))
     work = working_copy(master, torch.bfloat16)
     ids = prompts.ids[:1, -12:]
@@ -75,12 +75,12 @@ def test_a_working_copy_hands_its_gradient_on_and_follows_the_master(prompts):
         assert torch.equal(parameter, original.bfloat16())
 
 
-def test_a_copy_shares_nothing_keeps_tied_weights_tied_and_its_buffers_whole():
+def test_a_copy_shares_no_memory_keeps_tied_weights_tied_and_its_buffers_in_float32():
     model = load_model(tiny_config(), torch.device("cpu"))
     for dtype in (torch.float32, torch.bfloat16):
         other = copy_in_dtype(model, dtype)
         assert {p.dtype for p in other.parameters()} == {dtype}
-        assert all(p.requires_grad for p in other.parameters())  # trained, so to be saved with a checkpoint
+        assert all(p.requires_grad for p in other.parameters())  # trainable, so saved with a checkpoint
         assert len(list(other.parameters())) == len(list(model.parameters()))
         assert not {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in model.parameters()}
-        assert other.model.rotary_emb.inv_freq.dtype == torch.float32  # rounded, positions would blur
+        assert other.model.rotary_emb.inv_freq.dtype == torch.float32  # rounding would make positions inexact

@@ -45,7 +45,7 @@ def test_log_probabilities_are_zero_outside_the_mask(model, prompts, completions
     assert (result.logps[~outside] < 0).all()
 
 
-def test_the_size_of_the_logit_chunks_changes_nothing(model, prompts, completions, monkeypatch):
+def test_the_size_of_the_logit_chunks_does_not_change_the_results(model, prompts, completions, monkeypatch):
     whole = completion_logps(model, prompts, completions, 1.0)
     monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 3 * model.config.vocab_size)
     chunked = completion_logps(model, prompts, completions, 1.0)
@@ -54,7 +54,7 @@ def test_the_size_of_the_logit_chunks_changes_nothing(model, prompts, completion
     assert (ours - theirs).norm() / theirs.norm() < 1e-5
 
 
-def test_completions_of_one_token_need_no_second_forward(model, prompts):
+def test_log_probabilities_of_one_token_completions_equal_those_without_sharing(model, prompts):
     one = plain_completions(torch.tensor([[7]] * 6), GROUP)
     shared = completion_logps(model, prompts, one, 1.0)
     plain = completion_logps_unshared(model, prompts, one, 1.0)
@@ -62,7 +62,7 @@ def test_completions_of_one_token_need_no_second_forward(model, prompts):
 
 
 def test_every_parameter_gets_the_gradient_of_the_plain_pass(plain_model, fast_model, prompts, completions):
-    """By name, and not as one norm, in which a small part could hide."""
+    """Each is compared by name, since one norm over all of them could hide an error in a small one."""
     weights = torch.randn(6, 9, generator=torch.Generator().manual_seed(2))
     for model, function in ((fast_model, completion_logps), (plain_model, completion_logps_unshared)):
         model.zero_grad()
@@ -71,8 +71,8 @@ def test_every_parameter_gets_the_gradient_of_the_plain_pass(plain_model, fast_m
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3 * theirs.grad.abs().max(), msg=name)
 
 
-def test_computing_layers_twice_changes_no_bit(prompts, completions):
-    """Activation checkpointing, through the shared prompts as well."""
+def test_activation_checkpointing_changes_no_bit(prompts, completions):
+    """The backward pass computes each layer a second time, also for the shared prompts."""
     gradients = []
     for twice in (False, True):
         model = load_model(tiny_config(), torch.device("cpu"))
@@ -87,7 +87,7 @@ def test_computing_layers_twice_changes_no_bit(prompts, completions):
         assert torch.equal(once, again)
 
 
-def test_the_head_gives_what_log_softmax_gives_and_its_gradients(monkeypatch):
+def test_the_head_gives_the_values_and_gradients_of_log_softmax(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(7, 5, generator=generator), torch.randn(11, 5, generator=generator)
     targets, factors = torch.tensor([0, 10, 3, 3, 5, 9, 1]), torch.randn(7, generator=generator)
@@ -108,7 +108,7 @@ def test_the_head_gives_what_log_softmax_gives_and_its_gradients(monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_in_bfloat16_the_gradient_of_the_head_is_as_good_as_one_rounding(monkeypatch):
+def test_in_bfloat16_the_error_of_the_heads_gradient_is_about_that_of_one_rounding(monkeypatch):
     monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 8 * 64)  # 8 of 4000 tokens at a time
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(4000, 16, generator=generator) + 0.5, torch.randn(64, 16, generator=generator) / 4
@@ -122,7 +122,7 @@ def test_in_bfloat16_the_gradient_of_the_head_is_as_good_as_one_rounding(monkeyp
         assert (ours - exact).norm() < 0.005 * exact.norm()  # rounding alone is 0.0016
 
 
-def test_a_head_with_a_bias_takes_the_general_way():
+def test_a_head_with_a_bias_gives_the_values_and_gradients_of_log_softmax():
     torch.manual_seed(0)
     layer, hidden, targets = nn.Linear(5, 11), torch.randn(4, 5), torch.tensor([0, 10, 3, 3])
     ours, _ = head_logps(layer, hidden, targets, 0.7)
@@ -133,7 +133,7 @@ def test_a_head_with_a_bias_takes_the_general_way():
         torch.testing.assert_close(a, b)
 
 
-def test_a_model_that_looks_at_a_window_or_has_other_attention_is_read_padded():
+def test_a_model_with_a_sliding_window_or_other_attention_is_padded_instead_of_packed():
     torch.manual_seed(0)
 
     def model(kind, implementation="sdpa", **settings):

@@ -22,7 +22,7 @@ SETTINGS = LoraSettings(rank=4, alpha=8, target_modules="all-linear", init_from=
 
 
 def adapted(settings=SETTINGS, seed=1, trained=True, dtype="float32"):
-    """The embedded model with an adapter, as it is after some training."""
+    """The embedded model with an adapter; with `trained` its weights are random, as after some training."""
     model = load_model(tiny_config(dtype=dtype), CPU)
     add_adapter(model, settings, torch.float32, seed)
     if trained:
@@ -37,7 +37,7 @@ def trained(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_an_adapter_begins_as_nothing_and_follows_from_the_seed(plain_model, prompts):
+def test_a_new_adapter_does_not_change_the_model_and_depends_only_on_the_seed(plain_model, prompts):
     state = torch.random.get_rng_state()
     model, again, other = (adapted(seed=seed, trained=False) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -49,18 +49,18 @@ def test_an_adapter_begins_as_nothing_and_follows_from_the_seed(plain_model, pro
         assert "lora_B" in name or not torch.equal(parameter, trained(other)[name])
 
 
-def test_where_it_begins_does_not_depend_on_the_digits_of_the_weights_below():
+def test_the_initial_adapter_does_not_depend_on_the_dtype_of_the_model():
     narrow, wide = trained(adapted(trained=False, dtype="bfloat16")), trained(adapted(trained=False))
     assert all(torch.equal(parameter, wide[name]) for name, parameter in narrow.items())
 
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
-def test_one_use_of_a_weight_that_is_used_twice_is_not_adapted(module):
+def test_an_adapter_for_one_of_two_tied_weights_is_refused(module):
     with pytest.raises(ConfigError, match="are one weight"):
         adapted(replace(SETTINGS, target_modules=["q_proj", module]), trained=False)
 
 
-def test_the_adapter_keeps_its_dtype_over_narrower_weights():
+def test_the_adapter_stays_in_float32_on_bfloat16_weights():
     model = adapted(dtype="bfloat16")
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
@@ -68,7 +68,7 @@ def test_the_adapter_keeps_its_dtype_over_narrower_weights():
 
 
 @pytest.mark.parametrize("modules", ["all-linear", ["q_proj", "v_proj"], ["k_proj", "down_proj"]])
-def test_decoding_with_an_adapter_is_that_of_transformers(tokenizer, prompts, modules):
+def test_decoding_with_an_adapter_equals_that_of_transformers(tokenizer, prompts, modules):
     model = adapted(replace(SETTINGS, target_modules=modules))
     assert supports_fast_decoding(model)
     greedy = Sampling(24, 0.0, (tokenizer.eos_token_id,), tokenizer.pad_token_id)
@@ -82,7 +82,7 @@ def test_decoding_with_an_adapter_is_that_of_transformers(tokenizer, prompts, mo
 
 @pytest.mark.parametrize(("dtype", "rounding"), [("float32", 1e-4), ("bfloat16", 0.1)])
 @torch.no_grad()
-def test_the_fast_decoder_adds_what_the_plain_one_adds(prompts, dtype, rounding):
+def test_the_fast_decoder_applies_the_adapter_as_the_plain_one_does(prompts, dtype, rounding):
     model, rows = adapted(dtype=dtype), torch.tensor([0, 0, 1, 2])
     off = copy_in_dtype(model, model.dtype)
     switch_adapter(off, on=False)
@@ -96,7 +96,7 @@ def test_the_fast_decoder_adds_what_the_plain_one_adds(prompts, dtype, rounding)
         assert (fast.logits - without.logits).abs().max() > 2 * rounding * plain.logits.abs().max()
 
 
-def test_gradients_reach_the_adapter_alone_and_are_those_of_the_plain_pass(prompts):
+def test_only_the_adapter_gets_gradients_and_they_equal_those_of_the_plain_pass(prompts):
     model = adapted()
     completions = plain_completions(torch.randint(5, 200, (6, 9)), torch.arange(6) // 2)
     grads = []
@@ -109,8 +109,8 @@ def test_gradients_reach_the_adapter_alone_and_are_those_of_the_plain_pass(promp
     assert grads[1].norm() > 0
 
 
-def test_layers_computed_twice_give_the_adapter_the_same_gradient(prompts):
-    """Nothing that enters the first layer takes a gradient then."""
+def test_activation_checkpointing_gives_the_adapter_the_same_gradient(prompts):
+    """The input of the first layer requires no gradient then."""
     completions = plain_completions(torch.randint(5, 200, (6, 9)), torch.arange(6) // 2)
     grads = []
     for twice in (False, True):
@@ -122,7 +122,7 @@ def test_layers_computed_twice_give_the_adapter_the_same_gradient(prompts):
     assert torch.equal(*grads)
 
 
-def test_a_reference_shares_the_weights_and_has_an_adapter_of_its_own(prompts):
+def test_a_reference_shares_the_frozen_weights_and_has_a_separate_adapter(prompts):
     policy, base = adapted(), load_model(tiny_config(), CPU)
     reference = copy_in_dtype(policy, torch.float32)
     shared = {p.data_ptr() for p in policy.parameters() if not p.requires_grad}
@@ -140,14 +140,14 @@ def test_a_reference_shares_the_weights_and_has_an_adapter_of_its_own(prompts):
     assert torch.equal(reference(prompts.ids).logits, policy(prompts.ids).logits)
 
 
-def test_an_adapter_is_begun_with_in_its_own_digits(tmp_path):
+def test_init_from_loads_an_adapter_without_rounding_it(tmp_path):
     model = adapted(dtype="bfloat16")
     save_adapter(model, tmp_path)
     again = trained(adapted(replace(SETTINGS, init_from=str(tmp_path)), seed=9, trained=False, dtype="bfloat16"))
     assert all(torch.equal(parameter, again[name]) for name, parameter in trained(model).items())
 
 
-def test_an_adapter_is_written_as_peft_reads_it_and_begun_with_again(tmp_path, prompts):
+def test_a_saved_adapter_can_be_loaded_by_peft_and_with_init_from(tmp_path, prompts):
     model = adapted()
     save_adapter(model, tmp_path)
     expected = model(prompts.ids, attention_mask=prompts.mask).logits
@@ -160,7 +160,7 @@ def test_an_adapter_is_written_as_peft_reads_it_and_begun_with_again(tmp_path, p
     assert torch.equal(again(prompts.ids, attention_mask=prompts.mask).logits, expected)
 
 
-def test_what_cannot_be_begun_with_is_refused_with_the_mend(tmp_path):
+def test_unusable_adapter_settings_are_refused_with_a_suggested_fix(tmp_path):
     save_adapter(adapted(replace(SETTINGS, target_modules=["q_proj", "v_proj"])), tmp_path)
     settings = replace(SETTINGS, init_from=str(tmp_path))
     check_adapter(settings)

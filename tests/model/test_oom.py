@@ -5,7 +5,7 @@ from grpo.model.oom import TokenBudget, out_of_memory
 
 
 def runs_out_above(limit, sizes):
-    """Work that fits in memory with at most `limit` tokens; notes the sizes that were tried."""
+    """A function that fits in memory with at most `limit` tokens; it appends each size tried to `sizes`."""
 
     def work(tokens):
         sizes.append(tokens)
@@ -16,7 +16,7 @@ def runs_out_above(limit, sizes):
     return work
 
 
-def test_tokens_are_halved_until_they_fit_and_stay_so():
+def test_the_budget_is_halved_until_the_work_fits_and_stays_reduced():
     sizes, budget = [], TokenBudget("update", 13)
     assert budget.state_dict() == {}
     assert budget.run(runs_out_above(4, sizes), 1, 100) == 3
@@ -25,28 +25,28 @@ def test_tokens_are_halved_until_they_fit_and_stay_so():
     assert budget.state_dict() == {"from": 13, "to": 3}
 
 
-def test_what_was_reduced_holds_only_for_the_size_it_was_reduced_from():
-    for configured, tokens in ((8, 2), (16, 16)):  # the latter set by the user since
+def test_a_reduced_budget_is_restored_only_if_the_configured_budget_is_unchanged():
+    for configured, tokens in ((8, 2), (16, 16)):  # the second was set by the user after the reduction
         budget = TokenBudget("update", configured)
         budget.load_state_dict({"from": 8, "to": 2})
         assert budget.tokens == tokens
 
 
-def test_a_budget_larger_than_the_work_is_halved_from_the_work():
+def test_a_budget_larger_than_the_work_is_reduced_to_half_of_the_work():
     sizes, budget = [], TokenBudget("update", 10**6)
     budget.run(runs_out_above(500, sizes), 100, 900)
     assert sizes == [10**6, 450]
     assert budget.state_dict() == {"from": 10**6, "to": 450}
 
 
-def test_one_completion_that_does_not_fit_is_an_error_with_the_mend():
+def test_one_completion_that_does_not_fit_is_an_error_with_a_suggested_fix():
     sizes = []
     with pytest.raises(RuntimeError, match=r"out of memory in the rollout with one completion at a time; lower grpo"):
         TokenBudget("rollout", 200).run(runs_out_above(0, sizes), 60, 1000)
     assert sizes == [200, 100, 50]
 
 
-def test_other_errors_pass():
+def test_other_errors_are_raised_unchanged():
     def work(tokens):
         raise RuntimeError("shapes do not match")
 
@@ -54,7 +54,7 @@ def test_other_errors_pass():
         TokenBudget("update", 4).run(work, 1, 4)
 
 
-def test_a_real_lack_of_memory_is_recognised():
+def test_out_of_memory_errors_are_recognised():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**55, dtype=torch.uint8)
     assert out_of_memory(raised.value)

@@ -1,4 +1,4 @@
-"""An advantage: the total reward against the mean of its group, not divided by the deviation."""
+"""An advantage: the total reward minus the mean of its group, not divided by the standard deviation."""
 
 
 def centered(rewards, weights, valid):

@@ -1,4 +1,4 @@
-"""An objective that is none of the choices: REINFORCE over the tokens of the batch, without ratio, clip or KL."""
+"""A new objective: REINFORCE over the tokens of the batch, without ratio, clip or KL."""
 
 from grpo.algorithm.objective import LossOutput
 

@@ -1,4 +1,4 @@
-"""An optimizer: AdamW that writes down which functions of the suite called it."""
+"""An optimizer: AdamW that writes the names of the suite's functions that called it to a file."""
 
 import traceback
 from pathlib import Path

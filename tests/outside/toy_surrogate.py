@@ -1,4 +1,4 @@
-"""One choice of an objective: the ratio times the advantage, without a clip."""
+"""A surrogate for the objective: the ratio times the advantage, without a clip."""
 
 
 def unclipped(ratio, logps, advantages, limits):

@@ -27,7 +27,7 @@ def plan(*overrides):
     return planning.plan(planning.resolved(compose_config([*QUICK, *overrides])))
 
 
-def test_it_says_what_a_launch_takes_and_leaves_nothing_behind(launch, tmp_path):
+def test_the_plan_prints_the_resources_of_a_launch_and_leaves_no_files(launch, tmp_path):
     done = launch(*QUICK, "plan=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for part in ("weights", "optimizer", "reference", "gradients", "activations", "keys and values", "peak"):
@@ -37,7 +37,7 @@ def test_it_says_what_a_launch_takes_and_leaves_nothing_behind(launch, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_point_of_a_sweep_has_a_line_and_no_folder_is_made(launch, tmp_path):
+def test_every_point_of_a_sweep_has_a_line_and_no_folder_is_created(launch, tmp_path):
     done = launch("-m", *QUICK, "grpo.beta=0,0.04", "grpo.num_steps=5,10", "plan=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for beta in ("0", "0.04"):
@@ -48,15 +48,15 @@ def test_every_point_of_a_sweep_has_a_line_and_no_folder_is_made(launch, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_by_halving_says_how_much_of_the_whole_it_makes(launch, tmp_path):
+def test_the_plan_of_a_sweep_by_halving_shows_its_share_of_all_steps(launch, tmp_path):
     arms = ["optimizer.lr=1e-5,2e-5,3e-5,4e-5", "seed=1,2", "grpo.num_steps=8", "sweep.eta=2"]
     done = launch("-m", *QUICK, *arms, "hydra/sweeper=halving", "plan=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    # 4 arms make 2 steps, 2 make 2 more, 1 makes 4 more: 16 of 32
+    # per seed 4 arms run 2 steps, 2 run 2 more, 1 runs 4 more: 16 of 32
     assert "4 arms to step 2, 2 arms to step 4, 1 arms to step 8, 50% of the steps of all" in done.stdout
 
 
-def test_a_sweep_of_an_experiment_of_ones_own_is_planned(launch, tmp_path):
+def test_a_sweep_of_an_experiment_of_the_user_is_planned(launch, tmp_path):
     (tmp_path / "own" / "experiment").mkdir(parents=True)
     (tmp_path / "own" / "experiment" / "mine.yaml").write_text("# @package _global_\ngrpo: {num_steps: 7}\n")
     mine = ["--config-dir", "own", "experiment=mine", "model=tiny", "data=arithmetic", "data.system_prompt=null"]
@@ -64,7 +64,7 @@ def test_a_sweep_of_an_experiment_of_ones_own_is_planned(launch, tmp_path):
     assert (done.returncode, "disk of all 2 runs" in done.stdout) == (0, True), done.stderr
 
 
-def test_points_may_be_named_by_the_sweeper_and_another_sweeper_is_refused():
+def test_points_may_be_set_in_the_basic_sweepers_config_and_other_sweepers_are_refused():
     basic = {"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": {"grpo.beta": "0,0.04"}}
     points = sweep_points(Overrides([*QUICK, "seed=1,2"]), OmegaConf.create(basic))
     pairs = [(beta, seed) for beta in ("0", "0.04") for seed in (1, 2)]
@@ -84,8 +84,8 @@ def test_a_bad_value_is_refused_as_in_a_launch(launch, tmp_path):
         assert "grpo.mu=0: must be 1 or more" in refused.stderr
 
 
-def test_what_the_plan_cannot_count_ends_it_and_starts_nothing(launch, tmp_path, monkeypatch):
-    """Of an error in a callback Hydra would only warn, and train."""
+def test_an_error_in_the_plan_ends_the_process_and_starts_no_run(launch, tmp_path, monkeypatch):
+    """After an error in a callback Hydra would only print a warning and then train."""
     for extra in ([], ["-m", "seed=1,2"]):
         failed = launch(
             *extra, *QUICK, "plan=true", cwd=tmp_path, fault=("grpo.planning.estimate.parameters", "1", "memory")
@@ -95,14 +95,14 @@ def test_what_the_plan_cannot_count_ends_it_and_starts_nothing(launch, tmp_path,
         assert list(tmp_path.iterdir()) == []
 
 
-def test_it_is_for_new_runs(launch, tmp_path, finished_run):
+def test_the_plan_is_refused_with_resume_or_fork(launch, tmp_path, finished_run):
     for key in ("resume", "fork"):
         refused = launch(f"{key}=true", f"run_dir={finished_run}", "plan=true", cwd=tmp_path)
         assert refused.returncode == 2
         assert "plan=true is for a new run" in refused.stderr
 
 
-def test_a_model_that_is_read_padded_is_planned_so(tmp_path):
+def test_a_model_that_needs_padding_is_planned_with_padding(tmp_path):
     sizes = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     for kind, extra in (("falcon", {}), ("mistral", {"sliding_window": 8, "num_key_value_heads": 2})):
         AutoConfig.for_model(kind, **sizes, num_attention_heads=4, **extra).save_pretrained(tmp_path)
@@ -121,13 +121,13 @@ def test_a_model_that_is_read_padded_is_planned_so(tmp_path):
             plan(f"model.name={tmp_path}", "hardware.activation_checkpointing=true")
 
 
-def test_a_card_of_ones_own_is_judged_by_what_is_said_of_it():
+def test_a_card_described_by_the_user_is_planned_with_the_given_values():
     assert plan("hardware.card.memory_gb=0.1").available == 0.1e9
     assert not plan("hardware.card.memory_gb=0.1").fits
     assert plan("hardware.card={tflops: 1.0, bandwidth_gb_s: 10.0}").available > 1e9
 
 
-def test_no_weights_are_needed(tmp_path):
+def test_the_plan_needs_no_weights(tmp_path):
     for file in MODEL_DIR.iterdir():
         if file.name != "model.safetensors":
             shutil.copy(file, tmp_path)
@@ -150,8 +150,8 @@ BIG = ["model=qwen2_5_1_5b_random", "data=arithmetic", "data.max_prompt_length=5
         ("cpu", None, "adapter"),
     ],
 )
-def test_every_preset_trains_the_default_model_within_what_it_names(preset, gigabytes, trained):
-    """With a tenth to spare, since the card keeps some for itself, and within 50 GB of disk."""
+def test_every_preset_trains_the_default_model_within_the_memory_of_its_card(preset, gigabytes, trained):
+    """With a tenth of the memory left, since a card reserves some, and within 50 GB of disk."""
     made = planning.plan(planning.resolved(compose_config([*BIG, f"hardware={preset}"])))
     assert made.parameters == 1_543_714_304
     assert (made.trained == made.parameters) == (trained == "all")
@@ -161,7 +161,7 @@ def test_every_preset_trains_the_default_model_within_what_it_names(preset, giga
     assert sum(made.disk.values()) < 50e9
 
 
-def test_what_is_trained_decides_what_is_held():
+def test_memory_and_disk_depend_on_which_weights_are_trained():
     full, narrow, lora = (
         planning.plan(planning.resolved(compose_config([*BIG, "hardware=a100_80gb", f"tuning={tuning}"])))
         for tuning in ("full", "full_bf16", "lora")
@@ -183,13 +183,13 @@ def test_what_is_trained_decides_what_is_held():
     ("optimizer", "least", "most"),
     [("adamw_8bit", 2.0, 2.2), pytest.param("muon", 4.0, 5.0, marks=pytest.mark.slow), ("adamw", 8, 8)],
 )
-def test_the_states_of_any_optimizer_are_counted(optimizer, least, most):
-    """Muon keeps one number for a matrix within a layer, and AdamW two for an embedding, a sixth of this model."""
+def test_the_state_of_every_optimizer_is_counted(optimizer, least, most):
+    """Muon keeps one number per weight of the layers' matrices, AdamW two per weight of the embedding (a sixth)."""
     made = planning.plan(planning.resolved(compose_config([*BIG, "hardware=a100_80gb", f"optimizer={optimizer}"])))
     assert least <= made.memory["optimizer"] / made.parameters <= most
 
 
-def test_what_a_setting_adds_is_counted():
+def test_the_effect_of_settings_on_memory_and_steps_is_counted():
     base = plan()
     assert plan("grpo.beta=0").memory["reference"] == 0 < base.memory["reference"]
     assert plan("optimizer._target_=torch.optim.SGD", "~optimizer.betas").memory["optimizer"] == 0
@@ -199,8 +199,8 @@ def test_what_a_setting_adds_is_counted():
 
 
 @pytest.mark.parametrize("twice", [False, True])
-def test_activations_are_counted_as_the_real_pass_keeps_them(monkeypatch, twice):
-    """Saved tensors of a real forward pass, by storage, without the parameters."""
+def test_planned_activations_equal_those_that_a_real_pass_keeps(monkeypatch, twice):
+    """Of a real forward pass, the storages of all saved tensors are counted, without the parameters."""
     model, prompts, rows, tokens = load_model(tiny_config(), torch.device("cpu")), 2, 6, 20
     counted = cost.meta_model(tiny_config(), torch.float32)
     if twice:
@@ -220,7 +220,7 @@ def test_activations_are_counted_as_the_real_pass_keeps_them(monkeypatch, twice)
     assert cost.activation_bytes(counted, prompts, 15, rows, tokens) == pytest.approx(real, rel=0.05)
 
 
-def test_disk_is_what_a_run_leaves(finished_run):
+def test_planned_disk_space_is_that_of_a_finished_run(finished_run):
     frozen = planning.typed(load_frozen(finished_run / "config.yaml"))
     count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(MODEL_DIR).parameters())
     disk = planning._disk(frozen, 4 * count, 8 * count, rows=1)

@@ -1,4 +1,4 @@
-"""The maths rewards: tables worked out by hand, hostile strings, and GSM8K's own way of writing answers."""
+"""Tests of the math rewards with tables of expected values, hostile strings, and GSM8K's answer format."""
 
 import math
 import random
@@ -116,7 +116,7 @@ def answered(text):
         (r"3\frac{1}{2}", Fraction(7, 2)),
     ],
 )
-def test_a_text_that_states_one_number_is_that_number(text, expected):
+def test_a_text_that_states_one_number_is_parsed_as_that_number(text, expected):
     assert parse_number(text) == expected
 
 
@@ -136,7 +136,7 @@ def test_a_text_that_states_one_number_is_that_number(text, expected):
         ".",
         "=",
         "x = ",
-        # more than one
+        # more than one number
         "18 or 20",
         "18 18",
         "18 (18)",
@@ -173,7 +173,7 @@ def test_a_text_that_states_one_number_is_that_number(text, expected):
         "18 = x",
         "x = 18, y = 20",
         "3 eggs + 4 = 7",
-        # commas that group no thousands
+        # commas that do not separate thousands
         "1,23",
         "12,34,567",
         "1234,567",
@@ -181,7 +181,7 @@ def test_a_text_that_states_one_number_is_that_number(text, expected):
         "0,123",
         "1.234,56",
         "18,00",
-        # the value is changed by something else
+        # something else changes the value
         "3 million",
         "3million",
         "5 hundredths",
@@ -204,7 +204,7 @@ def test_a_text_that_states_one_number_is_that_number(text, expected):
         "Rs.18",
         "...18",
         "1_000",
-        # LaTeX that must not join digits or is not understood
+        # LaTeX that must not join digits, or that is not supported
         r"2\boxed{3}",
         r"\frac{1}{2}3",
         r"1.\frac{1}{2}",
@@ -224,7 +224,7 @@ def test_a_text_that_states_one_number_is_that_number(text, expected):
         "9" * 100_000,
     ],
 )
-def test_a_text_that_states_no_certain_number_is_none(text):
+def test_a_text_that_does_not_state_one_clear_number_gives_none(text):
     assert parse_number(text) is None
 
 
@@ -312,12 +312,12 @@ def test_extract_answer(text, expected):
     ],
 )
 def test_correctness(completion, reference, expected):
-    # As TRL calls it: by keyword, with further columns.
+    # As TRL calls the function: with keywords and further columns.
     assert correctness(prompts=[""], completions=[completion], answer=[reference], question=["?"]) == [expected]
     assert correctness(prompts=[""], completions=[chat(completion)], answer=[reference]) == [expected]
 
 
-def test_correctness_levels_and_one_reward_for_each_completion():
+def test_the_levels_of_correctness_can_be_set_and_each_completion_gets_one_reward():
     completions = [answered("18"), chat(answered("18.0")), answered("19")]
     assert correctness([""] * 3, completions, ["18"] * 3, exact=1.0, same_number=0.25) == [1.0, 0.25, 0.0]
     assert correctness([], [], []) == []
@@ -326,7 +326,7 @@ def test_correctness_levels_and_one_reward_for_each_completion():
 
 
 @pytest.mark.parametrize("tag", TAGS)
-def test_each_tag_alone_is_worth_one_tag_reward(tag):
+def test_each_tag_earns_the_tag_reward_once(tag):
     assert tag_format([""], [tag]) == [0.2]
     assert tag_format([""], [chat(f"some {tag} text {tag}")]) == [0.2]
     assert tag_format([""], [tag.upper()]) == [0.0]
@@ -354,7 +354,7 @@ def test_completion_text():
     assert completion_text("text") == "text"
     assert completion_text(chat("text")) == "text"
     assert completion_text([]) == ""
-    # A tool call has no content; what the tool says is not the model's word.
+    # A tool call has no content, and the tool's answer is not text of the model.
     messages = [
         {"role": "assistant", "content": None},
         {"role": "tool", "content": "<answer>1</answer>"},
@@ -382,7 +382,7 @@ def test_gsm8k_answer(solution, expected):
 
 
 @pytest.mark.parametrize("solution", ["", "18", "### 18", "18 ####", "####\n"])
-def test_gsm8k_answer_without_an_answer_is_an_error(solution):
+def test_a_gsm8k_solution_without_an_answer_is_an_error(solution):
     with pytest.raises(ValueError, match="####"):
         gsm8k_answer(solution)
 
@@ -441,10 +441,10 @@ def test_random_strings_never_raise_and_rewards_stay_in_range():
             [reward] = tag_format([""], [completion])
             assert 0.0 <= reward <= 0.8
             assert math.isclose(reward / 0.2, round(reward / 0.2), abs_tol=1e-9)
-    assert read > 500  # else the strings would say little
+    assert read > 500  # otherwise too few strings contained a number
 
 
-def test_every_way_to_write_an_integer_reads_as_that_integer():
+def test_an_integer_is_parsed_in_every_notation():
     random_integers = random.Random(0)
     for _ in range(500):
         n = random_integers.randint(-(10 ** random_integers.randint(1, 12)), 10 ** random_integers.randint(1, 12))

@@ -20,7 +20,7 @@ def run(*components, **columns):
     return score(list(components), ["p", "p"], REPLIES, columns)
 
 
-def test_components_are_kept_apart_and_summed_by_weight():
+def test_components_are_scored_separately_and_summed_by_weight():
     rewards = run(
         RewardComponent("correctness", lambda completions, **_: [2.0, 0.0]),
         RewardComponent("format", lambda completions, **_: [0.2, 0.8], weight=0.5),
@@ -38,7 +38,7 @@ def test_none_means_missing_and_adds_nothing():
     assert rewards.total.tolist() == [0.5, 1.5]
 
 
-def test_a_function_gets_the_columns_that_it_names():
+def test_a_function_gets_the_columns_in_its_signature():
     def by_answer(completions, answer):
         return [float(c[0]["content"] == a) for c, a in zip(completions, answer, strict=True)]
 
@@ -46,12 +46,12 @@ def test_a_function_gets_the_columns_that_it_names():
     assert rewards.total.tolist() == [1.0, 0.0]
 
 
-def test_a_column_named_completions_does_not_stand_in_for_the_models_own():
+def test_a_column_named_completions_does_not_replace_the_models_completions():
     rewards = run(RewardComponent("c", lambda completions, **_: [float(len(completions))] * 2), completions=["x"] * 9)
     assert rewards.total.tolist() == [2.0, 2.0]
 
 
-def test_a_function_that_changes_its_arguments_changes_nothing_for_others():
+def test_a_function_that_changes_its_arguments_does_not_affect_other_functions():
     def spoils(prompts, completions, answer, steps, **_):
         prompts[0][0]["content"] = completions[0][0]["content"] = answer[0] = steps[0]["a"][0] = "spoilt"
         del prompts[1:], completions[1:], answer[1:], steps[1:]
@@ -87,7 +87,7 @@ def test_a_function_that_changes_its_arguments_changes_nothing_for_others():
         (lambda completions: [1.0, "x"], "returned 'x'"),
     ],
 )
-def test_a_function_that_breaks_its_contract_is_named_with_the_reason(function, reason):
+def test_a_function_that_raises_or_returns_invalid_values_is_named_with_the_reason(function, reason):
     with pytest.raises(RewardError, match=f"'mine' {reason}"):
         run(RewardComponent("mine", function))
 
@@ -105,7 +105,7 @@ def test_rewards_written_for_trl_work_unchanged():
     assert rewards.components["overlong"].tolist() == [0.0, -1.0]
 
 
-# Limits.
+# Time limits.
 
 
 def hangs_in_python(completions, **_):
@@ -153,7 +153,7 @@ def hangs_after_it_used_the_timer_itself(completions, **_):
         hangs_after_it_used_the_timer_itself,
     ],
 )
-def test_a_function_that_hangs_is_ended_and_named(function):
+def test_a_function_that_hangs_is_interrupted_and_named(function):
     started = time.monotonic()
     with pytest.raises(RewardError, match=r"reward component 'slow' took longer than 0\.2 s"):
         run(RewardComponent("slow", function, timeout_s=0.2))
@@ -180,37 +180,37 @@ def runs_briefly(completions, **_):
 
 def score_in_a_process(arguments):
     function, *seconds = arguments
-    for each in seconds:  # of being stopped
+    for each in seconds:  # for which the process is stopped
         subprocess.Popen(["sh", "-c", f"sleep 0.1; kill -STOP {os.getpid()}; sleep {each}; kill -CONT {os.getpid()}"])
     print(run(RewardComponent("slow", globals()[function], timeout_s=0.5)).total.tolist())
 
 
 @pytest.mark.parametrize("function", ["hangs_in_c", "catches_everything_for_ever"])
-def test_where_a_function_cannot_be_ended_its_process_is(tmp_path, function):
+def test_if_a_function_cannot_be_interrupted_its_process_is_ended(tmp_path, function):
     ended = launch(function, main=score_in_a_process, cwd=tmp_path, timeout=20)
     assert ended.returncode == 1
     message = "failed: RewardError: reward component 'slow' took longer than 0.5 s, and could not be ended\n"
     assert ended.stderr == message
 
 
-def test_a_process_that_was_stopped_does_not_count_as_slow(tmp_path):
+def test_time_in_which_the_process_is_stopped_does_not_count(tmp_path):
     done = launch("runs_briefly", "3.5", main=score_in_a_process, cwd=tmp_path, timeout=20)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[1.0, 1.0]\n"
 
 
-def test_the_limit_holds_in_a_thread_as_well():
+def test_the_time_limit_also_holds_in_a_thread():
     with ThreadPoolExecutor() as pool, pytest.raises(RewardError, match="took longer"):
         pool.submit(run, RewardComponent("slow", lambda completions: time.sleep(0.3), timeout_s=0.1)).result()
 
 
-def test_a_function_within_its_limit_is_left_alone():
+def test_a_function_within_its_time_limit_is_not_interrupted():
     rewards = run(RewardComponent("c", lambda completions, **_: [1.0] * len(completions), timeout_s=30))
     assert rewards.total.tolist() == [1.0, 1.0]
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-def test_errors_can_be_skipped_and_count_as_missing(caplog):
+def test_skipped_errors_give_missing_values_and_warnings(caplog):
     def raises(completions, **_):
         raise KeyError("x")
 

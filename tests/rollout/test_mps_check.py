@@ -1,4 +1,4 @@
-"""What a run on Apple's GPU relies on, on a processor: its choices, and the checks that come first."""
+"""Tests on the CPU of what a run on Apple's GPU relies on: the operations that it avoids, and the checks before it."""
 
 from collections import Counter
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 class Dtypes(TorchDispatchMode):
-    """Counts the dtypes of all that is computed."""
+    """Counts the dtypes of all computed tensors."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ class Dtypes(TorchDispatchMode):
 
 @pytest.mark.parametrize("compute", ["float32", "float16"])
 def test_sampling_and_an_update_use_no_growing_cache_and_no_float64(monkeypatch, compute):
-    """All of a step but the scoring of texts, which is the processor's everywhere."""
+    """Runs a whole step except for the scoring of completions, which is always done on the CPU."""
     threads = torch.get_num_threads()
     overrides = [*SETTINGS, "tuning=lora", f"hardware.compute_dtype={compute}"]
     trainer = Trainer(build_experiment(typed(compose_config(overrides))))
@@ -70,7 +70,7 @@ def test_sampling_and_an_update_use_no_growing_cache_and_no_float64(monkeypatch,
     assert dtypes.seen[torch.float64] == 0
 
 
-def test_repeated_heads_give_what_grouped_ones_give(monkeypatch, prompts):
+def test_repeated_heads_give_the_same_results_as_grouped_heads(monkeypatch, prompts):
     model = load_model(tiny_config(), CPU)
     completions = plain_completions(torch.randint(5, 200, (6, 9)), torch.arange(6) // 2)
     assert model.config.num_attention_heads != model.config.num_key_value_heads
@@ -81,13 +81,13 @@ def test_repeated_heads_give_what_grouped_ones_give(monkeypatch, prompts):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-def test_a_device_that_computes_as_the_processor_passes():
+def test_a_device_that_computes_the_same_as_the_cpu_passes():
     check_device(CPU)
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, 1.05])
-def test_a_device_that_computes_otherwise_is_refused(monkeypatch, wrong):
-    """torch's attention gone wrong on the first of the two devices, in the last of its calls."""
+def test_a_device_that_computes_wrong_numbers_is_refused(monkeypatch, wrong):
+    """The last call of torch's attention on the first of the two devices gives a wrong result."""
     attention, calls, broken = torch.nn.functional.scaled_dot_product_attention, Counter(), set()
 
     def counted(*args, **kwargs):
@@ -107,7 +107,7 @@ def test_a_model_that_needs_the_growing_cache_is_refused():
         check_decoding(model)
 
 
-def test_an_adapter_changes_nothing_of_that():
+def test_a_model_with_an_adapter_passes_the_check():
     model = load_model(tiny_config(), CPU)
     add_adapter(model, LoraSettings(4, 8, "all-linear", None), torch.float32, seed=1)
     check_decoding(model)

@@ -30,7 +30,7 @@ def sample(model, prompts, sampling, generations=4, seed=1, step=1, token_budget
     return rollout(model, prompts, sampling, group_size=generations, keys=keys, token_budget=token_budget, **how)
 
 
-def test_greedy_decoding_is_that_of_transformers(model, tokenizer, prompts, sampling):
+def test_greedy_decoding_equals_that_of_transformers(model, tokenizer, prompts, sampling):
     ours = sample(model, prompts, replace(sampling, temperature=0.0), generations=1)
     theirs = model.generate(prompts.ids, attention_mask=prompts.mask, max_new_tokens=32, do_sample=False)
     theirs = theirs[:, prompts.ids.shape[1] :]
@@ -44,7 +44,7 @@ def test_the_same_seed_and_step_give_the_same_completions_and_others_do_not(mode
         assert other.ids.shape != first.ids.shape or not torch.equal(other.ids, first.ids)
 
 
-def test_a_group_holds_different_completions(model, prompts, sampling):
+def test_a_group_contains_different_completions(model, prompts, sampling):
     completions = sample(model, prompts, sampling, generations=8)
     assert len({tuple(row.tolist()) for row in completions.ids[:8]}) > 1
 
@@ -53,11 +53,11 @@ def test_a_group_holds_different_completions(model, prompts, sampling):
 def test_decoding_fewer_rows_at_once_gives_the_same_completions(model, prompts, sampling, token_budget):
     whole = sample(model, prompts, sampling)
     parts = sample(model, prompts, sampling, token_budget=token_budget)
-    # Rows that differ by rounding do so only where two tokens nearly tie, which these do not.
+    # A rounding error changes a token only if two tokens are nearly tied, which is not the case here.
     assert torch.equal(whole.ids * whole.attention_mask, parts.ids * parts.attention_mask)
 
 
-def test_a_prompt_is_answered_alike_whatever_stands_beside_it(model, prompts, sampling):
+def test_the_completions_of_a_prompt_do_not_depend_on_the_other_prompts_of_the_batch(model, prompts, sampling):
     both = sample(model, prompts, sampling)
     alone = sample(model, Prompts(prompts.ids[:1], prompts.mask[:1]), sampling)
     width = alone.ids.shape[1]
@@ -65,7 +65,7 @@ def test_a_prompt_is_answered_alike_whatever_stands_beside_it(model, prompts, sa
 
 
 def test_tokens_are_drawn_from_the_models_distribution(model, prompts, sampling):
-    """The first token of many completions of one prompt, against the model's own probabilities."""
+    """Compares the first tokens of many completions of one prompt with the model's probabilities."""
     one = Prompts(prompts.ids[:1], prompts.mask[:1])
     first = replace(sampling, max_new_tokens=1, temperature=1.7)
     drawn = sample(model, one, first, generations=4000, seed=3).ids[:, 0]
@@ -90,8 +90,8 @@ def test_no_completion_ends_before_min_new_tokens(model, prompts, sampling):
     assert forced.lengths.tolist() == [32] * 6
 
 
-def test_rows_that_ended_leave_the_batch(model, prompts, sampling, monkeypatch):
-    """The model must not be run on finished rows; counted by a hook on the real model."""
+def test_finished_rows_are_removed_from_the_batch(model, prompts, sampling, monkeypatch):
+    """The model must not be run on finished rows; a hook on the model counts the rows."""
     rows = []
     hook = model.model.embed_tokens.register_forward_pre_hook(lambda module, args: rows.append(args[0].numel()))
     completions = sample(model, prompts, sampling, generations=16)
@@ -100,11 +100,11 @@ def test_rows_that_ended_leave_the_batch(model, prompts, sampling, monkeypatch):
     assert rows[0] in (prompts.ids.numel(), prompts.mask.sum())  # the prompts, once each
     assert rows[1] == 48
     assert rows[-1] < 48
-    assert len(rows) == lengths.max()  # and nothing after the last row has ended
+    assert len(rows) == lengths.max()  # no pass after the last row has ended
 
 
-def test_completions_are_as_likely_as_their_temperature_says(model, prompts, sampling):
-    """Colder sampling gives likelier completions under the same model."""
+def test_a_lower_temperature_gives_likelier_completions(model, prompts, sampling):
+    """Compares the mean log-probability of a token, computed at temperature 1."""
     means = []
     for temperature in (0.3, 1.0, 2.0):
         completions = sample(model, prompts, replace(sampling, temperature=temperature), generations=16)
@@ -113,7 +113,7 @@ def test_completions_are_as_likely_as_their_temperature_says(model, prompts, sam
     assert means[0] > means[1] > means[2]
 
 
-def test_sampling_finds_the_log_probabilities_that_the_training_pass_finds(model, prompts, sampling):
+def test_the_log_probabilities_of_sampling_equal_those_of_the_training_pass(model, prompts, sampling):
     warm = replace(sampling, temperature=0.7, min_new_tokens=3)
     completions = sample(model, prompts, warm)
     expected = completion_logps_unshared(model, prompts, completions, 0.7).logps
@@ -121,7 +121,7 @@ def test_sampling_finds_the_log_probabilities_that_the_training_pass_finds(model
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_fast_decoding_gives_the_tokens_of_the_plain_way(plain_model, fast_model, prompts, sampling, temperature):
+def test_fast_decoding_gives_the_same_tokens_as_plain_decoding(plain_model, fast_model, prompts, sampling, temperature):
     fast, plain = (
         sample(each, prompts, replace(sampling, temperature=temperature), 8) for each in (fast_model, plain_model)
     )
@@ -143,14 +143,14 @@ def model_of_the_family(kind, tied):
     return model
 
 
-def test_rows_of_one_prompt_alone_are_decoded(prompts, sampling):
+def test_fast_decoding_works_with_a_single_prompt(prompts, sampling):
     model = model_of_the_family("qwen2", True)
     one = Prompts(prompts.ids[:1], prompts.mask[:1])
     check_fast_decoding(model, one, torch.zeros(8, dtype=torch.long))
 
 
-def test_a_decoder_is_gone_when_nobody_holds_it(prompts):
-    """It holds the keys and values of its rows, and on a CPU another copy of the weights."""
+def test_a_decoder_is_freed_when_nothing_refers_to_it(prompts):
+    """A decoder has the keys and values of its rows and, on a CPU, a second copy of the weights."""
     with torch.no_grad():
         decoder = FastDecoder(model_of_the_family("llama", True), prompts, torch.arange(3), 4)
         for _ in range(2):
@@ -161,7 +161,7 @@ def test_a_decoder_is_gone_when_nobody_holds_it(prompts):
 
 
 def check_fast_decoding(model, prompts, prompt_of_row=None, **how):
-    """Logits step by step, with rows that leave on the way."""
+    """Compare the logits of fast and plain decoding at each step, while rows are removed."""
     assert supports_fast_decoding(model)
     prompt_of_row = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2]) if prompt_of_row is None else prompt_of_row
     tokens = torch.randint(5, 600, (8, 8), generator=torch.Generator().manual_seed(1))
@@ -184,14 +184,14 @@ def check_fast_decoding(model, prompts, prompt_of_row=None, **how):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
-def test_each_model_of_the_family_is_decoded_lean_as_plainly(kind, tied, prompts):
-    """Biases (Qwen2), norms of heads (Qwen3), none (Llama)."""
+def test_fast_decoding_equals_plain_decoding_for_each_model_of_the_family(kind, tied, prompts):
+    """With biases (Qwen2), with norms of heads (Qwen3), and without either (Llama, Mistral)."""
     check_fast_decoding(model_of_the_family(kind, tied), prompts)
 
 
 @pytest.mark.parametrize(("width", "needed"), [(1, 8), (2, 5), (3, 5), (100, 4)])
-def test_a_token_decoded_from_a_recording_is_the_same(prompts, monkeypatch, width, needed):
-    """Recorded by torch's tracer: as in a CUDA graph, the operations with the tensors they had, and no Python."""
+def test_decoding_with_recorded_steps_gives_the_same_logits(prompts, monkeypatch, width, needed):
+    """Recorded by torch's tracer: like a CUDA graph, it repeats the operations on the same tensors without Python."""
     recordings = []
 
     def recorded(step, _):
@@ -202,11 +202,11 @@ def test_a_token_decoded_from_a_recording_is_the_same(prompts, monkeypatch, widt
     monkeypatch.setattr(decoder_module, "GRAPH_WIDTH", width)
     monkeypatch.setattr(decoder_module, "has_onednn", lambda _: False)  # oneDNN's packed weights cannot be traced
     check_fast_decoding(model_of_the_family("qwen3", True), prompts, cuda_graphs=True)
-    assert len(recordings) == needed  # one for every width, and for every number of rows
+    assert len(recordings) == needed  # one for each combination of width and number of rows
 
 
 @pytest.mark.gpu
-def test_a_token_decoded_from_a_cuda_graph_is_the_same(prompts, sampling, monkeypatch):
+def test_decoding_with_cuda_graphs_gives_the_same_tokens(prompts, sampling, monkeypatch):
     monkeypatch.setattr(decoder_module, "GRAPH_WIDTH", 3)
     recordings = []
 
@@ -222,14 +222,14 @@ def test_a_token_decoded_from_a_cuda_graph_is_the_same(prompts, sampling, monkey
     assert recordings and None not in recordings
 
 
-def test_a_step_that_cannot_be_recorded_is_run_as_it_is(prompts, monkeypatch):
+def test_a_step_that_cannot_be_recorded_is_run_without_a_recording(prompts, monkeypatch):
     asked = []
     monkeypatch.setattr(decoder_module, "capture_graph", lambda *_: asked.append(1))
     check_fast_decoding(model_of_the_family("llama", True), prompts, cuda_graphs=True)
     assert len(asked) == 1
 
 
-def test_split_rows_counts_each_prompt_once_in_a_part_and_never_cuts_below_a_row():
+def test_split_rows_counts_each_prompt_once_per_part_and_never_splits_a_row():
     lengths, prompt_of_row = torch.tensor([10, 20]), torch.tensor([0, 0, 0, 1, 1])
 
     def parts(row_lengths, budget, shared=True):
@@ -240,8 +240,8 @@ def test_split_rows_counts_each_prompt_once_in_a_part_and_never_cuts_below_a_row
     assert parts(5, 25) == [[0, 1, 2], [3], [4]]
     assert parts(torch.tensor([15, 1, 1, 1, 1]), 27) == [[0, 1, 2], [3, 4]]
     assert parts(5, 1) == [[0], [1], [2], [3], [4]]
-    assert parts(5, 30, shared=False) == [[0, 1], [2], [3], [4]]  # 2 * (10 + 5); then 10 + 5 + 20 + 5 is too much
-    # Padded, 9 * (100 + 1) is over eight times 110, and 4 * (2 + 15) over twice 26.
+    assert parts(5, 30, shared=False) == [[0, 1], [2], [3], [4]]  # 2 * (10 + 5) fits; 10 + 5 + 20 + 5 does not
+    # The padded size 9 * (100 + 1) is over 8 * 110, and 4 * (2 + 15) is over 2 * 26.
     ten = torch.zeros(10, dtype=torch.long)
     assert [len(part) for part in split_rows(torch.tensor([100]), ten, 1, 110, shared=True)] == [8, 2]
     lengths = torch.tensor([2, 2])
@@ -249,8 +249,8 @@ def test_split_rows_counts_each_prompt_once_in_a_part_and_never_cuts_below_a_row
 
 
 @pytest.mark.parametrize("habits", [(4, 0.75), (16, 0.75), (1, 0.5)])
-def test_when_finished_rows_are_looked_for_and_dropped_changes_nothing(model, prompts, sampling, monkeypatch, habits):
-    """As on accelerators, where looking at every token would wait for the queue."""
+def test_how_often_finished_rows_are_removed_changes_no_completion(model, prompts, sampling, monkeypatch, habits):
+    """As on accelerators, where a check after every token would wait for the device."""
     expected = sample(model, prompts, sampling, generations=8)
     monkeypatch.setattr(engine, "ON_CPU", habits)
     seldom = sample(model, prompts, sampling, generations=8)

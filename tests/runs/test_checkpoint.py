@@ -1,4 +1,4 @@
-"""Checkpoints: bitwise round trips, damage of every kind, interrupted saves, and what is kept."""
+"""Checkpoints: bitwise round trips, damage of every kind, interrupted saves, and which ones are kept."""
 
 import json
 import logging
@@ -68,7 +68,7 @@ def settings(keep_last=100, keep_every=0, overlap=False):
 
 
 def saved(model, optimizer, reference, state):
-    """What a trainer hands over to be saved."""
+    """The contents that a trainer passes to the writer of checkpoints."""
     return {
         "model": weights_of(model),
         "optimizer": flatten_optimizer(optimizer),
@@ -78,7 +78,7 @@ def saved(model, optimizer, reference, state):
 
 
 def save_checkpoint(folder, model, optimizer, reference, state):
-    """What a run that has just begun would save."""
+    """Save a checkpoint as a new run does; returns its folder."""
     with closing(CheckpointWriter(folder, settings(), TrainerState())) as saver:
         saver.save(saved(model, optimizer, reference, state))
     return step_folder(folder, state.step)
@@ -93,7 +93,7 @@ def stored(folder, name="model"):
 
 
 def save_steps(folder, *steps):
-    """Checkpoints of a small model after these steps."""
+    """Save checkpoints of a small model after these steps; returns the model and its optimizer."""
     model = small_model()
     optimizer = adamw(model)
     for step in steps:
@@ -102,7 +102,7 @@ def save_steps(folder, *steps):
     return model, optimizer
 
 
-def test_weights_and_optimizer_of_a_language_model_come_back_bitwise(tmp_path):
+def test_weights_and_optimizer_of_a_language_model_are_restored_bitwise(tmp_path):
     config = ModelConfig("tiny", "sdpa", "float32", "auto", False)
     model = load_model(config, torch.device("cpu"))
     optimizer = adamw(model)
@@ -128,7 +128,7 @@ def test_weights_and_optimizer_of_a_language_model_come_back_bitwise(tmp_path):
             assert value.dtype == fresh_optimizer.state[theirs][name].dtype
 
 
-def test_special_values_survive_bit_for_bit(tmp_path):
+def test_special_float_values_are_restored_bit_for_bit(tmp_path):
     model = small_model()
     with torch.no_grad():
         model.weight.view(torch.int32).copy_(torch.tensor([[1, -2147483648, 0x7F800000], [-1, 0x7FC00001, 12345]]))
@@ -145,7 +145,7 @@ def test_low_precision_weights_keep_their_dtype(tmp_path):
         assert file.get_tensor("weight").dtype == torch.bfloat16
 
 
-def test_the_reference_is_stored_once_an_iteration_and_goes_with_the_last_checkpoint_that_needs_it(tmp_path):
+def test_the_reference_is_stored_once_per_iteration_and_deleted_with_the_last_checkpoint_that_needs_it(tmp_path):
     model, reference = small_model(), nn.Linear(3, 2)
     optimizer = adamw(model)
     saver = CheckpointWriter(tmp_path, settings(keep_last=2), TrainerState())
@@ -170,7 +170,7 @@ def test_the_reference_is_stored_once_an_iteration_and_goes_with_the_last_checkp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["reference_000003", "step_000004", "step_000005"]
 
 
-def test_a_checkpoint_whose_reference_is_damaged_is_damaged(tmp_path):
+def test_a_checkpoint_with_a_damaged_reference_counts_as_damaged(tmp_path):
     model = small_model()
     checkpoint = save_checkpoint(tmp_path, model, adamw(model), model, TrainerState(step=2, iteration=2))
     assert find_damage(checkpoint) is None
@@ -178,7 +178,7 @@ def test_a_checkpoint_whose_reference_is_damaged_is_damaged(tmp_path):
     assert find_damage(checkpoint) == "its reference reference_000002: model.safetensors does not match its checksum"
 
 
-def test_a_run_that_goes_on_does_not_write_its_reference_again(tmp_path):
+def test_a_resumed_run_does_not_write_its_reference_again(tmp_path):
     model = small_model()
     save_checkpoint(tmp_path, model, adamw(model), model, TrainerState(step=2, iteration=2))
     written = (tmp_path / "reference_000002" / "model.safetensors").stat()
@@ -188,7 +188,7 @@ def test_a_run_that_goes_on_does_not_write_its_reference_again(tmp_path):
     assert find_damage(step_folder(tmp_path, 3)) is None
 
 
-def test_the_state_of_plain_gradient_descent_comes_back_too(tmp_path):
+def test_the_state_of_sgd_is_restored_too(tmp_path):
     for momentum in (0.0, 0.9):
         model = small_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=momentum)
@@ -202,7 +202,7 @@ def test_the_state_of_plain_gradient_descent_comes_back_too(tmp_path):
 
 
 class WithNumbers(torch.optim.Optimizer):
-    """One that keeps plain numbers, as Prodigy and schedule-free optimizers do: in its groups and in its state."""
+    """An optimizer with plain numbers in its groups and its state, like Prodigy and schedule-free optimizers."""
 
     def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr, "d": 1e-6, "k": 0, "kept": True})
@@ -219,7 +219,7 @@ class WithNumbers(torch.optim.Optimizer):
                 parameter.add_(parameter.grad, alpha=-group["lr"] * group["d"] * state["sum"])
 
 
-def test_plain_numbers_that_an_optimizer_keeps_come_back_exactly(tmp_path):
+def test_plain_numbers_that_an_optimizer_keeps_are_restored_exactly(tmp_path):
     model = small_model()
     optimizer = WithNumbers(model.parameters())
     for seed in (1, 2, 3):
@@ -230,13 +230,13 @@ def test_plain_numbers_that_an_optimizer_keeps_come_back_exactly(tmp_path):
     fresh = WithNumbers(model.parameters(), lr=0.7)
     load_optimizer(stored(checkpoint, "optimizer"), fresh)
     expected = optimizer.state_dict()
-    expected["param_groups"][0]["lr"] = 0.7  # a setting, which the config gives
+    expected["param_groups"][0]["lr"] = 0.7  # a setting, which comes from the config
     assert fresh.state_dict() == expected
     assert all(type(value) in (int, float) for state in fresh.state.values() for value in state.values())
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "NAdam", "Adafactor", "MuonWithAdamW", "StochasticAdamW"])
-def test_settings_of_an_optimizer_are_not_in_its_state_and_its_own_checkpoint_fits(tmp_path, name):
+def test_optimizer_settings_are_not_saved_as_state_and_the_checkpoint_fits_its_optimizer(tmp_path, name):
     make = getattr(torch.optim, name, None) or getattr(grpo.algorithm.optimizer, name)
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 4))
     optimizer = make(list(model.named_parameters()), lr=0.1)
@@ -268,7 +268,7 @@ def test_optimizer_state_that_does_not_fit_is_refused_before_it_is_loaded(tmp_pa
         check_optimizer(read_checkpoint(checkpoint), adamw(small_model()))
 
 
-def test_a_run_whose_steps_were_all_skipped_has_an_empty_state_that_fits(tmp_path):
+def test_a_run_whose_steps_were_all_skipped_has_an_empty_optimizer_state_that_can_be_loaded(tmp_path):
     model = small_model()
     checkpoint = save_checkpoint(tmp_path, model, adamw(model), None, TrainerState(step=2, skipped_in_a_row=2))
     check_optimizer(read_checkpoint(checkpoint), adamw(small_model()))
@@ -285,13 +285,13 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
             load_weights(stored(checkpoint), theirs)
 
 
-def test_a_checkpoint_holds_no_pickle(tmp_path):
+def test_a_checkpoint_contains_no_pickle(tmp_path):
     save_steps(tmp_path, 1)
     save_best(tmp_path, small_model(), TrainerState(step=1))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 7
     for file in files:
-        assert not zipfile.is_zipfile(file)  # what torch.save makes
+        assert not zipfile.is_zipfile(file)  # the format of torch.save
         assert b"__reduce__" not in file.read_bytes()
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
@@ -315,7 +315,7 @@ def flip_a_bit(file):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, os.remove], ids=["truncated", "bit-flipped", "missing"])
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, damage, name):
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, caplog, damage, name):
     save_steps(tmp_path, 1, 2)
     assert latest_checkpoint(tmp_path).name == "step_000002"
     damage(tmp_path / "step_000002" / name)
@@ -339,14 +339,14 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, da
         '{"files": {"model.safetensors": 3, "optimizer.safetensors": 3, "trainer_state.json": 3}}',
     ],
 )
-def test_a_manifest_that_says_nothing_is_damage(tmp_path, content):
+def test_a_checkpoint_with_an_unusable_manifest_counts_as_damaged(tmp_path, content):
     save_steps(tmp_path, 1, 2)
     (tmp_path / "step_000002" / "manifest.json").write_text(content)
     assert latest_checkpoint(tmp_path).name == "step_000001"
 
 
 @pytest.mark.parametrize("name", ["../step_000002/model.safetensors", "/dev/zero", "pipe", "."])
-def test_a_manifest_names_plain_files_of_its_own_folder(tmp_path, name):
+def test_a_manifest_may_name_only_plain_files_of_its_own_folder(tmp_path, name):
     save_steps(tmp_path, 1, 2)
     os.mkfifo(tmp_path / "step_000001" / "pipe")
     manifest = json.loads((tmp_path / "step_000001" / "manifest.json").read_text())
@@ -356,7 +356,7 @@ def test_a_manifest_names_plain_files_of_its_own_folder(tmp_path, name):
 
 
 @pytest.mark.parametrize("reference", ["step_000001", "../elsewhere", "/", 3, ["x"]])
-def test_a_manifest_names_a_reference_beside_it(tmp_path, reference):
+def test_a_manifest_may_name_only_a_reference_folder_next_to_it(tmp_path, reference):
     save_steps(tmp_path, 1)
     manifest = json.loads((tmp_path / "step_000001" / "manifest.json").read_text())
     (tmp_path / "step_000001" / "manifest.json").write_text(json.dumps(manifest | {"reference": reference}))
@@ -371,7 +371,7 @@ def test_checkpoints_are_ordered_by_step_beyond_a_million(tmp_path):
     assert [path.name for path in step_folders(tmp_path)] == ["step_1000000"]
 
 
-def test_a_copy_made_by_hand_is_no_checkpoint_and_stays(tmp_path):
+def test_a_manual_copy_does_not_count_as_a_checkpoint_and_is_not_deleted(tmp_path):
     save_steps(tmp_path, 1, 2)
     shutil.copytree(tmp_path / "step_000001", tmp_path / "step_000001_mine")
     retain(tmp_path / "step_000002", settings(keep_last=1))
@@ -379,7 +379,7 @@ def test_a_copy_made_by_hand_is_no_checkpoint_and_stays(tmp_path):
     assert latest_checkpoint(tmp_path).name == "step_000002"
 
 
-def test_where_none_is_intact_that_is_said_and_nothing_is_deleted(tmp_path):
+def test_if_no_checkpoint_is_intact_an_error_says_so_and_nothing_is_deleted(tmp_path):
     save_steps(tmp_path, 1, 2)
     for step in (1, 2):
         truncate(tmp_path / f"step_{step:06d}" / "model.safetensors")
@@ -389,12 +389,12 @@ def test_where_none_is_intact_that_is_said_and_nothing_is_deleted(tmp_path):
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 
 
-def test_without_any_checkpoint_there_is_none_and_no_error(tmp_path):
+def test_without_any_checkpoint_latest_checkpoint_returns_none(tmp_path):
     assert latest_checkpoint(tmp_path) is None
     assert latest_checkpoint(tmp_path / "not there") is None
 
 
-def test_an_intact_checkpoint_has_nothing_wrong_and_the_reason_names_the_file(tmp_path):
+def test_find_damage_returns_none_or_names_the_damaged_file(tmp_path):
     save_steps(tmp_path, 1)
     checkpoint = tmp_path / "step_000001"
     assert find_damage(checkpoint) is None
@@ -405,7 +405,7 @@ def test_an_intact_checkpoint_has_nothing_wrong_and_the_reason_names_the_file(tm
 # Interrupted saves.
 
 
-def test_a_left_over_of_an_interrupted_save_is_never_chosen_and_goes_with_the_next_save(tmp_path):
+def test_leftovers_of_an_interrupted_save_are_never_loaded_and_are_deleted_by_the_next_save(tmp_path):
     model, optimizer = save_steps(tmp_path, 1)
     for name in ("step_000002.tmp", "best.tmp"):
         shutil.copytree(tmp_path / "step_000001", tmp_path / name)
@@ -415,7 +415,7 @@ def test_a_left_over_of_an_interrupted_save_is_never_chosen_and_goes_with_the_ne
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001", "step_000003"]
 
 
-def test_what_is_not_ours_in_the_folder_stays_and_does_not_stand_in_the_way(tmp_path):
+def test_files_of_the_user_in_the_folder_are_kept_and_do_not_block_a_save(tmp_path):
     (tmp_path / "notes.tmp").write_text("mine")
     (tmp_path / "step_000001.old").mkdir()
     (tmp_path / "step_1.tmp").mkdir()
@@ -428,7 +428,7 @@ def test_what_is_not_ours_in_the_folder_stays_and_does_not_stand_in_the_way(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
-def test_a_run_that_cannot_save_ends_after_a_number_of_tries(tmp_path):
+def test_a_run_that_cannot_save_fails_after_several_tries(tmp_path):
     model = small_model()
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     saver = CheckpointWriter(tmp_path / "checkpoints", settings(), TrainerState())
@@ -442,7 +442,7 @@ def test_a_run_that_cannot_save_ends_after_a_number_of_tries(tmp_path):
     saver.check()
 
 
-def test_a_step_that_is_saved_again_replaces_the_damaged_one(tmp_path):
+def test_saving_a_step_again_replaces_its_damaged_checkpoint(tmp_path):
     model, optimizer = save_steps(tmp_path, 1, 2)
     truncate(tmp_path / "step_000002" / "model.safetensors")
     save_checkpoint(tmp_path, model, optimizer, None, TrainerState(step=2))
@@ -450,8 +450,8 @@ def test_a_step_that_is_saved_again_replaces_the_damaged_one(tmp_path):
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["in the way", "beside training"])
-def test_a_save_killed_at_any_file_operation_leaves_the_one_before_or_the_new_one(tmp_path, overlap):
-    # Each child dies at its n-th event that touches files in the folder: opening, renaming, deleting, making a folder.
+def test_a_save_killed_at_any_file_operation_leaves_the_previous_or_the_new_checkpoint(tmp_path, overlap):
+    # Each child exits at its n-th event on files in the folder: opening, renaming, deleting, creating a folder.
     code = """
         import os, sys
         from pathlib import Path
@@ -495,13 +495,13 @@ def test_a_save_killed_at_any_file_operation_leaves_the_one_before_or_the_new_on
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "kills"), str(overlap)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr
-    complete = int(process.stdout)  # the first n beyond the operations of a save: that child was not killed
+    complete = int(process.stdout)  # the first n above the number of operations: this child was not killed
     assert 15 < complete < 80
     newest = [latest_checkpoint(tmp_path / "kills" / str(n)).name for n in range(1, complete + 1)]
     assert newest[-1] == "step_000002"
     assert newest[0] == "step_000001"
-    assert newest == sorted(newest)  # the new one from some operation on
-    for n in range(1, complete + 1):  # what the next save leaves is the same, whatever was left behind
+    assert newest == sorted(newest)  # the old one up to some operation, then the new one
+    for n in range(1, complete + 1):  # the next save gives the same folder, whatever was left
         folder = tmp_path / "kills" / str(n)
         model = small_model()
         saver = CheckpointWriter(folder, settings(keep_last=1), load_state(latest_checkpoint(folder)))
@@ -510,10 +510,10 @@ def test_a_save_killed_at_any_file_operation_leaves_the_one_before_or_the_new_on
         assert find_damage(step_folder(folder, 3)) is None
 
 
-# What the disk refuses.
+# Writes that fail.
 
 
-def test_a_save_without_enough_room_is_refused_before_it_starts(tmp_path, caplog, monkeypatch):
+def test_a_save_without_enough_disk_space_is_refused_before_it_starts(tmp_path, caplog, monkeypatch):
     model, optimizer = save_steps(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50))
@@ -524,8 +524,8 @@ def test_a_save_without_enough_room_is_refused_before_it_starts(tmp_path, caplog
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["in the way", "beside training"])
-def test_a_write_that_fails_leaves_the_checkpoint_before_it_and_the_next_one_succeeds(tmp_path, caplog, overlap):
-    # The system itself refuses to write files beyond a size, which it would do on a full disk as well.
+def test_a_failed_write_leaves_the_previous_checkpoint_and_the_next_save_succeeds(tmp_path, caplog, overlap):
+    # The system refuses to write files above a size limit, as it does on a full disk.
     class Large(nn.Module):
         def __init__(self):
             super().__init__()
@@ -554,14 +554,14 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it_and_the_next_one_suc
     assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
 
 
-def test_a_folder_that_cannot_be_written_to_is_a_warning(tmp_path, caplog):
+def test_a_checkpoint_folder_that_cannot_be_written_to_gives_a_warning(tmp_path, caplog):
     model = small_model()
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     save_checkpoint(tmp_path / "checkpoints", model, adamw(model), None, TrainerState(step=1))
     assert "could not write the checkpoint of step 1" in caplog.text
 
 
-def test_what_is_written_beside_training_is_what_was_there_when_it_began(tmp_path):
+def test_a_save_during_training_writes_the_state_from_when_the_save_began(tmp_path):
     model = small_model()
     optimizer = adamw(model)
     train_a_step(model, optimizer, seed=1)
@@ -580,7 +580,7 @@ def test_what_is_written_beside_training_is_what_was_there_when_it_began(tmp_pat
     assert load_state(step_folder(tmp_path, 1)).step == 1
 
 
-# What is kept.
+# Which checkpoints are kept.
 
 
 def test_the_last_checkpoints_and_the_best_one_are_kept(tmp_path):
@@ -592,21 +592,21 @@ def test_the_last_checkpoints_and_the_best_one_are_kept(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_every_so_many_steps_a_checkpoint_stays(tmp_path):
+def test_keep_every_keeps_the_checkpoints_of_its_multiples(tmp_path):
     save_steps(tmp_path, 10, 20, 25, 30, 40, 45)
     retain(tmp_path / "step_000045", settings(keep_last=1, keep_every=20))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000020", "step_000040", "step_000045"]
 
 
-def test_the_last_intact_checkpoint_is_kept_where_a_later_one_is_damaged(tmp_path):
+def test_the_last_intact_checkpoint_is_kept_if_a_later_one_is_damaged(tmp_path):
     save_steps(tmp_path, 50, 60, 100)
     truncate(tmp_path / "step_000100" / "model.safetensors")
-    retain(tmp_path / "step_000060", settings(keep_last=1))  # written by a run that went on from step 50
+    retain(tmp_path / "step_000060", settings(keep_last=1))  # written by a run resumed from step 50
     assert not (tmp_path / "step_000050").exists()
     assert latest_checkpoint(tmp_path).name == "step_000060"
 
 
-def test_best_is_replaced_whole(tmp_path):
+def test_the_best_checkpoint_is_replaced_completely(tmp_path):
     model, optimizer = small_model(), adamw(small_model())
     save_best(tmp_path, model, TrainerState(step=1, best_accuracy=0.25))
     with torch.no_grad():
@@ -621,7 +621,7 @@ def test_best_is_replaced_whole(tmp_path):
     assert (tmp_path / "best").is_dir()
 
 
-def test_the_best_weights_come_back_after_a_kill_while_they_are_replaced(tmp_path):
+def test_the_best_weights_are_restored_after_a_kill_during_their_replacement(tmp_path):
     save_best(tmp_path, small_model(), TrainerState(step=1))
     (tmp_path / "best").rename(tmp_path / ".best.replaced")
     (tmp_path / "best.tmp").mkdir()
@@ -630,7 +630,7 @@ def test_the_best_weights_come_back_after_a_kill_while_they_are_replaced(tmp_pat
     assert find_damage(tmp_path / "best") is None
 
 
-def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, caplog):
+def test_a_checkpoint_that_cannot_be_deleted_gives_a_warning(tmp_path, caplog):
     save_steps(tmp_path, 1, 2, 3)
     (tmp_path / "step_000001").rename(tmp_path / "elsewhere")
     (tmp_path / "step_000001").symlink_to(tmp_path / "elsewhere")  # rmtree refuses links

@@ -1,4 +1,4 @@
-"""The run folder: what is written whole or once, the lock, and which folder a launch takes."""
+"""The run folder: files written atomically or only once, links, damaged files, and which folder a launch uses."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def folder(tmp_path):
 
 
 def make_run(path, state, started_at):
-    """A run folder in this state, whose config was written at this time (seconds)."""
+    """Create a run folder in this state, whose config was written at this time (seconds)."""
     (path / ".hydra").mkdir(parents=True)
     (path / ".hydra" / "config.yaml").write_text("a: 1\n")
     (path / "config.yaml").write_text("a: 1\n")
@@ -79,7 +79,7 @@ def test_the_config_is_written_once_and_reads_back_equal(tmp_path, config):
     assert run.config_file.read_bytes() == written
 
 
-def test_status_changes_only_the_named_keys(tmp_path):
+def test_update_status_changes_only_the_given_keys(tmp_path):
     run = RunFolder(tmp_path)
     assert run.status() == {}
     assert not run.finished()
@@ -90,7 +90,7 @@ def test_status_changes_only_the_named_keys(tmp_path):
     assert run.finished()
 
 
-def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path):
+def test_a_file_that_cannot_be_written_completely_leaves_the_old_one(tmp_path):
     file = tmp_path / "status.json"
     write_atomic(file, "old")
     with pytest.raises(UnicodeEncodeError):
@@ -101,13 +101,13 @@ def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
-def test_metrics_come_back_in_order(folder):
+def test_metrics_are_read_in_order(folder):
     assert folder.metrics() == ROWS
     assert folder.metrics(up_to_step=2) == ROWS[:2]
 
 
 @pytest.mark.parametrize("torn", ['{"step": 5, "lo', '{"step": 5, "loss": 0.2}', "\0\0\0"])
-def test_a_torn_last_line_is_dropped_and_the_next_row_starts_a_line_of_its_own(folder, torn):
+def test_an_incomplete_last_line_is_dropped_and_the_next_row_starts_a_new_line(folder, torn):
     with folder.metrics_file.open("a") as file:
         file.write(torn)
     assert folder.metrics() == ROWS
@@ -117,14 +117,14 @@ def test_a_torn_last_line_is_dropped_and_the_next_row_starts_a_line_of_its_own(f
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
 
 
-def test_rows_after_the_step_of_the_checkpoint_are_cut(folder):
+def test_rows_after_the_step_of_the_checkpoint_are_removed(folder):
     assert folder.truncate_metrics(2) == ROWS[:2]
     assert folder.metrics_file.read_text() == "".join(json.dumps(row) + "\n" for row in ROWS[:2])
     assert folder.truncate_metrics(0) == []
     assert folder.metrics_file.read_text() == ""
 
 
-def test_samples_and_evaluations_are_files_of_their_own(tmp_path):
+def test_samples_and_evaluations_are_written_to_separate_files(tmp_path):
     run = RunFolder(tmp_path)
     run.write_samples(10, [{"step": 10, "completion": "π"}, {"step": 10, "completion": "a\nb"}])
     lines = (tmp_path / "samples" / "step_000010.jsonl").read_text(encoding="utf-8").splitlines()
@@ -135,7 +135,7 @@ def test_samples_and_evaluations_are_files_of_their_own(tmp_path):
     assert (tmp_path / "eval" / "before.json").exists()
 
 
-def test_an_evaluation_is_read_without_the_others(tmp_path):
+def test_an_evaluation_can_be_read_next_to_a_broken_one(tmp_path):
     run = RunFolder(tmp_path)
     run.write_evaluation("after", {"accuracy": 0.5, "step": 7})
     (tmp_path / "eval" / "evaluate_by_hand.json").write_text("{")
@@ -154,7 +154,7 @@ def test_an_evaluation_is_read_without_the_others(tmp_path):
         (lambda text: text[:-9], "does not have one row for each of the 4 steps"),
     ],
 )
-def test_damaged_metrics_are_refused_and_not_touched(folder, damage, said):
+def test_damaged_metrics_are_refused_and_left_unchanged(folder, damage, said):
     damaged = damage(folder.metrics_file.read_bytes())
     folder.metrics_file.write_bytes(damaged)
     with pytest.raises(ConfigError, match=rf"metrics\.jsonl,? {said}"):
@@ -162,7 +162,7 @@ def test_damaged_metrics_are_refused_and_not_touched(folder, damage, said):
     assert folder.metrics_file.read_bytes() == damaged
 
 
-def test_a_launch_is_recorded_after_a_torn_line(tmp_path):
+def test_a_launch_is_recorded_after_an_incomplete_line(tmp_path):
     run = RunFolder(tmp_path)
     run.record_launch({"from_step": 0})
     with (tmp_path / "launches.jsonl").open("a") as file:
@@ -171,11 +171,11 @@ def test_a_launch_is_recorded_after_a_torn_line(tmp_path):
     assert run.launches() == [{"from_step": 0}, {"from_step": 4}]
 
 
-# Links, which a folder from elsewhere may bring.
+# Links, which a folder from someone else may contain.
 
 
 @pytest.mark.parametrize("name", ["status.json.tmp", "checkpoints", "eval/before.json", "x/y/z", "gone"])
-def test_a_link_that_leads_out_of_a_run_folder_is_refused_with_its_name(tmp_path, name):
+def test_a_link_to_outside_the_run_folder_is_refused_with_its_name(tmp_path, name):
     run = RunFolder(make_run(tmp_path / "run", "interrupted", 100))
     (tmp_path / "elsewhere").mkdir()
     link = run.path / name
@@ -234,13 +234,13 @@ def test_nothing_is_written_through_a_link(tmp_path, name, ending):
     link = run.path / f"{name}{ending}"
     link.parent.mkdir(parents=True)
     link.symlink_to(victim if name == "final_model" else victim / "a")
-    with suppress(OSError):  # what is added to is refused, what is written anew replaces the link
+    with suppress(OSError):  # appending is refused, a new file replaces the link
         WRITERS[name](run)
     assert {file.name: file.read_text() for file in victim.iterdir()} == {"a": "{}"}
 
 
-def test_a_folder_that_is_replaced_is_the_old_or_the_new_one_whenever_that_is_killed(tmp_path):
-    # Each child dies at its n-th event that touches files.
+def test_a_folder_replacement_killed_at_any_time_leaves_the_old_or_the_new_folder(tmp_path):
+    # Each child exits at its n-th event that touches files.
     code = """
         import os, sys
         from pathlib import Path
@@ -275,10 +275,10 @@ def test_a_folder_that_is_replaced_is_the_old_or_the_new_one_whenever_that_is_ki
         found.append((tmp_path / str(n) / "best" / "a").read_text())
         assert not (tmp_path / str(n) / ".best.replaced").exists()
     assert sorted(set(found)) == ["best", "new"]
-    assert found == sorted(found)  # the new one from some operation on
+    assert found == sorted(found)  # the old one up to some operation, then the new one
 
 
-# Small files that are torn or from elsewhere.
+# Small files that are damaged or come from someone else.
 
 READERS = {
     "config.yaml": lambda run: run.frozen_config(),
@@ -307,7 +307,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_a_file_that_is_torn_or_from_elsewhere_is_named_in_one_line(tmp_path, config, name):
+def test_a_damaged_or_foreign_file_is_reported_by_name_in_one_line(tmp_path, config, name):
     run = RunFolder(make_run(tmp_path, "interrupted", 100))
     run.config_file.unlink()
     run.write_config(config)
@@ -320,10 +320,10 @@ def test_a_file_that_is_torn_or_from_elsewhere_is_named_in_one_line(tmp_path, co
         assert "\n" not in str(refused.value)
 
 
-# Which folder a launch takes.
+# Which folder a launch uses.
 
 
-def test_the_newest_unfinished_run_is_the_one_started_last_that_did_not_finish(tmp_path):
+def test_the_newest_unfinished_run_is_the_one_started_last_that_has_not_finished(tmp_path):
     assert newest_unfinished(tmp_path) is None
     make_run(tmp_path / "a" / "2", "interrupted", 200)
     make_run(tmp_path / "b" / "1", "failed", 300)
@@ -337,7 +337,7 @@ def test_the_newest_unfinished_run_is_the_one_started_last_that_did_not_finish(t
     assert [run.path.name for run in run_folders(tmp_path)] == ["0_x", "2", "1", "3"]
 
 
-def test_a_run_that_a_resume_cannot_take_is_not_the_newest_unfinished_one(tmp_path):
+def test_newest_unfinished_skips_runs_that_cannot_be_resumed(tmp_path):
     wanted = make_run(tmp_path / "x" / "killed", "running", 100)
     RunFolder(make_run(tmp_path / "x" / "unreadable", "running", 200)).path.joinpath("status.json").write_text("{")
     make_run(tmp_path / "sweep" / "0_a", "interrupted", 300)
@@ -353,19 +353,19 @@ def test_a_run_that_a_resume_cannot_take_is_not_the_newest_unfinished_one(tmp_pa
     assert newest_unfinished(tmp_path).path == running
 
 
-def test_where_every_run_has_finished_there_is_none_to_go_on_with(tmp_path):
+def test_newest_unfinished_is_none_if_every_run_has_finished(tmp_path):
     make_run(tmp_path / "a", "finished", 100)
     assert newest_unfinished(tmp_path) is None
 
 
 def wanted(*overrides, name="quickstart"):
-    """The folder that a launch with these overrides would take, with its time of start as NOW."""
+    """The folder that a launch with these overrides would use, with NOW in place of its start time."""
     composed = compose_config(["experiment=quickstart", *overrides, f"name={name}"])
     known = known_folder(composed)
     return str(known.path) if known else f"outputs/{run_name(composed, Overrides(overrides))}/NOW"
 
 
-def test_a_launch_takes_the_given_folder_or_the_newest_unfinished_or_a_new_one(tmp_path, monkeypatch):
+def test_a_launch_uses_the_given_folder_or_the_newest_unfinished_one_or_a_new_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert wanted("run_dir=here") == "here"
     assert wanted(f"run_dir={tmp_path}/there") == "there"
@@ -382,7 +382,7 @@ def test_a_launch_takes_the_given_folder_or_the_newest_unfinished_or_a_new_one(t
     assert wanted("resume=true", "run_dir=here") == "here"
 
 
-def test_a_fork_takes_a_new_folder_under_its_parents_name_or_the_name_given(tmp_path, monkeypatch, config):
+def test_a_fork_uses_a_new_folder_with_the_name_of_its_parent_or_a_given_name(tmp_path, monkeypatch, config):
     monkeypatch.chdir(tmp_path)
     parent = RunFolder(tmp_path / "theirs")
     parent.path.mkdir()
@@ -398,7 +398,7 @@ def test_a_fork_takes_a_new_folder_under_its_parents_name_or_the_name_given(tmp_
             wanted(*fork)
 
 
-def test_runs_are_kept_in_the_repository_wherever_the_command_is_given(tmp_path, monkeypatch):
+def test_runs_are_written_to_the_repository_from_any_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GRPO_OUTPUTS")
     assert outputs() == ROOT / "outputs"
@@ -411,7 +411,7 @@ def test_two_launches_in_the_same_second_get_two_folders(tmp_path):
     assert names == ["now", "now_2", "now_3"]
 
 
-def test_a_launch_that_is_refused_removes_nothing_of_the_one_that_holds_the_folder(tmp_path):
+def test_a_refused_launch_removes_nothing_of_the_launch_that_holds_the_folder(tmp_path):
     with reserved(tmp_path / "run", suffix=False) as path:
         (path / "launch.log").write_text("of the first")
         with pytest.raises(ConfigError, match="in use by another process"), reserved(path, suffix=False):
@@ -420,7 +420,7 @@ def test_a_launch_that_is_refused_removes_nothing_of_the_one_that_holds_the_fold
     assert not path.exists()
 
 
-def test_a_launch_that_did_not_start_leaves_the_folders_that_were_there_and_no_other(tmp_path):
+def test_a_launch_that_did_not_start_removes_only_the_folders_that_it_created(tmp_path):
     (tmp_path / "there").mkdir()
     path, created = reserve(tmp_path / "there" / "a" / "b", suffix=True)
     (path / ".hydra").mkdir()
@@ -431,7 +431,7 @@ def test_a_launch_that_did_not_start_leaves_the_folders_that_were_there_and_no_o
     assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
 
 
-def test_a_used_run_folder_is_refused(tmp_path):
+def test_a_folder_that_holds_a_run_is_refused_without_resume(tmp_path):
     run = RunFolder(make_run(tmp_path / "used", "interrupted", 100))
     with pytest.raises(ConfigError) as refused:
         choose_run(run, False, Overrides([]))
@@ -442,14 +442,14 @@ def test_a_used_run_folder_is_refused(tmp_path):
     assert choose_run(run, "auto", Overrides([])) == "resume"
 
 
-def test_a_finished_run_has_steps_left_only_where_more_are_asked_for_however_that_is_written(tmp_path):
+def test_a_finished_run_is_resumed_only_if_an_override_in_any_notation_asks_for_more_steps(tmp_path):
     run = RunFolder(make_run(tmp_path / "finished", "finished", 100))
     assert choose_run(run, "auto", Overrides(["seed=1"])) == "done"
     for line in ("grpo.num_steps=9", "++grpo.num_steps=9", "+grpo.num_iterations=2"):
         assert choose_run(run, True, Overrides([line])) == "resume"
 
 
-def test_resume_says_of_a_missing_an_empty_a_foreign_and_a_finished_folder_what_is_wrong(tmp_path):
+def test_resume_says_what_is_wrong_with_a_missing_empty_foreign_or_finished_folder(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("")
@@ -468,7 +468,7 @@ def test_resume_says_of_a_missing_an_empty_a_foreign_and_a_finished_folder_what_
 
 
 @pytest.mark.parametrize("name", ["thesis.tex", ".hydra", "launch.log", "status.json", "final_model"])
-def test_a_new_run_is_refused_among_files_of_the_user(tmp_path, name):
+def test_a_new_run_is_refused_in_a_folder_with_files_of_the_user(tmp_path, name):
     file = tmp_path / name / "mine" if name in (".hydra", "final_model") else tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("the user's")
@@ -476,16 +476,16 @@ def test_a_new_run_is_refused_among_files_of_the_user(tmp_path, name):
         check_empty(tmp_path)
 
 
-def test_an_empty_folder_such_as_a_mounted_disk_is_no_file_of_the_user(tmp_path):
+def test_an_empty_subfolder_such_as_a_mounted_disk_does_not_count_as_a_file_of_the_user(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     check_empty(tmp_path)
 
 
-def test_a_new_run_may_take_the_folder_of_a_launch_that_was_killed_before_it_started(tmp_path):
+def test_a_new_run_may_use_the_folder_of_a_launch_that_was_killed_before_it_started(tmp_path):
     check_empty(tmp_path)
     for name in ("launch.log", ".lock"):
         (tmp_path / name).write_text("")
-    with pytest.raises(ConfigError, match="is not empty"):  # by any other end it would have removed them
+    with pytest.raises(ConfigError, match="is not empty"):  # unless killed, it would have removed them
         check_empty(tmp_path)
     (tmp_path / ".lock").write_text('{"machine": "m", "pid": 1, "token": "t"}')
     check_empty(tmp_path)
@@ -494,13 +494,13 @@ def test_a_new_run_may_take_the_folder_of_a_launch_that_was_killed_before_it_sta
 # Names of a sweep's job folders.
 
 
-def test_a_job_folder_tells_its_overrides_without_characters_that_trouble_a_shell():
+def test_a_job_folder_is_named_by_its_overrides_without_special_characters_of_a_shell():
     assert job_folder_name(3, "grpo.beta=0.01,optimizer.lr=1e-05") == "3_grpo.beta_0.01_optimizer.lr_1e-05"
     assert job_folder_name(0, "data.path=/home/me/a b,+x=[1,2]") == "0_data.path_home_me_a_b_+x_1_2"
     assert job_folder_name(0, "") == "0"
 
 
-def test_a_long_job_name_is_cut_with_a_hash_that_tells_it_from_others():
+def test_a_long_job_name_is_truncated_and_gets_a_hash_that_makes_it_unique():
     long = "grpo.beta=0.04," + ",".join(f"grpo.setting_{n}=1" for n in range(20))
     names = [job_folder_name(0, long), job_folder_name(0, long + ",seed=2"), job_folder_name(1, long)]
     assert [len(name) for name in names] == [80, 80, 80]

@@ -41,7 +41,7 @@ def line(folder):
     return json.loads((folder / ".lock").read_text() or "{}")
 
 
-def test_a_folder_held_by_another_process_is_refused_and_free_again_when_that_is_killed(tmp_path, hold):
+def test_a_folder_locked_by_another_process_is_refused_until_that_process_is_killed(tmp_path, hold):
     holder = hold()
     with pytest.raises(ConfigError, match="in use by another process"), locked(tmp_path):
         pass
@@ -49,10 +49,10 @@ def test_a_folder_held_by_another_process_is_refused_and_free_again_when_that_is
     holder.wait(timeout=10)
     started = time.monotonic()
     with locked(tmp_path):
-        assert time.monotonic() - started < 5  # on the same machine nothing is waited for
+        assert time.monotonic() - started < 5  # on the same machine there is no waiting
 
 
-def test_a_process_number_of_another_container_is_not_looked_up_here(tmp_path):
+def test_a_process_id_of_another_container_is_not_looked_up_in_this_one(tmp_path):
     with locked(tmp_path):
         ours = line(tmp_path)
         assert in_use(tmp_path)
@@ -75,10 +75,10 @@ def test_a_process_number_of_another_container_is_not_looked_up_here(tmp_path):
     assert found == {name: name in alive for name in lines}
     (tmp_path / ".lock").write_text(json.dumps(ours | {"pid_namespace": "pid:[1]"}))
     os.utime(tmp_path / ".lock", (1, 1))
-    assert not in_use(tmp_path)  # though a process of that number lives here
+    assert not in_use(tmp_path)  # although a process with this number runs here
 
 
-def test_a_process_that_stands_still_keeps_its_lock(tmp_path, hold):
+def test_a_paused_process_keeps_its_lock(tmp_path, hold):
     holder = hold()
     holder.send_signal(signal.SIGSTOP)
     time.sleep(0.5)
@@ -86,7 +86,7 @@ def test_a_process_that_stands_still_keeps_its_lock(tmp_path, hold):
         pass
 
 
-def test_the_lock_is_free_after_the_block_and_after_an_error_in_it(tmp_path):
+def test_the_lock_is_released_after_the_block_and_after_an_error_in_it(tmp_path):
     with pytest.raises(RuntimeError, match="in the block"), locked(tmp_path):
         raise RuntimeError("in the block")
     with locked(tmp_path), pytest.raises(ConfigError, match="in use"), locked(tmp_path):
@@ -96,7 +96,7 @@ def test_the_lock_is_free_after_the_block_and_after_an_error_in_it(tmp_path):
     assert (tmp_path / ".lock").read_text() == ""
 
 
-def test_the_holder_renews_its_line(tmp_path):
+def test_the_holder_updates_its_line_in_the_lock_file(tmp_path):
     with locked(tmp_path, 0.05):
         first = line(tmp_path)
         deadline = time.monotonic() + 10
@@ -118,7 +118,7 @@ def test_a_process_that_died_on_another_machine_holds_no_lock(tmp_path, capsys):
     assert "waiting 0 s to see whether the process on node7 is alive" in capsys.readouterr().out
 
 
-def test_a_process_that_lives_on_another_machine_does(tmp_path):
+def test_a_process_that_runs_on_another_machine_holds_its_lock(tmp_path):
     stop = threading.Event()
 
     def renew():
@@ -139,7 +139,7 @@ def test_a_process_that_lives_on_another_machine_does(tmp_path):
     assert line(tmp_path)["token"] == "theirs"
 
 
-def test_without_locks_of_the_file_system_the_line_decides_on_one_machine_too(tmp_path, monkeypatch, caplog):
+def test_without_file_system_locks_the_line_in_the_lock_file_decides_on_one_machine_too(tmp_path, monkeypatch, caplog):
     def unsupported(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -153,7 +153,7 @@ def test_without_locks_of_the_file_system_the_line_decides_on_one_machine_too(tm
     assert "cannot be detected" in caplog.text
 
 
-def test_a_full_disk_neither_breaks_the_line_nor_ends_the_run(tmp_path, monkeypatch):
+def test_a_full_disk_neither_damages_the_line_in_the_lock_file_nor_ends_the_run(tmp_path, monkeypatch):
     with locked(tmp_path, 0.05):
 
         def full(*_):
@@ -165,15 +165,15 @@ def test_a_full_disk_neither_breaks_the_line_nor_ends_the_run(tmp_path, monkeypa
         assert line(tmp_path)["pid"] == os.getpid()
 
 
-def test_a_process_whose_folder_another_machine_took_over_ends_at_once(tmp_path, hold):
+def test_a_process_ends_at_once_if_another_machine_takes_over_its_folder(tmp_path, hold):
     holder = hold()
     other_machine(tmp_path, 0)
     assert holder.wait(timeout=10) == 1
     assert "was taken over by node7 (process 12); stopping" in holder.stdout.read()
 
 
-def test_a_lock_file_that_its_holder_removed_meanwhile_locks_nothing(tmp_path, monkeypatch):
-    # The holder removes the file between this one's opening of it and its lock.
+def test_locking_a_file_that_its_holder_has_just_removed_is_refused(tmp_path, monkeypatch):
+    # The holder removes the file after this process has opened it and before it locks it.
     def lock_after_removal(file, flags):
         (tmp_path / ".lock").unlink()
 

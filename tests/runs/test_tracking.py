@@ -43,7 +43,7 @@ def run_dir(tmp_path):
 
 @pytest.fixture
 def init_arguments(monkeypatch):
-    """What wandb.init is called with. Runs meant to be online are opened offline: there is no server here."""
+    """The arguments of each call of wandb.init. Online runs are opened offline, since there is no server here."""
     calls = []
     init = wandb.init
 
@@ -66,7 +66,7 @@ def folders(run_dir):
 
 
 def records(folder):
-    """The records of a run's own file: what `wandb leet inspect` shows, without the start of the wandb command."""
+    """The records in the file of a run, as `wandb leet inspect` shows them, without starting the wandb command."""
     (file,) = folder.glob("run-*.wandb")
     command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", "--run-file", file, folder.parent]
     lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
@@ -96,7 +96,7 @@ def run_python(code, run_dir, mode, *arguments, **env):
     return done.returncode, Path("stdout").read_text(), Path("stderr").read_text()
 
 
-def test_offline_run_holds_every_row_quietly_inside_the_run_folder(run_dir, capfd):
+def test_an_offline_run_writes_every_row_inside_the_run_folder_and_prints_nothing(run_dir, capfd):
     stdout, hooks = sys.stdout, (sys.exit, sys.excepthook)
     with tracking(config(), run_dir, resumed=False) as tracker:
         for row in ROWS:
@@ -126,7 +126,7 @@ def test_offline_run_holds_every_row_quietly_inside_the_run_folder(run_dir, capf
     assert list((run_dir / "wandb").iterdir()) == [folder]
 
 
-def test_resumed_offline_run_holds_the_whole_curve_in_one_folder(run_dir):
+def test_a_resumed_offline_run_has_the_whole_history_in_one_folder(run_dir):
     with tracking(config(), run_dir, resumed=False) as tracker:
         for row in ROWS[:3]:
             tracker.log(row)
@@ -151,7 +151,7 @@ def test_two_runs_in_one_process_are_separate(tmp_path):
 @pytest.mark.parametrize(
     ("error", "code"), [(ValueError("boom"), 1), (KeyboardInterrupt(), 130), (SystemExit(143), 143), (SystemExit(0), 1)]
 )
-def test_crash_marks_the_run_and_propagates(run_dir, error, code):
+def test_an_exception_marks_the_run_as_failed_and_propagates(run_dir, error, code):
     with pytest.raises(type(error)) as caught, tracking(config(), run_dir, resumed=False) as tracker:
         tracker.log(ROWS[0])
         raise error
@@ -161,7 +161,7 @@ def test_crash_marks_the_run_and_propagates(run_dir, error, code):
     assert history(read) == SHOWN[:1]
 
 
-def test_evaluations_join_the_row_of_their_step_and_late_ones_are_kept(run_dir):
+def test_evaluations_are_logged_in_the_row_of_their_step_and_late_ones_are_kept(run_dir):
     with tracking(config(), run_dir, resumed=False) as tracker:
         tracker.log_evaluation("before", 0, {"accuracy": 0.1, "n": 8})
         for row in ROWS[:2]:
@@ -239,7 +239,7 @@ def test_auto_goes_online_only_with_a_login(run_dir, init_arguments, monkeypatch
     assert capfd.readouterr() == ("", "")
 
 
-def test_online_without_login_warns_and_goes_on_offline(run_dir, caplog):
+def test_online_without_login_warns_and_continues_offline(run_dir, caplog):
     with tracking(config("online"), run_dir, resumed=False) as tracker:
         tracker.log(ROWS[0])
     (warning,) = messages(caplog)
@@ -247,7 +247,7 @@ def test_online_without_login_warns_and_goes_on_offline(run_dir, caplog):
     assert history(records(*folders(run_dir))) == SHOWN[:1]
 
 
-def test_online_run_is_never_taken_over_and_is_resumed_by_its_id(run_dir, init_arguments, monkeypatch):
+def test_a_new_online_run_never_takes_over_another_one_and_is_resumed_by_its_id(run_dir, init_arguments, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", API_KEY)
     id_file = run_dir / "wandb_run_id"
     seen = []
@@ -275,7 +275,7 @@ def test_online_run_is_never_taken_over_and_is_resumed_by_its_id(run_dir, init_a
     assert settings.console == "off" and not settings.symlink and settings.finish_timeout > 0
 
 
-def test_unreachable_server_keeps_the_data_offline_in_bounded_time(run_dir, caplog, monkeypatch, capfd):
+def test_with_an_unreachable_server_the_data_is_kept_offline_in_bounded_time(run_dir, caplog, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_API_KEY", API_KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     begin = time.monotonic()
@@ -289,7 +289,7 @@ def test_unreachable_server_keeps_the_data_offline_in_bounded_time(run_dir, capl
     assert capfd.readouterr() == ("", "")
 
 
-def test_failing_resume_online_keeps_the_id_and_replays_offline(run_dir, caplog, monkeypatch):
+def test_a_failed_online_resume_keeps_the_id_and_writes_all_rows_offline(run_dir, caplog, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", API_KEY)
     (run_dir / "wandb_run_id").write_text("abc123\n")
     init = wandb.init
@@ -330,7 +330,7 @@ def test_init_that_fails_never_stops_training(run_dir, caplog, monkeypatch, mode
 
 
 @pytest.mark.parametrize("fault", ["raises", "hangs"])
-def test_log_that_fails_costs_one_warning(run_dir, caplog, monkeypatch, fault):
+def test_log_that_fails_gives_one_warning(run_dir, caplog, monkeypatch, fault):
     monkeypatch.setattr(module, "LOG_SECONDS", 0.5)
     never = threading.Event()
     log = wandb.Run.log
@@ -356,8 +356,8 @@ def test_log_that_fails_costs_one_warning(run_dir, caplog, monkeypatch, fault):
     assert exit_codes(read) == [0]
 
 
-def test_table_that_fails_costs_only_the_tables(run_dir, caplog, monkeypatch):
-    """Online, wandb asks the server before it takes a table: without network that raises, for metrics it does not."""
+def test_table_that_fails_loses_only_the_tables(run_dir, caplog, monkeypatch):
+    """Online, wandb contacts the server before it accepts a table. Without a network this raises; metrics do not."""
 
     def bad_table(**kwargs):
         raise wandb.errors.AuthenticationError("no network")

@@ -1,4 +1,4 @@
-"""The sweep with a budget: its arithmetic, and that its runs are those that never stopped."""
+"""The halving sweep: the arithmetic of its budget, and that its runs equal runs that never stopped."""
 
 import json
 
@@ -15,12 +15,12 @@ from tests.launches import launch, rows
 from tests.sweeps.test_sweep import QUICK
 
 
-def test_ladders_worked_out_by_hand():
+def test_ladders_equal_ones_computed_by_hand():
     assert ladder(90, 9, 3, 10) == [(10, 9), (30, 3), (90, 1)]
-    assert ladder(100, 4, 3, 20) == [(20, 4), (100, 1)]  # one arm is left: it makes all that remain
+    assert ladder(100, 4, 3, 20) == [(20, 4), (100, 1)]  # one arm is left: it does all remaining steps
     assert ladder(100, 9, 3, 50) == [(50, 9), (100, 3)]
     assert ladder(100, 9, 3, 100) == [(100, 9)]  # the full sweep
-    # 9 jobs of 10 steps, 3 of 20 more, 1 of 60 more, two seconds a step, and thirteen starts of five.
+    # 9 jobs of 10 steps, 3 of 20 more, 1 of 60 more, at 2 seconds per step; and 13 starts of 5 seconds.
     assert seconds(ladder(90, 9, 3, 10), 1, 2.0, 5.0) == 2 * (90 + 60 + 60) + 13 * 5
     assert seconds([(10, 2)], 3, 2.0, 5.0) == 2 * 3 * 25
 
@@ -29,7 +29,7 @@ def record(budget_hours, arms=9):
     return HalvingState(90, [[n] for n in range(arms)], 3, budget_hours, step_s=36.0, start_s=0.0)
 
 
-def test_the_first_rung_is_as_long_as_the_budget_pays_for():
+def test_the_first_rung_is_as_long_as_the_budget_allows():
     assert choose_ladder(record(None)) == [(10, 9), (30, 3), (90, 1)]
     assert choose_ladder(record(8.1)) == [(90, 9)]  # 9 * 90 steps of 36 s
     chosen = choose_ladder(record(3.0))
@@ -39,12 +39,12 @@ def test_the_first_rung_is_as_long_as_the_budget_pays_for():
         choose_ladder(record(0.2))
 
 
-def test_the_best_arms_are_kept_and_those_without_a_score_are_out():
+def test_the_best_arms_are_kept_and_those_without_a_score_are_dropped():
     assert best_arms([0.2, None, 0.7, 0.7, 0.1], 2) == [2, 3]
     assert best_arms([None, 0.5], 2) == [1]
 
 
-def test_what_is_overspent_pays_for_no_arm():
+def test_an_exceeded_budget_allows_no_further_arm():
     sweeper = HalvingSweeper(3, 0.01)
     sweeper.record, sweeper.folders = record(0.01), []
     sweeper.record.ladder = [(10, 9), (30, 3), (90, 1)]
@@ -67,7 +67,7 @@ HALVING = [
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """A sweep by halving that nothing stopped, and its jobs as runs of their own."""
+    """A halving sweep that was never stopped: its working directory and its finished launch."""
     cwd = tmp_path_factory.mktemp("halving")
     done = launch("-m", *HALVING, "sweep_dir=sweep", cwd=cwd)
     assert done.returncode == 0, done.stderr
@@ -75,7 +75,7 @@ def straight(tmp_path_factory):
 
 
 def assert_equal(run_dir, other):
-    """Every metric, and every byte of what is saved last, the checkpoint and the final model."""
+    """Compare every metric, and every byte of the last checkpoint and of the final model."""
     assert rows(run_dir) == rows(other)
     for pattern in ("checkpoints/*/*.safetensors", "final_model/*.safetensors"):
         files = sorted(run_dir.glob(pattern))
@@ -86,7 +86,7 @@ def assert_equal(run_dir, other):
     assert list(run_dir.glob("checkpoints/*/model.safetensors"))
 
 
-def test_arms_stop_early_and_the_best_one_is_the_run_that_it_would_have_been(straight):
+def test_arms_stop_early_and_the_best_arm_equals_the_same_run_without_a_sweep(straight):
     cwd, done = straight
     halving = json.loads((cwd / "sweep" / "halving.json").read_text())
     assert halving["ladder"] == [[1, 4], [2, 2], [4, 1]]
@@ -108,7 +108,7 @@ def test_arms_stop_early_and_the_best_one_is_the_run_that_it_would_have_been(str
 
 
 @pytest.mark.slow
-def test_killed_anywhere_it_goes_on_to_the_same_decisions(straight):
+def test_a_killed_halving_sweep_resumes_to_the_same_decisions(straight):
     cwd, _ = straight
     fault = ("grpo.training.trainer.group_keys", "6", "kill")  # of 8 steps in all: in the second rung
     assert launch("-m", *HALVING, "sweep_dir=killed", cwd=cwd, fault=fault).returncode == -9
@@ -125,7 +125,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_decisions(straight):
 
 
 @pytest.mark.slow
-def test_a_budget_that_is_too_small_is_refused_with_the_least_one_and_a_larger_one_goes_on(tmp_path):
+def test_a_budget_that_is_too_small_is_refused_with_the_minimum_and_a_larger_one_resumes(tmp_path):
     command = ["-m", *(each for each in HALVING if not each.startswith("optimizer.lr")), "optimizer.lr=0,0.0001"]
     command += ["sweep_dir=sweep", "grpo.batch_size=2", "grpo.num_generations=4"]
     refused = launch(*command, "sweep.budget_hours=0.0001", cwd=tmp_path)
@@ -135,11 +135,11 @@ def test_a_budget_that_is_too_small_is_refused_with_the_least_one_and_a_larger_o
     assert (still.returncode, "sweep.budget_hours=0.0001" in still.stderr) == (
         2,
         True,
-    )  # it stays unless a new one is given
+    )  # the budget stays unless a new one is given
     more = launch(*command, "sweep.budget_hours=1", "resume=true", cwd=tmp_path)
     assert more.returncode == 0, more.stderr
     halving = json.loads((tmp_path / "sweep" / "halving.json").read_text())
-    assert (halving["ladder"], halving["state"]) == ([[4, 2]], "finished")  # enough for all to the end
+    assert (halving["ladder"], halving["state"]) == ([[4, 2]], "finished")  # enough for all arms to the last step
 
 
 TROUBLE = """
@@ -163,7 +163,7 @@ def fail(completions, on, **columns):
 """
 
 
-def test_an_arm_that_fails_twice_is_out_and_the_others_go_on(tmp_path):
+def test_an_arm_that_fails_twice_is_dropped_and_the_others_continue(tmp_path):
     (tmp_path / "mine.py").write_text(TROUBLE)
     command = [each for each in HALVING if not each.startswith("optimizer.lr")]
     command += ["+reward.components.t={_target_: mine.fail, weight: 0}", "+reward.components.t.on=1,0"]
@@ -176,7 +176,7 @@ def test_an_arm_that_fails_twice_is_out_and_the_others_go_on(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rung_is_decided_only_when_its_jobs_have_come_so_far(tmp_path):
+def test_a_rung_is_decided_only_when_all_its_jobs_have_reached_it(tmp_path):
     (tmp_path / "mine.py").write_text(TROUBLE)
     (tmp_path / "armed").write_text("fail")
     command = ["-m", *(each for each in HALVING if not each.startswith(("optimizer.lr", "hydra/launcher")))]
@@ -187,7 +187,7 @@ def test_a_rung_is_decided_only_when_its_jobs_have_come_so_far(tmp_path):
     assert failed.returncode == 1
     assert json.loads((tmp_path / "sweep" / "halving.json").read_text())["rungs"] == []
     first, _ = SweepFolder(tmp_path / "sweep").jobs()
-    assert len(RunFolder(tmp_path / "sweep" / first["folder"]).launches()) == 2  # it was tried once more
+    assert len(RunFolder(tmp_path / "sweep" / first["folder"]).launches()) == 2  # it was tried a second time
 
     (tmp_path / "armed").write_text("stop")
     stopped = launch(*command, "hydra/launcher=local", "resume=true", cwd=tmp_path)
@@ -202,11 +202,11 @@ def test_a_rung_is_decided_only_when_its_jobs_have_come_so_far(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "value"), [("sweep.eta", "1"), ("sweep.budget_hours", "0"), ("until_step", "0")])
-def test_values_that_cannot_be_are_refused(tmp_path, key, value):
+def test_impossible_values_are_refused(tmp_path, key, value):
     with pytest.raises(ConfigError, match=key):
         typed(compose_config(["experiment=quickstart", f"{key}={value}"]))
 
 
-def test_arms_of_unequal_steps_are_not_compared(tmp_path):
+def test_arms_with_different_numbers_of_steps_are_refused(tmp_path):
     refused = launch("-m", *HALVING, "grpo.num_steps=2,4", cwd=tmp_path)
     assert (refused.returncode, "leave grpo.num_steps out" in refused.stderr) == (2, True)

@@ -1,4 +1,4 @@
-"""Hydra's launchers and sweepers for real: the same sweep comes out of each, job by job and bit for bit."""
+"""Hydra's real launchers and sweepers: each launcher gives the same sweep, bit for bit."""
 
 import importlib.util
 import os
@@ -35,7 +35,7 @@ def installed(plugin):
     )
 
 
-@pytest.mark.slow  # the default launcher is tested with tests/sweeps/test_sweep.py
+@pytest.mark.slow  # the default launcher is tested in tests/sweeps/test_sweep.py
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -44,8 +44,8 @@ def installed(plugin):
         pytest.param("ray_cluster", marks=installed("hydra_ray_launcher")),  # not in [dev], since it is large
     ],
 )
-def test_each_launcher_makes_the_same_runs(basic, tmp_path, launcher):
-    # A plain process: one forked from the tests' server does not run what ends joblib's workers.
+def test_each_launcher_gives_the_same_runs(basic, tmp_path, launcher):
+    # A plain process: one forked from the tests' server does not run the code that ends joblib's workers.
     command = [sys.executable, ROOT / "launch.py", *SWEEP, f"hydra/launcher={launcher}", "sweep_dir=sweep"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -58,7 +58,7 @@ def test_each_launcher_makes_the_same_runs(basic, tmp_path, launcher):
 
 
 @pytest.mark.parametrize("plugin", ["launcher/local", "sweeper/halving"])
-def test_a_setting_that_a_plugin_does_not_have_is_refused_where_hydra_builds_it(plugin):
+def test_a_setting_that_a_plugin_does_not_have_is_refused_when_hydra_builds_it(plugin):
     settings = yaml.safe_load((CONF_DIR / "hydra" / f"{plugin}.yaml").read_text())
     plain = {key: None if str(value).startswith("${") else value for key, value in settings.items()}
     instantiate(plain)
@@ -67,7 +67,7 @@ def test_a_setting_that_a_plugin_does_not_have_is_refused_where_hydra_builds_it(
 
 
 @installed("hydra_optuna_sweeper")
-def test_optuna_looks_for_the_highest_outcome_and_goes_on_with_the_same_trials(tmp_path):
+def test_optuna_maximizes_the_outcome_and_a_resumed_sweep_has_the_same_trials(tmp_path):
     command = [
         "-m",
         *(each for each in QUICK if each != "eval.after=false"),
@@ -92,7 +92,7 @@ def test_optuna_looks_for_the_highest_outcome_and_goes_on_with_the_same_trials(t
 
 
 @installed("hydra_submitit_launcher")
-def test_what_would_be_handed_to_slurm_is_a_script_with_the_settings(tmp_path):
+def test_the_script_for_slurm_has_the_configured_settings(tmp_path):
     settings = yaml.safe_load((CONF_DIR / "hydra" / "launcher" / "slurm.yaml").read_text())
     given = {"gpus_per_node", "signal_delay_s", "cpus_per_task"}
     options = {key: settings[key] for key in given} | {
@@ -124,7 +124,7 @@ run_command(show)
         pytest.param("sweeper=tpe", marks=installed("hydra_optuna_sweeper")),
     ],
 )
-def test_every_launcher_and_sweeper_of_ours_composes(choice):
+def test_every_launcher_and_sweeper_of_the_suite_composes(choice):
     assert compose_config([f"hydra/{choice}"]) == compose_config([])
 
 
@@ -145,7 +145,7 @@ main()
 
 @installed("hydra_joblib_launcher")
 @installed("hydra_optuna_sweeper")
-def test_other_hydra_programs_of_the_environment_find_their_plugins_as_before_and_import_nothing_of_ours(tmp_path):
+def test_other_hydra_programs_still_find_their_plugins_and_import_nothing_of_the_suite(tmp_path):
     (tmp_path / "foreign.py").write_text(FOREIGN)
     arguments = ["-m", "x=1,2", "hydra/launcher=joblib", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=1"]
     done = subprocess.run(
@@ -175,13 +175,13 @@ def test_hydra_finds_our_plugins_without_importing_the_project():
 
 @pytest.mark.skipif(importlib.util.find_spec("hydra_plugins.hydra_ray_launcher") is not None, reason="it is installed")
 @pytest.mark.parametrize("name", ["ray", "ray_cluster"])
-def test_a_launcher_that_is_not_installed_is_named_with_the_command_that_installs_it(tmp_path, name):
+def test_a_launcher_that_is_not_installed_is_refused_with_the_command_that_installs_it(tmp_path, name):
     refused = launch(*SWEEP, f"hydra/launcher={name}", cwd=tmp_path)
     assert (refused.returncode, list(tmp_path.iterdir())) == (2, [])
     assert refused.stderr == "error: hydra/launcher=ray needs: pip install -e '.[sweeps]'\n"
 
 
-def test_a_launcher_that_does_not_exist_is_answered_with_those_that_do(tmp_path):
+def test_an_unknown_launcher_is_refused_with_a_list_of_the_existing_ones(tmp_path):
     refused = launch(*SWEEP, "hydra/launcher=lokal", cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: there is no hydra/launcher=lokal; choose one of ")
@@ -189,7 +189,7 @@ def test_a_launcher_that_does_not_exist_is_answered_with_those_that_do(tmp_path)
 
 
 @installed("hydra_optuna_sweeper")
-def test_a_sweeper_that_looks_for_the_lowest_outcome_is_refused(tmp_path):
+def test_a_sweeper_that_minimizes_the_outcome_is_refused(tmp_path):
     refused = launch(*SWEEP, "hydra/sweeper=optuna", cwd=tmp_path)
     assert (refused.returncode, list(tmp_path.iterdir())) == (2, [])
     assert refused.stderr == (
@@ -211,7 +211,7 @@ ConfigStore.instance().store("third", {"_target_": "hydra_plugins.third.ThirdLau
 """
 
 
-def test_a_launcher_that_is_not_known_here_runs_a_sweep(tmp_path):
+def test_a_third_party_launcher_can_run_a_sweep(tmp_path):
     (tmp_path / "hydra_plugins").mkdir()
     (tmp_path / "hydra_plugins" / "third.py").write_text(THIRD)
     command = [sys.executable, ROOT / "launch.py", "-m", *QUICK, "grpo.num_steps=1", "hydra/launcher=third"]
@@ -237,10 +237,10 @@ def test_jobs_choose_a_gpu_themselves_only_where_their_launcher_is_known_to_assi
     for target in LOCAL_LAUNCHERS:
         module, _, name = target.rpartition(".")
         if importlib.util.find_spec(module.rpartition(".")[0]):
-            assert hasattr(importlib.import_module(module), name)  # it is still called so
+            assert hasattr(importlib.import_module(module), name)  # it still has this name
 
 
-def test_jobs_that_would_each_use_all_cores_are_announced_with_the_setting_that_divides_them():
+def test_jobs_that_would_each_use_all_cores_get_a_hint_with_the_setting_that_divides_them():
     cpu = compose_config(["hardware=cpu"])
     assert (
         threads_hint(cpu, 2, 8) == "2 jobs at once, each with threads for all 8 cores: hardware.threads=4 divides them"

@@ -1,4 +1,4 @@
-"""Sweeps on one machine: jobs that die alone, stop signals, going on, and the queue for GPUs."""
+"""Sweeps on one machine: jobs that are killed, stop signals, resuming, and the queue for GPUs."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def sweep_of(cwd):
     return SweepFolder(folder)
 
 
-def test_a_job_that_is_killed_ends_alone_and_the_same_command_with_resume_makes_it_good(cwd):
+def test_a_killed_job_does_not_stop_the_others_and_resume_runs_only_that_job_again(cwd):
     (cwd / "armed").write_text("1")
     component = "+reward.components.die={_target_: mine.die, weight: 0}"
     command = ["-m", *QUICK, component, "grpo.num_steps=2", "+reward.components.die.at=1,2"]
@@ -88,7 +88,7 @@ def test_a_job_that_is_killed_ends_alone_and_the_same_command_with_resume_makes_
     assert [row["step"] for row in rows(sweep.path / sweep.jobs()[0]["folder"])] == [1, 2]
 
 
-def test_a_broken_file_of_one_job_is_its_own_matter_when_the_sweep_goes_on(cwd):
+def test_a_broken_file_of_one_job_does_not_affect_the_others_when_the_sweep_is_resumed(cwd):
     command = ["-m", *QUICK, "seed=1,2"]
     paused = launch(*command, "grpo.num_steps=2", "until_step=1", cwd=cwd)
     assert paused.returncode == 0, paused.stderr
@@ -106,7 +106,7 @@ def test_a_broken_file_of_one_job_is_its_own_matter_when_the_sweep_goes_on(cwd):
     assert len(rows(other)) == 2
 
 
-def test_a_stop_reaches_the_jobs_which_save_and_go_on_later(cwd):
+def test_a_stop_signal_reaches_the_jobs_which_save_and_can_be_resumed(cwd):
     component = "+reward.components.slow={_target_: mine.slow, weight: 0}"
     command = ["-m", *QUICK, component, "grpo.num_steps=4", "seed=1,2", "hydra.launcher.jobs_at_once=2"]
     process = Launch(*command, cwd=cwd)
@@ -128,15 +128,15 @@ def test_a_stop_reaches_the_jobs_which_save_and_go_on_later(cwd):
 
 
 @pytest.mark.slow
-def test_a_signal_for_one_job_stops_that_one_alone(cwd):
+def test_a_signal_for_one_job_stops_only_that_job(cwd):
     (cwd / "mine.py").write_text(REWARDS + "\n\ndef stop(completions, at, **columns):\n    os.kill(os.getpid(), at)\n")
     component = f"+reward.components.stop={{_target_: mine.stop, weight: 0, at: {int(signal.SIGTERM)}}}"
     done = launch("-m", *QUICK, component, "grpo.num_steps=2", "seed=1,2", cwd=cwd)
     assert done.returncode == 1
-    assert [job["state"] for job in sweep_of(cwd).jobs()] == ["interrupted", "interrupted"]  # the second was begun too
+    assert [job["state"] for job in sweep_of(cwd).jobs()] == ["interrupted", "interrupted"]  # the second started too
 
 
-def test_jobs_do_not_outlive_a_launcher_that_is_killed(cwd):
+def test_jobs_end_when_their_launcher_is_killed(cwd):
     component = "+reward.components.slow={_target_: mine.slow, weight: 0}"
     process = Launch("-m", *QUICK, component, "grpo.num_steps=50", "seed=1,2", cwd=cwd)
     wait_for(lambda: begun(cwd))
@@ -145,7 +145,7 @@ def test_jobs_do_not_outlive_a_launcher_that_is_killed(cwd):
     assert [job["state"] for job in sweep_of(cwd).jobs()] == ["interrupted", "pending"]
 
 
-def test_values_that_cannot_be_are_refused_before_anything_is_made(cwd):
+def test_impossible_values_are_refused_before_anything_is_written(cwd):
     for bad in (
         "grpo.epsilon=0.1,2",
         "grpo.num_generations=2,1",
@@ -160,7 +160,7 @@ def test_values_that_cannot_be_are_refused_before_anything_is_made(cwd):
 
 
 @pytest.mark.slow
-def test_a_job_that_cannot_start_is_recorded_with_its_values_and_its_folder_can_begin_anew(cwd):
+def test_a_job_that_cannot_start_is_recorded_with_its_values_and_can_be_started_again(cwd):
     (cwd / "mine").mkdir()
     for split in ("train", "test"):
         (cwd / "mine" / f"{split}.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n' * 4)
@@ -177,7 +177,7 @@ def test_a_job_that_cannot_start_is_recorded_with_its_values_and_its_folder_can_
     assert again.returncode == 0, again.stderr
 
 
-def test_with_chdir_paths_keep_the_meaning_that_they_have_on_the_command_line(tmp_path):
+def test_with_chdir_relative_paths_still_start_from_the_directory_of_the_launch(tmp_path):
     shutil.copytree(ROOT / "tests" / "sums", tmp_path / "sums")
     own = [
         *QUICK,
@@ -195,7 +195,7 @@ def test_with_chdir_paths_keep_the_meaning_that_they_have_on_the_command_line(tm
     assert [job["state"] for job in SweepFolder(tmp_path / "sweep").jobs()] == ["finished"]
 
 
-def test_the_choices_of_a_group_can_be_swept_by_glob_and_jobs_be_named_by_their_number(tmp_path):
+def test_a_group_can_be_swept_by_glob_and_jobs_can_be_named_by_their_number(tmp_path):
     own = [*QUICK, "grpo.num_steps=1", "hydra/launcher=basic", "hydra.sweep.subdir=${hydra.job.num}", "sweep_dir=sweep"]
     done = launch("-m", *own, "rollout=glob(*)", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -203,8 +203,8 @@ def test_the_choices_of_a_group_can_be_swept_by_glob_and_jobs_be_named_by_their_
     assert (job["folder"], job["overrides"], job["state"]) == ("0", ["rollout=native"], "finished")
 
 
-def test_the_order_of_a_sweep_is_that_of_its_first_launch(cwd):
-    """It numbers the jobs, and says which of two values of a key counts."""
+def test_a_resumed_sweep_keeps_the_order_of_its_first_launch(cwd):
+    """The order numbers the jobs, and determines which of two values of a key is used."""
     command = [*QUICK, "hydra/launcher=basic", "grpo.num_steps=1", "grpo.epsilon=0.3", "grpo.epsilon=0.1"]
     command.append("seed=shuffle(1,2)")
     first = launch("-m", *command, "grpo.beta=0,0.04", cwd=cwd)
@@ -219,7 +219,7 @@ def test_the_order_of_a_sweep_is_that_of_its_first_launch(cwd):
     assert len([path for path in sweep_of(cwd).path.iterdir() if path.is_dir()]) == 4
 
 
-def test_another_sweep_is_not_taken_for_this_one(tmp_path, monkeypatch):
+def test_another_sweep_is_not_mistaken_for_this_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     basic = OmegaConf.create({"_target_": "hydra._internal.core_plugins.basic_sweeper.BasicSweeper", "params": None})
     for name, overrides in (("1", ["seed=1,2", "grpo.mu=1"]), ("2", ["grpo.mu=1", "seed=1,2"]), ("3", ["seed=1,3"])):
@@ -239,7 +239,7 @@ def test_another_sweep_is_not_taken_for_this_one(tmp_path, monkeypatch):
         sweep.check_same(Overrides(["seed=1,2", "grpo.mu=1"]), "basic", False)
     with pytest.raises(ConfigError, match="is a sweep with hydra/sweeper=basic"):
         sweep.check_same(Overrides(["seed=1,2", "grpo.mu=1"]), "halving", True)
-    # What may change when a run goes on may not where it is what is swept.
+    # A key that may change on resume may not change in a sweep over this key.
     swept = SweepFolder(tmp_path / "kept")
     points = [["checkpoint.every=1"], ["checkpoint.every=2"]]
     swept.begin(Overrides(["checkpoint.every=1,2"]), ["checkpoint.every"], points)
@@ -247,7 +247,7 @@ def test_another_sweep_is_not_taken_for_this_one(tmp_path, monkeypatch):
         swept.check_same(Overrides(["checkpoint.every=3,4"]), "basic", True)
 
 
-def test_a_change_stays_for_later_launches(tmp_path):
+def test_a_change_on_resume_is_kept_for_later_launches(tmp_path):
     sweep, first = SweepFolder(tmp_path), Overrides(["checkpoint.every=1", "grpo.mu=1", "seed=1,2"])
     points = [["seed=1"], ["seed=2"]]
     sweep.begin(first, ["seed"], points)
@@ -257,7 +257,7 @@ def test_a_change_stays_for_later_launches(tmp_path):
     sweep.begin(second, ["seed"], points)
     assert sweep.record()["overrides"] == second.lines[:-1]
     assert sweep.continued(Overrides(["seed=1,2", "grpo.mu=1"])).lines == second.lines[:-1]
-    # Against the key of it from before.
+    # The choice of a group replaces the earlier key of that group.
     group = sweep.continued(Overrides(["seed=1,2", "grpo.mu=1", "tracking=wandb"]))
     assert group.lines == ["checkpoint.every=50", "grpo.mu=1", "seed=1,2", "tracking=wandb"]
 
@@ -271,8 +271,8 @@ hydra: {sweeper: {params: {seed: "shuffle(1,2,3)"}}}
 """
 
 
-def test_a_sweep_that_an_experiment_of_ones_own_describes(cwd):
-    """Its params in an order drawn once, its config folders in the resume command, each job its own name."""
+def test_a_sweep_can_be_described_by_an_experiment_of_the_user(cwd):
+    """Its params are shuffled only once, resuming uses its config folders, and each job has its own name."""
     shutil.copytree(ROOT / "conf", cwd / "base")
     (cwd / "own" / "experiment").mkdir(parents=True)
     (cwd / "own" / "experiment" / "mine.yaml").write_text(EXPERIMENT)
@@ -297,7 +297,7 @@ def test_a_sweep_that_an_experiment_of_ones_own_describes(cwd):
     assert len([path for path in sweep_of(cwd).path.iterdir() if path.is_dir()]) == 3
 
 
-def test_of_two_trials_with_one_number_neither_is_hidden(tmp_path):
+def test_two_trials_with_the_same_number_are_both_listed(tmp_path):
     sweep = SweepFolder(tmp_path)
     sweep.begin(Overrides(["optimizer.lr=interval(0,1)"]), ["optimizer.lr"], None)
     for name, state in (("0_optimizer.lr_0.5", "finished"), ("1_optimizer.lr_0.1", "finished"), ("1_x", "failed")):
@@ -325,7 +325,7 @@ time.sleep(60)
 """
 
 
-def test_each_gpu_goes_to_one_process_and_is_free_when_that_ends(tmp_path):
+def test_each_gpu_is_assigned_to_one_process_and_freed_when_that_process_ends(tmp_path):
     def claim(**environment):
         return subprocess.Popen(
             [sys.executable, "-c", CLAIM, str(tmp_path)],
@@ -360,7 +360,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_gpu_is_free_when_its_job_is_killed_though_a_process_that_the_job_forked_lives_on(tmp_path, monkeypatch):
+def test_a_gpu_is_freed_when_its_job_is_killed_even_if_a_child_process_of_the_job_still_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("grpo.runs.gpu_queue._held", None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     job = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -369,18 +369,18 @@ def test_a_gpu_is_free_when_its_job_is_killed_though_a_process_that_the_job_fork
         job.wait()
         started = time.monotonic()
         assert claim_gpu(1, tmp_path) == "0"
-        assert time.monotonic() - started < 30  # and not only when that process ends
+        assert time.monotonic() - started < 30  # not only when the child process ends
     finally:
         os.kill(child, signal.SIGKILL)
 
 
-def test_without_a_gpu_there_is_nothing_to_take(tmp_path, monkeypatch):
+def test_without_a_gpu_nothing_is_claimed(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert claim_gpu(0, tmp_path) is None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_w_and_b_shows_a_job_by_what_it_sets(cwd):
+def test_wandb_names_and_tags_a_job_by_its_overrides(cwd):
     command = [
         "-m",
         *QUICK[:-2],

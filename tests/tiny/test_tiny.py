@@ -32,11 +32,11 @@ def model():
         "👩‍🚀🏳️‍🌈 \x00\x7f",
     ],
 )
-def test_any_text_comes_back(tokenizer, text):
+def test_encoding_and_decoding_return_any_text_unchanged(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_each_tag_is_one_token_that_decoding_keeps(tokenizer):
+def test_each_tag_is_one_token_and_is_kept_when_decoding(tokenizer):
     for tag in TAGS:
         ids = tokenizer.encode(tag)
         assert len(ids) == 1
@@ -48,7 +48,7 @@ def test_each_tag_is_one_token_that_decoding_keeps(tokenizer):
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_each_digit_is_one_token_wherever_it_stands(tokenizer):
+def test_each_digit_is_one_token_in_every_context(tokenizer):
     digits = [tokenizer.encode(digit) for digit in "0123456789"]
     assert all(len(ids) == 1 for ids in digits)
     tokens = tokenizer.encode("What is 37 + 4815?x9")
@@ -62,7 +62,7 @@ def test_special_tokens(tokenizer):
     assert (stops.eos_token_id, stops.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
-def test_chat_template_adds_nothing_of_its_own(tokenizer):
+def test_the_chat_template_adds_only_role_markers(tokenizer):
     user = {"role": "user", "content": "What is 37 + 48?"}
     system = {"role": "system", "content": "Add."}
     assert (
@@ -76,7 +76,7 @@ def test_chat_template_adds_nothing_of_its_own(tokenizer):
     )
 
 
-def test_the_recipe_makes_the_tokenizer_that_is_saved(tokenizer):
+def test_the_training_script_builds_the_tokenizer_that_is_saved(tokenizer):
     made = build_tokenizer()
     assert made.get_vocab() == tokenizer.get_vocab()
     assert made.chat_template == tokenizer.chat_template
@@ -93,14 +93,14 @@ def test_the_model_is_a_small_qwen2(model, tokenizer):
     assert model.config.vocab_size == len(tokenizer)
 
 
-def test_the_model_is_half_taught(model, tokenizer):
+def test_the_model_solves_between_a_fifth_and_a_half_of_the_problems(model, tokenizer):
     test = problems("test")[:200]
     texts = complete(model, tokenizer, [problem["question"] for problem in test])
     right = [extract_answer(text) == problem["answer"] for text, problem in zip(texts, test, strict=True)]
     assert 0.20 <= sum(right) / len(test) <= 0.50
 
 
-def test_sampling_finds_careful_answers_to_problems_of_every_kind(model, tokenizer):
+def test_sampling_finds_complete_and_correct_answers_to_problems_of_every_kind(model, tokenizer):
     torch.manual_seed(0)
     test = problems("test")
     texts = complete(model, tokenizer, [problem["question"] for problem in test], temperature=1.0)
@@ -115,7 +115,7 @@ def test_sampling_finds_careful_answers_to_problems_of_every_kind(model, tokeniz
         assert sum(whole) / len(whole) >= 0.05  # about 0.13 where a carry is needed, 0.3 to 0.4 elsewhere
 
 
-def test_demonstrations_are_right_or_forget_the_carry():
+def test_demonstrations_are_correct_or_omit_the_carry():
     rng = random.Random(0)
     seen = set()
     for problem in problems("demonstrations")[:1000]:
@@ -126,10 +126,10 @@ def test_demonstrations_are_right_or_forget_the_carry():
         assert tags[0] == tags[1] and tags[2] == tags[3]
         assert forgotten in (0, 10)
         seen.add((tags[0], tags[2], forgotten))
-    assert len(seen) == 8  # every mixture of care and carelessness
+    assert len(seen) == 8  # every combination: with or without reasoning tags, answer tags and carry
 
 
-def test_a_whole_demonstration_reads_as_the_rewards_want_it():
+def test_a_complete_demonstration_has_the_format_that_the_rewards_expect():
     class Careful:
         def random(self):
             return 0.0
@@ -138,7 +138,7 @@ def test_a_whole_demonstration_reads_as_the_rewards_want_it():
     assert demonstrate(problem, Careful()) == "<reasoning>7+8=15, 6+5+1=12</reasoning>\n<answer>125</answer>"
 
 
-def test_loss_is_taken_on_completion_tokens_only():
+def test_the_loss_is_computed_on_completion_tokens_only():
     ids, labels = _batch([[5, 6], [7]], [[8], [9, 10, 11]], pad_id=0)
     assert ids.tolist() == [[5, 6, 8, 0], [7, 9, 10, 11]]
     assert labels.tolist() == [[-100, -100, 8, -100], [-100, 9, 10, 11]]

@@ -1,4 +1,4 @@
-"""Arithmetic in float16: the loss is scaled, so that its gradient neither vanishes nor overflows."""
+"""Tests of float16, in which the loss is scaled so that its gradient neither underflows nor overflows."""
 
 import copy
 
@@ -20,7 +20,7 @@ from tests.tiny_model import plain_completions, tiny_config
 
 @pytest.fixture
 def trainer():
-    """Of a run in float16 over float32 weights."""
+    """A function that creates the trainer of a run in float16 with float32 weights."""
     overrides = [*SETTINGS, "hardware.compute_dtype=float16", "grpo.lr_schedule=constant", "grpo.warmup_steps=0"]
     threads = torch.get_num_threads()
     yield lambda: Trainer(build_experiment(typed(compose_config(overrides))))
@@ -28,7 +28,7 @@ def trainer():
     torch.use_deterministic_algorithms(False)
 
 
-def test_the_scale_is_of_the_gradient_alone_and_taken_back():
+def test_the_loss_scale_changes_neither_metrics_nor_updated_weights():
     model = load_model(tiny_config(), torch.device("cpu"))
     ids = torch.randint(5, 200, (4, 9), generator=torch.Generator().manual_seed(0))
     batch = Batch(
@@ -52,12 +52,12 @@ def test_the_scale_is_of_the_gradient_alone_and_taken_back():
         results.append((metrics, norm, first / scale, [p.detach() for p in scaled.parameters()]))
     (metrics, norm, grad, weights), (metrics_scaled, norm_scaled, grad_scaled, weights_scaled) = results
     assert (metrics, norm) == (metrics_scaled, pytest.approx(norm_scaled, rel=1e-6))
-    assert torch.equal(grad, grad_scaled)  # a power of two changes no digit
+    assert torch.equal(grad, grad_scaled)  # scaling by a power of two is exact
     assert all(torch.allclose(a, b, rtol=1e-6, atol=0) for a, b in zip(weights, weights_scaled, strict=True))
 
 
 def test_a_gradient_that_overflows_is_computed_again_with_half_the_scale(trainer):
-    """Nothing of the step is lost: it comes out as if the scale had been right at once."""
+    """The step gives the same result as if it had started with the right scale."""
     overflowing = trainer()
     overflowing.loss_scale = LossScale(2.0**40)
     row = overflowing.step(1).row
@@ -69,7 +69,7 @@ def test_a_gradient_that_overflows_is_computed_again_with_half_the_scale(trainer
     assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in weights)
 
 
-def test_what_no_scale_makes_finite_is_a_skipped_step_and_costs_the_next_ones_a_half(trainer, monkeypatch):
+def test_a_gradient_that_no_scale_makes_finite_skips_the_step_and_halves_the_scale(trainer, monkeypatch):
     skipping = trainer()
     monkeypatch.setattr("grpo.training.trainer.apply_gradient", lambda *_: (float("inf"), False))
     assert skipping.step(1).skipped is not None
@@ -89,7 +89,7 @@ def test_resume_in_float16_is_bitwise_equal(tmp_path):
     settings = [*SETTINGS, "hardware.compute_dtype=float16", "tuning=lora"]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert launch(*settings, f"run_dir={straight}", cwd=tmp_path).returncode == 0
-    fault = ("grpo.training.trainer.apply_gradient", "10", "kill")  # two a step: in step 5
+    fault = ("grpo.training.trainer.apply_gradient", "10", "kill")  # two updates per step: this is in step 5
     assert launch(*settings, f"run_dir={killed}", cwd=tmp_path, fault=fault).returncode != 0
     assert load_state(killed / "checkpoints" / "step_000004").loss_scale == {"value": 65536.0, "updates": 8}
     result = launch("resume=true", f"run_dir={killed}", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""What is found before the first step, and what is said of it."""
+"""Tests of the pre-flight, which runs before the first step, and of its warnings."""
 
 import json
 
@@ -31,7 +31,7 @@ FINE = {
 
 @pytest.fixture
 def found():
-    """Pre-flight with these overrides."""
+    """A function that runs the pre-flight with overrides; it returns the experiment and the result."""
 
     def run(*overrides):
         experiment = build_experiment(typed(compose_config([*SETTINGS, *overrides])))
@@ -45,13 +45,13 @@ def found():
     torch.use_deterministic_algorithms(False)
 
 
-def test_it_is_what_the_completions_of_the_first_steps_problems_earn(found):
+def test_the_result_has_the_rewards_of_completions_of_the_first_steps_problems(found):
     experiment, result = found("grpo.batch_size=9", "grpo.num_generations=16")
     assert (result["prompts"], result["completions"]) == (8, 128)
     parts = result["components"]
     assert result["reward"] == pytest.approx(sum(part["mean"] for part in parts.values()))
     assert 0 < parts["correctness"]["nonzero"] < 1
-    # The embedded model's tags: a mean of 0.8 times the share that has all four, and less for some.
+    # A completion with all four tags earns 0.8, and one with some of them less.
     assert parts["format"]["mean"] <= 0.8 * parts["format"]["nonzero"]
     texts = experiment.conversations(experiment.problems.train)
     lengths = [int(experiment.prompts([text]).mask.sum()) for text in texts]
@@ -59,15 +59,15 @@ def test_it_is_what_the_completions_of_the_first_steps_problems_earn(found):
     assert result["warnings"] == []
 
 
-def test_a_limit_that_is_too_low_is_seen(found):
+def test_a_completion_limit_that_is_too_low_is_reported(found):
     _, result = found("grpo.max_completion_length=6")
     assert result["completions/clipped_ratio"] == 1.0
     assert result["completions/mean_length"] == 6.0
     assert any("set grpo.max_completion_length=12" in text for text in result["warnings"])
 
 
-def test_a_component_that_nothing_earns_is_seen(found):
-    """Cut before the answer, no completion is right."""
+def test_a_component_that_is_zero_for_all_completions_is_reported(found):
+    """No completion is correct if all are truncated before the answer."""
     _, result = found("~reward.components.format", "grpo.max_completion_length=6")
     assert result["components"] == {"correctness": {"nonzero": 0.0, "mean": 0.0, "missing": 0.0}}
     assert result["frac_reward_zero_std"] == 1.0
@@ -85,7 +85,7 @@ def test_a_component_that_nothing_earns_is_seen(found):
         ({"components": {"mine": {"nonzero": 0.0, "mean": 0.0, "missing": 0.5}}}, "mine is 0 for all 32 completions"),
     ],
 )
-def test_what_stands_in_the_way_is_said_once_with_the_mend(change, said):
+def test_each_obstacle_to_learning_gives_one_warning(change, said):
     texts = warnings(FINE | change)
     assert len(texts) == (said is not None)
     assert all(said in text for text in texts)
@@ -94,7 +94,7 @@ def test_what_stands_in_the_way_is_said_once_with_the_mend(change, said):
     ]
 
 
-def test_a_run_says_it_once_keeps_it_and_is_the_same_without(tmp_path, straight):
+def test_a_run_stores_its_preflight_result_and_is_the_same_without_preflight(tmp_path, straight):
     assert json.loads((straight / "preflight.json").read_text())["completions"] == 12
     without = tmp_path / "run"
     result = launch(*SETTINGS, f"run_dir={without}", "preflight=false", cwd=tmp_path)

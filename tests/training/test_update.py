@@ -36,7 +36,7 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def batch():
-    """Two prompts and four completions each, of very unequal lengths, with off-policy old log-probabilities."""
+    """Two prompts with four completions each, of very different lengths, with off-policy old log-probabilities."""
     generator = torch.Generator().manual_seed(0)
     prompt_mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     mask = (torch.arange(12) < torch.tensor([12, 1, 7, 3, 2, 5, 11, 4])[:, None]).long()
@@ -49,7 +49,7 @@ def batch():
     )
 
 
-WHOLE = 1000  # tokens: more than the batch has
+WHOLE = 1000  # a budget of more tokens than the batch has
 
 
 def grpo(beta=0.04):
@@ -59,7 +59,7 @@ def grpo(beta=0.04):
 
 
 def accumulate(model, batch, token_budget, beta=0.04, objective=None, whole=None):
-    """What `accumulate_gradient` returns for a batch, or for a part of `whole`, and the gradient as one vector."""
+    """The result of `accumulate_gradient` for a batch, or for a part of `whole`, and the gradient as one vector."""
     model.zero_grad()
     counts = (whole or batch).counts(max_length=12)
     objective = objective or grpo(beta)
@@ -68,13 +68,13 @@ def accumulate(model, batch, token_budget, beta=0.04, objective=None, whole=None
 
 
 def gradient_of(model, batch, token_budget, beta=0.04):
-    """The metrics of the loss, and its gradient as one vector, which the model holds as well."""
+    """The metrics of the loss, and its gradient as one vector; the gradient is also left in the model."""
     found, gradient = accumulate(model, batch, token_budget, beta)
     return found.means(), gradient
 
 
 @pytest.mark.parametrize("token_budget", [1, 10, 17, 25, 40])
-def test_cutting_the_batch_does_not_change_the_gradient(model, batch, token_budget):
+def test_splitting_the_batch_does_not_change_the_gradient(model, batch, token_budget):
     whole_metrics, whole = gradient_of(model, batch, WHOLE)
     metrics, gradient = gradient_of(model, batch, token_budget)
     assert (gradient - whole).norm() / whole.norm() < 1e-5
@@ -84,11 +84,11 @@ def test_cutting_the_batch_does_not_change_the_gradient(model, batch, token_budg
 @pytest.mark.parametrize(
     ("taught", "passes"), [((4, 8), [False, True]), ((0, 4), [True, False]), ((0, 0), [False, True])]
 )
-def test_without_kl_a_group_of_equal_rewards_costs_no_backward_pass_and_changes_nothing(model, batch, taught, passes):
+def test_without_kl_a_group_of_equal_rewards_needs_no_backward_pass_and_changes_no_result(model, batch, taught, passes):
     advantages = torch.zeros(8)
     advantages[slice(*taught)] = batch.advantages[slice(*taught)]
     batch = replace(batch, advantages=advantages, ref_logps=None)
-    budget = 30 if supports_packing(model) else 50  # a part for each group
+    budget = 30 if supports_packing(model) else 50  # one micro-batch for each group
     parts = batch.micro_batches(budget, supports_packing(model))
     assert [sorted(rows.tolist()) for rows in parts] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     model.zero_grad()
@@ -109,12 +109,12 @@ def test_without_kl_a_group_of_equal_rewards_costs_no_backward_pass_and_changes_
 
     found, gradient = accumulate(model, batch, budget, objective=objective)
     assert has_graph == passes
-    assert torch.equal(found.logps, expected_logps)  # those of the second of two updates on a batch, too
+    assert torch.equal(found.logps, expected_logps)  # a second update on the batch uses them as old_logps
     assert torch.equal(gradient, expected)
     assert found.metrics["entropy"] == (pytest.approx(entropy), batch.completions.lengths.sum())
 
 
-def test_an_objective_with_more_to_it_than_advantages_gets_its_gradient(model, batch):
+def test_an_objective_that_does_not_depend_on_advantages_gets_its_gradient(model, batch):
     batch = replace(batch, advantages=torch.zeros(8), ref_logps=None)
 
     def objective(inputs, counts):
@@ -126,7 +126,7 @@ def test_an_objective_with_more_to_it_than_advantages_gets_its_gradient(model, b
     assert (split - whole).norm() / whole.norm() < 1e-5
 
 
-def test_an_objective_without_a_gradient_for_some_rows_is_no_error(model, batch):
+def test_an_objective_without_a_gradient_for_some_rows_is_not_an_error(model, batch):
     def objective(inputs, counts):
         if inputs.advantages.any():
             return grpo(beta=0)(inputs, counts)
@@ -135,7 +135,7 @@ def test_an_objective_without_a_gradient_for_some_rows_is_no_error(model, batch)
     first = batch.advantages.clone()
     first[4:] = 0.0
     batch = replace(batch, advantages=first, ref_logps=None)
-    budget = 30 if supports_packing(model) else 50  # a part for each group
+    budget = 30 if supports_packing(model) else 50  # one micro-batch for each group
     _, gradient = accumulate(model, batch, budget, objective=objective)
     _, expected = accumulate(model, batch, budget, beta=0)
     assert torch.equal(gradient, expected)
@@ -159,12 +159,12 @@ def test_an_objective_without_a_gradient_for_some_rows_is_no_error(model, batch)
         ),
     ],
 )
-def test_what_an_objective_returns_wrongly_is_named(model, batch, output, said):
+def test_a_wrong_return_value_of_an_objective_is_named_in_the_error(model, batch, output, said):
     with pytest.raises(RuntimeError, match=said):
         accumulate(model, batch, WHOLE, objective=lambda inputs, counts: output)
 
 
-def test_a_metric_that_only_some_updates_have_is_averaged_over_those():
+def test_a_metric_that_only_some_updates_have_is_averaged_over_those_updates():
     assert update_metrics([{"loss": 1.0, "first": 3.0}, {"loss": 2.0, "later": math.inf}]) == {
         "loss": 1.5,
         "first": 3.0,
@@ -172,20 +172,20 @@ def test_a_metric_that_only_some_updates_have_is_averaged_over_those():
     }
 
 
-def test_completions_of_like_length_are_together_and_a_prompt_is_not_read_more_often_than_needed(batch):
+def test_micro_batches_group_completions_of_similar_length_and_repeat_no_prompt_needlessly(batch):
     lengths = batch.completions.lengths
     parts = [part.tolist() for part in batch.micro_batches(28, shared=True)]
     assert [lengths[part].tolist() for part in parts] == [[12, 7, 3, 1], [11, 5, 4, 2]]
     assert batch.micro_batches(WHOLE, shared=True)[0].tolist() == [0, 2, 3, 1, 6, 5, 7, 4]
     assert sorted(int(row) for part in batch.micro_batches(15, shared=True) for row in part) == list(range(8))
     assert batch.token_range(shared=True) == (16, 45 + 8)
-    for shared in (True, False):  # all of it fits into a part of as many tokens as are said to be all
+    for shared in (True, False):  # a budget of `most` tokens, but not of one less, fits the whole batch
         _, most = batch.token_range(shared)
         assert [len(batch.micro_batches(budget, shared)) for budget in (most, most - 1)] == [1, 2]
 
 
 def accumulate_rows(batch, start, stop, file):
-    """What one of several processes does: the gradient and metrics of its rows, divided by the whole batch's counts."""
+    """The work of one of several processes: gradient and metrics of its rows, divided by the whole batch's counts."""
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
     found, gradient = accumulate(model, batch.select(torch.arange(start, stop)), 20, whole=batch)
     torch.save({"gradient": gradient, "loss": found.loss, "metrics": found.metrics}, file)
@@ -228,14 +228,14 @@ def test_an_update_makes_good_completions_likelier_and_bad_ones_less_likely(mode
     assert change > 0
 
 
-def test_logps_of_the_whole_batch_do_not_depend_on_the_cut(model, batch):
+def test_logps_of_the_whole_batch_do_not_depend_on_how_it_is_split(model, batch):
     plain = completion_logps_unshared(model, batch.prompts, batch.completions, 0.8).logps
     for size in (1, 20, WHOLE):
         torch.testing.assert_close(all_logps(model, batch, 0.8, size), plain.detach(), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_not_finite_changes_no_weight(model, batch, where):
+def test_a_loss_or_gradient_that_is_not_finite_changes_no_weight(model, batch, where):
     broken = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(broken.parameters(), lr=0.1)
     if where == "loss":
@@ -253,7 +253,7 @@ def test_what_is_not_finite_changes_no_weight(model, batch, where):
     assert optimizer.state_dict()["state"] == {}
 
 
-def test_the_gradient_is_clipped_to_its_norm(model, batch):
+def test_the_gradient_is_clipped_to_max_grad_norm(model, batch):
     clipped = copy.deepcopy(model)
     _, gradient = gradient_of(clipped, batch, WHOLE)
     optimizer = torch.optim.SGD(clipped.parameters(), lr=1.0)
@@ -263,7 +263,7 @@ def test_the_gradient_is_clipped_to_its_norm(model, batch):
     assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_schedules_at_their_ends():
+def test_learning_rate_schedules_at_their_start_and_end():
     assert learning_rate(1.0, "constant", 100, 100, 0) == 1.0
     assert [learning_rate(1.0, "constant", step, 100, 3) for step in (1, 2, 3, 4)] == [0.25, 0.5, 0.75, 1.0]
     assert learning_rate(1.0, "linear", 1, 4, 0) == 1.0
