@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from grpo.algorithm.advantage import equal_groups
 from grpo.counter_rng import group_keys
 from grpo.data.sampler import PromptSampler
 from grpo.rollout.engine import RolloutEngine, Sampling
-from grpo.training.experiment import Experiment, ScoredCompletions, score_completions
-from grpo.training.metrics import ended
+from grpo.training.experiment import Experiment, score_completions
+from grpo.training.metrics import completion_metrics, reward_metrics
 
+METRICS = ("reward", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio")
 MOST_GROUPS = 8
 TRUNCATED_OFTEN = 0.25  # share of truncated completions at or above which there is a warning
 MOSTLY_EQUAL = 0.75  # share of groups with equal rewards at or above which there is a warning
@@ -37,15 +37,13 @@ def preflight(
     keys = group_keys(experiment.config.seed, 0, sampled.slots, sizes.num_generations)
     completions = engine.generate(prompts, sampling, group_size=sizes.num_generations, keys=keys)
     scored = score_completions(experiment, sampled.problems, completions)
+    row = reward_metrics(scored, sizes.num_generations) | completion_metrics(completions, sampling.stop_ids)
     lengths = experiment.prompt_lengths
     found = {
         "prompts": len(sampled.problems),
         "completions": len(scored.texts),
         "components": {name: _component(values) for name, values in scored.rewards.components.items()},
-        "reward": scored.rewards.total.mean().item(),
-        "frac_reward_zero_std": _equal(scored, sizes.num_generations),
-        "completions/mean_length": scored.lengths.float().mean().item(),
-        "completions/clipped_ratio": 1.0 - ended(completions, sampling.stop_ids).float().mean().item(),
+        **{name: row[name] for name in METRICS},
         "max_completion_length": sizes.max_completion_length,
         "prompt_lengths": {"min": min(lengths), "median": statistics.median(lengths), "max": max(lengths)},
     }
@@ -105,7 +103,3 @@ def _component(values: torch.Tensor) -> dict[str, float | None]:
         "mean": present.mean().item() if len(present) else None,
         "missing": 1.0 - len(present) / len(values),
     }
-
-
-def _equal(scored: ScoredCompletions, group_size: int) -> float:
-    return equal_groups(scored.rewards.total.view(-1, group_size)).float().mean().item()
