@@ -13,7 +13,7 @@ from grpo.config.values import to_dict
 from grpo.metric_table import component_ranges
 from grpo.runs.checkpoint import TrainerState
 from grpo.runs.checkpoint_writer import CheckpointWriter
-from grpo.runs.console import StepDisplay
+from grpo.runs.console import StepDisplay, closing_table
 from grpo.runs.files import disk_errors_are_warnings
 from grpo.runs.run import Run
 from grpo.runs.tracking import Tracker, tracking
@@ -29,18 +29,22 @@ class Recorder:
 
     def __init__(self, run: Run, tracker: Tracker, state: TrainerState, total_steps: int) -> None:
         """state: the state that the run starts or continues from, which is on the disk already."""
-        self.tracker = tracker
-        self.console = Console()
-        self.saver = CheckpointWriter(run.folder.checkpoints, run.config.checkpoint, state)
+        self._tracker = tracker
+        self._console = Console()
+        self._saver = CheckpointWriter(run.folder.checkpoints, run.config.checkpoint, state)
         self._run = run
         self._folder = run.folder
         self._config = run.config
         self._total_steps = total_steps
-        self._display = StepDisplay(self.console, total_steps, state.step + 1)
+        self._display = StepDisplay(self._console, total_steps, state.step + 1)
         self._doctor = Doctor(component_ranges(to_dict(run.config)))
         # Its findings on these steps were shown by an earlier launch.
         self._doctor.replay(run.folder.metrics(state.step), run.folder.training_evaluations(state.step).values())
         self._saving_s = 0.0  # seconds for which the last save blocked training, reported with the next step
+
+    def show_links(self) -> None:
+        """Print where the run can be watched."""
+        print("".join(f"{line}\n" for line in self._tracker.how_to_look), end="", flush=True)
 
     def preflight(self, found: Mapping[str, Any]) -> None:
         """Write and show what was found before the first step."""
@@ -55,12 +59,12 @@ class Recorder:
         self._saving_s = 0.0
         number = row["step"]
         self._folder.append_metrics(row)
-        self.tracker.log(row)
+        self._tracker.log(row)
         if is_due(number, self._config.samples.every):
             with disk_errors_are_warnings(f"the samples of step {number}"):
                 self._folder.write_samples(number, step.samples)
         if is_due(number, self._config.tracking.completions_every):
-            self.tracker.log_completions(number, step.samples)
+            self._tracker.log_completions(number, step.samples)
         if step.skipped is not None:
             self._skipped(step)
         with disk_errors_are_warnings(f"{self._folder.path}/status.json"):
@@ -70,7 +74,7 @@ class Recorder:
                 total_steps=self._total_steps,
                 best_reward=step.best_reward,
                 seconds=self._run.seconds,
-                saved_step=self.saver.saved_step,
+                saved_step=self._saver.saved_step,
             )
 
     def _skipped(self, step: Step) -> None:
@@ -88,26 +92,41 @@ class Recorder:
             )
 
     def evaluation(self, name: str, result: Mapping[str, Any]) -> None:
-        """Write an evaluation as eval/<name>.json."""
+        """Write an evaluation as eval/<name>.json, and show the one before training."""
         self._folder.write_evaluation(name, dict(result))
-        self.tracker.log_evaluation(name, result["step"], evaluation_metrics(result))
+        self._tracker.log_evaluation(name, result["step"], evaluation_metrics(result))
         self._doctor.add_evaluation(result)
+        if name == "before" and result["accuracy"] is not None:
+            correct = f"{result['accuracy']:.1%} of {result['n']}"
+            self._console.print(f"before training: {correct} held-out problems correct")
 
     def save(self, saved: Mapping[str, Any]) -> None:
         """Write a checkpoint of the last completed step, unless one exists; saved: the `Trainer.state_dict`."""
         started = time.perf_counter()
         self._folder.sync_metrics()  # a checkpoint needs the rows of all its steps
-        before = self.saver.saved_step
-        self.saver.save(saved)
-        if self.saver.saved_step != before:  # else it is written during training, and the next step records it
+        before = self._saver.saved_step
+        self._saver.save(saved)
+        if self._saver.saved_step != before:  # else it is written during training, and the next step records it
             with disk_errors_are_warnings(f"{self._folder.path}/status.json"):
-                self._folder.update_status(saved_step=self.saver.saved_step)
+                self._folder.update_status(saved_step=self._saver.saved_step)
         self._saving_s = time.perf_counter() - started
 
     def save_and_wait(self, saved: Mapping[str, Any]) -> None:
         """Like `save`, but return only when the checkpoint is written."""
         self.save(saved)
-        self.saver.close()
+        self.wait_for_saves()
+
+    def wait_for_saves(self) -> None:
+        """Wait until no checkpoint is being written."""
+        self._saver.close()
+
+    def check_saves(self) -> None:
+        """Raise RuntimeError if too many checkpoints in a row could not be written."""
+        self._saver.check()
+
+    def save_best(self, saved: Mapping[str, Any]) -> None:
+        """Keep these weights as the best so far, if the config says so."""
+        self._saver.save_best(saved)
 
     @contextmanager
     def progress_display(self) -> Iterator[None]:
@@ -116,14 +135,21 @@ class Recorder:
             try:
                 yield
             finally:
-                self.saver.close()
+                self.wait_for_saves()
 
     def show(self, step: Step) -> None:
         """Show a completed step and the doctor's findings."""
         for finding in self._doctor.check(step.row):
-            self.console.print(f"doctor: {finding.text}", style="yellow", soft_wrap=True)
-            self.tracker.alert(finding.rule, f"step {finding.step}: {finding.text}")
+            self._console.print(f"doctor: {finding.text}", style="yellow", soft_wrap=True)
+            self._tracker.alert(finding.rule, f"step {finding.step}: {finding.text}")
         self._display.update(step.row)
+
+    def finish(self) -> None:
+        """Show the evaluations before and after training, and add them to the tracker's summary."""
+        evaluations = {name: self._folder.evaluation(name) for name in ("before", "after")}
+        if any(evaluations.values()):
+            self._console.print(closing_table(evaluations))
+        self._tracker.set_summary({f"{k}_accuracy": v["accuracy"] for k, v in evaluations.items() if v})
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from grpo.config.errors import ConfigError, first_line
 from grpo.config.trust import foreign_targets
 from grpo.config.values import to_dict
 from grpo.runs.checkpoint import latest_checkpoint, read_checkpoint
-from grpo.runs.console import closing_table, next_commands, resume_command
+from grpo.runs.console import next_commands, resume_command
 from grpo.runs.environment import environment
 from grpo.runs.run import Run
 from grpo.training.experiment import build_experiment
@@ -40,7 +40,7 @@ def train(run: Run) -> None:
                 run.stop.exit_if_requested()
             if until < trainer.total_steps:
                 recorder.save(trainer.state_dict())
-            recorder.saver.close()
+            recorder.wait_for_saves()
             run.stop.exit_if_requested()
         if until < trainer.total_steps:
             pause(trainer, run, recorder)
@@ -101,7 +101,7 @@ def record_launch(trainer: Trainer, run: Run) -> None:
 
 def before_first_step(trainer: Trainer, run: Run, recorder: Recorder) -> None:
     """Run the pre-flight and the evaluation before training, unless they are done already."""
-    print("".join(f"{line}\n" for line in recorder.tracker.how_to_look), end="", flush=True)
+    recorder.show_links()
     step = trainer.state.step
     run.folder.update_status(total_steps=trainer.total_steps, step=step, saved_step=step)
     if step > 0:
@@ -109,12 +109,7 @@ def before_first_step(trainer: Trainer, run: Run, recorder: Recorder) -> None:
     if run.config.preflight and not run.folder.preflight_file.exists():
         recorder.preflight(trainer.preflight())
     if run.config.eval.before and run.folder.evaluation("before") is None:
-        result = trainer.evaluate()
-        recorder.evaluation("before", result)
-        if result["accuracy"] is not None:
-            recorder.console.print(
-                f"before training: {result['accuracy']:.1%} of {result['n']} held-out problems correct"
-            )
+        recorder.evaluation("before", trainer.evaluate())
 
 
 def evaluate_if_due(trainer: Trainer, recorder: Recorder) -> None:
@@ -129,7 +124,7 @@ def evaluate_if_due(trainer: Trainer, recorder: Recorder) -> None:
     best = state.best_accuracy
     if accuracy is not None and (best is None or accuracy > best):
         state.best_accuracy = accuracy
-        recorder.saver.save_best(trainer.state_dict())
+        recorder.save_best(trainer.state_dict())
 
 
 def save_if_due(trainer: Trainer, recorder: Recorder) -> None:
@@ -139,7 +134,7 @@ def save_if_due(trainer: Trainer, recorder: Recorder) -> None:
         return
     recorder.save(trainer.state_dict())
     if step < trainer.total_steps:  # after the last step, the final model is still written
-        recorder.saver.check()
+        recorder.check_saves()
 
 
 def pause(trainer: Trainer, run: Run, recorder: Recorder) -> None:
@@ -168,10 +163,7 @@ def finish(trainer: Trainer, run: Run, recorder: Recorder) -> None:
     except Exception as error:  # the run has finished, and the report can be written later
         command = f"python -m grpo report {shlex.quote(f'run_dir={run.folder.path}')}"
         logger.warning("no report (%s: %s); try again: %s", type(error).__name__, first_line(error), command)
-    evaluations = {name: run.folder.evaluation(name) for name in ("before", "after")}
-    if any(evaluations.values()):
-        recorder.console.print(closing_table(evaluations))
-    recorder.tracker.set_summary({f"{k}_accuracy": v["accuracy"] for k, v in evaluations.items() if v})
+    recorder.finish()
     grpo = run.config.grpo
     can_be_longer = grpo.lr_schedule == "constant" and grpo.num_iterations == 1
     foreign = foreign_targets(to_dict(run.config))
