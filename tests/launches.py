@@ -35,6 +35,7 @@ SETTINGS = [
     "eval.after=false",
     "tracking=disabled",
 ]
+SHORT = [*SETTINGS, "grpo.num_iterations=1", "grpo.mu=1"]
 STEPS = 8
 NOT_COMPARED = ("step_time", "timing_s/", "perf/")
 
@@ -101,6 +102,11 @@ def _run(main, arguments, cwd, files, environment):
 def launch(*arguments, cwd, timeout=120, **options):
     """Start a launch and wait until it ends."""
     return Launch(*arguments, cwd=cwd, **options).wait(timeout)
+
+
+def resume(run_dir, *arguments, **options):
+    """Resume a run and wait for its end."""
+    return launch("resume=true", f"run_dir={run_dir}", *arguments, cwd=run_dir.parent, **options)
 
 
 def grpo(*arguments, cwd):

@@ -33,6 +33,7 @@ def working_copy(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_notebook_for_a_free_gpu_runs(working_copy, monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(working_copy))

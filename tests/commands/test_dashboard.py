@@ -29,6 +29,7 @@ def test_every_panel_shows_a_metric_that_a_run_logs(finished_run):
     assert {"reward", "rewards/correctness/mean", "rewards/format/mean", "completions/mean_length", "loss"} <= shown
 
 
+@pytest.mark.slow
 def test_the_view_of_a_sweep_shows_only_its_group_and_puts_the_seeds_of_an_arm_together(tmp_path, monkeypatch):
     small = [*QUICK, "grpo.num_steps=1", "hydra/launcher=basic", "grpo.beta=0,0.04", "seed=1,2"]
     assert launch("-m", *small, "sweep_dir=mine", cwd=tmp_path).returncode == 0

@@ -120,6 +120,7 @@ def test_an_impossible_launch_is_refused_with_its_reason_and_leaves_all_files_un
     assert [each.name for each in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.slow
 def test_a_config_of_the_user_is_found_by_searchpath_or_config_dir_and_works_with_hardware_auto(tmp_path, own):
     search = f"hydra.searchpath=[file://{own}]"
     searched = [search, "experiment=mine"]
@@ -175,6 +176,7 @@ def test_the_first_command_line_of_a_run_is_recorded_in_its_folder(finished_run)
     assert not {"resume", "run_dir", "fork", "plan", "sweep", "sweep_dir", "until_step"} & config.keys()
 
 
+@pytest.mark.slow
 def test_hydra_run_dir_and_sweep_dir_set_the_folder_also_with_interpolation_or_in_an_experiment(tmp_path, own):
     done = launch(*QUICK, "name=named", "hydra.run.dir=r_${name}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -66,6 +66,7 @@ def test_a_fork_killed_at_its_start_can_be_resumed_without_its_parent(parent, tm
     assert rows(run) == rows(parent)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_forks_starts_every_job_from_the_checkpoint_of_the_parent(parent, tmp_path):
     sweep = ["-m", "fork=true", f"run_dir={parent}", "fork_step=6", "optimizer.lr=0.0002,0.01", "sweep_dir=sweep"]
     result = launch(*sweep, "hydra/launcher=basic", cwd=tmp_path)
@@ -87,6 +88,7 @@ def test_a_fork_with_another_beta_passes_it_to_the_objective(parent, tmp_path):
     assert rows(run)[6]["loss"] != rows(parent)[6]["loss"]
 
 
+@pytest.mark.slow
 def test_a_fork_can_add_a_kl_penalty_only_where_the_reference_model_is_known(tmp_path):
     run_dir = tmp_path / "run"
     assert launch(*TWIN, "grpo.beta=0", f"run_dir={run_dir}", cwd=tmp_path).returncode == 0

@@ -52,6 +52,7 @@ def test_resume_in_bfloat16_over_float32_weights_is_bitwise_equal(tmp_path):
     assert all(0 < row["sampling/logp_difference/mean"] < 0.1 for row in rows(straight))
 
 
+@pytest.mark.slow
 def test_resume_with_lora_is_bitwise_equal(tmp_path):
     """With a second iteration, whose reference is a frozen copy of the adapter. Only the adapter is saved."""
     settings = [*SETTINGS, "tuning=lora", "optimizer.lr=2e-3", "grpo.beta=0.1", "hardware.compute_dtype=bfloat16"]

@@ -203,6 +203,7 @@ def test_a_group_can_be_swept_by_glob_and_jobs_can_be_named_by_their_number(tmp_
     assert (job["folder"], job["overrides"], job["state"]) == ("0", ["rollout=native"], "finished")
 
 
+@pytest.mark.slow
 def test_a_resumed_sweep_keeps_the_order_of_its_first_launch(cwd):
     """The order numbers the jobs, and determines which of two values of a key is used."""
     command = [*QUICK, "hydra/launcher=basic", "grpo.num_steps=1", "grpo.epsilon=0.3", "grpo.epsilon=0.1"]

@@ -85,6 +85,7 @@ def test_the_scale_grows_after_many_updates():
     assert scale == LossScale(16.0, 0)
 
 
+@pytest.mark.slow
 def test_resume_in_float16_is_bitwise_equal(tmp_path):
     settings = [*SETTINGS, "hardware.compute_dtype=float16", "tuning=lora"]
     straight, killed = tmp_path / "straight", tmp_path / "killed"
