@@ -23,8 +23,8 @@ class HalvingSweeper(Sweeper):
     """Successive halving over a grid; jobs that differ only in their seed form an arm.
 
     eta: the best 1/eta of the arms continue from each rung, to eta times as many steps. budget_hours: limit on the
-    total time of all jobs; None: no limit, and the rungs are chosen so that one arm is left for the last. All decisions
-    are recorded in halving.json in the sweep's folder.
+    total time of all jobs; None: no limit, and the rungs are chosen so that fewer than eta arms reach the last step.
+    All decisions are recorded in halving.json in the sweep's folder.
     """
 
     hydra_context: HydraContext  # these three are set by `setup`
