@@ -83,7 +83,7 @@ def equal_groups(doctor: Doctor) -> str | None:
     if len(shares) < 10 or min(shares) < 1 or _at_the_top(doctor):
         return None
     return (
-        "in every group all completions had equal rewards for 10 steps, so nothing is learned: take problems that are "
+        "in every group all completions had equal rewards for 10 steps, so nothing is learned: use problems that are "
         "neither too hard nor too easy, raise grpo.num_generations or rollout.temperature"
     )
 
@@ -135,7 +135,7 @@ def format_without_correctness(doctor: Doctor) -> str | None:
     return (
         "the format reward is near its maximum, and correctness is low and does not improve "
         f"({fmean(before):.2g}, then {fmean(now):.2g} of {top:g} over {half} steps each): the easy reward is learned, "
-        "the other is not; lower reward.components.format.weight, raise optimizer.lr, or take easier problems"
+        "the other is not; lower reward.components.format.weight, raise optimizer.lr, or use easier problems"
     )
 
 
@@ -209,7 +209,7 @@ def held_out_falls(doctor: Doctor) -> str | None:
     return (
         f"reward is higher than at step {best['step']}, but held-out accuracy fell from {best['accuracy']:.1%} to "
         f"{last['accuracy']:.1%}: the reward is gamed or the training problems are learned by heart; look at the "
-        "completions, and take checkpoints/best"
+        "completions, and use checkpoints/best"
     )
 
 

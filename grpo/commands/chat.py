@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     if "prompt" in own:
         print(answer(experiment, engine, sampling, own["prompt"], turn=1))
         return
-    Console().print(f"{subject.model}: each line is a new problem; an empty line ends", highlight=False)
+    Console().print(f"{subject.model}: each line is a new problem; an empty line exits", highlight=False)
     turn = 0
     while line := _read_line():
         turn += 1

@@ -81,7 +81,7 @@ def _arm_keys(sweep: SweepFolder, configs: dict[int, dict[str, Any]]) -> tuple[s
 
 def _of_config(config: dict[str, Any], own: dict[str, str], **arms: Any) -> View:
     if not config:
-        raise ConfigError(f"{own} holds no run that has begun")
+        raise ConfigError(f"{own} contains no run that has started")
     return View(own.get("project") or config["tracking"]["project"], list(config["reward"]["components"]), **arms)
 
 

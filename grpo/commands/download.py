@@ -17,13 +17,13 @@ def main(arguments: list[str]) -> None:
     """Download the model and the data, and print where they are."""
     own, overrides = own_arguments(arguments, ["run_dir"])
     if own:
-        raise ConfigError("download works on a config, not on a run folder: leave run_dir out")
+        raise ConfigError("download takes a config, not a run folder: remove run_dir")
     config = typed(compose_config(overrides))
     from grpo.config.instantiate import bind
     from grpo.model.loading import EMBEDDED_MODELS, RANDOM_MODELS, model_not_found
 
     if config.model.name in EMBEDDED_MODELS | RANDOM_MODELS or Path(config.model.name).is_dir():
-        print(f"model: {config.model.name} is here already")
+        print(f"model: {config.model.name} is already downloaded")
     else:
         from huggingface_hub import snapshot_download
 

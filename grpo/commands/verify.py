@@ -117,7 +117,7 @@ def _compare_state(trainer: Any, checkpoint: Path) -> tuple[str | None, str]:
     from grpo.runs.checkpoint import find_damage, read_checkpoint, weights_of
 
     if not checkpoint.exists() or find_damage(checkpoint) is not None:
-        return None, "; no sound checkpoint of that step is kept, so weights were not compared"
+        return None, "; no intact checkpoint of that step is kept, so weights were not compared"
     stored = read_checkpoint(checkpoint)
     present = trainer.state_dict()
     stored_state = vars(stored["trainer"])

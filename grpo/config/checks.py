@@ -160,7 +160,7 @@ def check_device_map(device_map: object) -> None:
     """Raise ConfigError if the device map is not a single device."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(device_map)):
         raise ConfigError(
-            f"model.device_map={device_map}: a model spread over devices cannot be trained here, which takes one: "
+            f"model.device_map={device_map}: must be one device, since no model is split over several: "
             "auto, cpu, mps, cuda or cuda:N"
         )
 

@@ -80,7 +80,7 @@ def load_jsonl(path: str | None, name: str | None = None) -> Problems:
 def load_arithmetic(path: None = None, name: None = None) -> Problems:
     """Load the problems of `grpo.data.arithmetic`. Raises ConfigError if `path` or `name` is given."""
     if path is not None or name is not None:
-        raise ConfigError(f"data.path={path}: data=arithmetic makes its own problems; for a folder add data=jsonl")
+        raise ConfigError(f"data.path={path}: data=arithmetic generates its own problems; for a folder add data=jsonl")
     return Problems(
         *(_parse(enumerate(arithmetic.problems(split), start=1), "arithmetic", split) for split in ("train", "test"))
     )

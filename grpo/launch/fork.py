@@ -104,7 +104,7 @@ def _check_steps(config: Config, state: TrainerState, reference: Path | None) ->
     if kl_weight(config) > 0 and state.iteration > 1 and within and reference is None:
         raise ConfigError(
             f"beta={kl_weight(config):g}: the checkpoint has no reference of its iteration {state.iteration}, since "
-            "beta was 0; take a fork_step at the end of an iteration"
+            "beta was 0; use a fork_step at the end of an iteration"
         )
     iteration = (state.step - 1) // grpo.num_steps + 1
     if iteration != state.iteration:

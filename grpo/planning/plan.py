@@ -33,7 +33,7 @@ LAUNCH_S_PER_LAYER = 5e-4  # seconds to start the operations of one layer, per d
 # whole weights are allocated, which would use these fragments.
 FRAGMENTATION = 0.5
 BYTES_PER_SAMPLE = 1500  # of one completion in samples/, with its prompt and rewards
-SMALLER = "take tuning=full_bf16 or tuning=lora, or lower hardware.micro_batch_tokens"
+SMALLER = "use tuning=full_bf16 or tuning=lora, or lower hardware.micro_batch_tokens"
 
 
 @dataclass(frozen=True)

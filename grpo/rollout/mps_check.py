@@ -42,7 +42,7 @@ def check_decoding(model: PreTrainedModel) -> None:
         families = ", ".join(sorted(name.removesuffix("Model") for name in FAMILY))
         raise ConfigError(
             f"{type(model).__name__} with model.attn_implementation={model.config._attn_implementation} needs "
-            f"transformers' cache for sampling, which gives NaN on Apple's GPU; take hardware=cpu, or one of "
+            f"transformers' cache for sampling, which gives NaN on Apple's GPU; use hardware=cpu, or one of "
             f"{families} with model.attn_implementation=sdpa"
         )
 

@@ -271,7 +271,7 @@ def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) 
     if wrong or (expected and not stateful and not no_update_so_far):
         which = f"entry {wrong[0]} is missing, or of another shape or type" if wrong else "it is empty"
         raise FileError(
-            f"{_named(saved['optimizer'])} is not the state of this optimizer and model: {which}; take another "
+            f"{_named(saved['optimizer'])} is not the state of this optimizer and model: {which}; use another "
             "checkpoint"
         )
 

@@ -24,7 +24,7 @@ def choose_run(run: RunFolder, resume: bool | str, overrides: Overrides) -> str:
     if not resume:
         if run.started():
             raise ConfigError(
-                f"{path} holds a run already; resume it: resume=true run_dir={path}, or choose another run_dir"
+                f"{path} already contains a run; resume it: resume=true run_dir={path}, or choose another run_dir"
             )
         return "fresh"
     check_links(path)

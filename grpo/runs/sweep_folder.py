@@ -44,7 +44,7 @@ class SweepFolder:
         if not recorded:
             return
         if not resume:
-            raise ConfigError(f"{self.path} holds a sweep already; add resume=true, or choose another sweep_dir")
+            raise ConfigError(f"{self.path} already contains a sweep; add resume=true, or choose another sweep_dir")
         if recorded.get("sweeper") != sweeper:
             before = recorded.get("sweeper", "of an older version")
             raise ConfigError(f"{self.path} is a sweep with hydra/sweeper={before}; resume it with that")

@@ -60,7 +60,7 @@ class HalvingSweeper(Sweeper):
                 _ = done.return_value  # raises the job's exception
         for number in range(len(self.folders)):
             if self._state(number) == "failed":
-                raise JobFailed(f"job {number} failed in an earlier launch, and its arm is out")
+                raise JobFailed(f"job {number} failed in an earlier launch, so its arm is excluded")
         return list(self.returns.values())
 
     def _record(self) -> HalvingState:

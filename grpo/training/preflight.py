@@ -59,13 +59,13 @@ def warnings(found: dict[str, Any]) -> list[str]:
         elif component["nonzero"] == 0.0:
             messages.append(
                 f"{name} is 0 for all {found['completions']} completions, so there is no signal for it: show solved "
-                "problems (data.examples), describe the task in data.system_prompt, or take a larger model.name or "
+                "problems (data.examples), describe the task in data.system_prompt, or use a larger model.name or "
                 "easier problems"
             )
     if found["frac_reward_zero_std"] >= MOSTLY_EQUAL:
         messages.append(
             f"{found['frac_reward_zero_std']:.0%} of the groups have equal rewards, which carry no signal: "
-            "take problems that the model solves sometimes, a larger grpo.num_generations, or a reward with values "
+            "use problems that the model solves sometimes, a larger grpo.num_generations, or a reward with values "
             "in between"
         )
     limit = found["max_completion_length"]

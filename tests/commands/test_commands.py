@@ -279,7 +279,7 @@ def test_download_has_nothing_to_download_for_the_embedded_model_and_data(comman
     code, out, _ = command("download", "experiment=quickstart")
     assert code == 0
     train, test = len(arithmetic.problems("train")), len(arithmetic.problems("test"))
-    assert out == f"model: tiny is here already\ndata: {train} problems to train on, {test} held out\n"
+    assert out == f"model: tiny is already downloaded\ndata: {train} problems to train on, {test} held out\n"
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_a_changed_row_is_reported(run, verify):
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("different: ")]
     assert line.startswith("different: step 2, reward: 2.8 in the folder, ")
     assert verify(f"run_dir={run}", "step=1").stdout.splitlines()[-1] == (
-        "equal: steps 1 to 1: every completion and metric; no sound checkpoint of that step is kept, so weights were "
+        "equal: steps 1 to 1: every completion and metric; no intact checkpoint of that step is kept, so weights were "
         "not compared"
     )
 
@@ -99,7 +99,7 @@ def test_progress_and_optimizer_of_a_checkpoint_are_compared_too(verify, tmp_pat
     result = verify(f"run_dir={run}", "step=2")
     assert result.returncode == 1
     assert "damaged: checkpoints/step_000002: " in result.stdout
-    assert "no sound checkpoint of that step is kept, so weights were not compared" in result.stdout
+    assert "no intact checkpoint of that step is kept, so weights were not compared" in result.stdout
 
 
 def test_a_missing_row_is_reported(run, verify):

@@ -305,7 +305,7 @@ def test_a_compute_dtype_more_precise_than_the_weights_is_refused():
         ("eval.max_problems=0", "eval.max_problems=0: must be 1 or more"),
         ("model.dtype=float16", "must be one of float32, bfloat16"),
         ("model.device_map=balanced", "auto, cpu, mps, cuda or cuda:N"),
-        ("model.device_map={lm_head: 0}", "a model spread over devices cannot be trained here"),
+        ("model.device_map={lm_head: 0}", "must be one device"),
         ("hardware.device=tpu", "must be one of auto, cuda, mps, cpu"),
         ("hardware.compute_dtype=float8", "must be one of null, float32, bfloat16, float16"),
         ("tracking.mode=on", "must be one of auto, online, offline, disabled"),

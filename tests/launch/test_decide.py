@@ -75,7 +75,7 @@ def test_a_refused_launch_changes_nothing_in_the_folder_of_another_run(tmp_path)
     first.kill()
     first.wait()
     assert (refused.returncode, resumed.returncode) == (2, 2)
-    assert "holds a run already; resume it: resume=true" in refused.stderr
+    assert "already contains a run; resume it: resume=true" in refused.stderr
     assert "is in use by another process" in resumed.stderr
     assert contents(run / ".hydra") == recorded
     other = launch(*SETTINGS, "grpo.num_steps=4000", "resume=true", f"run_dir={run}", "seed=2", cwd=tmp_path)

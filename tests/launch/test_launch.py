@@ -268,7 +268,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_left_unchanged(launch, finishe
     before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
     result = launch(*small_run, f"run_dir={finished_run}", cwd=finished_run.parent)
     assert result.returncode == 2
-    assert f"{finished_run.name} holds a run already; resume it: resume=true" in result.stderr
+    assert f"{finished_run.name} already contains a run; resume it: resume=true" in result.stderr
     assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
 
 
@@ -354,7 +354,7 @@ def test_a_bad_command_exits_with_2_says_how_to_fix_it_and_creates_no_folder(lau
         (["eval.accuracy._target_=grpo.nope"], "eval.accuracy._target_=grpo.nope: "),
         (["+optimizer.momentum=0.9"], "optimizer: "),
         (["+data.shuffle=true"], "data: "),
-        (["data.path=/no/such/data"], "data=arithmetic makes its own problems; for a folder add data=jsonl"),
+        (["data.path=/no/such/data"], "data=arithmetic generates its own problems; for a folder add data=jsonl"),
         (["data=gsm8k", "data.path=null"], "data.path=null: give a data set's hub name, or a folder"),
         (["data.examples=[1]"], "data.examples must be a list of {question: text, completion: text}"),
         (["data.examples=[{question: x}]"], "data.examples must be a list of {question: text, completion: text}"),

@@ -137,7 +137,7 @@ def test_a_card_number_that_does_not_exist_is_refused(card):
     [
         (["hardware=a100_80gb"], "hardware.device=cuda: torch sees no CUDA device here; use hardware=auto"),
         (["model.device_map=cuda:1"], "model.device_map=cuda:1: torch sees no CUDA device here; use model.device_map"),
-        (["model.device_map=foo"], "model.device_map=foo: a model spread over devices cannot be trained here"),
+        (["model.device_map=foo"], "model.device_map=foo: must be one device"),
     ],
 )
 def test_a_missing_device_is_refused_with_the_key_that_requests_it(overrides, said):

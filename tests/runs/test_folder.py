@@ -435,7 +435,7 @@ def test_a_folder_that_holds_a_run_is_refused_without_resume(tmp_path):
     run = RunFolder(make_run(tmp_path / "used", "interrupted", 100))
     with pytest.raises(ConfigError) as refused:
         choose_run(run, False, Overrides([]))
-    assert str(refused.value).startswith(f"{run.path} holds a run already; resume it: resume=true run_dir=")
+    assert str(refused.value).startswith(f"{run.path} already contains a run; resume it: resume=true run_dir=")
     assert choose_run(RunFolder(tmp_path / "new"), False, Overrides([])) == "fresh"
     assert choose_run(RunFolder(tmp_path / "new"), "auto", Overrides([])) == "fresh"
     assert choose_run(run, True, Overrides([])) == "resume"
