@@ -38,7 +38,7 @@ EVALUATION |= {"rewards": dict | None, "problems": list}
 
 
 # What a launch writes, and what a fork copies, before config.yaml, with which the folder becomes a run.
-BEFORE_START = (".lock", ".hydra", "launch.log", "launches.jsonl")
+BEFORE_START = (".lock", ".hydra", "launch.log", "launches.jsonl", "launches.jsonl.tmp", "config.yaml.tmp")
 COPIED_BY_FORK = ("checkpoints", "metrics", "eval")
 
 

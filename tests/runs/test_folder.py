@@ -488,6 +488,8 @@ def test_a_new_run_may_use_the_folder_of_a_launch_that_was_killed_before_it_star
     with pytest.raises(ConfigError, match="is not empty"):  # unless killed, it would have removed them
         check_empty(tmp_path)
     (tmp_path / ".lock").write_text('{"machine": "m", "pid": 1, "token": "t"}')
+    for name in ("launches.jsonl", "launches.jsonl.tmp", "config.yaml.tmp"):  # killed at any of its writes
+        (tmp_path / name).write_text("")
     check_empty(tmp_path)
 
 
