@@ -1,7 +1,8 @@
 """Selection of the problems of each step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,18 +21,30 @@ class SampledProblems:
 class PromptSampler:
     """Stateless sampler: each epoch is a permutation of the problems, determined by (seed, epoch)."""
 
-    def __init__(self, problems: Sequence[Problem], seed: int) -> None:
+    def __init__(self, problems: Sequence[Problem], seed: int, parent: Mapping[str, Any] | None = None) -> None:
+        """parent: for a fork, the `parent` of its config, which continues after the parent's problems."""
         self._problems = problems
         self._seed = seed
+        self._parent = parent
 
     def take(self, step: int, count: int) -> SampledProblems:
-        """The `count` problems of a step (counted from 1). All earlier steps must have used the same `count`."""
+        """The `count` problems of a step (counted from 1). All earlier steps of the run must have the same `count`."""
         total = len(self._problems)
-        first = (step - 1) * count
+        first = problems_before(step, count, self._parent)
         places = range(first, first + count)
         orders = {epoch: epoch_order(total, self._seed, epoch) for epoch in {place // total for place in places}}
         chosen = [self._problems[orders[place // total][place % total]] for place in places]
         return SampledProblems(chosen, np.arange(count))
+
+
+def problems_before(step: int, count: int, parent: Mapping[str, Any] | None) -> int:
+    """The number of problems that the steps before a step used, `count` each, or for steps of a parent its own count.
+
+    A parent without `num_problems`, as earlier versions recorded it, had the same count.
+    """
+    if parent is None or parent.get("num_problems") is None:
+        return (step - 1) * count
+    return parent["num_problems"] + (step - 1 - parent["step"]) * count
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from grpo.config.overrides import Overrides
 from grpo.config.schema import Config
 from grpo.config.trust import check_trusted
 from grpo.config.values import copy_value, escape
+from grpo.data.sampler import problems_before
 from grpo.launch.freeze import freeze
 from grpo.runs.checkpoint import (
     MANIFEST,
@@ -44,7 +45,8 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     check_trusted(frozen, cfg, parent.path)
     manifest = read_json(source / MANIFEST)
     values: Any = OmegaConf.to_container(before, resolve=True)  # a dict
-    lineage = {"run_dir": str(parent.path), "step": state.step, "parent": values["parent"]}
+    used = problems_before(state.step + 1, values["grpo"]["batch_size"], values["parent"])
+    lineage = {"run_dir": str(parent.path), "step": state.step, "num_problems": used, "parent": values["parent"]}
     frozen.parent = escape(lineage | {"weights_sha256": manifest["files"]["model.safetensors"]["sha256"]})
     if cfg.tracking.group is not None:  # for example the group of a sweep
         copy_value(cfg, "tracking.group", frozen)

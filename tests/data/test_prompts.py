@@ -6,7 +6,7 @@ from grpo.config.errors import ConfigError
 from grpo.config.schema import ModelConfig
 from grpo.data.problems import Problem
 from grpo.data.prompts import messages, prompt_lengths, render
-from grpo.data.sampler import PromptSampler, epoch_order
+from grpo.data.sampler import PromptSampler, epoch_order, problems_before
 from grpo.model.loading import load_tokenizer
 
 SUM = Problem("1", "What is 27 + 35?", "62")
@@ -99,6 +99,14 @@ def test_the_problems_of_a_step_depend_only_on_seed_and_step():
     straight = ids_of_steps(50, seed=3, batch_size=5, steps=range(1, 21))
     assert ids_of_steps(50, seed=3, batch_size=5, steps=[14]) == straight[65:70]
     assert ids_of_steps(50, seed=4, batch_size=5, steps=range(1, 11)) != straight[:50]
+
+
+def test_a_fork_continues_after_the_problems_of_its_parent_even_with_another_batch_size():
+    parent = ids_of_steps(50, seed=3, batch_size=4, steps=range(1, 6))
+    fork = PromptSampler(problems(50), 3, {"step": 5, "num_problems": problems_before(6, 4, None)})
+    taken = [problem.id for step in range(6, 16) for problem in fork.take(step, 3).problems]
+    assert sorted(parent + taken, key=int) == [str(number) for number in range(50)]
+    assert problems_before(6, 4, {"step": 2}) == 20  # recorded by an earlier version
 
 
 def test_the_order_of_an_epoch_sorts_the_problems_by_a_splitmix64_hash():

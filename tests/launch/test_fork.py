@@ -49,6 +49,7 @@ def test_a_fork_with_another_learning_rate_starts_from_the_same_weights_and_nois
     assert config.parent == {
         "run_dir": str(parent),
         "step": 4,
+        "num_problems": 12,
         "weights_sha256": manifest["files"]["model.safetensors"]["sha256"],
         "parent": None,
     }
