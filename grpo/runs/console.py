@@ -83,8 +83,8 @@ def closing_table(evaluations: dict[str, dict[str, Any] | None]) -> Table:
         table.add_column(f"{name} (n={result['n']})", justify="right")
     table.add_row("accuracy", *("-" if r["accuracy"] is None else f"{r['accuracy']:.1%}" for r in results))
     table.add_row("reward", *(f"{r['reward']:.2f}" for r in results))
-    for component in results[0]["rewards"]:
-        table.add_row(component, *(_two_digits(r["rewards"][component]) for r in results))
+    for component in dict.fromkeys(name for r in results for name in r["rewards"]):  # a fork may have other components
+        table.add_row(component, *(_two_digits(r["rewards"].get(component)) for r in results))
     table.add_row("mean length", *(f"{r['completions/mean_length']:.1f}" for r in results))
     return table
 

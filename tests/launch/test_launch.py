@@ -572,6 +572,8 @@ def test_a_component_that_scored_no_held_out_problem_is_shown_as_missing():
     result = {"n": 8, "accuracy": 0.5, "reward": 0.8, "completions/mean_length": 20.0}
     console = Console(file=io.StringIO(), width=80)
     console.print(closing_table({"after": result | {"rewards": {"format": 0.8, "judge": None}}}))
+    forked = {"before": result | {"rewards": {"format": 0.8}}, "after": result | {"rewards": {"brief": 0.5}}}
+    console.print(closing_table(forked))  # a fork with other reward components
     line = next(line for line in console.file.getvalue().splitlines() if "judge" in line)
     assert not re.search(r"\d", line)
 
