@@ -21,12 +21,13 @@ class Metric:
     section: str = ""  # section of the W&B view; empty: not shown there
     panel: str = ""  # panel in that section, also the title of the chart
     label: str = ""  # label of the curve, where a panel has several
+    origin: str = ""  # `objective`: returned by the objective, and not part of every row
 
 
 REWARD = "Reward"  # name of a section of the W&B view
 
 # name | unit | meaning
-#     taken over | section of the W&B view | panel, also the title of the chart | label of the curve
+#     taken over | section of the W&B view | panel, also the title of the chart | label of the curve | origin
 TABLE = """
 step | | completed steps, over all outer iterations
     the run
@@ -53,17 +54,17 @@ completions/clipped_ratio | share of completions | completions truncated at the 
 loss | | the objective; at mu=1 its gradient counts, not its value
     the batch; mean over the updates | Loss and KL | Loss
 kl | nats per token | KL divergence of the policy from the reference; only with beta above 0
-    mean over counted tokens and updates | Loss and KL | KL divergence from the reference
+    mean over counted tokens and updates | Loss and KL | KL divergence from the reference | | objective
 entropy | nats per token | entropy of the policy's distribution at the sampling temperature
     mean over counted tokens and updates | Loss and KL | Entropy of the policy
 grad_norm | L2 norm | gradient before clipping
     mean over the mu updates | Loss and KL | Gradient norm
 clip_ratio/low_mean | share of tokens | ratio below 1 - epsilon_low, negative advantage: no gradient
-    mean over counted tokens and updates | Loss and KL | Clipped tokens | low
+    mean over counted tokens and updates | Loss and KL | Clipped tokens | low | objective
 clip_ratio/high_mean | share of tokens | ratio above 1 + epsilon_high, positive advantage: no gradient
-    mean over counted tokens and updates | Loss and KL | Clipped tokens | high
+    mean over counted tokens and updates | Loss and KL | Clipped tokens | high | objective
 clip_ratio/region_mean | share of tokens | one or the other
-    mean over counted tokens and updates
+    mean over counted tokens and updates | | | | objective
 learning_rate | | of the step
     the step | Loss and KL | Learning rate
 sampling/logp_difference/mean | nats per token | absolute difference of log-probabilities in sampling and training

@@ -14,7 +14,7 @@ from grpo.model.logps import TokenLogps, completion_logps
 from grpo.model.packed import supports_packing
 
 # Columns of every metrics row, for any objective; the objective may report the other metrics of the table.
-RESERVED = {metric.name for metric in METRICS if metric.name != "kl" and not metric.name.startswith("clip_ratio/")}
+RESERVED = {metric.name for metric in METRICS if metric.origin != "objective"}
 RESERVED_PREFIXES = ("rewards/", "timing_s/", "perf/", "eval/")
 
 
