@@ -9,6 +9,7 @@ This module does not import torch, so that a launch can check these names quickl
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class Counts:
-    """Sizes of the whole batch, known before its first micro-batch, for any number of devices.
+    """Sizes of the whole batch, known before its first micro-batch.
 
     Gradients of losses that are divided by them add up to the same total for every split of the batch.
     """
@@ -186,6 +187,8 @@ def choose(choice: str, name: str) -> Callable[..., Any]:
     if not isinstance(name, str) or "." not in name:
         raise ConfigError(f"{key}={name}: must be {' or '.join(known)}, or the dotted path of a function of your own")
     function = find_function(key, name)
+    if inspect.isclass(function):
+        raise ConfigError(f"{key}={name}: must be a function, not a class")
     form = f"it must have the form f({', '.join(ARGUMENTS[choice])})"
     check_call(f"{key}={name}", function, form, *ARGUMENTS[choice])
     return function
