@@ -83,7 +83,7 @@ def plan(config: Config) -> Plan:
     trained, frozen = cost.parameters(model)
     memory = _memory(config, sizes, model, work)
     resident = sum(memory[part] for part in ("process", "weights", "working copy", "reference", "optimizer"))
-    sampling = memory["keys and values"] + memory["packed weights"]
+    sampling = memory["keys and values"] + memory["reordered weights"]
     # In the backward pass activations are freed while gradients are allocated. With several micro-batches, all
     # gradients have been allocated by the first one.
     several = len(_micro_batches(work, sizes.micro_batch_tokens, supports_packing(model))) > 1
@@ -130,7 +130,7 @@ def _memory(config: Config, sizes: Sizes, model: Any, work: cost.Work) -> dict[s
         "fragmentation": FRAGMENTATION * activations if on_cpu and not is_full else 0.0,
         "output head": max(cost.head_bytes(model), 4 * 4 * rows * vocabulary),
         "keys and values": cost.cache_bytes(model, work.prompts * work.prompt_tokens + rows * length, compute.itemsize),
-        "packed weights": sum(cost.products(model)) * compute.itemsize if on_cpu else 0.0,
+        "reordered weights": sum(cost.products(model)) * compute.itemsize if on_cpu else 0.0,
         "checkpoint copy": weights + optimizer if config.checkpoint.overlap and on_cpu else 0.0,
     }
 
@@ -272,7 +272,7 @@ def _print_memory(console: Console, one: Plan) -> None:
             table.add_row(part, _gb(size))
     console.print(table)
     console.print(
-        "the peak is below the sum: activations are allocated after keys, values and packed weights are freed"
+        "the peak is below the sum: activations are allocated after keys, values and reordered weights are freed"
     )
     adapter = "" if one.trained == one.parameters else f" and an adapter of {one.trained / 1e6:,.1f} million"
     console.print(f"{one.parameters / 1e6:,.1f} million parameters{adapter}")

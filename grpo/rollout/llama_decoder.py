@@ -1,9 +1,9 @@
 """Fast decoding for the Llama family: its layers written with few operations, for one token per row.
 
 With one token per row, most of the time is spent on launching operations and reading weights. A layer therefore has
-about twenty operations instead of seventy, layers with the same input are fused and use packed weights, and a prompt's
-keys and values are stored and read once for its whole group. On CUDA the operations may be launched together, as a
-graph; attention then includes positions that no token has filled yet, which are masked. `CachedDecoder` in
+about twenty operations instead of seventy, layers with the same input are fused and use reordered weights, and a
+prompt's keys and values are stored and read once for its whole group. On CUDA the operations may be launched together,
+as a graph; attention then includes positions that no token has filled yet, which are masked. `CachedDecoder` in
 `grpo/rollout/native.py` is the simple form, for any architecture.
 """
 

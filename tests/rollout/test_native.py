@@ -200,7 +200,7 @@ def test_decoding_with_recorded_steps_gives_the_same_logits(prompts, monkeypatch
 
     monkeypatch.setattr(decoder_module, "capture_graph", recorded)
     monkeypatch.setattr(decoder_module, "GRAPH_WIDTH", width)
-    monkeypatch.setattr(decoder_module, "has_onednn", lambda _: False)  # oneDNN's packed weights cannot be traced
+    monkeypatch.setattr(decoder_module, "has_onednn", lambda _: False)  # oneDNN's reordered weights cannot be traced
     check_fast_decoding(model_of_the_family("qwen3", True), prompts, cuda_graphs=True)
     assert len(recordings) == needed  # one for each combination of width and number of rows
 
