@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -317,6 +318,15 @@ def test_a_step_that_has_changed_the_policy_is_completed_before_it_is_saved(tmp_
     assert checkpoint_steps(run_dir) == [1]
     assert resume(run_dir).returncode == 0
     assert_same_run(run_dir, straight)
+
+
+def test_a_checkpoint_written_during_the_last_step_is_recorded_as_saved(tmp_path):
+    run_dir = tmp_path / "run"
+    assert start(run_dir, "grpo.num_iterations=1", "checkpoint.overlap=true").wait().returncode == 0
+    assert (status(run_dir)["saved_step"], checkpoint_steps(run_dir)[-1]) == (4, 4)
+    shutil.rmtree(run_dir / "checkpoints")
+    refused = resume(run_dir, "grpo.num_steps=5")
+    assert refused.returncode == 2
 
 
 @pytest.mark.parametrize("signals", [pytest.param(1, marks=SLOW), 2])

@@ -106,10 +106,8 @@ class Recorder:
         self._folder.sync_metrics()  # a checkpoint needs the rows of all its steps
         before = self._saver.saved_step
         self._saver.save(saved)
-        if self._saver.saved_step != before:  # else it is written during training, and the next step records it
-            with disk_errors_are_warnings(f"{self._folder.path}/status.json"):
-                self._folder.update_status(saved_step=self._saver.saved_step)
-        self._saving_s = time.perf_counter() - started
+        self._record_saved_step(before)  # if it is written during training, the next step records it
+        self._saving_s += time.perf_counter() - started
 
     def save_and_wait(self, saved: Mapping[str, Any]) -> None:
         """Like `save`, but return only when the checkpoint is written."""
@@ -118,15 +116,24 @@ class Recorder:
 
     def wait_for_saves(self) -> None:
         """Wait until no checkpoint is being written."""
+        before = self._folder.status().get("saved_step")
         self._saver.close()
+        self._record_saved_step(before)
+
+    def _record_saved_step(self, before: int | None) -> None:
+        if self._saver.saved_step != before:
+            with disk_errors_are_warnings(f"{self._folder.path}/status.json"):
+                self._folder.update_status(saved_step=self._saver.saved_step)
 
     def check_saves(self) -> None:
         """Raise RuntimeError if too many checkpoints in a row could not be written."""
         self._saver.check()
 
     def save_best(self, saved: Mapping[str, Any]) -> None:
-        """Keep these weights as the best so far, if the config says so."""
+        """Keep these weights as the best so far, if the config says so. Training waits until they are written."""
+        started = time.perf_counter()
         self._saver.save_best(saved)
+        self._saving_s += time.perf_counter() - started
 
     @contextmanager
     def progress_display(self) -> Iterator[None]:
