@@ -6,7 +6,7 @@ import os
 import shlex
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -88,15 +88,21 @@ def command_line() -> Overrides:
 
 @contextmanager
 def _started(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSignals, is_job: bool) -> Iterator[Run]:
+    before = folder.status()
     run = _open(folder, cfg, resume, stop, is_job)
+    refused = False
     try:
         with exits_are_failures(Exit):
             yield run
     except BaseException as error:
-        _record_end(run, error)
+        refused = _is_refused(run, error, is_job)
+        if refused:
+            _undo(run, before)
+        else:
+            _record_end(run, error)
         raise
     finally:
-        if folder.started() and not run.done:
+        if folder.started() and not run.done and not refused:
             with disk_errors_are_warnings(f"{folder.path}/status.json"):
                 folder.update_status(seconds=run.seconds)
 
@@ -190,17 +196,30 @@ def _record_end(run: Run, error: BaseException) -> None:
         pending = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in changed.items()]
         print(f"interrupted; resume with: {' '.join([command, *pending])}", flush=True)
         return
-    is_new = not run.resumed or run.forked
-    refused = isinstance(error, ConfigError) and not isinstance(error, FileError)
-    if is_new and refused and not run.folder.has_trained():
-        _discard(run.folder, run.forked)
-        return
     run.record_state("failed", f"{type(error).__name__}: {error}")
     logger.info("the run failed", exc_info=error)  # to launch.log; the console shows only the line below
     logger.error("%s failed: %s: %s", run.folder.path, type(error).__name__, error)
     vars(error)["logged"] = True  # for `report_errors`
     # Hydra keeps the exception of a failed job until the sweep ends, and its frames would keep the model in memory.
     traceback.clear_frames(error.__traceback__)
+
+
+def _is_refused(run: Run, error: BaseException, is_job: bool) -> bool:
+    """Whether a launch ended because of its config or command line, before it did anything.
+
+    Not for a resumed job of a sweep: its state is `failed`, so that the sweep shows why it did not continue.
+    """
+    refused = isinstance(error, ConfigError) and not isinstance(error, FileError) and not run.recorded
+    return refused and (not is_job or not run.resumed or run.forked)
+
+
+def _undo(run: Run, before: Mapping[str, Any]) -> None:
+    """Leave a run as it was before a launch that was refused; before: its status then."""
+    if run.resumed and not run.forked:
+        run.record_state(before.get("state", "failed"), before.get("error"))
+        _discard_record(HydraConfig.get())
+    else:
+        _discard(run.folder, run.forked)
 
 
 def _discard(folder: RunFolder, forked: bool) -> None:

@@ -27,6 +27,7 @@ class Run:
     until_step: int | None  # step at which this launch stops; None: at the end
     started: float  # by time.monotonic
     seconds_before: float  # total time of all earlier launches
+    recorded: bool = False  # this launch is in launches.jsonl, and has begun
 
     @property
     def seconds(self) -> float:
