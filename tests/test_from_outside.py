@@ -13,7 +13,7 @@ from grpo.config.compose import compose_config
 from grpo.runs.checkpoint import load_state
 from grpo.training.experiment import build_experiment
 from grpo.training.trainer import Trainer
-from tests.launches import ROOT, launch, rows
+from tests.launches import ROOT, grpo, launch, rows
 
 OUTSIDE = ROOT / "tests" / "outside"
 SHORT = [
@@ -137,6 +137,7 @@ def test_an_optimizer_of_the_user_is_called_through_at_most_six_functions(folder
 @pytest.mark.parametrize(
     ("line", "said"),
     [
+        ("objective.advantage=toy_reward.Brevity", "objective.advantage=toy_reward.Brevity: must be a function, not a"),
         ("objective.surrogate=no_such.file", "objective.surrogate=no_such.file: No module named 'no_such'"),
         ("objective.surrogate=clipped", "objective.surrogate=clipped: must be clip, or the dotted path of a function"),
         (
@@ -179,6 +180,59 @@ def test_a_fork_may_use_another_engine_than_the_one_whose_state_was_saved(folder
     assert done.returncode == 0, done.stderr
     (forked,) = folder.glob("outputs/quickstart/*")
     assert "sampling/logp_difference/mean" in rows(forked)[2]
+
+
+CLOSING = """
+import toy_engine
+
+
+class Closing(toy_engine.Prepared):
+    def close(self):
+        with open("closed.txt", "a") as file:
+            file.write("closed ")
+
+
+class Interleaved(toy_engine.Prepared):
+    def generate(self, prompts, sampling, *, group_size, keys):
+        completions = super().generate(prompts, sampling, group_size=group_size, keys=keys)
+        return completions.select(completions.group.argsort(stable=True).view(-1, group_size).T.flatten())
+"""
+
+
+def test_an_engine_is_closed_at_the_end_of_each_command_and_after_a_refusal(folder):
+    (folder / "mine.py").write_text(CLOSING)
+    line = "rollout._target_=mine.Closing"
+    run = run_with(folder, "toy_engine", line, "grpo.lr_schedule=constant")
+    status = (run / "status.json").read_text()
+    refused = launch("resume=true", "run_dir=run", "grpo.num_steps=3", "until_step=1", line, cwd=folder)
+    assert refused.returncode == 2
+    assert "until_step=1: the run is at step 2 already" in refused.stderr
+    assert (run / "status.json").read_text() == status  # still a finished run
+    assert not list(run.glob("resumes/*"))
+    assert grpo("evaluate", "run_dir=run", line, "eval.max_problems=4", cwd=folder).returncode == 0
+    assert grpo("verify", "run_dir=run", line, cwd=folder).returncode == 0
+    assert (folder / "closed.txt").read_text().split() == ["closed"] * 4
+
+
+def test_an_engine_that_returns_completions_in_another_order_ends_the_run(folder):
+    shutil.copy(OUTSIDE / "toy_engine.py", folder)
+    (folder / "mine.py").write_text(CLOSING)
+    failed = launch(*SHORT, "rollout._target_=mine.Interleaved", "run_dir=run", cwd=folder)
+    assert failed.returncode == 1
+    said = (
+        "Interleaved.generate() returned wrong completions: group must be (0, 0, ..., 1, 1, ...), each number 4 times"
+    )
+    assert said in failed.stderr
+
+
+def test_a_model_cannot_be_evaluated_without_held_out_problems(folder):
+    code = "import toy_data\nfrom grpo.data.problems import Problems\n\n\ndef load(**settings):\n"
+    (folder / "mine.py").write_text(code + "    return Problems(toy_data.load().train, [])\n")
+    shutil.copy(OUTSIDE / "toy_data.py", folder)
+    off = ["eval.before=false", "eval.after=false", "eval.every=0"]
+    refused = grpo("evaluate", "model=tiny", "data=arithmetic", "data._target_=mine.load", *off, cwd=folder)
+    assert refused.returncode == 2
+    assert "error: data has no held-out problems to evaluate on" in refused.stderr
 
 
 @pytest.mark.parametrize("overlap", ["false", "true"])

@@ -6,6 +6,7 @@ prompt="What is 27 + 35?" answers this question and exits; rollout.temperature=0
 """
 
 import sys
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -22,14 +23,15 @@ def main(arguments: list[str]) -> None:
     experiment, engine, sampling = load_model_under_test(subject, with_problems=False)
     if not Overrides(overrides).names("rollout.temperature"):
         sampling = replace(sampling, temperature=0.0)
-    if "prompt" in own:
-        print(answer(experiment, engine, sampling, own["prompt"], turn=1))
-        return
-    Console().print(f"{subject.model}: each line is a new problem; an empty line exits", highlight=False)
-    turn = 0
-    while line := _read_line():
-        turn += 1
-        print(answer(experiment, engine, sampling, line, turn))
+    with closing(engine):
+        if "prompt" in own:
+            print(answer(experiment, engine, sampling, own["prompt"], turn=1))
+            return
+        Console().print(f"{subject.model}: each line is a new problem; an empty line exits", highlight=False)
+        turn = 0
+        while line := _read_line():
+            turn += 1
+            print(answer(experiment, engine, sampling, line, turn))
 
 
 def answer(experiment: Any, engine: Any, sampling: Any, question: str, turn: int) -> str:
@@ -38,10 +40,11 @@ def answer(experiment: Any, engine: Any, sampling: Any, question: str, turn: int
 
     from grpo.counter_rng import group_keys
     from grpo.data.prompts import messages
+    from grpo.rollout.engine import sample_completions
 
     prompts = experiment.prompts([messages(question, experiment.config.data)])
     keys = group_keys(experiment.config.seed, turn, np.arange(1), group_size=1)
-    completions = engine.generate(prompts, sampling, group_size=1, keys=keys)
+    completions = sample_completions(engine, prompts, sampling, group_size=1, keys=keys)
     length = int(completions.lengths)
     return experiment.tokenizer.decode(completions.ids[0, :length], skip_special_tokens=True)
 

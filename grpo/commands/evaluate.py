@@ -5,6 +5,7 @@ python -m grpo evaluate run_dir=outputs/... model.name=M another model on the ru
 python -m grpo evaluate model.name=M [data=...]          any hub name or local folder; eval.max_problems=null takes all
 """
 
+from contextlib import closing
 from datetime import datetime
 
 from rich.console import Console
@@ -19,7 +20,8 @@ def main(arguments: list[str]) -> None:
     experiment, engine, sampling = load_model_under_test(subject)
     from grpo.training.evaluation import evaluate  # imports torch
 
-    result = {"model": subject.model, **evaluate(engine, sampling, experiment, subject.step)}
+    with closing(engine):
+        result = {"model": subject.model, **evaluate(engine, sampling, experiment, subject.step)}
     console = Console()
     console.print(f"model: {subject.model}", highlight=False, soft_wrap=True)
     console.print(closing_table({"now": result}))

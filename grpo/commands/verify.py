@@ -6,6 +6,7 @@ Prints "equal" and exits with 0, or the first difference and exits with 1. It ch
 """
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -97,20 +98,23 @@ def replay(folder: RunFolder, config: Any, start: int, end: int) -> tuple[str | 
     from grpo.training.trainer import Trainer
 
     trainer = Trainer(build_experiment(config))
-    if start > 0:
-        checkpoint = step_folder(folder.checkpoints, start)
-        if not checkpoint.exists():
-            raise ConfigError(f"the checkpoint of step {start}, where this fork began, is not kept; name a later step")
-        trainer.load_state_dict(read_checkpoint(checkpoint))
-    recorded = {row["step"]: row for row in folder.metrics()}
-    for step in range(start + 1, end + 1):
-        row = json.loads(json.dumps(trainer.step(step).row))
-        for key in sorted(recorded[step].keys() | row.keys()):
-            before = recorded[step].get(key)
-            now = row.get(key)
-            if before != now and not key.startswith(NOT_COMPARED):
-                return f"step {step}, {key}: {before} in the folder, {now} now", ""
-    return _compare_state(trainer, step_folder(folder.checkpoints, end))
+    with closing(trainer.engine):
+        if start > 0:
+            checkpoint = step_folder(folder.checkpoints, start)
+            if not checkpoint.exists():
+                raise ConfigError(
+                    f"the checkpoint of step {start}, where this fork began, is not kept; name a later step"
+                )
+            trainer.load_state_dict(read_checkpoint(checkpoint))
+        recorded = {row["step"]: row for row in folder.metrics()}
+        for step in range(start + 1, end + 1):
+            row = json.loads(json.dumps(trainer.step(step).row))
+            for key in sorted(recorded[step].keys() | row.keys()):
+                before = recorded[step].get(key)
+                now = row.get(key)
+                if before != now and not key.startswith(NOT_COMPARED):
+                    return f"step {step}, {key}: {before} in the folder, {now} now", ""
+        return _compare_state(trainer, step_folder(folder.checkpoints, end))
 
 
 def _compare_state(trainer: Any, checkpoint: Path) -> tuple[str | None, str]:

@@ -39,17 +39,37 @@ class RolloutEngine(Protocol):
     """
 
     def generate(self, prompts: Prompts, sampling: Sampling, *, group_size: int, keys: Tensor) -> Completions:
-        """Sample `group_size` completions of each of P prompts, in the order of the prompts.
+        """Sample `group_size` completions of each of P prompts, all of the first prompt first.
 
         keys: (P * group_size, 2) int32, one 64-bit seed for each completion (`grpo.counter_rng`). The same keys give
         the same completions, up to rounding, independent of the other rows. Greedy decoding ignores them.
         """
 
     def sync(self, policy: Any) -> None:
-        """Update the engine to the policy's weights. Called before `generate` if they may have changed."""
+        """Update the engine to the policy's weights. Called before `generate` if they have changed."""
 
     def release(self) -> None:
         """Release memory that the update may need. Called after a step's completions are sampled."""
 
     def close(self) -> None:
         """End processes and release all memory."""
+
+
+def sample_completions(
+    engine: RolloutEngine, prompts: Prompts, sampling: Sampling, *, group_size: int, keys: Tensor
+) -> Completions:
+    """Sample with an engine and check the result. Raises RuntimeError if it is not as `RolloutEngine` describes it."""
+    completions = engine.generate(prompts, sampling, group_size=group_size, keys=keys)
+    rows = len(prompts.ids) * group_size
+    width = completions.ids.shape[-1]
+    group = torch.arange(len(prompts.ids)).repeat_interleave(group_size)  # (B,)
+    problem = None
+    if not torch.equal(completions.group.cpu(), group):
+        problem = f"group must be (0, 0, ..., 1, 1, ...), each number {group_size} times"
+    for name in ("ids", "attention_mask", "completion_mask", "sampling_logps"):
+        value = getattr(completions, name)
+        if value is not None and value.shape != (rows, width):
+            problem = f"{name} has the shape {tuple(value.shape)}; it must be ({rows}, {width})"
+    if problem is not None:
+        raise RuntimeError(f"{type(engine).__name__}.generate() returned wrong completions: {problem}")
+    return completions

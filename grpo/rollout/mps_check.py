@@ -6,7 +6,6 @@ and grouped heads in torch's attention.
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from grpo.batch import Completions, Prompts
 from grpo.config.errors import ConfigError
@@ -14,7 +13,6 @@ from grpo.config.schema import ModelConfig
 from grpo.model.loading import load_model
 from grpo.model.logps import completion_logps
 from grpo.rollout.engine import Sampling
-from grpo.rollout.llama_decoder import FAMILY, supports_fast_decoding
 from grpo.rollout.native import rollout
 
 EMBEDDED = ModelConfig("tiny", "sdpa", "float32", "auto", False)
@@ -34,17 +32,6 @@ def check_device(device: torch.device) -> None:
                 f"the {name} of the embedded model on {device} differ from the processor's by {difference:.2g} of "
                 f"their size: torch {torch.__version__} computes wrong numbers here; update it, or use hardware=cpu"
             )
-
-
-def check_decoding(model: PreTrainedModel) -> None:
-    """Raise ConfigError if sampling from the model would need transformers' growing cache."""
-    if not supports_fast_decoding(model):
-        families = ", ".join(sorted(name.removesuffix("Model") for name in FAMILY))
-        raise ConfigError(
-            f"{type(model).__name__} with model.attn_implementation={model.config._attn_implementation} needs "
-            f"transformers' cache for sampling, which gives NaN on Apple's GPU; use hardware=cpu, or one of "
-            f"{families} with model.attn_implementation=sdpa"
-        )
 
 
 def _compute_all(device: torch.device) -> tuple[Tensor, ...]:

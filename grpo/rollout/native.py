@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.batch import Completions, Prompts, positions, split_rows
+from grpo.config.errors import ConfigError
 from grpo.counter_rng import gumbel_noise
 from grpo.model.kv_cache import extend, prefill, select_cache_rows
 from grpo.model.oom import TokenBudget
 from grpo.rollout.engine import Compute, Sampling
-from grpo.rollout.llama_decoder import FastDecoder, supports_fast_decoding
+from grpo.rollout.llama_decoder import FAMILY, FastDecoder, supports_fast_decoding
 
 # (N, limit): every N tokens, finished rows are dropped if the share of running rows is below the limit. On a CPU the
 # time grows with the number of rows; on a GPU it hardly does, and each check synchronises.
@@ -25,6 +26,9 @@ class NativeEngine:
     """A `RolloutEngine` that samples with the policy itself, and with noise from a counter."""
 
     def __init__(self, policy: PreTrainedModel, tokenizer: Any, compute: Compute) -> None:
+        """Raises ConfigError on an Apple GPU if decoding would be wrong there."""
+        if compute.device.type == "mps":
+            check_decoding(policy)
         self._policy = policy
         self._cuda_graphs = compute.cuda_graphs
         self._budget = TokenBudget("rollout", compute.tokens)
@@ -66,6 +70,17 @@ class NativeEngine:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Restore the state of the token budget."""
         self._budget.load_state_dict(state)
+
+
+def check_decoding(model: PreTrainedModel) -> None:
+    """Raise ConfigError if sampling from the model would need transformers' growing cache."""
+    if not supports_fast_decoding(model):
+        families = ", ".join(sorted(name.removesuffix("Model") for name in FAMILY))
+        raise ConfigError(
+            f"{type(model).__name__} with model.attn_implementation={model.config._attn_implementation} needs "
+            f"transformers' cache for sampling, which gives NaN on Apple's GPU; use hardware=cpu, or one of "
+            f"{families} with model.attn_implementation=sdpa"
+        )
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ class TrainerState:
     evaluated_step: int = 0  # the last step evaluated because of `eval.every`
     skipped_in_a_row: int = 0  # consecutive skipped steps up to this one; their update was not finite
     loss_scale: dict[str, Any] | None = None  # fields of `LossScale`, if the computation is in float16
-    # States by name: of the sampler and the rollout engine, if they have one, and of token budgets that were reduced
+    # States by name: of the rollout engine, if it has one, and of token budgets that were reduced
     # after running out of memory, such as {"update": {"from": configured tokens, "to": tokens in use}}.
     states: dict[str, Any] = field(default_factory=dict)
     engine: str = ""  # rollout._target_ of the engine whose state is states["rollout"]

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from grpo.batch import Completions
+from grpo.config.errors import ConfigError
 from grpo.counter_rng import group_keys
 from grpo.data.problems import Problem
 from grpo.rewards.scoring import score
-from grpo.rollout.engine import RolloutEngine, Sampling
+from grpo.rollout.engine import RolloutEngine, Sampling, sample_completions
 from grpo.training.experiment import Experiment, score_completions
 from grpo.training.metrics import completion_rows
 
@@ -31,9 +32,11 @@ def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, 
     greedy = replace(sampling, temperature=0.0, max_new_tokens=length)
     # Sorted by length, so that batches contain little padding.
     problems = sorted(experiment.problems.test[: config.max_problems], key=lambda problem: len(problem.question))
+    if not problems:
+        raise ConfigError("data has no held-out problems to evaluate on; give data.path a folder with a test.jsonl")
     prompts = experiment.prompts(experiment.conversations(problems))
     keys = group_keys(experiment.config.seed, 0, np.arange(len(problems)), group_size=1)
-    completions = engine.generate(prompts, greedy, group_size=1, keys=keys)
+    completions = sample_completions(engine, prompts, greedy, group_size=1, keys=keys)
     outcomes = []
     # Scored in parts of the size of a training batch, since reward.timeout_s is meant for that many completions.
     for rows in torch.arange(len(problems)).split(sizes.batch_size * sizes.num_generations):

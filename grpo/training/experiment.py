@@ -26,12 +26,9 @@ from grpo.model.loading import architecture, check_model, copy_in_dtype, load_mo
 from grpo.model.lora import add_adapter, check_adapter, save_adapter, switch_adapter
 from grpo.rewards.scoring import RewardComponent, Rewards, end_process, score
 from grpo.rollout.engine import Compute, RolloutEngine, Sampling
-from grpo.rollout.mps_check import check_decoding, check_device
-from grpo.rollout.native import NativeEngine
+from grpo.rollout.mps_check import check_device
 
 logger = logging.getLogger(__name__)
-
-NATIVE = f"{NativeEngine.__module__}.{NativeEngine.__qualname__}"
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Experiment:
     prompt_lengths: list[int]  # number of tokens of each training problem's prompt
     components: list[RewardComponent]
     accuracy: RewardComponent  # 1.0 or 0.0 for each completion
-    advantage: Callable[[Tensor, Tensor, Tensor], Tensor]  # see grpo.algorithm.objective.CHOICES
+    advantage: Callable[[Tensor, Tensor, Tensor], Tensor]  # its arguments: grpo.algorithm.objective.ARGUMENTS
     objective: ObjectiveFunction
     optimizer: Callable[..., torch.optim.Optimizer]
     engine: Callable[..., RolloutEngine]
@@ -66,8 +63,6 @@ class Experiment:
         policy = load_model(model if model.lora is None else replace(model, dtype=compute), self.device)
         if model.lora is not None:
             add_adapter(policy, model.lora, getattr(torch, model.dtype), self.config.seed)
-        if self.device.type == "mps" and self.config.rollout["_target_"] == NATIVE:
-            check_decoding(policy)
         return policy
 
     def reference(self, policy: PreTrainedModel) -> PreTrainedModel:

@@ -9,7 +9,7 @@ import torch
 
 from grpo.counter_rng import group_keys
 from grpo.data.sampler import PromptSampler
-from grpo.rollout.engine import RolloutEngine, Sampling
+from grpo.rollout.engine import RolloutEngine, Sampling, sample_completions
 from grpo.training.experiment import Experiment, score_completions
 from grpo.training.metrics import completion_metrics, reward_metrics
 
@@ -35,7 +35,7 @@ def preflight(
     prompts = experiment.prompts(experiment.conversations(sampled.problems))
     # The noise is that of step 0, so that these are not the completions of step 1.
     keys = group_keys(experiment.config.seed, 0, sampled.slots, sizes.num_generations)
-    completions = engine.generate(prompts, sampling, group_size=sizes.num_generations, keys=keys)
+    completions = sample_completions(engine, prompts, sampling, group_size=sizes.num_generations, keys=keys)
     scored = score_completions(experiment, sampled.problems, completions)
     row = reward_metrics(scored, sizes.num_generations) | completion_metrics(completions, sampling.stop_ids)
     lengths = experiment.prompt_lengths

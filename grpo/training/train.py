@@ -2,7 +2,8 @@
 
 import logging
 import shlex
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from datetime import datetime
 
 from grpo.config.errors import ConfigError, first_line
@@ -21,14 +22,9 @@ logger = logging.getLogger(__name__)
 
 def train(run: Run) -> None:
     """Train from the run's last checkpoint to the end. Raises Exit after a stop signal, with everything saved."""
-    trainer = Trainer(build_experiment(run.config, on_hang=run.end_process))
-    restore(trainer, run)
-    record_launch(trainer, run)
-    if run.config.grpo.mu == 1:
-        logger.info("mu=1: the ratio is 1 at every update, so the loss says little; its gradient is what counts")
-    until = min(trainer.total_steps, run.until_step or trainer.total_steps)
-    with closing(trainer.engine), recording(run, trainer.state, trainer.total_steps) as recorder:
+    with started(run) as trainer, recording(run, trainer.state, trainer.total_steps) as recorder:
         before_first_step(trainer, run, recorder)
+        until = min(trainer.total_steps, run.until_step or trainer.total_steps)
         stops = run.stop.deferred(trainer.can_abort_step, save=lambda: recorder.save_and_wait(trainer.state_dict()))
         with recorder.progress_display(), stops:
             evaluate_if_due(trainer, recorder)  # an earlier stop signal may have interrupted it
@@ -46,6 +42,18 @@ def train(run: Run) -> None:
             pause(trainer, run, recorder)
         else:
             finish(trainer, run, recorder)
+
+
+@contextmanager
+def started(run: Run) -> Iterator[Trainer]:
+    """The trainer of a run, with its latest checkpoint; its rollout engine is closed at the end of the block."""
+    trainer = Trainer(build_experiment(run.config, on_hang=run.end_process))
+    with closing(trainer.engine):
+        restore(trainer, run)
+        record_launch(trainer, run)
+        if run.config.grpo.mu == 1:
+            logger.info("mu=1: the ratio is 1 at every update, so the loss says little; its gradient is what counts")
+        yield trainer
 
 
 def restore(trainer: Trainer, run: Run) -> None:
@@ -80,6 +88,7 @@ def check_until(until_step: int | None, step: int) -> None:
 
 def record_launch(trainer: Trainer, run: Run) -> None:
     """Record the start of this launch. Called when its config and checkpoint have been loaded without errors."""
+    run.recorded = True
     run.folder.record_changes(run.changes)
     run.folder.record_launch(
         {

@@ -21,6 +21,7 @@ from grpo.model.loading import refresh, working_copy
 from grpo.model.lora import switch_adapter
 from grpo.model.oom import TokenBudget
 from grpo.model.packed import checkpoint_layers, supports_packing
+from grpo.rollout.engine import RolloutEngine, sample_completions
 from grpo.runs.checkpoint import (
     TrainerState,
     check_optimizer,
@@ -95,8 +96,9 @@ class Trainer:
         if config.hardware.activation_checkpointing:
             checkpoint_layers(self.policy)
         self.optimizer = self._new_optimizer()
-        self.sampler = PromptSampler(experiment.problems.train, config.seed)
+        self.sampler = PromptSampler(experiment.problems.train, config.seed, config.parent)
         self.engine = experiment.build_engine(self.policy)
+        self._engine_is_current = True  # False while it has not got the policy's present weights
         self.sampling = experiment.sampling(self.master)
         self.loss_scale = LossScale() if dtype == torch.float16 else None
         self.state = TrainerState()
@@ -125,21 +127,23 @@ class Trainer:
         self._step_started = time.perf_counter()
         self._step_can_abort = True
         iteration = (step - 1) // self.config.grpo.num_steps + 1
+        if iteration > 1 and (step - 1) % self.config.grpo.num_steps == 0:
+            self._renew_reference()
         sampled = self.sampler.take(step, sizes.batch_size)
         prompts = experiment.prompts(experiment.conversations(sampled.problems))  # P prompts
         keys = group_keys(self.config.seed, step, sampled.slots, sizes.num_generations)  # (B, 2)
         with timer("rollout"):
-            completions = self.engine.generate(prompts, self.sampling, group_size=sizes.num_generations, keys=keys)
-            self.engine.release()
+            engine = self._current_engine()
+            completions = sample_completions(
+                engine, prompts, self.sampling, group_size=sizes.num_generations, keys=keys
+            )
+            engine.release()
         with timer("reward"):
             scored = score_completions(experiment, sampled.problems, completions)
             advantages = self._advantages(scored, completions.ids.shape[1])  # (B,) or (B, T)
         batch = Batch(prompts, completions, advantages.float().to(experiment.device))
         with timer("reference"):
             if self.reference is not None:
-                if iteration > 1 and (step - 1) % self.config.grpo.num_steps == 0:  # Algorithm 1, line 3
-                    switch_adapter(self.reference, on=True)
-                    refresh(self.reference, self.master)
                 batch = replace(batch, ref_logps=self._reference_logps(batch))
         with timer("update"):
             rate = self._set_learning_rate(step)
@@ -176,6 +180,13 @@ class Trainer:
             skipped=batch if skipped else None,
         )
 
+    def _current_engine(self) -> RolloutEngine:
+        """The rollout engine, with the policy's present weights."""
+        if not self._engine_is_current:
+            self.engine.sync(self.policy)
+            self._engine_is_current = True
+        return self.engine
+
     def _count(self, step: int, iteration: int, tokens: int, skipped: bool) -> None:
         self.state.step = step
         self.state.iteration = iteration
@@ -197,6 +208,12 @@ class Trainer:
                 f"{tuple(values.shape[:2])}, or have the {width} tokens of the longest completion as a third dimension"
             )
         return advantages.flatten(0, 1)
+
+    def _renew_reference(self) -> None:
+        """Algorithm 1, line 3: at the start of an outer iteration the reference becomes the current policy."""
+        if self.reference is not None:
+            switch_adapter(self.reference, on=True)
+            refresh(self.reference, self.master)
 
     def _reference_logps(self, batch: Batch) -> Tensor:
         """Log-probabilities (B, T) under the reference."""
@@ -220,7 +237,7 @@ class Trainer:
             if batch.old_logps is None:  # before the first update the policy is the one that sampled
                 batch = replace(batch, old_logps=update.logps)
         if any(update.finite for update in updates):
-            self.engine.sync(self.policy)
+            self._engine_is_current = False
         return updates
 
     def _update_once(self, batch: Batch, counts: Counts) -> Update:
@@ -282,14 +299,14 @@ class Trainer:
     def evaluate(self) -> dict[str, Any]:
         """Evaluate on the held-out problems. Returns the content of eval/*.json."""
         self._step_can_abort = True
-        result = evaluate(self.engine, self.sampling, self.experiment, self.state.step)
+        result = evaluate(self._current_engine(), self.sampling, self.experiment, self.state.step)
         self._step_can_abort = False
         self._after_evaluation()
         return result
 
     def preflight(self) -> dict[str, Any]:
         """Run the pre-flight with the untrained model. Returns the content of preflight.json."""
-        found = preflight(self.engine, self.sampling, self.sampler, self.experiment)
+        found = preflight(self._current_engine(), self.sampling, self.sampler, self.experiment)
         self._after_evaluation()
         return found
 
@@ -347,7 +364,7 @@ class Trainer:
             load_weights(saved["reference"], self.reference)
         if self.policy is not self.master:
             refresh(self.policy, self.master)
-        self.engine.sync(self.policy)
+        self._engine_is_current = False
         load_optimizer(saved["optimizer"], self.optimizer)
         self._snapshot_states()
 
@@ -365,7 +382,6 @@ class Trainer:
     def _stateful(self) -> dict[str, Any]:
         """The parts that may have a state, by their name in a checkpoint."""
         return {
-            "sampler": self.sampler,
             "rollout": self.engine,
             "reference": self._reference_budget,
             "update": self._update_budget,

@@ -18,7 +18,8 @@ from grpo.model import packed
 from grpo.model.loading import load_model
 from grpo.model.logps import completion_logps
 from grpo.model.lora import add_adapter
-from grpo.rollout.mps_check import check_decoding, check_device
+from grpo.rollout.mps_check import check_device
+from grpo.rollout.native import check_decoding
 from grpo.training.experiment import build_experiment
 from grpo.training.trainer import Trainer
 from grpo.training.update import Batch
@@ -103,7 +104,7 @@ def test_a_device_that_computes_wrong_numbers_is_refused(monkeypatch, wrong):
 
 def test_a_model_that_needs_the_growing_cache_is_refused():
     model = load_model(tiny_config(attn_implementation="eager"), CPU)
-    with pytest.raises(ConfigError, match="take hardware=cpu, or one of Llama, Mistral, Qwen2, Qwen3 with"):
+    with pytest.raises(ConfigError, match="use hardware=cpu, or one of Llama, Mistral, Qwen2, Qwen3 with"):
         check_decoding(model)
 
 
