@@ -374,9 +374,9 @@ def test_a_step_can_be_aborted_if_much_time_is_left_or_it_takes_longer_than_the_
     for last_step_took, dropped in ((55.0, False), (59.0, False), (70.0, True), (40.0, True), (math.inf, True)):
         trainer._step_seconds = last_step_took
         trainer._step_can_abort = True
-        assert trainer.can_abort_step() is dropped
+        assert trainer.should_abort_step() is dropped
         trainer._step_can_abort = False
-        assert trainer.can_abort_step() is False
+        assert trainer.should_abort_step() is False
 
 
 def test_files_left_by_killed_launches_do_not_block_a_new_one(tmp_path, straight):

@@ -116,9 +116,9 @@ def _count(count: int, what: str) -> str:
 
 def warnings(sweep: SweepAnalysis) -> list[str]:
     """The limits of the comparison that a reader of the headline should know."""
-    said = []
+    messages = []
     if sweep.arms_tried > 1 and sweep.arms:
-        said.append(
+        messages.append(
             f"The score of the best of {sweep.arms_tried} arms is too high on average, since it chose the arm. "
             "The command on fresh seeds gives a fair one."
         )
@@ -128,21 +128,21 @@ def warnings(sweep: SweepAnalysis) -> list[str]:
     )
     if seeds == 1:
         fix = "add seed=1,2,3" if SEED not in sweep.swept else "let the jobs of other seeds finish"
-        said.append(f"With one seed the intervals cover new problems, not new training runs; {fix}.")
+        messages.append(f"With one seed the intervals cover new problems, not new training runs; {fix}.")
     elif 1 < seeds < FEW_SEEDS:
-        said.append(f"{seeds} seeds say little about how training runs vary; use at least three.")
+        messages.append(f"{seeds} seeds say little about how training runs vary; use at least three.")
     apart = len(sweep.arms) - 1 - len(sweep.gap_to_best)
     if sweep.arms and apart > 0:
-        said.append(f"Not compared, because they share no seed or held-out problem with the best: {apart} arms.")
+        messages.append(f"Not compared, because they share no seed or held-out problem with the best: {apart} arms.")
     if len(sweep.unfinished) and sweep.arms:
-        said.append(
+        messages.append(
             f"Not included, because they did not finish: {len(sweep.unfinished)} of {_count(len(sweep.jobs), 'job')}."
         )
     if sweep.arms and not sweep.by_accuracy:
-        said.append(
+        messages.append(
             "Not every finished job has a held-out evaluation (eval.after), so rewards in training are compared."
         )
-    return said
+    return messages
 
 
 def _budget(sweep: SweepAnalysis) -> dict[str, Any] | None:

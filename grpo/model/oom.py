@@ -66,8 +66,8 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     # The allocators of CPU and MPS raise plain RuntimeErrors, and so do NVIDIA's libraries, which allocate memory
     # themselves; cuBLAS fails to initialize if no memory is left for it.
-    said = str(error).lower().replace("_", " ")
-    return any(sign in said for sign in _OUT_OF_MEMORY)
+    message = str(error).lower().replace("_", " ")
+    return any(sign in message for sign in _OUT_OF_MEMORY)
 
 
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "alloc failed", "cublas status not initialized")

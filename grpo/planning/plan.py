@@ -19,7 +19,7 @@ from grpo.config.instantiate import bind
 from grpo.config.schema import Config
 from grpo.model.hardware import device_of, peak_memory_gb, resolve_hardware
 from grpo.model.packed import checkpoint_layers, supports_packing
-from grpo.planning import estimate as cost
+from grpo.planning import estimate
 from grpo.training.experiment import build_experiment, compute_dtype
 from grpo.training.update import Batch
 
@@ -75,12 +75,12 @@ def plan(config: Config) -> Plan:
     sizes = experiment.sizes
     dtype = getattr(torch, config.model.dtype)
     compute = compute_dtype(config)
-    model = cost.meta_model(config.model, compute)
+    model = estimate.meta_model(config.model, compute)
     prompt_tokens = math.ceil(sum(experiment.prompt_lengths) / len(experiment.prompt_lengths))
     rows = sizes.batch_size * sizes.num_generations
-    work = cost.Work(sizes.batch_size, sizes.num_generations, prompt_tokens, [sizes.max_completion_length] * rows)
+    work = estimate.Work(sizes.batch_size, sizes.num_generations, prompt_tokens, [sizes.max_completion_length] * rows)
 
-    trained, frozen = cost.parameters(model)
+    trained, frozen = estimate.parameters(model)
     memory = _memory(config, sizes, model, work)
     resident = sum(memory[part] for part in ("process", "weights", "working copy", "reference", "optimizer"))
     sampling = memory["keys and values"] + memory["reordered weights"]
@@ -104,7 +104,7 @@ def plan(config: Config) -> Plan:
     )
 
 
-def _memory(config: Config, sizes: Sizes, model: Any, work: cost.Work) -> dict[str, float]:
+def _memory(config: Config, sizes: Sizes, model: Any, work: estimate.Work) -> dict[str, float]:
     on_cpu = config.hardware.device == "cpu"
     largest = max(_micro_batches(work, sizes.micro_batch_tokens, supports_packing(model)), key=len)
     prompts = len({int(row) // work.group_size for row in largest})
@@ -113,7 +113,7 @@ def _memory(config: Config, sizes: Sizes, model: Any, work: cost.Work) -> dict[s
     vocabulary = model.config.vocab_size
     dtype = getattr(torch, config.model.dtype)
     compute = compute_dtype(config)
-    trained, frozen = cost.parameters(model)
+    trained, frozen = estimate.parameters(model)
     is_full = config.model.lora is None
     weights = trained * dtype.itemsize
     optimizer = _optimizer_bytes(config, model, dtype)
@@ -128,19 +128,21 @@ def _memory(config: Config, sizes: Sizes, model: Any, work: cost.Work) -> dict[s
         "gradients": weights,
         "activations": activations,
         "fragmentation": FRAGMENTATION * activations if on_cpu and not is_full else 0.0,
-        "output head": max(cost.head_bytes(model), 4 * 4 * rows * vocabulary),
-        "keys and values": cost.cache_bytes(model, work.prompts * work.prompt_tokens + rows * length, compute.itemsize),
-        "reordered weights": sum(cost.products(model)) * compute.itemsize if on_cpu else 0.0,
+        "output head": max(estimate.head_bytes(model), 4 * 4 * rows * vocabulary),
+        "keys and values": estimate.cache_bytes(
+            model, work.prompts * work.prompt_tokens + rows * length, compute.itemsize
+        ),
+        "reordered weights": sum(estimate.products(model)) * compute.itemsize if on_cpu else 0.0,
         "checkpoint copy": weights + optimizer if config.checkpoint.overlap and on_cpu else 0.0,
     }
 
 
 def _activations(config: Config, model: Any, *shape: int) -> float:
-    everything = cost.activation_bytes(model, *shape)
+    everything = estimate.activation_bytes(model, *shape)
     if not config.hardware.activation_checkpointing:
         return everything
     checkpoint_layers(model)
-    return cost.activation_bytes(model, *shape) + everything / model.config.num_hidden_layers
+    return estimate.activation_bytes(model, *shape) + everything / model.config.num_hidden_layers
 
 
 @functools.cache
@@ -149,7 +151,7 @@ def _process_bytes() -> float:
     return peak_memory_gb(torch.device("cpu")) * GB
 
 
-def _micro_batches(work: cost.Work, token_budget: int, shared: bool) -> list[torch.Tensor]:
+def _micro_batches(work: estimate.Work, token_budget: int, shared: bool) -> list[torch.Tensor]:
     """The micro-batches into which training would split this work, as the rows of each."""
     rows = len(work.lengths)
     longest = max(work.lengths)
@@ -209,7 +211,7 @@ def _available(config: Config) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) -> float:
+def _seconds(config: Config, model: Any, work: estimate.Work, compute: torch.dtype) -> float:
     """Seconds of a step, NaN if the rates of the device are unknown.
 
     The time of its matrix products and of reading weights in decoding, multiplied by the usual overhead, plus the time
@@ -222,13 +224,13 @@ def _seconds(config: Config, model: Any, work: cost.Work, compute: torch.dtype) 
         read = card.bandwidth_gb_s * GB
     elif device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
         torch.set_num_threads(config.hardware.threads or torch.get_num_threads())
-        flops, read = cost.machine_rates(compute, device_of(config))
+        flops, read = estimate.machine_rates(compute, device_of(config))
     else:
         return math.nan
-    forward = cost.forward_flops(model, work)
-    decoding = max(forward / flops, cost.decode_bytes(model, work, compute.itemsize) / read)
+    forward = estimate.forward_flops(model, work)
+    decoding = max(forward / flops, estimate.decode_bytes(model, work, compute.itemsize) / read)
     starting = LAUNCH_S_PER_LAYER * model.config.num_hidden_layers * max(work.lengths)
-    rest = cost.step_flops(model, work, kl_weight(config) > 0, config.grpo.mu) - forward
+    rest = estimate.step_flops(model, work, kl_weight(config) > 0, config.grpo.mu) - forward
     return MEASURED_OVERHEAD.get((device, compute), ASSUMED_OVERHEAD) * (decoding + rest / flops) + starting
 
 

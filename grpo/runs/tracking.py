@@ -77,9 +77,9 @@ class Tracker:
             self._takes_tables = False
 
     def log_evaluation(self, name: str, step: int, values: Mapping[str, Any]) -> None:
-        """Log an evaluation after `step` steps, with `values` such as {"accuracy": 0.7, "n": 100}.
+        """Log an evaluation after `step` steps, with `values` such as {"accuracy": 0.7, "reward": 1.9}.
 
-        The values are logged to the history, in the row of that step, as eval/accuracy, eval/n, ..., and to the summary
+        The values are logged to the history, in the row of that step, as eval/accuracy, eval/reward, ..., and to the summary
         as eval/<name>/accuracy, ..., for comparing runs. If W&B has already closed the step (after a crash it may be
         ahead of the checkpoint), it would drop the values, so they are logged at the first step that is open.
         """

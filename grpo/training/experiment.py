@@ -223,13 +223,13 @@ def _check_window(config: Config, sizes: Sizes, train: list[int], test: list[int
         if prompt + completion <= window:
             continue
         fix = f"lower it to {window - prompt}" if prompt < window else "shorten the prompts"
-        said = (
+        message = (
             f"{key}={completion}: with the longest prompt ({prompt} tokens) that is {prompt + completion} tokens, and "
             f"model.name={config.model.name} is for {window}; {fix}, or choose another model"
         )
         if not rope:
-            raise ConfigError(said)
-        logger.warning("%s (its positions can be extended, but its answers may become poor)", said)
+            raise ConfigError(message)
+        logger.warning("%s (its positions can be extended, but its answers may become poor)", message)
 
 
 def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class Recorder:
     """Records the trainer's results for the training loop."""
 
-    def __init__(self, run: Run, tracker: Tracker, state: TrainerState, total_steps: int) -> None:
+    def __init__(self, run: Run, tracker: Tracker, doctor: Doctor, state: TrainerState, total_steps: int) -> None:
         """state: the state that the run starts or continues from, which is on the disk already."""
         self._tracker = tracker
         self._console = Console()
@@ -37,9 +37,7 @@ class Recorder:
         self._config = run.config
         self._total_steps = total_steps
         self._display = StepDisplay(self._console, total_steps, state.step + 1)
-        self._doctor = Doctor(component_ranges(to_dict(run.config)))
-        # Its findings on these steps were shown by an earlier launch.
-        self._doctor.replay(run.folder.metrics(state.step), run.folder.training_evaluations(state.step).values())
+        self._doctor = doctor
         self._saving_s = 0.0  # seconds for which the last save blocked training, reported with the next step
 
     def show_links(self) -> None:
@@ -163,14 +161,13 @@ class Recorder:
 def recording(run: Run, state: TrainerState, total_steps: int) -> Iterator[Recorder]:
     """A recorder with a tracker, which is closed at the end of the block."""
     rows = run.folder.metrics(state.step)
-    evaluations = {
-        name: evaluation_metrics(result) | {"step": result["step"]}
-        for name, result in run.folder.training_evaluations(state.step).items()
-    }
+    results = run.folder.training_evaluations(state.step)
     values = to_dict(run.config)
-    path = run.folder.path
-    with tracking(values, path, resumed=run.resumed, rows=rows, evaluations=evaluations) as tracker:
-        yield Recorder(run, tracker, state, total_steps)
+    doctor = Doctor(component_ranges(values))
+    doctor.replay(rows, results.values())  # an earlier launch has shown its findings on these steps
+    logged = {name: evaluation_metrics(result) | {"step": result["step"]} for name, result in results.items()}
+    with tracking(values, run.folder.path, resumed=run.resumed, rows=rows, evaluations=logged) as tracker:
+        yield Recorder(run, tracker, doctor, state, total_steps)
 
 
 def is_due(step: int, every: int) -> bool:

@@ -25,7 +25,7 @@ def train(run: Run) -> None:
     with started(run) as trainer, recording(run, trainer.state, trainer.total_steps) as recorder:
         before_first_step(trainer, run, recorder)
         until = min(trainer.total_steps, run.until_step or trainer.total_steps)
-        stops = run.stop.deferred(trainer.can_abort_step, save=lambda: recorder.save_and_wait(trainer.state_dict()))
+        stops = run.stop.deferred(trainer.should_abort_step, save=lambda: recorder.save_and_wait(trainer.state_dict()))
         with recorder.progress_display(), stops:
             evaluate_if_due(trainer, recorder)  # an earlier stop signal may have interrupted it
             for step in trainer.steps(until):

@@ -291,7 +291,7 @@ class Trainer:
             group["lr"] = rate
         return rate
 
-    def can_abort_step(self) -> bool:
+    def should_abort_step(self) -> bool:
         """Whether a stop should abort the work: no weight has changed, and the time left is long or unknown."""
         left = self._step_seconds - (time.perf_counter() - self._step_started)
         return self._step_can_abort and not 0 <= left <= FINISH_STEP_IF_LEFT_S
