@@ -79,9 +79,9 @@ class Tracker:
     def log_evaluation(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         """Log an evaluation after `step` steps, with `values` such as {"accuracy": 0.7, "reward": 1.9}.
 
-        The values are logged to the history, in the row of that step, as eval/accuracy, eval/reward, ..., and to the summary
-        as eval/<name>/accuracy, ..., for comparing runs. If W&B has already closed the step (after a crash it may be
-        ahead of the checkpoint), it would drop the values, so they are logged at the first step that is open.
+        The values are logged to the history, in the row of that step, as eval/accuracy, eval/reward, ..., and to the
+        summary as eval/<name>/accuracy, ..., for comparing runs. If W&B has already closed the step (after a crash it
+        may be ahead of the checkpoint), it would drop the values, so they are logged at the first step that is open.
         """
         history = {f"eval/{key}": value for key, value in values.items()}
         self.log({**history, "step": max(step, self._open_step)})
