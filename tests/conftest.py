@@ -1,5 +1,6 @@
 """Real launches of the suite, and the finished run that many tests read."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -26,6 +27,16 @@ SMALL_RUN = (
     "samples.every=1",
     "tracking=disabled",
 )
+
+
+@pytest.fixture(autouse=True)
+def root_logger():
+    """Remove the console handlers that a test added to the root logger: their stream may be closed with the test."""
+    before = logging.root.handlers[:]
+    yield
+    for handler in logging.root.handlers[:]:
+        if type(handler) is logging.StreamHandler and handler not in before:
+            logging.root.removeHandler(handler)
 
 
 def cold_launch(*arguments, cwd):

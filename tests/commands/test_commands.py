@@ -97,7 +97,7 @@ def test_a_folder_that_is_not_a_run_is_refused(command, tmp_path, name):
         (["evaluate", "experiment=quickstart", "data=jsonl"], "data=jsonl needs data.path=DIR"),
         (["plot"], "plot needs a run folder: python -m grpo plot run_dir=outputs/..."),
         (["plot", "run_dir=x", "grpo.beta=0"], "plot takes run_dir= and output_dir=, not grpo.beta=0"),
-        (["download", "run_dir=x"], "leave run_dir out"),
+        (["download", "run_dir=x"], "remove run_dir"),
         (["download", "experiment=quickstart", "data=jsonl", "data.path=/no/such"], "there is no train.jsonl"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
