@@ -80,6 +80,7 @@ def test_the_notebook_of_a_run_shows_the_newest_run(tmp_path, monkeypatch):
     assert len(images(notebook)) == 2
 
 
+@pytest.mark.slow
 def test_the_notebook_of_a_sweep_shows_the_newest_sweep(tmp_path, monkeypatch):
     small = [*SMALL.split(), "grpo.num_steps=2", "hydra/launcher=basic", "grpo.beta=0,0.04", "seed=1,2"]
     assert launch("-m", "experiment=quickstart", *small, cwd=tmp_path).returncode == 0

@@ -142,7 +142,8 @@ def test_a_config_of_the_user_is_found_by_searchpath_or_config_dir_and_works_wit
     }
 
 
-@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_a_config_of_the_user_reaches_the_jobs_of_other_launchers(tmp_path, own, cold, launcher):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
     search = [f"hydra.searchpath=[file://{own}]", "experiment=mine"]
