@@ -38,6 +38,7 @@ class Recorder:
         self._total_steps = total_steps
         self._display = StepDisplay(self._console, total_steps, state.step + 1)
         self._doctor = doctor
+        self._recorded_step = state.step  # `saved_step` in status.json
         self._saving_s = 0.0  # seconds for which the last save blocked training, reported with the next step
 
     def show_links(self) -> None:
@@ -65,6 +66,7 @@ class Recorder:
             self._tracker.log_completions(number, step.samples)
         if step.skipped is not None:
             self._skipped(step)
+        self._recorded_step = self._saver.saved_step
         with disk_errors_are_warnings(f"{self._folder.path}/status.json"):
             self._folder.update_status(
                 step=number,
@@ -72,7 +74,7 @@ class Recorder:
                 total_steps=self._total_steps,
                 best_reward=step.best_reward,
                 seconds=self._run.seconds,
-                saved_step=self._saver.saved_step,
+                saved_step=self._recorded_step,
             )
 
     def _skipped(self, step: Step) -> None:
@@ -102,9 +104,8 @@ class Recorder:
         """Write a checkpoint of the last completed step, unless one exists; saved: the `Trainer.state_dict`."""
         started = time.perf_counter()
         self._folder.sync_metrics()  # a checkpoint needs the rows of all its steps
-        before = self._saver.saved_step
         self._saver.save(saved)
-        self._record_saved_step(before)  # if it is written during training, the next step records it
+        self._record_saved_step()  # if it is written during training, the next step records it
         self._saving_s += time.perf_counter() - started
 
     def save_and_wait(self, saved: Mapping[str, Any]) -> None:
@@ -114,14 +115,14 @@ class Recorder:
 
     def wait_for_saves(self) -> None:
         """Wait until no checkpoint is being written."""
-        before = self._folder.status().get("saved_step")
         self._saver.close()
-        self._record_saved_step(before)
+        self._record_saved_step()
 
-    def _record_saved_step(self, before: int | None) -> None:
-        if self._saver.saved_step != before:
+    def _record_saved_step(self) -> None:
+        if self._saver.saved_step != self._recorded_step:
+            self._recorded_step = self._saver.saved_step
             with disk_errors_are_warnings(f"{self._folder.path}/status.json"):
-                self._folder.update_status(saved_step=self._saver.saved_step)
+                self._folder.update_status(saved_step=self._recorded_step)
 
     def check_saves(self) -> None:
         """Raise RuntimeError if too many checkpoints in a row could not be written."""
