@@ -242,15 +242,15 @@ def test_an_unknown_preset_is_answered_with_the_choices_and_the_most_similar_one
 
 
 @pytest.mark.parametrize(
-    ("override", "mend"),
+    ("override", "fix"),
     [
         ("model=Qwen/Qwen2.5-0.5B-Instruct", "give model.name=Qwen/Qwen2.5-0.5B-Instruct"),
         ("model=./final_model", "give model.name=./final_model"),
         ("data=openai/gsm8k", "give data.path=openai/gsm8k"),
     ],
 )
-def test_a_hub_name_or_folder_given_to_a_group_is_answered_with_the_right_key(override, mend):
-    assert complaint(override).endswith(mend)
+def test_a_hub_name_or_folder_given_to_a_group_is_answered_with_the_right_key(override, fix):
+    assert complaint(override).endswith(fix)
 
 
 def test_several_values_without_m_are_answered_with_both_possible_fixes():
@@ -282,7 +282,7 @@ def test_a_compute_dtype_more_precise_than_the_weights_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("override", "mend"),
+    ("override", "fix"),
     [
         ("grpo.num_generations=1", "must be 2 or more; a group of one"),
         ("hardware.num_generations=1", "grpo.num_generations=1: must be 2 or more; a group of one"),
@@ -315,12 +315,12 @@ def test_a_compute_dtype_more_precise_than_the_weights_is_refused():
         ("reward.components.format._target_=null", "reward.components.format needs a _target_"),
     ],
 )
-def test_an_invalid_value_is_refused_with_the_fix(override, mend):
-    assert mend in complaint(override)
+def test_an_invalid_value_is_refused_with_the_fix(override, fix):
+    assert fix in complaint(override)
 
 
 @pytest.mark.parametrize(
-    ("override", "mend"),
+    ("override", "fix"),
     [
         ("model.lora.rank=0", "model.lora.rank=0: must be 1 or more"),
         ("model.lora.alpha=-1", "model.lora.alpha=-1.0: must be above 0"),
@@ -328,8 +328,8 @@ def test_an_invalid_value_is_refused_with_the_fix(override, mend):
         ("model.lora.target_modules=[1]", "must be all-linear, or a list"),
     ],
 )
-def test_invalid_adapter_settings_are_refused(override, mend):
-    assert mend in complaint("tuning=lora", override)
+def test_invalid_adapter_settings_are_refused(override, fix):
+    assert fix in complaint("tuning=lora", override)
 
 
 def test_adapter_keys_without_an_adapter_are_answered_with_tuning_lora(capsys):

@@ -311,7 +311,7 @@ def bad_inputs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "mend"),
+    ("arguments", "fix"),
     [
         (["kl_coef=0.1"], "here it is called grpo.beta"),
         (["+grpo.kl_coef=0.1"], "here it is called grpo.beta"),
@@ -330,11 +330,11 @@ def bad_inputs(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_bad_command_exits_with_2_says_how_to_fix_it_and_creates_no_folder(launch, bad_inputs, arguments, mend):
+def test_a_bad_command_exits_with_2_says_how_to_fix_it_and_creates_no_folder(launch, bad_inputs, arguments, fix):
     result = launch(*arguments, cwd=bad_inputs)
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1].startswith("error: ")
-    assert mend in result.stderr.splitlines()[-1]
+    assert fix in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stdout + result.stderr
     assert "Warning" not in result.stderr
     assert [name for name in folders_below(bad_inputs) if name != "outputs"] == ["data", "empty"]
