@@ -36,7 +36,7 @@ def test_the_report_contains_the_findings_before_training(finished_run, tmp_path
     text = write_run_report(run.path).read_text()
     assert "Before training: 94% of the completions are truncated" in text
     assert "No problems found" not in text
-    assert "format mean 0.1, nonzero in 20 %" in text
+    assert "format mean 0.1, nonzero in 20%" in text
 
 
 def test_numbers_are_written_without_an_exponent():
