@@ -66,16 +66,19 @@ class Recorder:
             self._tracker.log_completions(number, step.samples)
         if step.skipped is not None:
             self._skipped(step)
-        self._recorded_step = self._saver.saved_step
+        self._update_status(
+            step=number,
+            iteration=row["iteration"],
+            total_steps=self._total_steps,
+            best_reward=step.best_reward,
+            seconds=self._run.seconds,
+            saved_step=self._saver.saved_step,
+        )
+
+    def _update_status(self, saved_step: int, **changes: Any) -> None:
         with disk_errors_are_warnings(f"{self._folder.path}/status.json"):
-            self._folder.update_status(
-                step=number,
-                iteration=row["iteration"],
-                total_steps=self._total_steps,
-                best_reward=step.best_reward,
-                seconds=self._run.seconds,
-                saved_step=self._recorded_step,
-            )
+            self._folder.update_status(saved_step=saved_step, **changes)
+            self._recorded_step = saved_step
 
     def _skipped(self, step: Step) -> None:
         """Write the batch of a step that was not finite. Raises RuntimeError if there are too many in a row."""
@@ -120,9 +123,7 @@ class Recorder:
 
     def _record_saved_step(self) -> None:
         if self._saver.saved_step != self._recorded_step:
-            self._recorded_step = self._saver.saved_step
-            with disk_errors_are_warnings(f"{self._folder.path}/status.json"):
-                self._folder.update_status(saved_step=self._recorded_step)
+            self._update_status(saved_step=self._saver.saved_step)
 
     def check_saves(self) -> None:
         """Raise RuntimeError if too many checkpoints in a row could not be written."""
