@@ -142,7 +142,7 @@ def test_a_run_whose_checkpoints_are_missing_is_not_started_again(tmp_path):
     refused = resume(run_dir)
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].endswith(
-        "has no checkpoint, but the run has saved one at step 2; bring its checkpoints back, or start a new run"
+        "has no checkpoint, but the run has saved one at step 2; restore its checkpoints, or start a new run"
     )
     assert len(rows(run_dir)) == 3
     (run_dir / "moved").rename(run_dir / "checkpoints")

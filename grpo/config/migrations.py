@@ -127,7 +127,9 @@ def config_1_to_2(values: Values) -> Values:
 def state_1_to_2(values: Values) -> Values:
     """Rename `reduced` (token budgets reduced after running out of memory) to `states`, and add the engine."""
     values = dict(values)
-    return values | {"states": values.pop("reduced", {}), "engine": NATIVE_ENGINE}
+    reduced = values.pop("reduced", {})
+    # The last states of version 1 had the two keys already, the first as `parts`.
+    return values | {"states": values.pop("parts", reduced), "engine": values.get("engine") or NATIVE_ENGINE}
 
 
 def sweep_1_to_2(values: Values) -> Values:

@@ -207,10 +207,14 @@ def _record_end(run: Run, error: BaseException) -> None:
 def _is_refused(run: Run, error: BaseException, is_job: bool) -> bool:
     """Whether a launch ended because of its config or command line, before it did anything.
 
-    Not for a resumed job of a sweep: its state is `failed`, so that the sweep shows why it did not continue.
+    Not for a resumed job of a sweep: its state is `failed`, so that the sweep shows why it did not continue. Nor for a
+    damaged file of a new run, which is kept to be looked at.
     """
-    refused = isinstance(error, ConfigError) and not isinstance(error, FileError) and not run.recorded
-    return refused and (not is_job or not run.resumed or run.forked)
+    if not isinstance(error, ConfigError) or run.recorded:
+        return False
+    if run.resumed and not run.forked:
+        return not is_job
+    return not isinstance(error, FileError)
 
 
 def _undo(run: Run, before: Mapping[str, Any]) -> None:

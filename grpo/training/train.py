@@ -70,8 +70,8 @@ def restore(trainer: Trainer, run: Run) -> None:
         )
     elif run.resumed and (saved := run.folder.saved_step()) > 0:
         raise ConfigError(
-            f"{run.folder.checkpoints} has no checkpoint, but the run has saved one at step {saved}; bring its "
-            "checkpoints back, or start a new run"
+            f"{run.folder.checkpoints} has no checkpoint, but the run has saved one at step {saved}; restore its "
+            "checkpoints, or start a new run"
         )
     step = trainer.state.step
     if run.resumed:
@@ -83,7 +83,7 @@ def restore(trainer: Trainer, run: Run) -> None:
 def check_until(until_step: int | None, step: int) -> None:
     """Raise ConfigError if a run has passed `until_step`. A run at this step may still lack an evaluation."""
     if until_step is not None and until_step < step:
-        raise ConfigError(f"until_step={until_step}: the run is at step {step} already; give a later one, or none")
+        raise ConfigError(f"until_step={until_step}: the run is at step {step} already; set a later one, or remove it")
 
 
 def record_launch(trainer: Trainer, run: Run) -> None:

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from grpo.config.errors import ConfigError
-from grpo.config.migrations import VERSION, config_0_to_1, config_1_to_2, load_frozen
+from grpo.config.migrations import VERSION, config_0_to_1, config_1_to_2, load_frozen, state_1_to_2
 from grpo.config.overrides import Overrides
 from grpo.runs.environment import environment
 from grpo.runs.folder import RunFolder
@@ -105,9 +105,12 @@ def test_an_old_run_whose_checkpoints_are_lost_is_not_started_again(old):
     run = old(0, "full_interrupted")
     shutil.rmtree(run / "checkpoints")
     kept = rows(run)
+    status = (run / "status.json").read_text()
     refused = launch("resume=true", f"run_dir={run}", cwd=run.parent)
     assert (refused.returncode, rows(run)) == (2, kept)
-    assert "has no checkpoint, but the run has saved one at step 2; bring its checkpoints back" in refused.stderr
+    now = json.loads((run / "status.json").read_text())
+    assert now == json.loads(status) | {"error": None}
+    assert "has no checkpoint, but the run has saved one at step 2; restore its checkpoints" in refused.stderr
 
 
 def test_a_run_with_a_gap_in_its_metrics_is_not_forked(old):
@@ -163,6 +166,14 @@ def test_the_rows_of_an_old_evaluation_are_read_with_the_keys_of_samples():
     assert (now["problem_id"], now["completion"], now["correct"]) == (row["id"], row["completion"], row["correct"])
     assert {name: now[f"rewards/{name}"] for name in row["rewards"]} == row["rewards"]
     assert not {"id", "rewards"} & now.keys()
+
+
+def test_both_forms_of_a_trainer_state_of_version_1_are_read():
+    reduced = {"update": {"from": 200, "to": 100}}
+    native = "grpo.rollout.native.NativeEngine"
+    assert state_1_to_2({"step": 2, "reduced": reduced}) == {"step": 2, "states": reduced, "engine": native}
+    later = {"step": 2, "parts": {"rollout": {"calls": 3}}, "engine": "mine.Engine"}
+    assert state_1_to_2(later) == {"step": 2, "states": {"rollout": {"calls": 3}}, "engine": "mine.Engine"}
 
 
 def test_an_old_sweep_by_optuna_is_read_as_one_by_tpe(tmp_path):
