@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -68,6 +69,7 @@ def check(config: Config) -> None:
         _check_lora(config.model.lora)
     if not 0 <= config.seed < 2**63:
         raise ConfigError(f"seed={config.seed}: must lie between 0 and 2**63 - 1")
+    check_lineage(config.parent)
     compute = config.hardware.compute_dtype
     if config.model.dtype == "bfloat16" and compute not in (None, "bfloat16") and config.model.lora is None:
         raise ConfigError(
@@ -105,6 +107,14 @@ def _check_prompts(data: dict[str, Any]) -> None:
         raise ConfigError("data.examples must be a list of {question: text, completion: text}, [] for none")
     if system_prompt is not None and not isinstance(system_prompt, str):
         raise ConfigError(f"data.system_prompt={system_prompt}: must be text, or null for none")
+
+
+def check_lineage(parent: Mapping[str, Any] | None) -> None:
+    """Raise ConfigError if the step or the number of problems in a fork's `parent` is not a count."""
+    for name in ("step", "num_problems"):
+        value = None if parent is None else parent.get(name)
+        if value is not None and (type(value) is not int or not 0 <= value < 2**48):
+            raise ConfigError(f"parent.{name}={value}: must be a whole number, 0 or more")
 
 
 def check_name(name: str) -> None:

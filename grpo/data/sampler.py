@@ -40,7 +40,7 @@ class PromptSampler:
 def problems_before(step: int, count: int, parent: Mapping[str, Any] | None) -> int:
     """The number of problems that the steps before a step used, `count` each, or for steps of a parent its own count.
 
-    A parent without `num_problems`, as earlier versions recorded it, had the same count.
+    Without `num_problems`, which earlier versions did not record, all steps count as `count` each, as they did there.
     """
     if parent is None or parent.get("num_problems") is None:
         return (step - 1) * count

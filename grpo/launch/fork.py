@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from grpo.config.checks import check_unused_overrides, kl_weight
+from grpo.config.checks import check_lineage, check_unused_overrides, kl_weight
 from grpo.config.compose import apply_overrides
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
@@ -45,6 +45,7 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     check_trusted(frozen, cfg, parent.path)
     manifest = read_json(source / MANIFEST)
     values: Any = OmegaConf.to_container(before, resolve=True)  # a dict
+    check_lineage(values["parent"])
     used = problems_before(state.step + 1, values["grpo"]["batch_size"], values["parent"])
     lineage = {"run_dir": str(parent.path), "step": state.step, "num_problems": used, "parent": values["parent"]}
     frozen.parent = escape(lineage | {"weights_sha256": manifest["files"]["model.safetensors"]["sha256"]})

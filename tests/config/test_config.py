@@ -6,7 +6,7 @@ import pytest
 from omegaconf.errors import InterpolationResolutionError
 
 from grpo.algorithm.objective import Limits
-from grpo.config.checks import check_training, kl_weight, typed
+from grpo.config.checks import check_lineage, check_training, kl_weight, typed
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
 from grpo.config.explain import explain
@@ -498,3 +498,12 @@ def test_a_frozen_config_is_read_without_creating_python_objects(tmp_path):
     file.write_text("a: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(Exception, match="could not determine a constructor"):
         load_frozen(file)
+
+
+@pytest.mark.parametrize("value", ["x", 1.5, -3, True, 10**30])
+def test_the_record_of_a_forks_parent_must_hold_counts(value):
+    check_lineage({"step": 2, "num_problems": 8})
+    check_lineage({"step": 2})  # as earlier versions recorded it
+    for name in ("step", "num_problems"):
+        with pytest.raises(ConfigError, match=f"parent.{name}={value}: must be a whole number"):
+            check_lineage({"step": 2, name: value})
