@@ -150,7 +150,7 @@ class Progress:
         line = f"{self.name(job.number)} ({job.name}): {state} after {duration(seconds)}"
         if completed:
             self._seconds.append(seconds)
-            outcome = RunFolder(job.folder).outcome()
+            outcome = _outcome_of(job.folder)
             if outcome is not None:
                 name, value = outcome
                 line += f", {name} {value:.1%}" if name == "held-out accuracy" else f", {name} {value:.2f}"
@@ -185,6 +185,13 @@ def _state(folder: Path) -> str:
         return RunFolder(folder).status().get("state", "failed")
     except ValueError:  # damaged: the job's own process reports it, and the other jobs must continue
         return "unreadable"
+
+
+def _outcome_of(folder: Path) -> tuple[str, float] | None:
+    try:
+        return RunFolder(folder).outcome()
+    except ValueError:  # a damaged file of this job, which must not end the others
+        return None
 
 
 def _run(call: bytes, sender: Connection, console: Path | None) -> None:
