@@ -63,13 +63,13 @@ def sample_completions(
     rows = len(prompts.ids) * group_size
     width = completions.ids.shape[-1]
     group = torch.arange(len(prompts.ids)).repeat_interleave(group_size)  # (B,)
-    problem = None
+    problems = [
+        f"{name} has the shape {tuple(value.shape)}; it must be ({rows}, {width})"
+        for name in ("ids", "attention_mask", "completion_mask", "sampling_logps")
+        if (value := getattr(completions, name)) is not None and value.shape != (rows, width)
+    ]
     if not torch.equal(completions.group.cpu(), group):
-        problem = f"group must be (0, 0, ..., 1, 1, ...), each number {group_size} times"
-    for name in ("ids", "attention_mask", "completion_mask", "sampling_logps"):
-        value = getattr(completions, name)
-        if value is not None and value.shape != (rows, width):
-            problem = f"{name} has the shape {tuple(value.shape)}; it must be ({rows}, {width})"
-    if problem is not None:
-        raise RuntimeError(f"{type(engine).__name__}.generate() returned wrong completions: {problem}")
+        problems.append(f"group must be (0, 0, ..., 1, 1, ...), each number {group_size} times")
+    if problems:
+        raise RuntimeError(f"{type(engine).__name__}.generate() returned wrong completions: {problems[0]}")
     return completions

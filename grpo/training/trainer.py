@@ -98,7 +98,7 @@ class Trainer:
         self.optimizer = self._new_optimizer()
         self.sampler = PromptSampler(experiment.problems.train, config.seed, config.parent)
         self.engine = experiment.build_engine(self.policy)
-        self._engine_is_current = True  # False while it has not got the policy's present weights
+        self._engine_is_current = True  # False if the policy's weights have changed since the last sync
         self.sampling = experiment.sampling(self.master)
         self.loss_scale = LossScale() if dtype == torch.float16 else None
         self.state = TrainerState()
@@ -181,7 +181,7 @@ class Trainer:
         )
 
     def _current_engine(self) -> RolloutEngine:
-        """The rollout engine, with the policy's present weights."""
+        """The rollout engine, with the current weights of the policy."""
         if not self._engine_is_current:
             self.engine.sync(self.policy)
             self._engine_is_current = True
