@@ -21,7 +21,7 @@ from grpo.config.instantiate import check_call, find_function
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_LOG_RATIO = 20.0  # exp(20) is finite in float32 and bfloat16; beyond it only the sign matters
+MAX_LOG_RATIO = 20.0  # exp(20) is finite in float32 and bfloat16
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     Never negative, and unbiased for samples of the policy.
     Source: Schulman, "Approximating KL divergence" (k3); DeepSeekMath (arXiv 2402.03300), equation 4.
     """
-    x = (ref_logps - logps).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    x = (ref_logps - logps).clamp(max=MAX_LOG_RATIO)  # below, nothing overflows, and a clamp would end the gradient
     return x.exp() - x - 1
 
 

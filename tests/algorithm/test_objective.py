@@ -36,6 +36,23 @@ def test_k3_is_exp_x_minus_x_minus_one_where_x_is_reference_minus_policy():
     torch.testing.assert_close(k3(logps, ref_logps), expected)
 
 
+@pytest.mark.parametrize("distance", [5.0, 25.0, 200.0])
+def test_k3_pulls_back_a_policy_however_far_it_is_from_the_reference(distance):
+    """With x = -distance, k3 is exp(x) - x - 1 and its gradient for the policy is 1 - exp(x)."""
+    logps = torch.tensor([0.0], requires_grad=True)
+    estimate = k3(logps, torch.tensor([-distance]))
+    estimate.backward()
+    assert estimate.item() == pytest.approx(math.exp(-distance) + distance - 1)
+    assert logps.grad.item() == pytest.approx(1 - math.exp(-distance))
+
+
+def test_k3_stays_finite_where_the_reference_is_much_likelier_than_the_policy():
+    logps = torch.tensor([-500.0], requires_grad=True)
+    k3(logps, torch.tensor([0.0])).backward()
+    assert torch.isfinite(k3(logps, torch.tensor([0.0]))).all()
+    assert torch.isfinite(logps.grad).all()
+
+
 def test_the_mean_of_k3_over_samples_of_the_policy_is_the_kl_divergence():
     policy, reference = torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log()
     exact = (policy.exp() * (policy - reference)).sum()
