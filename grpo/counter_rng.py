@@ -47,9 +47,15 @@ def gumbel_noise(keys: Tensor, token: int, vocab_size: int) -> Tensor:
     token_keys = _mix32(_mix32(keys ^ _wrap32(token * _GOLDEN32)) + keys.flip(1))  # (B, 2)
     vocab = torch.arange(vocab_size, dtype=torch.int32, device=keys.device)
     bits = _mix32((vocab * _GOLDEN32) ^ token_keys[:, :1], token_keys[:, 1:])  # (B, vocab_size)
-    # Uniform in (0, 1] from 31 bits. Small values, which become the large noise that decides, keep full resolution.
-    uniform = (bits & 0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)
-    exponential = uniform.neg_().log1p_().neg_()  # -log(1 - u); infinite if u rounds to 1: never sampled
+    return _gumbel(bits & 0x7FFFFFFF)
+
+
+def _gumbel(bits: Tensor) -> Tensor:
+    """Standard Gumbel noise from 31 random bits per value, int32; always finite."""
+    # Uniform in (0, 1). Small values, which become the large noise that decides, keep full resolution. The largest 64
+    # would round to 1, whose noise is -inf: even a token with a probability of almost 1 would lose.
+    uniform = bits.to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    exponential = uniform.neg_().log1p_().neg_()  # -log(1 - u)
     return exponential.log_().neg_()
 
 

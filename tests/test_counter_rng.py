@@ -1,9 +1,10 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 
-from grpo.counter_rng import gumbel_noise, hash64, row_keys
+from grpo.counter_rng import _gumbel, gumbel_noise, hash64, row_keys
 
 
 def keys(seed=1, step=1, slots=(0,), completions=(0,)):
@@ -63,6 +64,15 @@ def test_the_noise_has_the_standard_gumbel_distribution():
     cumulative = torch.exp(-torch.exp(-noise.double()))
     distance = (cumulative - torch.linspace(0, 1, len(noise), dtype=torch.float64)).abs().max()
     assert distance < 1.63 / len(noise) ** 0.5  # Kolmogorov-Smirnov at 1 %
+
+
+def test_every_pattern_of_random_bits_gives_finite_noise_that_grows_as_they_fall():
+    """The largest patterns round to 1 in float32; -log(-log(1 - u)) would be -inf there."""
+    ends = torch.cat([torch.arange(100), 2**31 - 1000 + torch.arange(1000)]).int()
+    noise = _gumbel(ends)
+    assert torch.isfinite(noise).all()
+    assert (noise.diff() <= 0).all()
+    assert noise[-1].item() == pytest.approx(-math.log(24 * math.log(2)), rel=1e-4)  # that of u = 1 - 2**-24
 
 
 def test_neighbouring_tokens_rows_and_vocabulary_entries_are_uncorrelated():
