@@ -53,7 +53,10 @@ class StochasticAdamW(torch.optim.Optimizer):
                 parts = [x[start : start + CHUNK] for x in (*flat, grad)]
                 bits = None
                 if parameter.dtype == torch.bfloat16:
-                    bits = random_bits((self._seed, step, number), start, len(parts[0]), parameter.device)
+                    bits = [
+                        random_bits(counters, start, len(parts[0]), parameter.device)
+                        for counters in ((self._seed, step, number), (self._seed, step, number, 1))
+                    ]
                 _adamw(group, step, *parts, bits=bits)
 
 
@@ -65,9 +68,9 @@ def _adamw(
     square: Tensor,
     grad: Tensor,
     *,
-    bits: Tensor | None,
+    bits: list[Tensor] | None,
 ) -> None:
-    """Update weights (n,) and states in place. bits: (n,) int32 for stochastic rounding; None: no such rounding."""
+    """Update weights (n,) and states in place. bits: two of (n,) int32, for stochastic rounding; None: no rounding."""
     beta1, beta2 = group["betas"]
     grad = grad.float()
     new_mean = mean.float().lerp_(grad, 1 - beta1)
@@ -75,11 +78,12 @@ def _adamw(
     new = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
     scale = (new_square / (1 - beta2**step)).sqrt_().add_(group["eps"])
     new.addcdiv_(new_mean, scale, value=-group["lr"] / (1 - beta1**step))
-    mean.copy_(new_mean)  # rounded to nearest: steps of a tenth of a gradient are not lost
-    if bits is not None:
-        new = round_stochastically(new, bits)
-        new_square = round_stochastically(new_square, bits >> 16)
+    if bits is not None:  # rounded to the nearest, the averages too would stop short of a constant gradient
+        new = round_stochastically(new, bits[0])
+        new_square = round_stochastically(new_square, bits[0] >> 16)
+        new_mean = round_stochastically(new_mean, bits[1])
     weight.copy_(new)
+    mean.copy_(new_mean)
     square.copy_(new_square)
 
 

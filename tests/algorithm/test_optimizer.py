@@ -40,6 +40,17 @@ def test_steps_too_small_for_bfloat16_add_up_with_stochastic_rounding_and_are_lo
     assert moved == pytest.approx(steps * lr, abs=4 * deviation)
 
 
+def test_the_average_of_a_constant_gradient_in_bfloat16_becomes_that_gradient():
+    """Rounded to the nearest, an average with beta 0.9 stops several percent below it."""
+    parameter = torch.nn.Parameter(torch.zeros(20_000, dtype=torch.bfloat16))
+    optimizer = StochasticAdamW([parameter], lr=1e-5, betas=(0.9, 0.99))
+    for _ in range(300):
+        parameter.grad = torch.full_like(parameter, 0.7)
+        optimizer.step()
+    mean = optimizer.state[parameter]["exp_avg"].float().mean().item()
+    assert mean == pytest.approx(float(torch.tensor(0.7).bfloat16()), rel=1e-3)
+
+
 def test_stochastic_rounding_goes_to_a_neighbouring_value_and_keeps_the_mean():
     x = torch.tensor([1.001, -1.001, 3.3e-5, 2.0, 0.0]).repeat(40_000, 1)
     rounded = round_stochastically(x.clone(), random_bits((1, 2), 0, x.numel(), CPU).view_as(x))
