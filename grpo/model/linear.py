@@ -21,7 +21,9 @@ class OneDnnLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """See `nn.Linear.forward`."""
         if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return _OneDnnFunction.apply(x, self.weight, self.bias)
+            # As a matrix, since oneDNN's result would otherwise be a view, which a model could not change in place.
+            rows = _OneDnnFunction.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+            return rows.view(*x.shape[:-1], -1)
         return onednn_linear(x, self.weight, self.bias)
 
 
@@ -35,11 +37,10 @@ class _OneDnnFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
         return (
             onednn_linear(grad, weight.t()) if ctx.needs_input_grad[0] else None,
-            rows.t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None,
-            rows.sum(dim=0) if ctx.needs_input_grad[2] else None,
+            grad.t() @ x if ctx.needs_input_grad[1] else None,
+            grad.sum(dim=0) if ctx.needs_input_grad[2] else None,
         )
 
 
