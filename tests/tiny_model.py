@@ -4,9 +4,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.batch import Completions, tokenize_prompts
 from grpo.config.schema import ModelConfig
-from grpo.model.loading import load_model
 from grpo.model.packed import supports_packing
 from grpo.rollout.llama_decoder import supports_fast_decoding
+from grpo.rollout.load_check import load_checked_model
 from grpo.tiny import MODEL_DIR
 
 
@@ -24,7 +24,7 @@ def plain_model():
 @pytest.fixture(scope="session")
 def fast_model():
     """The model as the suite loads it: packed batches, decoding by `FastDecoder`, matrix products by oneDNN."""
-    model = load_model(tiny_config(), torch.device("cpu"))
+    model = load_checked_model(tiny_config(), torch.device("cpu"))
     assert supports_packing(model)
     assert supports_fast_decoding(model)
     return model

@@ -141,6 +141,16 @@ def _use_deterministic_algorithms(wanted: bool) -> None:
     torch.backends.cuda.enable_cudnn_sdp(not wanted)  # cuDNN's attention does not guarantee reproducible gradients
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of memory that can still be allocated on a device, about."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    if info.exists() and (found := re.search(r"MemAvailable:\s*(\d+) kB", info.read_text())):
+        return int(found[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
 def peak_memory_gb(device: torch.device) -> float:
     """Peak memory so far in GB: of the tensors on the GPU with CUDA, otherwise of the process."""
     if device.type == "cuda":

@@ -17,9 +17,14 @@ def prefill(model: PreTrainedModel, prompts: Prompts) -> tuple[Tensor, DynamicCa
 
     If gradients are enabled, they flow through the cache, so a group can share its prompt's forward pass in training.
     """
-    cache = DynamicCache(config=model.config)
+    cache = new_cache(model)
     hidden = extend(model, cache, prompts.ids, prompts.mask, positions(prompts.mask))  # (P, L, H)
     return hidden[:, -1], cache
+
+
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache for the model."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def extend(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tensor, position_ids: Tensor) -> Tensor:
@@ -28,23 +33,24 @@ def extend(model: PreTrainedModel, cache: DynamicCache, ids: Tensor, mask: Tenso
     ids, position_ids: (rows, L); mask: (rows, length of the cache + L).
     """
     decoder = model.get_decoder()
-    cached = {_cache_argument(type(decoder).forward): cache}
+    cached = {cache_argument(decoder): cache}
     output = decoder(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=True, **cached)
     return output.last_hidden_state
 
 
+def cache_argument(decoder: Any) -> str:
+    """The name of the cache argument: transformers renamed it in 5.24, but remote model code may use the old name."""
+    return _cache_argument(type(decoder).forward)
+
+
 @functools.cache
 def _cache_argument(forward: Callable[..., Any]) -> str:
-    """The name of the cache argument: transformers renamed it in 5.24, but remote model code may use the old name."""
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def select_cache_rows(cache: DynamicCache, rows: Tensor) -> None:
     """Keep, repeat or reorder the cache's rows in place; rows (N,) int64 may contain a row more than once.
 
-    Uses `index_select` instead of indexing, because its gradient sums repeated rows in a fixed order.
+    transformers uses `index_select` here, whose gradient sums repeated rows in a fixed order.
     """
-    layers: list[Any] = cache.layers  # each has keys and values, since the cache is not empty
-    for layer in layers:
-        layer.keys = layer.keys.index_select(0, rows)
-        layer.values = layer.values.index_select(0, rows)
+    cache.reorder_cache(rows)  # type: ignore[arg-type]  # a LongTensor is a Tensor of int64

@@ -1,12 +1,15 @@
 """Log-probabilities from hidden states, computed from the logits of a few tokens at a time."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 from grpo.model.linear import onednn_linear
+from grpo.model.paths import paths_of
 
 LOGITS_PER_CHUNK = 2**23  # 32 MB of float32: about the size of a processor's cache, since a chunk is read many times
 NARROW_CHUNKS = 4  # per product with 16-bit weights, where each product also reads and writes a float32 gradient sum
@@ -80,3 +83,18 @@ def _chunks(tokens: int, weight: Tensor, times: int = 1) -> list[slice]:
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     logits = onednn_linear(hidden, weight).float()
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """The function from hidden states (..., H) to the model's logits (..., V)."""
+    head = model.get_output_embeddings()
+    paths = paths_of(model)
+    if paths.logit_cap is not None:
+        cap = paths.logit_cap
+        return lambda hidden: soft_cap(head(hidden), cap)
+    return head if paths.logit_scale == 1.0 else lambda hidden: head(hidden) * paths.logit_scale
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """Limit logits smoothly to the range from -cap to cap. Source: Gemma 2 (arXiv 2408.00118), section 2."""
+    return cap * torch.tanh(logits / cap)

@@ -23,7 +23,6 @@ from grpo.architectures import ARCHITECTURES_DIR
 from grpo.config.errors import ConfigError, first_line
 from grpo.config.schema import ModelConfig
 from grpo.model.linear import use_onednn
-from grpo.model.packed import try_packing
 from grpo.tiny import MODEL_DIR as TINY_MODEL_DIR
 
 logger = logging.getLogger(__name__)
@@ -85,7 +84,10 @@ def check_model(config: ModelConfig) -> None:
 
 
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """Load the model in evaluation mode (GRPO's ratios need the same network for sampling and for training)."""
+    """Load the model in evaluation mode (GRPO's ratios need the same network for sampling and for training).
+
+    Before it is used, `grpo.rollout.load_check.choose_paths` must check it. Raises ConfigError.
+    """
     transformers_logging.disable_progress_bar()
     settings = {
         "dtype": getattr(torch, config.dtype),
@@ -105,11 +107,12 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
         else:
             model = AutoModelForCausalLM.from_pretrained(model_source(config.name), **settings)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if "attn_implementation" in str(error) and config.attn_implementation == "sdpa":
+            raise ConfigError(
+                f"model.name={config.name} does not support torch's attention: add model.attn_implementation=eager"
+            ) from error
         raise ConfigError(f"model.name={config.name} could not be loaded: {first_line(error)}") from error
     model.to(device).eval()
-    _check_head(model)
-    if not try_packing(model):
-        logger.info("%s does not support packed sequences; using padded batches", type(model).__name__)
     use_onednn(model)
     return model
 
@@ -163,18 +166,6 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
     return sorted({token for token in [tokenizer.eos_token_id, *stops] if token is not None})
-
-
-@torch.no_grad()
-def _check_head(model: PreTrainedModel) -> None:
-    """Raise ConfigError if the model changes its logits after the output head, which is applied separately here."""
-    ids = torch.arange(1, 5, device=model.device)[None]
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    if not torch.allclose(model.get_output_embeddings()(hidden), model(ids, use_cache=False).logits, atol=1e-4):
-        raise ConfigError(
-            f"{type(model).__name__} changes its logits after the output head (scaling or soft-capping), "
-            "which this engine does not reproduce; choose another model.name"
-        )
 
 
 def model_not_found(name: str, cause: Exception) -> ConfigError:

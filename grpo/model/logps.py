@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from grpo.batch import Completions, Prompts, positions
 from grpo.model.kv_cache import extend, prefill, select_cache_rows
-from grpo.model.lm_head import LOGITS_PER_CHUNK, HeadLogps
-from grpo.model.packed import forward_packed, pack_groups, supports_packing
+from grpo.model.lm_head import LOGITS_PER_CHUNK, HeadLogps, soft_cap
+from grpo.model.packed import forward_packed, pack_groups
+from grpo.model.paths import paths_of
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,20 @@ def completion_logps(
 
     If gradients are enabled, they also flow through the shared prompt.
     """
-    if supports_packing(model):
+    paths = paths_of(model)
+    if paths.training == "packed":
         ids, position_ids, packing, source = pack_groups(prompts, completions, model.dtype)
         hidden = forward_packed(model, ids, position_ids, packing).index_select(0, source)  # (A, H)
     else:
-        hidden = _hidden_by_cache(model, prompts, completions)[completions.attention_mask.bool()]  # (A, H)
+        compute = _hidden_by_cache if paths.training == "cached" else _hidden_in_full
+        hidden = compute(model, prompts, completions)[completions.attention_mask.bool()]  # (A, H)
     mask = completions.attention_mask
     active = mask.flatten().nonzero().squeeze(1)  # (A,), indices of the completions' tokens
     targets = completions.ids.flatten().index_select(0, active)  # (A,)
     empty = torch.zeros(mask.numel(), dtype=torch.float32, device=hidden.device)
-    found = head_logps(model.get_output_embeddings(), hidden, targets, temperature, entropy)  # (A,), (A,)
+    found = head_logps(
+        model.get_output_embeddings(), hidden, targets, temperature / paths.logit_scale, entropy, paths.logit_cap
+    )
     return TokenLogps(*(empty.index_copy(0, active, values).view(mask.shape) for values in found))
 
 
@@ -59,18 +64,35 @@ def _hidden_by_cache(model: PreTrainedModel, prompts: Prompts, completions: Comp
     return torch.cat([hidden, extend(model, cache, completions.ids[:, :-1], mask, new_positions)], dim=1)
 
 
+def _hidden_in_full(model: PreTrainedModel, prompts: Prompts, completions: Completions) -> Tensor:
+    """The hidden state (B, T, H) that predicts each token; each row is its prompt, its completion, then padding.
+
+    Padding at the end changes nothing in a causal model, so neither a mask nor positions are passed.
+    """
+    ids = torch.cat([prompts.ids[completions.group], completions.ids[:, :-1]], dim=1)  # (B, L + T - 1)
+    lengths = prompts.mask.sum(dim=1)[completions.group]  # (B,)
+    padding = prompts.ids.shape[1] - lengths  # (B,), before each prompt
+    columns = torch.arange(ids.shape[1], device=ids.device)  # (L + T - 1,)
+    ids = ids.gather(1, (columns + padding[:, None]) % ids.shape[1])
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, L + T - 1, H)
+    predicting = lengths[:, None] - 1 + torch.arange(completions.ids.shape[1], device=ids.device)  # (B, T)
+    rows = torch.arange(len(ids), device=ids.device)[:, None] * ids.shape[1]  # (B, 1)
+    return hidden.flatten(0, 1).index_select(0, (rows + predicting).flatten()).unflatten(0, predicting.shape)
+
+
 def head_logps(
-    head: Any, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool = True
+    head: Any, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool = True, cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (A,) of the targets (A,), and entropies (A,), from the hidden states (A, H) that predict them.
 
-    The head is applied again in the backward pass, so the logits (A, V) never exist at once.
+    cap: the soft cap of the logits (`Paths.logit_cap`). The head is applied again in the backward pass, so the logits
+    (A, V) never exist at once.
     """
-    if isinstance(head, nn.Linear) and head.bias is None:
+    if isinstance(head, nn.Linear) and head.bias is None and cap is None:
         return HeadLogps.apply(hidden, head.weight, targets, temperature, entropy)
     chunk = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
     parts = [
-        checkpoint(_chunk_logps, head, h, t, temperature, entropy, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(_chunk_logps, head, h, t, temperature, entropy, cap, use_reentrant=False, preserve_rng_state=False)
         for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
     ]
     logps, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -78,9 +100,10 @@ def head_logps(
 
 
 def _chunk_logps(
-    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool, cap: float | None
 ) -> tuple[Tensor, Tensor]:
-    logps = torch.log_softmax(head(hidden).float() / temperature, dim=-1)  # (chunk, V)
+    logits = head(hidden) if cap is None else soft_cap(head(hidden), cap)  # (chunk, V)
+    logps = torch.log_softmax(logits.float() / temperature, dim=-1)
     with torch.no_grad():
         entropy = -(logps.exp() * logps).sum(dim=-1) if with_entropy else logps.new_zeros(len(logps))
     return logps.gather(1, targets[:, None]).squeeze(1), entropy

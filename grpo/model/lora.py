@@ -19,6 +19,10 @@ from grpo.config.errors import ConfigError, first_line
 from grpo.config.schema import LoraSettings
 
 PLAIN = {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
+PATTERNS = ("rank_pattern", "alpha_pattern")  # peft itself sets them for the fused weights of experts
+# peft refuses to adapt these layers of these architectures, whose kernels use the weights directly.
+NOT_ADAPTED = ("out_proj", "conv1d")
+MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 
 
 def add_adapter(model: PreTrainedModel, settings: LoraSettings, dtype: torch.dtype, seed: int) -> None:
@@ -34,6 +38,7 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings, dtype: torch.dty
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank
         target_modules=modules,
+        exclude_modules=list(NOT_ADAPTED) if modules == "all-linear" and model.config.model_type in MAMBA else None,
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.name_or_path,
     )
@@ -66,17 +71,23 @@ def check_adapter(settings: LoraSettings) -> None:
             f"model.lora.init_from={settings.init_from} is not the folder of an adapter, which holds "
             "adapter_config.json and adapter_model.safetensors"
         )
-    special = [f"{key}={stored[key]}" for key, plain in PLAIN.items() if (stored.get(key) or plain) != plain]
+    # Whether the patterns of an adapter of experts are those of this model is known once it is loaded.
+    checked = {key: plain for key, plain in PLAIN.items() if not (stored.get("target_parameters") and key in PATTERNS)}
+    special = [f"{key}={stored[key]}" for key, plain in checked.items() if (stored.get(key) or plain) != plain]
     if special:
-        raise ConfigError(
-            f"model.lora.init_from={settings.init_from} is a variant of LoRA that is not trained here: "
-            f"{', '.join(special)}; merge it into its model with peft and start from that"
-        )
+        raise _unusual(settings.init_from, special)
     if (stored["r"], stored["lora_alpha"]) != (settings.rank, settings.alpha):
         raise ConfigError(
             f"model.lora.init_from={settings.init_from} has another size; set model.lora.rank={stored['r']} "
             f"model.lora.alpha={stored['lora_alpha']}"
         )
+
+
+def _unusual(folder: str, settings: list[str]) -> ConfigError:
+    return ConfigError(
+        f"model.lora.init_from={folder} is a variant of LoRA that is not trained here: {', '.join(settings)}; merge it "
+        "into its model with peft and start from that"
+    )
 
 
 def adapter_config(folder: str | Path) -> dict[str, Any] | None:
@@ -89,6 +100,13 @@ def _begin_with(model: PreTrainedModel, folder: str) -> None:
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
+    stored = adapter_config(folder) or {}
+    config: Any = model.peft_config["default"]  # peft's dataclass
+    special = [
+        f"{key}={stored.get(key)}" for key in PATTERNS if (stored.get(key) or {}) != (getattr(config, key) or {})
+    ]
+    if special:
+        raise _unusual(folder, special)
     found: Any = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
     lacking = [key for key in found.missing_keys if "lora_" in key]
     if lacking or found.unexpected_keys:

@@ -6,6 +6,7 @@ training pass use this; `grpo/model/kv_cache.py` is the padded form, which gives
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,16 +15,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo.batch import Completions, Prompts, positions
 from grpo.config.errors import ConfigError
+from grpo.model.paths import paths_of
 
 NAME = "grpo_packed"
 # Raised by an architecture whose attention does not support this; the padded form is used for it.
 UNSUPPORTED_ATTENTION = (TypeError, AttributeError, KeyError, RuntimeError)
+UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "head_mask")  # of attention, which change its results
+# Names of config keys with a number of tokens, and those of the same form with another meaning.
+WINDOW = re.compile(r"window(_size|_len)?$|chunk_size$|chunk_length$|topk$|block_size$|^local_attention$")
+NO_WINDOW = ("chunk_size_feed_forward", "moe_topk")
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -134,9 +140,12 @@ def _forward(
     *,
     scaling: float,
     packing: Packing,
-    **__: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls instead of a model's own attention."""
+    for name in UNSUPPORTED_ARGUMENTS:
+        if others.get(name) is not None:
+            raise TypeError(f"packed rows do not support attention with {name}")
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
     return packing.attend(module.layer_idx, query, key, value, scaling)[None], None
 
@@ -213,52 +222,30 @@ def _checkpointed(model: PreTrainedModel, forward: Callable[..., Any], *args: An
 
 
 def supports_packing(model: PreTrainedModel) -> bool:
-    """Whether the model supports packed rows, as recorded when it was loaded."""
-    return getattr(model, "supports_packed_rows", False)
+    """Whether the model uses packed rows in training."""
+    return paths_of(model).training == "packed"
 
 
-def mark_packing(model: Any, found: bool) -> None:
-    """Record on a model whether it supports packed rows, for `supports_packing`."""
-    model.supports_packed_rows = found
+def may_pack(model: PreTrainedModel, max_length: int) -> bool:
+    """Whether the model's config allows packed rows for sequences of up to `max_length` tokens.
+
+    False if its attention is not torch's, or does not reach all earlier tokens of such a sequence.
+    """
+    config = model.config.get_text_config(decoder=True)
+    return model.config._attn_implementation == "sdpa" and not any(w < max_length for w in attention_windows(config))
 
 
-def try_packing(model: PreTrainedModel) -> bool:
-    """Test with a small packed row whether a model supports packed rows, and record it on the model."""
-    found = _supports_packed_rows(model)
-    mark_packing(model, found)
-    return found
+def attention_windows(config: PretrainedConfig) -> list[int]:
+    """The numbers of tokens, as declared by a text model's config, beyond which some layers do not attend to all.
 
-
-@torch.no_grad()
-def _supports_packed_rows(model: PreTrainedModel) -> bool:
-    """False if attention is not sdpa over all earlier tokens, or not called through transformers' interface."""
-    if not may_pack(model):
-        return False
-    lengths = torch.tensor([[5], [3]])
-    device = model.device
-    mask = (torch.arange(5) < lengths).long().to(device)
-    ids = (torch.arange(10).view(2, 5) + 1).to(device)
-    prompts = Prompts(ids[:, :2], mask[:, :2])
-    completions = Completions(ids[:, 2:], mask[:, 2:], mask[:, 2:], group=torch.arange(2, device=device))
-    packed_ids, position_ids, packing, _ = pack_groups(prompts, completions, model.dtype)
-    plain = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    expected = torch.cat([plain[:, :2].flatten(0, 1), plain[0, 2:4]])  # (6, H)
-    try:
-        found = forward_packed(model, packed_ids, position_ids, packing)
-    except UNSUPPORTED_ATTENTION:
-        return False
-    rounding = 1e-4 if model.dtype == torch.float32 else 5e-2
-    return bool((found - expected).abs().max() <= rounding * expected.abs().max())
-
-
-def may_pack(model: PreTrainedModel) -> bool:
-    """Whether the model's config allows packing: sdpa attention over all earlier tokens, not a sliding window."""
-    if model.config._attn_implementation != "sdpa":
-        return False
-    kinds = getattr(model.config, "layer_types", None)
-    if kinds is not None:
-        return all(kind == "full_attention" for kind in kinds)
-    return getattr(model.config, "sliding_window", None) is None
+    These are sliding windows, chunks and the sizes of sparse selections. The chunks of linear attention, which change
+    no result, are included.
+    """
+    values = config.to_dict()
+    if values.get("use_sliding_window") is False:
+        values.pop("sliding_window", None)
+    found = [value for key, value in values.items() if WINDOW.search(key) and key not in NO_WINDOW]
+    return sorted({value for value in found if type(value) is int and value > 0})
 
 
 def forward_packed(model: PreTrainedModel, ids: Tensor, position_ids: Tensor, packing: Packing) -> Tensor:

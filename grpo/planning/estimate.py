@@ -24,10 +24,10 @@ from grpo.model.packed import (
     PackedGroups,
     VarLen,
     forward_packed,
-    mark_packing,
     may_pack,
     supports_packing,
 )
+from grpo.model.paths import Paths, set_paths
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,11 @@ class Work:
     lengths: list[int]  # tokens of each of the P * G completions
 
 
-def meta_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model on the meta device, without its weights, with its adapter. dtype: that of the arithmetic."""
+def meta_model(config: ModelConfig, dtype: torch.dtype, max_length: int) -> PreTrainedModel:
+    """The model on the meta device, without its weights, with its adapter.
+
+    dtype: that of the arithmetic. max_length: maximum tokens of a prompt with its completion.
+    """
     remote = config.trust_remote_code
     settings = {"dtype": dtype, "attn_implementation": config.attn_implementation, "trust_remote_code": remote}
     with torch.device("meta"):
@@ -49,7 +52,8 @@ def meta_model(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         if config.lora is not None:
             add_adapter(model, replace(config.lora, init_from=None), getattr(torch, config.dtype), seed=0)
     # That packed rows give the right numbers is checked when the weights are loaded.
-    mark_packing(model, may_pack(model) and _supports_packed_rows(model))
+    packs = may_pack(model, max_length) and _supports_packed_rows(model)
+    set_paths(model, Paths(training="packed" if packs else "plain"))
     return model
 
 

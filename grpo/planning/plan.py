@@ -75,7 +75,7 @@ def plan(config: Config) -> Plan:
     sizes = experiment.sizes
     dtype = getattr(torch, config.model.dtype)
     compute = compute_dtype(config)
-    model = estimate.meta_model(config.model, compute)
+    model = estimate.meta_model(config.model, compute, experiment.max_length or 0)
     prompt_tokens = math.ceil(sum(experiment.prompt_lengths) / len(experiment.prompt_lengths))
     rows = sizes.batch_size * sizes.num_generations
     work = estimate.Work(sizes.batch_size, sizes.num_generations, prompt_tokens, [sizes.max_completion_length] * rows)

@@ -19,22 +19,30 @@ from transformers import PreTrainedModel
 from grpo.batch import Prompts, positions
 from grpo.model.linear import has_onednn, onednn_linear, reorder_weight
 from grpo.model.lora import low_rank
-from grpo.model.packed import PackedPrompts, VarLen, forward_packed, supports_packing, varlen
+from grpo.model.packed import PackedPrompts, VarLen, forward_packed, varlen
+from grpo.model.paths import paths_of
 from grpo.rollout.cuda_graph import capture_graph
 
 # Their layers are: norm, attention with rotary positions, norm, gated SiLU. Biases and norms of heads are optional.
-FAMILY = {"LlamaModel", "Qwen2Model", "Qwen3Model", "MistralModel"}
+FAMILY = {
+    f"transformers.models.{module}.modeling_{module}.{name}"
+    for module, name in (
+        ("llama", "LlamaModel"),
+        ("mistral", "MistralModel"),
+        ("qwen2", "Qwen2Model"),
+        ("qwen3", "Qwen3Model"),
+    )
+}
 GRAPH_WIDTH = 128  # a CUDA graph is recorded again every 128 new tokens
 
 
 def supports_fast_decoding(model: PreTrainedModel) -> bool:
-    """Whether `FastDecoder` supports this model."""
+    """Whether `FastDecoder` supports a model that supports packed rows."""
     decoder = model.get_decoder()
     head = model.get_output_embeddings()
     linear = (m for m in decoder.modules() if hasattr(m, "in_features"))
     return (
-        supports_packing(model)
-        and type(decoder).__name__ in FAMILY
+        f"{type(decoder).__module__}.{type(decoder).__qualname__}" in FAMILY  # remote code may use the same names
         and decoder.config.hidden_act == "silu"
         and isinstance(head, nn.Linear)
         and all(isinstance(getattr(m, "base_layer", m), nn.Linear) for m in linear)
@@ -125,6 +133,7 @@ class FastDecoder:
         self._cuda_graphs = cuda_graphs
         self._prompt_of_row = prompt_of_row
         self._groups = rows_by_prompt(prompt_of_row, len(lengths))
+        assert (paths_of(model).logit_scale, paths_of(model).logit_cap) == (1.0, None)  # as in the whole family
         self._head = FusedLinear(rows, model.get_output_embeddings())
         self._layers = [
             _layer(module, packing.kept[number], rows, max_tokens, clear=cuda_graphs)

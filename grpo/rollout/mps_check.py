@@ -10,9 +10,9 @@ from torch import Tensor
 from grpo.batch import Completions, Prompts
 from grpo.config.errors import ConfigError
 from grpo.config.schema import ModelConfig
-from grpo.model.loading import load_model
 from grpo.model.logps import completion_logps
 from grpo.rollout.engine import Sampling
+from grpo.rollout.load_check import load_checked_model
 from grpo.rollout.native import rollout
 
 EMBEDDED = ModelConfig("tiny", "sdpa", "float32", "auto", False)
@@ -36,7 +36,7 @@ def check_device(device: torch.device) -> None:
 
 def _compute_all(device: torch.device) -> tuple[Tensor, ...]:
     """Greedy completions, their log-probabilities and the gradient of these, computed on `device`, as CPU tensors."""
-    model = load_model(EMBEDDED, torch.device("cpu"))
+    model = load_checked_model(EMBEDDED, torch.device("cpu"))
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides that this is a method
     ids = torch.arange(5, 29, device=device).view(2, 12)
     mask = (torch.arange(12, device=device) >= torch.tensor([[0], [3]], device=device)).long()

@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 from grpo.batch import Completions, Prompts, positions, split_rows
 from grpo.config.errors import ConfigError
 from grpo.counter_rng import gumbel_noise
-from grpo.model.kv_cache import extend, prefill, select_cache_rows
+from grpo.model.kv_cache import cache_argument, extend, new_cache, prefill, select_cache_rows
+from grpo.model.lm_head import output_head
 from grpo.model.oom import TokenBudget
+from grpo.model.paths import paths_of
 from grpo.rollout.engine import Compute, Sampling
-from grpo.rollout.llama_decoder import FAMILY, FastDecoder, supports_fast_decoding
+from grpo.rollout.llama_decoder import FAMILY, FastDecoder
 
 # (N, limit): every N tokens, finished rows are dropped if the share of running rows is below the limit. On a CPU the
 # time grows with the number of rows; on a GPU it hardly does, and each check synchronises.
@@ -48,7 +50,7 @@ class NativeEngine:
             )
 
         lengths = prompts.mask.sum(dim=1)
-        times_read = 1 if supports_fast_decoding(self._policy) else group_size
+        times_read = 1 if paths_of(self._policy).sampling == "fast" else group_size
         least = int(lengths.max()) + sampling.max_new_tokens
         most = int(lengths.sum()) * times_read + len(lengths) * group_size * sampling.max_new_tokens
         return self._budget.run(sample, least, most)
@@ -74,8 +76,8 @@ class NativeEngine:
 
 def check_decoding(model: PreTrainedModel) -> None:
     """Raise ConfigError if sampling from the model would need transformers' growing cache."""
-    if not supports_fast_decoding(model):
-        families = ", ".join(sorted(name.removesuffix("Model") for name in FAMILY))
+    if paths_of(model).sampling != "fast":
+        families = ", ".join(sorted(name.rpartition(".")[2].removesuffix("Model") for name in FAMILY))
         raise ConfigError(
             f"{type(model).__name__} with model.attn_implementation={model.config._attn_implementation} needs "
             f"transformers' cache for sampling, which gives NaN on Apple's GPU; use hardware=cpu, or one of "
@@ -104,20 +106,57 @@ def rollout(
     device = prompts.ids.device
     keys = keys.to(device)
     group = torch.arange(len(prompts.ids), device=device).repeat_interleave(group_size)  # (B,)
-    parts = []
-    lengths = prompts.mask.sum(dim=1)
-    fast = supports_fast_decoding(model)
-    kind = functools.partial(FastDecoder, cuda_graphs=cuda_graphs and keys.is_cuda) if fast else CachedDecoder
-    for rows in split_rows(lengths, group, sampling.max_new_tokens, token_budget, shared=fast):
-        start = functools.partial(kind, model, *prompts.take(group[rows]), sampling.max_new_tokens)
-        parts.append(_decode(start, keys[rows], sampling))
-    longest = max(ids.shape[1] for ids, _ in parts)
-    ids, logps = (
-        torch.cat([torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=padding) for x in values])
-        for values, padding in zip(zip(*parts, strict=True), (sampling.pad_id, 0.0), strict=True)
-    )
+    ids = torch.full((len(group), sampling.max_new_tokens), sampling.pad_id, device=device)
+    logps = torch.zeros(ids.shape, device=device)
+    longest = 0
+    rows = torch.arange(len(group), device=device)
+    for part in rows_decoded_together(model, prompts, group, rows, sampling.max_new_tokens, token_budget):
+        start = functools.partial(
+            build_decoder, model, prompts, group[part], sampling.max_new_tokens, cuda_graphs=cuda_graphs
+        )
+        part_ids, part_logps = _decode(start, keys[part], sampling)
+        width = part_ids.shape[1]
+        ids[part, :width] = part_ids
+        logps[part, :width] = part_logps
+        longest = max(longest, width)
+    ids = ids[:, :longest]
+    logps = logps[:, :longest]
     mask = completion_mask(ids, sampling.stop_ids)
     return Completions(ids, mask, mask, group, logps * mask)
+
+
+def rows_decoded_together(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    prompt_of_row: Tensor,
+    rows: Tensor,
+    max_new_tokens: int = 0,
+    token_budget: int = 2**62,
+) -> list[Tensor]:
+    """Split rows (n,) into parts of at most `token_budget` tokens; if prompts cannot be padded, also by their length.
+
+    prompt_of_row: (B,), of all rows, ordered by prompt.
+    """
+    lengths = prompts.mask.sum(dim=1)
+    path = paths_of(model).sampling
+    parts = [
+        rows[part] for part in split_rows(lengths, prompt_of_row[rows], max_new_tokens, token_budget, path == "fast")
+    ]
+    if path != "plain":
+        return parts
+    by_row = lengths[prompt_of_row]  # (B,)
+    return [part[by_row[part] == length] for part in parts for length in by_row[part].unique()]
+
+
+def build_decoder(
+    model: PreTrainedModel, prompts: Prompts, prompt_of_row: Tensor, max_tokens: int, *, cuda_graphs: bool = False
+) -> "Decoder":
+    """The decoder of the model's path, for R rows with prompts `prompt_of_row` (R,)."""
+    used, place = prompts.take(prompt_of_row)
+    path = paths_of(model).sampling
+    if path == "fast":
+        return FastDecoder(model, used, place, max_tokens, cuda_graphs=cuda_graphs and place.is_cuda)
+    return (CachedDecoder if path == "cached" else PlainDecoder)(model, used, place, max_tokens)
 
 
 def completion_mask(ids: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
@@ -181,20 +220,50 @@ class CachedDecoder:
         self._length = mask.shape[1]
         self._mask = torch.cat([mask, mask.new_ones(len(mask), max_tokens)], dim=1)
         self._next_position = positions(mask)[:, -1:] + 1  # (R, 1)
-        self.logits = model.get_output_embeddings()(hidden[prompt_of_row])
+        self._head = output_head(model)
+        self.logits = self._head(hidden[prompt_of_row])
 
     def read(self, tokens: Tensor) -> None:
         """See `Decoder`."""
         self._length += 1
         hidden = extend(self._model, self._cache, tokens[:, None], self._mask[:, : self._length], self._next_position)
         self._next_position = self._next_position + 1
-        self.logits = self._model.get_output_embeddings()(hidden[:, -1])
+        self.logits = self._head(hidden[:, -1])
 
     def keep(self, rows: Tensor) -> None:
         """See `Decoder`."""
         select_cache_rows(self._cache, rows)
         self._mask = self._mask[rows]
         self._next_position = self._next_position[rows]
+
+
+class PlainDecoder:
+    """A decoder that leaves transformers' cache alone, for architectures with a cache of their own.
+
+    All prompts must have the same length, since there is no padding. Rows that are not kept are decoded to the end.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Prompts, prompt_of_row: Tensor, max_tokens: int) -> None:
+        assert bool(prompts.mask.all())
+        self._decoder = model.get_decoder()
+        self._head = output_head(model)
+        self._cache = new_cache(model)
+        self._rows = torch.arange(len(prompt_of_row), device=prompt_of_row.device)
+        self._tokens = prompts.ids[prompt_of_row, -1]  # (R,), the last token of every row, also of those not kept
+        self.logits = self._compute(prompts.ids[prompt_of_row])
+
+    def _compute(self, ids: Tensor) -> Tensor:
+        output = self._decoder(input_ids=ids, use_cache=True, **{cache_argument(self._decoder): self._cache})
+        return self._head(output.last_hidden_state[self._rows, -1])
+
+    def read(self, tokens: Tensor) -> None:
+        """See `Decoder`."""
+        self._tokens[self._rows] = tokens
+        self.logits = self._compute(self._tokens[:, None])
+
+    def keep(self, rows: Tensor) -> None:
+        """See `Decoder`."""
+        self._rows = self._rows[rows]
 
 
 def _sample_tokens(logits: Tensor, keys: Tensor, t: int, sampling: Sampling, stop_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,10 +22,11 @@ from grpo.config.schema import Config, known_keys
 from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import Messages, messages, prompt_lengths, render
 from grpo.model.hardware import use_hardware
-from grpo.model.loading import architecture, check_model, copy_in_dtype, load_model, load_tokenizer, stop_token_ids
+from grpo.model.loading import architecture, check_model, copy_in_dtype, load_tokenizer, stop_token_ids
 from grpo.model.lora import add_adapter, check_adapter, save_adapter, switch_adapter
 from grpo.rewards.scoring import RewardComponent, Rewards, end_process, score
 from grpo.rollout.engine import Compute, RolloutEngine, Sampling
+from grpo.rollout.load_check import load_checked_model
 from grpo.rollout.mps_check import check_device
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Experiment:
     tokenizer: PreTrainedTokenizerBase
     problems: Problems
     prompt_lengths: list[int]  # number of tokens of each training problem's prompt
+    max_length: int | None  # maximum tokens of a prompt with its completion; None without problems
     components: list[RewardComponent]
     accuracy: RewardComponent  # 1.0 or 0.0 for each completion
     advantage: Callable[[Tensor, Tensor, Tensor], Tensor]  # its arguments: grpo.algorithm.objective.ARGUMENTS
@@ -60,7 +62,8 @@ class Experiment:
         """Load the model to train. With LoRA the frozen weights need no higher precision than the compute dtype."""
         model = self.config.model
         compute = str(compute_dtype(self.config)).removeprefix("torch.")
-        policy = load_model(model if model.lora is None else replace(model, dtype=compute), self.device)
+        stored = model if model.lora is None else replace(model, dtype=compute)
+        policy = load_checked_model(stored, self.device, self.max_length)
         if model.lora is not None:
             add_adapter(policy, model.lora, getattr(torch, model.dtype), self.config.seed)
         return policy
@@ -152,8 +155,9 @@ def build_experiment(
         check_adapter(config.model.lora)
     tokenizer = load_tokenizer(config.model)
     lengths = prompt_lengths(tokenizer, problems.train + problems.test, config.data) if with_problems else []
+    max_length = None
     if with_problems:
-        _check_window(config, sizes, lengths[: len(problems.train)], lengths[len(problems.train) :])
+        max_length = _check_window(config, sizes, lengths[: len(problems.train)], lengths[len(problems.train) :])
     device = use_hardware(config) if use else torch.device("cpu")
     if device.type == "mps":
         check_device(device)
@@ -164,6 +168,7 @@ def build_experiment(
         tokenizer=tokenizer,
         problems=problems,
         prompt_lengths=lengths[: len(problems.train)],
+        max_length=max_length,
         components=components,
         accuracy=accuracy,
         advantage=advantage,
@@ -200,26 +205,35 @@ def build_objective(config: Config) -> ObjectiveFunction:
     return objective
 
 
-def _check_window(config: Config, sizes: Sizes, train: list[int], test: list[int]) -> None:
+def _check_window(config: Config, sizes: Sizes, train: list[int], test: list[int]) -> int:
     """Check that the longest prompts, in tokens, and their completions fit into the positions that the model declares.
 
-    Raises ConfigError for learned positions, which end there. Rotary positions (RoPE) can go further, which
-    transformers' generate() allows, but the answers may be poor: only a warning is logged.
+    Returns the maximum tokens of a prompt with its completion. Raises ConfigError for learned positions, which end
+    there, and for rotary positions (RoPE) whose frequencies change there for all tokens. Other rotary positions can go
+    further, which transformers' generate() allows, but the answers may be poor: only a warning is logged.
     """
     text = architecture(config.model.name, config.model.trust_remote_code).get_text_config(decoder=True)
     window = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None)
-    if window is None:
-        return
-    if rope and rope.get("original_max_position_embeddings"):  # YaRN models declare the window before its extension
-        window = max(window, int(rope["original_max_position_embeddings"] * rope.get("factor", 1)))
     test = test[: config.eval.max_problems]
     evaluated = config.eval.max_completion_length
     cases = [("grpo.max_completion_length", sizes.max_completion_length, train if evaluated else train + test)]
     if evaluated:
         cases.append(("eval.max_completion_length", evaluated, test))
+    longest = max(completion + max(lengths, default=0) for _, completion, lengths in cases)
+    if window is None:
+        return longest
+    rescaled = _rescaled_from(rope or {}, window)
+    if rope and rope.get("original_max_position_embeddings"):  # YaRN models declare the window before its extension
+        window = max(window, int(rope["original_max_position_embeddings"] * rope.get("factor", 1)))
     for key, completion, lengths in cases:
         prompt = max(lengths, default=0)
+        if rescaled is not None and prompt + completion > rescaled:
+            raise ConfigError(
+                f"{key}={completion}: with the longest prompt ({prompt} tokens) that is {prompt + completion} tokens, "
+                f"and beyond {rescaled} model.name={config.model.name} changes the positions of all tokens, so "
+                "that log-probabilities would depend on the rest of the batch; stay below, or choose another model"
+            )
         if prompt + completion <= window:
             continue
         fix = f"lower it to {window - prompt}" if prompt < window else "shorten the prompts"
@@ -230,6 +244,22 @@ def _check_window(config: Config, sizes: Sizes, train: list[int], test: list[int
         if not rope:
             raise ConfigError(message)
         logger.warning("%s (its positions can be extended, but its answers may become poor)", message)
+    return longest
+
+
+def _rescaled_from(rope: Mapping[str, Any], window: int) -> int | None:
+    """The number of tokens beyond which rotary frequencies depend on the length of the sequence; None if they do not.
+
+    rope: `rope_parameters` of a config, for all layers or by the type of layer. window: `max_position_embeddings`.
+    """
+    limits = []
+    for each in [value for value in rope.values() if isinstance(value, Mapping)] or [rope]:
+        kind = each.get("rope_type", "")
+        if "dynamic" in kind:
+            limits.append(window)
+        elif kind == "longrope":
+            limits.append(each["original_max_position_embeddings"])
+    return min(limits, default=None)
 
 
 def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:

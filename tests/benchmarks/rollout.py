@@ -22,7 +22,8 @@ import grpo.rollout.native as engine
 from grpo.batch import Prompts
 from grpo.config.schema import ModelConfig
 from grpo.counter_rng import group_keys
-from grpo.model.loading import RANDOM_MODELS, load_model, model_source
+from grpo.model.loading import RANDOM_MODELS, model_source
+from grpo.rollout.load_check import load_checked_model
 
 STOP, PAD = 2, 0
 
@@ -65,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     prompts, group, tokens = map(int, args.shape.split("x"))
     rows, device = prompts * group, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(ModelConfig(args.model, "sdpa", args.dtype, "auto", False), device)
+    model = load_checked_model(ModelConfig(args.model, "sdpa", args.dtype, "auto", False), device)
 
     source = model_source(args.model)
     if args.model in RANDOM_MODELS:

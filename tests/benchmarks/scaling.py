@@ -26,8 +26,9 @@ from grpo.batch import Completions, Prompts
 from grpo.counter_rng import group_keys
 from grpo.model.hardware import peak_memory_gb
 from grpo.model.linear import use_onednn
-from grpo.model.packed import try_packing
+from grpo.model.packed import supports_packing
 from grpo.rollout.engine import Sampling
+from grpo.rollout.load_check import choose_paths
 from grpo.rollout.native import rollout
 from grpo.training.update import Batch, accumulate_gradient
 
@@ -58,8 +59,9 @@ class Shape:
             num_key_value_heads=max(1, args.hidden // 128),
         )
         model = AutoModelForCausalLM.from_config(config).eval()
-        assert try_packing(model)
         use_onednn(model)
+        choose_paths(model)
+        assert supports_packing(model)
         return model
 
     def set_batch(self, group: int, tokens: int, prompt: int, vocabulary: int) -> None:

@@ -243,7 +243,7 @@ def describe_work(args: argparse.Namespace, folder: str) -> dict:
     rows = max((n for n in fitting if n * padded <= config.hardware.micro_batch_tokens), default=fitting[0])
 
     dtype = torch.bfloat16 if args.ours_bf16 else torch.float32
-    model = cost.meta_model(config.model, dtype)
+    model = cost.meta_model(config.model, dtype, 0)
     flop_rate, read_rate = cost.machine_rates(dtype, torch.device("cpu"))
     step = cost.Work(args.prompts, args.group, round(statistics.mean(prompt_tokens)), forced_lengths(args))
     forward, flops = cost.forward_flops(model, step), cost.step_flops(model, step, reference=True, updates=1)

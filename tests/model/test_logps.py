@@ -1,13 +1,12 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.model import lm_head as head
 from grpo.model.lm_head import HeadLogps
-from grpo.model.loading import load_model
 from grpo.model.logps import completion_logps, head_logps
-from grpo.model.packed import checkpoint_layers, try_packing
+from grpo.model.packed import checkpoint_layers
+from grpo.rollout.load_check import load_checked_model
 from tests.oracles import completion_logps_unshared
 from tests.tiny_model import plain_completions, tiny_config
 
@@ -75,7 +74,7 @@ def test_activation_checkpointing_changes_no_bit(prompts, completions):
     """The backward pass computes each layer a second time, also for the shared prompts."""
     gradients = []
     for twice in (False, True):
-        model = load_model(tiny_config(), torch.device("cpu"))
+        model = load_checked_model(tiny_config(), torch.device("cpu"))
         calls = []
         model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(1))
         if twice:
@@ -131,19 +130,3 @@ def test_a_head_with_a_bias_gives_the_values_and_gradients_of_log_softmax():
     gradients = [torch.autograd.grad((x * x).sum(), list(layer.parameters())) for x in (ours, plain)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_a_model_with_a_sliding_window_or_other_attention_is_padded_instead_of_packed():
-    torch.manual_seed(0)
-
-    def model(kind, implementation="sdpa", **settings):
-        sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-        config = AutoConfig.for_model(kind, **sizes, num_attention_heads=2, **settings)
-        return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
-
-    assert try_packing(model("llama"))
-    assert not try_packing(model("llama", "eager"))
-    assert not try_packing(model("mistral", sliding_window=4))
-    assert not try_packing(model("falcon"))
-    for kind in ("gpt_neox", "opt", "phi", "olmo2"):
-        assert try_packing(model(kind)), kind

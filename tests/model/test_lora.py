@@ -7,12 +7,13 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 
 from grpo.config.errors import ConfigError
 from grpo.config.schema import LoraSettings
-from grpo.model.loading import copy_in_dtype, load_model, refresh
+from grpo.model.loading import copy_in_dtype, refresh
 from grpo.model.logps import completion_logps
 from grpo.model.lora import add_adapter, check_adapter, save_adapter, switch_adapter
 from grpo.model.packed import checkpoint_layers
 from grpo.rollout.engine import Sampling
 from grpo.rollout.llama_decoder import supports_fast_decoding
+from grpo.rollout.load_check import load_checked_model
 from grpo.rollout.native import CachedDecoder, FastDecoder, completion_mask, rollout
 from tests.oracles import completion_logps_unshared
 from tests.tiny_model import plain_completions, tiny_config
@@ -23,7 +24,7 @@ SETTINGS = LoraSettings(rank=4, alpha=8, target_modules="all-linear", init_from=
 
 def adapted(settings=SETTINGS, seed=1, trained=True, dtype="float32"):
     """The embedded model with an adapter; with `trained` its weights are random, as after some training."""
-    model = load_model(tiny_config(dtype=dtype), CPU)
+    model = load_checked_model(tiny_config(dtype=dtype), CPU)
     add_adapter(model, settings, torch.float32, seed)
     if trained:
         generator = torch.Generator().manual_seed(5)
@@ -41,7 +42,7 @@ def test_a_new_adapter_does_not_change_the_model_and_depends_only_on_the_seed(pl
     state = torch.random.get_rng_state()
     model, again, other = (adapted(seed=seed, trained=False) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert torch.equal(model(prompts.ids).logits, load_model(tiny_config(), CPU)(prompts.ids).logits)
+    assert torch.equal(model(prompts.ids).logits, load_checked_model(tiny_config(), CPU)(prompts.ids).logits)
     assert {name.split(".")[-2] for name in trained(model)} == {"default"}
     assert all("lora_" in name for name in trained(model))
     for name, parameter in trained(model).items():
@@ -123,7 +124,7 @@ def test_activation_checkpointing_gives_the_adapter_the_same_gradient(prompts):
 
 
 def test_a_reference_shares_the_frozen_weights_and_has_a_separate_adapter(prompts):
-    policy, base = adapted(), load_model(tiny_config(), CPU)
+    policy, base = adapted(), load_checked_model(tiny_config(), CPU)
     reference = copy_in_dtype(policy, torch.float32)
     shared = {p.data_ptr() for p in policy.parameters() if not p.requires_grad}
     assert shared == {p.data_ptr() for p in reference.parameters() if not p.requires_grad}
@@ -152,7 +153,7 @@ def test_a_saved_adapter_can_be_loaded_by_peft_and_with_init_from(tmp_path, prom
     save_adapter(model, tmp_path)
     expected = model(prompts.ids, attention_mask=prompts.mask).logits
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    base = load_model(tiny_config(), CPU)
+    base = load_checked_model(tiny_config(), CPU)
     merged = PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
     again = adapted(replace(SETTINGS, init_from=str(tmp_path)), seed=9, trained=False)
     for other in (loaded, merged):

@@ -12,11 +12,11 @@ from grpo.config.errors import ConfigError
 from grpo.config.migrations import load_frozen
 from grpo.config.overrides import Overrides
 from grpo.launch.plan import sweep_points
-from grpo.model.loading import load_model
 from grpo.model.logps import completion_logps
 from grpo.model.packed import supports_packing
 from grpo.planning import estimate as cost
 from grpo.planning import plan as planning
+from grpo.rollout.load_check import load_checked_model
 from grpo.tiny import MODEL_DIR
 from tests.tiny_model import plain_completions, tiny_config
 
@@ -109,9 +109,9 @@ def test_a_model_that_needs_padding_is_planned_with_padding(tmp_path):
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copy(MODEL_DIR / file, tmp_path)
         config = tiny_config(name=str(tmp_path))
-        model = cost.meta_model(config, torch.float32)
+        model = cost.meta_model(config, torch.float32, 30)
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
-        assert not supports_packing(model) and not supports_packing(load_model(config, torch.device("cpu")))
+        assert not supports_packing(model) and not supports_packing(load_checked_model(config, torch.device("cpu"), 30))
         assert cost.activation_bytes(model, 2, 10, 6, 20) > cost.activation_bytes(model, 1, 10, 3, 20) > 0
         padded, packed = (
             planning._micro_batches(cost.Work(2, 4, 50, [10] * 8), 130, shared) for shared in (False, True)
@@ -201,8 +201,8 @@ def test_the_effect_of_settings_on_memory_and_steps_is_counted():
 @pytest.mark.parametrize("twice", [False, True])
 def test_planned_activations_equal_those_that_a_real_pass_keeps(monkeypatch, twice):
     """Of a real forward pass, the storages of all saved tensors are counted, without the parameters."""
-    model, prompts, rows, tokens = load_model(tiny_config(), torch.device("cpu")), 2, 6, 20
-    counted = cost.meta_model(tiny_config(), torch.float32)
+    model, prompts, rows, tokens = load_checked_model(tiny_config(), torch.device("cpu")), 2, 6, 20
+    counted = cost.meta_model(tiny_config(), torch.float32, 30)
     if twice:
         planning.checkpoint_layers(model), planning.checkpoint_layers(counted)
     held, weights = {}, {p.untyped_storage()._cdata for p in model.parameters()}

@@ -15,9 +15,9 @@ from grpo.config.errors import ConfigError
 from grpo.config.schema import LoraSettings
 from grpo.counter_rng import group_keys
 from grpo.model import packed
-from grpo.model.loading import load_model
 from grpo.model.logps import completion_logps
 from grpo.model.lora import add_adapter
+from grpo.rollout.load_check import load_checked_model
 from grpo.rollout.mps_check import check_device
 from grpo.rollout.native import check_decoding
 from grpo.training.experiment import build_experiment
@@ -72,7 +72,7 @@ def test_sampling_and_an_update_use_no_growing_cache_and_no_float64(monkeypatch,
 
 
 def test_repeated_heads_give_the_same_results_as_grouped_heads(monkeypatch, prompts):
-    model = load_model(tiny_config(), CPU)
+    model = load_checked_model(tiny_config(), CPU)
     completions = plain_completions(torch.randint(5, 200, (6, 9)), torch.arange(6) // 2)
     assert model.config.num_attention_heads != model.config.num_key_value_heads
     results = []
@@ -103,12 +103,12 @@ def test_a_device_that_computes_wrong_numbers_is_refused(monkeypatch, wrong):
 
 
 def test_a_model_that_needs_the_growing_cache_is_refused():
-    model = load_model(tiny_config(attn_implementation="eager"), CPU)
+    model = load_checked_model(tiny_config(attn_implementation="eager"), CPU)
     with pytest.raises(ConfigError, match="use hardware=cpu, or one of Llama, Mistral, Qwen2, Qwen3 with"):
         check_decoding(model)
 
 
 def test_a_model_with_an_adapter_passes_the_check():
-    model = load_model(tiny_config(), CPU)
+    model = load_checked_model(tiny_config(), CPU)
     add_adapter(model, LoraSettings(4, 8, "all-linear", None), torch.float32, seed=1)
     check_decoding(model)

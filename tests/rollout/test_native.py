@@ -10,12 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo.batch import Prompts, split_rows
 from grpo.counter_rng import group_keys
 from grpo.model.linear import use_onednn
-from grpo.model.packed import try_packing
+from grpo.model.paths import paths_of
 from grpo.rollout import llama_decoder as decoder_module
 from grpo.rollout import native as engine
 from grpo.rollout.cuda_graph import capture_graph
 from grpo.rollout.engine import Sampling
 from grpo.rollout.llama_decoder import FastDecoder, supports_fast_decoding
+from grpo.rollout.load_check import choose_paths
 from grpo.rollout.native import CachedDecoder, completion_mask, rollout
 from tests.oracles import completion_logps_unshared
 
@@ -138,8 +139,9 @@ def model_of_the_family(kind, tied):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings, tie_word_embeddings=tied)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)  # biases and norms too
-    assert try_packing(model)
     use_onednn(model)
+    choose_paths(model)
+    assert paths_of(model).sampling == "fast"
     return model
 
 

@@ -21,7 +21,7 @@ from torch import nn
 import grpo.algorithm.optimizer
 from grpo.config.errors import ConfigError
 from grpo.config.schema import CheckpointConfig, ModelConfig
-from grpo.model.loading import load_model
+from grpo.rollout.load_check import load_checked_model
 from grpo.runs.checkpoint import (
     StoredTensors,
     TrainerState,
@@ -104,14 +104,14 @@ def save_steps(folder, *steps):
 
 def test_weights_and_optimizer_of_a_language_model_are_restored_bitwise(tmp_path):
     config = ModelConfig("tiny", "sdpa", "float32", "auto", False)
-    model = load_model(config, torch.device("cpu"))
+    model = load_checked_model(config, torch.device("cpu"))
     optimizer = adamw(model)
     for seed in (1, 2):
         train_a_step(model, optimizer, seed)
     state = TrainerState(step=2, iteration=1, num_tokens=77, best_reward=1.5)
     checkpoint = save_checkpoint(tmp_path, model, optimizer, None, state)
 
-    fresh = load_model(config, torch.device("cpu"))
+    fresh = load_checked_model(config, torch.device("cpu"))
     fresh_optimizer = adamw(fresh)
     assert not torch.equal(fresh.model.norm.weight, model.model.norm.weight)
     load_weights(stored(checkpoint), fresh)

@@ -9,7 +9,7 @@ from grpo.algorithm.objective import Objective
 from grpo.batch import Prompts
 from grpo.config.checks import typed
 from grpo.config.compose import compose_config
-from grpo.model.loading import load_model
+from grpo.rollout.load_check import load_checked_model
 from grpo.runs.checkpoint import load_state
 from grpo.training.experiment import build_experiment
 from grpo.training.trainer import Trainer
@@ -29,7 +29,7 @@ def trainer():
 
 
 def test_the_loss_scale_changes_neither_metrics_nor_updated_weights():
-    model = load_model(tiny_config(), torch.device("cpu"))
+    model = load_checked_model(tiny_config(), torch.device("cpu"))
     ids = torch.randint(5, 200, (4, 9), generator=torch.Generator().manual_seed(0))
     batch = Batch(
         Prompts(ids[:2, :5], torch.ones(2, 5, dtype=torch.long)),

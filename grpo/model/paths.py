@@ -1,0 +1,33 @@
+"""How the log-probabilities of a model are computed. `grpo/rollout/load_check.py` chooses it when a model is loaded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+# From the fastest, which few architectures support, to the one that every causal model supports.
+TRAINING = ("packed", "cached", "plain")
+SAMPLING = ("fast", "cached", "plain")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The implementations that give the numbers of a plain forward pass for a model.
+
+    Training: `packed` computes all sequences in one row without padding, `cached` reads the prompt of a group once
+    through transformers' cache, `plain` reads it once per completion. Sampling: `fast` is `FastDecoder`, `cached` reads
+    the prompt of a group once and pads the prompts, `plain` reads it once per completion and pads nothing.
+    """
+
+    training: str = "cached"
+    sampling: str = "cached"
+    logit_scale: float = 1.0  # the model multiplies the output head's logits by this
+    logit_cap: float | None = None  # its soft cap of the logits; None: no cap
+
+
+def paths_of(model: Any) -> Paths:
+    """The paths that were chosen for a model."""
+    return getattr(model, "grpo_paths", Paths())
+
+
+def set_paths(model: Any, paths: Paths) -> None:
+    """Choose the paths of a model, and of copies of it that are made later."""
+    model.grpo_paths = paths
