@@ -4,6 +4,8 @@ import copy
 import functools
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -69,9 +71,14 @@ def check_model(config: ModelConfig) -> None:
             f"model.lora.rank={adapter.get('r')} model.lora.alpha={adapter.get('lora_alpha')}"
         )
     try:
-        architecture(config.name, config.trust_remote_code)
+        found = architecture(config.name, config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise model_not_found(config.name, error) from error
+    if found.is_encoder_decoder:
+        raise ConfigError(
+            f"model.name={config.name} is an encoder-decoder ({found.model_type}), whose decoder is not trained to be "
+            "used alone; choose a causal language model"
+        )
     available = {
         "flash_attention_2": import_utils.is_flash_attn_2_available,
         "flash_attention_3": import_utils.is_flash_attn_3_available,
@@ -94,7 +101,7 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
         "attn_implementation": config.attn_implementation,
         "trust_remote_code": config.trust_remote_code,
     }
-    try:
+    with explained(config):
         if config.name in RANDOM_MODELS:
             # The same weights each time and on every device, since a run starts from them.
             with torch.random.fork_rng(devices=[]):
@@ -106,15 +113,22 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
                 parameter.data = parameter.data.to(settings["dtype"])
         else:
             model = AutoModelForCausalLM.from_pretrained(model_source(config.name), **settings)
+    model.to(device).eval()
+    use_onednn(model)
+    return model
+
+
+@contextmanager
+def explained(config: ModelConfig) -> Iterator[None]:
+    """Raise a ConfigError, with the fix, for what transformers raises if it cannot build a model."""
+    try:
+        yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         if "attn_implementation" in str(error) and config.attn_implementation == "sdpa":
             raise ConfigError(
                 f"model.name={config.name} does not support torch's attention: add model.attn_implementation=eager"
             ) from error
         raise ConfigError(f"model.name={config.name} could not be loaded: {first_line(error)}") from error
-    model.to(device).eval()
-    use_onednn(model)
-    return model
 
 
 def copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

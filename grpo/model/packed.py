@@ -229,10 +229,16 @@ def supports_packing(model: PreTrainedModel) -> bool:
 def may_pack(model: PreTrainedModel, max_length: int) -> bool:
     """Whether the model's config allows packed rows for sequences of up to `max_length` tokens.
 
-    False if its attention is not torch's, or does not reach all earlier tokens of such a sequence.
+    False if its attention is not torch's, or does not reach all earlier tokens of such a sequence, or if other layers
+    than attention combine tokens.
     """
     config = model.config.get_text_config(decoder=True)
-    return model.config._attn_implementation == "sdpa" and not any(w < max_length for w in attention_windows(config))
+    return (
+        model.config._attn_implementation == "sdpa"
+        and not any(window < max_length for window in attention_windows(config))
+        and set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
+        and not any(isinstance(module, nn.Conv1d) for module in model.get_decoder().modules())
+    )
 
 
 def attention_windows(config: PretrainedConfig) -> list[int]:

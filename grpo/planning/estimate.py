@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from grpo.config.schema import ModelConfig
 from grpo.model.linear import onednn_linear
 from grpo.model.lm_head import LOGITS_PER_CHUNK, NARROW_CHUNKS
-from grpo.model.loading import architecture
+from grpo.model.loading import architecture, explained
 from grpo.model.logps import head_logps
 from grpo.model.lora import add_adapter
 from grpo.model.packed import (
@@ -46,9 +46,12 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, max_length: int) -> PreT
     dtype: that of the arithmetic. max_length: maximum tokens of a prompt with its completion.
     """
     remote = config.trust_remote_code
-    settings = {"dtype": dtype, "attn_implementation": config.attn_implementation, "trust_remote_code": remote}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture(config.name, remote), **settings).eval()
+    built = architecture(config.name, remote)
+    # torch's product for experts can be computed without values only in bfloat16.
+    settings = {"dtype": torch.bfloat16 if num_experts(built) else dtype, "trust_remote_code": remote}
+    with torch.device("meta"), explained(config):
+        model = AutoModelForCausalLM.from_config(built, attn_implementation=config.attn_implementation, **settings)
+        model.eval()
         if config.lora is not None:
             add_adapter(model, replace(config.lora, init_from=None), getattr(torch, config.dtype), seed=0)
     # That packed rows give the right numbers is checked when the weights are loaded.
@@ -73,18 +76,38 @@ def parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def products(model: PreTrainedModel) -> tuple[int, int]:
-    """The numbers of parameters of the linear layers and of the output head; each is multiplied once per token."""
-    head = model.get_output_embeddings()
-    body = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
-    return body, head.weight.numel()
+    """The numbers of parameters of the body and of the output head that each token is multiplied with.
+
+    Of a mixture of experts these are only the experts that a token is sent to.
+    """
+    head = model.get_output_embeddings().weight
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    matrices = [p for p in model.parameters() if p.dim() > 1 and p is not head and p not in tables]
+    config = _text_config(model)
+    experts = num_experts(config)
+    chosen = getattr(config, "num_experts_per_tok", None) or experts
+    of_experts = sum(p.numel() for p in matrices if p.dim() == 3 and len(p) == experts)
+    others = sum(p.numel() for p in matrices) - of_experts
+    return others + (of_experts * chosen // experts if experts else 0), head.numel()
+
+
+def num_experts(config: PretrainedConfig) -> int:
+    """The number of experts in a layer of a mixture of experts; 0 for other models."""
+    text = config.get_text_config(decoder=True)
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return next((count for name in names if (count := getattr(text, name, None))), 0)
+
+
+def _text_config(model: PreTrainedModel) -> PretrainedConfig:
+    return model.config.get_text_config(decoder=True)
 
 
 def forward_flops(model: PreTrainedModel, work: Work) -> float:
     """FLOPs of the matrix products of one forward pass over all tokens of a step; each prompt is processed once."""
     (body, head) = products(model)
-    config = model.config
+    config = _text_config(model)
     inputs = work.prompts * work.prompt_tokens + sum(work.lengths) - len(work.lengths)
-    width = _head_size(config) * config.num_attention_heads * config.num_hidden_layers
+    width = _head_size(config) * _heads(config) * config.num_hidden_layers
     attended = work.prompts * work.prompt_tokens**2 / 2 + sum(n * (work.prompt_tokens + n / 2) for n in work.lengths)
     return 2 * body * inputs + 2 * head * sum(work.lengths) + 4 * width * attended
 
@@ -102,16 +125,18 @@ def decode_bytes(model: PreTrainedModel, work: Work, itemsize: int) -> float:
 
 def cache_bytes(model: PreTrainedModel, tokens: float, itemsize: int) -> float:
     """Bytes of the key-value cache of `tokens` tokens."""
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    config = _text_config(model)
+    heads = getattr(config, "num_key_value_heads", None) or _heads(config)
     return 2 * config.num_hidden_layers * heads * _head_size(config) * tokens * itemsize
 
 
-def activation_bytes(model: PreTrainedModel, prompts: int, prompt_tokens: int, rows: int, tokens: int) -> float:
+def activation_bytes(
+    model: PreTrainedModel, prompts: int, prompt_tokens: int, rows: int, tokens: int, itemsize: int
+) -> float:
     """Bytes of the activations that are kept for the backward pass of one micro-batch.
 
     The micro-batch has `rows` completions of `tokens` tokens and `prompts` prompts of `prompt_tokens` tokens.
-    model: from `meta_model`.
+    model: from `meta_model`. itemsize: bytes of a number in the dtype of the arithmetic.
     """
     held: dict[int, Tensor] = {}
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
@@ -139,7 +164,7 @@ def activation_bytes(model: PreTrainedModel, prompts: int, prompt_tokens: int, r
         hidden = hidden.index_select(0, active)
         logps, _ = head_logps(model.get_output_embeddings(), hidden, active, 0.9)
     assert logps.requires_grad  # otherwise no tensors would have been kept
-    return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values()) * itemsize / model.dtype.itemsize
 
 
 def head_bytes(model: PreTrainedModel) -> int:
@@ -198,5 +223,10 @@ def machine_rates(dtype: torch.dtype, device: torch.device) -> tuple[float, floa
     return 2 * size**3 / product, big.numel() * 4 / best(lambda: big.sum()[None])
 
 
-def _head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _heads(config: PretrainedConfig) -> int:
+    """The number of attention heads; 0 for recurrent models, which have none."""
+    return getattr(config, "num_attention_heads", None) or 0
+
+
+def _head_size(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // max(1, _heads(config))

@@ -110,7 +110,7 @@ def _memory(config: Config, sizes: Sizes, model: Any, work: estimate.Work) -> di
     prompts = len({int(row) // work.group_size for row in largest})
     length = max(work.lengths)
     rows = min(len(work.lengths), max(1, sizes.rollout_tokens // length))
-    vocabulary = model.config.vocab_size
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
     dtype = getattr(torch, config.model.dtype)
     compute = compute_dtype(config)
     trained, frozen = estimate.parameters(model)
@@ -138,11 +138,13 @@ def _memory(config: Config, sizes: Sizes, model: Any, work: estimate.Work) -> di
 
 
 def _activations(config: Config, model: Any, *shape: int) -> float:
-    everything = estimate.activation_bytes(model, *shape)
+    itemsize = compute_dtype(config).itemsize
+    everything = estimate.activation_bytes(model, *shape, itemsize=itemsize)
     if not config.hardware.activation_checkpointing:
         return everything
     checkpoint_layers(model)
-    return estimate.activation_bytes(model, *shape) + everything / model.config.num_hidden_layers
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    return estimate.activation_bytes(model, *shape, itemsize=itemsize) + everything / layers
 
 
 @functools.cache
@@ -229,7 +231,7 @@ def _seconds(config: Config, model: Any, work: estimate.Work, compute: torch.dty
         return math.nan
     forward = estimate.forward_flops(model, work)
     decoding = max(forward / flops, estimate.decode_bytes(model, work, compute.itemsize) / read)
-    starting = LAUNCH_S_PER_LAYER * model.config.num_hidden_layers * max(work.lengths)
+    starting = LAUNCH_S_PER_LAYER * model.config.get_text_config(decoder=True).num_hidden_layers * max(work.lengths)
     rest = estimate.step_flops(model, work, kl_weight(config) > 0, config.grpo.mu) - forward
     return MEASURED_OVERHEAD.get((device, compute), ASSUMED_OVERHEAD) * (decoding + rest / flops) + starting
 

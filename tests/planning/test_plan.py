@@ -18,6 +18,7 @@ from grpo.planning import estimate as cost
 from grpo.planning import plan as planning
 from grpo.rollout.load_check import load_checked_model
 from grpo.tiny import MODEL_DIR
+from tests.architectures import random_model, tiny_architecture
 from tests.tiny_model import plain_completions, tiny_config
 
 QUICK = ["experiment=quickstart"]
@@ -112,13 +113,42 @@ def test_a_model_that_needs_padding_is_planned_with_padding(tmp_path):
         model = cost.meta_model(config, torch.float32, 30)
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
         assert not supports_packing(model) and not supports_packing(load_checked_model(config, torch.device("cpu"), 30))
-        assert cost.activation_bytes(model, 2, 10, 6, 20) > cost.activation_bytes(model, 1, 10, 3, 20) > 0
+        assert cost.activation_bytes(model, 2, 10, 6, 20, 4) > cost.activation_bytes(model, 1, 10, 3, 20, 4) > 0
         padded, packed = (
             planning._micro_batches(cost.Work(2, 4, 50, [10] * 8), 130, shared) for shared in (False, True)
         )
         assert max(map(len, padded)) == 2 < max(map(len, packed))
         with pytest.raises(ConfigError, match="does not support packed sequences"):
             plan(f"model.name={tmp_path}", "hardware.activation_checkpointing=true")
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "qwen3_5_text", "bamba", "gpt2"])
+def test_mixtures_of_experts_hybrid_and_other_models_are_planned(tmp_path, kind):
+    config = tiny_config(name=str(tmp_path))
+    tiny_architecture(kind).save_pretrained(tmp_path)
+    model = cost.meta_model(config, torch.float32, 30)
+    real = random_model(kind)
+    assert sum(cost.parameters(model)) == sum(parameter.numel() for parameter in real.parameters())
+    body, head = cost.products(model)
+    matrices = (
+        sum(p.numel() for p in real.get_decoder().parameters() if p.dim() > 1)
+        - real.get_input_embeddings().weight.numel()
+    )
+    assert 0.2 * matrices < body <= matrices
+    assert head == real.get_output_embeddings().weight.numel()
+    few, many = (cost.activation_bytes(model, 1, 10, rows, 20, 4) for rows in (3, 6))
+    assert 0 < few < many
+
+
+def test_of_a_mixture_of_experts_only_the_chosen_experts_count_as_work(tmp_path):
+    tiny_architecture("mixtral", num_experts_per_tok=1).save_pretrained(tmp_path / "one")
+    tiny_architecture("mixtral", num_experts_per_tok=4).save_pretrained(tmp_path / "all")
+    one, every = (
+        cost.products(cost.meta_model(tiny_config(name=str(tmp_path / name)), torch.float32, 30))[0]
+        for name in ("one", "all")
+    )
+    experts = 4 * 4 * 3 * 32 * 48  # layers, experts, matrices of an expert
+    assert every - one == experts * 3 // 4
 
 
 def test_a_card_described_by_the_user_is_planned_with_the_given_values():
@@ -217,7 +247,7 @@ def test_planned_activations_equal_those_that_a_real_pass_keeps(monkeypatch, twi
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         completion_logps(model, Prompts(ids, torch.ones_like(ids)), completions, 0.9)
     real = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
-    assert cost.activation_bytes(counted, prompts, 15, rows, tokens) == pytest.approx(real, rel=0.05)
+    assert cost.activation_bytes(counted, prompts, 15, rows, tokens, 4) == pytest.approx(real, rel=0.05)
 
 
 def test_planned_disk_space_is_that_of_a_finished_run(finished_run):
