@@ -137,14 +137,14 @@ def _memory(config: Config, sizes: Sizes, model: Any, work: estimate.Work) -> di
     }
 
 
-def _activations(config: Config, model: Any, *shape: int) -> float:
-    itemsize = compute_dtype(config).itemsize
-    everything = estimate.activation_bytes(model, *shape, itemsize=itemsize)
+def _activations(config: Config, model: Any, prompts: int, prompt_tokens: int, rows: int, tokens: int) -> float:
+    shape = (prompts, prompt_tokens, rows, tokens, compute_dtype(config).itemsize)
+    everything = estimate.activation_bytes(model, *shape)
     if not config.hardware.activation_checkpointing:
         return everything
     checkpoint_layers(model)
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    return estimate.activation_bytes(model, *shape, itemsize=itemsize) + everything / layers
+    return estimate.activation_bytes(model, *shape) + everything / layers
 
 
 @functools.cache
