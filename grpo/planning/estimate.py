@@ -5,7 +5,8 @@ would keep can be counted for any architecture.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from grpo.model.linear import onednn_linear
 from grpo.model.lm_head import LOGITS_PER_CHUNK, NARROW_CHUNKS
 from grpo.model.loading import architecture, explained
 from grpo.model.logps import head_logps
-from grpo.model.lora import add_adapter
+from grpo.model.lora import adapted_layers, add_adapter
 from grpo.model.packed import (
     UNSUPPORTED_ATTENTION,
     PackedGroups,
@@ -63,7 +64,8 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, max_length: int) -> PreT
 def _supports_packed_rows(model: PreTrainedModel) -> bool:
     ids = torch.zeros(4, dtype=torch.long, device="meta")
     try:
-        forward_packed(model, ids, ids, _Counted(VarLen(1, 2, None), VarLen(1, 2, None)))
+        with _without_adapted_experts(model):
+            forward_packed(model, ids, ids, _Counted(VarLen(1, 2, None), VarLen(1, 2, None)))
     except UNSUPPORTED_ATTENTION:
         return False
     return True
@@ -152,7 +154,7 @@ def activation_bytes(
     ids = torch.zeros(inputs, dtype=torch.long, device=meta)
     packing = _Counted(VarLen(prompts, prompt_tokens, None), VarLen(rows, tokens - 1, None))
     active = torch.zeros(rows * tokens, dtype=torch.long, device=meta)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with _without_adapted_experts(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         if supports_packing(model):
             hidden = forward_packed(model, ids, ids, packing)
         else:
@@ -165,6 +167,22 @@ def activation_bytes(
         logps, _ = head_logps(model.get_output_embeddings(), hidden, active, 0.9)
     assert logps.requires_grad  # otherwise no tensors would have been kept
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values()) * itemsize / model.dtype.itemsize
+
+
+@contextmanager
+def _without_adapted_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Turn off the adapters of experts, which peft cannot compute on the meta device; their activations are small."""
+    adapters = [layer for layer in adapted_layers(model) if hasattr(layer, "parameter_name")]
+    trained = [p for layer in adapters for p in layer.parameters() if p.requires_grad]
+    for layer in adapters:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in adapters:
+            layer.enable_adapters(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def head_bytes(model: PreTrainedModel) -> int:

@@ -11,6 +11,7 @@ from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
 from grpo.config.migrations import load_frozen
 from grpo.config.overrides import Overrides
+from grpo.config.schema import LoraSettings
 from grpo.launch.plan import sweep_points
 from grpo.model.logps import completion_logps
 from grpo.model.packed import supports_packing
@@ -138,6 +139,16 @@ def test_mixtures_of_experts_hybrid_and_other_models_are_planned(tmp_path, kind)
     assert head == real.get_output_embeddings().weight.numel()
     few, many = (cost.activation_bytes(model, 1, 10, rows, 20, 4) for rows in (3, 6))
     assert 0 < few < many
+
+
+def test_an_adapter_of_experts_is_planned(tmp_path):
+    tiny_architecture("qwen3_moe").save_pretrained(tmp_path)
+    lora = LoraSettings(rank=4, alpha=4, target_modules="all-linear", init_from=None)
+    model = cost.meta_model(tiny_config(name=str(tmp_path), lora=lora), torch.float32, 30)
+    trained, frozen = cost.parameters(model)
+    assert cost.activation_bytes(model, 1, 10, 3, 20, 4) > 0
+    assert cost.parameters(model) == (trained, frozen)
+    assert 0 < trained < frozen
 
 
 def test_of_a_mixture_of_experts_only_the_chosen_experts_count_as_work(tmp_path):
