@@ -7,59 +7,14 @@ hang.
 """
 
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
+
+from grpo.rewards.number import MAX_LENGTH as MAX_LENGTH
+from grpo.rewards.number import parse_number
 
 Completion = str | Sequence[Mapping[str, str]]
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
-
-# Longer texts are not parsed. The limit is below 640, the smallest value to which Python's limit for converting digits
-# to int can be set, so that this conversion never raises; and no pattern below takes noticeable time on such a text.
-MAX_LENGTH = 500
-# 10**1000 is computed at once; 10**999999999 would not be.
-MAX_EXPONENT = 1000
-
-_CURRENCY = "$£€¥₹"
-# Commas group thousands only if every group is correct: 1,234 and 1,234,567, but not 1,23 nor 0,123 nor 1234,567.
-_INTEGER = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-_NUMBER = re.compile(
-    rf"""
-    (?P<prefix>[-+]?[{_CURRENCY}][ ]?|[{_CURRENCY}]?[-+])?
-    (?:
-        (?:(?P<whole>{_INTEGER})[ ]+)?(?P<numerator>{_INTEGER})[ ]*/[ ]*(?P<denominator>{_INTEGER})
-      | (?P<decimal>{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE](?P<exponent>[-+]?[0-9]+))?
-    )
-    """,
-    re.VERBOSE,
-)
-
-# Text around the number (which is replaced by "#") that shows that the number is not the value of the text.
-_CHANGES_VALUE = re.compile(
-    r"""
-      [+*^\\{}√π±÷\xd7]                  # part of a calculation (\xd7 is the times sign), or LaTeX not understood
-    | -(?![A-Za-z])                      # a minus that is not a hyphen: "- 18", "18 - x"
-    | [A-Za-z_.][#] | /[ ]*[#]           # part of a name or a quotient: "x2", "No.5", "miles/4"
-    | [#][ ]?(?:[kKMB]|bn|mn)\b          # "18k"
-    | (?i:\b(?:hundred|thousand|million|billion|trillion|half|minus|negative))
-    """,
-    re.VERBOSE,
-)
-_COMPARISON = re.compile(r"[<>≤≥≠]|!=")
-
-_MINUS_SIGNS = str.maketrans(dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d", "-"))
-# Applied in this order. A removed wrapper leaves a space, so that separate digits never join.
-_MARKUP = (
-    (re.compile(r"(?<![\w*])(\*{1,3}|`)(?!\s)([^*`]+)\1(?![\w*])"), r" \2 "),  # **18**, `18`
-    (re.compile(r"\{,\}|,\\!"), ","),  # 1{,}234
-    (re.compile(r"\\[ ,;:!()\[\]]"), " "),  # \(18\), 18\ dollars
-    (re.compile(r"\\([$%])"), r"\1"),
-    (re.compile(r"(?<=[0-9.,/])(?=\\[dt]?frac)"), " "),  # 3\frac{1}{2} is a mixed number, not 31/2
-    (re.compile(r"\\[dt]?frac\{ *([0-9]+) *\}\{ *([0-9]+) *\}(?![0-9])"), r"\1/\2"),
-    (re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}"), r" \1 "),
-    (re.compile(r"\\boxed\{([^{}]*)\}"), r" \1 "),
-)
 
 _THOUSANDS_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
@@ -97,74 +52,8 @@ def extract_answer(text: str) -> str | None:
     return text[begin : text.find(closing, begin)].strip()
 
 
-def parse_number(text: str) -> Fraction | None:
-    r"""The one number that a text states, exactly; None if it states none or is ambiguous. Never raises.
-
-    Parsed as a number:
-
-    - integers and decimals with ASCII digits: ``18``, ``18.0``, ``.5``, ``-3``, ``+3``, ``1e3`` (exponent to +-1000);
-      a comma only between correct groups of thousands: ``1,234.00``, but not ``1,23``;
-    - fractions ``1/2`` and mixed numbers ``1 1/2`` (with a fraction below one) of integers;
-    - a minus sign: a hyphen, Unicode minus or en dash directly before the number or its currency sign: ``-$5``,
-      ``$-5``. Followed by a space (``- 18``) it may be a bullet or a dash: None.
-
-    The number may be surrounded by words, units, currency signs, punctuation, Markdown emphasis and the simple LaTeX of
-    ``\boxed{18}``, ``\$18``, ``$18$``, ``\(18\)``, ``\text{}`` and ``\frac{1}{2}``. A percent sign is a unit, like
-    dollars: ``50%`` is 50 and not 1/2, because GSM8K asks "what percentage" and has the plain ``50`` as answer.
-    "dozen" is a unit for the same reason.
-
-    In a text with equals signs the part after the last one counts: ``x = 18``, ``9 + 9 = 18``. Each part before it
-    must be a name, without digits, or a calculation, without letters; ``x = 18, y = 20`` states two numbers: None.
-
-    Otherwise the text must contain exactly one number. The result is therefore None for ``18 or 20``, ``18-20``,
-    ``9 + 9``, ``2^2``, ``5:30``, ``3 hours 20 minutes``, and even for ``18 (18)``. It is also None for words of scale
-    or sign (``3 million``, ``18k``, ``minus 3``, ``3 and a half``), operators (``18 + x``), comparisons
-    (``x > 18``), digits in a name (``x2``), numerals that are not ASCII digits (``10²``, ``1½``, fullwidth digits),
-    division by zero, ``inf``, ``nan``, an exponent beyond the bound, a text of more than `MAX_LENGTH` characters.
-    """
-    text = text.strip().translate(_MINUS_SIGNS)
-    if len(text) > MAX_LENGTH or _COMPARISON.search(text) or any(map(_is_foreign_numeral, text)):
-        return None
-    for pattern, replacement in _MARKUP:
-        text = pattern.sub(replacement, text)
-
-    *left, text = text.split("=")
-    if any(re.search("[0-9]", part) and re.search("[A-Za-z]", part) for part in left):
-        return None
-    numbers = list(_NUMBER.finditer(text))
-    if len(numbers) != 1 or _CHANGES_VALUE.search(_NUMBER.sub("#", text)):
-        return None
-    return _value(numbers[0])
-
-
-def _is_foreign_numeral(character: str) -> bool:
-    """Whether a character is a numeral (digit, superscript, fraction, Roman) other than 0 to 9."""
-    return not character.isascii() and unicodedata.category(character).startswith("N")
-
-
-def _value(number: re.Match[str]) -> Fraction | None:
-    """The value of a match of `_NUMBER`; None for a zero denominator, `1 5/2`, or an exponent out of bounds."""
-
-    def integer(group: str) -> int:
-        return int((number[group] or "0").replace(",", ""))
-
-    if number["decimal"]:
-        exponent = integer("exponent")
-        if abs(exponent) > MAX_EXPONENT:
-            return None
-        value = Fraction(number["decimal"].replace(",", "")) * Fraction(10) ** exponent
-    else:
-        numerator = integer("numerator")
-        denominator = integer("denominator")
-        # "18 20/5" is not a mixed number but two numbers.
-        if denominator == 0 or (number["whole"] and numerator >= denominator):
-            return None
-        value = integer("whole") + Fraction(numerator, denominator)
-    return -value if "-" in (number["prefix"] or "") else value
-
-
 def same_number(a: str, b: str) -> bool:
-    """Whether both texts state a number, by the rules of `parse_number`, and these are exactly equal."""
+    """Whether both texts state a number, as `grpo.rewards.number.parse_number` reads it, and these are equal."""
     value = parse_number(a)
     return value is not None and value == parse_number(b)
 

@@ -1,0 +1,385 @@
+"""Reads the one number that a text states: `parse_number`. docs/grading.md has the rule on one page.
+
+The text is rewritten as plain text (`grpo.rewards.notation`) and split into tokens. The tokens form statements, which
+end at a full stop, colon, semicolon or line break. A statement is a chain of parts joined by equals signs. A part is a
+calculation with words before it and after its numbers. `grpo.rewards.words` has the words that are refused, and those
+that may stand in front of a number.
+"""
+
+import re
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import lru_cache
+from itertools import pairwise, takewhile
+
+from grpo.rewards import words
+from grpo.rewards.lexer import Refused, Token, read_tokens
+from grpo.rewards.notation import plain_text
+
+# Longer texts are not parsed. The limit is below 640, the smallest value to which Python's limit for converting digits
+# to int can be set, so that this conversion never raises; and no pattern takes noticeable time on such a text.
+MAX_LENGTH = 500
+# Of the numerator and the denominator of a calculated value.
+MAX_BITS = 20_000
+
+
+@dataclass
+class _Part:
+    """What stands between two equals signs.
+
+    `items`: the numbers and operators, in order. `shape`: one character for each of them (N a number, M a mixed number,
+    s a sign, else the operator), and u where words follow. `words`: all words.
+    """
+
+    words: set[str]
+    items: list[Token] = field(default_factory=list)
+    shape: str = ""
+
+    @property
+    def operands(self) -> list[Fraction]:
+        """The numbers with their signs."""
+        before = [Token("end", ""), *self.items]
+        return [
+            -item.value if previous.kind == "sign" and previous.text == "-" else item.value
+            for previous, item in zip(before, self.items, strict=False)
+            if item.kind == "number"
+        ]
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a number as written, not a calculation: 18, 1/2, 1 1/2, 1.8 * 10^1."""
+        numbers = [item for item in self.items if item.kind == "number"]
+        shape = self.shape
+        while inner := re.fullmatch(r"\((.*)\)u?", shape):
+            shape = inner[1]
+        if re.fullmatch(r"s?N/Nu?", shape):
+            return all(re.fullmatch(r"[0-9,]+", number.text) for number in numbers)
+        return bool(
+            re.fullmatch(r"s?[NM]u?", shape) or (re.fullmatch(r"s?N\*N\^s?Nu?", shape) and numbers[1].text == "10")
+        )
+
+
+@dataclass(frozen=True)
+class _Statement:
+    value: Fraction
+    plain: bool
+    operands: list[Fraction]  # of a calculation that is followed by its result; else empty
+
+
+def parse_number(text: str) -> Fraction | None:
+    r"""The one number that a text states, exactly; None if it states none or is ambiguous. Never raises.
+
+    docs/grading.md has the rule. In short: the text states one number, or the same one several times, written in digits
+    or English words, as an integer, decimal, fraction or mixed number, with units, currency, words, Markdown and simple
+    LaTeX around it. Of a calculation the number after the last equals sign counts, if every equals sign before it is
+    true. Words and signs that change a number (not, twice, squared, more than, lakh, !, ~) give None, and so do all
+    characters that are not understood, and a text of more than `MAX_LENGTH` characters.
+
+    A percent sign is a unit, like dollars: ``50%`` is 50 and not 1/2, because GSM8K asks "what percentage" and has the
+    plain ``50`` as answer. "dozen" is a unit for the same reason.
+    """
+    text = text.strip()
+    if len(text) > MAX_LENGTH:
+        return None
+    return _parsed(text)
+
+
+@lru_cache(maxsize=4096)  # the reference of a group is the same text
+def _parsed(text: str) -> Fraction | None:
+    try:
+        tokens = read_tokens(plain_text(text))
+        _check_words(tokens)
+        found = [statement for group in _groups(tokens) if (statement := _statement(group))]
+        return _agreed_value(found)
+    except Refused:
+        return None
+
+
+def _agreed_value(statements: list[_Statement]) -> Fraction:
+    """The value of all statements, except calculations whose result is used in a later one."""
+    for index, statement in reversed(list(enumerate(statements))):
+        if statement.operands and any(statement.value in later.operands for later in statements[index + 1 :]):
+            del statements[index]
+    values = {statement.value for statement in statements}
+    if len(values) != 1 or not any(statement.plain for statement in statements):
+        raise Refused
+    return values.pop()
+
+
+def _check_words(tokens: list[Token]) -> None:
+    """Refuse words that change a number, wherever they stand or on their side of the first number."""
+    numbers = [index for index, token in enumerate(tokens) if token.kind == "number"]
+    if not numbers:
+        raise Refused
+    for index, token in enumerate(tokens):
+        side = words.CHANGING_BEFORE if index < numbers[0] else words.CHANGING_AFTER
+        is_month = token.text == "May" and index > 0
+        if token.word and not is_month and (words.changes_value(token.word) or token.word in side):
+            raise Refused
+    if words.CHANGING_PHRASE.search(" ".join(token.word for token in tokens)):
+        raise Refused
+
+
+def _groups(tokens: list[Token]) -> list[list[Token]]:
+    """The statements. A remark in brackets that has a number is a statement of its own; any other one is skipped."""
+    statements: list[list[Token]] = [[]]
+    remarks: list[list[Token]] = []
+    position = 0
+    while position < len(tokens):
+        token = tokens[position]
+        current = statements[-1]
+        inside = _bracketed(tokens[position:])
+        following = tokens[position + len(inside) + 2 :][:1]
+        if inside and all(each.kind in ("word", "comma") for each in inside):
+            if current and current[-1].kind == "word" and not token.after_space:
+                raise Refused  # f(x)
+            current.append(Token("remark", ""))
+            position += len(inside) + 2
+        elif inside and token.after_space and _is_remark(current, following):
+            current.append(Token("remark", ""))
+            remarks.append(inside)
+            position += len(inside) + 2
+        elif token.kind == "end":
+            statements.append([])
+            position += 1
+        else:
+            current.append(token)
+            position += 1
+    return statements + remarks
+
+
+def _bracketed(tokens: list[Token]) -> list[Token]:
+    """What is between the bracket that opens here and its end; empty if none opens, or if there is another inside."""
+    if tokens[0].text != "(":
+        return []
+    inside = list(takewhile(lambda token: token.kind != "bracket", tokens[1:]))
+    return inside if tokens[len(inside) + 1 : len(inside) + 2] and tokens[len(inside) + 1].text == ")" else []
+
+
+def _is_remark(before: list[Token], following: list[Token]) -> bool:
+    """Whether brackets with a number in them are a remark on the number before, not part of a calculation."""
+    return (
+        any(token.kind == "number" for token in before)
+        and before[-1].kind in ("number", "word", "percent", "remark")
+        and not (following and following[0].kind in ("operator", "number", "bracket"))
+    )
+
+
+def _statement(tokens: list[Token]) -> _Statement | None:
+    """The value after the last equals sign; None if there is no number. Refused unless every equals sign is true."""
+    groups: list[list[Token]] = [[]]
+    for token in tokens:
+        if token.text.startswith("="):
+            groups.append([])
+        else:
+            groups[-1].append(token)
+    parts = [_part(group) for group in groups]
+    if not any(part.items for part in parts):
+        return None
+    last = parts[-1]
+    if not last.items:
+        raise Refused
+    value = _value(last, percent=1)
+    for index, part in enumerate(parts[:-1]):
+        is_name = not part.items or (index == 0 and _is_name(part, last))
+        # A percent sign may be meant as a unit (20% + 30% = 50%) or as hundredths (50% * 36 = 18).
+        if not is_name and all(_value(part, percent) != _value(last, percent) for percent in (1, Fraction(1, 100))):
+            raise Refused
+    operands = parts[0].operands
+    return _Statement(value, last.plain, operands if len(parts) > 1 and len(operands) > 1 else [])
+
+
+def _is_name(part: _Part, last: _Part) -> bool:
+    """Whether a part with one number is the name of what follows, as in "3 days = 18"."""
+    return part.shape == "Nu" and not part.words & (words.NOT_IN_A_NAME | last.words)
+
+
+def _part(tokens: list[Token]) -> _Part:
+    part = _Part({token.word for token in tokens if token.word})
+    before = list(takewhile(lambda token: token.kind in ("word", "comma", "remark"), tokens))
+    rest = tokens[len(before) :]
+    if not any(token.kind == "number" for token in rest):
+        if rest and any(len(token.word) < 2 for token in tokens if token.kind != "operator"):
+            raise Refused  # -x, x/y; but "price - cost" is a name
+        if rest and (not before or tokens[-1].kind != "word" or any(token.kind != "operator" for token in rest[:1])):
+            raise Refused
+        return part
+    _check_before(before, rest)
+    position = 0
+    while position < len(rest):
+        position = _read_item(part, rest, position, bool(before))
+    if part.shape.count("(") != part.shape.count(")") or not re.search(r"[NMu)]$", part.shape):
+        raise Refused
+    return part
+
+
+def _read_item(part: _Part, tokens: list[Token], position: int, after_words: bool) -> int:
+    """Add the token at a position, or the words from there on, to the part; the next position."""
+    token = tokens[position]
+    following = tokens[position + 1] if position + 1 < len(tokens) else Token("end", "")
+    if not re.search(r"[NMu)]$", part.shape):  # a number must follow
+        if token.kind == "number" or token.text == "(":
+            return _add(part, token, "N" if token.kind == "number" else "(", position + 1)
+        is_sign = token.text in ("+", "-") and not part.shape.endswith("s") and not following.after_space
+        if is_sign and (part.items or token.after_space or not after_words):
+            return _add(part, token, "s", position + 1)
+        raise Refused
+    words_after = _words_after(tokens[position:])
+    if words_after:
+        return _add_words(part, tokens, position, words_after)
+    if token.kind == "operator" or token.text == ")":
+        return _add(part, token, token.text, position + 1)
+    if token.text == "(" and not token.after_space and not part.shape.endswith("u"):  # 2(9)
+        return _add(part, replace(token, kind="operator", text="*"), "*", position)
+    numerator, slash, denominator = [*tokens[position : position + 3], token, token][:3]
+    whole = part.items[-1]
+    if (
+        part.shape.endswith("N")
+        and slash.text == "/"
+        and all(each.text.isdigit() for each in (whole, numerator, denominator))
+        and numerator.value < denominator.value
+    ):
+        part.items[-1] = replace(whole, value=whole.value + numerator.value / denominator.value)
+        part.shape = part.shape[:-1] + "M"
+        return position + 3
+    raise Refused
+
+
+def _add(part: _Part, token: Token, shape: str, position: int) -> int:
+    if shape == ")" and part.shape.count(")") >= part.shape.count("("):
+        raise Refused
+    part.items.append(replace(token, kind="sign") if shape == "s" else token)
+    part.shape += shape
+    return position
+
+
+def _words_after(tokens: list[Token]) -> list[Token]:
+    """The words, units and remarks at the beginning: "eggs per day", "miles/hour", "% of the total", "cm^2"."""
+    taken: list[Token] = []
+    for token, following in zip(tokens, [*tokens[1:], Token("end", "")], strict=True):
+        previous = taken[-1] if taken else Token("end", "")
+        is_unit = (
+            (token.text == "/" and following.word)
+            or (token.text == "-" and not token.after_space and not following.after_space and following.word)
+            or (token.text == "^" and previous.word and following.text in ("2", "3"))
+            or (previous.text == "^" and token.kind == "number")
+        )
+        if not is_unit and token.kind not in ("word", "percent", "remark", "comma"):
+            break
+        taken.append(token)
+    return taken
+
+
+def _add_words(part: _Part, tokens: list[Token], position: int, taken: list[Token]) -> int:
+    end = position + len(taken)
+    last = taken[-1]
+    if sum(token.kind == "percent" for token in taken) > 1:
+        raise Refused
+    is_percent = any(token.kind == "percent" or token.word == "percent" for token in taken)
+    if is_percent and part.items[-1].kind == "number":
+        part.items[-1] = replace(part.items[-1], percent=True)
+    if last.word == "of" and end < len(tokens) and (is_percent or part.shape.endswith("N/N")):  # 50% of 36
+        return _add(part, Token("operator", "*"), "*", end)
+    more_numbers = any(token.kind == "number" for token in tokens[end:])
+    if more_numbers and any(token.kind == "comma" for token in taken):
+        raise Refused
+    if end == len(tokens) and last.word in ("a", "an", "the", "of", "and"):
+        raise Refused
+    _check_after(taken, end == len(tokens))
+    part.shape += "u"
+    return end
+
+
+def _check_before(before: list[Token], rest: list[Token]) -> None:
+    """Refuse unless the word in front of the number is one that leaves its value as it is."""
+    clause = [token.word for token in before]
+    if clause[-1:] in (["a"], ["an"]) and rest[1:] and rest[1].word in words.ORDINAL_ENDINGS:
+        raise Refused  # an 18th
+    is_name = bool(before) and before[-1].text[:1].isupper()
+    clause = clause[len(clause) - clause[::-1].index("") :] if "" in clause else clause  # after a comma or remark
+    if clause and rest[0].text == "(" and not rest[0].after_space:
+        raise Refused  # f(5)
+    while clause and clause[-1] in words.TRANSPARENT:
+        clause.pop()
+    if not clause:
+        return
+    *earlier, word = clause
+    while earlier and earlier[-1] in ("up", "out") and word == "to":
+        earlier.pop()
+        if not earlier:
+            raise Refused  # up to 18
+    previous = earlier[-1] if earlier else ""
+    allowed = (
+        previous in words.BEFORE_OF
+        if word == "of"
+        else previous in words.BEFORE_TO
+        if word == "to"
+        else word in words.BEFORE
+        or words.is_verb(word)
+        or (words.is_verb(previous) and (is_name or word in ("up", "out", "away", "back")))  # picked up 18, cost Ann 18
+    )
+    if not allowed:
+        raise Refused
+
+
+def _check_after(taken: list[Token], at_end: bool) -> None:
+    """Refuse words after a number that change it: letters of a formula, scales, "18 and more"."""
+    first = taken[0]
+    name = first.word
+    joined = name and not first.after_space
+    if joined and not (name in words.UNITS or len(name) > 3):
+        raise Refused
+    if name in words.ORDINAL_ENDINGS and not (joined and at_end and len(taken) == 1):
+        raise Refused
+    if name in words.CHANGING_NEXT or (name in ("square", "cubic", "sq", "cu") and not any(t.word for t in taken[1:])):
+        raise Refused
+    for previous, token in pairwise([Token("end", ""), *taken]):
+        starts_unit = token is first or previous.text == "/"
+        is_short = len(token.word) == 1 or (len(token.word) == 2 and starts_unit)
+        if token.word and is_short and token.word not in words.UNITS | words.SHORT:
+            raise Refused
+        if len(token.word) == 1 and token.text.isupper() and token.text not in "LCFI":
+            raise Refused
+        if previous.word == "and" and token.word in words.MORE:
+            raise Refused
+        if previous.text == "-" and token.word.split("-")[0] not in words.AFTER_HYPHEN:
+            raise Refused
+
+
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 3}
+
+
+def _value(part: _Part, percent: Fraction | int) -> Fraction:
+    """The value of the calculation of a part; numbers with a percent sign are multiplied by `percent`."""
+    return _calculate(part.items[::-1], 1, Fraction(percent))
+
+
+def _calculate(reversed_items: list[Token], lowest: int, percent: Fraction) -> Fraction:
+    """Precedence climbing: the value of the operators of at least the lowest precedence. Removes what it has read."""
+    token = reversed_items.pop()
+    if token.kind == "sign":
+        value = _calculate(reversed_items, _PRECEDENCE["^"], percent) * (-1 if token.text == "-" else 1)
+    elif token.text == "(":
+        value = _calculate(reversed_items, 1, percent)
+        reversed_items.pop()
+    else:
+        value = token.value * (percent if token.percent else 1)
+    while reversed_items and _PRECEDENCE.get(reversed_items[-1].text, 0) >= lowest:
+        operator = reversed_items.pop().text
+        tighter = _PRECEDENCE[operator] + (operator != "^")
+        value = _apply(operator, value, _calculate(reversed_items, tighter, percent))
+    return value
+
+
+def _apply(operator: str, left: Fraction, right: Fraction) -> Fraction:
+    if operator == "/" and right == 0:
+        raise Refused
+    if operator == "^":
+        bits = max(left.numerator.bit_length(), left.denominator.bit_length())
+        if right.denominator != 1 or abs(right) * bits > MAX_BITS or (left == 0 and right < 0):
+            raise Refused
+        return left**right.numerator
+    value = {"+": left.__add__, "-": left.__sub__, "*": left.__mul__, "/": left.__truediv__}[operator](right)
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+        raise Refused
+    return value

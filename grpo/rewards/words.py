@@ -1,0 +1,248 @@
+"""Words around a number in an answer, and numbers that are written as words.
+
+The lists are sorted by the effect that a word has on the value of the text. `grpo.rewards.number` uses them.
+"""
+
+import re
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(_list(text))
+
+
+def _list(text: str) -> list[str]:
+    return text.split()
+
+
+# A text with one of these words does not state its number as the answer, or states another one.
+CHANGING = (
+    # negation and error
+    _words(
+        """no not never neither nor none nothing nil non without except excluding excludes exclude excluded besides
+        instead rather unlike cannot cant dont doesnt isnt arent wasnt werent wrong incorrect incorrectly false
+        falsely untrue mistake mistaken mistakenly error erroneous impossible undefined unknown invalid unlikely
+        disproved rejected ruled else too bound bounds limit overestimate underestimate"""
+    )
+    # doubt and condition
+    | _words(
+        """maybe perhaps possibly probably presumably likely may might could if unless whether suppose supposing
+        supposedly assume assumed assuming guess guessing guessed seemingly unsure uncertain depends hypothetically"""
+    )
+    # approximation and rounding
+    | _words(
+        """approximate approximately approx approximates circa ca roughly nearly almost 
+        nearing approaching approaches estimate estimated estimates estimating estimation somewhat 
+        virtually practically rounded rounding truncated ish thereabouts"""
+    )
+    # bounds, ranges and alternatives
+    | _words(
+        """or versus vs ranges ranging upwards exceed
+        exceeds exceeded exceeding surpass surpasses surpassing beyond plusminus """
+    )
+    # multiples and parts
+    | _words(
+        """twice thrice double doubled doubles doubling treble triple tripled triples tripling quadruple half halves
+        halved halving semi quarter quarters quartered third thirds fourth fourths fraction fractions percentile
+        lots multiples multiply multiplied multiplies multiplying multiplier divide divided
+        divides dividing divisor divisors factor factors ratio ratios proportional inversely"""
+    )
+    # powers and functions
+    | _words(
+        """squared cubed root roots rooted radical sqrt cbrt power powers exponent exponential exponentiated
+        exponentiation tetration log logs logarithm logarithms logarithmic ln lg exp sin sine cos cosine 
+        tangent cotangent secant csc cosecant arcsin arccos arctan asin acos atan sinh cosh tanh sgn signum
+        factorial factorials primorial subfactorial gamma choose permute 
+        binomial mod modulo modulus absolute abs magnitude norm ceil ceiling floored integral integrate
+        derivative derivation differentiate sigma determinant det gcd lcm hcf gcf nth successor predecessor prime
+        primes fibonacci triangular composite infinity infinite pi tau phi theta euler nan inf invert inverted
+        reversed reverse reversal backwards backward mirrored flipped swapped concatenated digit digits digital
+        complement conjugate reciprocal reciprocals inverse inverses opposite opposites function"""
+    )
+    # sign
+    | _words(
+        """minus negative negatively negated negate negation loss losses deficit deficits debt debts overdrawn
+        overdraft shortfall shortage bc bce"""
+    )
+    # scales that are not evaluated
+    | _words(
+        """lakh lakhs lacs crore crores arab kharab myriad myriads mil mille bn mln mio
+        mrd mlrd tn trn thou thous kilo mega giga googol zillion gazillion jillion umpteen hundreds thousands millions
+        billions trillions dozens basis bps bp permille permil ppm ppb"""
+    )
+    # other bases, and digits that go on
+    | _words(
+        """base binary octal hex hexadecimal decimal decimals duodecimal ternary recurring repeating repeated repeats
+        nonary"""
+    )
+    # the same in the languages that are most often mixed in
+    | _words(
+        """menos moins meno nicht kein keine niet pas ni ou oder oppure mas fois mal veces vezes volte tausend
+        millionen milliarde milliarden millones millon milhao milhoes miljoen mila doble doppelt doppio dobro moitie
+        halb halbe demi mitad metade ungefaehr environ circa casi quasi etwa"""
+    )
+)
+_CHANGING_FORM = re.compile(
+    r"""
+      .*(?:uple[ds]?|upling|folds?|illiards?|squar(?:es|ing)|cubing|ish|n't)
+    | .*illion(?:th)?s? | googol.* | nths?
+    | (?:two|three|four|five|six|seven|eight|nine|ten|twelve|(?:twen|thir|for|fif|six|seven|eigh|nine)tie)e?s
+    | (?:fif|six|seven|eigh|nin|ten|eleven|twelf|(?:thir|four|fif|six|seven|eigh|nine)teen
+        |(?:twen|thir|for|fif|six|seven|eigh|nine)tie|hundred|thousand)ths?
+    """,
+    re.VERBOSE,
+)
+_ENDS_IN_ISH = _words("fish finish finished dish polish radish english british spanish irish danish jellyfish goldfish")
+
+CHANGING_PHRASE = re.compile(
+    r"""\b(?:
+        (?:is|are|was|were|be)[ ](?:more|less|fewer|greater|bigger|larger|smaller|higher|lower|close|near|between)
+      | (?:the|a|its|their)[ ](?:square|cube)[ ](?:of|is|and) | at[ ](?:least|most) | used[ ]to[ ]be | no[ ]longer
+      | (?:added|subtracted|deducted)[ ](?:to|from) | more[ ](?:or|and) | give[ ]or[ ]take
+    )\b""",
+    re.VERBOSE,
+)
+# In front of a number, with other words between or not.
+CHANGING_BEFORE = _words("than least most min max ceiling floor square cube")
+# After a number, with other words between or not.
+CHANGING_AFTER = _words("maximum minimum max tops")
+# Directly after a number these words change it, or continue it.
+CHANGING_NEXT = _words(
+    """and plus minus times time to into by over under above below off through past short shy up down point odd some
+    something squares cubes gross grand mill mills bil bill lac thou score pie ex et y und og och i hoch au aux"""
+)
+# "18 and more", "18 dollars and change"
+MORE = _words("a an any another some change more counting several few bit up above over below under beyond then")
+
+# Passed over between a number and the word in front of it.
+TRANSPARENT = _words(
+    """the a an his her its their our my your these those this that all only just exactly precisely simply total
+    another additional extra remaining full whole exact final correct combined same altogether overall together still
+    also already now finally currently actually each me us him them you it there here indeed clearly"""
+)
+# One of these words, a verb, or punctuation may stand in front of a number. Any other word may be a function.
+BEFORE = _words(
+    """is are was were be been being am that's it's there's here's he's she's equals equal answer answers result
+    results total totals sum sums value cost costs price profit so thus therefore hence then ie namely because since
+    where when for in at with which we i they he she"""
+)
+_VERBS = _words(
+    """accept accommodate adopt apply ask assemble attend average award bake ball bark become bike bill borrow boil
+    bring build burn buy call carry catch charge chew chop clean climb close collect complete consume contain
+    contribute cook cost count cover crochet cut dance decorate deliver deposit dig distribute donate download drink
+    drive drop dry earn eat employ enter examine expect feed fill find finish fit fix fly fold gain gather get give go
+    grab grade grow guarantee harvest have heal hear help hike hire hit hold hunt install invest invite iron jog jump
+    keep kick kill knit know last lay learn leave lend lift live load lose mail make mean mend milk mow need obtain
+    offer open order owe own pack paint park pass pay perform pick place plant play pour practice prepare print produce
+    provide pull purchase push put raise read receive record remain remember rent repair replace require return ride
+    row run save see sell send serve sew shoot shovel sing sit sleep smoke spend stack stand stay steal store study
+    swim take teach throw total trade train transport travel treat type use visit wait walk want wash watch wear weigh
+    win wind work wrap write yield"""
+)
+_PAST_FORMS = _words(
+    """ate became bought brought built burnt caught dealt did does do done drank drove dug eaten fed fell felt flew
+    fought found froze gave given got gotten grew grown had has heard held kept knew laid led left lent lost made meant
+    met paid ran read rode rose said sang sat saw seen sent shot slept sold spent stole stood swam swum swept taken
+    taught thought threw thrown took told went won wore worn wrote written"""
+)
+# "a total of 18", but not "the square of 18"
+BEFORE_OF = _words(
+    """total totals sum profit cost costs price amount average mean median speed rate distance length width height depth
+    weight mass area volume perimeter age time duration discount tip change value balance salary payment pay wage fee
+    fine bonus capacity increase tax bill consists consist answer result count savings income revenue earnings
+    temperature population budget charge"""
+)
+# "comes to 18", "adds up to 18", but not "up to 18"
+BEFORE_TO = _words(
+    """come comes came coming amount amounts amounted add adds added adding sum sums summed equal equates equivalent
+    total totals totaled totalled simplifies simplify evaluates evaluate works work translates corresponds"""
+)
+
+# A part of a chain with one of these is a sentence, not the name of what follows: "3 days = 18", not "18 is left = 20"
+NOT_IN_A_NAME = _words("is are was were has have had makes made gets got and so but then therefore thus")
+
+UNITS = _words(
+    """m g s h l c f cm mm km kg mg ml dl cl kl lb oz ft mi yd in hr pm am mph kph kmh lbs hrs hr min mins sec secs yds
+    pt pts qt qts gal gals tsp tbsp sq pcs pc gb mb tb kb kw kwh kj cal kcal cc px fl doz ppl st nd rd th us eur usd
+    gbp"""
+)
+ORDINAL_ENDINGS = _words("st nd rd th")
+# With an amount of money these letters mean millions and the like: "$18m".
+SCALE_WITH_MONEY = _words("m mm g t b k bn mn tn")
+SHORT = _words("a an as at be do go he hi if in is it me my of on pm am she so us we i eg ie ok")
+# "an 18-inch ribbon", but not "18-x" or "18-tax"
+AFTER_HYPHEN = _words(
+    """year years day days hour hours minute minutes second seconds week weeks month months inch inches foot feet mile
+    miles yard yards pound pounds ounce ounces gallon gallons dollar dollars cent cents percent page pages piece pieces
+    point person people member meter meters kilometer centimeter liter gram kilogram degree pack"""
+)
+
+_BELOW_20 = _list(
+    """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen"""
+)
+_TENS = _list("twenty thirty forty fifty sixty seventy eighty ninety")
+SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_VALUES = {
+    **{word: value for value, word in enumerate(_BELOW_20)},
+    **{word: 10 * value for value, word in enumerate(_TENS, start=2)},
+}
+NUMBER_WORDS = frozenset([*_VALUES, "hundred", *SCALES])
+
+
+def changes_value(word: str) -> bool:
+    """Whether a word in lower case, or a piece of it between hyphens, changes the value of a number near it."""
+    pieces = [piece.removesuffix("'s") for piece in word.split("-")]
+    return any(
+        piece.replace("'", "") in CHANGING
+        or piece in NUMBER_WORDS
+        or (piece not in _ENDS_IN_ISH and _CHANGING_FORM.fullmatch(piece))
+        for piece in pieces
+    )
+
+
+def is_verb(word: str) -> bool:
+    """Whether a word in lower case is a form of a common verb that can stand in front of a number."""
+    if word in _VERBS or word in _PAST_FORMS:
+        return True
+    stem = re.sub(r"(?:ies|ied)$", "y", word)
+    for ending in ("s", "es", "d", "ed", "ing"):
+        base = word.removesuffix(ending)
+        if base != word and ({base, base + "e"} & _VERBS or (base[-2:-1] == base[-1:] and base[:-1] in _VERBS)):
+            return True
+    return stem in _VERBS
+
+
+def spell(value: int) -> list[str]:
+    """The English words of an integer from 0 to below 10**15, without "and" and hyphens."""
+    if value < 20:
+        return [_BELOW_20[value]]
+    if value < 100:
+        rest = [_BELOW_20[value % 10]] if value % 10 else []
+        return [_TENS[value // 10 - 2], *rest]
+    name, unit = max(((name, unit) for name, unit in [("hundred", 100), *SCALES.items()] if unit <= value), key=_unit)
+    rest = spell(value % unit) if value % unit else []
+    return [*spell(value // unit), name, *rest]
+
+
+def _unit(scale: tuple[str, int]) -> int:
+    return scale[1]
+
+
+def spelled_number(words: list[str]) -> int | None:
+    """The value of an integer in English words, such as one hundred (and) five; None unless it is well formed."""
+    words = [word for word in words if word != "and"]
+    if words[:1] == ["a"]:
+        words = ["one", *words[1:]]
+    total = 0
+    group = 0
+    for word in words:
+        if word == "hundred":
+            group *= 100
+        elif word in SCALES:
+            total += group * SCALES[word]
+            group = 0
+        else:
+            group += _VALUES[word]
+    value = total + group
+    # "twenty eighteen" and "five hundred thousand million" add up to something as well, but are not numbers.
+    return value if value < 10**15 and spell(value) == words else None
