@@ -59,14 +59,14 @@ def same_number(a: str, b: str) -> bool:
 
 
 def gsm8k_answer(text: str) -> str:
-    """The final answer of a GSM8K solution: what follows the last ``####``, stripped, without thousands commas.
+    """The final answer of a GSM8K solution: what follows the last ``####`` on its line, without thousands commas.
 
-    Raises ValueError if there is no ``####`` or nothing after it.
+    Raises ValueError if there is no ``####`` or nothing after it on its line.
     """
-    _, marker, answer = text.rpartition("####")
-    answer = answer.strip()
+    _, marker, rest = text.rpartition("####")
+    answer = "".join(rest.splitlines()[:1]).strip()
     if not marker or not answer:
-        raise ValueError(f"no final answer after '####' in the solution {text[-200:]!r}")
+        raise ValueError(f"no final answer on the line of '####' in the solution {text[-200:]!r}")
     return _THOUSANDS_COMMA.sub("", answer)
 
 

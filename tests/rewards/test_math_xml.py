@@ -167,6 +167,9 @@ def test_completion_text():
         ("####5", "5"),
         ("#### 2.50", "2.50"),
         ("#### 1, 2", "1, 2"),
+        ("#### 18\nChecked twice.", "18"),
+        ("#### 1,234 \r\n\nSource: 7 books", "1234"),
+        ("#### 18\u20285", "18"),
         ("#### 1,23", "1,23"),
     ],
 )
@@ -174,7 +177,7 @@ def test_gsm8k_answer(solution, expected):
     assert gsm8k_answer(solution) == expected
 
 
-@pytest.mark.parametrize("solution", ["", "18", "### 18", "18 ####", "####\n"])
+@pytest.mark.parametrize("solution", ["", "18", "### 18", "18 ####", "####\n", "#### \n18"])
 def test_a_gsm8k_solution_without_an_answer_is_an_error(solution):
     with pytest.raises(ValueError, match="####"):
         gsm8k_answer(solution)
