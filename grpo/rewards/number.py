@@ -13,14 +13,13 @@ from functools import lru_cache
 from itertools import pairwise, takewhile
 
 from grpo.rewards import words
+from grpo.rewards.calculation import calculate
 from grpo.rewards.lexer import Refused, Token, read_tokens
 from grpo.rewards.notation import plain_text
 
 # Longer texts are not parsed. The limit is below 640, the smallest value to which Python's limit for converting digits
 # to int can be set, so that this conversion never raises; and no pattern takes noticeable time on such a text.
 MAX_LENGTH = 500
-# Of the numerator and the denominator of a calculated value.
-MAX_BITS = 20_000
 
 
 @dataclass
@@ -28,12 +27,13 @@ class _Part:
     """What stands between two equals signs.
 
     `items`: the numbers and operators, in order. `shape`: one character for each of them (N a number, M a mixed number,
-    s a sign, else the operator), and u where words follow. `words`: all words.
+    s a sign, else the operator), and u where words follow. `words`: all words. `after`: those after a number.
     """
 
     words: set[str]
     items: list[Token] = field(default_factory=list)
     shape: str = ""
+    after: list[Token] = field(default_factory=list)
 
     @property
     def operands(self) -> list[Fraction]:
@@ -107,17 +107,31 @@ def _agreed_value(statements: list[_Statement]) -> Fraction:
 
 
 def _check_words(tokens: list[Token]) -> None:
-    """Refuse words that change a number, wherever they stand or on their side of the first number."""
+    """Refuse words and marks that change a number, wherever they stand or on their side of the first number."""
     numbers = [index for index, token in enumerate(tokens) if token.kind == "number"]
-    if not numbers:
+    if not numbers or words.CHANGING_PHRASE.search(" ".join(token.word for token in tokens)):
         raise Refused
-    for index, token in enumerate(tokens):
+    boundary = Token("end", "")
+    neighbours = zip([boundary, *tokens], tokens, [*tokens[1:], boundary], strict=False)
+    for index, (previous, token, following) in enumerate(neighbours):
         side = words.CHANGING_BEFORE if index < numbers[0] else words.CHANGING_AFTER
         is_month = token.text == "May" and index > 0
-        if token.word and not is_month and (words.changes_value(token.word) or token.word in side):
+        is_alone = previous.kind == following.kind == "end"
+        if (
+            (token.word and not is_month and (words.changes_value(token.word) or token.word in side))
+            or (token.text == "!" and previous.kind == "number")  # eighteen!
+            or (index > numbers[0] and is_alone and _is_variable(token))
+            or (token.kind == "number" and _word_before_punctuation(tokens[:index]) in words.CHANGING_PREVIOUS)
+        ):
             raise Refused
-    if words.CHANGING_PHRASE.search(" ".join(token.word for token in tokens)):
-        raise Refused
+
+
+def _word_before_punctuation(tokens: list[Token]) -> str:
+    """The last word, if only punctuation follows it: "over" of "over:"."""
+    index = len(tokens) - 1
+    while index >= 0 and tokens[index].kind in ("end", "comma"):
+        index -= 1
+    return tokens[index].word if 0 <= index < len(tokens) - 1 else ""
 
 
 def _groups(tokens: list[Token]) -> list[list[Token]]:
@@ -133,6 +147,8 @@ def _groups(tokens: list[Token]) -> list[list[Token]]:
         if inside and all(each.kind in ("word", "comma") for each in inside):
             if current and current[-1].kind == "word" and not token.after_space:
                 raise Refused  # f(x)
+            if any(_is_variable(each) for each in inside):
+                raise Refused
             current.append(Token("remark", ""))
             position += len(inside) + 2
         elif inside and token.after_space and _is_remark(current, following):
@@ -179,19 +195,23 @@ def _statement(tokens: list[Token]) -> _Statement | None:
     last = parts[-1]
     if not last.items:
         raise Refused
-    value = _value(last, percent=1)
+    value = calculate(last.items, 1)
     for index, part in enumerate(parts[:-1]):
         is_name = not part.items or (index == 0 and _is_name(part, last))
         # A percent sign may be meant as a unit (20% + 30% = 50%) or as hundredths (50% * 36 = 18).
-        if not is_name and all(_value(part, percent) != _value(last, percent) for percent in (1, Fraction(1, 100))):
+        if not is_name and all(
+            calculate(part.items, percent) != calculate(last.items, percent) for percent in (1, Fraction(1, 100))
+        ):
             raise Refused
     operands = parts[0].operands
     return _Statement(value, last.plain, operands if len(parts) > 1 and len(operands) > 1 else [])
 
 
 def _is_name(part: _Part, last: _Part) -> bool:
-    """Whether a part with one number is the name of what follows, as in "3 days = 18"."""
-    return part.shape == "Nu" and not part.words & (words.NOT_IN_A_NAME | last.words)
+    """Whether a part with one number and a unit is the name of what follows, as in "3 days = 18"."""
+    if part.shape != "Nu" or " " in part.items[0].text or part.words & (words.NOT_IN_A_NAME | last.words):
+        return False
+    return all(token.word and token.word not in words.BEFORE | words.TRANSPARENT for token in part.after)
 
 
 def _part(tokens: list[Token]) -> _Part:
@@ -199,6 +219,8 @@ def _part(tokens: list[Token]) -> _Part:
     before = list(takewhile(lambda token: token.kind in ("word", "comma", "remark"), tokens))
     rest = tokens[len(before) :]
     if not any(token.kind == "number" for token in rest):
+        if sum(len(word) == 1 for word in part.words - {"a", "i"}) > 1:
+            raise Refused  # x y
         if rest and any(len(token.word) < 2 for token in tokens if token.kind != "operator"):
             raise Refused  # -x, x/y; but "price - cost" is a name
         if rest and (not before or tokens[-1].kind != "word" or any(token.kind != "operator" for token in rest[:1])):
@@ -261,7 +283,7 @@ def _words_after(tokens: list[Token]) -> list[Token]:
         is_unit = (
             (token.text == "/" and following.word)
             or (token.text == "-" and not token.after_space and not following.after_space and following.word)
-            or (token.text == "^" and previous.word and following.text in ("2", "3"))
+            or (token.text == "^" and previous.word in words.WITH_POWERS and following.text in ("2", "3"))
             or (previous.text == "^" and token.kind == "number")
         )
         if not is_unit and token.kind not in ("word", "percent", "remark", "comma"):
@@ -287,6 +309,7 @@ def _add_words(part: _Part, tokens: list[Token], position: int, taken: list[Toke
         raise Refused
     _check_after(taken, end == len(tokens))
     part.shape += "u"
+    part.after += taken
     return end
 
 
@@ -304,20 +327,16 @@ def _check_before(before: list[Token], rest: list[Token]) -> None:
     if not clause:
         return
     *earlier, word = clause
-    while earlier and earlier[-1] in ("up", "out") and word == "to":
-        earlier.pop()
-        if not earlier:
-            raise Refused  # up to 18
     previous = earlier[-1] if earlier else ""
-    allowed = (
-        previous in words.BEFORE_OF
-        if word == "of"
-        else previous in words.BEFORE_TO
-        if word == "to"
-        else word in words.BEFORE
-        or words.is_verb(word)
-        or (words.is_verb(previous) and (is_name or word in ("up", "out", "away", "back")))  # picked up 18, cost Ann 18
-    )
+    if word == "of":
+        allowed = previous in words.BEFORE_OF
+    elif word == "to" and previous in ("up", "out"):
+        allowed = bool(earlier[-2:-1]) and earlier[-2] in words.BEFORE_UP_TO
+    elif word == "to":
+        allowed = previous in words.BEFORE_TO
+    else:  # is_name, "up": it will cost Ann 18, she picked up 18
+        follows_verb = words.is_verb(previous) and (is_name or word in ("up", "out", "away", "back"))
+        allowed = word in words.BEFORE or words.is_verb(word) or follows_verb
     if not allowed:
         raise Refused
 
@@ -335,10 +354,9 @@ def _check_after(taken: list[Token], at_end: bool) -> None:
         raise Refused
     for previous, token in pairwise([Token("end", ""), *taken]):
         starts_unit = token is first or previous.text == "/"
-        is_short = len(token.word) == 1 or (len(token.word) == 2 and starts_unit)
-        if token.word and is_short and token.word not in words.UNITS | words.SHORT:
-            raise Refused
-        if len(token.word) == 1 and token.text.isupper() and token.text not in "LCFI":
+        if _is_variable(token) or (
+            starts_unit and len(token.word) == 2 and token.word not in words.UNITS | words.SHORT
+        ):
             raise Refused
         if previous.word == "and" and token.word in words.MORE:
             raise Refused
@@ -346,40 +364,7 @@ def _check_after(taken: list[Token], at_end: bool) -> None:
             raise Refused
 
 
-_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "^": 3}
-
-
-def _value(part: _Part, percent: Fraction | int) -> Fraction:
-    """The value of the calculation of a part; numbers with a percent sign are multiplied by `percent`."""
-    return _calculate(part.items[::-1], 1, Fraction(percent))
-
-
-def _calculate(reversed_items: list[Token], lowest: int, percent: Fraction) -> Fraction:
-    """Precedence climbing: the value of the operators of at least the lowest precedence. Removes what it has read."""
-    token = reversed_items.pop()
-    if token.kind == "sign":
-        value = _calculate(reversed_items, _PRECEDENCE["^"], percent) * (-1 if token.text == "-" else 1)
-    elif token.text == "(":
-        value = _calculate(reversed_items, 1, percent)
-        reversed_items.pop()
-    else:
-        value = token.value * (percent if token.percent else 1)
-    while reversed_items and _PRECEDENCE.get(reversed_items[-1].text, 0) >= lowest:
-        operator = reversed_items.pop().text
-        tighter = _PRECEDENCE[operator] + (operator != "^")
-        value = _apply(operator, value, _calculate(reversed_items, tighter, percent))
-    return value
-
-
-def _apply(operator: str, left: Fraction, right: Fraction) -> Fraction:
-    if operator == "/" and right == 0:
-        raise Refused
-    if operator == "^":
-        bits = max(left.numerator.bit_length(), left.denominator.bit_length())
-        if right.denominator != 1 or abs(right) * bits > MAX_BITS or (left == 0 and right < 0):
-            raise Refused
-        return left**right.numerator
-    value = {"+": left.__add__, "-": left.__sub__, "*": left.__mul__, "/": left.__truediv__}[operator](right)
-    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
-        raise Refused
-    return value
+def _is_variable(token: Token) -> bool:
+    """Whether a token is a single letter that is neither a unit nor an English word; M, K and the like are scales."""
+    is_unit = token.text in "LCFI" or (token.text.islower() and token.text in words.UNITS | words.SHORT)
+    return len(token.word) == 1 and not is_unit

@@ -19,71 +19,74 @@ CHANGING = (
     # negation and error
     _words(
         """no not never neither nor none nothing nil non without except excluding excludes exclude excluded besides
-        instead rather unlike cannot cant dont doesnt isnt arent wasnt werent wrong incorrect incorrectly false
-        falsely untrue mistake mistaken mistakenly error erroneous impossible undefined unknown invalid unlikely
-        disproved rejected ruled else too bound bounds limit overestimate underestimate"""
+        instead rather unlike cannot cant dont doesnt isnt arent wasnt werent wrong incorrect incorrectly false falsely
+        untrue mistake mistaken mistakenly error erroneous impossible undefined unknown invalid unlikely disproved
+        rejected ruled wrongly falsehood nope nah oops wait scratch retract else too bound bounds limit overestimate
+        underestimate"""
     )
     # doubt and condition
     | _words(
-        """maybe perhaps possibly probably presumably likely may might could if unless whether suppose supposing
-        supposedly assume assumed assuming guess guessing guessed seemingly unsure uncertain depends hypothetically"""
+        """maybe perhaps possibly probably presumably likely may might could if unless whether doubt doubts doubtful
+        probable suppose supposing supposedly assume assumed assuming guess guessing guessed seemingly unsure uncertain
+        depends hypothetically"""
     )
     # approximation and rounding
     | _words(
-        """approximate approximately approx approximates circa ca roughly nearly almost 
-        nearing approaching approaches estimate estimated estimates estimating estimation somewhat 
-        virtually practically rounded rounding truncated ish thereabouts"""
+        """approximation approximations approximate approximately approx approximates circa ca roughly nearly almost
+        nearing approaching approaches estimate estimated estimates estimating estimation somewhat virtually practically
+        rounded rounding truncated est ish thereabouts"""
     )
     # bounds, ranges and alternatives
     | _words(
-        """or versus vs ranges ranging upwards exceed
-        exceeds exceeded exceeding surpass surpasses surpassing beyond plusminus """
+        """or versus vs ranges ranging upwards exceed exceeds exceeded exceeding surpass surpasses surpassing beyond
+        plusminus"""
     )
     # multiples and parts
     | _words(
         """twice thrice double doubled doubles doubling treble triple tripled triples tripling quadruple half halves
-        halved halving semi quarter quarters quartered third thirds fourth fourths fraction fractions percentile
-        lots multiples multiply multiplied multiplies multiplying multiplier divide divided
-        divides dividing divisor divisors factor factors ratio ratios proportional inversely"""
+        halved halving semi quarter quarters quartered third thirds fourth fourths fraction fractions fractional
+        numerator denominator multiplication division percentile lots multiples multiply multiplied multiplies
+        multiplying multiplier divide divided divides dividing divisor divisors factor factors ratio ratios proportional
+        inversely"""
     )
     # powers and functions
     | _words(
-        """squared cubed root roots rooted radical sqrt cbrt power powers exponent exponential exponentiated
-        exponentiation tetration log logs logarithm logarithms logarithmic ln lg exp sin sine cos cosine 
-        tangent cotangent secant csc cosecant arcsin arccos arctan asin acos atan sinh cosh tanh sgn signum
-        factorial factorials primorial subfactorial gamma choose permute 
-        binomial mod modulo modulus absolute abs magnitude norm ceil ceiling floored integral integrate
-        derivative derivation differentiate sigma determinant det gcd lcm hcf gcf nth successor predecessor prime
-        primes fibonacci triangular composite infinity infinite pi tau phi theta euler nan inf invert inverted
-        reversed reverse reversal backwards backward mirrored flipped swapped concatenated digit digits digital
-        complement conjugate reciprocal reciprocals inverse inverses opposite opposites function"""
+        """squared cubed root roots rooted radical sqrt cbrt power powers exponent exponents exponential exponentially
+        exponentiated exponentiation tetration log logs logarithm logarithms logarithmic ln lg exp sin sine cos cosine
+        tangent cotangent secant csc cosecant arcsin arccos arctan asin acos atan sinh cosh tanh sgn signum factorial
+        factorials primorial subfactorial gamma choose chooses permute binomial mod modulo modulus absolute abs
+        magnitude norm ceil ceiling floored integral integrate derivative derivation differentiate sigma determinant det
+        gcd lcm hcf gcf nth successor predecessor prime primes fibonacci triangular composite infinity infinite pi tau
+        phi theta euler nan inf invert inverted reversed reverse reversal backwards backward mirrored flipped swapped
+        concatenated digit digits digital complement conjugate reciprocal reciprocals inverse inverses opposite
+        opposites function"""
     )
     # sign
     | _words(
-        """minus negative negatively negated negate negation loss losses deficit deficits debt debts overdrawn
-        overdraft shortfall shortage bc bce"""
+        """minus neg negative negatives negatively negated negate negation loss losses deficit deficits debt debts
+        overdrawn overdraft shortfall shortage bc bce"""
     )
     # scales that are not evaluated
     | _words(
-        """lakh lakhs lacs crore crores arab kharab myriad myriads mil mille bn mln mio
-        mrd mlrd tn trn thou thous kilo mega giga googol zillion gazillion jillion umpteen hundreds thousands millions
-        billions trillions dozens basis bps bp permille permil ppm ppb"""
+        """lakh lakhs lacs crore crores arab kharab myriad myriads mil mille bn mln mio mrd mlrd tn trn thou thous kilo
+        mega giga googol zillion gazillion jillion umpteen hundreds thousands millions billions trillions dozens basis
+        bps bp permille permil ppm ppb"""
     )
     # other bases, and digits that go on
     | _words(
-        """base binary octal hex hexadecimal decimal decimals duodecimal ternary recurring repeating repeated repeats
-        nonary"""
+        """zeros zeroes base binary octal hex hexadecimal decimal decimals duodecimal ternary recurring repeating
+        repeated repeats nonary"""
     )
     # the same in the languages that are most often mixed in
     | _words(
-        """menos moins meno nicht kein keine niet pas ni ou oder oppure mas fois mal veces vezes volte tausend
-        millionen milliarde milliarden millones millon milhao milhoes miljoen mila doble doppelt doppio dobro moitie
-        halb halbe demi mitad metade ungefaehr environ circa casi quasi etwa"""
+        """menos moins meno nicht kein keine niet pas ni ou oder oppure mas fois mal veces vezes volte tausend millionen
+        milliarde milliarden millones millon milhao milhoes miljoen mila doble doppelt doppio dobro moitie halb halbe
+        demi mitad metade ungefaehr environ circa casi quasi etwa"""
     )
 )
 _CHANGING_FORM = re.compile(
     r"""
-      .*(?:uple[ds]?|upling|folds?|illiards?|squar(?:es|ing)|cubing|ish|n't)
+      .*(?:(?<!co)uple[ds]?|upling|fold|illiards?|squaring|cubing|(?<!f)ish|n't)
     | .*illion(?:th)?s? | googol.* | nths?
     | (?:two|three|four|five|six|seven|eight|nine|ten|twelve|(?:twen|thir|for|fif|six|seven|eigh|nine)tie)e?s
     | (?:fif|six|seven|eigh|nin|ten|eleven|twelf|(?:thir|four|fif|six|seven|eigh|nine)teen
@@ -91,7 +94,7 @@ _CHANGING_FORM = re.compile(
     """,
     re.VERBOSE,
 )
-_ENDS_IN_ISH = _words("fish finish finished dish polish radish english british spanish irish danish jellyfish goldfish")
+_ENDS_IN_ISH = _words("finish dish polish radish english british spanish irish danish")
 
 CHANGING_PHRASE = re.compile(
     r"""\b(?:
@@ -101,6 +104,11 @@ CHANGING_PHRASE = re.compile(
     )\b""",
     re.VERBOSE,
 )
+# Directly in front of a number, also with punctuation between.
+CHANGING_PREVIOUS = _words(
+    """over under above below about around near close between minimum maximum minimal maximal limit more less fewer
+    greater of to by than and but plus times"""
+)
 # In front of a number, with other words between or not.
 CHANGING_BEFORE = _words("than least most min max ceiling floor square cube")
 # After a number, with other words between or not.
@@ -108,35 +116,36 @@ CHANGING_AFTER = _words("maximum minimum max tops")
 # Directly after a number these words change it, or continue it.
 CHANGING_NEXT = _words(
     """and plus minus times time to into by over under above below off through past short shy up down point odd some
-    something squares cubes gross grand mill mills bil bill lac thou score pie ex et y und og och i hoch au aux"""
+    something cube remainder rem div sub quad alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho
+    omega psi chi gross grand mill mills bil bill lac thou score pie ex et y und og och i hoch au aux"""
 )
 # "18 and more", "18 dollars and change"
 MORE = _words("a an any another some change more counting several few bit up above over below under beyond then")
 
 # Passed over between a number and the word in front of it.
 TRANSPARENT = _words(
-    """the a an his her its their our my your these those this that all only just exactly precisely simply total
-    another additional extra remaining full whole exact final correct combined same altogether overall together still
-    also already now finally currently actually each me us him them you it there here indeed clearly"""
+    """the a an his her its their our my your these those this that all only just exactly precisely simply total another
+    additional extra remaining full whole exact final correct combined same altogether overall together still also
+    already now finally currently actually each me us him them you it there here indeed clearly"""
 )
 # One of these words, a verb, or punctuation may stand in front of a number. Any other word may be a function.
 BEFORE = _words(
-    """is are was were be been being am that's it's there's here's he's she's equals equal answer answers result
-    results total totals sum sums value cost costs price profit so thus therefore hence then ie namely because since
-    where when for in at with which we i they he she"""
+    """is are was were be been being am that's it's there's here's he's she's equals equal answer answers result results
+    total totals sum sums value cost costs price profit so thus therefore hence then ie namely since for in at with we i
+    they he she"""
 )
 _VERBS = _words(
     """accept accommodate adopt apply ask assemble attend average award bake ball bark become bike bill borrow boil
-    bring build burn buy call carry catch charge chew chop clean climb close collect complete consume contain
-    contribute cook cost count cover crochet cut dance decorate deliver deposit dig distribute donate download drink
-    drive drop dry earn eat employ enter examine expect feed fill find finish fit fix fly fold gain gather get give go
-    grab grade grow guarantee harvest have heal hear help hike hire hit hold hunt install invest invite iron jog jump
-    keep kick kill knit know last lay learn leave lend lift live load lose mail make mean mend milk mow need obtain
-    offer open order owe own pack paint park pass pay perform pick place plant play pour practice prepare print produce
-    provide pull purchase push put raise read receive record remain remember rent repair replace require return ride
-    row run save see sell send serve sew shoot shovel sing sit sleep smoke spend stack stand stay steal store study
-    swim take teach throw total trade train transport travel treat type use visit wait walk want wash watch wear weigh
-    win wind work wrap write yield"""
+    bring build burn buy call carry catch charge chew chop clean climb collect complete consume contain contribute cook
+    cost count cover crochet cut dance decorate deliver deposit dig distribute donate download drink drive drop dry earn
+    eat employ enter examine expect feed fill find finish fit fix fly fold gain gather get give go grab grade grow
+    guarantee harvest have heal hear help hike hire hit hold hunt install invest invite iron jog jump keep kick kill
+    knit know last lay learn leave lend lift live load lose mail make mean mend milk mow need obtain offer open order
+    owe own pack paint park pass pay perform pick place plant play pour practice prepare print produce provide pull
+    purchase push put raise read receive record remain remember rent repair require return ride row run save see sell
+    send serve sew shoot shovel sing sit sleep smoke spend stack stand stay steal store study swim take teach throw
+    total trade train transport travel treat type use visit wait walk want wash watch wear weigh win wind work wrap
+    write yield"""
 )
 _PAST_FORMS = _words(
     """ate became bought brought built burnt caught dealt did does do done drank drove dug eaten fed fell felt flew
@@ -153,27 +162,31 @@ BEFORE_OF = _words(
 )
 # "comes to 18", "adds up to 18", but not "up to 18"
 BEFORE_TO = _words(
-    """come comes came coming amount amounts amounted add adds added adding sum sums summed equal equates equivalent
-    total totals totaled totalled simplifies simplify evaluates evaluate works work translates corresponds"""
+    """come comes came coming amount amounts amounted sums summed equal equates equivalent total totals totaled totalled
+    simplifies simplify evaluates evaluate works translates corresponds"""
 )
+BEFORE_UP_TO = BEFORE_TO | _words("add adds added adding sum work worked")
 
 # A part of a chain with one of these is a sentence, not the name of what follows: "3 days = 18", not "18 is left = 20"
 NOT_IN_A_NAME = _words("is are was were has have had makes made gets got and so but then therefore thus")
 
 UNITS = _words(
-    """m g s h l c f cm mm km kg mg ml dl cl kl lb oz ft mi yd in hr pm am mph kph kmh lbs hrs hr min mins sec secs yds
-    pt pts qt qts gal gals tsp tbsp sq pcs pc gb mb tb kb kw kwh kj cal kcal cc px fl doz ppl st nd rd th us eur usd
-    gbp"""
+    """m g s h l c f cm mm km kg mg ml dl cl kl lb oz ft mi yd in hr pm am mph kph kmh lbs hrs min mins sec secs yds pt
+    pts qt qts gal gals tsp tbsp sq pcs pc gb mb tb kb kw kwh kj cal kcal cc px fl doz ppl st nd rd th us eur usd gbp"""
 )
 ORDINAL_ENDINGS = _words("st nd rd th")
-# With an amount of money these letters mean millions and the like: "$18m".
-SCALE_WITH_MONEY = _words("m mm g t b k bn mn tn")
 SHORT = _words("a an as at be do go he hi if in is it me my of on pm am she so us we i eg ie ok")
 # "an 18-inch ribbon", but not "18-x" or "18-tax"
 AFTER_HYPHEN = _words(
     """year years day days hour hours minute minutes second seconds week weeks month months inch inches foot feet mile
     miles yard yards pound pounds ounce ounces gallon gallons dollar dollars cent cents percent page pages piece pieces
     point person people member meter meters kilometer centimeter liter gram kilogram degree pack"""
+)
+
+# "18 cm^2", but not "18 eggs^2"
+WITH_POWERS = UNITS | _words(
+    """inch inches foot feet yard yards mile miles meter meters metre metres centimeter centimeters centimetres
+    kilometer kilometers kilometres millimeter millimeters millimetres second seconds unit units"""
 )
 
 _BELOW_20 = _list(
@@ -190,7 +203,7 @@ NUMBER_WORDS = frozenset([*_VALUES, "hundred", *SCALES])
 
 
 def changes_value(word: str) -> bool:
-    """Whether a word in lower case, or a piece of it between hyphens, changes the value of a number near it."""
+    """Whether a word in lower case, or piece of it between hyphens, changes the value number near it."""
     pieces = [piece.removesuffix("'s") for piece in word.split("-")]
     return any(
         piece.replace("'", "") in CHANGING
@@ -201,7 +214,7 @@ def changes_value(word: str) -> bool:
 
 
 def is_verb(word: str) -> bool:
-    """Whether a word in lower case is a form of a common verb that can stand in front of a number."""
+    """Whether a word in lower case is form of common verb that can stand front number."""
     if word in _VERBS or word in _PAST_FORMS:
         return True
     stem = re.sub(r"(?:ies|ied)$", "y", word)
