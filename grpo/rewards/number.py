@@ -350,7 +350,11 @@ def _check_after(taken: list[Token], at_end: bool) -> None:
         raise Refused
     if name in words.ORDINAL_ENDINGS and not (joined and at_end and len(taken) == 1):
         raise Refused
-    if name in words.CHANGING_NEXT or (name in ("square", "cubic", "sq", "cu") and not any(t.word for t in taken[1:])):
+    second = taken[1].word if len(taken) > 1 else ""
+    is_purpose = name == "to" and words.is_verb(second)  # $18 to fill the pool
+    if (name in words.CHANGING_NEXT and not is_purpose) or (
+        name in ("square", "cubic", "sq", "cu") and not any(t.word for t in taken[1:])
+    ):
         raise Refused
     for previous, token in pairwise([Token("end", ""), *taken]):
         starts_unit = token is first or previous.text == "/"

@@ -135,23 +135,28 @@ BEFORE = _words(
     they he she"""
 )
 _VERBS = _words(
-    """accept accommodate adopt apply ask assemble attend average award bake ball bark become bike bill borrow boil
-    bring build burn buy call carry catch charge chew chop clean climb collect complete consume contain contribute cook
-    cost count cover crochet cut dance decorate deliver deposit dig distribute donate download drink drive drop dry earn
-    eat employ enter examine expect feed fill find finish fit fix fly fold gain gather get give go grab grade grow
-    guarantee harvest have heal hear help hike hire hit hold hunt install invest invite iron jog jump keep kick kill
-    knit know last lay learn leave lend lift live load lose mail make mean mend milk mow need obtain offer open order
-    owe own pack paint park pass pay perform pick place plant play pour practice prepare print produce provide pull
-    purchase push put raise read receive record remain remember rent repair require return ride row run save see sell
-    send serve sew shoot shovel sing sit sleep smoke spend stack stand stay steal store study swim take teach throw
-    total trade train transport travel treat type use visit wait walk want wash watch wear weigh win wind work wrap
-    write yield"""
+    """accept accommodate achieve acquire adopt apply ask assemble attend average award bake ball bark become bike bill
+    block boil borrow bring build burn buy call carry catch charge chew chop clean climb collect complete consume
+    contain contribute cook cost count cover crack create crochet cut dance decorate deliver deposit dig distribute
+    donate download drink drive drop dry earn eat employ encounter enter examine expect experience feed fill find finish
+    fit fix fly fold gain gather get give go grab grade groom grow guarantee harvest hatch have heal hear help hike hire
+    hit hold hug hunt install invest invite iron jog jump keep kick kill knit knock know lack last lay learn leave lend
+    lift light live load lock lose mail make manage manufacture mean measure melt memorize mend milk mix mount mow need
+    observe obtain occupy offer open order owe own pack paddle paint park pass pay pedal peel perform pick pitch place
+    plant play plow polish pop pour practice prepare print process produce provide pull pump purchase push put raise
+    rake reach read receive record recycle register release remain remember rent repair represent require return ride
+    ring roast row rub run sail save scoop score scrub seal seat see select sell send separate serve sew sharpen ship
+    shoot shovel shuck sign sing sit skate skip sleep slice slide smoke solve sort spend splash spot spread squeeze
+    stack stamp stand stay steal stitch stock store stretch study supply sustain sweep swim swing take teach throw tie
+    toss total tour track trade train transfer transport travel treat trim type unload use visit vote wait walk want
+    wash watch wax wear weed weigh whip win wind work wrap write yield"""
 )
 _PAST_FORMS = _words(
-    """ate became bought brought built burnt caught dealt did does do done drank drove dug eaten fed fell felt flew
-    fought found froze gave given got gotten grew grown had has heard held kept knew laid led left lent lost made meant
-    met paid ran read rode rose said sang sat saw seen sent shot slept sold spent stole stood swam swum swept taken
-    taught thought threw thrown took told went won wore worn wrote written"""
+    """ate beat beats became bore bought broke broken brought built burnt caught dealt did do does done drank driven
+    drove dug eaten fed fell felt flew flown fought found froze gave given got gotten grew grown had has heard held hid
+    hung kept knew laid led left lent lit lost made meant met paid ran rang read ridden risen rode rose rung said sang
+    sank sat saw seen sent sewn shone shook shot shown slept slid sold spent sprang spread stole stood sunk swam swept
+    swum swung taken taught thought threw thrown told took tore torn went woke won wore worn wound written wrote"""
 )
 # "a total of 18", but not "the square of 18"
 BEFORE_OF = _words(
@@ -214,15 +219,12 @@ def changes_value(word: str) -> bool:
 
 
 def is_verb(word: str) -> bool:
-    """Whether a word in lower case is form of common verb that can stand front number."""
-    if word in _VERBS or word in _PAST_FORMS:
-        return True
-    stem = re.sub(r"(?:ies|ied)$", "y", word)
-    for ending in ("s", "es", "d", "ed", "ing"):
-        base = word.removesuffix(ending)
-        if base != word and ({base, base + "e"} & _VERBS or (base[-2:-1] == base[-1:] and base[:-1] in _VERBS)):
-            return True
-    return stem in _VERBS
+    """Whether a word in lower case is a form of a common verb that can stand in front of a number."""
+    candidates = {word, re.sub(r"(?:ies|ied)$", "y", word), re.sub(r"e?s$", "", word), word.removesuffix("s")}
+    stem = re.sub(r"(?:ed|ing)$", "", word)
+    if stem != word:
+        candidates |= {stem, stem + "e", re.sub(r"([bdglmnprt])\1$", r"\1", stem)}
+    return word in _PAST_FORMS or bool(candidates & _VERBS)
 
 
 def spell(value: int) -> list[str]:
