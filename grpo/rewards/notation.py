@@ -85,6 +85,7 @@ _CURRENCY = [
 
 _ABBREVIATIONS = [
     (r"\bi\.\s?e\.,?|\b[Bb]ecause\b", ";"),
+    (r"(?i)\((?:since|as)\s+(?=\S*\d)", "("),  # 18 (since 9 + 9 = 18)
     (r"\b[cC]\.\s*(?=\d)", "circa "),
     (r"\bU\.\s?S\.(?: ?A\.)?", "US"),
     (r"\b([ap])\.\s?m\.", r"\1m"),

@@ -101,6 +101,8 @@ CHANGING_PHRASE = re.compile(
         (?:is|are|was|were|be)[ ](?:more|less|fewer|greater|bigger|larger|smaller|higher|lower|close|near|between)
       | (?:the|a|its|their)[ ](?:square|cube)[ ](?:of|is|and) | at[ ](?:least|most) | used[ ]to[ ]be | no[ ]longer
       | (?:added|subtracted|deducted)[ ](?:to|from) | more[ ](?:or|and) | give[ ]or[ ]take
+      | (?:capped|limited|starting|starts|started|begins|beginning)[ ](?:at|from|to|with)
+      | less[ ](?:the|a|an|any|tax|taxes|tip|fees)
     )\b""",
     re.VERBOSE,
 )
@@ -131,8 +133,8 @@ TRANSPARENT = _words(
 # One of these words, a verb, or punctuation may stand in front of a number. Any other word may be a function.
 BEFORE = _words(
     """is are was were be been being am that's it's there's here's he's she's equals equal answer answers result results
-    total totals sum sums value cost costs price profit so thus therefore hence then ie namely since for in at with we i
-    they he she"""
+    total totals sum sums value cost costs price profit so thus therefore hence then ie namely for in at with we i they
+    he she"""
 )
 _VERBS = _words(
     """accept accommodate achieve acquire adopt apply ask assemble attend average award bake ball bark become bike bill
@@ -219,7 +221,7 @@ def changes_value(word: str) -> bool:
 
 
 def is_verb(word: str) -> bool:
-    """Whether a word in lower case is a form of a common verb that can stand in front of a number."""
+    """Whether a word in lower case is form of common verb that can stand front number."""
     candidates = {word, re.sub(r"(?:ies|ied)$", "y", word), re.sub(r"e?s$", "", word), word.removesuffix("s")}
     stem = re.sub(r"(?:ed|ing)$", "", word)
     if stem != word:

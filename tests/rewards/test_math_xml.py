@@ -222,7 +222,7 @@ FRAGMENTS = [
 def test_random_strings_never_raise_and_rewards_stay_in_range():
     random_strings = random.Random(0)
     read = 0
-    for _ in range(20_000):
+    for _ in range(8_000):
         text = "".join(random_strings.choices(FRAGMENTS, k=random_strings.randint(0, 12)))
         if random_strings.random() < 0.1:
             text = "".join(map(chr, random_strings.choices(range(0x110000), k=20)))
@@ -237,7 +237,7 @@ def test_random_strings_never_raise_and_rewards_stay_in_range():
             [reward] = tag_format([""], [completion])
             assert 0.0 <= reward <= 0.8
             assert math.isclose(reward / 0.2, round(reward / 0.2), abs_tol=1e-9)
-    assert read > 500  # otherwise too few strings contained a number
+    assert read > 200  # otherwise too few strings contained a number
 
 
 HOSTILE = [
