@@ -219,12 +219,7 @@ def _part(tokens: list[Token]) -> _Part:
     before = list(takewhile(lambda token: token.kind in ("word", "comma", "remark"), tokens))
     rest = tokens[len(before) :]
     if not any(token.kind == "number" for token in rest):
-        if sum(len(word) == 1 for word in part.words - {"a", "i"}) > 1:
-            raise Refused  # x y
-        if rest and any(len(token.word) < 2 for token in tokens if token.kind != "operator"):
-            raise Refused  # -x, x/y; but "price - cost" is a name
-        if rest and (not before or tokens[-1].kind != "word" or any(token.kind != "operator" for token in rest[:1])):
-            raise Refused
+        _check_name(tokens)
         return part
     _check_before(before, rest)
     position = 0
@@ -233,6 +228,18 @@ def _part(tokens: list[Token]) -> _Part:
     if part.shape.count("(") != part.shape.count(")") or not re.search(r"[NMu)]$", part.shape):
         raise Refused
     return part
+
+
+def _check_name(tokens: list[Token]) -> None:
+    """Refuse a part without a number unless it is a name, such as x, Total cost, or price - cost."""
+    variables = [token for token in tokens if len(token.word) == 1 and token.word not in ("a", "i")]
+    if not any(token.kind in ("operator", "bracket", "percent") for token in tokens):
+        if len(variables) > 1:
+            raise Refused  # x y
+        return
+    kinds = "".join("w" if token.word else "o" if token.kind == "operator" else "?" for token in tokens)
+    if variables or not re.fullmatch(r"w+(ow+)+", kinds):
+        raise Refused  # -x, x/2
 
 
 def _read_item(part: _Part, tokens: list[Token], position: int, after_words: bool) -> int:
