@@ -20,7 +20,7 @@ CHANGING = (
     _words(
         """no not never neither nor none nothing nil non without except excluding excludes exclude excluded besides
         instead rather unlike cannot cant dont doesnt isnt arent wasnt werent wrong incorrect incorrectly false falsely
-        untrue mistake mistaken mistakenly error erroneous impossible undefined unknown invalid unlikely disproved
+        untrue lies mistake mistaken mistakenly error erroneous impossible undefined unknown invalid unlikely disproved
         rejected ruled wrongly falsehood nope nah oops wait scratch retract else too bound bounds limit overestimate
         underestimate"""
     )
@@ -38,8 +38,8 @@ CHANGING = (
     )
     # bounds, ranges and alternatives
     | _words(
-        """or versus vs ranges ranging upwards exceed exceeds exceeded exceeding surpass surpasses surpassing beyond
-        plusminus"""
+        """or versus vs ranges ranging upward upwards onward onwards increasing decreasing exceed exceeds exceeded
+        exceeding surpass surpasses surpassing beyond plusminus"""
     )
     # multiples and parts
     | _words(
@@ -114,7 +114,7 @@ CHANGING_PREVIOUS = _words(
 # In front of a number, with other words between or not.
 CHANGING_BEFORE = _words("than least most min max ceiling floor square cube")
 # After a number, with other words between or not.
-CHANGING_AFTER = _words("maximum minimum max tops")
+CHANGING_AFTER = _words("maximum minimum max tops short hole")
 # Directly after a number these words change it, or continue it.
 CHANGING_NEXT = _words(
     """and plus minus times time to into by over under above below off through past short shy up down point odd some
@@ -138,12 +138,12 @@ BEFORE = _words(
 )
 _VERBS = _words(
     """accept accommodate achieve acquire adopt apply ask assemble attend average award bake ball bark become bike bill
-    block boil borrow bring build burn buy call carry catch charge chew chop clean climb collect complete consume
-    contain contribute cook cost count cover crack create crochet cut dance decorate deliver deposit dig distribute
-    donate download drink drive drop dry earn eat employ encounter enter examine expect experience feed fill find finish
-    fit fix fly fold gain gather get give go grab grade groom grow guarantee harvest hatch have heal hear help hike hire
-    hit hold hug hunt install invest invite iron jog jump keep kick kill knit knock know lack last lay learn leave lend
-    lift light live load lock lose mail make manage manufacture mean measure melt memorize mend milk mix mount mow need
+    block boil borrow bring build burn buy carry catch charge chew chop clean climb collect complete consume contain
+    contribute cook cost count cover crack create crochet cut dance decorate deliver deposit dig distribute donate
+    download drink drive drop dry earn eat employ encounter enter examine expect experience feed fill find finish fit
+    fix fly fold gain gather get give go grab grade groom grow guarantee harvest hatch have heal hear help hike hire hit
+    hold hug hunt install invest invite iron jog jump keep kick kill knit knock know lack last lay learn leave lend lift
+    light live load lock lose mail make manage manufacture mean measure melt memorize mend milk mix mount mow need
     observe obtain occupy offer open order owe own pack paddle paint park pass pay pedal peel perform pick pitch place
     plant play plow polish pop pour practice prepare print process produce provide pull pump purchase push put raise
     rake reach read receive record recycle register release remain remember rent repair represent require return ride
