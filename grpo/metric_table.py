@@ -39,9 +39,11 @@ rewards/<component>/mean | | one reward component; missing values do not count
     mean over the completions | Reward | Reward | <component>
 rewards/<component>/std | | its standard deviation (ddof=1)
     all completions that have a value of it
-reward_std | | standard deviation (ddof=1) of the combined reward within a group
+reward_std | | standard deviation (ddof=1) of the combined reward
+    all completions that have a reward
+reward_group_std | | standard deviation (ddof=1) of the combined reward within a group
     mean over the groups | Reward | Spread of the reward within groups
-frac_reward_zero_std | share of groups | groups whose rewards are all equal, which carry no signal
+frac_reward_zero_std | share of groups | groups without a signal: rewards all equal, or fewer than two are not missing
     the groups | Reward | Groups with equal rewards
 completions/mean_length | tokens | length of a completion, with its end-of-sequence token
     mean over the completions | Lengths | Output length | mean

@@ -1,6 +1,6 @@
 """Advantages: how much better a completion is than the others of its group.
 
-Does not import torch, so that a launch can check the names in a config quickly.
+Importing it does not import torch, so that a launch can check the names in a config quickly.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-EQUAL_REWARDS = 1e-6  # rewards that differ by less count as equal: the difference is rounding error, not signal
-
 
 def group_advantage(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
     """The total reward standardised within each prompt's group.
@@ -20,32 +18,67 @@ def group_advantage(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
     valid: (P, G, C) bool, False where a component gave no value. Returns (P, G).
     Source: DeepSeekMath (arXiv 2402.03300), section 4.1.2, outcome supervision.
     """
-    return standardize(total_reward(rewards, weights, valid))
+    return standardize(comparable_reward(rewards, weights, valid))
 
 
 def total_reward(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
-    """The weighted sum of the reward components, (..., C) -> (...); a missing value adds nothing."""
+    """The weighted sum of the reward components, (..., C) -> (...); NaN where no component gave a value.
+
+    A missing value adds nothing.
+    """
     total = rewards.new_zeros(rewards.shape[:-1])
     for component, weight in enumerate(weights):
         total = total + weight * rewards[..., component].where(valid[..., component], 0.0)
-    return total
+    return total.where(valid.any(dim=-1), float("nan"))
+
+
+def comparable_reward(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
+    """The total reward (P, G), NaN for a completion that cannot be compared with the others of its group.
+
+    It cannot if it lacks the value of a component that others of its group have: its total would be lower for a reason
+    that says nothing about it. A component without a value for the whole group does not apply to this prompt, and is
+    left out for all. Components of weight 0 do not matter. Arguments: as for `group_advantage`.
+    """
+    weighted = valid & (weights != 0)
+    expected = weighted.any(dim=1, keepdim=True)  # (P, 1, C)
+    complete = (weighted == expected).all(dim=-1)
+    return total_reward(rewards, weights, weighted).where(complete, float("nan"))
 
 
 def standardize(rewards: Tensor, epsilon: float = 1e-4) -> Tensor:
     """`(r - mean) / (std + epsilon)` within each group, std with ddof=1: (P, G) -> (P, G).
 
-    The advantages of a group with a single completion, or with equal rewards, are 0: there is nothing to compare.
+    A reward that is NaN is missing: it is not part of mean and std, and its advantage is 0, as in TRL 1.16. The
+    advantages of a group with fewer than two rewards, or with equal ones, are 0: there is nothing to compare.
+    """
+    mean = rewards.nanmean(dim=1, keepdim=True)
+    std = group_std(rewards)[:, None]
+    with_signal = ~rewards.isnan() & ~equal_groups(rewards)[:, None]
+    return ((rewards - mean) / (std + epsilon)).where(with_signal, 0.0)
+
+
+def group_std(rewards: Tensor) -> Tensor:
+    """Standard deviation (ddof=1) of the rewards of each group that are not NaN: (P, G) -> (P,).
+
+    NaN for a group with fewer than two.
     """
     if rewards.shape[1] == 1:
-        return rewards.new_zeros(rewards.shape)
-    mean = rewards.mean(dim=1, keepdim=True)
-    std = rewards.std(dim=1, keepdim=True)
-    return ((rewards - mean) / (std + epsilon)).where(~equal_groups(rewards)[:, None], 0.0)
+        return rewards.new_full(rewards.shape[:1], float("nan"))
+    present = ~rewards.isnan()
+    # torch has no std that skips NaN. The mean in the place of a missing reward adds nothing to the sum of squares.
+    std = rewards.where(present, rewards.nanmean(dim=1, keepdim=True)).std(dim=1)
+    return std * ((rewards.shape[1] - 1) / (present.sum(dim=1) - 1)).sqrt()
 
 
 def equal_groups(rewards: Tensor) -> Tensor:
-    """Which groups carry no signal because all their rewards are equal: (P, G) -> (P,) bool.
+    """Which groups carry no signal: all rewards are equal, or fewer than two are not NaN. (P, G) -> (P,) bool.
 
-    Compares max - min with a tolerance: the standard deviation of equal float32 numbers need not be exactly 0.
+    Rewards are equal if they differ only by rounding: the standard deviation of equal numbers need not be exactly 0.
     """
-    return rewards.amax(dim=1) - rewards.amin(dim=1) < EQUAL_REWARDS
+    import torch  # here, see above
+
+    present = ~rewards.isnan()
+    highest = rewards.where(present, -torch.inf).amax(dim=1)
+    lowest = rewards.where(present, torch.inf).amin(dim=1)
+    rounding = 8 * torch.finfo(rewards.dtype).eps  # of a sum of a few components, relative to the total
+    return torch.isclose(highest, lowest, rtol=rounding, atol=1e-12) | (present.sum(dim=1) < 2)

@@ -22,8 +22,8 @@ def load_samples(run_dir: str | Path) -> pd.DataFrame:
     rows = [row for file in files for row in read_lines(file)]
     columns = ["step", "problem_id", "prompt", "completion", "answer", "reward", "advantage", "length"]
     samples = pd.DataFrame(rows, columns=None if rows else columns)
-    rewards = [column for column in samples if column.startswith("rewards/")]
-    return samples.astype(dict.fromkeys(rewards, float))  # a missing value of a component becomes NaN
+    rewards = [column for column in samples if column == "reward" or column.startswith("rewards/")]
+    return samples.astype(dict.fromkeys(rewards, float))  # a missing value becomes NaN
 
 
 def components(samples: pd.DataFrame) -> list[str]:

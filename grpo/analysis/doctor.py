@@ -108,7 +108,7 @@ def reward_falls(doctor: Doctor) -> str | None:
         return None
     loss = fmean(best) - fmean(now)
     noise = math.hypot(stdev(now), stdev(best)) / math.sqrt(20)
-    within_groups = fmean(doctor.last("reward_std", 20) or [0.0])  # the scale of this reward
+    within_groups = fmean(doctor.last("reward_group_std", 20) or [0.0])  # the scale of this reward
     if loss < max(6 * noise, (fmean(best) - fmean(start)) / 3, within_groups / 4):
         return None
     return (

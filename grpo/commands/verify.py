@@ -109,8 +109,7 @@ def replay(folder: RunFolder, config: Any, start: int, end: int) -> tuple[str | 
         recorded = {row["step"]: row for row in folder.metrics()}
         for step in range(start + 1, end + 1):
             row = json.loads(json.dumps(trainer.step(step).row))
-            for key in sorted(recorded[step].keys() | row.keys()):
-                before = recorded[step].get(key)
+            for key, before in sorted(recorded[step].items()):  # an earlier version may have lacked a metric
                 now = row.get(key)
                 if before != now and not key.startswith(NOT_COMPARED):
                     return f"step {step}, {key}: {before} in the folder, {now} now", ""

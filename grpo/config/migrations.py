@@ -1,4 +1,4 @@
-"""Convert config.yaml, trainer_state.json, sweep.json and eval/*.json of earlier versions to the current version.
+"""Convert config.yaml, trainer_state.json, sweep.json, eval/*.json and metrics rows of earlier versions to this one.
 
 Each step from one version to the next is a pure function. A file without a version key is of version 0.
 """
@@ -145,6 +145,16 @@ def evaluation_1_to_2(values: Values) -> Values:
             row["problem_id"] = row.pop("id")
         row.update({f"rewards/{name}": value for name, value in row.pop("rewards", {}).items()})
     return values
+
+
+def metrics_row(row: Values) -> Values:
+    """Rename `reward_std` in a row of metrics.jsonl that has no `reward_group_std`, which is what it was then.
+
+    Rows have no version. Since `reward_group_std` exists, `reward_std` is over all rewards of the step, as in TRL.
+    """
+    if "reward_group_std" in row:
+        return row
+    return {"reward_group_std" if name == "reward_std" else name: value for name, value in row.items()}
 
 
 def unchanged(values: Values) -> Values:

@@ -46,7 +46,11 @@ class Rewards:
 
     components: dict[str, Tensor]  # name -> (B,) float64, for C components
     weights: Tensor  # (C,) float64
-    total: Tensor  # (B,) float64; a missing value adds nothing
+    total: Tensor  # (B,) float64; a missing value adds nothing; NaN where no component gave a value
+
+    def groups(self, size: int) -> Tensor:
+        """The values of the components, NaN where missing, as (P, G, C) for groups of `size` = G completions."""
+        return torch.stack([*self.components.values()], dim=-1).view(-1, size, len(self.components))
 
 
 class RewardError(RuntimeError):
@@ -56,7 +60,7 @@ class RewardError(RuntimeError):
 def score(
     components: Sequence[RewardComponent], prompts: list, completions: list, columns: Mapping[str, Sequence]
 ) -> Rewards:
-    """Score B completions with every component and sum them by weight; a missing value (None) adds nothing.
+    """Score B completions with at least one component and sum them by weight; a missing value (None) adds nothing.
 
     prompts, completions: B entries each, message lists or plain strings, as TRL passes them. columns: the data
     set's other columns, B entries each; each function gets copies of those that it accepts.

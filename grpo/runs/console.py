@@ -64,7 +64,7 @@ def live_numbers(row: dict[str, Any]) -> str:
     parts = [name.split("/")[1] for name in row if name.startswith("rewards/") and name.endswith("/mean")]
     components = " ".join(f"{part} {_two_digits(row[f'rewards/{part}/mean'])}" for part in parts)
     numbers = [
-        f"reward {row['reward']:.2f} ({components})",
+        f"reward {_two_digits(row['reward'])} ({components})",
         f"length {row['completions/mean_length']:.0f}",
         "loss -" if row["loss"] is None else f"loss {row['loss']:+.4f}",
     ]
@@ -82,7 +82,9 @@ def closing_table(evaluations: dict[str, dict[str, Any] | None]) -> Table:
     for name, result in shown.items():
         table.add_column(f"{name} (n={result['n']})", justify="right")
     table.add_row("accuracy", *("-" if r["accuracy"] is None else f"{r['accuracy']:.1%}" for r in results))
-    table.add_row("reward", *(f"{r['reward']:.2f}" for r in results))
+    if any(r.get("missing") for r in results):
+        table.add_row("no value", *(str(r.get("missing", 0)) for r in results))
+    table.add_row("reward", *(_two_digits(r["reward"]) for r in results))
     for component in dict.fromkeys(name for r in results for name in r["rewards"]):  # a fork may have other components
         table.add_row(component, *(_two_digits(r["rewards"].get(component)) for r in results))
     table.add_row("mean length", *(f"{r['completions/mean_length']:.1f}" for r in results))

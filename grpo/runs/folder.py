@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config.errors import FileError, first_line
-from grpo.config.migrations import EVALUATION_STEPS, VERSION, load_frozen, migrate
+from grpo.config.migrations import EVALUATION_STEPS, VERSION, load_frozen, metrics_row, migrate
 from grpo.config.schema import Config
 from grpo.config.values import escape, read_yaml, to_dict
 from grpo.runs.files import (
@@ -34,7 +34,7 @@ from grpo.runs.lock import in_use
 STATUS: dict[str, Any] = {"state": str, "step": int, "iteration": int, "total_steps": int, "saved_step": int}
 STATUS |= {"seconds": float, "best_reward": float | None, "error": str | None, "overrides": list}
 EVALUATION: dict[str, Any] = {"step": int, "n": int, "accuracy": float | None, "reward": float | None}
-EVALUATION |= {"rewards": dict | None, "problems": list}
+EVALUATION |= {"rewards": dict | None, "problems": list, "missing": int}
 
 
 # What a launch writes, and what a fork copies, before config.yaml, with which the folder becomes a run.
@@ -201,7 +201,13 @@ class RunFolder:
         return [str(each) for each in launches[0].get("overrides", [])] if launches else []
 
     def metrics(self, up_to_step: int | None = None) -> list[dict]:
-        """The metrics rows, in order, up to a step; an incomplete last line is ignored. Raises FileError."""
+        """The metrics rows, in order, up to a step; an incomplete last line is ignored. Raises FileError.
+
+        Rows that an earlier version wrote have the names of this version.
+        """
+        return [metrics_row(row) for row in self._metrics_as_written(up_to_step)]
+
+    def _metrics_as_written(self, up_to_step: int | None) -> list[dict]:
         rows = read_lines(self.metrics_file)
         for number, row in enumerate(rows, start=1):
             if type(row.get("step")) is not int:
@@ -211,8 +217,11 @@ class RunFolder:
         return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
 
     def metrics_of_steps(self, steps: int) -> list[dict]:
-        """The metrics rows of the first `steps` steps. Raises FileError if one is missing or a line is damaged."""
-        rows = self.metrics(up_to_step=steps)
+        """The metrics rows of the first `steps` steps, as they are written.
+
+        Raises FileError if one is missing or a line is damaged.
+        """
+        rows = self._metrics_as_written(steps)
         if [row["step"] for row in rows] != list(range(1, steps + 1)):
             raise FileError(
                 f"{self.metrics_file} does not have one row for each of the {steps} steps of the checkpoint; restore "
@@ -304,7 +313,7 @@ class RunFolder:
         return next((each.get("accuracy") for each in found if each is not None and each.get("step") == step), None)
 
     def outcome(self) -> tuple[str, float] | None:
-        """The name and value of the number by which runs are compared; None before the first step.
+        """The name and value of the number by which runs are compared; None if there is none yet.
 
         It is the held-out accuracy after the last step, or if that was not evaluated, the mean reward of the last step.
         """
@@ -312,7 +321,10 @@ class RunFolder:
         if not rows:
             return None
         accuracy = self.accuracy_at(rows[-1]["step"])
-        return ("reward", rows[-1]["reward"]) if accuracy is None else ("held-out accuracy", accuracy)
+        if accuracy is not None:
+            return "held-out accuracy", accuracy
+        reward = rows[-1]["reward"]
+        return None if reward is None else ("reward", reward)
 
     def objective(self) -> float | None:
         """The number that a sweep maximizes."""

@@ -182,7 +182,8 @@ class HalvingSweeper(Sweeper):
         accuracies = {job: RunFolder(self.folders[job]).accuracy_at(steps) for job in there}
         scores = {job: accuracy for job, accuracy in accuracies.items() if accuracy is not None}
         if len(scores) < len(there):
-            scores = {job: statistics.fmean(row["reward"] for row in last) for job, last in there.items()}
+            rewards = {job: [row["reward"] for row in last if row["reward"] is not None] for job, last in there.items()}
+            scores = {job: statistics.fmean(each) for job, each in rewards.items() if each}
         of_arms = [[scores[job] for job in jobs if job in scores] for jobs in self.record.arms]
         return [statistics.fmean(each) if each else None for each in of_arms]
 

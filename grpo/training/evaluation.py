@@ -22,9 +22,10 @@ def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, 
 
     sampling: the parameters of training; the temperature is set to 0 and eval.max_completion_length is applied.
     step: number of steps that the model was trained for, stored in the result.
-    Returns the content of eval/*.json: step, n (number of problems with a value of accuracy), accuracy (0 to 1; None if
-    n is 0), reward, rewards (mean of each component), completions/mean_length (tokens), problems (the rows of
-    `completion_rows` with `correct`, None where eval.accuracy gave no value, and `length` in tokens).
+    Returns the content of eval/*.json: step, n (number of problems with a value of accuracy), missing (number of those
+    without), accuracy (0 to 1, over the n problems; None if n is 0), reward, rewards (mean of each component),
+    completions/mean_length (tokens), problems (the rows of `completion_rows` with `correct`, None where eval.accuracy
+    gave no value, and `length` in tokens).
     """
     config = experiment.config.eval
     sizes = experiment.sizes
@@ -41,9 +42,11 @@ def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, 
     # Scored in parts of the size of a training batch, since reward.timeout_s is meant for that many completions.
     for rows in torch.arange(len(problems)).split(sizes.batch_size * sizes.num_generations):
         outcomes += _outcomes(experiment, problems, completions.select(rows))
+    missing = sum(o["correct"] is None for o in outcomes)
     return {
         "step": step,
-        "n": sum(o["correct"] is not None for o in outcomes),
+        "n": len(outcomes) - missing,
+        "missing": missing,
         "accuracy": _mean([o["correct"] for o in outcomes]),
         "reward": _mean([o["reward"] for o in outcomes]),
         "rewards": {c.name: _mean([o[f"rewards/{c.name}"] for o in outcomes]) for c in experiment.components},

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.algorithm.advantage import equal_groups
+from grpo.algorithm.advantage import comparable_reward, equal_groups, group_std
 from grpo.batch import Completions
 from grpo.data.problems import Problem
 from grpo.training.experiment import ScoredCompletions
@@ -32,17 +32,24 @@ class Timer:
 
 def reward_metrics(scored: ScoredCompletions, group_size: int) -> dict[str, float | None]:
     """Rewards of a step: total and by component. Missing values (a component that gave None) do not count."""
-    groups = scored.rewards.total.view(-1, group_size)
+    rewards = scored.rewards
+    values = rewards.groups(group_size)  # (P, G, C)
+    groups = comparable_reward(values, rewards.weights, ~values.isnan())  # (P, G)
     row: dict[str, float | None] = {
-        "reward": groups.mean().item(),
-        "reward_std": groups.std(dim=1).mean().item(),
+        "reward": _finite(rewards.total.nanmean().item()),
+        "reward_std": _std(rewards.total),
+        "reward_group_std": _finite(group_std(groups).nanmean().item()),
         "frac_reward_zero_std": equal_groups(groups).float().mean().item(),
     }
-    for name, values in scored.rewards.components.items():
-        present = values[~torch.isnan(values)]
-        row[f"rewards/{name}/mean"] = present.mean().item() if len(present) else None
-        row[f"rewards/{name}/std"] = present.std().item() if len(present) > 1 else None
+    for name, component in rewards.components.items():
+        row[f"rewards/{name}/mean"] = _finite(component.nanmean().item())
+        row[f"rewards/{name}/std"] = _std(component)
     return row
+
+
+def _std(values: Tensor) -> float | None:
+    """Standard deviation (ddof=1) of the values (n,) that are not NaN; None if there are fewer than two."""
+    return _finite(group_std(values[None]).item())
 
 
 def completion_metrics(completions: Completions, stop_ids: tuple[int, ...]) -> dict[str, Any]:
@@ -117,7 +124,7 @@ def completion_rows(problems: list[Problem], scored: ScoredCompletions, group: T
                 "completion": scored.texts[b],
                 "answer": problem.answer,
                 **{f"rewards/{name}": _finite(value) for name, value in rewards.items()},
-                "reward": scored.rewards.total[b].item(),
+                "reward": _finite(scored.rewards.total[b].item()),
             }
         )
     return rows

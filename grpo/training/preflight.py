@@ -85,7 +85,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     ]
     for name, component in found["components"].items():
         mean = "none" if component["mean"] is None else f"{component['mean']:.2f}"
-        result.append(f"  {name:<14} mean {mean}, nonzero in {component['nonzero']:.0%}")
+        missing = f", no value for {component['missing']:.0%}" if component["missing"] else ""
+        result.append(f"  {name:<14} mean {mean}, nonzero in {component['nonzero']:.0%}{missing}")
     prompt = found["prompt_lengths"]
     result += [
         f"  {'groups':<14} {found['frac_reward_zero_std']:.0%} with equal rewards",

@@ -102,6 +102,9 @@ class Recorder:
         if name == "before" and result["accuracy"] is not None:
             correct = f"{result['accuracy']:.1%} of {result['n']}"
             self._console.print(f"before training: {correct} held-out problems correct")
+        if result["missing"]:
+            problems = f"{result['missing']} of {result['n'] + result['missing']} held-out problems"
+            self._console.print(f"eval.accuracy gave no value for {problems}; they do not count", style="yellow")
 
     def save(self, saved: Mapping[str, Any]) -> None:
         """Write a checkpoint of the last completed step, unless one exists; saved: the `Trainer.state_dict`."""

@@ -168,8 +168,8 @@ class Trainer:
             "perf/peak_memory_gb": peak_memory_gb(experiment.device),
             **({} if self.loss_scale is None else {"loss_scale": self.loss_scale.value}),
         }
-        best = self.state.best_reward
-        self.state.best_reward = row["reward"] if best is None else max(best, row["reward"])
+        rewards = [each for each in (self.state.best_reward, row["reward"]) if each is not None]
+        self.state.best_reward = max(rewards, default=None)
         self._snapshot_states()
         samples = sample_rows(step, sampled.problems, scored, completions, advantages)
         return Step(
@@ -197,8 +197,7 @@ class Trainer:
         """The advantages of the whole batch, (B,) or (B, T); width: T. Raises RuntimeError for another shape."""
         sizes = self.experiment.sizes
         rewards = scored.rewards
-        values = torch.stack([*rewards.components.values()], dim=-1)  # (B, C)
-        values = values.view(sizes.batch_size, sizes.num_generations, -1)  # (P, G, C)
+        values = rewards.groups(sizes.num_generations)  # (P, G, C)
         valid = ~values.isnan()
         advantages = self.experiment.advantage(values.where(valid, 0.0), rewards.weights, valid)
         if advantages.shape not in (values.shape[:2], (*values.shape[:2], width)):

@@ -1,6 +1,18 @@
+import math
+
+import pytest
 import torch
 
-from grpo.algorithm.advantage import equal_groups, group_advantage, standardize, total_reward
+from grpo.algorithm.advantage import (
+    comparable_reward,
+    equal_groups,
+    group_advantage,
+    group_std,
+    standardize,
+    total_reward,
+)
+
+NAN = math.nan
 
 
 def test_rewards_are_standardised_within_their_group_with_the_sample_standard_deviation():
@@ -33,4 +45,78 @@ def test_the_total_reward_is_weighted_and_a_missing_value_adds_nothing():
     valid = torch.tensor([[[True, True], [True, False]]])
     weights = torch.tensor([1.0, 0.5])
     assert total_reward(rewards, weights, valid).tolist() == [[3.0, 2.0]]
-    assert torch.equal(group_advantage(rewards, weights, valid), standardize(torch.tensor([[3.0, 2.0]])))
+    everything = torch.ones_like(valid)
+    assert torch.equal(group_advantage(rewards, weights, everything), standardize(torch.tensor([[3.0, 6.0]])))
+
+
+def test_the_total_reward_is_missing_only_where_every_component_is():
+    rewards = torch.tensor([[[1.0, 4.0], [2.0, 8.0]]])
+    valid = torch.tensor([[[False, True], [False, False]]])
+    total = total_reward(rewards, torch.tensor([1.0, 0.5]), valid)
+    assert total[0, 0] == 2.0
+    assert total[0, 1].isnan()
+
+
+def test_a_missing_reward_is_not_part_of_the_baseline_and_its_advantage_is_0():
+    """As in TRL 1.16, where a missing reward counted as 0 before."""
+    rewards = torch.tensor([[2.0, 2.0, NAN, 2.0], [2.0, 0.0, NAN, 1.0]], dtype=torch.float64)
+    advantages = standardize(rewards)
+    assert advantages[0].tolist() == [0.0, 0.0, 0.0, 0.0]
+    # Of 2, 0 and 1: mean 1, std 1.
+    assert advantages[1].tolist() == pytest.approx([1 / 1.0001, -1 / 1.0001, 0.0, 0.0])
+
+
+def test_a_group_with_fewer_than_two_rewards_has_nothing_to_compare():
+    rewards = torch.tensor([[NAN, NAN, NAN], [NAN, 5.0, NAN], [1.0, 5.0, NAN]])
+    assert equal_groups(rewards).tolist() == [True, True, False]
+    assert standardize(rewards)[:2].tolist() == [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    assert group_std(rewards)[:2].isnan().all()
+    assert float(group_std(rewards)[2]) == pytest.approx(math.sqrt(8))
+
+
+def test_a_completion_that_lacks_a_component_of_its_group_is_not_compared():
+    weights = torch.tensor([1.0, 0.5])
+    first, second = [1.0, 4.0], [2.0, 8.0]
+    rewards = torch.tensor([[first, second, second]] * 3)
+    valid = torch.tensor(
+        [
+            [[True, True], [True, False], [True, True]],  # the second completion has no value of component 2
+            [[True, False], [True, False], [True, False]],  # component 2 does not apply to this prompt
+            [[False, False], [False, True], [False, True]],  # nor component 1 to this; the first has no value at all
+        ]
+    )
+    expected = torch.tensor([[3.0, NAN, 6.0], [1.0, 2.0, 2.0], [NAN, 4.0, 4.0]])
+    torch.testing.assert_close(comparable_reward(rewards, weights, valid), expected, equal_nan=True)
+    advantages = group_advantage(rewards, weights, valid)
+    torch.testing.assert_close(advantages, standardize(expected))
+    assert advantages[0, 1] == advantages[2, 0] == 0
+    assert advantages[0, 0] == -advantages[0, 2] != 0
+
+
+def test_a_missing_value_of_a_component_with_weight_0_does_not_matter():
+    rewards = torch.tensor([[[1.0, 0.0], [3.0, 7.0]]])
+    valid = torch.tensor([[[True, False], [True, True]]])
+    assert comparable_reward(rewards, torch.tensor([1.0, 0.0]), valid).tolist() == [[1.0, 3.0]]
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e-6, 1e-9, 1e6])
+def test_differences_carry_a_signal_whatever_the_weights(weight):
+    """Also beside a component that is equal for all, and much larger."""
+    values = torch.tensor([[[2.0, 0.2], [2.0, 0.8], [2.0, 0.2]]], dtype=torch.float64)
+    valid = torch.ones(1, 3, 2, dtype=torch.bool)
+    alone = group_advantage(values[..., 1:], torch.tensor([weight]), valid[..., 1:])
+    both = group_advantage(values, torch.tensor([1.0, weight]), valid)
+    for advantages in (alone, both):
+        assert advantages[0, 1] > 0
+        assert advantages[0, 0] < 0
+    deviation = 0.6 * weight / math.sqrt(3)  # of 0.2, 0.8, 0.2, times the weight
+    assert float(alone[0, 1]) == pytest.approx(0.4 * weight / (deviation + 1e-4))
+
+
+def test_the_rounding_of_a_sum_is_no_signal():
+    terms = torch.tensor([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1]], dtype=torch.float64)
+    sums = torch.stack([(row[0] + row[1]) + row[2] for row in terms])
+    assert sums[0] != sums[1]
+    for scale in (1.0, 1e6, 1e-6):
+        assert equal_groups(scale * sums[None]).tolist() == [True]
+    assert equal_groups((sums - 0.6)[None]).tolist() == [True]  # 1e-16 and 0

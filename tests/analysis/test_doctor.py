@@ -71,7 +71,7 @@ CASES = {
         [
             course(80, reward=noisy(lambda step: 1.0 + 0.03 * min(step, 40))),
             course(400, reward=noisy(lambda step: 1.0, 0.3)),
-            course(80, reward_std=2.0, reward=lambda step: -5.0 if step < 40 else -5.3),  # small for this reward_std
+            course(80, reward_group_std=2.0, reward=lambda step: -5.0 if step < 40 else -5.3),  # small for this spread
             course(80, reward=noisy(lambda step: 1.0 + 0.03 * step if step < 40 else 2.2 - 0.005 * (step - 40))),
         ],
     ),
@@ -150,7 +150,7 @@ def test_falling_accuracy_with_a_rising_reward_is_distinguished_from_noise():
 
 def test_a_falling_reward_is_reported_whatever_its_offset():
     for zero in (-10.0, 0.0, 10.0):
-        fallen = course(80, reward_std=0.5, reward=lambda step, zero=zero: zero + (1.2 if step < 45 else 0.2))
+        fallen = course(80, reward_group_std=0.5, reward=lambda step, zero=zero: zero + (1.2 if step < 45 else 0.2))
         assert "reward_falls" in [finding.rule for finding in doctor_says(fallen)]
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from grpo.config.errors import ConfigError
-from grpo.config.migrations import VERSION, config_0_to_1, config_1_to_2, load_frozen, state_1_to_2
+from grpo.config.migrations import VERSION, config_0_to_1, config_1_to_2, load_frozen, metrics_row, state_1_to_2
 from grpo.config.overrides import Overrides
 from grpo.runs.environment import environment
 from grpo.runs.folder import RunFolder
@@ -45,6 +45,12 @@ def written_here(run_dir):
     return RunFolder(run_dir).launches()[0]["environment"] == environment(torch.device("cpu"))
 
 
+def with_present_names(run_dir):
+    """The rows without `reward_std`, which has another meaning in rows of earlier versions."""
+    present = [metrics_row(row) for row in rows(run_dir)]
+    return [{name: value for name, value in row.items() if name != "reward_std"} for row in present]
+
+
 def tensors(run_dir):
     files = [*run_dir.glob("checkpoints/step_000004/*.safetensors"), *run_dir.glob("final_model/*.safetensors")]
     return {str(file.relative_to(run_dir)): file.read_bytes() for file in files}
@@ -59,7 +65,7 @@ def test_an_old_run_is_resumed_and_equals_the_run_that_was_never_stopped(old, ki
     assert done.returncode == 0, done.stderr
     assert RunFolder(run).finished()
     if written_here(straight):
-        assert rows(run) == rows(straight)
+        assert with_present_names(run) == with_present_names(straight)
         assert tensors(run) == tensors(straight)
         for step in range(1, 5):
             name = f"samples/step_{step:06d}.jsonl"

@@ -161,7 +161,8 @@ def test_the_frozen_config_equals_the_config_composed_from_the_recorded_override
 
 
 def test_metrics_rows_have_all_expected_names(finished_run):
-    names = "step iteration loss reward reward_std frac_reward_zero_std kl entropy grad_norm learning_rate num_tokens"
+    names = "step iteration loss reward reward_std reward_group_std frac_reward_zero_std"
+    names += " kl entropy grad_norm learning_rate num_tokens"
     names += " rewards/correctness/mean rewards/correctness/std rewards/format/mean rewards/format/std"
     names += " completions/mean_length completions/min_length completions/max_length completions/clipped_ratio"
     names += " clip_ratio/low_mean clip_ratio/high_mean clip_ratio/region_mean step_time digest/completions"
