@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 
@@ -54,9 +55,23 @@ class Completions:
 
 
 def tokenize_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], device: torch.device) -> Prompts:
-    """Tokenize rendered prompts into one left-padded batch. Special tokens are in the text; none are added."""
-    encoded = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
-    return Prompts(encoded.input_ids.to(device), encoded.attention_mask.to(device))
+    """Tokenize rendered prompts into one left-padded batch."""
+    rows = [torch.tensor(ids, dtype=torch.int64) for ids in tokenize(tokenizer, texts)]
+    pad = tokenizer.pad_token_id
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")  # (P, L)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+    return Prompts(ids.to(device), mask.to(device))
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The token ids of rendered prompts.
+
+    Special tokens are added only without a chat template, which writes its own. If the tokenizer adds an
+    end-of-sequence token after a text, it is removed, since the completion follows there.
+    """
+    plain = tokenizer.chat_template is None
+    rows = tokenizer(texts, add_special_tokens=plain).input_ids
+    return [ids[:-1] if plain and ids[-1:] == [tokenizer.eos_token_id] else ids for ids in rows]
 
 
 def positions(mask: Tensor) -> Tensor:

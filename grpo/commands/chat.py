@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> None:
     own, overrides = own_arguments(arguments, ["prompt"])
     subject = find_model(overrides)
     experiment, engine, sampling = load_model_under_test(subject, with_problems=False)
+    sampling = replace(sampling, min_new_tokens=0)
     if not Overrides(overrides).names("rollout.temperature"):
         sampling = replace(sampling, temperature=0.0)
     with closing(engine):
@@ -45,8 +46,7 @@ def answer(experiment: Any, engine: Any, sampling: Any, question: str, turn: int
     prompts = experiment.prompts([messages(question, experiment.config.data)])
     keys = group_keys(experiment.config.seed, turn, np.arange(1), group_size=1)
     completions = sample_completions(engine, prompts, sampling, group_size=1, keys=keys)
-    length = int(completions.lengths)
-    return experiment.tokenizer.decode(completions.ids[0, :length], skip_special_tokens=True)
+    return experiment.texts(completions, sampling.stop_ids)[0]
 
 
 def _read_line() -> str:

@@ -105,6 +105,9 @@ def _check_prompts(data: dict[str, Any]) -> None:
         for each in examples
     ):
         raise ConfigError("data.examples must be a list of {question: text, completion: text}, [] for none")
+    arguments = data.get("template_arguments")
+    if arguments is not None and (not isinstance(arguments, dict) or not all(isinstance(n, str) for n in arguments)):
+        raise ConfigError("data.template_arguments must be variables of the chat template by name, {} for none")
     if system_prompt is not None and not isinstance(system_prompt, str):
         raise ConfigError(f"data.system_prompt={system_prompt}: must be text, or null for none")
 

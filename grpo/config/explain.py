@@ -27,6 +27,8 @@ OTHER_NAMES = {
     "clip_range": "grpo.epsilon",
     "clip_eps": "grpo.epsilon",
     "temperature": "rollout.temperature",
+    "chat_template_kwargs": "data.template_arguments",
+    "enable_thinking": "data.template_arguments.enable_thinking",
     "dataset": "data",
     "bf16": "hardware.compute_dtype",
     "gradient_checkpointing": "hardware.activation_checkpointing",
@@ -41,6 +43,7 @@ OTHER_NAMES = {
 }
 
 
+NAMED_BY_USER = ("data.template_arguments", "reward.components")  # the user chooses the names of the keys in these
 HUB_KEYS = {"model": "model.name", "data": "data.path"}  # group -> its key for a hub name or a folder
 EXTRA_PLUGINS = ("joblib", "optuna", "ray", "submitit_local", "submitit_slurm")  # installed with the extra [sweeps]
 
@@ -83,6 +86,8 @@ def unknown_key(key: str) -> str:
     other = OTHER_NAMES.get(key) or OTHER_NAMES.get(last_part)
     if other and other != key:
         return f"there is no key '{key}'; here it is called {other}"
+    if key.rpartition(".")[0] in NAMED_BY_USER:
+        return f"there is no key '{key}' yet; to add it, write +{key}=..."
     known = sorted(flatten(compose_config([])))
     groups = sorted(p.name for p in CONF_DIR.iterdir() if p.is_dir())
     near = difflib.get_close_matches(key, known + groups, n=3, cutoff=0.6)

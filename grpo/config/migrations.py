@@ -35,6 +35,8 @@ ADDED_WITHIN_0 = {
     "model.lora": None,
     "parent": None,
 }
+# The same for version 2.
+ADDED_WITHIN_2: Values = {"data.template_arguments": {}}
 # `grpo_loss`, the only objective up to version 1, as the set of choices that replaced it in version 2.
 GRPO_LOSS = {
     "_target_": "grpo.algorithm.objective.Objective",
@@ -56,6 +58,8 @@ def load_frozen(file: Path, complete: bool = True) -> DictConfig:
     to display the config. Raises FileError for a file of a newer version, and for one that is not a config.
     """
     values = migrate(read_yaml(file, dict), file, CONFIG_STEPS)
+    for name, value in ADDED_WITHIN_2.items():
+        _set_default(values, name, value)
     if complete:
         _check_keys(flatten(values), file)
     try:
@@ -175,7 +179,7 @@ def _set_default(values: Values, name: str, value: Any) -> None:
         node = node.get(each)
         if not isinstance(node, dict):
             return
-    node.setdefault(last, value)
+    node.setdefault(last, deepcopy(value))
 
 
 def _with_declared_ranges(values: Values) -> Values:

@@ -136,6 +136,7 @@ class DataConfig:
     system_prompt: Any = MISSING
     examples: Any = MISSING
     max_prompt_length: int = key(least=1)
+    template_arguments: Any = None  # variables of the model's chat template, such as {enable_thinking: false}
 
 
 @dataclass

@@ -1,12 +1,15 @@
 """Prompts for problems: chat messages and their rendered text."""
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from grpo.config.errors import ConfigError
+from grpo.batch import tokenize
+from grpo.config.errors import ConfigError, first_line
 from grpo.data.problems import Problem
 
 Messages = list[dict[str, str]]
@@ -23,13 +26,90 @@ def messages(question: str, data: Mapping[str, Any]) -> Messages:
     return [*system, *turns, {"role": "user", "content": question}]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, conversation: Messages) -> str:
-    """Render a conversation up to the start of the answer; without a chat template, the contents are joined."""
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Messages,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+    answered: bool = False,
+) -> str:
+    """Render a conversation up to the start of the answer; without a chat template, the contents are joined.
+
+    arguments: data.template_arguments. answered: the last message is the answer, so no other one begins.
+    Raises ConfigError if the template refuses the conversation or the arguments.
+    """
     if tokenizer.chat_template is None:
         return "\n\n".join(message["content"] for message in conversation) + "\n\n"
-    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    try:
+        text = tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=not answered, **arguments
+        )
+    except Exception as error:  # a template can raise any exception
+        raise ConfigError(_refused(tokenizer, conversation, error)) from error
     assert isinstance(text, str)  # because tokenize=False
     return text
+
+
+def _refused(tokenizer: PreTrainedTokenizerBase, conversation: Messages, error: Exception) -> str:
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict) and "default" not in templates:
+        names = ", ".join(templates)
+        return f"the model has several chat templates; choose one with +data.template_arguments.chat_template=: {names}"
+    if conversation[0]["role"] == "system":
+        fix = "if it takes no system message, set data.system_prompt=null"
+    else:
+        fix = "check data.examples and data.template_arguments"
+    return f"the model's chat template refuses the prompt ({first_line(error)}); {fix}"
+
+
+def template_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of the chat template that the config group `data` sets."""
+    return data.get("template_arguments") or {}
+
+
+def check_template_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an argument that the chat template does not use, so that a typing error is noticed."""
+    templates = tokenizer.chat_template
+    if arguments and templates is None:
+        raise ConfigError(f"data.template_arguments: the model has no chat template; remove {', '.join(arguments)}")
+    chosen = arguments.get("chat_template")  # an argument of apply_chat_template: the name of a template, or a template
+    if isinstance(templates, dict) and chosen is not None and chosen not in templates:
+        raise ConfigError(f"data.template_arguments.chat_template={chosen}: must be one of {', '.join(templates)}")
+    for name in arguments:
+        if name != "chat_template" and not re.search(rf"\b{re.escape(name)}\b", str(templates)):
+            raise ConfigError(f"data.template_arguments.{name}: the model's chat template has no variable {name}")
+
+
+@dataclass(frozen=True)
+class TurnTokens:
+    """The tokens with which a chat template formats a turn."""
+
+    special: frozenset[int] = frozenset()  # special tokens that the template writes
+    closing: int | None = None  # token that closes an assistant's turn
+    closing_text: str = ""  # text after the content of an assistant's turn
+
+
+def turn_tokens(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] = MappingProxyType({})) -> TurnTokens:
+    """Find the tokens of a turn by rendering a question and an answer; empty without a usable chat template.
+
+    `closing` is None if the text after the answer does not begin with a token of the template's own.
+    """
+    if tokenizer.chat_template is None:
+        return TurnTokens()
+    answer = "answer42"
+    conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = render(tokenizer, conversation, arguments, answered=True)
+    except ConfigError:  # it takes no such conversation; the prompts themselves are checked elsewhere
+        return TurnTokens()
+    after = text.rpartition(answer)[2].strip() if answer in text else ""
+    own = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    written = tokenizer(text, add_special_tokens=False).input_ids
+    closing = tokenizer(after, add_special_tokens=False).input_ids[:1]
+    return TurnTokens(
+        frozenset(written) & frozenset(tokenizer.all_special_ids),
+        closing[0] if closing and closing[0] in own else None,
+        after,
+    )
 
 
 def prompt_lengths(
@@ -40,14 +120,9 @@ def prompt_lengths(
     Raises ConfigError if a prompt is empty, longer than data.max_prompt_length, or refused by the chat template.
     """
     limit = data["max_prompt_length"]
-    try:
-        texts = [render(tokenizer, messages(problem.question, data)) for problem in problems]
-    except TemplateError as error:
-        raise ConfigError(
-            f"the model's chat template refuses the prompt ({error}); if it takes no system message, set "
-            "data.system_prompt=null"
-        ) from error
-    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    arguments = template_arguments(data)
+    texts = [render(tokenizer, messages(problem.question, data), arguments) for problem in problems]
+    lengths = [len(ids) for ids in tokenize(tokenizer, texts)]
     too_long = [(length, problem.id) for length, problem in zip(lengths, problems, strict=True) if length > limit]
     if 0 in lengths:
         raise ConfigError("a prompt has no tokens: is the model's folder without its tokenizer (tokenizer.json)?")

@@ -4,9 +4,11 @@ import copy
 import functools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from grpo.architectures import ARCHITECTURES_DIR
 from grpo.config.errors import ConfigError, first_line
 from grpo.config.schema import ModelConfig
+from grpo.data.prompts import turn_tokens
 from grpo.model.linear import use_onednn
 from grpo.tiny import MODEL_DIR as TINY_MODEL_DIR
 
@@ -175,11 +178,20 @@ def refresh(model: PreTrainedModel, master: PreTrainedModel) -> None:
             parameter.copy_(original)
 
 
-def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """All tokens that end a completion: the tokenizer's end-of-sequence token and those of the generation config."""
+def stop_token_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template_arguments: Mapping[str, Any] = MappingProxyType({}),
+) -> list[int]:
+    """All tokens that end a completion.
+
+    They are the tokenizer's end-of-sequence token, those of the generation config, and the token with which the chat
+    template closes an assistant's turn: that of a base model may be none of the others.
+    """
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
-    return sorted({token for token in [tokenizer.eos_token_id, *stops] if token is not None})
+    closing = turn_tokens(tokenizer, template_arguments).closing
+    return sorted({token for token in [tokenizer.eos_token_id, *stops, closing] if token is not None})
 
 
 def model_not_found(name: str, cause: Exception) -> ConfigError:

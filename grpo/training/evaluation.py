@@ -1,6 +1,7 @@
 """Held-out evaluation: greedy completions of the test problems, scored as in training."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,8 @@ from grpo.training.metrics import completion_rows
 def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, step: int) -> dict[str, Any]:
     """Accuracy and mean rewards of greedy completions of the held-out problems, and each problem's outcome.
 
-    sampling: the parameters of training; the temperature is set to 0 and eval.max_completion_length is applied.
+    sampling: the parameters of training; the temperature is set to 0, eval.max_completion_length is applied, and
+    rollout.min_new_tokens is not.
     step: number of steps that the model was trained for, stored in the result.
     Returns the content of eval/*.json: step, n (number of problems with a value of accuracy), missing (number of those
     without), accuracy (0 to 1, over the n problems; None if n is 0), reward, rewards (mean of each component),
@@ -30,7 +32,7 @@ def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, 
     config = experiment.config.eval
     sizes = experiment.sizes
     length = config.max_completion_length or sizes.max_completion_length
-    greedy = replace(sampling, temperature=0.0, max_new_tokens=length)
+    greedy = replace(sampling, temperature=0.0, max_new_tokens=length, min_new_tokens=0)
     # Sorted by length, so that batches contain little padding.
     problems = sorted(experiment.problems.test[: config.max_problems], key=lambda problem: len(problem.question))
     if not problems:
@@ -41,7 +43,7 @@ def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, 
     outcomes = []
     # Scored in parts of the size of a training batch, since reward.timeout_s is meant for that many completions.
     for rows in torch.arange(len(problems)).split(sizes.batch_size * sizes.num_generations):
-        outcomes += _outcomes(experiment, problems, completions.select(rows))
+        outcomes += _outcomes(experiment, problems, completions.select(rows), sampling.stop_ids)
     missing = sum(o["correct"] is None for o in outcomes)
     return {
         "step": step,
@@ -55,8 +57,10 @@ def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, 
     }
 
 
-def _outcomes(experiment: Experiment, problems: list[Problem], completions: Completions) -> list[dict[str, Any]]:
-    scored = score_completions(experiment, problems, completions)
+def _outcomes(
+    experiment: Experiment, problems: list[Problem], completions: Completions, stop_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    scored = score_completions(experiment, problems, completions, stop_ids)
     accuracy = score([experiment.accuracy], scored.prompts, scored.messages, scored.columns)
     correct = accuracy.components[experiment.accuracy.name].tolist()
     rows = completion_rows(problems, scored, completions.group)

@@ -20,7 +20,15 @@ from grpo.config.errors import ConfigError
 from grpo.config.instantiate import bind, bind_reward, build, check_call, find_function
 from grpo.config.schema import Config, known_keys
 from grpo.data.problems import Problem, Problems
-from grpo.data.prompts import Messages, messages, prompt_lengths, render
+from grpo.data.prompts import (
+    Messages,
+    check_template_arguments,
+    messages,
+    prompt_lengths,
+    render,
+    template_arguments,
+    turn_tokens,
+)
 from grpo.model.hardware import use_hardware
 from grpo.model.loading import architecture, check_model, copy_in_dtype, load_tokenizer, stop_token_ids
 from grpo.model.lora import add_adapter, check_adapter, save_adapter, switch_adapter
@@ -56,7 +64,20 @@ class Experiment:
 
     def prompts(self, conversations: Sequence[Messages]) -> Prompts:
         """The conversations as one batch of tokens."""
-        return tokenize_prompts(self.tokenizer, [render(self.tokenizer, c) for c in conversations], self.device)
+        arguments = template_arguments(self.config.data)
+        texts = [render(self.tokenizer, conversation, arguments) for conversation in conversations]
+        return tokenize_prompts(self.tokenizer, texts, self.device)
+
+    def texts(self, completions: Completions, stop_ids: Sequence[int]) -> list[str]:
+        """The B completions as text, without the special tokens that the suite or the chat template writes.
+
+        Others are kept, since a model may have been given them as the tags that are rewarded.
+        """
+        tokenizer = self.tokenizer
+        own = turn_tokens(tokenizer, template_arguments(self.config.data)).special
+        left_out = {*stop_ids, *own, tokenizer.pad_token_id, tokenizer.bos_token_id}
+        rows = zip(completions.ids.tolist(), completions.lengths.tolist(), strict=True)
+        return tokenizer.batch_decode([[id for id in ids[:length] if id not in left_out] for ids, length in rows])
 
     def load_policy(self) -> PreTrainedModel:
         """Load the model to train. With LoRA the frozen weights need no higher precision than the compute dtype."""
@@ -85,7 +106,7 @@ class Experiment:
         settings = {
             "max_new_tokens": self.sizes.max_completion_length,
             "temperature": self.config.rollout["temperature"],
-            "stop_ids": tuple(stop_token_ids(model, self.tokenizer)),
+            "stop_ids": tuple(stop_token_ids(model, self.tokenizer, template_arguments(self.config.data))),
             "pad_id": self.tokenizer.pad_token_id,
             "min_new_tokens": self.config.rollout["min_new_tokens"],
         }
@@ -154,6 +175,7 @@ def build_experiment(
     if config.model.lora is not None:
         check_adapter(config.model.lora)
     tokenizer = load_tokenizer(config.model)
+    _check_template(tokenizer, config.data)
     lengths = prompt_lengths(tokenizer, problems.train + problems.test, config.data) if with_problems else []
     max_length = None
     if with_problems:
@@ -262,6 +284,24 @@ def _rescaled_from(rope: Mapping[str, Any], window: int) -> int | None:
     return min(limits, default=None)
 
 
+def _check_template(tokenizer: PreTrainedTokenizerBase, data: Mapping[str, Any]) -> None:
+    """Check the chat template with the system prompt, examples and arguments of the config. Raises ConfigError.
+
+    Logs a warning if completions may not end with the turn.
+    """
+    arguments = template_arguments(data)
+    check_template_arguments(tokenizer, arguments)
+    render(tokenizer, messages("question", data), arguments)
+    turn = turn_tokens(tokenizer, arguments)
+    if turn.closing_text and turn.closing is None:
+        logger.warning(
+            "the model's chat template closes an answer with %r, which does not begin with a special token: "
+            "completions end only at %s, and are truncated if the model does not write it",
+            turn.closing_text[:40],
+            tokenizer.eos_token,
+        )
+
+
 def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
     try:
         optimizer([("weight", torch.nn.Parameter(torch.zeros(2, 2)))])
@@ -274,14 +314,12 @@ def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
 
 
 def score_completions(
-    experiment: Experiment, problems: Sequence[Problem], completions: Completions
+    experiment: Experiment, problems: Sequence[Problem], completions: Completions, stop_ids: Sequence[int]
 ) -> ScoredCompletions:
     """Decode completions, where `completions.group` indexes `problems`, and score them with every component."""
     lengths = completions.lengths.cpu()
     ids = completions.ids.cpu()
-    texts = experiment.tokenizer.batch_decode(
-        [row[:length] for row, length in zip(ids, lengths.tolist(), strict=True)], skip_special_tokens=True
-    )
+    texts = experiment.texts(completions, stop_ids)
     of_row = [problems[group] for group in completions.group.tolist()]
     prompts = experiment.conversations(of_row)
     replies = [[{"role": "assistant", "content": text}] for text in texts]
