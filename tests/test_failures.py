@@ -278,12 +278,18 @@ def test_a_sweep_that_does_not_exist_cannot_be_resumed(tmp_path):
 # Reward functions that raise SystemExit or KeyboardInterrupt.
 
 
-@pytest.mark.parametrize(("how", "raised"), [("exit", "SystemExit(0)"), ("interrupt", "KeyboardInterrupt()")])
-def test_an_exit_without_a_signal_counts_as_a_failure(my_rewards, how, raised):
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("exit", "RewardError: reward component 'leave' raised SystemExit: 0"),
+        ("interrupt", "RuntimeError: KeyboardInterrupt() was raised by code of the run"),
+    ],
+)
+def test_an_exit_without_a_signal_counts_as_a_failure(my_rewards, how, said):
     leaving = f"+reward.components.leave={{_target_: my_rewards.leave, how: {how}}}"
     failed = launch(*SHORT, "run_dir=run", leaving, cwd=my_rewards)
     assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1].startswith(f"failed: RuntimeError: {raised} was raised by code of the run")
+    assert failed.stderr.splitlines()[-1].startswith(f"failed: {said}")
     assert status(my_rewards / "run")["state"] == "failed"
     assert "my_rewards.py" in (my_rewards / "run" / "launch.log").read_text()
     assert not (my_rewards / "run" / "checkpoints").exists()
@@ -293,7 +299,9 @@ def test_an_exit_in_a_command_counts_as_a_failure(my_rewards):
     leaving = "+reward.components.leave={_target_: my_rewards.leave, how: exit}"
     failed = grpo("evaluate", "experiment=quickstart", "eval.max_problems=2", leaving, cwd=my_rewards)
     assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1].startswith("failed: RuntimeError: SystemExit(0) was raised")
+    assert failed.stderr.splitlines()[-1].startswith(
+        "failed: RewardError: reward component 'leave' raised SystemExit: 0"
+    )
 
 
 # Reward functions that hang.

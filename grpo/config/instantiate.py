@@ -45,6 +45,10 @@ def find_function(key: str, path: object) -> Callable[..., Any]:
         return instantiate({"_target_": escape(path)}, _partial_=True).func
     except HydraException as error:
         raise ConfigError(f"{key}={path}: {_reason(error)}") from error
+    except SystemExit as error:
+        if type(error) is not SystemExit:  # the suite's own, after a stop signal
+            raise
+        raise ConfigError(f"{key}={path}: its module calls sys.exit() when it is imported") from error
 
 
 def check_importable(config: Config) -> None:
@@ -66,7 +70,9 @@ def build(key: str, node: Mapping[str, Any], without: tuple[str, ...] = ()) -> C
         return function()
     except ConfigError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and type(error) is not SystemExit:  # the suite's own, after a stop signal
+            raise
         raise ConfigError(f"{key}: {node['_target_']}() raised {type(error).__name__}: {first_line(error)}") from error
 
 
@@ -108,7 +114,8 @@ def _check_keywords(key: str, function: functools.partial) -> None:
     try:
         inspect.signature(function.func).bind_partial(**function.keywords)
     except TypeError as error:
-        raise ConfigError(f"{key}: {function.func.__qualname__}() {error}") from error
+        name = getattr(function.func, "__qualname__", type(function.func).__qualname__)
+        raise ConfigError(f"{key}: {name}() {error}") from error
     except ValueError:
         pass  # a builtin without a signature
 

@@ -1,15 +1,19 @@
 """Rewards: named components with weights, each a function in TRL's form; scored separately and summed."""
 
+import asyncio
 import copy
+import functools
 import inspect
 import logging
 import math
 import os
 import signal
 import sys
+import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,10 +34,13 @@ def end_process(error: str) -> None:
 
 @dataclass(frozen=True)
 class RewardComponent:
-    """One part of the reward. `function(prompts, completions, **columns) -> list[float | None]`, one per row."""
+    """One part of the reward. `function(prompts, completions, **columns)` returns a number or None for each row.
+
+    The result can be a list, an array, a tensor or another iterable, and the function can be `async`.
+    """
 
     name: str
-    function: Callable[..., list[float | None]]
+    function: Callable[..., Any]
     weight: float = 1.0
     timeout_s: float | None = None  # seconds that one call may take; None: no limit
     skip_errors: bool = False  # a failed call gives missing values and a warning instead of an error
@@ -58,26 +65,44 @@ class RewardError(RuntimeError):
 
 
 def score(
-    components: Sequence[RewardComponent], prompts: list, completions: list, columns: Mapping[str, Sequence]
+    components: Sequence[RewardComponent],
+    prompts: list,
+    completions: list,
+    columns: Mapping[str, Sequence],
+    trainer_state: Any = None,
 ) -> Rewards:
     """Score B completions with at least one component and sum them by weight; a missing value (None) adds nothing.
 
     prompts, completions: B entries each, message lists or plain strings, as TRL passes them. columns: the data
-    set's other columns, B entries each; each function gets copies of those that it accepts.
+    set's other columns, B entries each; trainer_state: the progress of training, in the form of transformers. Each
+    function gets copies of those that it accepts, except columns with the name of one of its settings in the config.
     Raises RewardError if a function raises, exceeds its time limit, or returns a wrong number of values or an invalid
     value, unless its component skips errors.
     """
-    scores = {c.name: _score(c, prompts, completions, columns) for c in components}
+    arguments = {**columns, "prompts": prompts, "completions": completions}
+    if trainer_state is not None:
+        arguments["trainer_state"] = trainer_state
+    scores = {c.name: _score(c, arguments) for c in components}
     weights = torch.tensor([c.weight for c in components], dtype=torch.float64)
-    values = torch.stack([*scores.values()], dim=-1)  # (B, C)
+    values = torch.stack([*scores.values()], dim=-1) if scores else torch.empty(len(completions), 0)  # (B, C)
     return Rewards(scores, weights, total_reward(values, weights, ~values.isnan()))
 
 
-def _score(component: RewardComponent, prompts: list, completions: list, columns: Mapping[str, Sequence]) -> Tensor:
+def accepted(function: Callable[..., Any], names: Iterable[str]) -> list[str]:
+    """Those of the arguments that a reward function accepts; a setting from the config is not replaced."""
+    parameters = inspect.signature(function).parameters.values()
+    settings = function.keywords if isinstance(function, functools.partial) else {}
+    known = {p.name for p in parameters}
+    all_of_them = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return [name for name in names if name not in settings and (all_of_them or name in known)]
+
+
+def _score(component: RewardComponent, arguments: Mapping[str, Any]) -> Tensor:
+    count = len(arguments["completions"])
     try:
-        values = _call(component, prompts, completions, columns)
+        values = _call(component, arguments)
     except RewardError as error:
-        return torch.tensor(_skipped(component, error, len(completions)), dtype=torch.float64)
+        return torch.tensor(_skipped(component, error, count), dtype=torch.float64)
     numbers = []
     for value in values:
         try:
@@ -94,25 +119,62 @@ def _skipped(component: RewardComponent, error: RewardError, count: int) -> list
     return [math.nan] * count
 
 
-def _call(component: RewardComponent, prompts: list, completions: list, columns: Mapping[str, Sequence]) -> Sequence:
-    arguments = {**columns, "prompts": prompts, "completions": completions}
-    parameters = inspect.signature(component.function).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        arguments = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
+def _call(component: RewardComponent, arguments: Mapping[str, Any]) -> list:
+    given = {name: arguments[name] for name in accepted(component.function, arguments)}
+    count = len(arguments["completions"])
     try:
-        with _time_limit(component):
-            values = component.function(**_copied(arguments))
+        with _directory_restored(), _time_limit(component):
+            values = component.function(**_copied(given))
+            if inspect.isawaitable(values):
+                values = asyncio.run(_result_of(values))
+            values = _as_list(values)
     except _TimeLimitExceeded:
         raise RewardError(_too_slow(component)) from None
-    except Exception as error:
-        raise RewardError(f"reward component '{component.name}' raised {type(error).__name__}: {error}") from error
-    if not isinstance(values, Sequence) or len(values) != len(completions):
-        got = f"{len(values)} values" if isinstance(values, Sequence) else type(values).__name__
+    except (Exception, SystemExit, asyncio.CancelledError) as error:
+        if isinstance(error, SystemExit) and type(error) is not SystemExit:  # the suite's own, after a stop signal
+            raise
+        raised = f"{type(error).__name__}: {error}{_place(error)}"
+        raise RewardError(f"reward component '{component.name}' raised {raised}") from error
+    if not isinstance(values, list) or len(values) != count:
+        got = f"{len(values)} values" if isinstance(values, list) else type(values).__name__
         raise RewardError(
-            f"reward component '{component.name}' returned {got} for {len(completions)} completions; "
+            f"reward component '{component.name}' returned {got} for {count} completions; "
             "it must return a list with one number, or None, for each"
         )
     return values
+
+
+async def _result_of(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+def _as_list(values: Any) -> Any:
+    """An array, a tensor, a tuple, a generator and the like as a list; anything else unchanged."""
+    if hasattr(values, "tolist"):
+        return values.tolist()
+    has_order = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping | Set)
+    return list(values) if has_order else values
+
+
+def _place(error: BaseException) -> str:
+    """Where an error was raised: the last line that is not part of a library."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    own = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)]
+    return "".join(f" ({frame.filename}, line {frame.lineno})" for frame in (own or frames)[-1:])
+
+
+LIBRARIES = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
+
+
+@contextmanager
+def _directory_restored() -> Iterator[None]:
+    """Restore the working directory after the block."""
+    before = os.open(".", os.O_RDONLY)
+    try:
+        yield
+    finally:
+        os.fchdir(before)
+        os.close(before)
 
 
 def _copied(value: Any) -> Any:
@@ -216,9 +278,11 @@ def _number(name: str, value: Any) -> float:
     if value is None:
         return math.nan
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise RewardError(f"reward component '{name}' returned {value!r}; it must be a finite number or None")
+        too_long = isinstance(value, int) and value.bit_length() > 1024  # to be a float, and perhaps to be printed
+        shown = "int too large for a float" if too_long else repr(value)[:80]
+        raise RewardError(f"reward component '{name}' returned {shown}; it must be a finite number or None")
     return number

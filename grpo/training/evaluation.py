@@ -43,7 +43,7 @@ def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, 
     outcomes = []
     # Scored in parts of the size of a training batch, since reward.timeout_s is meant for that many completions.
     for rows in torch.arange(len(problems)).split(sizes.batch_size * sizes.num_generations):
-        outcomes += _outcomes(experiment, problems, completions.select(rows), sampling.stop_ids)
+        outcomes += _outcomes(experiment, problems, completions.select(rows), sampling.stop_ids, step)
     missing = sum(o["correct"] is None for o in outcomes)
     return {
         "step": step,
@@ -58,10 +58,10 @@ def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, 
 
 
 def _outcomes(
-    experiment: Experiment, problems: list[Problem], completions: Completions, stop_ids: Sequence[int]
+    experiment: Experiment, problems: list[Problem], completions: Completions, stop_ids: Sequence[int], step: int
 ) -> list[dict[str, Any]]:
-    scored = score_completions(experiment, problems, completions, stop_ids)
-    accuracy = score([experiment.accuracy], scored.prompts, scored.messages, scored.columns)
+    scored = score_completions(experiment, problems, completions, stop_ids, step)
+    accuracy = score([experiment.accuracy], scored.prompts, scored.messages, scored.columns, scored.trainer_state)
     correct = accuracy.components[experiment.accuracy.name].tolist()
     rows = completion_rows(problems, scored, completions.group)
     return [

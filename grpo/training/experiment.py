@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from grpo.algorithm.objective import ObjectiveFunction, choose
 from grpo.batch import Completions, Prompts, tokenize_prompts
 from grpo.config.checks import Sizes, complete_sizes, kl_weight
 from grpo.config.errors import ConfigError
 from grpo.config.instantiate import bind, bind_reward, build, check_call, find_function
+from grpo.config.migrations import NATIVE_ENGINE
 from grpo.config.schema import Config, known_keys
 from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import (
@@ -32,12 +33,13 @@ from grpo.data.prompts import (
 from grpo.model.hardware import use_hardware
 from grpo.model.loading import architecture, check_model, copy_in_dtype, load_tokenizer, stop_token_ids
 from grpo.model.lora import add_adapter, check_adapter, save_adapter, switch_adapter
-from grpo.rewards.scoring import RewardComponent, Rewards, end_process, score
+from grpo.rewards.scoring import RewardComponent, Rewards, accepted, end_process, score
 from grpo.rollout.engine import Compute, RolloutEngine, Sampling
 from grpo.rollout.load_check import load_checked_model
 from grpo.rollout.mps_check import check_device
 
 logger = logging.getLogger(__name__)
+PROBLEM_FIELDS = ("id", "question", "answer")  # fields of a problem that are passed to reward functions
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,12 @@ class Experiment:
     objective: ObjectiveFunction
     optimizer: Callable[..., torch.optim.Optimizer]
     engine: Callable[..., RolloutEngine]
+
+    @functools.cached_property
+    def column_names(self) -> list[str]:
+        """The names of the data's other columns; a problem need not have all of them."""
+        problems = self.problems.train + self.problems.test
+        return sorted({name for problem in problems for name in problem.columns})
 
     def conversations(self, problems: Sequence[Problem]) -> list[Messages]:
         """The chat messages of each problem."""
@@ -130,6 +138,7 @@ class ScoredCompletions:
     texts: list[str]
     rewards: Rewards
     columns: dict[str, list]  # the problems' columns, one entry per completion
+    trainer_state: TrainerState  # for reward functions that use it
     prompts: list[Messages]  # one per completion
     messages: list[Messages]  # the completions as assistant messages
     lengths: Tensor  # (B,) int64, tokens including the end of sequence
@@ -183,7 +192,7 @@ def build_experiment(
     device = use_hardware(config) if use else torch.device("cpu")
     if device.type == "mps":
         check_device(device)
-    return Experiment(
+    experiment = Experiment(
         config=config,
         sizes=sizes,
         device=device,
@@ -198,6 +207,26 @@ def build_experiment(
         optimizer=optimizer,
         engine=engine,
     )
+    if with_problems:
+        _check_arguments(experiment)
+    return experiment
+
+
+def _check_arguments(experiment: Experiment) -> None:
+    """Raise ConfigError if a reward function needs an argument that it will not get; warn if it will not get a column.
+
+    An engine other than the suite's may add columns, so that the arguments are not known here.
+    """
+    names = [*experiment.column_names, *PROBLEM_FIELDS, "completion_ids", "trainer_state", "prompts", "completions"]
+    keys = {f"reward.components.{each.name}": each for each in experiment.components}
+    for key, component in (keys | {"eval.accuracy": experiment.accuracy}).items():
+        given = accepted(component.function, names)
+        if experiment.config.rollout["_target_"] == NATIVE_ENGINE:
+            form = f"it gets only {', '.join(names)}"
+            check_call(key, component.function, form, **dict.fromkeys(given, ""))
+        settings = component.function.keywords if isinstance(component.function, functools.partial) else {}
+        for name in settings.keys() & set(names):
+            logger.warning("%s.%s is a setting, so the function does not get the data's column of this name", key, name)
 
 
 def bind_engine(rollout: Mapping[str, Any]) -> Callable[..., RolloutEngine]:
@@ -314,21 +343,30 @@ def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
 
 
 def score_completions(
-    experiment: Experiment, problems: Sequence[Problem], completions: Completions, stop_ids: Sequence[int]
+    experiment: Experiment, problems: Sequence[Problem], completions: Completions, stop_ids: Sequence[int], step: int
 ) -> ScoredCompletions:
-    """Decode completions, where `completions.group` indexes `problems`, and score them with every component."""
+    """Decode completions, where `completions.group` indexes `problems`, and score them with every component.
+
+    step: number of completed steps.
+    """
     lengths = completions.lengths.cpu()
     ids = completions.ids.cpu()
     texts = experiment.texts(completions, stop_ids)
     of_row = [problems[group] for group in completions.group.tolist()]
     prompts = experiment.conversations(of_row)
     replies = [[{"role": "assistant", "content": text}] for text in texts]
-    names = {name for problem in of_row for name in problem.columns}
-    columns = {name: [problem.columns.get(name) for problem in of_row] for name in sorted(names)}
-    for name in ("id", "question", "answer"):
+    columns = {name: [problem.columns.get(name) for problem in of_row] for name in experiment.column_names}
+    for name in PROBLEM_FIELDS:
         columns[name] = [getattr(problem, name) for problem in of_row]
     columns |= completions.columns
     columns["completion_ids"] = [row[:length].tolist() for row, length in zip(ids, lengths.tolist(), strict=True)]
-    return ScoredCompletions(
-        texts, score(experiment.components, prompts, replies, columns), columns, prompts, replies, lengths
-    )
+    state = _trainer_state(experiment, step)
+    rewards = score(experiment.components, prompts, replies, columns, state)
+    return ScoredCompletions(texts, rewards, columns, state, prompts, replies, lengths)
+
+
+def _trainer_state(experiment: Experiment, step: int) -> TrainerState:
+    """The progress of training in the form that TRL passes to reward functions."""
+    grpo = experiment.config.grpo
+    epoch = step * experiment.sizes.batch_size / max(1, len(experiment.problems.train))
+    return TrainerState(global_step=step, max_steps=grpo.num_iterations * grpo.num_steps, epoch=epoch)

@@ -36,7 +36,7 @@ def preflight(
     # The noise is that of step 0, so that these are not the completions of step 1.
     keys = group_keys(experiment.config.seed, 0, sampled.slots, sizes.num_generations)
     completions = sample_completions(engine, prompts, sampling, group_size=sizes.num_generations, keys=keys)
-    scored = score_completions(experiment, sampled.problems, completions, sampling.stop_ids)
+    scored = score_completions(experiment, sampled.problems, completions, sampling.stop_ids, step=0)
     row = reward_metrics(scored, sizes.num_generations) | completion_metrics(completions, sampling.stop_ids)
     lengths = experiment.prompt_lengths
     found = {

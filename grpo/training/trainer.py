@@ -139,7 +139,9 @@ class Trainer:
             )
             engine.release()
         with timer("reward"):
-            scored = score_completions(experiment, sampled.problems, completions, self.sampling.stop_ids)
+            scored = score_completions(
+                experiment, sampled.problems, completions, self.sampling.stop_ids, self.state.step
+            )
             advantages = self._advantages(scored, completions.ids.shape[1])  # (B,) or (B, T)
         batch = Batch(prompts, completions, advantages.float().to(experiment.device))
         with timer("reference"):

@@ -1,16 +1,25 @@
+import asyncio
 import contextlib
+import functools
 import hashlib
+import inspect
+import json
 import math
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from grpo.rewards.scoring import RewardComponent, RewardError, score
+from grpo.runs.stop_signals import Exit
 from tests.launches import launch
 
 REPLIES = [[{"role": "assistant", "content": text}] for text in ("a", "bb")]
@@ -85,6 +94,12 @@ def test_a_function_that_changes_its_arguments_does_not_affect_other_functions()
         (lambda completions: [1.0, math.nan], "returned nan"),
         (lambda completions: [1.0, math.inf], "returned inf"),
         (lambda completions: [1.0, "x"], "returned 'x'"),
+        (lambda completions: [1.0, "2"], "returned '2'"),
+        (lambda completions: "11", "returned str for 2 completions"),
+        (lambda completions: {1.0: 0, 2.0: 0}, "returned dict for 2 completions"),
+        (lambda completions: np.ones((2, 1)), r"returned \[1.0\]"),
+        (lambda completions: [1.0, 10**5000], "returned int"),
+        (lambda completions: torch.tensor(1.0), "returned float for 2 completions"),
     ],
 )
 def test_a_function_that_raises_or_returns_invalid_values_is_named_with_the_reason(function, reason):
@@ -103,6 +118,100 @@ def test_rewards_written_for_trl_work_unchanged():
     rewards = score(components, ["p", "p"], replies, {"completion_ids": [[1] * 4, [1] * 12], "answer": ["18", "18"]})
     assert rewards.components["think"].tolist() == [1.0, 0.0]
     assert rewards.components["overlong"].tolist() == [0.0, -1.0]
+
+
+def test_an_array_a_tensor_and_other_iterables_are_results():
+    components = [
+        RewardComponent("numpy", lambda completions: np.array([1.0, 2.0], dtype=np.float32)),
+        RewardComponent("torch", lambda completions: torch.tensor([1, 2])),
+        RewardComponent("tuple", lambda completions: (np.float64(1.0), torch.tensor(2.0))),
+        RewardComponent("generator", lambda completions: (float(len(c[0]["content"])) for c in completions)),
+        RewardComponent("pandas", lambda completions: pd.Series([1.0, 2.0])),
+        RewardComponent("bool", lambda completions: [True, 2]),
+    ]
+    for values in run(*components).components.values():
+        assert values.tolist() == [1.0, 2.0]
+
+
+def test_async_functions_and_objects_are_awaited():
+    async def lengths(completions, **columns):
+        await asyncio.sleep(0.01)
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    class Lengths:
+        async def __call__(self, completions):
+            return await lengths(completions)
+
+    async def hangs(completions):
+        await asyncio.sleep(60)
+
+    rewards = run(RewardComponent("a", lengths), RewardComponent("b", Lengths(), timeout_s=30))
+    assert rewards.total.tolist() == [2.0, 4.0]
+    with pytest.raises(RewardError, match="took longer"):
+        run(RewardComponent("slow", hangs, timeout_s=0.2))
+
+
+def test_a_column_does_not_replace_a_setting_of_the_config():
+    def scored(completions, exact=2.0, level=None, **columns):
+        assert "exact" not in columns
+        return [exact + level[0]] * len(completions)
+
+    set_in_config = functools.partial(scored, exact=3.0)
+    rewards = run(RewardComponent("c", set_in_config), exact=["x", "y"], level=[1, 1])
+    assert rewards.total.tolist() == [4.0, 4.0]
+
+
+def leaves_by_exit(completions):
+    sys.exit(0)
+
+
+def fails_in_a_library(completions):
+    return json.loads("{")
+
+
+@pytest.mark.parametrize("function", [leaves_by_exit, fails_in_a_library])
+def test_an_error_names_the_line_of_the_users_code(function):
+    _, first_line = inspect.getsourcelines(function)
+    with pytest.raises(RewardError) as failed:
+        run(RewardComponent("mine", function))
+    assert str(failed.value).endswith(f" ({__file__}, line {first_line + 1})")
+    assert f"'mine' raised {'SystemExit: 0' if function is leaves_by_exit else 'JSONDecodeError'}" in str(failed.value)
+
+
+def test_an_exit_can_be_skipped_like_any_error():
+    rewards = run(RewardComponent("mine", leaves_by_exit, skip_errors=True))
+    assert rewards.total.isnan().all()
+
+
+def test_an_exit_that_a_stop_signal_requested_is_passed_on():
+    def stopped(completions):
+        raise Exit(143)
+
+    with pytest.raises(Exit):
+        run(RewardComponent("mine", stopped, skip_errors=True))
+
+
+def test_the_working_directory_is_restored(tmp_path, monkeypatch):
+    before = os.getcwd()
+
+    def moves(completions):
+        os.chdir(tmp_path)
+        if completions[0][0]["content"] == "fails":
+            raise ValueError
+        return [1.0] * len(completions)
+
+    run(RewardComponent("c", moves))
+    assert os.getcwd() == before
+    with pytest.raises(RewardError):
+        score([RewardComponent("c", moves)], ["p"], [[{"content": "fails"}]], {})
+    assert os.getcwd() == before
+
+
+def test_nothing_to_score_gives_nothing():
+    empty = score([RewardComponent("c", lambda completions: [])], [], [], {})
+    assert empty.total.shape == (0,)
+    none = score([], ["p"], REPLIES[:1], {})
+    assert none.total.isnan().tolist() == [True]
 
 
 # Time limits.
@@ -226,5 +335,7 @@ def test_skipped_errors_give_missing_values_and_warnings(caplog):
     for name in ("raises", "short", "slow"):
         assert rewards.components[name].isnan().all()
     assert rewards.components["one"].isnan().tolist() == [True, False]
-    assert "reward component 'raises' raised KeyError: 'x'; skipped for 2 completions" in caplog.text
+    assert re.search(
+        r"reward component 'raises' raised KeyError: 'x' \(.*, line \d+\); skipped for 2 comp", caplog.text
+    )
     assert "reward component 'one' returned nan; it must be a finite number or None; skipped for 1 comp" in caplog.text

@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 import torch
+from transformers import TrainerState
 
 from grpo.rewards.scoring import Rewards
 from grpo.runs.folder import RunFolder
@@ -22,7 +23,7 @@ def scored(**components):
     stacked = torch.stack([*values.values()], dim=-1)
     total = stacked.nansum(dim=-1).where(~stacked.isnan().all(dim=-1), NAN)
     rewards = Rewards(values, torch.ones(len(values), dtype=torch.float64), total)
-    return ScoredCompletions([], rewards, {}, [], [], torch.zeros(len(total)))
+    return ScoredCompletions([], rewards, {}, TrainerState(), [], [], torch.zeros(len(total)))
 
 
 def test_the_spread_of_the_reward_is_measured_over_the_batch_and_within_groups():
