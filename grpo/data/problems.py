@@ -1,6 +1,8 @@
 """Training and held-out problems, from the Hugging Face hub, from JSON Lines files, or generated."""
 
+import codecs
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +38,7 @@ def load_gsm8k(path: str | None, name: str | None) -> Problems:
     """
     if path is None:
         raise ConfigError("data.path=null: give a data set's hub name, or a folder with train.jsonl and test.jsonl")
-    if Path(path).is_dir():
+    if Path(path).exists():
         return load_jsonl(path)
     # Imported here because it takes seconds, and a local folder does not need it.
     from datasets import load_dataset
@@ -68,13 +70,30 @@ def load_jsonl(path: str | None, name: str | None = None) -> Problems:
     """
     if path is None:
         raise ConfigError("data=jsonl needs data.path=DIR: a folder that holds train.jsonl and test.jsonl")
-    files = {split: Path(path) / f"{split}.jsonl" for split in ("train", "test")}
+    folder = Path(path)
+    if folder.is_file():
+        raise ConfigError(f"data.path={path} is a file; {NEEDED}{_conversion(folder)}")
+    files = {split: folder / f"{split}.jsonl" for split in ("train", "test")}
     for file in files.values():
         if not file.is_file():
-            raise ConfigError(
-                f"data.path={path}: there is no {file.name} in it (train.jsonl and test.jsonl are needed)"
-            )
+            around = [*folder.glob("*.*"), *folder.glob("*/*.*")]
+            others = sorted(each for each in around if each.suffix.lower() in READERS)
+            hint = _conversion(others[0]) if others else ""
+            raise ConfigError(f"data.path={path}: there is no {file.name} in it; {NEEDED}{hint}")
     return Problems(*(_parse(_read_lines(file), str(file), split) for split, file in files.items()))
+
+
+NEEDED = "it must be a folder with train.jsonl and test.jsonl, one object per line with question and answer"
+READERS = {".csv": "read_csv", ".parquet": "read_parquet", ".json": "read_json"}  # of pandas, by a file's suffix
+
+
+def _conversion(file: Path) -> str:
+    """A hint how to convert a file of another format; empty for an unknown one."""
+    reader = READERS.get(file.suffix.lower())
+    if reader is None:
+        return ""
+    call = f"pandas.{reader}({str(file)!r}).to_json('DIR/train.jsonl', orient='records', lines=True)"
+    return f'; to convert it: python -c "import pandas; {call}"'
 
 
 def load_arithmetic(path: None = None, name: None = None) -> Problems:
@@ -87,14 +106,28 @@ def load_arithmetic(path: None = None, name: None = None) -> Problems:
 
 
 def _read_lines(file: Path) -> Iterable[tuple[int, Any]]:
-    with file.open("rb") as stream:
+    try:
+        stream = file.open("rb")
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    with stream:
         for number, line in enumerate(stream, start=1):
-            if not line.strip():
+            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise ConfigError(f"{file} is encoded as UTF-16; save it as UTF-8")
+            if not line.strip(codecs.BOM_UTF8 + b" \t\r\n"):
                 continue
             try:
-                yield number, json.loads(line)
-            except ValueError as error:
+                yield number, json.loads(line.decode("utf-8-sig"), object_pairs_hook=_without_duplicates)
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{file}, line {number}: not JSON ({error})") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key '{next(name for name in names if names.count(name) > 1)}' occurs twice")
+    return values
 
 
 def _parse(rows: Iterable[tuple[int, Any]], source: str, split: str) -> list[Problem]:
@@ -103,9 +136,6 @@ def _parse(rows: Iterable[tuple[int, Any]], source: str, split: str) -> list[Pro
         where = f"{source}, line {number}"
         if not isinstance(row, dict):
             raise ConfigError(f'{where}: must be an object such as {{"question": ..., "answer": ...}}')
-        for key in ("question", "answer"):
-            if not isinstance(row.get(key), str | int | float) or not str(row[key]).strip():
-                raise ConfigError(f"{where}: '{key}' is missing or empty")
         problem = _problem(row, f"{split}-{number}", where)
         if problem.id in problems:
             raise ConfigError(f"{where}: the id '{problem.id}' was used before")
@@ -117,11 +147,30 @@ def _parse(rows: Iterable[tuple[int, Any]], source: str, split: str) -> list[Pro
 
 def _problem(row: dict[str, Any], default_id: str, where: str) -> Problem:
     columns = {key: value for key, value in row.items() if key not in ("id", "question", "answer")}
-    answer = str(row["answer"]).strip()
+    question = _text(row.get("question"), "question", where)
+    answer = _text(row.get("answer"), "answer", where)
+    given = row.get("id")  # null means that there is none, as in exports of tables
+    problem_id = default_id if given is None else _text(given, "id", where)
     if "####" in answer:
         columns["solution"] = answer
         try:
             answer = gsm8k_answer(answer)
         except ValueError as error:
             raise ConfigError(f"{where}: {error}") from None
-    return Problem(str(row.get("id", default_id)), str(row["question"]).strip(), answer, columns)
+    return Problem(problem_id, question, answer, columns)
+
+
+def _text(value: Any, key: str, where: str) -> str:
+    """A value as text. Raises ConfigError if it is missing, empty, neither text nor a number, or not valid Unicode."""
+    if value is None or value == "" or (isinstance(value, str) and not value.strip()):
+        raise ConfigError(f"{where}: '{key}' is missing or empty")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ConfigError(f"{where}: '{key}' must be text or a number, not {json.dumps(value, default=str)[:80]}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: '{key}' is {value}; it must be text or a finite number")
+    text = str(value).strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can contain
+        raise ConfigError(f"{where}: '{key}' is not valid Unicode ({error.reason}: {text[error.start]!r})") from None
+    return text

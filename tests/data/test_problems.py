@@ -1,6 +1,8 @@
 """Tests of loading problems from JSON lines, GSM8K's format and the embedded sums, and of errors for bad lines."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -55,7 +57,25 @@ def test_answers_that_are_not_ascii_are_read_as_utf8(folder):
         ('{"question": "2 + 2?"}', "'answer' is missing or empty"),
         ('{"question": "2 + 2?", "answer": null}', "'answer' is missing or empty"),
         ('{"question": "2 + 2?", "answer": "  "}', "'answer' is missing or empty"),
-        ('{"question": "2 + 2?", "answer": ["4"]}', "'answer' is missing or empty"),
+        ('{"question": "2 + 2?", "answer": ["4"]}', "'answer' must be text or a number, not [\"4\"]"),
+        ('{"question": {"text": "2 + 2?"}, "answer": "4"}', "'question' must be text or a number, not {\"text\""),
+        ('{"question": "2 + 2?", "answer": true}', "'answer' must be text or a number, not true"),
+        ('{"question": "2 + 2?", "answer": NaN}', "'answer' is nan; it must be text or a finite number"),
+        ('{"question": "2 + 2?", "answer": -Infinity}', "'answer' is -inf; it must be"),
+        ('{"question": "2 + 2?", "answer": 1e999}', "'answer' is inf; it must be"),
+        ('{"question": "2 + 2?", "answer": %s}' % ("4" * 5000), "not JSON (Exceeds the limit"),
+        (
+            '{"question": "2 \\ud83d 2?", "answer": "4"}',
+            "'question' is not valid Unicode (surrogates not allowed: '\\ud83d')",
+        ),
+        ('{"question": "2 + 2?", "answer": "4 \\udc00"}', "'answer' is not valid Unicode"),
+        ('{"id": "\\udc00", "question": "2 + 2?", "answer": "4"}', "'id' is not valid Unicode"),
+        ('{"id": " ", "question": "2 + 2?", "answer": "4"}', "'id' is missing or empty"),
+        ('{"id": false, "question": "2 + 2?", "answer": "4"}', "'id' must be text or a number, not false"),
+        ('{"id": [1], "question": "2 + 2?", "answer": "4"}', "'id' must be text or a number, not [1]"),
+        ('{"question": "2 + 2?", "answer": "4", "answer": "5"}', "not JSON (the key 'answer' occurs twice)"),
+        ('{"question": "2 + 2?", "answer": "4", "a": {"b": 1, "b": 2}}', "not JSON (the key 'b' occurs twice)"),
+        ("[" * 100000, "not JSON"),
         ('{"question": "", "answer": "4"}', "'question' is missing or empty"),
         ('{"answer": "4"}', "'question' is missing or empty"),
         ('["2 + 2?", "4"]', "must be an object such as"),
@@ -81,6 +101,68 @@ def test_bytes_that_are_not_utf8_are_refused_with_the_name_of_the_file(folder, t
     path = folder()
     (tmp_path / "train.jsonl").write_bytes(GOOD.encode() + b'{"question": "\xff?", "answer": "4"}\n')
     with pytest.raises(ConfigError, match=r"train\.jsonl"):
+        load_jsonl(path)
+
+
+def test_ids_that_are_null_count_as_absent(folder):
+    rows = [{"id": None, "question": "1 + 1?", "answer": "2"}, {"id": 0, "question": "1 + 2?", "answer": 3}]
+    problems = load_jsonl(folder(train="".join(json.dumps(row) + "\n" for row in [*rows, rows[0]])))
+    assert [problem.id for problem in problems.train] == ["train-1", "0", "train-3"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + GOOD.encode() * 2,
+        GOOD.encode().replace(b"\n", b"\r\n") * 2 + b"\r\n",
+        GOOD.encode() + GOOD.encode().rstrip(),
+        '{"question": "1 +\u2028 1?", "answer": "2"}\n'.encode() * 2,
+    ],
+    ids=["byte order mark", "CRLF", "no newline at the end", "another line separator"],
+)
+def test_files_of_other_editors_are_read(folder, tmp_path, content):
+    path = folder()
+    (tmp_path / "train.jsonl").write_bytes(content)
+    assert [problem.id for problem in load_jsonl(path).train] == ["train-1", "train-2"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_a_file_in_utf16_is_named(folder, tmp_path, encoding):
+    path = folder()
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    (tmp_path / "train.jsonl").write_bytes((mark + GOOD).encode(encoding))
+    with pytest.raises(ConfigError, match=r"train\.jsonl is encoded as UTF-16; save it as UTF-8"):
+        load_jsonl(path)
+
+
+@pytest.mark.parametrize("loader", [load_gsm8k, load_jsonl])
+@pytest.mark.parametrize(
+    ("name", "reader"), [("sums.csv", "read_csv"), ("a.PARQUET", "read_parquet"), ("x.jsonl", None)]
+)
+def test_a_single_file_is_answered_with_the_form_and_the_conversion(tmp_path, loader, name, reader):
+    file = tmp_path / name
+    file.write_text("question,answer\n1 + 1?,2\n")
+    with pytest.raises(ConfigError) as refused:
+        loader(str(file), None)
+    assert f"data.path={file} is a file; it must be a folder with train.jsonl and test.jsonl" in str(refused.value)
+    assert (f"pandas.{reader}('{file}')" in str(refused.value)) == (reader is not None)
+
+
+def test_the_conversion_of_a_table_works_as_it_is_printed(tmp_path):
+    (tmp_path / "train.csv").write_text("question,answer,level\n1 + 1?,2,easy\n")
+    with pytest.raises(ConfigError, match=r"there is no train\.jsonl in it.*read_csv") as refused:
+        load_jsonl(str(tmp_path))
+    command = str(refused.value).rpartition("to convert it: ")[2].replace("DIR", str(tmp_path))
+    subprocess.run(["sh", "-c", command.replace("python", sys.executable, 1)], check=True)
+    (tmp_path / "test.jsonl").write_text(GOOD)
+    assert load_jsonl(str(tmp_path)).train == [Problem("train-1", "1 + 1?", "2", {"level": "easy"})]
+
+
+def test_a_folder_named_like_the_file_is_not_it(folder, tmp_path):
+    path = folder()
+    (tmp_path / "test.jsonl").unlink()
+    (tmp_path / "test.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"there is no test\.jsonl in it"):
         load_jsonl(path)
 
 
