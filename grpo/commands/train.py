@@ -18,6 +18,7 @@ from hydra.utils import get_original_cwd
 from omegaconf import DictConfig, OmegaConf
 
 from grpo.config.hydra_app import only_shows, read_flags, show
+from grpo.config.instantiate import directory_restored
 from grpo.launch.decide import Launch, decide
 from grpo.launch.process import report_errors, run_command
 from grpo.launch.session import open_run
@@ -70,7 +71,7 @@ def train_job(cfg: DictConfig, launch: Launch | None = None) -> float | None:
     """
     if HydraConfig.get().job.chdir:  # paths stay relative to the directory in which the command was given
         os.chdir(get_original_cwd())
-    with open_run(cfg, launch.run if launch else None) as run:
+    with directory_restored(), open_run(cfg, launch.run if launch else None) as run:
         if not run.done:
             from grpo.training.train import train  # imported here: it imports torch, which --help and --cfg don't need
 

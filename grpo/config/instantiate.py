@@ -2,8 +2,9 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from hydra.errors import HydraException
@@ -16,6 +17,17 @@ from grpo.config.values import escape, to_dict
 
 EXTRAS = {"bitsandbytes": "8bit"}  # optional package -> extra of pyproject.toml that installs it
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_", "_method_")  # special in `instantiate`
+
+
+@contextmanager
+def directory_restored() -> Iterator[None]:
+    """Restore the working directory after the block, for code of the user that may change it."""
+    before = os.open(".", os.O_RDONLY)
+    try:
+        yield
+    finally:
+        os.fchdir(before)
+        os.close(before)
 
 
 def bind(key: str, node: Mapping[str, Any], without: tuple[str, ...] = ()) -> functools.partial[Any]:
@@ -42,7 +54,8 @@ def find_function(key: str, path: object) -> Callable[..., Any]:
     try:
         # Only the path is passed to Hydra: in the settings it would resolve interpolations and instantiate targets. Its
         # partial is not kept, since it would check the blocklist again on every call, which takes 190 microseconds.
-        return instantiate({"_target_": escape(path)}, _partial_=True).func
+        with directory_restored():
+            return instantiate({"_target_": escape(path)}, _partial_=True).func
     except HydraException as error:
         raise ConfigError(f"{key}={path}: {_reason(error)}") from error
     except SystemExit as error:
@@ -67,7 +80,8 @@ def build(key: str, node: Mapping[str, Any], without: tuple[str, ...] = ()) -> C
     if not inspect.isclass(function.func):
         return function
     try:
-        return function()
+        with directory_restored():
+            return function()
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:

@@ -51,6 +51,7 @@ def open_run(cfg: DictConfig, decided: RunFolder | None = None) -> Iterator[Run]
             yield run
         return
     folder = job_folder()
+    sweep = SweepFolder(Path(HydraConfig.get().sweep.dir).absolute())
     # Some jobs of a resumed sweep may have finished, others not started; SLURM may also restart a job on its own.
     again = cfg.resume or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
     resume = "auto" if again else False
@@ -72,7 +73,7 @@ def open_run(cfg: DictConfig, decided: RunFolder | None = None) -> Iterator[Run]
         raise
     finally:
         with disk_errors_are_warnings(f"{HydraConfig.get().sweep.dir}/sweep.json"):
-            SweepFolder(HydraConfig.get().sweep.dir).update()
+            sweep.update()
 
 
 def job_folder() -> RunFolder:
@@ -90,6 +91,7 @@ def command_line() -> Overrides:
 def _started(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSignals, is_job: bool) -> Iterator[Run]:
     before = folder.status()
     run = _open(folder, cfg, resume, stop, is_job)
+    folder = run.folder
     refused = False
     try:
         with exits_are_failures(Exit):
@@ -145,7 +147,7 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
         folder.update_status(state="running", error=None, **known)
     before = folder.status().get("seconds", 0.0)
     return Run(
-        folder,
+        RunFolder(folder.path.absolute()),
         config,
         resumed=resumed or cfg.fork,
         forked=cfg.fork and not resumed,
@@ -190,7 +192,7 @@ def _name_in_tracking(cfg: DictConfig, overrides: Overrides) -> None:
 def _record_end(run: Run, error: BaseException) -> None:
     if isinstance(error, Exit):
         run.record_state("interrupted", None)
-        command = resume_command(run.folder.path, foreign_targets(to_dict(run.config)))
+        command = resume_command(run.shown_path, foreign_targets(to_dict(run.config)))
         recorded = run.folder.changes()
         changed = {key: value for key, value in run.changes.items() if recorded.get(key) != value}
         pending = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in changed.items()]
@@ -198,7 +200,7 @@ def _record_end(run: Run, error: BaseException) -> None:
         return
     run.record_state("failed", f"{type(error).__name__}: {error}")
     logger.info("the run failed", exc_info=error)  # to launch.log; the console shows only the line below
-    logger.error("%s failed: %s: %s", run.folder.path, type(error).__name__, error)
+    logger.error("%s failed: %s: %s", run.shown_path, type(error).__name__, error)
     vars(error)["logged"] = True  # for `report_errors`
     # Hydra keeps the exception of a failed job until the sweep ends, and its frames would keep the model in memory.
     traceback.clear_frames(error.__traceback__)

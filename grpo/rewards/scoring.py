@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from grpo.algorithm.advantage import total_reward
+from grpo.config.instantiate import directory_restored
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def _call(component: RewardComponent, arguments: Mapping[str, Any]) -> list:
     given = {name: arguments[name] for name in accepted(component.function, arguments)}
     count = len(arguments["completions"])
     try:
-        with _directory_restored(), _time_limit(component):
+        with directory_restored(), _time_limit(component):
             values = component.function(**_copied(given))
             if inspect.isawaitable(values):
                 values = asyncio.run(_result_of(values))
@@ -164,17 +165,6 @@ def _place(error: BaseException) -> str:
 
 
 LIBRARIES = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
-
-
-@contextmanager
-def _directory_restored() -> Iterator[None]:
-    """Restore the working directory after the block."""
-    before = os.open(".", os.O_RDONLY)
-    try:
-        yield
-    finally:
-        os.fchdir(before)
-        os.close(before)
 
 
 def _copied(value: Any) -> Any:

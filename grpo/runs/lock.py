@@ -46,7 +46,7 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[Path]:
         stop = threading.Event()
         token = uuid.uuid4().hex
         _write(file, token, 0)
-        thread = threading.Thread(target=_renew, args=(file, folder, token, stop, renew_s), daemon=True)
+        thread = threading.Thread(target=_renew, args=(file, folder.absolute(), token, stop, renew_s), daemon=True)
         thread.start()
         try:
             yield folder

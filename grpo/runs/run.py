@@ -4,10 +4,11 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from grpo.config.schema import Config
-from grpo.runs.files import disk_errors_are_warnings
+from grpo.runs.files import disk_errors_are_warnings, short_path
 from grpo.runs.folder import RunFolder
 from grpo.runs.stop_signals import StopSignals
 
@@ -16,7 +17,7 @@ from grpo.runs.stop_signals import StopSignals
 class Run:
     """A run folder in use by this process."""
 
-    folder: RunFolder
+    folder: RunFolder  # with an absolute path, since code of the user may change the working directory
     config: Config
     resumed: bool  # continues from the content of the folder
     forked: bool  # this launch copied that content from another run
@@ -30,13 +31,18 @@ class Run:
     recorded: bool = False  # this launch is in launches.jsonl, and has begun
 
     @property
+    def shown_path(self) -> Path:
+        """The path of the folder for messages and commands; that of `folder` is absolute."""
+        return short_path(self.folder.path)
+
+    @property
     def seconds(self) -> float:
         """The total time of all launches, in seconds."""
         return round(self.seconds_before + time.monotonic() - self.started, 3)
 
     def record_state(self, state: str, error: str | None) -> None:
         """Record the state of the run in status.json."""
-        with disk_errors_are_warnings(f"{self.folder.path}/status.json"):
+        with disk_errors_are_warnings(f"{self.shown_path}/status.json"):
             self.folder.update_status(state=state, error=error)
 
     def end_process(self, error: str) -> None:

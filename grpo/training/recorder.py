@@ -14,7 +14,7 @@ from grpo.metric_table import component_ranges
 from grpo.runs.checkpoint import TrainerState
 from grpo.runs.checkpoint_writer import CheckpointWriter
 from grpo.runs.console import StepDisplay, closing_table
-from grpo.runs.files import disk_errors_are_warnings
+from grpo.runs.files import disk_errors_are_warnings, short_path
 from grpo.runs.run import Run
 from grpo.runs.tracking import Tracker, tracking
 from grpo.training.metrics import evaluation_metrics
@@ -76,7 +76,7 @@ class Recorder:
         )
 
     def _update_status(self, saved_step: int, **changes: Any) -> None:
-        with disk_errors_are_warnings(f"{self._folder.path}/status.json"):
+        with disk_errors_are_warnings(f"{self._run.shown_path}/status.json"):
             self._folder.update_status(saved_step=saved_step, **changes)
             self._recorded_step = saved_step
 
@@ -85,7 +85,7 @@ class Recorder:
         assert step.skipped is not None
         in_a_row = step.skipped_in_a_row
         number = step.row["step"]
-        place = self._folder.write_skipped(number, step.skipped.tensors(), step.samples)
+        place = short_path(self._folder.write_skipped(number, step.skipped.tensors(), step.samples))
         numbers = f"loss {step.row['loss']} and gradient norm {step.row['grad_norm']} (null: not finite)"
         logger.warning("step %d: %s, so no weight was changed; its batch is in %s", number, numbers, place)
         if in_a_row > self._config.grpo.max_skipped_steps:

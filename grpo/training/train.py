@@ -100,7 +100,7 @@ def record_launch(trainer: Trainer, run: Run) -> None:
         },
         begun=run.forked or not run.resumed,
     )
-    path = run.folder.path
+    path = run.shown_path
     parent = run.config.parent
     if run.forked and parent is not None:
         print(f"forked from {parent['run_dir']} at step {parent['step']} into {path}")
@@ -152,7 +152,7 @@ def pause(trainer: Trainer, run: Run, recorder: Recorder) -> None:
     if run.config.eval.after and run.folder.evaluation(name) is None:
         recorder.evaluation(name, trainer.evaluate())
     run.folder.update_status(state="interrupted")
-    resume = resume_command(run.folder.path, foreign_targets(to_dict(run.config)))
+    resume = resume_command(run.shown_path, foreign_targets(to_dict(run.config)))
     print(f"stopped after step {trainer.state.step} (until_step); resume with: {resume}")
 
 
@@ -168,12 +168,12 @@ def finish(trainer: Trainer, run: Run, recorder: Recorder) -> None:
     run.folder.update_status(state="finished")
     run.stop.ignore_signals()
     try:
-        write_run_report(run.folder.path)
+        write_run_report(run.shown_path)
     except Exception as error:  # the run has finished, and the report can be written later
-        command = f"python -m grpo report {shlex.quote(f'run_dir={run.folder.path}')}"
+        command = f"python -m grpo report {shlex.quote(f'run_dir={run.shown_path}')}"
         logger.warning("no report (%s: %s); try again: %s", type(error).__name__, first_line(error), command)
     recorder.finish()
     grpo = run.config.grpo
     can_be_longer = grpo.lr_schedule == "constant" and grpo.num_iterations == 1
     foreign = foreign_targets(to_dict(run.config))
-    print(next_commands(run.folder.path, foreign, f"grpo.num_steps={2 * grpo.num_steps}" if can_be_longer else None))
+    print(next_commands(run.shown_path, foreign, f"grpo.num_steps={2 * grpo.num_steps}" if can_be_longer else None))

@@ -135,3 +135,45 @@ def test_code_that_exits_before_the_run_is_refused(folder, code, said):
     assert refused.returncode == 2
     assert said in refused.stderr.splitlines()[-1]
     assert not (folder / "run").exists()
+
+
+MOVING = """
+import os
+
+ELSEWHERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "elsewhere")
+os.chdir(ELSEWHERE)
+
+
+class Moves:
+    def __init__(self):
+        os.chdir(ELSEWHERE)
+
+    def __call__(self, completions, **columns):
+        os.chdir(ELSEWHERE)
+        return [0.0] * len(completions)
+
+
+def centered(rewards, weights, valid):
+    os.chdir("/")  # not restored
+    total = (rewards * weights).sum(dim=-1)
+    return total - total.mean(dim=1, keepdim=True)
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["objective.advantage=mine.centered"]], ids=["rewards", "and advantage"])
+def test_code_that_changes_the_working_directory_does_not_redirect_a_run(folder, more):
+    """Nor into another run, which is at the same relative path in the other directory."""
+    (folder / "mine.py").write_text(MOVING)
+    other = folder / "elsewhere" / "run"
+    other.mkdir(parents=True)
+    (other / "status.json").write_text("{}")
+    done = launch(*SHORT, "grpo.num_steps=2", component("Moves"), "run_dir=run", "eval.after=true", *more, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    run = folder / "run"
+    assert len(rows(run)) == 2
+    assert status(run)["state"] == "finished"
+    assert all((run / name).exists() for name in ("final_model", "report.html", "eval/after.json", "checkpoints"))
+    assert sorted(path.name for path in (folder / "elsewhere").rglob("*")) == ["run", "status.json"]
+    assert (other / "status.json").read_text() == "{}"
+    if not more:
+        assert "run folder run\n" in done.stdout  # a short path, as without a change
