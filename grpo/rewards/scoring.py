@@ -6,16 +6,12 @@ import functools
 import inspect
 import logging
 import math
-import os
-import signal
-import sys
 import sysconfig
-import threading
-import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +19,9 @@ from torch import Tensor
 
 from grpo.algorithm.advantage import total_reward
 from grpo.config.instantiate import directory_restored
+from grpo.rewards.time_limit import TimeLimitExceeded, end_process, time_limit
 
 logger = logging.getLogger(__name__)
-
-
-def end_process(error: str) -> None:
-    """End this process as a failure, from any thread and without waiting for the others."""
-    print(f"failed: {error}", file=sys.stderr, flush=True)
-    os._exit(1)
 
 
 @dataclass(frozen=True)
@@ -46,6 +37,7 @@ class RewardComponent:
     timeout_s: float | None = None  # seconds that one call may take; None: no limit
     skip_errors: bool = False  # a failed call gives missing values and a warning instead of an error
     on_hang: Callable[[str], None] = end_process  # called in another thread with an error message; must end the process
+    status_file: Path | None = None  # status.json of the run, for the error if this process has to be killed
 
 
 @dataclass(frozen=True)
@@ -129,7 +121,7 @@ def _call(component: RewardComponent, arguments: Mapping[str, Any]) -> list:
             if inspect.isawaitable(values):
                 values = asyncio.run(_result_of(values))
             values = _as_list(values)
-    except _TimeLimitExceeded:
+    except TimeLimitExceeded:
         raise RewardError(_too_slow(component)) from None
     except (Exception, SystemExit, asyncio.CancelledError) as error:
         if isinstance(error, SystemExit) and type(error) is not SystemExit:  # the suite's own, after a stop signal
@@ -175,93 +167,22 @@ def _copied(value: Any) -> Any:
         return [each if type(each) in _UNCHANGEABLE else _copied(each) for each in value]
     if type(value) is dict:
         return {key: _copied(each) for key, each in value.items()}
-    return copy.deepcopy(value)
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # such as an open file, in a column of the user's own loader
+        return value
 
 
 _UNCHANGEABLE = {str, int, float, bool, type(None)}
 
 
-class _TimeLimitExceeded(BaseException):
-    """Not an Exception, so that a reward function that catches Exception does not catch it."""
-
-
-class _RunningTime:
-    """Seconds for which this process has run, not counting the time while it is stopped (SIGSTOP, Ctrl-Z).
-
-    Between two ticks at most the time of two ticks counts, or the processor time used if that is more: a call into C
-    that holds the interpreter lock keeps the thread from ticking.
-    """
-
-    def __init__(self, tick_s: float) -> None:
-        self._tick_s = tick_s
-        self._mark = (0.0, time.monotonic(), time.process_time())
-
-    def seconds(self) -> float:
-        counted, when, used = self._mark
-        most = max(2 * self._tick_s, time.process_time() - used)
-        return counted + min(time.monotonic() - when, most)
-
-    def tick(self) -> float:
-        """Update and return the seconds so far. Only one thread may call it, every `tick_s` seconds."""
-        counted = self.seconds()
-        self._mark = (counted, time.monotonic(), time.process_time())
-        return counted
-
-
-@contextmanager
-def _time_limit(component: RewardComponent) -> Iterator[None]:
-    """Raise _TimeLimitExceeded in the block after `timeout_s` seconds, and again each second if the block catches it.
-
-    It is raised by a signal, which interrupts what a thread cannot: sleeping, Python loops and regular expressions. A
-    thread sets the timer again if the block has used it itself. A block that has not ended after twice its time, and at
-    least two seconds more than its time, cannot be interrupted (as in a long call into C), and `on_hang` is called.
-    Code that neither checks for signals nor lets other threads run, such as `sum(range(10**12))`, is not covered.
-    """
-    seconds = component.timeout_s
-    if seconds is None:
-        yield
-        return
-    tick_s = min(0.5, seconds / 10)
-    clock = _RunningTime(tick_s)
-    over = threading.Event()
-    by_signal = threading.current_thread() is threading.main_thread()
-
-    def stop(*_: object) -> None:
-        if over.is_set():
-            return
-        left = seconds - clock.seconds()
-        if left <= 0:
-            raise _TimeLimitExceeded
-        signal.setitimer(signal.ITIMER_REAL, left, 1.0)  # the process was stopped meanwhile
-
-    def watch() -> None:
-        while not over.wait(tick_s):
-            ran = clock.tick()
-            if ran > seconds + max(2.0, seconds):
-                component.on_hang(f"RewardError: {_too_slow(component)}, and could not be ended")
-            disarmed = signal.getitimer(signal.ITIMER_REAL)[0] == 0
-            if by_signal and ran > seconds and disarmed and signal.getsignal(signal.SIGALRM) is stop:
-                signal.setitimer(signal.ITIMER_REAL, 0.001, 1.0)
-
-    former = signal.signal(signal.SIGALRM, stop) if by_signal else None
-    thread = threading.Thread(target=watch, name="reward time limit", daemon=True)
-    thread.start()
-    try:
-        if by_signal:
-            signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-        yield
-    finally:
-        over.set()
-        thread.join()
-        if by_signal:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, former)
-    if clock.seconds() > seconds:  # the block caught the exception, or was in C
-        raise _TimeLimitExceeded
-
-
 def _too_slow(component: RewardComponent) -> str:
-    return f"reward component '{component.name}' took longer than {component.timeout_s:g} s"
+    return f"reward component '{component.name}' took longer than {component.timeout_s or 0:g} s"
+
+
+def _time_limit(component: RewardComponent) -> AbstractContextManager[None]:
+    error = f"RewardError: {_too_slow(component)}, and could not be ended"
+    return time_limit(component.timeout_s, error, component.on_hang, component.status_file)
 
 
 def _number(name: str, value: Any) -> float:

@@ -33,7 +33,8 @@ from grpo.data.prompts import (
 from grpo.model.hardware import use_hardware
 from grpo.model.loading import architecture, check_model, copy_in_dtype, load_tokenizer, stop_token_ids
 from grpo.model.lora import add_adapter, check_adapter, save_adapter, switch_adapter
-from grpo.rewards.scoring import RewardComponent, Rewards, accepted, end_process, score
+from grpo.rewards.scoring import RewardComponent, Rewards, accepted, score
+from grpo.rewards.time_limit import end_process
 from grpo.rollout.engine import Compute, RolloutEngine, Sampling
 from grpo.rollout.load_check import load_checked_model
 from grpo.rollout.mps_check import check_device
@@ -150,13 +151,17 @@ def compute_dtype(config: Config) -> torch.dtype:
 
 
 def build_experiment(
-    config: Config, with_problems: bool = True, use: bool = True, on_hang: Callable[[str], None] = end_process
+    config: Config,
+    with_problems: bool = True,
+    use: bool = True,
+    on_hang: Callable[[str], None] = end_process,
+    status_file: Path | None = None,
 ) -> Experiment:
     """Find and check every part: functions, data, model, tokenizer, prompt lengths. Raises ConfigError.
 
     with_problems: False if no problems are needed, neither for training nor for evaluation. use: False if nothing will
     be computed on the config's device, which may not exist here. on_hang: ends the process if a reward function cannot
-    be interrupted.
+    be interrupted. status_file: status.json of the run, for the error if the process has to be killed for that.
     """
     sizes = complete_sizes(config)
     component = functools.partial(
@@ -164,6 +169,7 @@ def build_experiment(
         timeout_s=config.reward.timeout_s,
         skip_errors=config.reward.on_error == "skip",
         on_hang=on_hang,
+        status_file=status_file,
     )
     components = [
         component(name, bind_reward(f"reward.components.{name}", node), float(node.get("weight", 1.0)))

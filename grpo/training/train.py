@@ -47,7 +47,9 @@ def train(run: Run) -> None:
 @contextmanager
 def started(run: Run) -> Iterator[Trainer]:
     """The trainer of a run, with its latest checkpoint; its rollout engine is closed at the end of the block."""
-    trainer = Trainer(build_experiment(run.config, on_hang=run.end_process))
+    trainer = Trainer(
+        build_experiment(run.config, on_hang=run.end_process, status_file=run.folder.path / "status.json")
+    )
     with closing(trainer.engine):
         restore(trainer, run)
         record_launch(trainer, run)

@@ -294,16 +294,28 @@ def score_in_a_process(arguments):
     print(run(RewardComponent("slow", globals()[function], timeout_s=0.5)).total.tolist())
 
 
-@pytest.mark.parametrize("function", ["hangs_in_c", "catches_everything_for_ever"])
-def test_if_a_function_cannot_be_interrupted_its_process_is_ended(tmp_path, function):
+def holds_the_interpreter_lock(completions, **_):
+    return [sum(range(10**12))] * len(completions)
+
+
+def holds_it_briefly(completions, **_):
+    return [float(sum(range(5 * 10**6)) > 0)] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("function", "code"),
+    [("hangs_in_c", 1), ("catches_everything_for_ever", 1), ("holds_the_interpreter_lock", -signal.SIGKILL)],
+)
+def test_if_a_function_cannot_be_interrupted_its_process_is_ended(tmp_path, function, code):
     ended = launch(function, main=score_in_a_process, cwd=tmp_path, timeout=20)
-    assert ended.returncode == 1
+    assert ended.returncode == code
     message = "failed: RewardError: reward component 'slow' took longer than 0.5 s, and could not be ended\n"
     assert ended.stderr == message
 
 
-def test_time_in_which_the_process_is_stopped_does_not_count(tmp_path):
-    done = launch("runs_briefly", "3.5", main=score_in_a_process, cwd=tmp_path, timeout=20)
+@pytest.mark.parametrize("function", ["runs_briefly", "holds_it_briefly"])
+def test_time_in_which_the_process_is_stopped_does_not_count(tmp_path, function):
+    done = launch(function, "3.5", main=score_in_a_process, cwd=tmp_path, timeout=20)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "[1.0, 1.0]\n"
 

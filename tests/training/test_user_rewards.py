@@ -1,6 +1,8 @@
 """Reward functions of a user in real runs: what they are given, and what happens if they fail."""
 
 import json
+import signal
+import time
 
 import pytest
 
@@ -25,6 +27,10 @@ async def later(completions, **columns):
 
 def leaves(completions):
     sys.exit(0)
+
+
+def computes(completions):
+    return [float(sum(range(10**12)))] * len(completions)
 
 
 def fails(completions):
@@ -72,6 +78,21 @@ def test_an_async_function_is_a_component(folder):
     done = launch(*ONE_STEP, component("later"), "run_dir=run", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert rows(folder / "run")[0]["rewards/mine/mean"] == 1.0
+
+
+def test_a_run_whose_process_has_to_be_killed_is_recorded_as_failed(folder):
+    killed = launch(*ONE_STEP, component("computes"), "reward.timeout_s=0.5", "run_dir=run", cwd=folder)
+    assert killed.returncode == -signal.SIGKILL
+    reason = "RewardError: reward component 'mine' took longer than 0.5 s, and could not be ended"
+    assert killed.stderr.splitlines()[-1] == f"failed: {reason}"
+    deadline = time.monotonic() + 10
+    while status(folder / "run")["state"] == "running" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert (status(folder / "run")["state"], status(folder / "run")["error"]) == ("failed", reason)
+    assert not list((folder / "run").glob("*.watchdog"))
+    again = launch("resume=true", "run_dir=run", "++reward.components.mine._target_=mine.later", cwd=folder)
+    assert again.returncode == 2  # another function is another experiment; but the folder is not in use
+    assert "was started with other values" in again.stderr
 
 
 @pytest.mark.parametrize(("name", "said"), [("leaves", "SystemExit: 0"), ("fails", "ValueError: as asked")])
