@@ -102,14 +102,12 @@ def turn_tokens(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]
     except ConfigError:  # it takes no such conversation; the prompts themselves are checked elsewhere
         return TurnTokens()
     after = text.rpartition(answer)[2].strip() if answer in text else ""
-    own = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    added = tokenizer.added_tokens_decoder  # the special tokens among them need not be in `all_special_ids`
+    special = {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
     written = tokenizer(text, add_special_tokens=False).input_ids
     closing = tokenizer(after, add_special_tokens=False).input_ids[:1]
-    return TurnTokens(
-        frozenset(written) & frozenset(tokenizer.all_special_ids),
-        closing[0] if closing and closing[0] in own else None,
-        after,
-    )
+    closes = bool(closing) and closing[0] in {*special, *added}
+    return TurnTokens(frozenset(written) & special, closing[0] if closes else None, after)
 
 
 def prompt_lengths(

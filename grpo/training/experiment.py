@@ -78,13 +78,14 @@ class Experiment:
         return tokenize_prompts(self.tokenizer, texts, self.device)
 
     def texts(self, completions: Completions, stop_ids: Sequence[int]) -> list[str]:
-        """The B completions as text, without the special tokens that the suite or the chat template writes.
+        """The B completions as text, without stop tokens, those of the chat template, and those for bos, pad and so on.
 
-        Others are kept, since a model may have been given them as the tags that are rewarded.
+        Other special tokens are kept, since they may be the tags that are rewarded.
         """
         tokenizer = self.tokenizer
-        own = turn_tokens(tokenizer, template_arguments(self.config.data)).special
-        left_out = {*stop_ids, *own, tokenizer.pad_token_id, tokenizer.bos_token_id}
+        of_template = turn_tokens(tokenizer, template_arguments(self.config.data)).special
+        named = (getattr(tokenizer, f"{name}_id") for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES)
+        left_out = {*stop_ids, *of_template, *named}
         rows = zip(completions.ids.tolist(), completions.lengths.tolist(), strict=True)
         return tokenizer.batch_decode([[id for id in ids[:length] if id not in left_out] for ids, length in rows])
 

@@ -14,6 +14,7 @@ from grpo.tiny import MODEL_DIR
 from grpo.training.evaluation import evaluate
 from grpo.training.experiment import build_experiment
 from tests.launches import SHORT, grpo, launch
+from tests.tiny_model import plain_completions
 
 TAGS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]
 QUESTION = "prompt=What is 27 + 35?"
@@ -101,6 +102,16 @@ def test_tags_that_are_special_tokens_are_scored(model, build):
     assert ours == theirs
     assert theirs["rewards"]["format"] > 0
     assert "<|im_end|>" not in ours["problems"][0]["completion"]
+
+
+def test_only_tokens_that_format_a_conversation_are_left_out_of_the_text(model, build):
+    folder = model(tokenizer_config={"extra_special_tokens": ["<|im_start|>", *TAGS]})
+    experiment = build(f"model.name={folder}")
+    text = "<reasoning>1</reasoning><answer>5</answer>"
+    ids = experiment.tokenizer.encode(f"<|im_start|>{text}<|endoftext|><|im_end|>")
+    assert len(ids) == 4 + 3 + 2
+    (found,) = experiment.texts(plain_completions(torch.tensor([ids]), torch.tensor([0])), stop_ids=[ids[-1]])
+    assert found == text
 
 
 def test_completions_end_where_the_template_closes_a_turn(model, build):
