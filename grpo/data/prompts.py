@@ -35,8 +35,13 @@ def render(
     """Render a conversation up to the start of the answer; without a chat template, the contents are joined.
 
     arguments: data.template_arguments. answered: the last message is the answer, so no other one begins.
-    Raises ConfigError if the template refuses the conversation or the arguments.
+    Raises ConfigError if the template refuses the conversation or the arguments, or if a text is not valid Unicode.
     """
+    for message in conversation:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair
+            raise ConfigError(f"the {message['role']} message is not valid Unicode: {error}") from None
     if tokenizer.chat_template is None:
         return "\n\n".join(message["content"] for message in conversation) + "\n\n"
     try:

@@ -214,6 +214,15 @@ def test_one_of_several_templates_is_chosen_by_name(model, tmp_path, build):
     assert build(f"model.name={folder}").prompt_lengths
 
 
+@pytest.mark.parametrize("given", [["prompt=2 \udcff 3"], [QUESTION, "data.system_prompt='\udcff'"]])
+def test_a_prompt_that_is_not_valid_unicode_is_refused(tmp_path, given):
+    """Such as bytes on the command line that are not UTF-8."""
+    refused = grpo("chat", *SHORT, *given, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "message is not valid Unicode" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
 def test_the_minimum_length_is_for_training_only(build, tmp_path):
     assert evaluated(build("rollout.min_new_tokens=30")) == evaluated(build())
     said = [grpo("chat", *SHORT, QUESTION, f"rollout.min_new_tokens={least}", cwd=tmp_path).stdout for least in (0, 30)]
