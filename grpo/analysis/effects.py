@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit  # the t distribution's quantile; scipy.stats takes a second to import
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def crossed_mean(values: pd.DataFrame, comparisons: int = 1) -> Estimate:
     if not sources:
         return Estimate(mean, None, seeds, problems)
     quantile = 1 - 0.025 / comparisons
-    half = max(float(stats.t.ppf(quantile, freedom) * np.sqrt(square / table.size)) for square, freedom in sources)
+    half = max(float(stdtrit(freedom, quantile) * np.sqrt(square / table.size)) for square, freedom in sources)
     return Estimate(mean, (mean - half, mean + half), seeds, problems)
 
 

@@ -64,6 +64,19 @@ def load_evaluations(run_dir: str | Path, of_training: bool = False) -> pd.DataF
     return _frame(rows, ["name", "step", "n", "accuracy", "reward"])
 
 
+def correct_by_problem(evaluation: dict[str, Any] | None) -> pd.Series:
+    """1 (right) or 0 (wrong) for each graded problem of an evaluation; empty without an evaluation.
+
+    The index contains the problem's id and its answer: ids may be line numbers, which stand for other problems in
+    another data file.
+    """
+    problems = (evaluation or {}).get("problems") or []
+    graded = [each for each in problems if each["correct"] is not None]
+    return pd.Series(
+        {f"{each['problem_id']} {each.get('answer')}": float(each["correct"]) for each in graded}, dtype=float
+    )
+
+
 def read_config(run_dir: str | Path) -> dict:
     """A run's config with the changes of later launches, as plain dicts and lists; empty if there is none."""
     run = RunFolder(run_dir)

@@ -12,7 +12,7 @@ from grpo.analysis.charts import draw, drawn_panels, png, read_run, write_charts
 from grpo.analysis.doctor import find_problems
 from grpo.analysis.load import component_columns, read_config
 from grpo.analysis.page import render
-from grpo.analysis.summary import summarize
+from grpo.analysis.summary import difference_text, summarize
 from grpo.metric_table import component_ranges, of_components
 from grpo.runs.files import write_atomic
 from grpo.runs.folder import RunFolder
@@ -50,6 +50,7 @@ def content(run_dir: Path) -> dict[str, Any]:
         "preflight": run.preflight(),
         "findings": find_problems(run.metrics(), run.training_evaluations().values(), component_ranges(config)),
         "charts": {title: base64.b64encode(png(figure)).decode() for title, figure in figures.items()},
+        "headline": headline(summary),
         "evaluations": summary["eval"],
         "tables": _audit_tables(samples),
         "extremes": _extremes(samples),
@@ -57,6 +58,18 @@ def content(run_dir: Path) -> dict[str, Any]:
         "components": audit.components(samples),
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
     }
+
+
+def headline(summary: dict[str, Any]) -> str | None:
+    """Held-out accuracy before and after training and the difference, in one sentence; None without an evaluation."""
+    graded = {name: each for name, each in summary["eval"].items() if each["accuracy"] is not None}
+    if not graded:
+        return None
+    scores = ", ".join(f"{each['accuracy']:.1%} {name} training" for name, each in graded.items())
+    if summary["accuracy_difference"] is not None:
+        return f"Held-out accuracy: {scores}; {difference_text(summary['accuracy_difference'])}."
+    counts = " and ".join(str(n) for n in dict.fromkeys(each["n"] for each in graded.values()))
+    return f"Held-out accuracy: {scores} ({counts} problems)."
 
 
 def _audit_tables(samples: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -3,10 +3,13 @@
 import json
 import math
 from pathlib import Path
+from statistics import NormalDist
+from typing import Any
 
 import pandas as pd
 
-from grpo.analysis.load import component_columns, finite_values, is_metric, load_metrics
+from grpo.analysis.effects import paired_difference
+from grpo.analysis.load import component_columns, correct_by_problem, finite_values, is_metric, load_metrics
 from grpo.runs.files import write_atomic
 from grpo.runs.folder import RunFolder
 
@@ -25,6 +28,7 @@ def summarize(run_dir: str | Path) -> dict:
     - `totals`: `tokens` seen, `seconds` spent in steps.
     - `eval`: `before` and `after`, each only if that evaluation exists, with `accuracy`, `n`, `reward`, `rewards` by
       component and `accuracy_interval`, the 95 % Wilson interval.
+    - `accuracy_difference`: that of the two evaluations, see `accuracy_difference`; None without one of them.
 
     Raises FileNotFoundError if `run_dir` is not a run folder, ValueError if one of its files is damaged.
     """
@@ -45,6 +49,7 @@ def summarize(run_dir: str | Path) -> dict:
             "seconds": _number(finite_values(metrics, "step_time").sum(min_count=1)),
         },
         "eval": {name: _evaluation(evaluations[name]) for name in ("before", "after") if name in evaluations},
+        "accuracy_difference": accuracy_difference(evaluations.get("before"), evaluations.get("after")),
     }
 
 
@@ -65,10 +70,33 @@ def wilson_interval(accuracy: float | None, n: int | None) -> list[float] | None
     """
     if not n or accuracy is None or not math.isfinite(accuracy):
         return None
-    from scipy.stats import binomtest  # imported here, since that takes a second
+    z = NormalDist().inv_cdf(0.975)
+    center = (accuracy + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(accuracy * (1 - accuracy) / n + z**2 / (4 * n**2))
+    return [max(0.0, center - half), min(1.0, center + half)]
 
-    interval = binomtest(round(accuracy * n), n).proportion_ci(method="wilson")
-    return [float(interval.low), float(interval.high)]
+
+def accuracy_difference(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Held-out accuracy after training minus before, over the problems graded in both evaluations; None without any.
+
+    before, after: contents of eval/before.json and eval/after.json. Returns `mean` (-1 to 1), `interval`, its 95 %
+    interval [low, high], and `n`, the number of problems. The interval is paired: most problems are as easy or as hard
+    after training as before, so it is narrower than those of the two accuracies suggest.
+    """
+    difference = (correct_by_problem(after) - correct_by_problem(before)).dropna()
+    if difference.empty:
+        return None
+    estimate = paired_difference(difference.to_frame().T)
+    low, high = estimate.interval or (-1.0, 1.0)
+    return {"mean": estimate.mean, "interval": [max(-1.0, low), min(1.0, high)], "n": len(difference)}
+
+
+def difference_text(difference: dict[str, Any]) -> str:
+    """An `accuracy_difference` with its interval, and whether it shows a difference, as text."""
+    low, high = difference["interval"]
+    mean, *bounds = (f"{100 * value:+.1f}" for value in (difference["mean"], low, high))
+    text = f"{mean} points, 95 % interval {bounds[0]} to {bounds[1]}, paired over {difference['n']} problems"
+    return text if low > 0 or high < 0 else f"{text}; no difference shown"
 
 
 def _statistics(metrics: pd.DataFrame, name: str, with_best: bool) -> dict:

@@ -11,6 +11,7 @@ import pandas as pd
 from grpo.analysis.effects import Estimate, crossed_mean, paired_difference
 from grpo.analysis.load import (
     component_columns,
+    correct_by_problem,
     finite_values,
     load_evaluations,
     load_metrics,
@@ -228,7 +229,7 @@ def _read_jobs(folder: SweepFolder, keys: list[str]) -> tuple[pd.DataFrame, dict
             try:
                 seeds[number] = int(read_config(run).get("seed") or 0)
                 row |= _results(run)
-                correct[number] = _correct(run)
+                correct[number] = correct_by_problem(RunFolder(run).evaluation("after"))
             except (ValueError, KeyError, TypeError, AttributeError) as broken:  # the other jobs can still be compared
                 row |= {"state": "unreadable", "error": f"{type(broken).__name__}: {broken}"}
         rows.append(row)
@@ -236,15 +237,6 @@ def _read_jobs(folder: SweepFolder, keys: list[str]) -> tuple[pd.DataFrame, dict
     first = ["job", "folder", "state", *keys, "step", "total_steps", "error"]
     frame = pd.DataFrame(rows, columns=None if rows else first).set_index("job")
     return frame.reindex(columns=[*frame, *(column for column in columns if column not in frame)]), seeds, correct
-
-
-def _correct(run_dir: Path) -> pd.Series:
-    evaluation = RunFolder(run_dir).evaluation("after") or {"problems": []}
-    graded = [each for each in evaluation["problems"] if each["correct"] is not None]
-    # The index includes the answer: ids may be line numbers, which stand for other problems in another data file.
-    return pd.Series(
-        {f"{each['problem_id']} {each.get('answer')}": float(each["correct"]) for each in graded}, dtype=float
-    )
 
 
 def _results(run_dir: Path) -> dict[str, float | None]:

@@ -156,9 +156,14 @@ class Recorder:
 
     def finish(self) -> None:
         """Show the evaluations before and after training, and add them to the tracker's summary."""
+        from grpo.analysis.summary import accuracy_difference, difference_text  # here, since pandas takes a second
+
         evaluations = {name: self._folder.evaluation(name) for name in ("before", "after")}
         if any(evaluations.values()):
             self._console.print(closing_table(evaluations))
+        difference = accuracy_difference(**evaluations)
+        if difference is not None:
+            self._console.print(f"held-out accuracy {difference_text(difference)}", highlight=False, soft_wrap=True)
         self._tracker.set_summary({f"{k}_accuracy": v["accuracy"] for k, v in evaluations.items() if v})
 
 

@@ -1,5 +1,6 @@
 """Tests of a run's report, written for a real run and opened in a real browser."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from matplotlib.image import imread
 
 from grpo.analysis.page import readable
 from grpo.analysis.run_report import _spread, content, write_run_report
+from grpo.analysis.summary import difference_text
 from grpo.runs.folder import RunFolder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -25,6 +27,18 @@ def test_a_finished_run_has_a_report_that_needs_no_other_file(finished_run):
     assert len(set(charts)) == len(charts)
     assert "<h1>quickstart" in text
     assert "_target_: grpo.algorithm.objective.Objective" in text
+
+
+def test_the_report_and_the_end_of_the_run_show_the_difference_of_the_accuracies(finished_launch):
+    process, folder = finished_launch
+    difference = json.loads((folder / "summary.json").read_text())["accuracy_difference"]
+    text = difference_text(difference)
+    assert "paired over 8 problems" in text
+    assert f"held-out accuracy {text}" in process.stdout.splitlines()
+    before, after = (RunFolder(folder).evaluation(name)["accuracy"] for name in ("before", "after"))
+    assert difference["mean"] == pytest.approx(after - before)
+    said = f"Held-out accuracy: {before:.1%} before training, {after:.1%} after training; {text}."
+    assert f'<p class="headline">{said}</p>' in (folder / "report.html").read_text()
 
 
 def test_the_report_contains_the_findings_before_training(finished_run, tmp_path):

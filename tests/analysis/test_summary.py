@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.analysis.summary import summarize, wilson_interval, write_summary
+from grpo.analysis.summary import accuracy_difference, difference_text, summarize, wilson_interval, write_summary
 
 
 def write_run(run_dir: Path, rows: list[dict], state: str = "finished") -> Path:
@@ -115,6 +115,55 @@ def test_the_summary_has_held_out_accuracy_before_and_after_training(tmp_path):
     assert (evaluations["after"]["accuracy"], evaluations["after"]["n"]) == (1.0, 10)
     assert evaluations["after"]["rewards"] == {"format": 0.5}
     assert evaluations["after"]["accuracy_interval"] == pytest.approx([0.722467, 1.0], abs=1e-6)
+
+
+def evaluation(*correct):
+    """An evaluation in which these problems are right (1), wrong (0) or not graded (None)."""
+    graded = [value for value in correct if value is not None]
+    problems = [{"problem_id": str(i), "answer": "7", "correct": value} for i, value in enumerate(correct)]
+    return {"step": 0, "n": len(graded), "accuracy": sum(graded) / len(graded), "problems": problems}
+
+
+def test_the_difference_of_the_accuracies_is_paired_by_problem(tmp_path):
+    """The two intervals, [43.1, 56.9] and [53.1, 66.5], overlap, although 25 problems are gained and 5 are lost."""
+    before = evaluation(*[1] * 100, *[0] * 100)
+    after = evaluation(*[1] * 95, *[0] * 5, *[1] * 25, *[0] * 75)
+    run_dir = write_run(tmp_path / "run", [{"step": 1}])
+    (run_dir / "eval").mkdir()
+    for name, record in (("before", before), ("after", after)):
+        (run_dir / f"eval/{name}.json").write_text(json.dumps(record))
+    summary = read_strictly(write_summary(run_dir))
+    assert summary["eval"]["before"]["accuracy_interval"][1] > summary["eval"]["after"]["accuracy_interval"][0]
+    # The interval has one more problem that is gained and one that is lost: of n = 202, sum 20 and sum of squares 32,
+    # so the variance is (32 - 20^2 / 202) / 201 = 0.149352, the standard error sqrt(0.149352 / 202) = 0.027191, and
+    # half the interval 1.971837 (t, 201 degrees of freedom) times that, 0.053617.
+    difference = summary["accuracy_difference"]
+    assert difference == {
+        "mean": pytest.approx(0.1),
+        "interval": pytest.approx([0.046383, 0.153617], abs=2e-6),
+        "n": 200,
+    }
+    assert difference_text(difference) == "+10.0 points, 95 % interval +4.6 to +15.4, paired over 200 problems"
+
+
+def test_only_problems_graded_both_before_and_after_are_paired():
+    before = evaluation(0, 0, None, 1)
+    assert accuracy_difference(before, evaluation(1, None, 1, 1)) | {"interval": None} == {
+        "mean": 0.5, "interval": None, "n": 2,
+    }  # fmt: skip
+    other = evaluation(1, 1, 1, 1)
+    for problem in other["problems"]:
+        problem["answer"] = "8"  # another problem with the same number
+    assert accuracy_difference(before, other) is None
+    assert accuracy_difference(None, before) is None
+
+
+def test_a_difference_within_its_interval_is_called_so():
+    equal = accuracy_difference(evaluation(0, 1, 1, 0), evaluation(1, 0, 1, 0))
+    assert difference_text(equal).startswith("+0.0 points, 95 % interval -")
+    assert difference_text(equal).endswith("paired over 4 problems; no difference shown")
+    single = accuracy_difference(evaluation(0), evaluation(1))
+    assert single == {"mean": 1.0, "interval": [-1.0, 1.0], "n": 1}
 
 
 def test_a_run_without_a_completed_step_has_a_summary(tmp_path):
