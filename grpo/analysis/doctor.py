@@ -7,11 +7,16 @@ rules about correctness and format apply only if the run has components of these
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist, fmean, median, quantiles, stdev
 from typing import Any
 
 Row = Mapping[str, Any]
 MOST_ROWS = 200  # number of last rows that are kept for the rules
+# The largest mean difference in nats per token between the log-probabilities of sampling and of training that rounding
+# explains, by the dtype of the computation. Two ways to compute the same number in float32 differ by 1e-7 to 1e-4; in
+# the narrower dtypes, whose rounding errors are 1e4 times larger, by 1e-3 to 5e-2.
+MOST_ROUNDING = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.1}
 
 
 @dataclass(frozen=True)
@@ -26,19 +31,22 @@ class Finding:
 class Doctor:
     """Applies the rules to a run row by row; each rule reports at most once."""
 
-    def __init__(self, ranges: Mapping[str, tuple[float, float]]) -> None:
-        """ranges: reward component -> (lowest, highest) value."""
+    def __init__(self, ranges: Mapping[str, tuple[float, float]], dtype: str | None = None) -> None:
+        """ranges: reward component -> (lowest, highest) value. dtype: of the computation; None: unknown."""
         self.maxima = {name: high for name, (_, high) in ranges.items()}
+        self.dtype = dtype
         self.rows: list[Row] = []
         self.first: list[Row] = []  # the first ten rows, with which later rows are compared
         self.best: list[float] = []  # the rewards of the 20 consecutive rows with the highest mean
-        self.evaluations: list[Row] = []  # held-out evaluations in training: step, accuracy (0 to 1), n (problems)
+        self.evaluations: list[Row] = []  # held-out: step, accuracy (0 to 1), n (problems), reward (in training)
         self.reported: set[str] = set()  # names of the rules that have reported
 
     def add_evaluation(self, result: Row) -> None:
-        """Add the result of an evaluation in training, with its `step`, `accuracy` and `n`."""
+        """Add the result of an evaluation of the run, with its `step`, `accuracy` and `n`."""
         if result["accuracy"] is not None:
-            self.evaluations.append({key: result[key] for key in ("step", "accuracy", "n")})
+            rewards = self.last("reward", 10)
+            reward = fmean(rewards) if rewards else None
+            self.evaluations.append({key: result[key] for key in ("step", "accuracy", "n")} | {"reward": reward})
 
     def check(self, row: Row) -> list[Finding]:
         """Add a row, and return the findings that are new with it."""
@@ -47,12 +55,16 @@ class Doctor:
         rewards = self.last("reward", 20)
         if len(rewards) == 20 and (not self.best or fmean(rewards) > fmean(self.best)):
             self.best = rewards
+        return self.findings(row["step"])
+
+    def findings(self, step: int) -> list[Finding]:
+        """The findings after this step that have not been reported yet."""
         found = []
         for rule in RULES:
             text = rule(self) if rule.__name__ not in self.reported else None
             if text is not None:
                 self.reported.add(rule.__name__)
-                found.append(Finding(rule.__name__, row["step"], text))
+                found.append(Finding(rule.__name__, step, text))
         return found
 
     def replay(self, rows: Sequence[Row], evaluations: Iterable[Row]) -> list[Finding]:
@@ -67,31 +79,47 @@ class Doctor:
 
     def last(self, name: str, count: int, before: int = 0) -> list[float]:
         """The finite values of a metric in the last `count` rows, after removing the last `before` rows."""
-        return _values(self.rows[: len(self.rows) - before][-count:], name)
+        return _values(self.rows[: max(0, len(self.rows) - before)][-count:], name)
 
 
 def find_problems(
-    rows: Sequence[Row], evaluations: Iterable[Row], ranges: Mapping[str, tuple[float, float]]
+    rows: Sequence[Row],
+    evaluations: Iterable[Row],
+    ranges: Mapping[str, tuple[float, float]],
+    dtype: str | None = None,
 ) -> list[Finding]:
     """All findings that the doctor would have reported during a run."""
-    return Doctor(ranges).replay(rows, evaluations)
+    return Doctor(ranges, dtype).replay(rows, evaluations)
+
+
+def dtype_of(config: Mapping[str, Any]) -> str | None:
+    """The dtype in which a run with this config computes; None if the config does not say."""
+    compute = (config.get("hardware") or {}).get("compute_dtype")
+    return compute or (config.get("model") or {}).get("dtype")
 
 
 def equal_groups(doctor: Doctor) -> str | None:
-    """In ten steps every group has equal rewards, so all advantages are zero, and correctness is not near its top."""
-    shares = doctor.last("frac_reward_zero_std", 10)
-    if len(shares) < 10 or min(shares) < 1 or _at_the_top(doctor):
+    """In ten or more steps in a row every group had equal rewards, and correctness is not near its top.
+
+    With few groups per step this also happens by chance in a run that learns, so the number of steps must not be
+    explained by how often there was a signal before them.
+    """
+    without = [share == 1 for share in doctor.last("frac_reward_zero_std", MOST_ROWS)]
+    streak = next((count for count, each in enumerate(reversed(without)) if not each), len(without))
+    before = without[: len(without) - streak]
+    chance = (before.count(True) + 1) / (len(before) + 2)  # of a step without a signal
+    if streak < 10 or (streak < 100 and len(without) * chance**streak > 0.01) or _at_the_top(doctor):
         return None
     return (
-        "in every group all completions had equal rewards for 10 steps, so nothing is learned: use problems that are "
-        "neither too hard nor too easy, raise grpo.num_generations or rollout.temperature"
+        f"in every group all completions had equal rewards for {streak} steps, so these steps taught nothing: use "
+        "problems that are neither too hard nor too easy, raise grpo.num_generations or rollout.temperature"
     )
 
 
 def truncated_completions(doctor: Doctor) -> str | None:
-    """More than half of the completions of ten steps were truncated."""
+    """More than half of the completions of ten steps were truncated, clearly more than the noise of these steps."""
     shares = doctor.last("completions/clipped_ratio", 10)
-    if len(shares) < 10 or fmean(shares) <= 0.5:
+    if len(shares) < 10 or fmean(shares) - 3 * stdev(shares) / math.sqrt(10) <= 0.5:
         return None
     return (
         f"{fmean(shares):.0%} of the completions of 10 steps were truncated, so they are scored "
@@ -107,13 +135,15 @@ def reward_falls(doctor: Doctor) -> str | None:
     if len(now) < 20 or len(doctor.rows) < 40 or not start:
         return None
     loss = fmean(best) - fmean(now)
-    noise = math.hypot(stdev(now), stdev(best)) / math.sqrt(20)
+    noise = _noise(doctor.last("reward", MOST_ROWS)) * math.sqrt(2 / 20)
+    rounding = 1e-6 * max(abs(reward) for reward in best)
     within_groups = fmean(doctor.last("reward_group_std", 20) or [0.0])  # the scale of this reward
-    if loss < max(6 * noise, (fmean(best) - fmean(start)) / 3, within_groups / 4):
+    if loss <= max(6 * noise, (fmean(best) - fmean(start)) / 3, within_groups / 4, rounding):
         return None
     return (
         f"the mean reward fell from {fmean(best):.3g} to {fmean(now):.3g}: the policy gets worse; lower optimizer.lr "
-        "or grpo.max_grad_norm, and continue from an earlier checkpoint (fork=true fork_step=...)"
+        "or grpo.max_grad_norm, and start again, or fork from an earlier checkpoint (fork=true fork_step=...; "
+        "checkpoint.keep_every keeps them)"
     )
 
 
@@ -130,22 +160,24 @@ def format_without_correctness(doctor: Doctor) -> str | None:
     rise = fmean(now) - fmean(before)
     noise = math.hypot(stdev(now), stdev(before)) / math.sqrt(half)
     low = fmean(now) < 0.25 * top
-    if fmean(formats) < 0.9 * doctor.maxima["format"] or not low or rise + 2 * noise > 0.025 * top:
+    improves = rise > 2 * noise or rise + 2 * noise > 0.025 * top
+    if fmean(formats) < 0.9 * doctor.maxima["format"] or not low or improves:
         return None
     return (
-        "the format reward is near its maximum, and correctness is low and does not improve "
+        "the format reward is near its maximum, and correctness is low and hardly improves "
         f"({fmean(before):.2g}, then {fmean(now):.2g} of {top:g} over {half} steps each): the easy reward is learned, "
         "the other is not; lower reward.components.format.weight, raise optimizer.lr, or use easier problems"
     )
 
 
 def kl_runaway(doctor: Doctor) -> str | None:
-    """The KL divergence is above 0.5 nats per token and has tripled, or it is above 5 however fast it grows."""
+    """The KL divergence is above 0.5 nats per token, has tripled and still grows, or it is above 5 in any case."""
     now = doctor.last("kl", 5)
+    lately = doctor.last("kl", 10, 15)
     before = doctor.last("kl", 20, 30)
     if len(now) < 5 or median(now) < 0.5:
         return None
-    growing = len(before) >= 10 and median(now) > 3 * median(before)
+    growing = len(before) >= 10 and median(now) > 3 * median(before) and median(now) > 1.3 * median(lately)
     if not growing and median(now) < 5:
         return None
     grows = " and grows" if growing else ""
@@ -156,13 +188,17 @@ def kl_runaway(doctor: Doctor) -> str | None:
 
 
 def entropy_collapse(doctor: Doctor) -> str | None:
-    """Entropy fell to a tenth and half of the groups have equal rewards, but correctness is not near its top."""
-    now = doctor.last("entropy", 10)
+    """Entropy fell to a tenth and half of the groups have equal rewards, but correctness is not near its top.
+
+    The entropy of each step must be below the usual one at the start: it differs between problems, and with few
+    problems per step some ten steps have easy problems only.
+    """
+    now = doctor.last("entropy", 20)
     start = _values(doctor.first, "entropy")
-    equal = doctor.last("frac_reward_zero_std", 10)
-    if len(doctor.rows) < 20 or min(len(now), len(start), len(equal)) < 10 or _at_the_top(doctor):
+    equal = doctor.last("frac_reward_zero_std", 20)
+    if len(doctor.rows) < 30 or min(len(now), len(equal)) < 20 or len(start) < 10 or _at_the_top(doctor):
         return None
-    if fmean(now) > 0.1 * fmean(start) or fmean(equal) < 0.5:
+    if fmean(now) > 0.1 * fmean(start) or max(now) > median(start) or fmean(equal) < 0.5:
         return None
     return (
         f"entropy fell from {fmean(start):.2g} to {fmean(now):.2g} nats per token and {fmean(equal):.0%} of the groups "
@@ -172,21 +208,22 @@ def entropy_collapse(doctor: Doctor) -> str | None:
 
 
 def gradient_spikes(doctor: Doctor) -> str | None:
-    """Three of the last 20 gradient norms were over ten times the usual.
+    """Three of the last 20 gradient norms were over ten times the usual, of the steps with a learning signal.
 
-    The usual norm is the upper quartile of the last 100, so that steps without a learning signal do not lower it.
+    The usual norm is the upper quartile of the last 100. Steps in which all groups have equal rewards are left out:
+    their gradient is that of the KL penalty only, or 0.
     """
-    norms = doctor.last("grad_norm", 20)
-    usual = doctor.last("grad_norm", 100)
-    if len(usual) < 20:
+    rows = [row for row in doctor.rows if row.get("frac_reward_zero_std") != 1]
+    norms = _values(rows, "grad_norm")[-100:]
+    if len(norms) < 20:
         return None
-    high = quantiles(usual, n=4)[2]
-    spikes = sum(norm > 10 * high for norm in norms)
+    high = quantiles(norms, n=4)[2]
+    spikes = sum(norm > 10 * high for norm in norms[-20:])
     if spikes < 3 or high == 0:
         return None
     return (
-        f"{spikes} of the last 20 gradients were over ten times the usual {high:.2g}: lower grpo.max_grad_norm "
-        "towards the usual, or optimizer.lr"
+        f"{spikes} of the last 20 gradients of steps with a signal were over ten times the usual {high:.2g}: lower "
+        "optimizer.lr, or grpo.max_grad_norm towards the usual"
     )
 
 
@@ -202,14 +239,15 @@ def held_out_falls(doctor: Doctor) -> str | None:
     limit = NormalDist().inv_cdf(1 - 0.01 / len(doctor.evaluations) ** 2)
     if best["accuracy"] - last["accuracy"] <= limit * noise:
         return None
-    at_best = _values([row for row in doctor.rows if best["step"] - 10 < row["step"] <= best["step"]], "reward")
     now = doctor.last("reward", 10)
-    if not at_best or not now or fmean(now) <= fmean(at_best):
+    first = _values(doctor.first, "reward")  # for the evaluation before training
+    at_best = first if best["reward"] is None else [best["reward"]]
+    if not now or not at_best or fmean(now) <= fmean(at_best):
         return None
     return (
         f"reward is higher than at step {best['step']}, but held-out accuracy fell from {best['accuracy']:.1%} to "
         f"{last['accuracy']:.1%}: the reward is gamed or the training problems are learned by heart; look at the "
-        "completions, and use checkpoints/best"
+        "completions in the report, and use the weights of checkpoints/best (eval.every, then checkpoint=best)"
     )
 
 
@@ -219,6 +257,21 @@ def skipped_updates(doctor: Doctor) -> str | None:
     if skipped < 2:
         return None
     return f"{skipped} of the last 20 updates were not finite and changed no weight: lower optimizer.lr"
+
+
+def sampling_differs(doctor: Doctor) -> str | None:
+    """In two steps in a row the log-probabilities of sampling and training differ by more than rounding explains."""
+    differences = doctor.last("sampling/logp_difference/mean", 2)
+    limit = MOST_ROUNDING.get(str(doctor.dtype), max(MOST_ROUNDING.values()))
+    if len(differences) < 2 or min(differences) <= limit:
+        return None
+    rounding = f"rounding in {doctor.dtype}" if doctor.dtype in MOST_ROUNDING else "rounding"
+    return (
+        f"the log-probabilities of the same tokens in sampling and training differ by {differences[-1]:.2g} nats per "
+        f"token, more than {rounding} explains (at most {limit:g}), so the gradients are wrong: a rollout engine of "
+        "your own must load the current weights in sync(); with rollout=native try model.attn_implementation=eager, "
+        "or another model.name"
+    )
 
 
 RULES: tuple[Callable[[Doctor], str | None], ...] = (
@@ -231,6 +284,7 @@ RULES: tuple[Callable[[Doctor], str | None], ...] = (
     gradient_spikes,
     held_out_falls,
     skipped_updates,
+    sampling_differs,
 )
 
 
@@ -244,3 +298,9 @@ def _at_the_top(doctor: Doctor) -> bool:
 def _values(rows: Sequence[Row], name: str) -> list[float]:
     values = (row.get(name) for row in rows)
     return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def _noise(values: Sequence[float]) -> float:
+    """The standard deviation of single values, from the differences of neighbours, which a trend hardly changes."""
+    squares = [(after - before) ** 2 for before, after in pairwise(values)]
+    return math.sqrt(fmean(squares) / 2)

@@ -9,7 +9,7 @@ import yaml
 
 from grpo.analysis import audit
 from grpo.analysis.charts import draw, drawn_panels, png, read_run, write_charts
-from grpo.analysis.doctor import find_problems
+from grpo.analysis.doctor import Finding, dtype_of, find_problems
 from grpo.analysis.load import component_columns, read_config
 from grpo.analysis.page import render
 from grpo.analysis.summary import difference_text, summarize
@@ -48,7 +48,7 @@ def content(run_dir: Path) -> dict[str, Any]:
         "summary": summary,
         "units": units,
         "preflight": run.preflight(),
-        "findings": find_problems(run.metrics(), run.training_evaluations().values(), component_ranges(config)),
+        "findings": findings(run_dir),
         "charts": {title: base64.b64encode(png(figure)).decode() for title, figure in figures.items()},
         "headline": headline(summary),
         "evaluations": summary["eval"],
@@ -58,6 +58,15 @@ def content(run_dir: Path) -> dict[str, Any]:
         "components": audit.components(samples),
         "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
     }
+
+
+def findings(run_dir: str | Path) -> list[Finding]:
+    """What the doctor finds in the metrics and held-out evaluations of a run."""
+    run = RunFolder(run_dir)
+    config = read_config(run_dir)
+    after = run.evaluation("after")
+    evaluations = [*run.training_evaluations().values(), *([after] if after else [])]
+    return find_problems(run.metrics(), evaluations, component_ranges(config), dtype_of(config))
 
 
 def headline(summary: dict[str, Any]) -> str | None:

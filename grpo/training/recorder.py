@@ -2,13 +2,13 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 
-from grpo.analysis.doctor import Doctor
+from grpo.analysis.doctor import Doctor, Finding, dtype_of
 from grpo.config.values import to_dict
 from grpo.metric_table import component_ranges
 from grpo.runs.checkpoint import TrainerState
@@ -95,13 +95,14 @@ class Recorder:
             )
 
     def evaluation(self, name: str, result: Mapping[str, Any]) -> None:
-        """Write an evaluation as eval/<name>.json, and show the one before training."""
+        """Write an evaluation as eval/<name>.json, and show its accuracy."""
         self._folder.write_evaluation(name, dict(result))
         self._tracker.log_evaluation(name, result["step"], evaluation_metrics(result))
         self._doctor.add_evaluation(result)
-        if name == "before" and result["accuracy"] is not None:
+        if result["accuracy"] is not None and name != "after":  # the closing table has that one
+            when = "before training" if name == "before" else f"after step {result['step']}"
             correct = f"{result['accuracy']:.1%} of {result['n']}"
-            self._console.print(f"before training: {correct} held-out problems correct")
+            self._console.print(f"{when}: {correct} held-out problems correct", highlight=False)
         if result["missing"]:
             problems = f"{result['missing']} of {result['n'] + result['missing']} held-out problems"
             self._console.print(f"eval.accuracy gave no value for {problems}; they do not count", style="yellow")
@@ -149,15 +150,19 @@ class Recorder:
 
     def show(self, step: Step) -> None:
         """Show a completed step and the doctor's findings."""
-        for finding in self._doctor.check(step.row):
-            self._console.print(f"doctor: {finding.text}", style="yellow", soft_wrap=True)
-            self._tracker.alert(finding.rule, f"step {finding.step}: {finding.text}")
+        self._show_findings(self._doctor.check(step.row))
         self._display.update(step.row)
+
+    def _show_findings(self, findings: Iterable[Finding]) -> None:
+        for finding in findings:
+            self._console.print(f"doctor: {finding.text}", style="yellow", markup=False, soft_wrap=True)
+            self._tracker.alert(finding.rule, f"step {finding.step}: {finding.text}")
 
     def finish(self) -> None:
         """Show the evaluations before and after training, and add them to the tracker's summary."""
         from grpo.analysis.summary import accuracy_difference, difference_text  # here, since pandas takes a second
 
+        self._show_findings(self._doctor.findings(self._total_steps))  # of the last evaluation
         evaluations = {name: self._folder.evaluation(name) for name in ("before", "after")}
         if any(evaluations.values()):
             self._console.print(closing_table(evaluations))
@@ -173,7 +178,7 @@ def recording(run: Run, state: TrainerState, total_steps: int) -> Iterator[Recor
     rows = run.folder.metrics(state.step)
     results = run.folder.training_evaluations(state.step)
     values = to_dict(run.config)
-    doctor = Doctor(component_ranges(values))
+    doctor = Doctor(component_ranges(values), dtype_of(values))
     doctor.replay(rows, results.values())  # an earlier launch has shown its findings on these steps
     logged = {name: evaluation_metrics(result) | {"step": result["step"]} for name, result in results.items()}
     with tracking(values, run.folder.path, resumed=run.resumed, rows=rows, evaluations=logged) as tracker:

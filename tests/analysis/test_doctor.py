@@ -1,18 +1,24 @@
 """Tests of each rule with metrics for which it must report, and with similar metrics for which it must not."""
 
 import random
+import re
+from collections import Counter
 
 import pytest
+from omegaconf import OmegaConf
 
-from grpo.analysis.doctor import RULES, Doctor, find_problems
+from grpo.analysis.doctor import RULES, Doctor, dtype_of, find_problems
+from grpo.config.compose import compose_config
+from grpo.training import preflight
+from tests.analysis.simulation import simulated_run
 from tests.launches import launch, rows
 from tests.sweeps.test_sweep import QUICK
 
 RANGES = {"correctness": (0.0, 2.0), "format": (0.0, 0.8)}
 
 
-def doctor_says(rows, evaluations=(), ranges=RANGES):
-    return find_problems(rows, evaluations, ranges)
+def doctor_says(rows, evaluations=(), ranges=RANGES, dtype="float32"):
+    return find_problems(rows, evaluations, ranges, dtype)
 
 
 def course(steps=60, **metrics):
@@ -28,6 +34,7 @@ def course(steps=60, **metrics):
         "entropy": lambda step: 0.5 - 0.004 * step,
         "grad_norm": lambda step: luck.uniform(0.1, 0.3),
         "loss": 0.0,
+        "sampling/logp_difference/mean": 1e-6,
     }
     return [
         {"step": step} | {k.replace("__", "/"): v(step) if callable(v) else v for k, v in (healthy | metrics).items()}
@@ -45,6 +52,17 @@ def noisy(course_of, deviation=0.1):
     return lambda step: course_of(step) + luck.gauss(0, deviation)
 
 
+def chance(probability):
+    """1 with this probability, else 0."""
+    luck = random.Random(3)
+    return lambda step: float(luck.random() < probability)
+
+
+def one_of(*values):
+    luck = random.Random(4)
+    return lambda step: luck.choice(values)
+
+
 def evaluation(step, accuracy, n=400):
     return {"step": step, "accuracy": accuracy, "n": n}
 
@@ -58,12 +76,18 @@ CASES = {
             course(frac_reward_zero_std=lambda step: 0.9),
             course(frac_reward_zero_std=1.0, **{"rewards/correctness/mean": 1.98}),
             course(steps=9, frac_reward_zero_std=1.0),
+            course(400, frac_reward_zero_std=chance(2 / 3)),
+            course(60, frac_reward_zero_std=lambda step: 0.0 if step % 12 == 0 else 1.0)[8:],
         ],
     ),
     "truncated_completions": (
         course(**{"completions/clipped_ratio": lambda step: 0.8 if step > 10 else 0.1}),
-        16,  # the mean of 6 steps at 0.8 and 4 at 0.1 is 0.52, that of 5 and 5 is 0.45
-        [course(**{"completions/clipped_ratio": 0.45})],
+        19,  # 9 steps at 0.8 and 1 at 0.1: mean 0.73, less three standard errors of 0.07; 8 and 2: 0.66, less 3 * 0.093
+        [
+            course(**{"completions/clipped_ratio": 0.45}),
+            # A third of the completions, where all four of a step are truncated or none.
+            course(400, **{"completions/clipped_ratio": chance(0.3)}),
+        ],
     ),
     "reward_falls": (
         course(80, reward=noisy(lambda step: 1.0 + 0.03 * step if step < 40 else 2.2 - 0.04 * (step - 40))),
@@ -71,6 +95,8 @@ CASES = {
         [
             course(80, reward=noisy(lambda step: 1.0 + 0.03 * min(step, 40))),
             course(400, reward=noisy(lambda step: 1.0, 0.3)),
+            course(80, reward=0.0),
+            course(80, reward=0.8, reward_group_std=0.0),
             course(80, reward_group_std=2.0, reward=lambda step: -5.0 if step < 40 else -5.3),  # small for this spread
             course(80, reward=noisy(lambda step: 1.0 + 0.03 * step if step < 40 else 2.2 - 0.005 * (step - 40))),
         ],
@@ -97,6 +123,9 @@ CASES = {
             course(kl=lambda step: 0.008 * step),
             course(kl=lambda step: 0.001 * 1.12 ** min(step, 40)),
             course(kl=lambda step: 5.0 if step == 50 else 0.01),
+            # Up to a level in 20 steps, and flat or falling from there.
+            course(200, kl=noisy(lambda step: 0.6 * min(step / 20, 1.0), 0.04)),
+            course(200, kl=lambda step: 0.6 * min(step / 20, 1.0) * 0.997**step),
         ],
     ),
     "entropy_collapse": (
@@ -105,6 +134,8 @@ CASES = {
         [
             course(entropy=lambda step: 0.5 * 0.9**step),
             course(entropy=lambda step: 0.5 * 0.97**step, frac_reward_zero_std=0.7),
+            # One problem per step, some of which the policy always solves in the same way.
+            course(400, frac_reward_zero_std=0.7, entropy=one_of(5e-4, 0.01, 0.3)),
             course(
                 entropy=lambda step: 0.5 * 0.9**step, frac_reward_zero_std=0.9, **{"rewards/correctness/mean": 1.95}
             ),
@@ -118,6 +149,21 @@ CASES = {
             course(grad_norm=lambda step: 0.02 * step),
             course(grad_norm=lambda step: 0.0 if step % 3 else 0.2),  # two of three steps without a signal
             course(grad_norm=lambda step: 0.002 if step % 3 else 0.2),
+            # Nine of ten steps without a signal, where the KL penalty alone has a gradient.
+            course(
+                400,
+                grad_norm=lambda step: 0.002 if step % 10 else 0.2,
+                frac_reward_zero_std=lambda step: 1.0 if step % 10 else 0.5,
+            ),
+        ],
+    ),
+    "sampling_differs": (
+        course(**{"sampling/logp_difference/mean": lambda step: 2e-3 if step > 7 else 1e-5}),
+        9,
+        [
+            course(**{"sampling/logp_difference/mean": 1e-4}),
+            course(**{"sampling/logp_difference/mean": lambda step: 0.9 if step == 7 else 1e-5}),
+            course(**{"sampling/logp_difference/mean": None}),  # an engine that returns no log-probabilities
         ],
     ),
     "skipped_updates": (
@@ -133,9 +179,97 @@ def test_a_rule_reports_once_where_it_should_and_not_for_similar_metrics(rule):
     ill, step, well = CASES[rule]
     (found,) = [finding for finding in doctor_says(ill) if finding.rule == rule]
     assert step is None or found.step == step
-    assert any(key in found.text for key in ("grpo.", "optimizer.", "reward.", "data."))  # the setting to change
+    assert any(key in found.text for key in ("grpo.", "optimizer.", "data.", "model."))  # the setting to change
     for each in well:
         assert rule not in [finding.rule for finding in doctor_says(each)]
+
+
+# A healthy run of each kind learns; each rule may report in at most 1 of 50.
+HEALTHY = {
+    "quickstart": {"prompts": 16, "group": 16},
+    "one problem per step": {"prompts": 1, "group": 4, "steps": 400},
+    "with a KL penalty": {"prompts": 2, "group": 8, "beta": 0.04},
+    "hard problems": {"hardness": 4.0},
+    "easy problems": {"hardness": -1.0, "rate": 0.02},
+    "solved always or never": {"spread": 8.0, "rate": 0.02, "format_logit": 7.0, "beta": 0.04},
+    "often truncated": {"prompts": 1, "group": 4, "truncated": 0.3},
+}
+
+
+@pytest.mark.parametrize("seeds", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", HEALTHY)
+def test_a_rule_rarely_reports_in_a_healthy_run(kind, seeds):
+    reported = Counter()
+    for seed in range(seeds):
+        rows, evaluations = simulated_run(seed, **HEALTHY[kind])
+        assert rows[-1]["reward"] > rows[0]["reward"] or kind == "solved always or never"
+        reported.update(finding.rule for finding in doctor_says(rows, evaluations))
+    assert all(count <= seeds / 50 for count in reported.values()), reported
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_fault_in_the_course_of_a_simulated_run_is_found(seed):
+    healthy, evaluations = simulated_run(seed, steps=120, prompts=8, hardness=2.5, rate=0.02)
+
+    def found(**fault):
+        """The findings if these metrics change at step 60; fault: a metric and a function of (row, steps since)."""
+        ill = [dict(row) for row in healthy]
+        for row in ill[60:]:
+            row |= {name: change(row, row["step"] - 60) for name, change in fault.items()}
+        return [finding.rule for finding in doctor_says(ill, evaluations)]
+
+    assert found() == []
+    assert found(frac_reward_zero_std=lambda row, since: 1.0) == ["equal_groups"]
+    assert found(grad_norm=lambda row, since: row["grad_norm"] * (50 if since % 4 == 0 else 1)) == ["gradient_spikes"]
+    assert found(kl=lambda row, since: 0.02 * 1.15**since) == ["kl_runaway"]
+    assert found(reward=lambda row, since: row["reward"] - 0.05 * since) == ["reward_falls"]
+    assert found(**{"completions/clipped_ratio": lambda row, since: 0.94}) == ["truncated_completions"]
+    assert found(**{"sampling/logp_difference/mean": lambda row, since: 0.01}) == ["sampling_differs"]
+    assert found(loss=lambda row, since: None if since % 8 == 0 else 0.0) == ["skipped_updates"]
+    low = {"entropy": lambda row, since: 0.02 * row["entropy"], "frac_reward_zero_std": lambda row, since: 0.75}
+    assert found(**low) == ["entropy_collapse"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "difference", "expected"),
+    [
+        ("float32", 1e-4, []),
+        ("float32", 0.01, ["sampling_differs"]),
+        ("bfloat16", 0.05, []),
+        ("float16", 0.05, []),
+        ("bfloat16", 0.3, ["sampling_differs"]),
+        (None, 0.05, []),
+        (None, 0.9, ["sampling_differs"]),
+    ],
+)
+def test_the_difference_between_sampling_and_training_is_compared_with_the_rounding_of_the_dtype(
+    dtype, difference, expected
+):
+    rows = course(3, **{"sampling/logp_difference/mean": difference})
+    assert [finding.rule for finding in doctor_says(rows, dtype=dtype)] == expected
+
+
+def test_the_dtype_is_that_of_the_computation():
+    config = {"model": {"dtype": "float32"}, "hardware": {"compute_dtype": "bfloat16"}}
+    assert dtype_of(config) == "bfloat16"
+    assert dtype_of(config | {"hardware": {"compute_dtype": None}}) == "float32"
+    assert dtype_of({}) is None
+
+
+def test_the_advice_names_only_keys_that_exist():
+    findings = [finding.text for ill, _, _ in CASES.values() for finding in doctor_says(ill)]
+    findings += [finding.text for finding in doctor_says(course(), [evaluation(20, 0.6), evaluation(40, 0.4)])]
+    found = {"completions": 8, "components": {"x": {"missing": 0.0, "nonzero": 0.0}}, "frac_reward_zero_std": 1.0}
+    findings += preflight.warnings(found | {"completions/clipped_ratio": 1.0, "max_completion_length": 9})
+    config = compose_config([])
+    keys = set(
+        re.findall(
+            r"\b(?:grpo|optimizer|rollout|data|model|reward|eval|checkpoint)\.[a-z_.]*[a-z_]", " ".join(findings)
+        )
+    )
+    assert {"grpo.beta", "optimizer.lr", "checkpoint.keep_every", "rollout.temperature"} <= keys
+    for key in keys:
+        assert OmegaConf.select(config, key, default="absent") != "absent", key
 
 
 def test_falling_accuracy_with_a_rising_reward_is_distinguished_from_noise():
@@ -146,6 +280,13 @@ def test_falling_accuracy_with_a_rising_reward_is_distinguished_from_noise():
     assert doctor_says(course(), [evaluation(20, 0.60, 400), evaluation(40, 0.56, 400)]) == []  # within its noise
     both = doctor_says(course(reward=lambda step: 3.0 - 0.02 * step), falling)  # reward falls as well
     assert [finding.rule for finding in both] == ["reward_falls"]
+
+
+def test_a_fall_from_before_training_or_from_long_ago_is_reported_too():
+    fall = [evaluation(0, 0.60, 400), evaluation(60, 0.45, 400)]
+    assert [finding.rule for finding in doctor_says(course(60), fall)] == ["held_out_falls"]
+    fall = [evaluation(50, 0.60, 400), evaluation(400, 0.45, 400)]
+    assert [finding.rule for finding in doctor_says(course(400), fall)] == ["held_out_falls"]
 
 
 def test_a_falling_reward_is_reported_whatever_its_offset():
