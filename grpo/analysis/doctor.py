@@ -208,22 +208,24 @@ def entropy_collapse(doctor: Doctor) -> str | None:
 
 
 def gradient_spikes(doctor: Doctor) -> str | None:
-    """Three of the last 20 gradient norms were over ten times the usual, of the steps with a learning signal.
+    """Three of the last 20 gradient norms were over ten times the largest usual one, of the steps with a signal.
 
-    The usual norm is the upper quartile of the last 100. Steps in which all groups have equal rewards are left out:
-    their gradient is that of the KL penalty only, or 0.
+    The largest usual norm is the 95th percentile of the 100 before them: a policy that is nearly always right has a
+    large gradient whenever it makes a mistake. Steps in which all groups have equal rewards are left out: their
+    gradient is that of the KL penalty only, or 0.
     """
     rows = [row for row in doctor.rows if row.get("frac_reward_zero_std") != 1]
-    norms = _values(rows, "grad_norm")[-100:]
-    if len(norms) < 20:
+    norms = _values(rows, "grad_norm")
+    before = norms[-120:-20]
+    if len(before) < 20:
         return None
-    high = quantiles(norms, n=4)[2]
-    spikes = sum(norm > 10 * high for norm in norms[-20:])
-    if spikes < 3 or high == 0:
+    usual = quantiles(before, n=20)[-1]
+    spikes = sum(norm > 10 * usual for norm in norms[-20:])
+    if spikes < 3 or usual == 0:
         return None
     return (
-        f"{spikes} of the last 20 gradients of steps with a signal were over ten times the usual {high:.2g}: lower "
-        "optimizer.lr, or grpo.max_grad_norm towards the usual"
+        f"{spikes} of the last 20 gradients of steps with a signal were over ten times larger than nearly all before "
+        f"({usual:.2g}): lower optimizer.lr, or grpo.max_grad_norm towards {usual:.2g}"
     )
 
 

@@ -52,6 +52,7 @@ def content(run_dir: Path) -> dict[str, Any]:
         "charts": {title: base64.b64encode(png(figure)).decode() for title, figure in figures.items()},
         "headline": headline(summary),
         "evaluations": summary["eval"],
+        "evaluated": dict.fromkeys(name for each in summary["eval"].values() for name in each["rewards"]),
         "tables": _audit_tables(samples),
         "extremes": _extremes(samples),
         "steps": _completions(samples),

@@ -4,17 +4,27 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from grpo.config.overrides import typed_in_shell
 from grpo.config.paths import LAUNCH
 
 PLAIN_LINE_SECONDS = 10  # least time between plain lines; the first and last step always have one
+
+
+class Numbers(ProgressColumn):
+    """The numbers of the last step, truncated at the end of the terminal's line."""
+
+    def render(self, task: Task) -> Text:
+        """The text of the column; it is the only one that Rich may make narrower."""
+        return Text(task.fields["numbers"], no_wrap=True, overflow="ellipsis")
 
 
 class StepDisplay:
@@ -27,12 +37,13 @@ class StepDisplay:
         self._started = self._last_line = time.monotonic()
         self._progress: Progress | None = None
         if console.is_terminal:
+            bar = [BarColumn(bar_width=10)] if console.width >= 80 else []
+            # A narrow terminal truncates the numbers; step and time left are always complete.
             self._progress = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=24),
+                TextColumn("step {task.completed}/{task.total}"),
+                *bar,
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
+                Numbers(),
                 console=console,
             )
             self._task = self._progress.add_task("", total=total_steps, completed=first_step - 1, numbers="")
@@ -56,7 +67,8 @@ class StepDisplay:
             self._last_line = now
             done = row["step"] - self._first + 1
             left = (now - self._started) / done * (self._total - row["step"])
-            print(f"step {row['step']}/{self._total}  {live_numbers(row)}  {left:.0f} s left", flush=True)
+            time_left = timedelta(seconds=round(left))
+            print(f"step {row['step']}/{self._total}  {live_numbers(row)}  {time_left} left", flush=True)
 
 
 def live_numbers(row: dict[str, Any]) -> str:

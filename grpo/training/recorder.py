@@ -59,7 +59,8 @@ class Recorder:
         number = row["step"]
         self._folder.append_metrics(row)
         self._tracker.log(row)
-        if is_due(number, self._config.samples.every):
+        every = self._config.samples.every
+        if is_due(number, every) or (every > 0 and number in (1, self._total_steps)):  # a short run has samples, too
             with disk_errors_are_warnings(f"the samples of step {number}"):
                 self._folder.write_samples(number, step.samples)
         if is_due(number, self._config.tracking.completions_every):
@@ -162,14 +163,26 @@ class Recorder:
         """Show the evaluations before and after training, and add them to the tracker's summary."""
         from grpo.analysis.summary import accuracy_difference, difference_text  # here, since pandas takes a second
 
-        self._show_findings(self._doctor.findings(self._total_steps))  # of the last evaluation
+        self._show_findings(self._doctor.findings(self._total_steps))  # that need the last evaluation
         evaluations = {name: self._folder.evaluation(name) for name in ("before", "after")}
         if any(evaluations.values()):
             self._console.print(closing_table(evaluations))
+        self._show_best()
         difference = accuracy_difference(**evaluations)
         if difference is not None:
             self._console.print(f"held-out accuracy {difference_text(difference)}", highlight=False, soft_wrap=True)
         self._tracker.set_summary({f"{k}_accuracy": v["accuracy"] for k, v in evaluations.items() if v})
+
+    def _show_best(self) -> None:
+        """Show the best evaluation during training, if it is better than the one after training."""
+        results = [*self._folder.training_evaluations().values(), self._folder.evaluation("after")]
+        graded = [each for each in results if each is not None and each["accuracy"] is not None]
+        best = max(graded, key=lambda each: each["accuracy"], default=None)  # the first of equal ones
+        if best is not None and best["accuracy"] > graded[-1]["accuracy"]:
+            when = f"after step {best['step']}" if best["step"] > 0 else "before training"
+            kept = best["step"] > 0 and (self._folder.checkpoints / "best").is_dir()
+            where = "; its weights are in checkpoints/best" if kept else ""
+            self._console.print(f"best held-out accuracy: {best['accuracy']:.1%} {when}{where}", highlight=False)
 
 
 @contextmanager

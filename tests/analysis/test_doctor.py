@@ -149,6 +149,8 @@ CASES = {
             course(grad_norm=lambda step: 0.02 * step),
             course(grad_norm=lambda step: 0.0 if step % 3 else 0.2),  # two of three steps without a signal
             course(grad_norm=lambda step: 0.002 if step % 3 else 0.2),
+            # As in a real run with one problem per step: the policy is nearly always right, and large after a mistake.
+            course(400, grad_norm=one_of(0.25, 0.3, 0.4, 0.45, 0.3, 0.35, 0.4, 1.5, 3.0, 7.0)),
             # Nine of ten steps without a signal, where the KL penalty alone has a gradient.
             course(
                 400,
