@@ -42,6 +42,8 @@ from grpo.runs.files import write_atomic
 DPI = 120
 SMALL = (9.0, 5.4)  # inches
 TALL = (9.0, 7.0)
+SHEET = "training_progress.png"  # all panels, in two columns
+OF_SHEET = (5.6, 3.5)  # one of them
 COLORS = {
     "loss": RED,
     "reward": BLUE,
@@ -125,14 +127,13 @@ def write_charts(run_dir: str | Path, output_dir: str | Path | None = None) -> l
     plots_dir = Path(output_dir) if output_dir else Path(run_dir, "plots")
     plots_dir.mkdir(parents=True, exist_ok=True)
     everything = drawn_panels(run)
-    columns = 2 if len(everything) == 4 else 3
-    rows = math.ceil(len(everything) / columns)
+    width, height = OF_SHEET
     figures = {
         "loss.png": draw(run, [LOSS], *SMALL),
         "reward.png": draw(run, [REWARD], *SMALL),
         "output_length.png": draw(run, [LENGTH, TRUNCATED], *TALL),
         "loss_vs_reward.png": draw(run, [LOSS_VS_REWARD], *SMALL),
-        "training_progress.png": draw(run, everything, 6.0 * columns, 4.1 * rows, columns),
+        SHEET: draw(run, everything, 2 * width, height * math.ceil(len(everything) / 2), columns=2),
     }
     for name, figure in figures.items():
         write_atomic(plots_dir / name, png(figure))
@@ -173,21 +174,41 @@ def png(figure: Figure) -> bytes:
     return picture.getvalue()
 
 
-def draw(
-    run: RunData, panels: "list[Panel]", width: float, height: float, columns: int = 1, title: bool = True
-) -> Figure:
-    """Draw panels as one figure; width and height in inches. title: whether to put the run's name above it."""
-    figure = new_figure(run.title if title else "", width, height)
-    rows = math.ceil(len(panels) / columns)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+def draw(run: RunData, panels: "list[Panel]", width: float, height: float, columns: int = 1) -> Figure:
+    """Draw panels as one figure; width and height in inches."""
+    figure = new_figure(run.title, width, height, layout="none")
+    axes = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).flatten()
+    labels = [""]
     for ax, panel in zip(axes, panels, strict=False):
         panel.draw(ax, run)
         legend(ax, beside=columns == 1)
+        labels += ax.get_legend_handles_labels()[1]
     for ax in axes[len(panels) :]:
         ax.remove()
     if run.note and any(panel.by_step for panel in panels):
-        figure.supxlabel(run.note, x=0.99, ha="right", fontsize=8, color=MUTED)
+        figure.text(1 - 0.15 / width, 0.1 / height, run.note, ha="right", fontsize=8, color=MUTED)
+    beside = 0.5 + 0.07 * max(map(len, labels)) if columns == 1 and any(labels) else 0.0  # of the legend
+    _set_margins(figure, len(axes) // columns, columns, right=0.25 + min(beside, 0.4 * width))
     return figure
+
+
+def _set_margins(figure: Figure, rows: int, columns: int, right: float) -> None:
+    """Set the space around and between the panels, with the right margin in inches."""
+    width, height = figure.get_size_inches()
+    left = 0.95
+    bottom = 0.75
+    top = 0.8
+    between_rows = 0.95
+    panel_width = (width - left - right - (columns - 1) * left) / columns
+    panel_height = (height - bottom - top - (rows - 1) * between_rows) / rows
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - right / width,
+        bottom=bottom / height,
+        top=1 - top / height,
+        wspace=left / panel_width,
+        hspace=between_rows / panel_height,
+    )
 
 
 @dataclass(frozen=True)
@@ -238,7 +259,10 @@ class Panel:
             ax.plot(run.steps, finite_values(run.metrics, metric.name), color=color, alpha=0.28, linewidth=0.8)
         marker = "o" if run.window == 1 else None  # a line through a single step would be invisible
         label = metric.label or None
-        ax.plot(run.steps, run.smooth(metric.name), color=color, linewidth=2, marker=marker, markersize=5, label=label)
+        # The combined reward is drawn first and broader, so that it is seen behind a component with the same values.
+        width = 5 if metric.name == "reward" else 2
+        look: dict[str, Any] = {"linewidth": width, "marker": marker, "markersize": width + 3}
+        ax.plot(run.steps, run.smooth(metric.name), color=color, label=label, **look)
 
 
 def reward(ax: Axes, run: RunData) -> None:

@@ -14,11 +14,13 @@ ENVIRONMENT = Environment(
 
 
 def readable(value: float | None) -> str:
-    """A number with three significant digits and without an exponent; a dash if it is None or not finite."""
+    """A number with three significant digits, without an exponent; "-" if it is None or not finite."""
     if value is None or not math.isfinite(value):
         return "-"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
+    if abs(value) < 1e-8:  # such as a loss of 0 with a rounding error
+        return "0"
     return format(Decimal(f"{value:.3g}"), "f")
 
 

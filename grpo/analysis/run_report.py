@@ -8,7 +8,7 @@ import pandas as pd
 import yaml
 
 from grpo.analysis import audit
-from grpo.analysis.charts import draw, drawn_panels, png, read_run, write_charts
+from grpo.analysis.charts import SHEET, drawn_panels, read_run, write_charts
 from grpo.analysis.doctor import Finding, dtype_of, find_problems
 from grpo.analysis.load import component_columns, read_config
 from grpo.analysis.page import render
@@ -17,7 +17,6 @@ from grpo.metric_table import component_ranges, of_components
 from grpo.runs.files import write_atomic
 from grpo.runs.folder import RunFolder
 
-CHART_SIZE = (9.0, 4.2)  # inches
 SHOWN_STEPS = 12  # at most this many sampled steps are shown, evenly spaced from the first to the last
 SHOWN_GROUPS = 3  # groups shown of each of these steps; a group is all completions of one problem
 
@@ -35,13 +34,12 @@ def write_run_report(run_dir: str | Path) -> Path:
 
 
 def content(run_dir: Path) -> dict[str, Any]:
-    """The variables of the page's template."""
+    """The variables of the page's template, for a run folder whose charts are drawn."""
     run = RunFolder(run_dir)
     config = read_config(run_dir)
     summary = summarize(run_dir)
     samples = audit.load_samples(run_dir)
     data = read_run(run_dir)
-    figures = {panel.title: draw(data, [panel], *CHART_SIZE, title=False) for panel in drawn_panels(data)}
     units = {metric.name: metric.unit for metric in of_components(component_columns(data.metrics))}
     return {
         "title": data.title,
@@ -49,7 +47,8 @@ def content(run_dir: Path) -> dict[str, Any]:
         "units": units,
         "preflight": run.preflight(),
         "findings": findings(run_dir),
-        "charts": {title: base64.b64encode(png(figure)).decode() for title, figure in figures.items()},
+        "charts": ", ".join(panel.title for panel in drawn_panels(data)),
+        "picture": base64.b64encode((run_dir / "plots" / SHEET).read_bytes()).decode(),
         "headline": headline(summary),
         "evaluations": summary["eval"],
         "evaluated": dict.fromkeys(name for each in summary["eval"].values() for name in each["rewards"]),

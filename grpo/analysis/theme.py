@@ -4,6 +4,7 @@ Figures are created without `pyplot`, which has global state. So a chart can be 
 freed with its figure.
 """
 
+from decimal import Decimal
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -16,9 +17,10 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 BLUE, RED, GREEN, PINK, ORANGE, SKY, VIOLET, GREY = PALETTE
 
 
-def new_figure(title: str = "", width: float = 8, height: float = 4) -> Figure:
-    """An empty figure; width and height in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+def new_figure(title: str = "", width: float = 8, height: float = 4, layout: str = "constrained") -> Figure:
+    """An empty figure; width and height in inches. layout: `constrained` fits the margins to the labels, but draws the
+    figure twice; with `none` the caller sets them."""
+    figure = Figure(figsize=(width, height), layout=layout)
     if title:  # a dollar sign in a run's name does not start a formula
         figure.suptitle(
             title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=TEXT, parse_math=False, wrap=True
@@ -37,7 +39,9 @@ def style(ax: Axes, title: str, ylabel: str = "", xlabel: str = "step", percent:
     ax.spines[["left", "bottom"]].set_color(GRID)
     ax.tick_params(labelsize=8, colors=MUTED)
     # Plain numbers: by default matplotlib would write a common factor such as 1e-5 next to the axis.
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0) if percent else lambda value, _: f"{value:.6g}")
+    ax.yaxis.set_major_formatter(
+        PercentFormatter(1.0) if percent else lambda value, _: format(Decimal(f"{value:.6g}"), "f")
+    )
 
 
 def legend(ax: Axes, title: str | None = None, beside: bool = True) -> None:

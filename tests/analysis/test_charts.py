@@ -7,7 +7,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from grpo.analysis.charts import COLORS, write_charts
-from grpo.analysis.theme import TEXT
+from grpo.analysis.theme import TEXT, new_figure, style
 
 PNGS = ["loss.png", "reward.png", "output_length.png", "loss_vs_reward.png", "training_progress.png"]
 
@@ -52,10 +52,10 @@ def test_all_charts_and_the_summary_are_written_and_not_empty(tmp_path):
     paths = write_charts(str(run_dir))
     assert paths == [*(run_dir / "plots" / name for name in PNGS), run_dir / "summary.json"]
     shapes = {path.name: imread(path).shape[:2] for path in paths[:5]}
-    # At 120 pixels per inch: single panels of 9 x 5.4 inches, and nine panels of 6 x 4.1 inches in three rows.
+    # At 120 pixels per inch: single panels of 9 x 5.4 inches, and nine panels of 5.6 x 3.5 inches in five rows.
     assert shapes["loss.png"] == shapes["reward.png"] == shapes["loss_vs_reward.png"] == (648, 1080)
     assert shapes["output_length.png"] == (840, 1080)
-    assert shapes["training_progress.png"] == (1476, 2160)
+    assert shapes["training_progress.png"] == (2100, 1344)
     assert all(np.mean(imread(path)[:, :, :3] < 0.9) > 0.01 for path in paths[:5])
     for name in ("reward", "correctness", "format"):
         assert share_of(paths[1], COLORS[name]) > 0.0005
@@ -73,9 +73,32 @@ def test_only_metrics_and_evaluations_of_the_run_itself_are_drawn(tmp_path):
     paths = write_charts(run_dir)
     assert share_of(paths[1], "#cc79a7") > 0.0005  # a component with another name
     assert share_of(paths[1], COLORS["correctness"]) == share_of(paths[1], COLORS["format"]) == 0
-    assert imread(paths[4]).shape[:2] == (984, 1440)  # the four panels that every run has
+    assert imread(paths[4]).shape[:2] == (840, 1344)  # the four panels that every run has
     write_evaluation(run_dir, "before", step=0, n=0, accuracy=0.25, reward=None)
-    assert imread(write_charts(run_dir)[4]).shape[:2] == (984, 2160)  # five with held-out accuracy, in rows of three
+    assert imread(write_charts(run_dir)[4]).shape[:2] == (1260, 1344)  # five with held-out accuracy, in three rows
+
+
+def test_a_reward_that_equals_one_of_its_components_is_seen_beside_it(tmp_path):
+    own = [row | {"rewards/correctness/mean": 0.0, "reward": row["rewards/format/mean"]} for row in rows(40)]
+    paths = write_charts(write_run(tmp_path / "run", own))
+    # In the left half there is no legend; the curve of the format lies on that of the reward.
+    left = {name: has_color(paths[1], COLORS[name])[:, :500].sum() for name in ("reward", "format")}
+    assert left["reward"] > 500
+    assert left["format"] > 500
+
+
+def test_small_numbers_on_an_axis_have_no_exponent(tmp_path):
+    figure = new_figure()
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 3e-5])
+    style(axes, "Loss")
+    assert [label.get_text() for label in axes.get_yticklabels()][2:4] == ["0.000005", "0.00001"]
+
+
+def test_a_long_name_of_a_component_stays_within_the_picture(tmp_path):
+    own = [row | {"rewards/number_of_different_words/mean": 0.4} for row in rows(3)]
+    paths = write_charts(write_run(tmp_path / "run", own))
+    assert (imread(paths[1])[:, -8:, :3] == 1).all()  # nothing reaches the right edge
 
 
 @pytest.mark.parametrize("steps", [1, 2])
