@@ -107,6 +107,45 @@ def test_the_headline_names_the_best_arm_and_those_not_shown_to_be_worse(better_
     assert "The score of the best of 4 arms is too high on average" in chosen
 
 
+RATES = {"optimizer.lr": ["1e-6", "5e-6", "1e-5"]}
+
+
+@pytest.mark.parametrize(
+    ("swept", "solved", "said"),
+    [
+        (RATES, (0, 0, 0), "No arm solved a held-out problem, so none can be called best."),
+        (
+            RATES,
+            (40, 40, 40),
+            "All 3 arms have the same result, 40.0% held-out accuracy, so none can be called best.",
+        ),
+        (
+            {"seed": ["1", "2", "3"]},
+            (40, 40, 40),
+            "40.0% held-out accuracy, 95 % interval 30.2% to 49.8%, over 3 seeds.",
+        ),
+    ],
+)
+def test_no_arm_is_called_best_that_is_not_better_than_another(tmp_path, swept, solved, said):
+    (key,) = swept
+    counts = dict(zip(swept[key], solved, strict=True))
+    folder = make_sweep(tmp_path / "sweep", swept, lambda values: np.arange(100) < counts[values[key]])
+    assert headline(SweepAnalysis(folder)) == said
+
+
+def test_rewards_that_are_all_equal_have_no_best(tmp_path):
+    folder = make_sweep(tmp_path / "sweep", RATES, lambda values: np.zeros(10), accuracy=False)
+    said = "All 3 arms have the same result, a mean reward of 0.975, so none can be called best."
+    assert headline(SweepAnalysis(folder)) == said
+
+
+def test_a_job_in_the_table_links_to_its_report_by_a_relative_path(better_rate):
+    (better_rate / "0_job" / "report.html").write_text("report")
+    write_sweep_report(better_rate)
+    links = re.findall(r'<a href="([^"]+)">(\d+)</a>', (better_rate / "report.html").read_text())
+    assert links == [("0_job/report.html", "0")]
+
+
 def test_the_commands_reproduce_the_best_arm_and_confirm_it_with_unused_seeds(better_rate):
     commands = {name: shlex.split(line) for name, line in SweepAnalysis(better_rate).commands().items()}
     arm = ["experiment=quickstart", "grpo.beta=0", "optimizer.lr=5e-6"]
