@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -11,19 +12,27 @@ from grpo.runs.files import read_lines, step_of
 _LAST_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
-def load_samples(run_dir: str | Path) -> pd.DataFrame:
+def load_samples(run_dir: str | Path, most_steps: int | None = None) -> pd.DataFrame:
     """The completions in a run's samples/, one row each, ordered by step; empty if there are none.
 
+    most_steps: read at most this many of the sampled steps, evenly spaced from the first to the last; None: all.
     Columns: step, problem_id, prompt, completion, answer, rewards/<component>, reward, advantage, length (tokens).
     """
     found = (file for file in Path(run_dir, "samples").glob("step_*.jsonl") if re.fullmatch(r"step_\d+", file.stem))
-    files = sorted(found, key=step_of)
+    files = spread(sorted(found, key=step_of), most_steps)
     # Not read by pandas, which would convert a completion that consists of digits only to a number.
     rows = [row for file in files for row in read_lines(file)]
     columns = ["step", "problem_id", "prompt", "completion", "answer", "reward", "advantage", "length"]
     samples = pd.DataFrame(rows, columns=None if rows else columns)
     rewards = [column for column in samples if column == "reward" or column.startswith("rewards/")]
     return samples.astype(dict.fromkeys(rewards, float))  # a missing value becomes NaN
+
+
+def spread(items: list[Any], most: int | None) -> list[Any]:
+    """At most `most` of the items, evenly spaced from the first to the last; None: all."""
+    if most is None or len(items) <= most:
+        return items
+    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
 
 
 def components(samples: pd.DataFrame) -> list[str]:
@@ -97,4 +106,6 @@ def _after_answer(text: str) -> str:
 
 
 def _answers(text: str) -> list[str]:
-    return [each.strip() for each in re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)]
+    """The contents of the answer blocks; split at the tags, since a regular expression takes quadratic time here."""
+    blocks = (part.partition("<answer>") for part in text.split("</answer>")[:-1])
+    return [content.strip() for _, tag, content in blocks if tag]

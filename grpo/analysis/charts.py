@@ -176,7 +176,7 @@ def png(figure: Figure) -> bytes:
 
 def draw(run: RunData, panels: "list[Panel]", width: float, height: float, columns: int = 1) -> Figure:
     """Draw panels as one figure; width and height in inches."""
-    figure = new_figure(run.title, width, height, layout="none")
+    figure = new_figure(run.title, width, height, fitted=False)
     axes = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).flatten()
     labels = [""]
     for ax, panel in zip(axes, panels, strict=False):
@@ -246,7 +246,6 @@ class Panel:
             self.extra(ax, run)
         if self.by_step:
             ax.set_xlim(run.step_range)
-            ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1))
             for start in run.iteration_starts:
                 ax.axvline(start - 0.5, color=MUTED, linewidth=1, linestyle=":")
         if not ax.has_data():
@@ -260,7 +259,7 @@ class Panel:
         marker = "o" if run.window == 1 else None  # a line through a single step would be invisible
         label = metric.label or None
         # The combined reward is drawn first and broader, so that it is seen behind a component with the same values.
-        width = 5 if metric.name == "reward" else 2
+        width = 4 if metric.name == "reward" else 2
         look: dict[str, Any] = {"linewidth": width, "marker": marker, "markersize": width + 3}
         ax.plot(run.steps, run.smooth(metric.name), color=color, label=label, **look)
 

@@ -121,9 +121,16 @@ def truncated_completions(doctor: Doctor) -> str | None:
     shares = doctor.last("completions/clipped_ratio", 10)
     if len(shares) < 10 or fmean(shares) - 3 * stdev(shares) / math.sqrt(10) <= 0.5:
         return None
+    start = _values(doctor.first, "completions/clipped_ratio")
+    text = f"{fmean(shares):.0%} of the completions of 10 steps were truncated"
+    if fmean(start) < 0.25:
+        return (
+            f"{text}, {fmean(start):.0%} at the start: the policy has changed; lower optimizer.lr if the reward falls, "
+            "else raise grpo.max_completion_length"
+        )
     return (
-        f"{fmean(shares):.0%} of the completions of 10 steps were truncated, so they are scored "
-        "unfinished: raise grpo.max_completion_length, or ask for shorter ones in data.system_prompt"
+        f"{text}, so they are scored unfinished: raise grpo.max_completion_length, or ask for shorter ones in "
+        "data.system_prompt"
     )
 
 

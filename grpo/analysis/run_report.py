@@ -38,7 +38,7 @@ def content(run_dir: Path) -> dict[str, Any]:
     run = RunFolder(run_dir)
     config = read_config(run_dir)
     summary = summarize(run_dir)
-    samples = audit.load_samples(run_dir)
+    samples = audit.load_samples(run_dir, SHOWN_STEPS)
     data = read_run(run_dir)
     units = {metric.name: metric.unit for metric in of_components(component_columns(data.metrics))}
     return {
@@ -82,16 +82,16 @@ def headline(summary: dict[str, Any]) -> str | None:
 
 
 def _audit_tables(samples: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Title -> table with at most SHOWN_STEPS sampled steps as columns."""
+    """Title -> table with the sampled steps as columns."""
     if samples.empty:
         return {}
-    few = samples[samples["step"].isin(_spread(sorted(samples["step"].unique())))]
     tables = {
-        f"Values of {name}, share of completions": audit.distribution(few, name) for name in audit.components(few)
+        f"Values of {name}, share of completions": audit.distribution(samples, name)
+        for name in audit.components(samples)
     }
-    if {"answer", "completion"} <= set(few) and few["answer"].notna().all():
-        tables["Strict against lenient correctness, share of completions"] = audit.agreement(few)
-    return tables | {"Signs of gaming": audit.signs_of_gaming(few)}
+    if {"answer", "completion"} <= set(samples) and samples["answer"].notna().all():
+        tables["Strict against lenient correctness, share of completions"] = audit.agreement(samples)
+    return tables | {"Signs of gaming": audit.signs_of_gaming(samples)}
 
 
 def _extremes(samples: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
@@ -110,12 +110,5 @@ def _completions(samples: pd.DataFrame) -> dict[int, list[list[dict[str, Any]]]]
             group.to_dict("records")
             for _, group in list(samples[samples["step"] == step].groupby("problem_id", sort=False))[:SHOWN_GROUPS]
         ]
-        for step in _spread(sorted(samples["step"].unique()))
+        for step in sorted(samples["step"].unique())
     }
-
-
-def _spread(steps: list[int]) -> list[int]:
-    """At most SHOWN_STEPS of the steps, evenly spaced from the first to the last."""
-    if len(steps) <= SHOWN_STEPS:
-        return steps
-    return [steps[round(place * (len(steps) - 1) / (SHOWN_STEPS - 1))] for place in range(SHOWN_STEPS)]

@@ -42,7 +42,8 @@ def _lines(
     for color, arm, table in zip(PALETTE, sweep.arms, tables, strict=False):
         if table is None:
             continue
-        axes.plot(table.index, table.mean(axis=1), color=color, label=f"{sweep.label(arm)} ({len(arm.jobs)})", **marks)
+        label = f"{sweep.label(arm)} ({len(arm.jobs)})"
+        axes.plot(table.index, table.mean(axis=1), color=color, linewidth=2, label=label, **marks)
         if len(arm.jobs) > 1:
             axes.fill_between(table.index, table.min(axis=1), table.max(axis=1), color=color, alpha=0.15, lw=0)
     if not axes.lines:

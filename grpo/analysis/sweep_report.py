@@ -176,18 +176,22 @@ def _charts(sweep: SweepAnalysis) -> dict[str, Any]:
 def _rows(sweep: SweepAnalysis) -> list[dict[str, Any]]:
     """For each job its table cells, and the link to its own report if it has one."""
     rows = []
-    for job, *values in sweep.jobs.drop(columns=["folder", "error"]).itertuples():
+    jobs = sweep.jobs.drop(columns=["folder", "error"])
+    shares = [column.endswith("accuracy") or column.startswith("accuracy") for column in jobs]
+    for job, *values in jobs.itertuples():
         folder = sweep.jobs.loc[job, "folder"]
         report = Path(str(folder), "report.html")
         has_report = bool(folder) and (sweep.folder.path / report).is_file()
-        cells = [_cell(value) for value in values]
+        cells = [_cell(value, is_share) for value, is_share in zip(values, shares, strict=True)]
         rows.append({"job": job, "cells": cells, "report": quote(report.as_posix()) if has_report else None})
     return rows
 
 
-def _cell(value: object) -> str:
+def _cell(value: object, is_share: bool) -> str:
     if value is None or value != value:  # NaN
         return ""
     if not isinstance(value, float):
         return short(str(value))
+    if is_share:
+        return f"{value:.1%}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 TEXT, MUTED, GRID, OTHERS = "#2b2b2b", "#767676", "#e3e3e3", "#c9c9c9"
 # Colours of Okabe and Ito's palette, which readers with colour blindness can distinguish too, and two more.
@@ -17,10 +17,12 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 BLUE, RED, GREEN, PINK, ORANGE, SKY, VIOLET, GREY = PALETTE
 
 
-def new_figure(title: str = "", width: float = 8, height: float = 4, layout: str = "constrained") -> Figure:
-    """An empty figure; width and height in inches. layout: `constrained` fits the margins to the labels, but draws the
-    figure twice; with `none` the caller sets them."""
-    figure = Figure(figsize=(width, height), layout=layout)
+def new_figure(title: str = "", width: float = 8, height: float = 4, fitted: bool = True) -> Figure:
+    """An empty figure; width and height in inches.
+
+    fitted: whether the margins are fitted to the labels, for which the figure is drawn twice.
+    """
+    figure = Figure(figsize=(width, height), layout="constrained" if fitted else None)
     if title:  # a dollar sign in a run's name does not start a formula
         figure.suptitle(
             title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=TEXT, parse_math=False, wrap=True
@@ -29,7 +31,7 @@ def new_figure(title: str = "", width: float = 8, height: float = 4, layout: str
 
 
 def style(ax: Axes, title: str, ylabel: str = "", xlabel: str = "step", percent: bool = False) -> None:
-    """Set title, labels and grid of a panel; percent: values are shares from 0 to 1."""
+    """Set title, labels, ticks and grid of a panel; percent: values are shares from 0 to 1."""
     ax.set_title(title, loc="left", fontsize=11, color=TEXT)
     ax.set_xlabel(xlabel, fontsize=9, color=TEXT)
     ax.set_ylabel(ylabel, fontsize=9, color=TEXT)
@@ -38,6 +40,8 @@ def style(ax: Axes, title: str, ylabel: str = "", xlabel: str = "step", percent:
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(GRID)
     ax.tick_params(labelsize=8, colors=MUTED)
+    if xlabel == "step":
+        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1))
     # Plain numbers: by default matplotlib would write a common factor such as 1e-5 next to the axis.
     ax.yaxis.set_major_formatter(
         PercentFormatter(1.0) if percent else lambda value, _: format(Decimal(f"{value:.6g}"), "f")

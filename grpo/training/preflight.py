@@ -80,7 +80,8 @@ def warnings(found: dict[str, Any]) -> list[str]:
 def lines(found: Mapping[str, Any]) -> list[str]:
     """The lines for the console."""
     result = [
-        f"pre-flight: {found['prompts']} problems, {found['completions']} completions in {found['seconds']:.1f} s "
+        f"pre-flight: {found['prompts']} problem{'s' * (found['prompts'] != 1)}, {found['completions']} completions in "
+        f"{found['seconds']:.1f} s "
         "(preflight=false skips it)"
     ]
     for name, component in found["components"].items():

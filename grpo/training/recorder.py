@@ -170,7 +170,7 @@ class Recorder:
         self._show_best()
         difference = accuracy_difference(**evaluations)
         if difference is not None:
-            self._console.print(f"held-out accuracy {difference_text(difference)}", highlight=False, soft_wrap=True)
+            self._console.print(f"accuracy {difference_text(difference)}", highlight=False, soft_wrap=True)
         self._tracker.set_summary({f"{k}_accuracy": v["accuracy"] for k, v in evaluations.items() if v})
 
     def _show_best(self) -> None:

@@ -1,4 +1,5 @@
 import json
+import time
 
 import pandas as pd
 import pytest
@@ -63,6 +64,30 @@ def test_signs_of_gaming_are_given_as_shares_for_each_step():
     assert table[10].tolist()[:3] == [0.5, 0.0, 0.5]
     assert table[20].tolist()[:3] == [0.5, 0.5, 0.0]
     assert table.loc["tokens per completion"].tolist() == [1.0, 3.5]
+
+
+@pytest.mark.parametrize(
+    "text", ["<answer>", "</answer>", "<answer>1</answer>", "<reasoning>", "9", "9,", "1/", "1.", "-$", "<answer>2"]
+)
+def test_the_time_of_the_audit_grows_no_faster_than_the_completions(text):
+    """A quadratic time would be 400 times as long for a text that is 20 times as long."""
+
+    def seconds(repeated):
+        samples = pd.DataFrame([sample(text * repeated)])
+        started = time.process_time()
+        audit.agreement(samples)
+        audit.signs_of_gaming(samples)
+        return time.process_time() - started
+
+    seconds(1)
+    assert seconds(100_000) < 100 * max(seconds(5_000), 0.01)
+
+
+def test_of_many_sampled_steps_a_few_are_read(tmp_path):
+    for step in range(1, 101):
+        RunFolder(tmp_path).write_samples(step, [sample(RIGHT, step=step)])
+    assert audit.load_samples(tmp_path, 5)["step"].tolist() == [1, 26, 51, 75, 100]
+    assert len(audit.load_samples(tmp_path)) == 100
 
 
 def test_the_distribution_is_over_values_or_over_ranges_if_there_are_many_values():

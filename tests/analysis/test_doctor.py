@@ -251,6 +251,14 @@ def test_the_difference_between_sampling_and_training_is_compared_with_the_round
     assert [finding.rule for finding in doctor_says(rows, dtype=dtype)] == expected
 
 
+def test_completions_that_became_long_are_distinguished_from_a_limit_that_was_too_low():
+    (grown,) = doctor_says(course(**{"completions/clipped_ratio": lambda step: 0.8 if step > 10 else 0.02}))
+    assert "2% at the start" in grown.text and "lower optimizer.lr if the reward falls" in grown.text
+    (low,) = doctor_says(course(**{"completions/clipped_ratio": 0.8}))
+    assert "raise grpo.max_completion_length, or ask for shorter ones in data.system_prompt" in low.text
+    assert "optimizer.lr" not in low.text
+
+
 def test_the_dtype_is_that_of_the_computation():
     config = {"model": {"dtype": "float32"}, "hardware": {"compute_dtype": "bfloat16"}}
     assert dtype_of(config) == "bfloat16"

@@ -9,9 +9,11 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
+from grpo.analysis.charts import write_charts
 from grpo.analysis.page import readable
-from grpo.analysis.run_report import _spread, content, write_run_report
+from grpo.analysis.run_report import content, write_run_report
 from grpo.analysis.summary import difference_text
+from grpo.runs.files import read_lines
 from grpo.runs.folder import RunFolder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -36,7 +38,7 @@ def test_the_report_and_the_end_of_the_run_show_the_difference_of_the_accuracies
     difference = json.loads((folder / "summary.json").read_text())["accuracy_difference"]
     text = difference_text(difference)
     assert "paired over 8 problems" in text
-    assert f"held-out accuracy {text}" in process.stdout.splitlines()
+    assert f"accuracy {text}" in process.stdout.splitlines()
     before, after = (RunFolder(folder).evaluation(name)["accuracy"] for name in ("before", "after"))
     assert difference["mean"] == pytest.approx(after - before)
     said = f"Held-out accuracy: {before:.1%} before training, {after:.1%} after training; {text}."
@@ -86,10 +88,14 @@ def test_the_config_in_the_report_contains_the_changes_of_later_launches(finishe
     assert config["tracking"]["name"] == "${oc.env:HOME}"
 
 
-def test_the_steps_shown_of_a_long_run_are_spread_from_the_first_to_the_last():
-    chosen = _spread(list(range(10, 1010, 10)))
-    assert (len(chosen), chosen[0], chosen[-1]) == (12, 10, 1000)
-    assert _spread([10, 20]) == [10, 20]
+def test_the_steps_shown_of_a_long_run_are_spread_from_the_first_to_the_last(finished_run, tmp_path):
+    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+    (sample, *_) = read_lines(run.path / "samples" / "step_000001.jsonl")
+    for step in range(1, 1001):
+        run.write_samples(step, [sample | {"step": step}])
+    write_charts(run.path)
+    chosen = list(content(run.path)["steps"])
+    assert (len(chosen), chosen[0], chosen[-1]) == (12, 1, 1000)
 
 
 def test_a_report_of_a_folder_without_a_run_or_without_a_completed_step_is_refused(tmp_path):

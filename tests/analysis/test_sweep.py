@@ -146,6 +146,13 @@ def test_a_job_in_the_table_links_to_its_report_by_a_relative_path(better_rate):
     assert links == [("0_job/report.html", "0")]
 
 
+def test_the_table_of_the_jobs_gives_accuracies_in_percent(better_rate):
+    write_sweep_report(better_rate)
+    row = re.findall(r"<tr><td>0</td>.*</tr>", (better_rate / "report.html").read_text())[0]
+    accuracy = SweepAnalysis(better_rate).jobs.loc[0, "accuracy"]
+    assert f"<td>{accuracy:.1%}</td>" in row
+
+
 def test_the_commands_reproduce_the_best_arm_and_confirm_it_with_unused_seeds(better_rate):
     commands = {name: shlex.split(line) for name, line in SweepAnalysis(better_rate).commands().items()}
     arm = ["experiment=quickstart", "grpo.beta=0", "optimizer.lr=5e-6"]
