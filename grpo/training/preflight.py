@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from grpo.config.values import to_dict
 from grpo.counter_rng import group_keys
 from grpo.data.sampler import PromptSampler
+from grpo.metric_table import component_ranges
 from grpo.rollout.engine import RolloutEngine, Sampling, sample_completions
 from grpo.training.experiment import Experiment, score_completions
 from grpo.training.metrics import completion_metrics, reward_metrics
@@ -25,9 +27,9 @@ def preflight(
     """Sample and score completions of at most `MOST_GROUPS` problems of the first step, before training.
 
     Returns the content of preflight.json: prompts and completions (their numbers), components (for each the share of
-    completions where it is not 0, its mean, and the share where it gave no value), reward, frac_reward_zero_std,
-    completions/mean_length, completions/clipped_ratio, max_completion_length, prompt_lengths of all training problems,
-    warnings, seconds.
+    completions where it is not 0, its mean, the share where it gave no value, and the highest value of its declared
+    range, None if it has none), reward, frac_reward_zero_std, completions/mean_length, completions/clipped_ratio,
+    max_completion_length, prompt_lengths of all training problems, warnings, seconds.
     """
     sizes = experiment.sizes
     started = time.perf_counter()
@@ -39,10 +41,15 @@ def preflight(
     scored = score_completions(experiment, sampled.problems, completions, sampling.stop_ids, step=0)
     row = reward_metrics(scored, sizes.num_generations) | completion_metrics(completions, sampling.stop_ids)
     lengths = experiment.prompt_lengths
+    ranges = component_ranges(to_dict(experiment.config))
+    highest = {name: high for name, (_, high) in ranges.items()}
     found = {
         "prompts": len(sampled.problems),
         "completions": len(scored.texts),
-        "components": {name: _component(values) for name, values in scored.rewards.components.items()},
+        "components": {
+            name: _component(values) | {"highest": highest.get(name)}
+            for name, values in scored.rewards.components.items()
+        },
         **{name: row[name] for name in METRICS},
         "max_completion_length": sizes.max_completion_length,
         "prompt_lengths": {"min": min(lengths), "median": statistics.median(lengths), "max": max(lengths)},
@@ -56,7 +63,7 @@ def warnings(found: dict[str, Any]) -> list[str]:
     for name, component in found["components"].items():
         if component["missing"] == 1.0:
             messages.append(f"{name} gave no value for any completion: does its function know these problems?")
-        elif component["nonzero"] == 0.0:
+        elif component["nonzero"] == 0.0 and component.get("highest") != 0.0:  # for a penalty, 0 is best
             messages.append(
                 f"{name} is 0 for all {found['completions']} completions, so there is no signal for it: show solved "
                 "problems (data.examples), describe the task in data.system_prompt, or use a larger model.name or "

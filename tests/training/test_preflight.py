@@ -69,7 +69,7 @@ def test_a_completion_limit_that_is_too_low_is_reported(found):
 def test_a_component_that_is_zero_for_all_completions_is_reported(found):
     """No completion is correct if all are truncated before the answer."""
     _, result = found("~reward.components.format", "grpo.max_completion_length=6")
-    assert result["components"] == {"correctness": {"nonzero": 0.0, "mean": 0.0, "missing": 0.0}}
+    assert result["components"] == {"correctness": {"nonzero": 0.0, "mean": 0.0, "missing": 0.0, "highest": 2.0}}
     assert result["frac_reward_zero_std"] == 1.0
     assert [text.partition(" ")[0] for text in result["warnings"]] == ["correctness", "100%", "100%"]
 
@@ -81,6 +81,7 @@ def test_a_component_that_is_zero_for_all_completions_is_reported(found):
         ({"frac_reward_zero_std": 0.8}, "80% of the groups have equal rewards"),
         ({"completions/clipped_ratio": 0.5}, "50% of the completions are truncated at 512 tokens"),
         ({"components": {"mine": {"nonzero": 0.0, "mean": 0.0, "missing": 0.0}}}, "mine is 0 for all 32 completions"),
+        ({"components": {"penalty": {"nonzero": 0.0, "mean": 0.0, "missing": 0.0, "highest": 0.0}}}, None),
         ({"components": {"mine": {"nonzero": 0.0, "mean": None, "missing": 1.0}}}, "mine gave no value"),
         ({"components": {"mine": {"nonzero": 0.0, "mean": 0.0, "missing": 0.5}}}, "mine is 0 for all 32 completions"),
     ],
