@@ -94,7 +94,8 @@ def headline(sweep: SweepAnalysis) -> str:
         return f"{text} It shares no seed or held-out problem with another arm, so it was not compared."
     others = len(sweep.arms) - 1
     if len(sweep.gap_to_best) == others and all(arm.outcome.mean == outcome.mean for arm in sweep.arms):
-        return f"All {len(sweep.arms)} arms have the same result, {score}, so none can be called best."
+        every = "Both" if others == 1 else f"All {len(sweep.arms)}"
+        return f"{every} arms have the same result, {score}, so none can be called best."
     even = [sweep.label(arm) for arm, difference in sweep.gap_to_best.items() if not difference.excludes_zero]
     if even:
         count = f"{len(even)} of the {others} other arms" if others > 1 else "the other arm"
