@@ -41,12 +41,13 @@ class Doctor:
         self.evaluations: list[Row] = []  # held-out: step, accuracy (0 to 1), n (problems), reward (in training)
         self.reported: set[str] = set()  # names of the rules that have reported
 
-    def add_evaluation(self, result: Row) -> None:
-        """Add the result of an evaluation of the run, with its `step`, `accuracy` and `n`."""
+    def add_evaluation(self, result: Row) -> list[Finding]:
+        """Add the result of an evaluation, with its `step`, `accuracy` and `n`; return the findings that are new."""
         if result["accuracy"] is not None:
             rewards = self.last("reward", 10)
             reward = fmean(rewards) if rewards else None
             self.evaluations.append({key: result[key] for key in ("step", "accuracy", "n")} | {"reward": reward})
+        return self._findings(result["step"])
 
     def check(self, row: Row) -> list[Finding]:
         """Add a row, and return the findings that are new with it."""
@@ -55,10 +56,9 @@ class Doctor:
         rewards = self.last("reward", 20)
         if len(rewards) == 20 and (not self.best or fmean(rewards) > fmean(self.best)):
             self.best = rewards
-        return self.findings(row["step"])
+        return self._findings(row["step"])
 
-    def findings(self, step: int) -> list[Finding]:
-        """The findings after this step that have not been reported yet."""
+    def _findings(self, step: int) -> list[Finding]:
         found = []
         for rule in RULES:
             text = rule(self) if rule.__name__ not in self.reported else None
@@ -73,7 +73,7 @@ class Doctor:
         found = []
         for row in rows:
             while waiting and waiting[0]["step"] <= row["step"]:
-                self.add_evaluation(waiting.pop(0))
+                found += self.add_evaluation(waiting.pop(0))
             found += self.check(row)
         return found
 

@@ -99,7 +99,6 @@ class Recorder:
         """Write an evaluation as eval/<name>.json, and show its accuracy."""
         self._folder.write_evaluation(name, dict(result))
         self._tracker.log_evaluation(name, result["step"], evaluation_metrics(result))
-        self._doctor.add_evaluation(result)
         if result["accuracy"] is not None and name != "after":  # the closing table has that one
             when = "before training" if name == "before" else f"after step {result['step']}"
             correct = f"{result['accuracy']:.1%} of {result['n']}"
@@ -107,6 +106,7 @@ class Recorder:
         if result["missing"]:
             problems = f"{result['missing']} of {result['n'] + result['missing']} held-out problems"
             self._console.print(f"eval.accuracy gave no value for {problems}; they do not count", style="yellow")
+        self._show_findings(self._doctor.add_evaluation(result))
 
     def save(self, saved: Mapping[str, Any]) -> None:
         """Write a checkpoint of the last completed step, unless one exists; saved: the `Trainer.state_dict`."""
@@ -163,7 +163,6 @@ class Recorder:
         """Show the evaluations before and after training, and add them to the tracker's summary."""
         from grpo.analysis.summary import accuracy_difference, difference_text  # here, since pandas takes a second
 
-        self._show_findings(self._doctor.findings(self._total_steps))  # that need the last evaluation
         evaluations = {name: self._folder.evaluation(name) for name in ("before", "after")}
         if any(evaluations.values()):
             self._console.print(closing_table(evaluations))
