@@ -166,10 +166,10 @@ class Recorder:
         evaluations = {name: self._folder.evaluation(name) for name in ("before", "after")}
         if any(evaluations.values()):
             self._console.print(closing_table(evaluations))
-        self._show_best()
         difference = accuracy_difference(**evaluations)
         if difference is not None:
             self._console.print(f"accuracy {difference_text(difference)}", highlight=False, soft_wrap=True)
+        self._show_best()
         self._tracker.set_summary({f"{k}_accuracy": v["accuracy"] for k, v in evaluations.items() if v})
 
     def _show_best(self) -> None:
