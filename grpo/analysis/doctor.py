@@ -15,7 +15,7 @@ Row = Mapping[str, Any]
 MOST_ROWS = 200  # number of last rows that are kept for the rules
 # The largest mean difference in nats per token between the log-probabilities of sampling and of training that rounding
 # explains, by the dtype of the computation. Two ways to compute the same number differ by 1e-7 to 1e-4 in float32, and
-# by 1e-3 to 5e-2 in the narrower dtypes (SmolLM2-135M on an AMD EPYC: 4e-6 in float32, 4e-2 in bfloat16).
+# by 1e-3 to 5e-2 in the narrower dtypes (SmolLM2-135M on an Intel Xeon: 4e-6 in float32, 4e-2 in bfloat16).
 MOST_ROUNDING = {"float32": 1e-3, "float16": 0.1, "bfloat16": 0.1}
 
 
