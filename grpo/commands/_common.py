@@ -13,7 +13,7 @@ from grpo.config.overrides import Overrides
 from grpo.config.schema import Config
 from grpo.config.trust import check_trusted
 from grpo.config.values import escape
-from grpo.runs.files import check_links
+from grpo.runs.files import check_contents
 from grpo.runs.folder import RunFolder
 
 
@@ -58,7 +58,7 @@ def existing_run(path: str) -> RunFolder:
     folder = RunFolder(path.rstrip("/"))
     if not folder.started():
         raise ConfigError(f"run_dir={folder.path} is not a run folder (it has no config.yaml)")
-    check_links(folder.path)
+    check_contents(folder.path)
     return folder
 
 

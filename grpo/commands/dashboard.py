@@ -15,6 +15,7 @@ from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
 from grpo.config.values import flatten
 from grpo.metric_table import REWARD, of_components
+from grpo.runs.files import check_contents
 from grpo.runs.halving_state import SEED
 from grpo.runs.sweep_folder import SweepFolder
 
@@ -47,6 +48,7 @@ def main(arguments: list[str]) -> None:
 def _view(own: dict[str, str]) -> View:
     if "sweep_dir" in own:
         sweep = SweepFolder(own["sweep_dir"].rstrip("/"))
+        check_contents(sweep.path)
         if not sweep.record():
             raise ConfigError(f"sweep_dir={sweep.path} is not the folder of a sweep: it has no sweep.json")
         configs = {job["job"]: read_config(sweep.path / job["folder"]) for job in sweep.jobs() if job["folder"]}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from grpo.commands._common import existing_run, own_arguments
 from grpo.config.errors import ConfigError
-from grpo.runs.files import check_links
+from grpo.runs.files import check_contents
 
 
 def main(arguments: list[str]) -> None:
@@ -26,7 +26,7 @@ def _report(own: dict[str, str]) -> list[str]:
     if "sweep_dir" in own:
         from grpo.analysis.sweep_report import write_sweep_report
 
-        check_links(Path(own["sweep_dir"]))
+        check_contents(Path(own["sweep_dir"]))
         files, headline = write_sweep_report(own["sweep_dir"].rstrip("/"))
         return [headline, *map(str, files)]
     from grpo.analysis.run_report import write_run_report

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config.errors import FileError, first_line
+from grpo.config.reading import read_yaml
 from grpo.config.schema import FACTS, LAUNCH_KEYS, OPTIONAL_GROUPS
-from grpo.config.values import escape, flatten, read_yaml
+from grpo.config.values import escape, flatten
 
 VERSION = 2
 Values = dict[str, Any]

@@ -2,26 +2,11 @@
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from grpo.config.errors import FileError, first_line
 from grpo.config.schema import LAUNCH_KEYS, Config
-
-
-def read_yaml(file: Path, kind: type) -> Any:
-    """Read a YAML file. Raises FileError, with the file's name, if the content is not of `kind`, dict or list."""
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise FileError(f"{file} is not valid YAML: {first_line(error)}") from error
-    if not isinstance(values, kind):
-        what = "a mapping from keys to values" if kind is dict else "a list"
-        raise FileError(f"{file} is {'empty' if values is None else 'damaged'}: it must hold {what}")
-    return values
 
 
 def to_dict(config: Config) -> dict[str, Any]:

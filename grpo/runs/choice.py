@@ -5,7 +5,7 @@ from pathlib import Path
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
 from grpo.config.schema import MORE_STEPS
-from grpo.runs.files import check_links
+from grpo.runs.files import check_contents
 from grpo.runs.folder import BEFORE_START, COPIED_BY_FORK, RunFolder
 from grpo.runs.lock import left_by_us
 
@@ -27,7 +27,7 @@ def choose_run(run: RunFolder, resume: bool | str, overrides: Overrides) -> str:
                 f"{path} already contains a run; resume it: resume=true run_dir={path}, or choose another run_dir"
             )
         return "fresh"
-    check_links(path)
+    check_contents(path)
     if resume == "auto" and not run.started():
         return "fresh"
     if not path.exists():
@@ -68,6 +68,7 @@ def check_empty(path: Path, fork: bool = False, job: bool = False) -> None:
     foreign = [name for name in found if name not in left and not _is_empty_folder(path / name)]
     if foreign:
         raise ConfigError(f"{path} is not empty (it holds {foreign[0]}); choose a new or an empty folder")
+    check_contents(path)
 
 
 def _is_empty_folder(path: Path) -> bool:
@@ -81,4 +82,4 @@ def check_parent(parent: str | None) -> None:
         raise ConfigError("fork=true needs the run to start from: run_dir=outputs/...")
     if not RunFolder(parent).started():
         raise ConfigError(f"fork=true: {parent} is not a run folder (it has no config.yaml)")
-    check_links(Path(parent))
+    check_contents(Path(parent))

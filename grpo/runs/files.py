@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from grpo.config.errors import ConfigError, FileError, first_line
 from grpo.config.migrations import Migration, migrate
+from grpo.config.reading import check_levels, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -25,15 +27,15 @@ def short_path(path: str | Path) -> Path:
 def read_json(file: Path, types: Mapping[str, Any] = MappingProxyType({})) -> dict:
     """Read a JSON object from a file. Raises FileError, with the file's name, if the content is anything else.
 
-    types: name -> type of the value, if it is present, as an annotation such as `float | None`.
+    types: name -> type of the value, if it is present, as an annotation such as `list[str] | None`.
     """
     try:
-        record = json.loads(file.read_bytes())
+        record = json.loads(read_file(file))
+    except FileError:
+        raise
     except (ValueError, RecursionError) as error:
         raise FileError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise FileError(f"{file} is not a JSON object")
-    _check_types(record, types, file)
+    check_record(record, types, str(file))
     return record
 
 
@@ -45,37 +47,69 @@ def read_dataclass(kind: type, file: Path, steps: tuple[Migration, ...] = ()) ->
     record = read_json(file)
     if steps:
         record = migrate(record, file, steps)
-    _check_types(record, get_type_hints(kind), file)
+    check_record(record, get_type_hints(kind), str(file))
     try:
         return kind(**record)
     except TypeError as error:  # a key is missing or unknown
         raise FileError(f"{file}: {first_line(error)}") from error
 
 
-def _check_types(record: dict[str, Any], types: Mapping[str, Any], file: Path) -> None:
+def check_record(record: Any, types: Mapping[str, Any], where: str) -> None:
+    """Raise FileError if a value read from JSON is not an object, or if a value in it does not have its type.
+
+    where: the file, and the line if it has several records.
+    """
+    if not isinstance(record, dict):
+        raise FileError(f"{where}: not a JSON object")
+    check_levels(record, where)
     for name in types.keys() & record.keys():
         if not _is_of(record[name], types[name]):
-            raise FileError(f"{file}: {name} is {str(record[name])[:80]}, which is not valid here")
+            raise FileError(f"{where}: {name} is {str(record[name])[:80]}, which is not valid here")
 
 
 def _is_of(value: Any, annotation: Any) -> bool:
-    allowed = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    classes = tuple(get_origin(each) or each for each in allowed)
-    return isinstance(value, classes) or (float in classes and isinstance(value, int))
+    """Whether a value read from JSON has the type of an annotation. A tuple is a list there."""
+    kind = get_origin(annotation) or annotation
+    inner = get_args(annotation)
+    if kind is UnionType:
+        return any(_is_of(value, each) for each in inner)
+    if kind is Any:
+        return True
+    if kind is tuple:
+        return isinstance(value, list) and len(value) == len(inner) and all(map(_is_of, value, inner))
+    if kind in (int, float):  # a boolean is no number; numpy and pandas have no larger numbers
+        return (type(value) is int and -(2**63) <= value < 2**63) or (type(value) is float and kind is float)
+    if not isinstance(value, kind):
+        return False
+    children = value.values() if kind is dict else value if kind is list else ()
+    return not inner or all(_is_of(child, inner[-1]) for child in children)
 
 
-def check_links(folder: Path) -> None:
-    """Raise ConfigError if a link points outside of a run folder: files would be written to another place."""
+def check_contents(folder: Path) -> None:
+    """Raise ConfigError if a run folder has a link that points outside of it, a pipe, or a device.
+
+    Files would be written to another place, or reading would never end.
+    """
     inside = os.path.realpath(folder)
     for place, folders, files in os.walk(folder):
         for path in (Path(place, name) for name in (*folders, *files)):
-            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode) and not Path(os.path.realpath(path)).is_relative_to(inside):
                 raise ConfigError(
                     f"{path} is a link to {path.readlink()}, outside of {folder}; "
                     "replace it by a copy of that, or delete it"
                 )
+            if not (stat.S_ISLNK(mode) or stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise ConfigError(f"{path} is a pipe, a socket or a device, which no run writes; delete it")
         if "wandb" in folders and (Path(place) == Path(folder) or "config.yaml" in files):
             folders.remove("wandb")  # W&B's folder has links to its own logs; the suite writes nothing there
+
+
+def check_files(folder: Path) -> None:
+    """Raise ConfigError if a folder contains a pipe or a device, or a link to one: reading it would never end."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ConfigError(f"{path} is neither a file nor a folder; delete it")
 
 
 def no_link(path: str, flags: int) -> int:
@@ -147,20 +181,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_lines(file: Path) -> list[dict]:
+def read_lines(file: Path, types: Mapping[str, Any] = MappingProxyType({})) -> list[dict]:
     """Read a file of one JSON object per line. An incomplete last line, left by a crash, is ignored.
 
-    Raises FileError, with the file's name and the line number, if any other line is not an object.
+    Raises FileError, with the file's name and the line number, if any other line is not an object. types: see
+    `read_json`.
     """
-    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    lines = read_file(file).split(b"\n")[:-1] if os.path.lexists(file) else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
             raise FileError(f"{file}, line {number}: not valid JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise FileError(f"{file}, line {number}: not a JSON object")
+        check_record(row, types, f"{file}, line {number}")
         rows.append(row)
     return rows
 

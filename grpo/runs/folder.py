@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -15,9 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config.errors import FileError, first_line
 from grpo.config.migrations import EVALUATION_STEPS, VERSION, load_frozen, metrics_row, migrate
+from grpo.config.reading import read_yaml
 from grpo.config.schema import Config
-from grpo.config.values import escape, read_yaml, to_dict
+from grpo.config.values import escape, to_dict
 from grpo.runs.files import (
+    check_record,
     commit_folder,
     discard,
     json_lines,
@@ -32,9 +35,12 @@ from grpo.runs.lock import in_use
 
 # The types of the values that are read from the small files.
 STATUS: dict[str, Any] = {"state": str, "step": int, "iteration": int, "total_steps": int, "saved_step": int}
-STATUS |= {"seconds": float, "best_reward": float | None, "error": str | None, "overrides": list}
+STATUS |= {"seconds": float, "best_reward": float | None, "error": str | None, "overrides": list[str]}
 EVALUATION: dict[str, Any] = {"step": int, "n": int, "accuracy": float | None, "reward": float | None}
-EVALUATION |= {"rewards": dict | None, "problems": list, "missing": int}
+EVALUATION |= {"rewards": dict[str, float | None] | None, "problems": list[dict], "missing": int}
+EVALUATION |= {"completions/mean_length": float | None}
+LAUNCH: dict[str, Any] = {"time": str, "from_step": int, "overrides": list[str], "changes": dict, "environment": dict}
+METRICS: dict[str, Any] = {"step": int, "iteration": int, "reward": float | None, "step_time": float | None}
 
 
 # What a launch writes, and what a fork copies, before config.yaml, with which the folder becomes a run.
@@ -198,7 +204,7 @@ class RunFolder:
     def first_overrides(self) -> list[str]:
         """The overrides of the first launch."""
         launches = self.launches()
-        return [str(each) for each in launches[0].get("overrides", [])] if launches else []
+        return launches[0].get("overrides", []) if launches else []
 
     def metrics(self, up_to_step: int | None = None) -> list[dict]:
         """The metrics rows, in order, up to a step; an incomplete last line is ignored. Raises FileError.
@@ -208,7 +214,7 @@ class RunFolder:
         return [metrics_row(row) for row in self._metrics_as_written(up_to_step)]
 
     def _metrics_as_written(self, up_to_step: int | None) -> list[dict]:
-        rows = read_lines(self.metrics_file)
+        rows = read_lines(self.metrics_file, METRICS)
         for number, row in enumerate(rows, start=1):
             if type(row.get("step")) is not int:
                 raise FileError(
@@ -222,7 +228,7 @@ class RunFolder:
         Raises FileError if one is missing or a line is damaged.
         """
         rows = self._metrics_as_written(steps)
-        if [row["step"] for row in rows] != list(range(1, steps + 1)):
+        if len(rows) != steps or any(row["step"] != step for step, row in enumerate(rows, start=1)):
             raise FileError(
                 f"{self.metrics_file} does not have one row for each of the {steps} steps of the checkpoint; restore "
                 "it, or move the checkpoint away to repeat its steps"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from grpo.config.errors import ConfigError
+from grpo.config.reading import read_file
 
 logger = logging.getLogger(__name__)
 RENEW_S = 10.0
@@ -132,10 +133,10 @@ def _renew(file: BinaryIO, folder: Path, token: str, stop: threading.Event, seco
 
 def _read(folder: Path) -> dict:
     try:
-        holder = json.loads((folder / ".lock").read_text().strip() or "{}")
-    except (OSError, ValueError):  # for example, while it is being written
+        holder = json.loads(read_file(folder / ".lock", most=8 * LINE).strip() or b"{}")
+    except (OSError, ValueError, RecursionError):  # for example, while it is being written
         return {}
-    return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else {}
+    return holder if isinstance(holder, dict) and type(holder.get("pid")) is int and holder["pid"] > 0 else {}
 
 
 def _write(file: BinaryIO, token: str, beat: int) -> None:

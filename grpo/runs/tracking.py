@@ -20,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from grpo.config.reading import read_file
 from grpo.runs.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ def _open(cfg: Mapping[str, Any], run_dir: Path, resumed: bool) -> Tracker:
 def _open_online(cfg: Mapping[str, Any], run_dir: Path, resumed: bool, seconds: float) -> tuple:
     """The online run of this folder, new or resumed, and the error; both None if no user is logged in."""
     id_file = run_dir / "wandb_run_id"
-    known = id_file.read_text().strip() if resumed and id_file.exists() else ""
+    known = read_file(id_file, most=1000).decode(errors="replace").strip() if resumed and id_file.exists() else ""
     run_id = known or uuid.uuid4().hex[:12]
     write_atomic(id_file, run_id + "\n")  # before the run exists, so that a crash cannot lose its ID
 

@@ -12,7 +12,7 @@ from grpo.config.hydra_app import compose_again, config_flags, has_plugin, split
 from grpo.config.overrides import Overrides, quoted
 from grpo.config.schema import LAUNCH_KEYS, Config
 from grpo.runs.choice import check_empty
-from grpo.runs.files import check_links, short_path
+from grpo.runs.files import check_contents, short_path
 from grpo.runs.folder import outputs
 from grpo.runs.sweep_folder import SweepFolder, newest_sweep
 
@@ -61,7 +61,7 @@ def prepare_sweep(composed: DictConfig, overrides: Overrides, named: str | None,
     kept = asked
     record: dict[str, Any] = {}
     if known is not None:
-        check_links(known.path)
+        check_contents(known.path)
         record = known.record()
         if record:
             known.check_same(asked, choice, composed.resume)

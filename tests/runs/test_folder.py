@@ -22,7 +22,7 @@ from grpo.config.values import to_dict
 from grpo.launch.decide import known_folder, reserved, run_name
 from grpo.runs.checkpoint import load_state, reference_of
 from grpo.runs.choice import check_empty, check_parent, choose_run
-from grpo.runs.files import check_links, restore_replaced, write_atomic
+from grpo.runs.files import check_contents, restore_replaced, write_atomic
 from grpo.runs.folder import (
     RunFolder,
     job_folder_name,
@@ -200,13 +200,13 @@ def test_links_within_a_run_folder_and_to_it_are_accepted(tmp_path):
     job = make_run(tmp_path / "sweep" / "0_seed_1", "interrupted", 100)
     (job / "wandb").mkdir()
     (job / "wandb" / "debug.log").symlink_to("/var/log/of-wandb.log")
-    check_links(tmp_path / "sweep")
+    check_contents(tmp_path / "sweep")
     (tmp_path / "sweep" / "1_seed_2").symlink_to("/var/log")
     with pytest.raises(ConfigError, match="1_seed_2 is a link to /var/log"):
-        check_links(tmp_path / "sweep")
+        check_contents(tmp_path / "sweep")
     (tmp_path / "alias").symlink_to(run)
-    check_links(run)
-    check_links(tmp_path / "alias")
+    check_contents(run)
+    check_contents(tmp_path / "alias")
 
 
 WRITERS = {
