@@ -129,7 +129,7 @@ def test_without_an_intact_checkpoint_a_resume_fails_and_nothing_is_deleted(tmp_
     os.truncate(run_dir / "checkpoints" / "step_000002" / "model.safetensors", 10)
     before = sorted(run_dir.joinpath("checkpoints").rglob("*"))
     resumed = resume(run_dir)
-    assert resumed.returncode == 1
+    assert resumed.returncode == 2
     assert "none of the 1 checkpoints in" in resumed.stderr.splitlines()[-1]
     assert sorted(run_dir.joinpath("checkpoints").rglob("*")) == before
     assert len(rows(run_dir)) == 3

@@ -55,7 +55,9 @@ class TokenBudget:
         return {} if self.tokens == self._configured else {"from": self._configured, "to": self.tokens}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Restore the reduced number, unless the configured number has changed."""
+        """Restore the reduced number, unless the configured number has changed. Raises ValueError for another state."""
+        if state and not all(type(state[name]) is int and state[name] > 0 for name in ("from", "to")):
+            raise ValueError(f"from and to must be numbers of tokens, not {dict(state)}")
         is_reduced = bool(state) and state["from"] == self._configured
         self.tokens = state["to"] if is_reduced else self._configured
 

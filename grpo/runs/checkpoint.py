@@ -13,6 +13,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from grpo.config.errors import FileError
+from grpo.config.errors import FileError, first_line
 from grpo.config.migrations import STATE_STEPS, VERSION
 from grpo.runs.files import commit_folder, discard, read_dataclass, read_json, restore_replaced, step_of, write_atomic
 
@@ -108,7 +109,7 @@ def step_folders(folder: Path) -> list[Path]:
 def latest_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose files all match its manifest. Logs a warning for each newer one that is damaged.
 
-    Returns None if there is no checkpoint at all. Raises RuntimeError if there are checkpoints but none is intact.
+    Returns None if there is no checkpoint at all. Raises FileError if there are checkpoints but none is intact.
     """
     found = step_folders(folder)
     for checkpoint in reversed(found):
@@ -117,7 +118,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
             return checkpoint
         logger.warning("checkpoint %s is damaged (%s); trying the one before it", checkpoint, problem)
     if found:
-        raise RuntimeError(f"none of the {len(found)} checkpoints in {folder} is intact; nothing was deleted")
+        raise FileError(f"none of the {len(found)} checkpoints in {folder} is intact; nothing was deleted")
     return None
 
 
@@ -140,15 +141,24 @@ def find_damage(checkpoint: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error) or type(error).__name__
     reference = manifest.get("reference")
-    if reference and (checkpoint.name == reference or not re.fullmatch(r"reference_\d{6,}", str(reference))):
+    is_reference = checkpoint.name.startswith("reference_")  # which needs no other one
+    if reference and (is_reference or not re.fullmatch(r"reference_\d{6,}", str(reference))):
         return f"{reference} is not a reference"
     problem = find_damage(checkpoint.parent / reference) if reference else None
     return f"its reference {reference}: {problem}" if problem else None
 
 
 def load_state(checkpoint: Path) -> TrainerState:
-    """Read the TrainerState of a checkpoint. Raises FileError if its file is damaged or of a newer version."""
-    return read_dataclass(TrainerState, checkpoint / "trainer_state.json", STATE_STEPS)
+    """Read the TrainerState of a checkpoint.
+
+    Raises FileError if its file is damaged, of a newer version, or of another step than the folder's name says.
+    """
+    file = checkpoint / "trainer_state.json"
+    state = read_dataclass(TrainerState, file, STATE_STEPS)
+    counts = (state.step, state.iteration, state.num_tokens, state.evaluated_step, state.skipped_in_a_row)
+    if min(counts) < 0 or (checkpoint.name.startswith("step_") and state.step != step_of(checkpoint)):
+        raise FileError(f"{file} is not the state after the step of its folder: step {state.step}, counts {counts}")
+    return state
 
 
 def reference_of(checkpoint: Path) -> Path | None:
@@ -160,17 +170,26 @@ def reference_of(checkpoint: Path) -> Path | None:
 class StoredTensors(Mapping[str, Tensor]):
     """The tensors of a safetensors file by name, each read on access.
 
-    The file is opened for each access: it is mapped into memory, and its pages count as used until it is closed.
+    The file is opened for each access: it is mapped into memory, and its pages count as used until it is closed. If it
+    is damaged, opening or reading it raises FileError.
     """
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        with safe_open(file, "pt") as stored:
+        with self._open() as stored:
             self._names = list(stored.keys())
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._file, "pt") as stored:
+        with self._open() as stored:
             return stored.get_tensor(name)
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with safe_open(self._file, "pt") as stored:
+                yield stored
+        except (SafetensorError, OSError) as error:
+            raise FileError(f"{self._file} is damaged: {first_line(error)}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -195,16 +214,19 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_weights(tensors: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Copy weights into the trainable parameters of a model. Raises RuntimeError if names or shapes differ."""
+    """Copy weights into the trainable parameters of a model. Raises FileError if names, shapes or types differ.
+
+    Another floating-point type is converted.
+    """
     parameters = _trained(model)
-    for name, value in tensors.items():
-        if name not in parameters or parameters[name].shape != value.shape:
-            raise RuntimeError(
-                f"{_named(tensors)} does not fit the model, which has no {name} of shape {tuple(value.shape)}"
-            )
-        parameters[name].copy_(value)
     if missing := sorted(parameters.keys() - tensors.keys()):
-        raise RuntimeError(f"{_named(tensors)} does not fit the model: it lacks {', '.join(missing)}")
+        more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise FileError(f"{_named(tensors)} does not fit the model: it lacks {missing[0]}{more}")
+    for name, value in tensors.items():
+        if name not in parameters or parameters[name].shape != value.shape or not value.is_floating_point():
+            kind = f"of shape {tuple(value.shape)} and type {value.dtype}"
+            raise FileError(f"{_named(tensors)} does not fit the model, which has no {name} {kind}")
+        parameters[name].copy_(value)
 
 
 def _named(tensors: Mapping[str, Tensor]) -> str:
@@ -276,9 +298,9 @@ def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) 
         )
 
 
-def _kind(tensor: Tensor) -> tuple[tuple[int, ...], bool]:
-    """The shape of a tensor, and whether it is a non-scalar integer tensor: a wrong kind can crash the optimizer."""
-    return tuple(tensor.shape), tensor.dim() > 0 and not tensor.is_floating_point()
+def _kind(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    """The shape and the type of a tensor: another one fails in the optimizer, or crashes the process."""
+    return tuple(tensor.shape), tensor.dtype
 
 
 def _is_place(key: str, optimizer: torch.optim.Optimizer) -> bool:

@@ -30,6 +30,7 @@ from grpo.runs.checkpoint import (
     load_weights,
     weights_of,
 )
+from grpo.runs.files import check_record
 from grpo.training.evaluation import evaluate
 from grpo.training.experiment import Experiment, ScoredCompletions, compute_dtype, score_completions
 from grpo.training.metrics import (
@@ -343,8 +344,8 @@ class Trainer:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned. Call it only once, on a new trainer.
 
-        The optimizer is loaded last, to keep peak memory low. Raises RuntimeError if the weights do not fit the model,
-        FileError if the optimizer or another state does not fit.
+        The optimizer is loaded last, to keep peak memory low. Raises FileError if the weights, the optimizer or
+        another state do not fit.
         """
         check_optimizer(saved, self._new_optimizer())  # before any weight is changed
         self.state = replace(saved["trainer"])
@@ -358,7 +359,8 @@ class Trainer:
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise FileError(f"the checkpoint has a state of '{name}' that does not fit: {error!r}") from error
         if self.loss_scale is not None and self.state.loss_scale is not None:
-            self.loss_scale = LossScale(**self.state.loss_scale)
+            check_record(self.state.loss_scale, {"value": float, "updates": int}, "the checkpoint's loss_scale")
+            self.loss_scale = LossScale(**{name: self.state.loss_scale[name] for name in ("value", "updates")})
         load_weights(saved["model"], self.master)
         if self.reference is not None and saved["reference"] is not None:
             switch_adapter(self.reference, on=True)

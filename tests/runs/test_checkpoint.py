@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import grpo.algorithm.optimizer
-from grpo.config.errors import ConfigError
+from grpo.config.errors import ConfigError, FileError
 from grpo.config.schema import CheckpointConfig, ModelConfig
 from grpo.rollout.load_check import load_checked_model
 from grpo.runs.checkpoint import (
@@ -281,7 +281,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     with_bias, without = nn.Linear(3, 2), nn.Linear(3, 2, bias=False)
     for step, ours, theirs in ((1, with_bias, without), (2, without, with_bias)):
         checkpoint = save_checkpoint(tmp_path, ours, adamw(ours), None, TrainerState(step=step))
-        with pytest.raises(RuntimeError, match=r"does not fit the model(, which has no|: it lacks) bias"):
+        with pytest.raises(FileError, match=r"does not fit the model(, which has no|: it lacks) bias"):
             load_weights(stored(checkpoint), theirs)
 
 
@@ -384,7 +384,7 @@ def test_if_no_checkpoint_is_intact_an_error_says_so_and_nothing_is_deleted(tmp_
     for step in (1, 2):
         truncate(tmp_path / f"step_{step:06d}" / "model.safetensors")
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
-    with pytest.raises(RuntimeError, match=r"none of the 2 checkpoints in .* is intact; nothing was deleted"):
+    with pytest.raises(FileError, match=r"none of the 2 checkpoints in .* is intact; nothing was deleted"):
         latest_checkpoint(tmp_path)
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 
