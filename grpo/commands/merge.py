@@ -29,16 +29,20 @@ def main(arguments: list[str]) -> None:
     import torch
     from peft import PeftModel
 
-    from grpo.model.loading import load_model, load_tokenizer
-    from grpo.model.lora import check_adapter
+    from grpo.model.loading import check_model, load_model, load_tokenizer
+    from grpo.model.lora import check_adapter, peft_settings
 
+    check_model(model)
     check_adapter(model.lora)
     if target.exists():
         raise ConfigError(f"{target} exists already; remove it, or give another output_dir=DIR")
     temporary = target.with_name(f"{target.name}.tmp")
     if temporary.exists():
         raise ConfigError(f"{temporary} exists; it is left over from an interrupted merge: remove it")
-    merged = PeftModel.from_pretrained(load_model(model, torch.device("cpu")), model.lora.init_from).merge_and_unload()
+    base = load_model(model, torch.device("cpu"))
+    # With our settings, since those in the adapter's folder can name modules that peft imports.
+    settings = peft_settings(model.lora, base)
+    merged = PeftModel.from_pretrained(base, model.lora.init_from, config=settings).merge_and_unload()
     temporary.mkdir(parents=True)
     merged.save_pretrained(temporary)
     load_tokenizer(model).save_pretrained(temporary)

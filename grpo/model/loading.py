@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +27,8 @@ from grpo.config.errors import ConfigError, first_line
 from grpo.config.schema import ModelConfig
 from grpo.data.prompts import turn_tokens
 from grpo.model.linear import use_onednn
+from grpo.model.lora import adapter_config
+from grpo.runs.files import check_files
 from grpo.tiny import MODEL_DIR as TINY_MODEL_DIR
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             trust_remote_code=config.trust_remote_code,
             padding_side="left",
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of various types, if a file is damaged
         raise model_not_found(config.name, error) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -66,8 +67,14 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def check_model(config: ModelConfig) -> None:
     """Raise ConfigError if the model's config or attention cannot be used. Loads no weights."""
     folder = Path(config.name)
-    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        adapter = json.loads((folder / "adapter_config.json").read_text())
+    check_files(folder)
+    adapter = adapter_config(folder)
+    if adapter is not None and (folder / "config.json").exists():
+        raise ConfigError(
+            f"model.name={config.name} holds a model and an adapter, which transformers would load as well; move "
+            "adapter_config.json away, or merge the two with peft"
+        )
+    if adapter is not None:
         raise ConfigError(
             f"model.name={config.name} is a LoRA adapter, which needs its base model; without run_dir, set "
             f"tuning=lora model.name={adapter.get('base_model_name_or_path')} model.lora.init_from={config.name} "
@@ -75,7 +82,7 @@ def check_model(config: ModelConfig) -> None:
         )
     try:
         found = architecture(config.name, config.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of various types, if config.json is damaged
         raise model_not_found(config.name, error) from error
     if found.is_encoder_decoder:
         raise ConfigError(
@@ -126,12 +133,13 @@ def explained(config: ModelConfig) -> Iterator[None]:
     """Raise a ConfigError, with the fix, for what transformers raises if it cannot build a model."""
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except Exception as error:  # of various types, if a file is damaged
         if "attn_implementation" in str(error) and config.attn_implementation == "sdpa":
             raise ConfigError(
                 f"model.name={config.name} does not support torch's attention: add model.attn_implementation=eager"
             ) from error
-        raise ConfigError(f"model.name={config.name} could not be loaded: {first_line(error)}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"model.name={config.name} could not be loaded: {reason}") from error
 
 
 def copy_in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

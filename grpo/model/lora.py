@@ -4,20 +4,22 @@ Only the adapter is trained. Its dtype is `model.dtype`; the frozen weights have
 distinguishes models with and without an adapter: the trained parameters are those that require a gradient.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo.config.errors import ConfigError, first_line
 from grpo.config.schema import LoraSettings
+from grpo.runs.files import read_json
 
+# The types of the values that are read from adapter_config.json.
+ADAPTER = {"peft_type": str, "r": int, "lora_alpha": float, "base_model_name_or_path": str | None}
 PLAIN = {"use_dora": False, "use_rslora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
 PATTERNS = ("rank_pattern", "alpha_pattern")  # peft itself sets them for the fused weights of experts
 # peft refuses to adapt these layers of these architectures, whose kernels use the weights directly.
@@ -31,17 +33,10 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings, dtype: torch.dty
     The adapter is loaded from `settings.init_from`, or drawn from the seed such that it adds nothing at first. Raises
     ConfigError if it does not fit the model.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # imported here because it takes a second
+    from peft import inject_adapter_in_model  # imported here because it takes a second
 
     modules = settings.target_modules
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank
-        target_modules=modules,
-        exclude_modules=list(NOT_ADAPTED) if modules == "all-linear" and model.config.model_type in MAMBA else None,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=model.name_or_path,
-    )
+    config = peft_settings(settings, model)
     with torch.random.fork_rng(devices=[]):
         try:
             inject_adapter_in_model(config, model)
@@ -57,6 +52,21 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings, dtype: torch.dty
             layer.reset_lora_parameters("default", init_lora_weights=True)
     if settings.init_from is not None:
         _begin_with(model, settings.init_from)
+
+
+def peft_settings(settings: LoraSettings, model: PreTrainedModel) -> Any:
+    """The settings of an adapter as peft's LoraConfig."""
+    from peft import LoraConfig  # imported here because it takes a second
+
+    modules = settings.target_modules
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft only divides it by the rank
+        target_modules=modules,
+        exclude_modules=list(NOT_ADAPTED) if modules == "all-linear" and model.config.model_type in MAMBA else None,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.name_or_path,
+    )
 
 
 def check_adapter(settings: LoraSettings) -> None:
@@ -76,10 +86,12 @@ def check_adapter(settings: LoraSettings) -> None:
     special = [f"{key}={stored[key]}" for key, plain in checked.items() if (stored.get(key) or plain) != plain]
     if special:
         raise _unusual(settings.init_from, special)
-    if (stored["r"], stored["lora_alpha"]) != (settings.rank, settings.alpha):
+    rank = stored.get("r")
+    alpha = stored.get("lora_alpha")
+    if (rank, alpha) != (settings.rank, settings.alpha):
         raise ConfigError(
-            f"model.lora.init_from={settings.init_from} has another size; set model.lora.rank={stored['r']} "
-            f"model.lora.alpha={stored['lora_alpha']}"
+            f"model.lora.init_from={settings.init_from} has another size; set model.lora.rank={rank} "
+            f"model.lora.alpha={alpha}"
         )
 
 
@@ -93,7 +105,7 @@ def _unusual(folder: str, settings: list[str]) -> ConfigError:
 def adapter_config(folder: str | Path) -> dict[str, Any] | None:
     """The content of the adapter_config.json in a folder; None if the folder does not contain an adapter."""
     file = Path(folder) / "adapter_config.json"
-    return json.loads(file.read_text()) if file.exists() else None
+    return read_json(file, ADAPTER) if file.exists() else None
 
 
 def _begin_with(model: PreTrainedModel, folder: str) -> None:
@@ -107,13 +119,22 @@ def _begin_with(model: PreTrainedModel, folder: str) -> None:
     ]
     if special:
         raise _unusual(folder, special)
-    found: Any = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
+    try:
+        found: Any = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
+    except (SafetensorError, RuntimeError, KeyError, OSError) as error:  # a damaged file, or other shapes
+        raise ConfigError(
+            f"model.lora.init_from={folder} does not fit the model, or is damaged: {_in_one_line(error)}"
+        ) from error
     lacking = [key for key in found.missing_keys if "lora_" in key]
     if lacking or found.unexpected_keys:
         raise ConfigError(
             f"model.lora.init_from={folder} adapts other layers; set model.lora.target_modules to "
             f"[{','.join(_modules_in(folder))}], and model.name to the model that it was trained on"
         )
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _modules_in(folder: str) -> list[str]:
