@@ -23,7 +23,7 @@ from grpo.config.hydra_app import compose_again
 from grpo.config.overrides import Overrides
 from grpo.config.schema import MORE_STEPS, Config
 from grpo.config.trust import foreign_targets
-from grpo.config.values import to_dict
+from grpo.config.values import escape, to_dict
 from grpo.launch.freeze import freeze
 from grpo.launch.resume import resumed_config
 from grpo.runs.choice import check_empty, check_parent, choose_run, has_finished
@@ -181,12 +181,13 @@ def new_config(folder: RunFolder, cfg: DictConfig, overrides: Overrides, is_job:
 def _name_in_tracking(cfg: DictConfig, overrides: Overrides) -> None:
     """Let W&B show the jobs of a sweep as one group, and name each job by its swept values."""
     record = SweepFolder(HydraConfig.get().sweep.dir).record()
-    own = overrides.select(record["keys"]).lines
-    cfg.tracking.tags = list(dict.fromkeys([*cfg.tracking.tags, *(tag[:64] for tag in own)]))  # maximum length in W&B
+    own = overrides.select(record.get("keys", [])).lines
+    tags = [escape(tag[:64]) for tag in own]  # maximum length in W&B
+    cfg.tracking.tags = list(dict.fromkeys([*cfg.tracking.tags, *tags]))
     if cfg.tracking.group is None:
-        cfg.tracking.group = record["name"]
+        cfg.tracking.group = escape(record.get("name"))
     if cfg.tracking.name is None:
-        cfg.tracking.name = " ".join(own) or None
+        cfg.tracking.name = escape(" ".join(own)) or None
 
 
 def _record_end(run: Run, error: BaseException) -> None:

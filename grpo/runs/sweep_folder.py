@@ -17,8 +17,8 @@ from yaml import YAMLError
 
 from grpo.config.errors import ConfigError, FileError
 from grpo.config.migrations import SWEEP_STEPS, VERSION, migrate
-from grpo.config.overrides import Overrides
-from grpo.config.schema import PASSING_KEYS, on_resume
+from grpo.config.overrides import Overrides, text_of
+from grpo.config.schema import FACTS, PASSING_KEYS, on_resume
 from grpo.runs.files import discard, read_json, write_atomic
 from grpo.runs.folder import RunFolder, outputs
 from grpo.runs.halving_state import HalvingState
@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 RECORDS = ("sweep.json", "multirun.yaml", "halving.json")  # written before any job
 # The types of the values that are read from sweep.json.
-RECORD: dict[str, Any] = {"overrides": list, "hydra": list, "keys": list, "planned": list | None, "flags": list}
-RECORD |= {"jobs": list, "name": str, "state": str, "sweeper": str}
+RECORD: dict[str, Any] = {"overrides": list[str], "hydra": list[str], "keys": list[str], "flags": list[str]}
+RECORD |= {"planned": list[list[str]] | None, "jobs": list, "name": str, "state": str, "sweeper": str, "started": str}
 
 
 class SweepFolder:
@@ -51,6 +51,25 @@ class SweepFolder:
         if fixed_values(overrides) != fixed_values(Overrides(recorded["overrides"])):
             given = shlex.join(recorded["overrides"])
             raise ConfigError(f"{self.path} is a sweep of other values; resume it with the same overrides: {given}")
+        for key, line in Overrides(recorded["overrides"]).without(overrides.keys).last_by_key.items():
+            # Hydra would resolve an interpolation, and read the choice of a group as the path of a file.
+            if "${" in line or not (key in FACTS or re.fullmatch(r"[\w-]*", text_of(line))):
+                raise ConfigError(
+                    f"{self.path / 'sweep.json'} sets {key}={text_of(line)}; if you trust it, add: {shlex.quote(line)}"
+                )
+
+    def planned(self, points: Sequence[Sequence[str]] | None) -> list[list[str]]:
+        """The recorded overrides of the swept keys of each job, in their order.
+
+        points: the overrides of each job according to the command line, in any order; None: the sweeper chooses them.
+        Raises FileError if the record has others: the command line decides what is run.
+        """
+        record = self.record()
+        planned = record.get("planned") or []
+        keys = record.get("keys", [])
+        if planned and sorted(planned) != sorted(Overrides(point).select(keys).lines for point in points or ()):
+            raise FileError(f"{self.path / 'sweep.json'} has other jobs than its overrides give; start a new sweep")
+        return planned
 
     def begin(
         self,
@@ -64,15 +83,15 @@ class SweepFolder:
         """Record the overrides, the swept keys, and the overrides of each job (None: not known yet) in sweep.json.
 
         hydra: the overrides of Hydra's own keys, such as the launcher. sweeper: the choice of hydra/sweeper. flags: the
-        flags with which the config is found. For a resumed sweep, only `hydra` and `overrides` are updated.
+        flags with which the config is found. For a resumed sweep, only `hydra`, `overrides` and `flags` are updated.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        new = {"overrides": overrides.without(PASSING_KEYS).lines, "hydra": list(hydra)}
+        new = {"overrides": overrides.without(PASSING_KEYS).lines, "hydra": list(hydra), "flags": list(flags)}
         if known := self.record():
             self._write(known | new)
             self.update("running")
             return
-        record = new | {"keys": list(keys), "sweeper": sweeper, "flags": list(flags)}
+        record = new | {"keys": list(keys), "sweeper": sweeper}
         record |= {"name": self.path.resolve().name, "started": datetime.now().isoformat(timespec="seconds")}
         planned = [Overrides(point).select(keys).lines for point in points] if points is not None else None
         self._write(record | {"planned": planned, "state": "running", "jobs": []})

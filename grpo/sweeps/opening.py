@@ -59,17 +59,17 @@ def prepare_sweep(composed: DictConfig, overrides: Overrides, named: str | None,
     asked = with_params(overrides.of_experiment, sweeper)
     known = _known_folder(composed, named, asked, choice)
     kept = asked
-    record: dict[str, Any] = {}
+    planned: list[list[str]] = []
     if known is not None:
         check_contents(known.path)
-        record = known.record()
-        if record:
+        if known.record():
             known.check_same(asked, choice, composed.resume)
             kept = known.continued(asked)
+            planned = known.planned(points_of(kept, sweeper))
         elif not known.begun():
             check_empty(known.path)
     # Expanded only once, since `seed=shuffle(1,2,3)` would give the jobs another order each time.
-    task = kept.expand(record.get("planned") or points_of(kept, sweeper) or ())
+    task = kept.expand(planned or points_of(kept, sweeper) or ())
     points = points_of(task, sweeper)
     _check_points(composed, task, points, check)
     excluded = {*composed.hydra.job.config.override_dirname.exclude_keys, *LAUNCH_KEYS}
