@@ -25,6 +25,7 @@ class ModelUnderTest:
     folder: RunFolder | None  # the run folder given as run_dir, if any
     weights: Path | None  # checkpoint whose weights replace those of the model, if the run has no final_model yet
     step: int  # number of steps for which the model was trained
+    changed: tuple[str, ...] = ()  # keys and groups of the run's config that are replaced
 
     @property
     def model(self) -> str:
@@ -77,24 +78,27 @@ def find_model(arguments: Sequence[str]) -> ModelUnderTest:
         return ModelUnderTest(resolved(composed), None, None, 0)
     changed = apply_overrides(folder.frozen_config(), composed, overrides)
     check_trusted(changed, composed, folder.path)
+    changed.accept_changes = composed.accept_changes
     if {"model", "model.name"} & set(overrides.keys):
         if not overrides.names("model.lora"):
             changed.model.lora = None
-        return ModelUnderTest(resolved(changed), folder, None, 0)
+        return ModelUnderTest(resolved(changed), folder, None, 0, tuple(overrides.keys))
     # Only of a finished run: if steps were added to a run and are not completed yet, its final_model is older than its
     # checkpoints.
     if folder.finished() and folder.final_model.exists():
+        replaced = list(overrides.keys)
         if changed.model.get("lora") is None:
             changed.model.name = escape(str(folder.final_model))
+            replaced.append("model.name")
         else:
             changed.model.lora.init_from = escape(str(folder.final_model))
-        return ModelUnderTest(resolved(changed), folder, None, folder.status().get("step", 0))
+        return ModelUnderTest(resolved(changed), folder, None, folder.status().get("step", 0), tuple(replaced))
     from grpo.runs.checkpoint import latest_checkpoint, load_state  # imports torch
 
     weights = latest_checkpoint(folder.checkpoints)
     if weights is None:
         raise ConfigError(f"{folder.path} holds no trained model yet; for the untrained one add model.name=...")
-    return ModelUnderTest(resolved(changed), folder, weights, load_state(weights).step)
+    return ModelUnderTest(resolved(changed), folder, weights, load_state(weights).step, tuple(overrides.keys))
 
 
 def resolved(cfg: DictConfig) -> Config:
@@ -111,10 +115,16 @@ def load_model_under_test(subject: ModelUnderTest, with_problems: bool = True):
     Returns (Experiment, RolloutEngine, Sampling).
     """
     from grpo.runs.checkpoint import StoredTensors, load_weights
+    from grpo.training.digests import check_digests, digests_of
     from grpo.training.experiment import build_experiment
 
     experiment = build_experiment(subject.config, with_problems)
-    model = experiment.in_compute_dtype(experiment.load_policy())
+    policy = experiment.load_policy()
+    if subject.folder is not None and with_problems:
+        found = digests_of(experiment, subject.folder, policy)
+        found.pop("adapter", None)  # it is the trained one
+        check_digests(subject.folder, found, subject.changed, subject.config.accept_changes)
+    model = experiment.in_compute_dtype(policy)
     if subject.weights is not None:
         load_weights(StoredTensors(subject.weights / "model.safetensors"), model)
     return experiment, experiment.build_engine(model), experiment.sampling(model)

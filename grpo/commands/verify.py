@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> None:
     composed = hardware_found(compose_config(overrides.lines), overrides, compose_config)
     config = apply_overrides(folder.frozen_config(), composed, overrides)
     check_trusted(config, composed, folder.path)
+    config.accept_changes = composed.accept_changes
     ready = resolved(config)
     damaged = check_manifests(folder)
     start, end = span(folder, own.get("step"))
@@ -94,11 +95,13 @@ def replay(folder: RunFolder, config: Any, start: int, end: int) -> tuple[str | 
     Returns the first difference as text, or None, and a text that says what was compared in addition to the rows.
     """
     from grpo.runs.checkpoint import read_checkpoint, step_folder
+    from grpo.training.digests import check_digests, digests_of
     from grpo.training.experiment import build_experiment
     from grpo.training.trainer import Trainer
 
     trainer = Trainer(build_experiment(config))
     with closing(trainer.engine):
+        check_digests(folder, digests_of(trainer.experiment, folder, trainer.master), (), config.accept_changes)
         if start > 0:
             checkpoint = step_folder(folder.checkpoints, start)
             if not checkpoint.exists():

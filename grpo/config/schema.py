@@ -233,6 +233,7 @@ class Config:
     fork: bool = key(default=False, launch_only=True, of_sweep=True)
     fork_step: int | None = key(default=None, launch_only=True, of_sweep=True)
     plan: bool = key(default=False, launch_only=True)
+    accept_changes: bool = key(default=False, launch_only=True)
     until_step: int | None = key(default=None, least=1, launch_only=True)
     sweep: SweepConfig = group(SweepConfig, launch_only=True)
     parent: dict[str, Any] | None = MISSING

@@ -28,6 +28,7 @@ from grpo.runs.checkpoint import (
 )
 from grpo.runs.files import read_json, step_of, sync
 from grpo.runs.folder import RunFolder
+from grpo.training.digests import kept_by_fork
 
 
 def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
@@ -53,6 +54,7 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
         copy_value(cfg, "tracking.group", frozen)
         copy_value(cfg, "tracking.tags", frozen)
     copy_value(cfg, "tracking.name", frozen)
+    frozen.accept_changes = cfg.accept_changes
     config = freeze(frozen)
     check_unused_overrides(config, overrides)
     _check_steps(config, state, reference_of(source))
@@ -72,6 +74,7 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     folder.write_metrics(history)
     for name, result in parent.training_evaluations(state.step).items():
         folder.write_evaluation(name, result)
+    folder.update_digests(kept_by_fork(parent.digests(), overrides.keys))
     folder.write_config(config)  # last, since with this file the folder is a run
     folder.update_status(
         state="running", iteration=state.iteration, step=state.step, best_reward=state.best_reward, error=None

@@ -32,6 +32,7 @@ def resumed_config(folder: RunFolder, composed: DictConfig, overrides: Overrides
         if facts.kept_by_group and key not in named:
             copy_value(frozen, key, changed)
     check_trusted(changed, composed, folder.path)
+    changed.accept_changes = composed.accept_changes
     config = freeze(changed)
     before = flatten(OmegaConf.to_container(frozen, resolve=True))
     after = flatten(to_dict(config))

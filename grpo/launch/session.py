@@ -231,7 +231,7 @@ def _undo(run: Run, before: Mapping[str, Any]) -> None:
 
 def _discard(folder: RunFolder, forked: bool) -> None:
     """Remove the files of a launch that was refused before its first step, so that no empty run is left."""
-    for name in ("config.yaml", "status.json", *(COPIED_BY_FORK if forked else ())):
+    for name in ("config.yaml", "status.json", "digests.json", *(COPIED_BY_FORK if forked else ())):
         with suppress(OSError):  # so as not to hide the error that ended the launch
             discard(folder.path / name)
     release(folder.path)

@@ -45,7 +45,7 @@ METRICS: dict[str, Any] = {"step": int, "iteration": int, "reward": float | None
 
 # What a launch writes, and what a fork copies, before config.yaml, with which the folder becomes a run.
 BEFORE_START = (".lock", ".hydra", "launch.log", "launches.jsonl", "launches.jsonl.tmp", "config.yaml.tmp")
-COPIED_BY_FORK = ("checkpoints", "metrics", "eval")
+COPIED_BY_FORK = ("checkpoints", "metrics", "eval", "digests.json")
 
 
 def outputs() -> Path:
@@ -195,7 +195,19 @@ class RunFolder:
 
     def launches(self) -> list[dict[str, Any]]:
         """The launches of this run, in order; an incomplete last line is ignored."""
-        return read_lines(self.path / "launches.jsonl")
+        return read_lines(self.path / "launches.jsonl", LAUNCH)
+
+    def digests(self) -> dict[str, str]:
+        """The digests of what the run depends on, by name (see training/digests.py); `{}` for an earlier version."""
+        file = self.path / "digests.json"
+        record = read_json(file) if file.exists() else {}
+        check_record(record, dict.fromkeys(record, str), str(file))
+        return record
+
+    def update_digests(self, found: dict[str, str], accepted: Iterable[str] = ()) -> None:
+        """Add digests to digests.json; those that it has already are kept, unless their names are in `accepted`."""
+        record = found | self.digests() | {name: found[name] for name in accepted}
+        write_atomic(self.path / "digests.json", json.dumps(record, indent=1) + "\n")
 
     def has_trained(self) -> bool:
         """Whether a launch reached its first step; its environment is recorded directly before that."""
@@ -216,10 +228,12 @@ class RunFolder:
     def _metrics_as_written(self, up_to_step: int | None) -> list[dict]:
         rows = read_lines(self.metrics_file, METRICS)
         for number, row in enumerate(rows, start=1):
-            if type(row.get("step")) is not int:
-                raise FileError(
-                    f'{self.metrics_file}, line {number}: not a metrics row, which is an object with a "step"'
-                )
+            where = f"{self.metrics_file}, line {number}"
+            if "step" not in row:
+                raise FileError(f'{where}: not a metrics row, which is an object with a "step"')
+            for name, value in row.items():
+                if not (isinstance(value, float | NoneType) or name.startswith("digest/")):
+                    check_record(row, {name: float}, where)
         return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
 
     def metrics_of_steps(self, steps: int) -> list[dict]:

@@ -13,6 +13,7 @@ from grpo.runs.checkpoint import latest_checkpoint, read_checkpoint
 from grpo.runs.console import next_commands, resume_command
 from grpo.runs.environment import environment
 from grpo.runs.run import Run
+from grpo.training.digests import check_digests, digests_of
 from grpo.training.experiment import build_experiment
 from grpo.training.recorder import Recorder, is_due, recording
 from grpo.training.trainer import Trainer
@@ -51,8 +52,11 @@ def started(run: Run) -> Iterator[Trainer]:
         build_experiment(run.config, on_hang=run.end_process, status_file=run.folder.path / "status.json")
     )
     with closing(trainer.engine):
+        found = digests_of(trainer.experiment, run.folder, trainer.master)
+        accepted = check_digests(run.folder, found, (), run.config.accept_changes)
         restore(trainer, run)
-        record_launch(trainer, run)
+        run.folder.update_digests(found, accepted)
+        record_launch(trainer, run, accepted)
         if run.config.grpo.mu == 1:
             logger.info("mu=1: the ratio is 1 at every update, so the loss says little; its gradient is what counts")
         yield trainer
@@ -88,8 +92,11 @@ def check_until(until_step: int | None, step: int) -> None:
         raise ConfigError(f"until_step={until_step}: the run is at step {step} already; set a later one, or remove it")
 
 
-def record_launch(trainer: Trainer, run: Run) -> None:
-    """Record the start of this launch. Called when its config and checkpoint have been loaded without errors."""
+def record_launch(trainer: Trainer, run: Run, accepted: list[str]) -> None:
+    """Record the start of this launch. Called when its config and checkpoint have been loaded without errors.
+
+    accepted: the names of the digests that differ from the run's, accepted by accept_changes=true.
+    """
     run.recorded = True
     run.folder.record_changes(run.changes)
     run.folder.record_launch(
@@ -98,6 +105,7 @@ def record_launch(trainer: Trainer, run: Run) -> None:
             "from_step": trainer.state.step,
             "overrides": run.overrides,
             "changes": run.changes,
+            **({"accepted": accepted} if accepted else {}),
             "environment": environment(trainer.experiment.device),
         },
         begun=run.forked or not run.resumed,
