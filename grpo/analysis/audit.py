@@ -7,7 +7,11 @@ from typing import Any
 import pandas as pd
 
 from grpo.rewards.math_xml import TAGS, extract_answer, parse_number, same_number
-from grpo.runs.files import read_lines, step_of
+from grpo.runs.files import check_record, read_lines, step_of
+
+# The types of the values that are read from a line in samples/.
+SAMPLE: dict[str, Any] = {"step": int, "problem_id": str, "completion": str, "answer": str | None, "length": int}
+SAMPLE |= {"reward": float | None, "advantage": float | list | None}
 
 _LAST_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
@@ -21,7 +25,7 @@ def load_samples(run_dir: str | Path, most_steps: int | None = None) -> pd.DataF
     found = (file for file in Path(run_dir, "samples").glob("step_*.jsonl") if re.fullmatch(r"step_\d+", file.stem))
     files = spread(sorted(found, key=step_of), most_steps)
     # Not read by pandas, which would convert a completion that consists of digits only to a number.
-    rows = [row for file in files for row in read_lines(file)]
+    rows = [row for file in files for row in _read_rows(file)]
     columns = ["step", "problem_id", "prompt", "completion", "answer", "reward", "advantage", "length"]
     samples = pd.DataFrame(rows, columns=None if rows else columns)
     rewards = [column for column in samples if column == "reward" or column.startswith("rewards/")]
@@ -33,6 +37,13 @@ def spread(items: list[Any], most: int | None) -> list[Any]:
     if most is None or len(items) <= most:
         return items
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+
+
+def _read_rows(file: Path) -> list[dict]:
+    rows = read_lines(file, SAMPLE, needed=("step", "problem_id", "completion", "reward", "length"))
+    for number, row in enumerate(rows, start=1):
+        check_record(row, {name: float | None for name in row if name.startswith("rewards/")}, f"{file}, line {number}")
+    return rows
 
 
 def components(samples: pd.DataFrame) -> list[str]:

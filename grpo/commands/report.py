@@ -6,8 +6,10 @@ python -m grpo report run_dir=outputs/...                into its report.html
 
 from pathlib import Path
 
+from hydra.errors import HydraException
+
 from grpo.commands._common import existing_run, own_arguments
-from grpo.config.errors import ConfigError
+from grpo.config.errors import ConfigError, first_line
 from grpo.runs.files import check_contents
 
 
@@ -18,6 +20,10 @@ def main(arguments: list[str]) -> None:
         raise ConfigError("report takes one of sweep_dir=outputs/sweeps/... and run_dir=outputs/...")
     try:
         print("\n".join(_report(own)))
+    except HydraException as error:
+        raise ConfigError(
+            f"{own['sweep_dir']}/sweep.json has an override that is not valid: {first_line(error)}"
+        ) from error
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(str(error)) from error
 

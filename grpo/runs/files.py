@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,12 +30,7 @@ def read_json(file: Path, types: Mapping[str, Any] = MappingProxyType({})) -> di
 
     types: name -> type of the value, if it is present, as an annotation such as `list[str] | None`.
     """
-    try:
-        record = json.loads(read_file(file))
-    except FileError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{file} is not valid JSON: {error}") from error
+    record = _parsed(read_file(file), str(file))
     check_record(record, types, str(file))
     return record
 
@@ -54,14 +50,27 @@ def read_dataclass(kind: type, file: Path, steps: tuple[Migration, ...] = ()) ->
         raise FileError(f"{file}: {first_line(error)}") from error
 
 
-def check_record(record: Any, types: Mapping[str, Any], where: str) -> None:
+def _parsed(text: bytes, where: str) -> Any:
+    """The JSON value of a text. Raises FileError."""
+    try:
+        value = json.loads(text)
+        if re.search(rb"\\u[dD][89a-fA-F]", text):  # half a character, which cannot be written to a file
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+        raise FileError(f"{where} is not valid JSON: {error}") from error
+    return value
+
+
+def check_record(record: Any, types: Mapping[str, Any], where: str, needed: Iterable[str] = ()) -> None:
     """Raise FileError if a value read from JSON is not an object, or if a value in it does not have its type.
 
-    where: the file, and the line if it has several records.
+    where: the file, and the line if it has several records. needed: names that must not be missing.
     """
     if not isinstance(record, dict):
         raise FileError(f"{where}: not a JSON object")
     check_levels(record, where)
+    if missing := [name for name in needed if name not in record]:
+        raise FileError(f"{where}: {missing[0]} is missing")
     for name in types.keys() & record.keys():
         if not _is_of(record[name], types[name]):
             raise FileError(f"{where}: {name} is {str(record[name])[:80]}, which is not valid here")
@@ -181,20 +190,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def read_lines(file: Path, types: Mapping[str, Any] = MappingProxyType({})) -> list[dict]:
+def read_lines(file: Path, types: Mapping[str, Any] = MappingProxyType({}), needed: Iterable[str] = ()) -> list[dict]:
     """Read a file of one JSON object per line. An incomplete last line, left by a crash, is ignored.
 
     Raises FileError, with the file's name and the line number, if any other line is not an object. types: see
-    `read_json`.
+    `read_json`; needed: names that each line must have.
     """
     lines = read_file(file).split(b"\n")[:-1] if os.path.lexists(file) else []
     rows = []
     for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
-            raise FileError(f"{file}, line {number}: not valid JSON ({error})") from error
-        check_record(row, types, f"{file}, line {number}")
+        row = _parsed(line, f"{file}, line {number}")
+        check_record(row, types, f"{file}, line {number}", needed)
         rows.append(row)
     return rows
 

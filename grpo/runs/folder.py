@@ -39,6 +39,10 @@ STATUS |= {"seconds": float, "best_reward": float | None, "error": str | None, "
 EVALUATION: dict[str, Any] = {"step": int, "n": int, "accuracy": float | None, "reward": float | None}
 EVALUATION |= {"rewards": dict[str, float | None] | None, "problems": list[dict], "missing": int}
 EVALUATION |= {"completions/mean_length": float | None}
+PREFLIGHT: dict[str, Any] = {"prompts": int, "completions": int, "frac_reward_zero_std": float | None}
+PREFLIGHT |= {"components": dict[str, dict[str, float | None]], "prompt_lengths": dict[str, float]}
+PREFLIGHT |= {"completions/clipped_ratio": float, "warnings": list[str]}
+PROBLEM: dict[str, Any] = {"correct": bool | None, "problem_id": str}
 LAUNCH: dict[str, Any] = {"time": str, "from_step": int, "overrides": list[str], "changes": dict, "environment": dict}
 METRICS: dict[str, Any] = {"step": int, "iteration": int, "reward": float | None, "step_time": float | None}
 
@@ -301,7 +305,15 @@ class RunFolder:
 
     def preflight(self) -> dict | None:
         """The results of the pre-flight; None if there was none."""
-        return read_json(self.preflight_file) if self.preflight_file.exists() else None
+        if not self.preflight_file.exists():
+            return None
+        found = read_json(self.preflight_file, PREFLIGHT)
+        where = str(self.preflight_file)
+        check_record(found, {}, where, needed=PREFLIGHT)
+        for each in found["components"].values():
+            check_record(each, {}, where, needed=("mean", "nonzero"))
+        check_record(found["prompt_lengths"], {}, where, needed=("min", "max"))
+        return found
 
     def write_evaluation(self, name: str, result: dict) -> Path:
         """Write an evaluation to eval/<name>.json."""
@@ -361,7 +373,13 @@ class RunFolder:
 
 
 def _read_evaluation(file: Path) -> dict[str, Any]:
-    return migrate(read_json(file, EVALUATION), file, EVALUATION_STEPS)
+    result = migrate(read_json(file, EVALUATION), file, EVALUATION_STEPS)
+    for number, row in enumerate(result.get("problems", []), start=1):
+        check_record(row, PROBLEM, f"{file}, problem {number}")
+    accuracy = result.get("accuracy")
+    if (accuracy is not None and not 0 <= accuracy <= 1) or result.get("n", 0) < 0:
+        raise FileError(f"{file}: accuracy {accuracy} of {result.get('n')} problems is not possible")
+    return result
 
 
 def run_folders(root: Path) -> list[RunFolder]:

@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from grpo.config.errors import FileError
 from grpo.config.overrides import Overrides
-from grpo.runs.files import read_dataclass, write_atomic
+from grpo.runs.files import check_record, read_dataclass, write_atomic
 
 LEAST_STEPS = 3  # minimum of the first rung with a budget; also taken first, to measure the time of a step
 SEED = "seed"
+RUNG = {"steps": int, "scores": dict[str, float], "kept": list[int], "spent_hours": float}  # types of its values
 Ladder = list[tuple[int, int]]  # (steps taken by the end of the rung, arms that take them)
 
 
@@ -37,7 +39,17 @@ class HalvingState:
     def read(cls, folder: Path) -> "HalvingState | None":
         """The record of a sweep folder; None where there is none."""
         file = folder / "halving.json"
-        return read_dataclass(cls, file) if file.exists() else None
+        if not file.exists():
+            return None
+        state: HalvingState = read_dataclass(cls, file)
+        numbers = sorted(number for jobs in state.arms for number in jobs)
+        if not state.arms or not all(state.arms) or numbers != list(range(len(numbers))):
+            raise FileError(f"{file}: arms must hold each job once")
+        for rung in state.rungs:
+            check_record(rung, RUNG, f"{file}, rungs", needed=RUNG)
+            if not set(rung["kept"]) <= set(range(len(state.arms))):
+                raise FileError(f"{file}, rungs: kept has an arm that does not exist")
+        return state
 
     def write(self, folder: Path) -> None:
         """Write halving.json."""

@@ -15,7 +15,7 @@ from typing import Any
 from hydra.errors import HydraException
 from yaml import YAMLError
 
-from grpo.config.errors import ConfigError, FileError
+from grpo.config.errors import ConfigError, FileError, first_line
 from grpo.config.migrations import SWEEP_STEPS, VERSION, migrate
 from grpo.config.overrides import Overrides, text_of
 from grpo.config.schema import FACTS, PASSING_KEYS, on_resume
@@ -43,6 +43,10 @@ class SweepFolder:
         recorded = self.record()
         if not recorded:
             return
+        try:
+            _ = Overrides(recorded["overrides"]).keys
+        except HydraException as error:
+            raise FileError(f"{self.path / 'sweep.json'}: {first_line(error)}") from error
         if not resume:
             raise ConfigError(f"{self.path} already contains a sweep; add resume=true, or choose another sweep_dir")
         if recorded.get("sweeper") != sweeper:
@@ -207,8 +211,10 @@ def newest_sweep(overrides: Overrides, sweeper: str = "basic") -> Path | None:
     return max(found)[1] if found else None
 
 
-def short(value: str) -> str:
+def short(value: str | None) -> str:
     """Format the value of an override for display: long decimal numbers with four digits, long texts shortened."""
+    if value is None:
+        return "-"
     try:
         return f"{float(value):.4g}" if len(value) > 8 and not value.lstrip("-").isdigit() else value
     except ValueError:

@@ -1,0 +1,514 @@
+"""Run folders from someone else: they run no code, read no secret, write nowhere else, and block no reader.
+
+Each attack changes a real run folder, and each command reads one. The plain run takes a sample of the table of attacks
+and commands; `pytest -m slow tests/test_untrusted.py` takes all of it.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from grpo.__main__ import main as grpo_main
+from grpo.config.overrides import Overrides
+from grpo.runs.sweep_folder import SweepFolder
+from tests import inject
+from tests.launches import Launch
+
+OLD = Path(__file__).resolve().parent / "config" / "old_runs" / "version_1"
+SECRET = "d0-n0t-te11"
+TIMEOUT = 120  # seconds; a command that is blocked never ends
+
+# Commands, each with the run folder that it reads (as `run`) and its arguments.
+
+SMALL = ["grpo.num_steps=1", "grpo.batch_size=2", "grpo.num_generations=2", "grpo.max_completion_length=8"]
+SMALL += ["eval.before=false", "eval.after=false", "preflight=false", "tracking=disabled", "hardware.threads=1"]
+QUICK = ["experiment=quickstart", *SMALL]
+LORA = ["tuning=lora", "model.lora.rank=2", "model.lora.alpha=32", "model.lora.init_from=run/final_model"]
+SWEEP = [*QUICK, "-m", "seed=3,4", "resume=true", "sweep_dir=run"]
+
+
+@dataclass(frozen=True)
+class Command:
+    kind: str  # the folder in old_runs; `sweep`: a sweep folder with two runs
+    arguments: list[str]
+    main: Callable = grpo_main
+
+
+COMMANDS = {
+    "resume": Command("full_interrupted", ["resume=true", "run_dir=run"], inject.main),
+    "fork": Command("full_finished", ["fork=true", "run_dir=run", "grpo.num_steps=5"], inject.main),
+    "evaluate": Command("full_finished", ["evaluate", "run_dir=run", "eval.max_problems=2"]),
+    "evaluate a checkpoint": Command("full_interrupted", ["evaluate", "run_dir=run", "eval.max_problems=2"]),
+    "evaluate an adapter": Command("lora_finished", ["evaluate", "run_dir=run", "eval.max_problems=2"]),
+    "chat": Command("full_interrupted", ["chat", "run_dir=run", "prompt=1 + 1"]),
+    "verify": Command("full_interrupted", ["verify", "run_dir=run"]),
+    "merge": Command("lora_finished", ["merge", "run_dir=run"]),
+    "plot": Command("full_finished", ["plot", "run_dir=run"]),
+    "report": Command("full_finished", ["report", "run_dir=run"]),
+    "dashboard": Command("full_finished", ["dashboard", "run_dir=run", "entity=me"]),
+    "train its model": Command("full_finished", [*QUICK, "model.name=run/final_model"], inject.main),
+    "train its adapter": Command("lora_finished", [*QUICK, *LORA], inject.main),
+    "resume a sweep": Command("sweep", SWEEP, inject.main),
+    "report a sweep": Command("sweep", ["report", "sweep_dir=run"]),
+    "dashboard of a sweep": Command("sweep", ["dashboard", "sweep_dir=run", "entity=me"]),
+}
+RUN = ("resume", "evaluate", "evaluate a checkpoint", "evaluate an adapter", "chat", "verify", "merge", "fork")
+DISPLAY = ("plot", "report", "dashboard")
+ON_SWEEP = tuple(name for name in COMMANDS if "sweep" in name)
+ON_RUN = (*RUN, *DISPLAY)
+
+PAYLOAD = """
+from pathlib import Path
+
+Path("trace").touch()
+
+
+def run(*arguments, **settings):
+    return [0.0] * 99
+"""
+
+
+class Pickled:
+    """An object that leaves a trace when it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("trace"),)
+
+
+# Changes of a run folder.
+
+
+def put(name, content):
+    """Write a file."""
+
+    def change(run):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return change
+
+
+def config(**values):
+    """Set keys of config.yaml; `__` in a name stands for a dot."""
+
+    def change(run):
+        file = run / "config.yaml"
+        frozen = yaml.safe_load(file.read_text())
+        for name, value in values.items():
+            *groups, last = name.split("__")
+            functools.reduce(lambda node, group: node.setdefault(group, {}), groups, frozen)[last] = value
+        file.write_text(yaml.safe_dump(frozen))
+
+    return change
+
+
+def record(file_name, /, **values):
+    """Set keys of a JSON file."""
+
+    def change(run):
+        file = run / file_name
+        file.parent.mkdir(exist_ok=True)
+        content = json.loads(file.read_text()) | values if file.exists() else values
+        file.write_text(json.dumps(content))
+
+    return change
+
+
+def link(name, target):
+    """Replace a file or a folder by a link to a path next to the working directory."""
+
+    def change(run):
+        path = run / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        path.symlink_to(target if os.path.isabs(target) else run.parents[1] / target)
+
+    return change
+
+
+def pipe(name):
+    """Replace a file by a pipe, whose reader waits for a writer."""
+
+    def change(run):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+
+    return change
+
+
+def tensors(name, change_all):
+    """Change the tensors of a file of each checkpoint, and make the manifest fit to it."""
+
+    def change(run):
+        for file in run.glob(f"checkpoints/*/{name}.safetensors"):
+            found = load_file(file)
+            change_all(found)
+            save_file({key: value.contiguous() for key, value in found.items()}, file)
+            forge_manifest(file.parent)
+
+    return change
+
+
+def forge_manifest(checkpoint):
+    files = {}
+    for file in sorted(checkpoint.iterdir()):
+        if file.name != "manifest.json" and file.is_file():
+            content = file.read_bytes()
+            files[file.name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": files, "reference": None}))
+
+
+def in_checkpoints(name, content):
+    """Write a file of each checkpoint, and make the manifest fit to it. content: bytes, or changed values of JSON."""
+
+    def change(run):
+        for folder in run.glob("checkpoints/*"):
+            file = folder / name
+            if not isinstance(content, bytes):
+                file.write_text(json.dumps(json.loads(file.read_text()) | content))
+            else:
+                file.write_bytes(content)
+            forge_manifest(folder)
+
+    return change
+
+
+def both(*changes):
+    def change(run):
+        for each in changes:
+            each(run)
+
+    return change
+
+
+def each_first(kind):
+    """Change the first tensor with more than one value."""
+
+    def change_all(found):
+        name = next(name for name, value in found.items() if value.numel() > 1)
+        kind(found, name)
+
+    return change_all
+
+
+def with_auto_map(run):
+    """A model whose config and tokenizer name code in their folder."""
+    for name, entry in (("config.json", "AutoModelForCausalLM"), ("tokenizer_config.json", "AutoTokenizer")):
+        file = run / "final_model" / name
+        if file.exists():
+            code = {"auto_map": {entry: "payload.Model", "AutoConfig": "payload.Config"}}
+            file.write_text(json.dumps(json.loads(file.read_text()) | code))
+    put("final_model/payload.py", PAYLOAD)(run)
+
+
+def with_pickles(run):
+    """Pickles beside and in place of the weights, under every name that a library may look for."""
+    content = pickle.dumps(Pickled())
+    for name in ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "optimizer.pt"):
+        put(f"final_model/{name}", content)(run)
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        (run / "final_model" / name).unlink(missing_ok=True)
+    for folder in run.glob("checkpoints/*"):
+        (folder / "optimizer.pt").write_bytes(content)
+
+
+# Attacks. `said` is in the error message of the commands in `refused_by`; the other commands must not be harmed.
+
+
+@dataclass(frozen=True)
+class Attack:
+    change: Callable[[Path], None]  # of a run folder; of the sweep folder for `of_sweep`
+    said: str = ""
+    refused_by: tuple[str, ...] = ()
+    of_sweep: bool = False
+
+
+def code(said, **values):
+    return Attack(config(**values), said, RUN)
+
+
+INTERPOLATED = "${oc.env:SECRET}"
+CALL = "${oc.create:{_target_: payload.run}}"
+CONDITIONS = {"_target_": "payload.run"}
+ATTACKS = {
+    # Code.
+    "a function": code("asks to run payload.run (objective._target_)", objective___target_="payload.run"),
+    "a reward": code("asks to run payload.run", reward__components__x=CONDITIONS),
+    "the grader": code("asks to run payload.run (eval.accuracy._target_)", eval__accuracy=CONDITIONS),
+    "a nested function": code("asks to run payload.run", optimizer__betas=[{"a": [CONDITIONS]}]),
+    "a function of the suite for another key": code(
+        "asks to run grpo.algorithm.objective.Objective",
+        reward__components__x={"_target_": "grpo.algorithm.objective.Objective"},
+    ),
+    "a module within a trusted one": code("asks to run", data___target_="grpo.data.problems.json.load"),
+    "a module within torch": code("asks to run", optimizer___target_="torch.optim.adamw.torch.load"),
+    "code of a model": code("asks to run code that comes with the model", model__trust_remote_code=True),
+    "code of a model in other words": code("asks to run code that comes with", model__trust_remote_code="on"),
+    "code of the hub": code("asks to run code of the hub", model__attn_implementation="someone/attention:run"),
+    "a target in a setting": Attack(config(data__tags=CALL, optimizer__tags=CALL), "tags", ("evaluate", "resume")),
+    "positional arguments": Attack(
+        config(optimizer___args_=["payload"], optimizer___partial_=True),
+        "settings are passed as they are",
+        ("evaluate",),
+    ),
+    "a target in changes.yaml": Attack(
+        put("changes.yaml", "data._target_: payload.run\n"), "asks to run payload.run (data._target_)", RUN
+    ),
+    "a Python object in config.yaml": Attack(
+        put("config.yaml", "a: !!python/object/apply:payload.run []\n"), "config.yaml is not valid YAML", ON_RUN
+    ),
+    "a Python object in changes.yaml": Attack(
+        put("changes.yaml", "a: !!python/name:payload.run\n"), "changes.yaml is not valid YAML", RUN
+    ),
+    "auto_map": Attack(with_auto_map),
+    "pickles": Attack(with_pickles),
+    "a chat template": Attack(
+        put("final_model/chat_template.jinja", "{{ cycler.__init__.__globals__.os.system('touch trace') }}"),
+        "chat template refuses the prompt",
+        ("evaluate", "train its model"),
+    ),
+    "an adapter in a model": Attack(
+        both(
+            put("final_model/config.json", (OLD / "full_finished" / "final_model" / "config.json").read_bytes()),
+            record("final_model/adapter_config.json", peft_type="LORA", r=2, lora_alpha=32, megatron_core="payload"),
+        ),
+        "holds a model and an adapter",
+        ("evaluate", "train its model"),
+    ),
+    "a module named by an adapter": Attack(
+        record(
+            "final_model/adapter_config.json",
+            megatron_core="payload",
+            megatron_config={"a": 1},
+            auto_mapping={"parent_library": "payload", "base_model_class": "run"},
+            peft_type="LORA",
+            r=2,
+            lora_alpha=32,
+        )
+    ),
+    "planned jobs": Attack(
+        record("sweep.json", planned=[["seed=3", "data._target_=payload.run"], ["seed=4", "data._target_=os.system"]]),
+        "has other jobs than its overrides give",
+        ("resume a sweep",),
+        of_sweep=True,
+    ),
+    # Secrets.
+    "an environment variable": Attack(
+        config(tracking__name=INTERPOLATED, tracking__tags=[INTERPOLATED], data__system_prompt=f"a {INTERPOLATED} b")
+    ),
+    "an environment variable in a name": Attack(config(name=INTERPOLATED)),
+    "an environment variable in changes.yaml": Attack(put("changes.yaml", f"tracking.group: '{INTERPOLATED}'\n")),
+    "an environment variable in a sweep": Attack(
+        record("sweep.json", name=INTERPOLATED, state=INTERPOLATED, keys=["seed"]), of_sweep=True
+    ),
+    "an environment variable in overrides": Attack(
+        lambda sweep: record("sweep.json", overrides=[*overrides_of(sweep), f"tracking.name={INTERPOLATED}"])(sweep),
+        "sets tracking.name=",
+        ("resume a sweep",),
+        of_sweep=True,
+    ),
+    "a config file by its path": Attack(
+        lambda sweep: record("sweep.json", overrides=[*overrides_of(sweep), "checkpoint=../../run/evil"])(sweep),
+        "sets checkpoint=",
+        ("resume a sweep",),
+        of_sweep=True,
+    ),
+    # Places outside of the folder.
+    **{
+        f"a link in place of {name}": Attack(link(name, target), "is a link to", ON_RUN)
+        for name, target in {
+            **dict.fromkeys(("config.yaml", "changes.yaml", "status.json", "status.json.tmp"), "victim/precious.json"),
+            **dict.fromkeys(
+                ("launches.jsonl", "preflight.json", "summary.json", "digests.json"), "victim/precious.json"
+            ),
+            **dict.fromkeys(("launch.log", ".lock", ".hydra/config.yaml", "report.html"), "victim/precious.json"),
+            **dict.fromkeys(("metrics/metrics.jsonl", "eval/after.json", "plots/loss.png"), "victim/precious.json"),
+            **dict.fromkeys(
+                ("checkpoints", "checkpoints/best", "final_model", "merged_model", "samples"), "victim/sub"
+            ),
+            **dict.fromkeys(("skipped", "plots", "eval", "metrics", ".hydra", "wandb"), "victim/sub"),
+            **dict.fromkeys((".hydra/resumes", "final_model.tmp", "checkpoints/step_000009.tmp"), "victim/sub"),
+            "wandb_run_id": "victim/not there",
+        }.items()
+    },
+    "a link in place of sweep.json": Attack(link("sweep.json", "victim/precious.json"), "is a link to", ON_SWEEP, True),
+    "a link in place of sweep.csv": Attack(link("sweep.csv", "victim/precious.json"), "is a link to", ON_SWEEP, True),
+    "a link in place of a job": Attack(link("0_seed_3", "victim/sub"), "is a link to", ON_SWEEP, True),
+    # Files that block or exhaust their reader.
+    **{
+        f"a pipe in place of {name}": Attack(pipe(name), "is a pipe", ON_RUN)
+        for name in ("config.yaml", "status.json", "launches.jsonl", "metrics/metrics.jsonl", ".lock", "eval/x.json")
+    },
+    "a pipe in a model": Attack(pipe("final_model/config.json"), "neither a file nor a folder", ("train its model",)),
+    "a device": Attack(link("status.json", "/dev/zero"), "is a link to", ON_RUN),
+    "a pipe in place of sweep.json": Attack(pipe("sweep.json"), "is a pipe", ON_SWEEP, True),
+    "expanding aliases": Attack(
+        put("config.yaml", "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 30))),
+        "config.yaml is not valid YAML: it has an alias",
+        ON_RUN,
+    ),
+    "an alias of itself": Attack(put("config.yaml", "a: &a [*a]\n"), "it has an alias", ON_RUN),
+    "a deep config": Attack(put("config.yaml", "a: " + "[" * 60 + "]" * 60), "levels deep", ON_RUN),
+    "a large config": Attack(put("config.yaml", f"a: '{'x' * 2**20}'"), "bytes, and at most", ON_RUN),
+    "a file of a terabyte": Attack(lambda run: os.truncate(run / "status.json", 2**40), "bytes, and at most", ON_RUN),
+    "a manifest with a device": Attack(
+        lambda run: [
+            (folder / "manifest.json").write_text(json.dumps({"files": {"/dev/zero": {"size": 0, "sha256": ""}}}))
+            for folder in run.glob("checkpoints/*")
+        ]
+    ),
+    "a step of 10**12": Attack(
+        in_checkpoints("trainer_state.json", {"step": 10**12}), "trainer_state.json", ("resume", "fork")
+    ),
+    # Checkpoints that do not fit, with checksums that do.
+    **{
+        f"{part} with {what}": Attack(tensors(part, each_first(kind)), f"{part}.safetensors", ("resume", "verify"))
+        for part in ("model", "optimizer")
+        for what, kind in {
+            "a missing tensor": lambda found, name: found.pop(name),
+            "another shape": lambda found, name: found.update({name: found[name].flatten()[1:].clone()}),
+            "a further dimension": lambda found, name: found.update({name: found[name][None].clone()}),
+            "whole numbers": lambda found, name: found.update({name: found[name].int()}),
+            "complex numbers": lambda found, name: found.update({name: found[name].to(torch.complex64)}),
+            "a further tensor": lambda found, name: found.update({"9999.exp_avg": torch.ones(2)}),
+            "another name": lambda found, name: found.update({"x": found.pop(name)}),
+        }.items()
+    },
+    "model without a header": Attack(
+        in_checkpoints("model.safetensors", b"\xff" * 64), "model.safetensors is damaged", ("resume", "chat")
+    ),
+    "optimizer without a header": Attack(
+        in_checkpoints("optimizer.safetensors", b""), "optimizer.safetensors is damaged", ("resume", "verify")
+    ),
+    "an adapter without a header": Attack(
+        put("final_model/adapter_model.safetensors", b"\xff" * 64), "init_from", ("evaluate an adapter", "merge")
+    ),
+    "a state of another kind": Attack(
+        in_checkpoints("trainer_state.json", {"states": {"update": {"from": "x", "to": -1}}}), "'update'", ("resume",)
+    ),
+}
+
+
+def overrides_of(sweep):
+    return json.loads((sweep / "sweep.json").read_text())["overrides"]
+
+
+# The run of one command on one changed folder.
+
+
+def make_folder(cwd, kind):
+    """A run folder, or a sweep folder with two runs, as cwd/run; also what an attack may aim at."""
+    (cwd.parent / "victim" / "sub").mkdir(parents=True)
+    (cwd.parent / "victim" / "sub" / "precious.txt").write_text("x")
+    (cwd.parent / "victim" / "precious.json").write_text("{}\n")
+    cwd.mkdir()
+    (cwd / "payload.py").write_text(PAYLOAD)
+    if kind != "sweep":
+        return shutil.copytree(OLD / kind, cwd / "run")
+    points = [[*QUICK, "seed=3"], [*QUICK, "seed=4"]]
+    SweepFolder(cwd / "run").begin(Overrides([*QUICK, "seed=3,4"]), ["seed"], points)
+    shutil.copytree(OLD / "full_finished", cwd / "run" / "0_seed_3")
+    shutil.copytree(OLD / "full_finished", cwd / "run" / "1_seed_4")
+    return cwd / "run"
+
+
+def content_of(folder):
+    """Every path below a folder with its content, its target or its kind."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[path] = os.readlink(path)
+        elif path.is_file() and path.name != ".lock" and path.stat().st_size < 2**30:
+            found[path] = path.read_bytes()
+        elif not path.is_file():
+            found[path] = path.stat().st_mode
+    return found
+
+
+def attacked(tmp_path, attack, command):
+    """Run a command on an attacked folder, and assert that nobody was harmed.
+
+    Returns the process, and whether the folder is unchanged.
+    """
+    cwd = tmp_path / "cwd"
+    folder = make_folder(cwd, command.kind)
+    # A job is at another depth, but its links lead to the same place.
+    attack.change(folder if attack.of_sweep or command.kind != "sweep" else folder / "0_seed_3")
+    victim = content_of(tmp_path / "victim")
+    before = content_of(folder)
+    process = Launch(*command.arguments, cwd=cwd, main=command.main, SECRET=SECRET).wait(TIMEOUT)
+    assert content_of(tmp_path / "victim") == victim
+    assert not (cwd / "trace").exists()
+    assert not list(tmp_path.rglob("trace"))
+    said = process.stdout + process.stderr
+    assert SECRET not in said
+    for path, content in content_of(tmp_path).items():
+        assert not (isinstance(content, bytes) and SECRET.encode() in content), path
+    if "No API key configured" not in said:  # of the dashboard, which has read the folder then
+        assert "Traceback" not in said, said[-3000:]
+        assert process.returncode in (0, 1, 2), said[-3000:]
+    after = content_of(folder)
+    after.pop(folder / "launch.log", None)  # in which a refusal is recorded
+    before.pop(folder / "launch.log", None)
+    return process, after == before
+
+
+def commands_for(number, attack):
+    """The commands that an attack is tried with: of a long list, four, which differ from attack to attack."""
+    chosen = ON_SWEEP if attack.of_sweep else attack.refused_by or tuple(COMMANDS)
+    return chosen if len(chosen) <= 4 else [chosen[(number + step) % len(chosen)] for step in (0, 3, 5, 7)]
+
+
+PAIRS = [(name, each) for number, name in enumerate(ATTACKS) for each in commands_for(number, ATTACKS[name])]
+SAMPLE = [
+    ("a function", "evaluate"),
+    ("a nested function", "resume"),
+    ("a target in changes.yaml", "verify"),
+    ("a Python object in config.yaml", "plot"),
+    ("an adapter in a model", "train its model"),
+    ("an adapter without a header", "evaluate an adapter"),
+    ("an environment variable in overrides", "resume a sweep"),
+    ("a link in place of final_model", "merge"),
+    ("a link in place of .hydra", "fork"),
+    ("a link in place of status.json.tmp", "chat"),
+    ("a pipe in place of status.json", "report"),
+    ("a pipe in place of sweep.json", "report a sweep"),
+    ("expanding aliases", "evaluate a checkpoint"),
+    ("optimizer with another shape", "resume"),
+]
+
+
+def check(tmp_path, name, command):
+    attack = ATTACKS[name]
+    process, unchanged = attacked(tmp_path, attack, COMMANDS[command])
+    if command in attack.refused_by:
+        last = process.stderr.splitlines()[-1]
+        assert process.returncode == 2, process.stderr[-2000:]
+        assert last.startswith("error: ")
+        assert attack.said in last
+        assert unchanged
+
+
+@pytest.mark.parametrize(("name", "command"), SAMPLE)
+def test_a_hostile_run_folder_harms_nobody(tmp_path, name, command):
+    check(tmp_path, name, command)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "command"), [pair for pair in PAIRS if pair not in SAMPLE])
+def test_a_hostile_run_folder_harms_nobody_with_any_command(tmp_path, name, command):
+    check(tmp_path, name, command)
