@@ -355,7 +355,7 @@ ATTACKS = {
     },
     "a pipe in a model": Attack(pipe("final_model/config.json"), "neither a file nor a folder", ("train its model",)),
     "a device": Attack(link("status.json", "/dev/zero"), "is a link to", ON_RUN),
-    "a pipe in place of sweep.json": Attack(pipe("sweep.json"), "is a pipe", ON_SWEEP, True),
+    "a pipe in place of sweep.json": Attack(pipe("sweep.json"), "sweep.json is ", ON_SWEEP, True),
     "expanding aliases": Attack(
         put("config.yaml", "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(1, 30))),
         "config.yaml is not valid YAML: it has an alias",
@@ -364,7 +364,9 @@ ATTACKS = {
     "an alias of itself": Attack(put("config.yaml", "a: &a [*a]\n"), "it has an alias", ON_RUN),
     "a deep config": Attack(put("config.yaml", "a: " + "[" * 60 + "]" * 60), "levels deep", ON_RUN),
     "a large config": Attack(put("config.yaml", f"a: '{'x' * 2**20}'"), "bytes, and at most", ON_RUN),
-    "a file of a terabyte": Attack(lambda run: os.truncate(run / "status.json", 2**40), "bytes, and at most", ON_RUN),
+    "a file of a terabyte": Attack(
+        lambda run: os.truncate(run / "status.json", 2**40), "bytes, and at most", ("resume", "evaluate", "report")
+    ),
     "a manifest with a device": Attack(
         lambda run: [
             (folder / "manifest.json").write_text(json.dumps({"files": {"/dev/zero": {"size": 0, "sha256": ""}}}))
@@ -376,8 +378,8 @@ ATTACKS = {
     ),
     # Checkpoints that do not fit, with checksums that do.
     **{
-        f"{part} with {what}": Attack(tensors(part, each_first(kind)), f"{part}.safetensors", ("resume", "verify"))
-        for part in ("model", "optimizer")
+        f"{part} with {what}": Attack(tensors(part, each_first(kind)), f"{part}.safetensors", readers)
+        for part, readers in {"model": ("resume", "chat"), "optimizer": ("resume",)}.items()
         for what, kind in {
             "a missing tensor": lambda found, name: found.pop(name),
             "another shape": lambda found, name: found.update({name: found[name].flatten()[1:].clone()}),
@@ -392,13 +394,13 @@ ATTACKS = {
         in_checkpoints("model.safetensors", b"\xff" * 64), "model.safetensors is damaged", ("resume", "chat")
     ),
     "optimizer without a header": Attack(
-        in_checkpoints("optimizer.safetensors", b""), "optimizer.safetensors is damaged", ("resume", "verify")
+        in_checkpoints("optimizer.safetensors", b""), "optimizer.safetensors is damaged", ("resume",)
     ),
     "an adapter without a header": Attack(
         put("final_model/adapter_model.safetensors", b"\xff" * 64), "init_from", ("evaluate an adapter", "merge")
     ),
     "a state of another kind": Attack(
-        in_checkpoints("trainer_state.json", {"states": {"update": {"from": "x", "to": -1}}}), "'update'", ("resume",)
+        in_checkpoints("trainer_state.json", {"parts": {"update": {"from": "x", "to": -1}}}), "'update'", ("resume",)
     ),
 }
 
@@ -496,8 +498,8 @@ def check(tmp_path, name, command):
     attack = ATTACKS[name]
     process, unchanged = attacked(tmp_path, attack, COMMANDS[command])
     if command in attack.refused_by:
-        last = process.stderr.splitlines()[-1]
         assert process.returncode == 2, process.stderr[-2000:]
+        last = process.stderr.splitlines()[-1]
         assert last.startswith("error: ")
         assert attack.said in last
         assert unchanged

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     from peft import PeftModel
 
     from grpo.model.loading import check_model, load_model, load_tokenizer
-    from grpo.model.lora import check_adapter, peft_settings
+    from grpo.model.lora import adapter_errors, check_adapter, peft_settings
 
     check_model(model)
     check_adapter(model.lora)
@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> None:
     base = load_model(model, torch.device("cpu"))
     # With our settings, since those in the adapter's folder can name modules that peft imports.
     settings = peft_settings(model.lora, base)
-    merged = PeftModel.from_pretrained(base, model.lora.init_from, config=settings).merge_and_unload()
+    with adapter_errors(model.lora.init_from):
+        merged = PeftModel.from_pretrained(base, model.lora.init_from, config=settings).merge_and_unload()
     temporary.mkdir(parents=True)
     merged.save_pretrained(temporary)
     load_tokenizer(model).save_pretrained(temporary)

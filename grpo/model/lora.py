@@ -4,6 +4,8 @@ Only the adapter is trained. Its dtype is `model.dtype`; the frozen weights have
 distinguishes models with and without an adapter: the trained parameters are those that require a gradient.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,12 +121,8 @@ def _begin_with(model: PreTrainedModel, folder: str) -> None:
     ]
     if special:
         raise _unusual(folder, special)
-    try:
+    with adapter_errors(folder):
         found: Any = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
-    except (SafetensorError, RuntimeError, KeyError, OSError) as error:  # a damaged file, or other shapes
-        raise ConfigError(
-            f"model.lora.init_from={folder} does not fit the model, or is damaged: {_in_one_line(error)}"
-        ) from error
     lacking = [key for key in found.missing_keys if "lora_" in key]
     if lacking or found.unexpected_keys:
         raise ConfigError(
@@ -133,8 +131,14 @@ def _begin_with(model: PreTrainedModel, folder: str) -> None:
         )
 
 
-def _in_one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+@contextmanager
+def adapter_errors(folder: str) -> Iterator[None]:
+    """Turn the errors of a damaged adapter, or of one for another model, into a ConfigError."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"model.lora.init_from={folder} does not fit the model, or is damaged: {reason}") from error
 
 
 def _modules_in(folder: str) -> list[str]:

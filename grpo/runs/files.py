@@ -30,7 +30,7 @@ def read_json(file: Path, types: Mapping[str, Any] = MappingProxyType({})) -> di
 
     types: name -> type of the value, if it is present, as an annotation such as `list[str] | None`.
     """
-    record = _parsed(read_file(file), str(file))
+    record = _parsed(read_file(file), f"{file} is")
     check_record(record, types, str(file))
     return record
 
@@ -51,13 +51,13 @@ def read_dataclass(kind: type, file: Path, steps: tuple[Migration, ...] = ()) ->
 
 
 def _parsed(text: bytes, where: str) -> Any:
-    """The JSON value of a text. Raises FileError."""
+    """The JSON value of a text. Raises FileError. where: the beginning of its message."""
     try:
         value = json.loads(text)
         if re.search(rb"\\u[dD][89a-fA-F]", text):  # half a character, which cannot be written to a file
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
-        raise FileError(f"{where} is not valid JSON: {error}") from error
+        raise FileError(f"{where} not valid JSON: {error}") from error
     return value
 
 
@@ -199,7 +199,7 @@ def read_lines(file: Path, types: Mapping[str, Any] = MappingProxyType({}), need
     lines = read_file(file).split(b"\n")[:-1] if os.path.lexists(file) else []
     rows = []
     for number, line in enumerate(lines, start=1):
-        row = _parsed(line, f"{file}, line {number}")
+        row = _parsed(line, f"{file}, line {number}:")
         check_record(row, types, f"{file}, line {number}", needed)
         rows.append(row)
     return rows

@@ -236,7 +236,7 @@ class RunFolder:
             if "step" not in row:
                 raise FileError(f'{where}: not a metrics row, which is an object with a "step"')
             for name, value in row.items():
-                if not (isinstance(value, float | NoneType) or name.startswith("digest/")):
+                if not (isinstance(value, float | bool | NoneType) or name.startswith("digest/")):
                     check_record(row, {name: float}, where)
         return [row for row in rows if up_to_step is None or row["step"] <= up_to_step]
 
@@ -377,7 +377,7 @@ def _read_evaluation(file: Path) -> dict[str, Any]:
     for number, row in enumerate(result.get("problems", []), start=1):
         check_record(row, PROBLEM, f"{file}, problem {number}")
     accuracy = result.get("accuracy")
-    if (accuracy is not None and not 0 <= accuracy <= 1) or result.get("n", 0) < 0:
+    if (accuracy is not None and (accuracy < 0 or accuracy > 1)) or result.get("n", 0) < 0:
         raise FileError(f"{file}: accuracy {accuracy} of {result.get('n')} problems is not possible")
     return result
 

@@ -109,6 +109,6 @@ def test_extremes_come_from_the_last_step_and_contain_each_text_once():
 
 def test_samples_are_ordered_by_step_beyond_a_million(tmp_path):
     for step in (1_000_000, 999_999):
-        RunFolder(tmp_path).write_samples(step, [{"step": step}])
+        RunFolder(tmp_path).write_samples(step, [sample("1") | {"step": step}])
     (tmp_path / "samples" / "step_1 copy.jsonl").write_text("")
     assert audit.load_samples(tmp_path)["step"].tolist() == [999_999, 1_000_000]
