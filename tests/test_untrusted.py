@@ -20,7 +20,19 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from grpo.__main__ import main as grpo_main
+from grpo.analysis import audit
+from grpo.analysis.doctor import find_problems
+from grpo.analysis.load import read_config
+from grpo.analysis.page import render
+from grpo.analysis.run_report import content
+from grpo.analysis.summary import summarize
+from grpo.config.checks import typed
+from grpo.config.errors import ConfigError, FileError
 from grpo.config.overrides import Overrides
+from grpo.metric_table import component_ranges
+from grpo.runs.checkpoint import latest_checkpoint, load_state
+from grpo.runs.choice import check_empty
+from grpo.runs.folder import RunFolder
 from grpo.runs.sweep_folder import SweepFolder
 from tests import inject
 from tests.launches import Launch
@@ -458,8 +470,8 @@ def attacked(tmp_path, attack, command):
     assert not list(tmp_path.rglob("trace"))
     said = process.stdout + process.stderr
     assert SECRET not in said
-    for path, content in content_of(tmp_path).items():
-        assert not (isinstance(content, bytes) and SECRET.encode() in content), path
+    for path, found in content_of(tmp_path).items():
+        assert not (isinstance(found, bytes) and SECRET.encode() in found), path
     if "No API key configured" not in said:  # of the dashboard, which has read the folder then
         assert "Traceback" not in said, said[-3000:]
         assert process.returncode in (0, 1, 2), said[-3000:]
@@ -514,3 +526,115 @@ def test_a_hostile_run_folder_harms_nobody(tmp_path, name, command):
 @pytest.mark.parametrize(("name", "command"), [pair for pair in PAIRS if pair not in SAMPLE])
 def test_a_hostile_run_folder_harms_nobody_with_any_command(tmp_path, name, command):
     check(tmp_path, name, command)
+
+
+# A new run in a folder that is prepared for it.
+
+
+@pytest.mark.parametrize("name", ["launch.log", ".hydra"])
+def test_a_new_run_is_refused_in_a_folder_with_links_of_an_alleged_earlier_launch(tmp_path, name):
+    (tmp_path / "victim").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").write_text('{"machine": "m", "pid": 1, "token": "t"}')
+    (tmp_path / "run" / name).symlink_to(tmp_path / "victim")
+    with pytest.raises(ConfigError, match="is a link to"):
+        check_empty(tmp_path / "run")
+
+
+# Damaged small files: a value of any other type, at any place, is an error that names the file, or changes nothing.
+
+
+def read_all(run):
+    """Read everything that a run folder holds, as the commands do."""
+    folder = RunFolder(run)
+    typed(folder.frozen_config())
+    folder.saved_step()
+    folder.first_overrides()
+    folder.outcome()
+    folder.digests()
+    summarize(run)
+    find_problems(folder.metrics(), folder.training_evaluations().values(), component_ranges(read_config(run)))
+    samples = audit.load_samples(run)
+    audit.agreement(samples)
+    audit.signs_of_gaming(samples)
+    audit.extremes(samples)
+    render("run.html", **content(run))
+    checkpoint = latest_checkpoint(folder.checkpoints)
+    load_state(checkpoint)
+
+
+SMALL_FILES = ["status.json", "launches.jsonl", "preflight.json", "eval/after.json", "metrics/metrics.jsonl"]
+SMALL_FILES += ["samples/step_000004.jsonl", "digests.json", "checkpoints/step_000004/trainer_state.json"]
+SMALL_FILES += ["checkpoints/step_000004/manifest.json"]
+OTHER_VALUES = [None, True, "x", "", -1, 1.5, 10**30, [], {}, [[1]], {"a": 1}, float("nan"), float("inf"), "\ud800"]
+
+
+def places(node, path=()):
+    """The place of every value in a JSON value; of a list only those in its first element."""
+    yield path
+    for key, child in node.items() if isinstance(node, dict) else enumerate(node[:1]) if isinstance(node, list) else ():
+        yield from places(child, (*path, key))
+
+
+def replaced(node, path, value):
+    if not path:
+        return value
+    copy = dict(node) if isinstance(node, dict) else list(node)
+    copy[path[0]] = replaced(node[path[0]], path[1:], value)
+    return copy
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    run = shutil.copytree(OLD / "full_finished", tmp_path / "run")
+    RunFolder(run).update_digests({"problems": "a"})
+    monkeypatch.setattr("grpo.analysis.run_report.draw", lambda *arguments, **settings: None)  # which takes seconds
+    monkeypatch.setattr("grpo.analysis.run_report.png", lambda figure: b"")
+    return run
+
+
+def check_damages(run, name, each):
+    """Replace every `each`-th place and value of a file."""
+    file = run / name
+    intact = file.read_text()
+    *others, last = intact.splitlines(keepends=True) if name.endswith(".jsonl") else [intact]
+    cases = [(path, value) for path in places(json.loads(last)) for value in OTHER_VALUES]
+    for path, value in cases[::each]:
+        text = "".join(others) + json.dumps(replaced(json.loads(last), path, value)) + "\n"
+        file.write_text(text)
+        try:
+            read_all(run)
+        except FileError as error:
+            assert "\n" not in str(error)
+            assert file.name in str(error) or "none of the" in str(error), (path, value)
+        except Exception as error:
+            raise AssertionError(f"{name}: {path} = {value!r}: {error!r}") from error
+    file.write_text(intact)
+
+
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_a_value_of_another_type_is_named_or_changes_nothing(finished, name):
+    check_damages(finished, name, each=101)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_any_value_of_another_type_is_named_or_changes_nothing(finished, name):
+    check_damages(finished, name, each=3)
+
+
+@pytest.mark.parametrize("name", [*SMALL_FILES, "config.yaml"])
+def test_a_torn_file_or_a_folder_in_its_place_is_named(finished, name):
+    file = finished / name
+    for torn in (b"", b"\0\0\n", b"\xff\xfe\n", b"[]\n", b"3\n", b"{\n", b"[" * 99999 + b"\n", None):
+        if torn is None:
+            file.unlink()
+            file.mkdir()
+        else:
+            file.write_bytes(torn)
+        if torn == b"" and name.endswith(".jsonl"):  # nothing is recorded
+            continue
+        with pytest.raises(FileError) as refused:
+            read_all(finished)
+        assert "\n" not in str(refused.value)
+        assert file.name in str(refused.value) or "none of the" in str(refused.value)
