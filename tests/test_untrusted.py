@@ -514,7 +514,7 @@ def check(tmp_path, name, command):
         last = process.stderr.splitlines()[-1]
         assert last.startswith("error: ")
         assert attack.said in last
-        assert unchanged
+        assert unchanged or command in DISPLAY  # which may have written some of their files by then
 
 
 @pytest.mark.parametrize(("name", "command"), SAMPLE)
