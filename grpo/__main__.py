@@ -20,20 +20,21 @@ def commands() -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command in `arguments`, or list the commands if there is none. Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("python -m grpo <command> [key=value ...]\n")
-        for name, summary in commands().items():
-            print(f"  {name:10} {summary}")
-        print("\nArguments can be any key or group of the config; to train: python -m grpo train --help")
-        return 0
-    if arguments[0] == "train":  # a Hydra command line, with options such as -m and --cfg
+    if arguments[:1] == ["train"]:  # a Hydra command line, with options such as -m and --cfg
         from grpo.commands import train
 
         return train.main(arguments[1:])
-    return run_command(lambda: _run(arguments[0], arguments[1:]))
+    name = arguments[0] if arguments else "--help"
+    return run_command(lambda: _run(name, arguments[1:]))
 
 
 def _run(name: str, overrides: list[str]) -> None:
+    if name in ("-h", "--help"):
+        print("python -m grpo <command> [key=value ...]\n")
+        for command, summary in commands().items():
+            print(f"  {command:10} {summary}")
+        print("\nArguments can be any key or group of the config; to train: python -m grpo train --help")
+        return
     if name not in commands():
         raise ConfigError(f"there is no command '{name}'; choose one of {', '.join(commands())}")
     module = importlib.import_module(f"grpo.commands.{name}")

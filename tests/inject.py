@@ -1,8 +1,8 @@
 """Run launch.py with a fault in one function: `python tests/inject.py PLACE COUNT FAULT [key=value ...]`.
 
 PLACE is the dotted path of the function. The fault happens before its COUNT-th call and all later ones (COUNT `3`), or
-before that call only (`3x`). FAULT is `kill` (kill -9 of this process), `term`, `int` or `usr1` (that signal, as sent
-by another process), `memory` (the error that an allocator raises), `nan` (the result of the call becomes NaN),
+before that call only (`3x`). FAULT is `kill` (kill -9 of this process), `term`, `int`, `usr1` or `hup` (that signal,
+as sent by another process), `memory` (the error that an allocator raises), `nan` (the result of the call becomes NaN),
 `sleep:S` (wait for S seconds), or the message of a ValueError. PLACE `none` changes nothing. The other arguments are
 passed to launch.py.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "usr1": signal.SIGUSR1}
+SIGNALS["hup"] = signal.SIGHUP
 
 
 def spoiled(result):

@@ -152,7 +152,7 @@ def test_after_too_many_skipped_steps_in_a_row_the_run_fails_with_an_intact_chec
     kept = sorted(path.stem for path in (run_dir / "skipped").glob("*.jsonl"))
     assert kept == ["step_000003", "step_000004", "step_000005"]
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
-    assert load_state(checkpoint).step == 4
+    assert load_state(checkpoint).step == 5
     assert all(value.isfinite().all() for value in load_file(checkpoint / "model.safetensors").values())
 
 

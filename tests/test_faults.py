@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -14,6 +15,8 @@ from grpo.runs.checkpoint import find_damage, latest_checkpoint, load_state
 from grpo.runs.stop_signals import STOP_SIGNALS, StopSignals
 from grpo.training.trainer import Trainer
 from tests.launches import (
+    ROOT,
+    SETTINGS,
     SHORT,
     STEPS,
     assert_same_run,
@@ -95,6 +98,87 @@ def test_a_run_killed_many_times_at_random_moments_is_bitwise_equal(tmp_path, st
     assert kills > 0
     assert_same_run(tmp_path / "run", straight)
     print(f"{kills} kills, every byte equal")  # shown with -rP
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "saved"),
+    [
+        ("grpo.training.trainer.score_completions", "6x", 5),
+        pytest.param("grpo.training.trainer.sample_completions", "6x", 5, marks=SLOW),
+        pytest.param("grpo.training.trainer.group_keys", "6x", 5, marks=SLOW),
+        pytest.param("grpo.training.trainer.group_keys", "5x", 4, marks=SLOW),
+        pytest.param("grpo.training.trainer.all_logps", "6x", 5, marks=SLOW),
+        ("grpo.training.trainer.accumulate_gradient", "11x", 5),
+        ("grpo.training.trainer.accumulate_gradient", "12x", 3),
+        pytest.param("grpo.training.trainer.apply_gradient", "11x", 3, marks=SLOW),
+        pytest.param("grpo.training.trainer.sampling_metrics", "5x", 3, marks=SLOW),
+        ("grpo.training.recorder.Recorder.step", "5x", 3),
+        ("grpo.training.evaluation.score_completions", "1x", 4),
+        pytest.param("grpo.training.recorder.StepDisplay.update", "5x", 5, marks=SLOW),
+    ],
+    ids=[
+        "in a reward",
+        "in the rollout",
+        "at the start of a step",
+        "at the start of an iteration",
+        "in the reference pass",
+        "in the first gradient of a step",
+        "in the second gradient of a step",
+        "in an update",
+        "after the updates of a step",
+        "before the row is written",
+        "in an evaluation",
+        "after the row is written",
+    ],
+)
+def test_an_error_outside_an_update_saves_the_last_step_and_resume_is_bitwise_equal(
+    tmp_path, straight, place, call, saved
+):
+    run_dir = tmp_path / "run"
+    settings = ["checkpoint.every=3", "eval.every=4", "eval.max_problems=4"]
+    failed = start(run_dir, *settings, fault=(place, call, "fails once")).wait()
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1] == "failed: ValueError: fails once"
+    assert status(run_dir)["state"] == "failed"
+    assert checkpoint_steps(run_dir)[-1] == saved
+    resumed = resume(run_dir)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(run_dir, straight)
+
+
+def test_an_error_of_the_save_does_not_hide_the_error_that_ended_the_run(tmp_path):
+    run_dir = tmp_path / "run"
+    (tmp_path / "fails.py").write_text(FAILS_AND_BREAKS_SAVES)
+    failing = "+reward.components.fails={_target_: fails.fails}"
+    failed = launch(*SHORT, "checkpoint.overlap=true", failing, "run_dir=run", cwd=tmp_path)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1] == "failed: RewardError: reward component 'fails' raised ValueError: why"
+    assert "could not write the checkpoint of step 3 (cannot be saved)" in failed.stderr + failed.stdout
+    assert "Traceback" not in failed.stderr + failed.stdout
+    assert checkpoint_steps(run_dir) == []
+
+
+FAILS_AND_BREAKS_SAVES = """
+from grpo.runs import checkpoint_writer
+
+calls = 0
+
+
+def cannot_save(*arguments):
+    raise TypeError("cannot be saved")
+
+
+def fails(completions, **columns):
+    global calls
+    calls += 1
+    checkpoint_writer.write_checkpoint = cannot_save
+    if calls == 5:  # the first call is of the pre-flight
+        raise ValueError("why")
+    return [0.0] * len(completions)
+"""
 
 
 # Damaged checkpoints.
@@ -273,9 +357,10 @@ def test_a_status_that_cannot_be_written_does_not_end_training(tmp_path):
         pytest.param("grpo.training.update.completion_logps", "8", "int", 130, marks=SLOW),
         pytest.param("torch.Tensor.backward", "5", "term", 143, marks=SLOW),
         ("torch.Tensor.backward", "6", "usr1", 138),
+        ("grpo.training.trainer.score_completions", "6", "hup", 129),
         pytest.param("grpo.runs.checkpoint_writer.write_checkpoint", "1", "int", 130, marks=SLOW),
     ],
-    ids=["in sampling", "in the reference pass", "in backward", "in the second update", "in a save"],
+    ids=["in sampling", "in the reference pass", "in backward", "in the second update", "in scoring", "in a save"],
 )
 def test_a_signal_saves_the_step_and_resume_is_bitwise_equal(tmp_path, straight, place, call, name, code):
     run_dir = tmp_path / "run"
@@ -289,6 +374,30 @@ def test_a_signal_saves_the_step_and_resume_is_bitwise_equal(tmp_path, straight,
     assert load_state(latest_checkpoint(run_dir / "checkpoints")).step == step  # of a completed step
     resumed = resume(run_dir)
     assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(run_dir, straight)
+
+
+def test_a_closed_terminal_that_sends_sighup_twice_does_not_prevent_the_save(tmp_path):
+    run_dir = tmp_path / "run"
+    fault = ("grpo.runs.checkpoint_writer.write_checkpoint", "1x", "sleep:2")
+    process = start(run_dir, "checkpoint.every=3", "resume=auto", fault=fault)
+    wait_for_step(run_dir, 3)
+    for _ in range(3):
+        time.sleep(0.3)
+        process.send_signal(signal.SIGHUP)
+    assert process.wait().returncode == 129
+    assert checkpoint_steps(run_dir) == [3]
+
+
+def test_under_nohup_sighup_does_not_stop_a_run(tmp_path, straight):
+    run_dir = tmp_path / "run"
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the processes of this test inherit it
+    try:
+        command = [sys.executable, "-m", "tests.inject", "grpo.training.trainer.group_keys", "3x", "hup"]
+        command += [*SETTINGS, f"run_dir={run_dir}"]
+        subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    finally:
+        signal.signal(signal.SIGHUP, former)
     assert_same_run(run_dir, straight)
 
 

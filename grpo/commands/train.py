@@ -23,7 +23,7 @@ from grpo.launch.decide import Launch, decide
 from grpo.launch.process import report_errors, run_command
 from grpo.launch.session import open_run
 from grpo.runs.folder import hydra_record, job_folder_name
-from grpo.runs.stop_signals import Exit
+from grpo.runs.stop_signals import Exit, stop_signals
 from grpo.sweeps.closing import conclude
 
 
@@ -34,8 +34,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _launch(arguments: list[str]) -> int:
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # until the run handles them itself: exit after cleaning up
-        signal.signal(number, _leave)
+    for number in stop_signals():  # until the run handles them itself: exit after cleaning up
+        if number != signal.SIGINT:  # Python itself raises KeyboardInterrupt
+            signal.signal(number, _leave)
     flags = read_flags(arguments)
     if only_shows(flags):
         return show(arguments, train_job)

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config.errors import ConfigError
 from grpo.config.explain import explain
+from grpo.runs.console import lasting_streams
 
 
 def run_command(command: Callable[[], int | None]) -> int:
@@ -25,7 +26,8 @@ def run_command(command: Callable[[], int | None]) -> int:
     # So that a user's reward functions can be imported from the working directory. Last in the path, so that no file
     # there can replace a module of a library.
     sys.path.append(os.getcwd())
-    return report_errors(command)
+    with lasting_streams():
+        return report_errors(command)
 
 
 def report_errors(command: Callable[[], int | None]) -> int:

@@ -29,7 +29,10 @@ TRIES = 5  # consecutive failed checkpoints after which the run ends
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run. A failed write only causes a warning; the checkpoint before it is kept."""
+    """Writes the checkpoints of one run. A failed write only causes a warning; the checkpoint before it is kept.
+
+    After several failed writes in a row, `check` raises an error.
+    """
 
     def __init__(self, folder: Path, settings: CheckpointConfig, state: TrainerState) -> None:
         """state: the state from which the run starts or continues, which is already on disk."""
@@ -39,8 +42,8 @@ class CheckpointWriter:
         self._idle = threading.Event()
         self._idle.set()
         self.saved_step = state.step  # step of the newest checkpoint on disk
-        self._failures = 0  # consecutive failed writes
-        self._error: Exception | None = None  # raised by a write in the background
+        self._failures = 0  # consecutive failed writes of a step
+        self._problem = ""  # the last of them
         has_reference = reference_folder(folder, state.iteration).exists()
         self._reference_iteration = state.iteration if has_reference else 0  # its reference is on disk; 0: none
 
@@ -69,8 +72,9 @@ class CheckpointWriter:
                     write_checkpoint(place, {"model": moved})
                     self._reference_iteration = state.iteration
                 write_checkpoint(target, tensors, state, place)
-            except OSError:
+            except Exception as error:
                 self._failures += 1
+                self._problem = str(error)
                 raise
             self.saved_step = state.step
             self._failures = 0
@@ -89,20 +93,17 @@ class CheckpointWriter:
         """Raise RuntimeError after TRIES failed checkpoints, since a stopped run would lose more and more steps."""
         if self._failures >= TRIES:
             raise RuntimeError(
-                f"the last {TRIES} checkpoints could not be written to {self._folder}, as the warnings say; "
+                f"the last {TRIES} checkpoints could not be written to {self._folder} ({self._problem}); "
                 "make room there, or make it writable, and resume"
             )
 
     def close(self) -> None:
-        """Wait until nothing is being written, even if a signal arrives meanwhile. Re-raises an unexpected error."""
+        """Wait until nothing is being written, even if a signal arrives meanwhile."""
         try:
             self._idle.wait()
         except BaseException:
             self._idle.wait()
             raise
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
 
     def _run(self, write: Callable[[], None], what: str) -> None:
         if not self._settings.overlap:
@@ -112,8 +113,6 @@ class CheckpointWriter:
         def in_background() -> None:
             try:
                 self._write(write, what)
-            except Exception as error:  # not a disk error but a bug; `close` raises it in the main thread
-                self._error = error
             finally:
                 self._idle.set()
 
@@ -124,8 +123,9 @@ class CheckpointWriter:
         started = time.perf_counter()
         try:
             write()
-        except OSError as error:
+        except Exception as error:  # usually of the disk; any other is in launch.log with its traceback
             logger.warning("could not write %s (%s); training continues, the one before it is kept", what, error)
+            logger.info("could not write %s", what, exc_info=error)
             return
         logger.info("%s was written in %.3g s", what, time.perf_counter() - started)
 

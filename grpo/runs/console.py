@@ -1,6 +1,10 @@
 """Console output during a run: a progress bar on a terminal, plain lines otherwise."""
 
+import io
+import os
+import select
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +29,59 @@ class Numbers(ProgressColumn):
     def render(self, task: Task) -> Text:
         """The text of the column; it is the only one that Rich may make narrower."""
         return Text(task.fields["numbers"], no_wrap=True, overflow="ellipsis")
+
+
+class _LastingFile(io.FileIO):
+    """A file for which a failed write is discarded, without an error."""
+
+    def write(self, data: Any) -> int:
+        """Write data, or discard it if that is not possible. Returns the number of bytes taken."""
+        try:
+            while (written := super().write(data)) is None:  # it would block
+                select.select([], [self], [])
+        except OSError:
+            return memoryview(data).nbytes
+        return written
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Within the block, printing to the console raises no exception, so that it cannot end a run.
+
+    Text is discarded if the console no longer exists: a closed terminal, a pipe to a program that has ended, or a file
+    on a full disk. Characters that the console's encoding lacks are printed as escapes such as \\u2026.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: otherwise the next file that is opened gets this number, and all printed text
+            os.open(os.devnull, os.O_RDWR)
+    former = (sys.stdin, sys.stdout, sys.stderr)
+    lasting = (_lasting(sys.stdout, 1), _lasting(sys.stderr, 2))
+    sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  needed within the block
+    sys.stdout, sys.stderr = lasting
+    try:
+        yield
+    finally:
+        for stream in lasting:
+            stream.flush()
+        sys.stdin, sys.stdout, sys.stderr = former
+
+
+def _lasting(stream: Any, number: int) -> Any:
+    """A stream like sys.stdout (1) or sys.stderr (2) whose writes do not fail; the same one if it is not a file."""
+    settings: dict[str, Any] = {"encoding": "utf-8", "line_buffering": number == 2}
+    if stream is not None:
+        if not isinstance(stream, io.TextIOWrapper):  # such as that of a notebook
+            return stream
+        try:
+            number = stream.fileno()
+            stream.flush()
+        except (OSError, ValueError):
+            return stream
+        settings = {"encoding": stream.encoding, "line_buffering": stream.line_buffering or stream.write_through}
+    file = io.BufferedWriter(_LastingFile(number, "w", closefd=False))
+    return io.TextIOWrapper(file, errors="backslashreplace", **settings)
 
 
 class StepDisplay:

@@ -283,16 +283,23 @@ class RunFolder:
         file.parent.mkdir(exist_ok=True)
         write_atomic(file, json_lines(rows))
 
-    def write_skipped(self, step: int, tensors: dict[str, Any], rows: Iterable[dict]) -> Path:
-        """Write the batch of a step whose update was not finite to skipped/step_000012.{safetensors,jsonl}."""
-        from safetensors.torch import save_file  # here, since it imports torch
+    def skipped_file(self, step: int) -> Path:
+        """The tensors of a step whose update was not finite."""
+        return self.path / "skipped" / f"step_{step:06d}.safetensors"
 
-        file = self.path / "skipped" / f"step_{step:06d}.safetensors"
+    def write_skipped(self, step: int, tensors: dict[str, Any], rows: Iterable[dict]) -> None:
+        """Write the batch of a step whose update was not finite to skipped/step_000012.{safetensors,jsonl}."""
+        from safetensors import SafetensorError  # here, since it imports torch
+        from safetensors.torch import save_file
+
+        file = self.skipped_file(step)
         file.parent.mkdir(exist_ok=True)
         discard(file)
-        save_file(tensors, file)
+        try:
+            save_file(tensors, file)
+        except SafetensorError as error:  # its own exception for a failed write
+            raise OSError(str(error)) from error
         write_atomic(file.with_suffix(".jsonl"), json_lines(rows))
-        return file
 
     @property
     def preflight_file(self) -> Path:

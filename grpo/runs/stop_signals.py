@@ -5,9 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from grpo.runs.files import disk_errors_are_warnings
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Exit(SystemExit):
@@ -31,16 +29,22 @@ def exits_are_failures(*allowed: type[BaseException]) -> Iterator[None]:
         ) from error
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The stop signals to handle: not SIGHUP where it is ignored, as it is for a program started with nohup."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(each for each in STOP_SIGNALS if each != signal.SIGHUP or not is_ignored)
+
+
 class StopSignals:
-    """Ends the run after SIGINT, SIGTERM or SIGUSR1 (which SLURM can send before it ends a job).
+    """Ends the run after SIGINT, SIGTERM, SIGHUP (the terminal was closed) or SIGUSR1 (SLURM, before it ends a job).
 
     The run ends immediately, except within `deferred`.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.again = False  # whether a second signal asked to end the run without saving
         self._can_abort: Callable[[], bool] | None = None  # set within `deferred`
-        self._again = False
 
     @property
     def exit_code(self) -> int:
@@ -50,7 +54,7 @@ class StopSignals:
     @contextmanager
     def installed(self) -> Iterator["StopSignals"]:
         """Handle the signals within the block, and restore the previous handlers after it."""
-        former = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        former = {number: signal.signal(number, self._handle) for number in stop_signals()}
         try:
             yield self
         finally:
@@ -58,21 +62,15 @@ class StopSignals:
                 signal.signal(number, handler)
 
     @contextmanager
-    def deferred(self, can_abort: Callable[[], bool], save: Callable[[], None]) -> Iterator[None]:
-        """Defer signals within the block until `exit_if_requested`, and call `save` before the run ends.
+    def deferred(self, can_abort: Callable[[], bool]) -> Iterator[None]:
+        """Defer signals within the block until `exit_if_requested`.
 
         can_abort: returns whether the current work can be abandoned; if so, a signal is not deferred. A second
-        signal ends the run immediately, without `save`.
+        signal is not deferred either. SIGHUP never counts as the second one, since a closed terminal sends several.
         """
         self._can_abort = can_abort
         try:
             yield
-        except Exit:  # not after other exceptions: the weights may be partly updated
-            self._can_abort = None
-            if not self._again:
-                with disk_errors_are_warnings("a checkpoint of the last step"):
-                    save()
-            raise
         finally:
             self._can_abort = None
 
@@ -87,7 +85,9 @@ class StopSignals:
             raise Exit(self.exit_code)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        self._again = self.received is not None
+        if self.received is not None and number == signal.SIGHUP:
+            return
+        self.again = self.received is not None
         self.received = number
-        if self._again or self._can_abort is None or self._can_abort():
+        if self.again or self._can_abort is None or self._can_abort():
             raise Exit(self.exit_code)

@@ -13,6 +13,7 @@ from rich.table import Table
 from grpo.config.overrides import Overrides, typed_in_shell
 from grpo.config.paths import LAUNCH
 from grpo.runs.halving_state import HalvingState
+from grpo.runs.stop_signals import STOP_SIGNALS
 from grpo.runs.sweep_folder import SweepFolder, short
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 def conclude(sweep: SweepFolder) -> bool:
     """Print the state of each job, write the report, and print how to resume. Returns whether a job failed."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # all jobs have ended, so there is nothing left to stop
+    for number in STOP_SIGNALS:  # all jobs have ended, so there is nothing left to stop
         signal.signal(number, signal.SIG_IGN)
     if sweep.holds_records_only():
         return False

@@ -25,9 +25,10 @@ from omegaconf import DictConfig, open_dict
 
 from grpo.config.errors import ConfigError, first_line
 from grpo.config.overrides import Overrides
+from grpo.runs.console import lasting_streams
 from grpo.runs.folder import RunFolder
 from grpo.runs.gpu_queue import must_choose_gpu
-from grpo.runs.stop_signals import STOP_SIGNALS
+from grpo.runs.stop_signals import STOP_SIGNALS, stop_signals
 from grpo.runs.sweep_folder import SweepFolder
 
 logger = logging.getLogger(__name__)
@@ -204,6 +205,11 @@ def _run(call: bytes, sender: Connection, console: Path | None) -> None:
         for stream in (1, 2):
             os.dup2(file, stream)
     sys.path.append(os.getcwd())  # as in run_command
+    with lasting_streams():
+        _run_job(call, sender)
+
+
+def _run_job(call: bytes, sender: Connection) -> None:
     context, function, config, singletons = cloudpickle.loads(call)
     setup_globals()
     Singleton.set_state(singletons)
@@ -272,7 +278,7 @@ class _Forwarding:
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> "_Forwarding":
-        self._former = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        self._former = {number: signal.signal(number, self._handle) for number in stop_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:

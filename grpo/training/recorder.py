@@ -39,6 +39,7 @@ class Recorder:
         self._display = StepDisplay(self._console, total_steps, state.step + 1)
         self._doctor = doctor
         self._recorded_step = state.step  # `saved_step` in status.json
+        self._last_row = state.step  # step of the last row of metrics.jsonl
         self._saving_s = 0.0  # seconds for which the last save blocked training, reported with the next step
 
     def show_links(self) -> None:
@@ -58,6 +59,7 @@ class Recorder:
         self._saving_s = 0.0
         number = row["step"]
         self._folder.append_metrics(row)
+        self._last_row = number
         self._tracker.log(row)
         every = self._config.samples.every
         if is_due(number, every) or (every > 0 and number in (1, self._total_steps)):  # a short run has samples, too
@@ -86,7 +88,9 @@ class Recorder:
         assert step.skipped is not None
         in_a_row = step.skipped_in_a_row
         number = step.row["step"]
-        place = short_path(self._folder.write_skipped(number, step.skipped.tensors(), step.samples))
+        place = short_path(self._folder.skipped_file(number))
+        with disk_errors_are_warnings(f"the batch of step {number}"):
+            self._folder.write_skipped(number, step.skipped.tensors(), step.samples)
         numbers = f"loss {step.row['loss']} and gradient norm {step.row['grad_norm']} (null: not finite)"
         logger.warning("step %d: %s, so no weight was changed; its batch is in %s", number, numbers, place)
         if in_a_row > self._config.grpo.max_skipped_steps:
@@ -107,6 +111,10 @@ class Recorder:
             problems = f"{result['missing']} of {result['n'] + result['missing']} held-out problems"
             self._console.print(f"eval.accuracy gave no value for {problems}; they do not count", style="yellow")
         self._show_findings(self._doctor.add_evaluation(result))
+
+    def has_row_of(self, step: int) -> bool:
+        """Whether metrics.jsonl has the rows up to this step, without which a run cannot continue from it."""
+        return self._last_row == step
 
     def save(self, saved: Mapping[str, Any]) -> None:
         """Write a checkpoint of the last completed step, unless one exists; saved: the `Trainer.state_dict`."""

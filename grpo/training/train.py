@@ -26,8 +26,8 @@ def train(run: Run) -> None:
     with started(run) as trainer, recording(run, trainer.state, trainer.total_steps) as recorder:
         before_first_step(trainer, run, recorder)
         until = min(trainer.total_steps, run.until_step or trainer.total_steps)
-        stops = run.stop.deferred(trainer.should_abort_step, save=lambda: recorder.save_and_wait(trainer.state_dict()))
-        with recorder.progress_display(), stops:
+        stops = run.stop.deferred(trainer.should_abort_step)
+        with recorder.progress_display(), saved_at_early_end(trainer, run, recorder), stops:
             evaluate_if_due(trainer, recorder)  # an earlier stop signal may have interrupted it
             for step in trainer.steps(until):
                 recorder.step(step)
@@ -144,6 +144,23 @@ def evaluate_if_due(trainer: Trainer, recorder: Recorder) -> None:
     if accuracy is not None and (best is None or accuracy > best):
         state.best_accuracy = accuracy
         recorder.save_best(trainer.state_dict())
+
+
+@contextmanager
+def saved_at_early_end(trainer: Trainer, run: Run, recorder: Recorder) -> Iterator[None]:
+    """Save the last completed step if a signal or an error ends the block.
+
+    Not after an error within an update, which may have changed some of the weights, nor after a second signal.
+    """
+    try:
+        yield
+    except BaseException:
+        if trainer.can_be_saved() and recorder.has_row_of(trainer.state.step) and not run.stop.again:
+            try:
+                recorder.save_and_wait(trainer.state_dict())
+            except Exception as error:  # must not hide why the run ended
+                logger.warning("the steps since the last checkpoint could not be saved: %s", first_line(error))
+        raise
 
 
 def save_if_due(trainer: Trainer, recorder: Recorder) -> None:

@@ -111,6 +111,7 @@ class Trainer:
         self._step_started = 0.0
         self._step_seconds = math.inf  # of the last step; unknown before the first
         self._step_can_abort = False  # True while the work in progress has changed no weight
+        self._is_updating = False  # from the first update of a step until its row is complete
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return self.experiment.optimizer([(name, p) for name, p in self.master.named_parameters() if p.requires_grad])
@@ -175,6 +176,7 @@ class Trainer:
         self.state.best_reward = max(rewards, default=None)
         self._snapshot_states()
         samples = sample_rows(step, sampled.problems, scored, completions, advantages)
+        self._is_updating = False
         return Step(
             row,
             samples,
@@ -249,6 +251,7 @@ class Trainer:
         while True:
             gradient = self._gradient(batch, counts)
             self._step_can_abort = False
+            self._is_updating = True
             norm, finite = apply_gradient(
                 self.master,
                 self.optimizer,
@@ -292,6 +295,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
+
+    def can_be_saved(self) -> bool:
+        """Whether weights, optimizer and state all belong to the last completed step."""
+        return not self._is_updating
 
     def should_abort_step(self) -> bool:
         """Whether a stop should abort the work: no weight has changed, and the time left is long or unknown."""
