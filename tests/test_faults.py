@@ -287,6 +287,38 @@ def test_a_run_that_cannot_write_metrics_fails_with_the_reason_and_can_be_resume
     assert_same_run(run_dir, straight)
 
 
+NO_FSYNC = """
+#include <errno.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+int fsync(int fd) {
+    struct stat found;
+    if (fstat(fd, &found) == 0 && (ALSO_FILES || S_ISDIR(found.st_mode))) {
+        errno = EINVAL;
+        return -1;
+    }
+    return syscall(SYS_fsync, fd);
+}
+"""
+
+
+@pytest.mark.parametrize("also_files", [0, pytest.param(1, marks=SLOW)])
+def test_a_file_system_that_refuses_fsync_gives_one_warning(tmp_path, straight, also_files):
+    (tmp_path / "shim.c").write_text(NO_FSYNC)
+    shim = tmp_path / "shim.so"
+    compiler = shutil.which("cc") or pytest.skip("there is no C compiler")
+    flags = ["-shared", "-fPIC", f"-DALSO_FILES={also_files}", "-o", str(shim)]
+    subprocess.run([compiler, *flags, str(tmp_path / "shim.c")], check=True)
+    command = [sys.executable, str(ROOT / "launch.py"), *SETTINGS, "run_dir=run"]
+    environment = os.environ | {"LD_PRELOAD": str(shim)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (run.stdout + run.stderr).count("fsync does not work in this folder (Invalid argument)") == 1
+    assert_same_run(tmp_path / "run", straight)
+
+
 FULL = """
 import os
 import signal

@@ -122,13 +122,11 @@ def _check_steps(config: Config, state: TrainerState, reference: Path | None) ->
 
 def _link_or_copy(source: Path, target: Path) -> None:
     """Copy a folder, by hard links if possible: checkpoint files are never changed in place, so they can be shared."""
-
-    def link(one: str, other: str) -> None:
+    target.mkdir(parents=True)
+    for file in filter(Path.is_file, source.iterdir()):
         try:
-            os.link(one, other)
+            os.link(file, target / file.name)
         except OSError:
-            shutil.copy2(one, other)
-
-    shutil.copytree(source, target, copy_function=link)
+            shutil.copyfile(file, target / file.name)
     for path in [*target.iterdir(), target, target.parent]:
         sync(path)

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -75,13 +76,13 @@ def write_checkpoint(
     target.parent.mkdir(parents=True, exist_ok=True)
     clear(target.parent)
     _check_space(target.parent, sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()))
-    temporary = target.with_name(f"{target.name}.tmp")
+    temporary = _free_name(target)
     temporary.mkdir()
     try:
         for name, group in tensors.items():
             save_file(group, temporary / f"{name}.safetensors")
         if text is not None:
-            (temporary / "trainer_state.json").write_text(text)
+            (temporary / "trainer_state.json").write_text(text, encoding="utf-8")
         _commit(temporary, target, None if reference is None else reference.name)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)  # it may be what filled the disk
@@ -90,14 +91,30 @@ def write_checkpoint(
         raise
 
 
+def _free_name(target: Path) -> Path:
+    """The temporary name of a checkpoint; another one if something that cannot be deleted has this name."""
+    temporary = target.with_name(f"{target.name}.tmp")
+    number = 1
+    while os.path.lexists(temporary):
+        number += 1
+        temporary = target.with_name(f"{target.name}_{number}.tmp")
+    return temporary
+
+
 def clear(folder: Path) -> None:
-    """Remove what a killed save left in checkpoints/. Only for the process that holds the run folder."""
-    for left_over in folder.glob("*.tmp"):
-        if re.fullmatch(NAME, left_over.stem):
-            discard(left_over)
-    for left_over in folder.glob(".*.replaced"):
-        if re.fullmatch(NAME, name := left_over.stem.removeprefix(".")):
-            restore_replaced(folder / name)
+    """Remove what a killed save left in checkpoints/. Only for the process that holds the run folder.
+
+    What cannot be removed causes a warning.
+    """
+    for left_over in [*folder.glob("*.tmp"), *folder.glob(".*.replaced")]:
+        name = left_over.stem.removeprefix(".")
+        try:
+            if left_over.suffix == ".tmp" and re.fullmatch(rf"{NAME}(_\d+)?", left_over.stem):
+                discard(left_over)
+            elif left_over.suffix == ".replaced" and re.fullmatch(NAME, name):
+                restore_replaced(folder / name)
+        except OSError as error:
+            logger.warning("%s is left over from an earlier save and could not be removed: %s", left_over, error)
 
 
 def step_folders(folder: Path) -> list[Path]:

@@ -1,5 +1,7 @@
 """Small files and folders of a run: read with one-line errors, written atomically, and never through a link."""
 
+import errno
+import functools
 import json
 import logging
 import os
@@ -7,7 +9,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -17,6 +19,7 @@ from grpo.config.migrations import Migration, migrate
 from grpo.config.reading import check_levels, read_file
 
 logger = logging.getLogger(__name__)
+DISK_ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)  # of fsync: what was written is not on the disk
 
 
 def short_path(path: str | Path) -> Path:
@@ -139,11 +142,16 @@ def write_atomic(file: Path, content: str | bytes) -> None:
     temporary = file.with_name(file.name + ".tmp")
     if temporary.is_symlink() or not temporary.is_dir():  # a folder of this name causes an error below
         temporary.unlink(missing_ok=True)
-    with temporary.open("xb") as stream:  # x: does not follow a link
-        stream.write(content.encode() if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open("xb") as stream:  # x: does not follow a link
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            flush_to_disk(stream.fileno())
+        temporary.replace(file)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()  # it may be what filled the disk
+        raise
     sync(file.parent)
 
 
@@ -153,6 +161,7 @@ def commit_folder(folder: Path, target: Path) -> None:
     A folder cannot replace another one in a single step. The old one is therefore first renamed to `.<name>.replaced`,
     a name that users would not choose, from which `restore_replaced` can restore it.
     """
+    follow_umask(folder)
     for path in [*folder.iterdir(), folder]:
         sync(path)
     restore_replaced(target)
@@ -181,13 +190,46 @@ def step_of(path: Path) -> int:
     return int(path.stem.removeprefix("step_"))
 
 
+def follow_umask(folder: Path) -> None:
+    """Give the weights in a folder the mode of other new files; safetensors makes them readable only by their owner."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.glob("*.safetensors"):
+        with suppress(PermissionError):  # some file systems have no modes
+            file.chmod(mode)
+
+
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file, or the entries of a folder, to disk, if its file system can do that."""
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError as error:
+        if not path.is_dir():
+            raise
+        _warn_of_fsync(error.strerror)
+        return
+    try:
+        flush_to_disk(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_to_disk(descriptor: int) -> None:
+    """Flush an open file to disk. Network shares and FUSE may refuse that: then a warning is logged, once."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise
+        _warn_of_fsync(error.strerror)
+
+
+@functools.cache  # so that it is logged once
+def _warn_of_fsync(reason: str) -> None:
+    text = "fsync does not work in this folder (%s); the run continues, but a power failure may damage its newest files"
+    logger.warning(text, reason)
 
 
 def read_lines(file: Path, types: Mapping[str, Any] = MappingProxyType({}), needed: Iterable[str] = ()) -> list[dict]:

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config.errors import FileError, first_line
+from grpo.config.errors import ConfigError, FileError, first_line
 from grpo.config.migrations import EVALUATION_STEPS, VERSION, load_frozen, metrics_row, migrate
 from grpo.config.reading import read_yaml
 from grpo.config.schema import Config
@@ -23,6 +23,7 @@ from grpo.runs.files import (
     check_record,
     commit_folder,
     discard,
+    follow_umask,
     json_lines,
     no_link,
     read_json,
@@ -70,18 +71,20 @@ def reserve(wanted: Path, suffix: bool) -> tuple[Path, list[Path]]:
     an existing folder is returned.
     """
     missing = [each for each in wanted.parents if not each.exists()]
-    wanted.parent.mkdir(parents=True, exist_ok=True)
     path = wanted
     number = 1
     while True:
         try:
-            path.mkdir()
+            path.mkdir(parents=True)
             return path, [path, *missing]
         except FileExistsError:
             if not suffix:
                 return path, []
             number += 1
             path = wanted.with_name(f"{wanted.name}_{number}")
+        except OSError as error:
+            remove_empty(missing)
+            raise ConfigError(f"{path} cannot be created ({error.strerror}); choose another run_dir") from error
 
 
 def release(path: Path) -> None:
@@ -299,6 +302,7 @@ class RunFolder:
             save_file(tensors, file)
         except SafetensorError as error:  # its own exception for a failed write
             raise OSError(str(error)) from error
+        follow_umask(file.parent)
         write_atomic(file.with_suffix(".jsonl"), json_lines(rows))
 
     @property

@@ -1,5 +1,6 @@
 """A lock that allows one process at a time in a run folder, also if several machines share the disk."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -15,6 +16,7 @@ from typing import BinaryIO
 
 from grpo.config.errors import ConfigError
 from grpo.config.reading import read_file
+from grpo.runs.files import flush_to_disk
 
 logger = logging.getLogger(__name__)
 RENEW_S = 10.0
@@ -31,7 +33,7 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[Path]:
     as long, its process is considered dead. No clocks are compared. If the file system has no locks, only the line
     decides.
     """
-    with open(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "r+b", buffering=0) as file:
+    with _open(folder) as file:
         holder = _read(folder)
         taken = _lock(file)
         if not _is_still_there(file, folder / ".lock"):
@@ -56,6 +58,16 @@ def locked(folder: Path, renew_s: float = RENEW_S) -> Iterator[Path]:
             thread.join()
             with suppress(OSError):
                 os.ftruncate(file.fileno(), 0)
+
+
+def _open(folder: Path) -> BinaryIO:
+    path = folder / ".lock"
+    try:
+        return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+b", buffering=0)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise ConfigError(f"{folder} cannot be written to ({error.strerror}), so no run can train in it") from error
 
 
 def _is_still_there(file: BinaryIO, path: Path) -> bool:
@@ -144,7 +156,7 @@ def _write(file: BinaryIO, token: str, beat: int) -> None:
     holder["pid_namespace"] = _pid_namespace()
     # Overwrite the line with one of the same length, so that a full disk cannot leave half a line.
     os.pwrite(file.fileno(), json.dumps(holder).ljust(LINE).encode(), 0)
-    os.fsync(file.fileno())
+    flush_to_disk(file.fileno())
 
 
 def _pid_namespace() -> str | None:

@@ -200,7 +200,7 @@ def _run(call: bytes, sender: Connection, console: Path | None) -> None:
     os.setpgrp()  # so that Ctrl-C reaches the job only once, through the launcher: a second signal ends it unsaved
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if console is not None:
-        file = os.open(console, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        file = os.open(console, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         sys.stdout.flush()
         for stream in (1, 2):
             os.dup2(file, stream)

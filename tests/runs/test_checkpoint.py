@@ -428,6 +428,53 @@ def test_files_of_the_user_in_the_folder_are_kept_and_do_not_block_a_save(tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
+def test_a_left_over_that_cannot_be_deleted_does_not_block_a_save(tmp_path, caplog):
+    busy = tmp_path / "step_000001.tmp"
+    busy.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(busy)]).returncode != 0:
+        pytest.skip("mounting is not allowed here")
+    try:
+        save_steps(tmp_path, 1, 2)
+    finally:
+        subprocess.run(["umount", str(busy)], check=True)
+    assert [path.name for path in step_folders(tmp_path)] == ["step_000001", "step_000002"]
+    assert "step_000001.tmp is left over from an earlier save and could not be removed" in caplog.text
+    assert "could not write" not in caplog.text
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["in the way", "beside training"])
+def test_an_unexpected_error_of_a_write_is_a_failed_write(tmp_path, caplog, overlap):
+    """For example of CUDA, or of a library. It must not replace the error of a run, nor prevent the next save."""
+    model = small_model()
+    saver = CheckpointWriter(tmp_path, settings(overlap=overlap), TrainerState())
+    broken = saved(model, adamw(model), None, TrainerState(step=1))
+    broken["model"] = {"weight": torch.ones(2).to_sparse()}  # safetensors raises ValueError
+    saver.save(broken)
+    saver.close()
+    assert "could not write the checkpoint of step 1" in caplog.text
+    saver.save(saved(model, adamw(model), None, TrainerState(step=2)))
+    saver.close()
+    assert saver.saved_step == 2
+    for step in range(3, 3 + TRIES):
+        saver.check()
+        saver.save(broken | {"trainer": TrainerState(step=step)})
+    saver.close()
+    with pytest.raises(RuntimeError, match=r"the last 5 checkpoints could not be written to .* \(.*sparse.*\); make"):
+        saver.check()
+    assert [path.name for path in step_folders(tmp_path)] == ["step_000002"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_files_of_a_checkpoint_have_the_mode_of_other_new_files(tmp_path, umask):
+    former = os.umask(umask)
+    try:
+        save_steps(tmp_path, 1)
+    finally:
+        os.umask(former)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "step_000001").iterdir()}
+    assert modes == dict.fromkeys(FILES, 0o666 & ~umask)
+
+
 def test_a_run_that_cannot_save_fails_after_several_tries(tmp_path):
     model = small_model()
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
