@@ -45,7 +45,7 @@ def model_source(name: str) -> str:
 def architecture(name: str, trust_remote_code: bool) -> PretrainedConfig:
     """The transformers config of a model. Raises OSError or ValueError if it cannot be loaded."""
     if name in RANDOM_MODELS:
-        return AutoConfig.for_model(**json.loads(RANDOM_MODELS[name].read_text()))
+        return AutoConfig.for_model(**json.loads(RANDOM_MODELS[name].read_text(encoding="utf-8")))
     return AutoConfig.from_pretrained(model_source(name), trust_remote_code=trust_remote_code)
 
 

@@ -170,4 +170,4 @@ def _pid_namespace() -> str | None:
 def _machine() -> str:
     """An ID of this machine since its last boot, if available. Host names are not used, as they may not be unique."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text().strip() if boot.exists() else f"{uuid.getnode():x}"
+    return boot.read_text(encoding="utf-8").strip() if boot.exists() else f"{uuid.getnode():x}"
