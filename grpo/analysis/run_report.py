@@ -21,14 +21,15 @@ SHOWN_STEPS = 12  # at most this many sampled steps are shown, evenly spaced fro
 SHOWN_GROUPS = 3  # groups shown of each of these steps; a group is all completions of one problem
 
 
-def write_run_report(run_dir: str | Path) -> Path:
+def write_run_report(run_dir: str | Path, output_dir: str | Path | None = None) -> Path:
     """Write report.html into a run's folder and return its path; plots/ and summary.json are written again, too.
 
-    Raises FileNotFoundError if `run_dir` is not a run folder, ValueError if it has no completed step or is damaged.
+    With `output_dir`, all files are written there. Raises FileNotFoundError if `run_dir` is not a run folder,
+    ValueError if it has no completed step or is damaged.
     """
     run_dir = Path(run_dir)
-    write_charts(run_dir)
-    file = run_dir / "report.html"
+    write_charts(run_dir, output_dir)
+    file = Path(output_dir or run_dir) / "report.html"
     write_atomic(file, render("run.html", **content(run_dir)))
     return file
 

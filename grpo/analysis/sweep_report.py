@@ -17,13 +17,14 @@ from grpo.runs.sweep_folder import short
 FEW_SEEDS = 3
 
 
-def write_sweep_report(path: str | Path) -> tuple[list[Path], str]:
-    """Write report.html and sweep.csv into a sweep's folder, and return their paths and the headline.
+def write_sweep_report(path: str | Path, output_dir: str | Path | None = None) -> tuple[list[Path], str]:
+    """Write report.html and sweep.csv into a sweep's folder or `output_dir`; return their paths and the headline.
 
     Raises FileNotFoundError if `path` is not a sweep folder.
     """
     sweep = SweepAnalysis(path)
-    folder = sweep.folder.path
+    folder = Path(output_dir or sweep.folder.path)
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "sweep.csv", sweep.jobs.to_csv())
     page = render("sweep.html", **content(sweep))
     write_atomic(folder / "report.html", page)

@@ -23,13 +23,15 @@ class ModelUnderTest:
 
     config: Config  # model.name is the model to load
     folder: RunFolder | None  # the run folder given as run_dir, if any
-    weights: Path | None  # checkpoint whose weights replace those of the model, if the run has no final_model yet
+    weights: Path | None  # checkpoint whose weights replace those of the model; None: they are as loaded
     step: int  # number of steps for which the model was trained
     changed: tuple[str, ...] = ()  # keys and groups of the run's config that are replaced
 
     @property
     def model(self) -> str:
-        """The name of the model, with its adapter if it has one."""
+        """The name of the model, with its adapter or the checkpoint of its weights if it has one."""
+        if self.weights is not None:
+            return f"{self.config.model.name} with the weights of {self.weights}"
         lora = self.config.model.lora
         adapter = f" with the adapter {lora.init_from}" if lora is not None and lora.init_from is not None else ""
         return f"{self.config.model.name}{adapter}"
@@ -66,11 +68,17 @@ def existing_run(path: str) -> RunFolder:
 def find_model(arguments: Sequence[str]) -> ModelUnderTest:
     """Find the config and the model for a command line.
 
-    With run_dir: the run's frozen config, in which only the given keys are replaced, and the run's trained model; if
-    model.name is given too, that model with the run's problems. Without run_dir: the config composed from conf/.
+    With run_dir: the run's frozen config, in which only the given keys are replaced, and the run's trained model; with
+    checkpoint=best or checkpoint=STEP, the weights of that checkpoint; if model.name is given, that model with the
+    run's problems. Without run_dir: the config composed from conf/.
     """
     folder = run_folder_of(arguments)
-    overrides = Overrides(own_arguments(arguments, ["run_dir"])[1])
+    own, rest = own_arguments(arguments, ["run_dir", "checkpoint"])
+    overrides = Overrides(rest)
+    asked = own.get("checkpoint")
+    other_model = bool({"model", "model.name"} & set(overrides.keys))
+    if asked is not None and (folder is None or other_model):
+        raise ConfigError(f"checkpoint={asked} is for the model of a run: give run_dir=..., and no model.name=...")
     from grpo.launch.preset import hardware_found  # imports torch
 
     composed = hardware_found(compose_config(overrides.lines), overrides, compose_config)
@@ -79,13 +87,13 @@ def find_model(arguments: Sequence[str]) -> ModelUnderTest:
     changed = apply_overrides(folder.frozen_config(), composed, overrides)
     check_trusted(changed, composed, folder.path)
     changed.accept_changes = composed.accept_changes
-    if {"model", "model.name"} & set(overrides.keys):
+    if other_model:
         if not overrides.names("model.lora"):
             changed.model.lora = None
         return ModelUnderTest(resolved(changed), folder, None, 0, tuple(overrides.keys))
     # Only of a finished run: if steps were added to a run and are not completed yet, its final_model is older than its
     # checkpoints.
-    if folder.finished() and folder.final_model.exists():
+    if asked is None and folder.finished() and folder.final_model.exists():
         replaced = list(overrides.keys)
         if changed.model.get("lora") is None:
             changed.model.name = escape(str(folder.final_model))
@@ -93,9 +101,9 @@ def find_model(arguments: Sequence[str]) -> ModelUnderTest:
         else:
             changed.model.lora.init_from = escape(str(folder.final_model))
         return ModelUnderTest(resolved(changed), folder, None, folder.status().get("step", 0), tuple(replaced))
-    from grpo.runs.checkpoint import latest_checkpoint, load_state  # imports torch
+    from grpo.runs.checkpoint import latest_checkpoint, load_state, named_checkpoint  # imports torch
 
-    weights = latest_checkpoint(folder.checkpoints)
+    weights = latest_checkpoint(folder.checkpoints) if asked is None else named_checkpoint(folder.checkpoints, asked)
     if weights is None:
         raise ConfigError(f"{folder.path} holds no trained model yet; for the untrained one add model.name=...")
     return ModelUnderTest(resolved(changed), folder, weights, load_state(weights).step, tuple(overrides.keys))

@@ -1,6 +1,7 @@
 """Chat with a model: each question is answered like a training problem.
 
 python -m grpo chat run_dir=outputs/...                  the run's trained model
+python -m grpo chat run_dir=outputs/... checkpoint=C     the weights of a checkpoint: best, or one of its steps
 python -m grpo chat model.name=M [data=...]              any hub name or local folder
 prompt="What is 27 + 35?" answers this question and exits; rollout.temperature=0.7 samples, the default is greedy
 """

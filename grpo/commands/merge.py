@@ -1,15 +1,20 @@
-"""Merge a run's LoRA adapter into its base model, for programs that cannot load adapters.
+"""Write a run's model as one that any program can load: its LoRA adapter is merged into the base model.
 
 python -m grpo merge run_dir=outputs/...                 into its merged_model/
 python -m grpo merge run_dir=outputs/... output_dir=DIR model.dtype=bfloat16
-Small changes of a weight are lost in bfloat16; in float32, the default, the model is the trained one to rounding.
+python -m grpo merge run_dir=outputs/... checkpoint=C    the weights of a checkpoint: best, or one of its steps
+Without an adapter, checkpoint= writes the model with the weights of that checkpoint. Small changes of a weight are lost
+in bfloat16; in float32, the default, the model is the trained one to rounding.
 """
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from grpo.commands._common import find_model, own_arguments
 from grpo.config.errors import ConfigError
-from grpo.runs.files import commit_folder
+from grpo.config.schema import ModelConfig
+from grpo.runs.files import commit_folder, discard
 
 
 def main(arguments: list[str]) -> None:
@@ -17,8 +22,9 @@ def main(arguments: list[str]) -> None:
     own, rest = own_arguments(arguments, ["output_dir"])
     subject = find_model([*rest, "hardware.device=cpu", "model.device_map=cpu"])  # whatever device the run used
     model = subject.config.model
-    if model.lora is None or model.lora.init_from is None or subject.weights is not None:
-        what = "has no adapter" if model.lora is None else "has no final_model/ with its adapter yet"
+    asked = any(each.startswith("checkpoint=") for each in rest)
+    if not asked and (model.lora is None or model.lora.init_from is None or subject.weights is not None):
+        what = "has no adapter" if model.lora is None else "has no final_model/ with its adapter yet; give checkpoint="
         raise ConfigError(f"nothing to merge: {subject.folder.path if subject.folder else model.name} {what}")
     if "output_dir" in own:
         target = Path(own["output_dir"])
@@ -26,26 +32,52 @@ def main(arguments: list[str]) -> None:
         target = subject.folder.path / "merged_model"
     else:
         raise ConfigError("merge needs output_dir=DIR where no run folder is named")
-    import torch
-    from peft import PeftModel
-
-    from grpo.model.loading import check_model, load_model, load_tokenizer
-    from grpo.model.lora import adapter_errors, check_adapter, peft_settings
+    from grpo.model.loading import check_model, load_tokenizer
 
     check_model(model)
-    check_adapter(model.lora)
     if target.exists():
         raise ConfigError(f"{target} exists already; remove it, or give another output_dir=DIR")
     temporary = target.with_name(f"{target.name}.tmp")
     if temporary.exists():
         raise ConfigError(f"{temporary} exists; it is left over from an interrupted merge: remove it")
-    base = load_model(model, torch.device("cpu"))
-    # With our settings, since those in the adapter's folder can name modules that peft imports.
-    settings = peft_settings(model.lora, base)
-    with adapter_errors(model.lora.init_from):
-        merged = PeftModel.from_pretrained(base, model.lora.init_from, config=settings).merge_and_unload()
-    temporary.mkdir(parents=True)
-    merged.save_pretrained(temporary)
-    load_tokenizer(model).save_pretrained(temporary)
-    commit_folder(temporary, target)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be created ({error.strerror}); give another output_dir=DIR") from error
+    try:
+        merged_model(model, subject.weights, subject.config.seed).save_pretrained(temporary)
+        load_tokenizer(model).save_pretrained(temporary)
+        commit_folder(temporary, target)
+    except BaseException:
+        discard(temporary)
+        raise
     print(target)
+
+
+def merged_model(model: ModelConfig, weights: Path | None, seed: int) -> Any:
+    """The model with its adapter `model.lora.init_from` or the weights of a checkpoint, as one without an adapter."""
+    import torch
+    from peft import PeftModel
+
+    from grpo.model.loading import load_model
+    from grpo.model.lora import adapter_errors, add_adapter, check_adapter, peft_settings, save_adapter
+    from grpo.runs.checkpoint import StoredTensors, load_weights
+
+    cpu = torch.device("cpu")
+    if model.lora is not None:
+        check_adapter(model.lora)
+    loaded = load_model(model, cpu)
+    if weights is None:
+        assert model.lora is not None and model.lora.init_from is not None  # checked by `main`
+        # With our settings, since those in the adapter's folder can name modules that peft imports.
+        settings = peft_settings(model.lora, loaded)
+        with adapter_errors(model.lora.init_from):
+            return PeftModel.from_pretrained(loaded, model.lora.init_from, config=settings).merge_and_unload()
+    if model.lora is not None:
+        add_adapter(loaded, model.lora, getattr(torch, model.dtype), seed)
+    load_weights(StoredTensors(weights / "model.safetensors"), loaded)
+    if model.lora is None:
+        return loaded
+    with tempfile.TemporaryDirectory() as adapter:
+        save_adapter(loaded, adapter)
+        return PeftModel.from_pretrained(load_model(model, cpu), adapter).merge_and_unload()

@@ -24,4 +24,6 @@ def main(arguments: list[str]) -> None:
         files = write_charts(folder.path, Path(own["output_dir"]) if "output_dir" in own else None)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    except OSError as error:  # for example in the folder of another user
+        raise ConfigError(f"the charts could not be written ({error}); give another folder: output_dir=DIR") from error
     print("\n".join(str(file) for file in files))

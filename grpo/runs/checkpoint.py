@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from grpo.config.errors import FileError, first_line
+from grpo.config.errors import ConfigError, FileError, first_line
 from grpo.config.migrations import STATE_STEPS, VERSION
 from grpo.runs.files import commit_folder, discard, read_dataclass, read_json, restore_replaced, step_of, write_atomic
 
@@ -137,6 +137,26 @@ def latest_checkpoint(folder: Path) -> Path | None:
     if found:
         raise FileError(f"none of the {len(found)} checkpoints in {folder} is intact; nothing was deleted")
     return None
+
+
+def named_checkpoint(folder: Path, name: str, argument: str = "checkpoint") -> Path:
+    """The intact checkpoint `best`, or that of a step. Raises ConfigError, with those that are kept.
+
+    argument: the name of the argument that `name` was given with.
+    """
+    kept = [str(step_of(path)) for path in step_folders(folder)]
+    kept += ["best"] if (folder / "best").is_dir() else []
+    said = f"of: {', '.join(kept) or 'none'}"
+    if name != "best" and not name.isdecimal():
+        raise ConfigError(f"{argument}={name}: give best or a step; {folder.parent} keeps checkpoints {said}")
+    checkpoint = folder / "best" if name == "best" else step_folder(folder, int(name))
+    if not checkpoint.exists():
+        which = "best held-out accuracy" if name == "best" else "that step"
+        raise ConfigError(f"{argument}={name}: {folder.parent} keeps no checkpoint of {which}, but {said}")
+    problem = find_damage(checkpoint)
+    if problem is not None:
+        raise ConfigError(f"{argument}={name}: {checkpoint} is damaged ({problem}); kept are checkpoints {said}")
+    return checkpoint
 
 
 def find_damage(checkpoint: Path) -> str | None:
