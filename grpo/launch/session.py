@@ -101,7 +101,7 @@ def _started(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopS
         if refused:
             _undo(run, before)
         else:
-            _record_end(run, error)
+            _record_end(run, error, before if _has_changed_nothing(run, is_job) else None)
         raise
     finally:
         if folder.started() and not run.done and not refused:
@@ -190,16 +190,21 @@ def _name_in_tracking(cfg: DictConfig, overrides: Overrides) -> None:
         cfg.tracking.name = escape(" ".join(own)) or None
 
 
-def _record_end(run: Run, error: BaseException) -> None:
+def _record_end(run: Run, error: BaseException, before: Mapping[str, Any] | None) -> None:
+    """Record and print how a launch ended. before: the status to restore, if the launch has changed nothing."""
+    if before is not None:
+        run.record_state(before.get("state", "failed"), before.get("error"))
     if isinstance(error, Exit):
-        run.record_state("interrupted", None)
+        if before is None:
+            run.record_state("interrupted", None)
         command = resume_command(run.shown_path, foreign_targets(to_dict(run.config)))
         recorded = run.folder.changes()
         changed = {key: value for key, value in run.changes.items() if recorded.get(key) != value}
         pending = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in changed.items()]
         print(f"interrupted; resume with: {' '.join([command, *pending])}", flush=True)
         return
-    run.record_state("failed", f"{type(error).__name__}: {error}")
+    if before is None:
+        run.record_state("failed", f"{type(error).__name__}: {error}")
     logger.info("the run failed", exc_info=error)  # to launch.log; the console shows only the line below
     logger.error("%s failed: %s: %s", run.shown_path, type(error).__name__, error)
     vars(error)["logged"] = True  # for `report_errors`
@@ -215,14 +220,21 @@ def _is_refused(run: Run, error: BaseException, is_job: bool) -> bool:
     """
     if not isinstance(error, ConfigError) or run.recorded:
         return False
-    if run.resumed and not run.forked:
-        return not is_job
-    return not isinstance(error, FileError)
+    return _has_changed_nothing(run, is_job) or (not _continues(run) and not isinstance(error, FileError))
+
+
+def _has_changed_nothing(run: Run, is_job: bool) -> bool:
+    """Whether a launch that resumes a run ended before it began, so that the run keeps its former state."""
+    return _continues(run) and not run.recorded and not is_job
+
+
+def _continues(run: Run) -> bool:
+    return run.resumed and not run.forked
 
 
 def _undo(run: Run, before: Mapping[str, Any]) -> None:
     """Leave a run as it was before a launch that was refused; before: its status then."""
-    if run.resumed and not run.forked:
+    if _continues(run):
         run.record_state(before.get("state", "failed"), before.get("error"))
         _discard_record(HydraConfig.get())
     else:

@@ -8,7 +8,7 @@ import pytest
 from grpo.config.errors import ConfigError
 from grpo.runs.checkpoint import StoredTensors
 from grpo.training.train import check_until
-from tests.launches import SETTINGS, assert_same_run, launch, rows, start, status, wait_for_step
+from tests.launches import SETTINGS, SHORT, assert_same_run, launch, resume, rows, start, status, wait_for_step
 
 
 @pytest.mark.parametrize(
@@ -159,3 +159,30 @@ def test_an_until_step_that_the_run_has_passed_is_refused():
         check_until(20, 50)
     for fine in (None, 50, 51):  # at step 50 its evaluation may still be missing
         check_until(fine, 50)
+
+
+def test_a_resume_that_fails_before_it_begins_leaves_the_state_of_a_finished_run(tmp_path):
+    run_dir = tmp_path / "run"
+    settings = [*SHORT, "grpo.num_steps=2", "grpo.lr_schedule=constant", f"run_dir={run_dir}"]
+    assert launch(*settings, cwd=tmp_path).returncode == 0
+    finished = status(run_dir)
+    more = "grpo.num_steps=3"
+    for place, fault, code in (
+        ("grpo.training.experiment.load_model", "no memory for the model", 1),
+        ("grpo.training.train.read_checkpoint", "term", 143),
+    ):
+        failed = resume(run_dir, more, fault=(place, "1", fault))
+        assert failed.returncode == code, failed.stderr
+        assert status(run_dir) | {"seconds": 0} == finished | {"seconds": 0}
+        assert not (run_dir / "changes.yaml").exists()
+    assert failed.stderr == ""
+    checkpoint = run_dir / "checkpoints" / "step_000002"
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    (checkpoint / "model.safetensors").write_bytes(b"")
+    damaged = resume(run_dir, more)
+    assert damaged.returncode == 1
+    assert "none of the 1 checkpoints in" in damaged.stderr.splitlines()[-1]
+    assert status(run_dir) | {"seconds": 0} == finished | {"seconds": 0}
+    (checkpoint / "model.safetensors").write_bytes(weights)
+    assert resume(run_dir, more).returncode == 0
+    assert status(run_dir)["step"] == 3
