@@ -12,6 +12,7 @@ from rich.table import Table
 
 from grpo.config.overrides import Overrides, typed_in_shell
 from grpo.config.paths import LAUNCH
+from grpo.runs.files import disk_errors_are_warnings
 from grpo.runs.halving_state import HalvingState
 from grpo.runs.stop_signals import STOP_SIGNALS
 from grpo.runs.sweep_folder import SweepFolder, short
@@ -29,7 +30,8 @@ def conclude(sweep: SweepFolder) -> bool:
     states = {job["state"] for job in jobs} - {"stopped early"}
     bad = states & {"failed", "unreadable"}
     state = "failed" if bad else "interrupted"
-    sweep.update("finished" if states == {"finished"} else state)
+    with disk_errors_are_warnings(f"{sweep.path}/sweep.json"):
+        sweep.update("finished" if states == {"finished"} else state)
     Console().print(_table(jobs, sweep.swept))
     for job in jobs:
         if job["state"] in bad:

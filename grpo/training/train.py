@@ -185,8 +185,6 @@ def pause(trainer: Trainer, run: Run, recorder: Recorder) -> None:
 
 def finish(trainer: Trainer, run: Run, recorder: Recorder) -> None:
     """Evaluate, save the model, write the report, and print what to do next."""
-    from grpo.analysis.run_report import write_run_report  # imported here, since matplotlib takes a second
-
     after = run.folder.evaluation("after")
     if run.config.eval.after and (after is None or after["step"] != trainer.state.step):
         recorder.evaluation("after", trainer.evaluate())
@@ -195,11 +193,16 @@ def finish(trainer: Trainer, run: Run, recorder: Recorder) -> None:
     run.folder.update_status(state="finished")
     run.stop.ignore_signals()
     try:
+        from grpo.analysis.run_report import write_run_report  # imported here, since matplotlib takes a second
+
         write_run_report(run.shown_path)
     except Exception as error:  # the run has finished, and the report can be written later
         command = f"python -m grpo report {shlex.quote(f'run_dir={run.shown_path}')}"
         logger.warning("no report (%s: %s); try again: %s", type(error).__name__, first_line(error), command)
-    recorder.finish()
+    try:
+        recorder.finish()
+    except Exception as error:  # as above
+        logger.warning("no summary of the run (%s: %s)", type(error).__name__, first_line(error))
     grpo = run.config.grpo
     can_be_longer = grpo.lr_schedule == "constant" and grpo.num_iterations == 1
     foreign = foreign_targets(to_dict(run.config))
