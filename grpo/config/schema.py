@@ -231,7 +231,7 @@ class Config:
     resume: Any = key(default=False, choices=(True, False, "auto"), launch_only=True)
     sweep_dir: str | None = key(default=None, launch_only=True)
     fork: bool = key(default=False, launch_only=True, of_sweep=True)
-    fork_step: int | None = key(default=None, launch_only=True, of_sweep=True)
+    fork_step: Any = key(default=None, launch_only=True, of_sweep=True)
     plan: bool = key(default=False, launch_only=True)
     accept_changes: bool = key(default=False, launch_only=True)
     until_step: int | None = key(default=None, least=1, launch_only=True)

@@ -15,7 +15,7 @@ from grpo.config.checks import check_name, check_unused_overrides, typed
 from grpo.config.errors import ConfigError
 from grpo.config.hydra_app import Application, without_hydra
 from grpo.config.instantiate import check_importable
-from grpo.config.overrides import Overrides, quoted
+from grpo.config.overrides import Overrides, quoted, text_of
 from grpo.config.schema import Config
 from grpo.launch.plan import print_plan
 from grpo.runs.choice import check_empty, check_parent, choose_run
@@ -46,7 +46,7 @@ def decide(flags: argparse.Namespace) -> Iterator[Launch | None]:
     or Hydra's exceptions, for a command line or config that cannot work. Nothing is left on disk then.
     """
     app = Application(flags)
-    overrides = Overrides(flags.overrides)
+    overrides = with_fork_step(Overrides(flags.overrides))
     composed, is_sweep = app.compose(overrides.lines, flags.multirun)
     if not is_sweep:
         check_runnable(without_hydra(composed), overrides)
@@ -61,6 +61,17 @@ def decide(flags: argparse.Namespace) -> Iterator[Launch | None]:
     else:
         with hold_run(app, composed, overrides) as launch:
             yield launch
+
+
+def with_fork_step(overrides: Overrides) -> Overrides:
+    """Replace `checkpoint=` of a fork, which the commands have as well, by `fork_step=`. Raises ConfigError."""
+    lines = []
+    for key, line in zip(overrides.keys, overrides, strict=True):
+        is_choice = key == "checkpoint" and not text_of(line).startswith("{")
+        if is_choice and not overrides.value("fork"):
+            raise ConfigError(f"{line} is for fork=true; to set when checkpoints are saved: checkpoint.every=...")
+        lines.append(f"fork_step={text_of(line)}" if is_choice else line)
+    return Overrides(lines)
 
 
 def check_runnable(config: DictConfig, overrides: Overrides) -> Config:

@@ -5,28 +5,33 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
 
 from grpo.config.checks import check_lineage, check_unused_overrides, kl_weight
 from grpo.config.compose import apply_overrides
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
+from grpo.config.paths import CONF_DIR
 from grpo.config.schema import Config
 from grpo.config.trust import check_trusted
-from grpo.config.values import copy_value, escape
+from grpo.config.values import copy_value, escape, to_dict
 from grpo.data.sampler import problems_before
 from grpo.launch.freeze import freeze
 from grpo.runs.checkpoint import (
     MANIFEST,
+    OPTIMIZER,
     TrainerState,
+    commit_checkpoint,
     find_damage,
     latest_checkpoint,
     load_state,
+    named_checkpoint,
     reference_of,
     step_folder,
-    step_folders,
 )
-from grpo.runs.files import read_json, step_of, sync
+from grpo.runs.files import read_json, sync
 from grpo.runs.folder import RunFolder
 from grpo.training.digests import kept_by_fork
 
@@ -42,14 +47,17 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     source = _checkpoint(parent, cfg.fork_step)
     state = load_state(source)
     before = parent.frozen_config()
-    frozen = apply_overrides(before, cfg, overrides)
+    frozen = apply_overrides(before, cfg, overrides, _config_folders())
     check_trusted(frozen, cfg, parent.path)
     manifest = read_json(source / MANIFEST)
     values: Any = OmegaConf.to_container(before, resolve=True)  # a dict
     check_lineage(values["parent"])
     used = problems_before(state.step + 1, values["grpo"]["batch_size"], values["parent"])
     lineage = {"run_dir": str(parent.path), "step": state.step, "num_problems": used, "parent": values["parent"]}
-    frozen.parent = escape(lineage | {"weights_sha256": manifest["files"]["model.safetensors"]["sha256"]})
+    lineage |= {"weights_sha256": manifest["files"]["model.safetensors"]["sha256"]}
+    # An optimizer cannot continue with the states of another one, and best/ has none.
+    fresh_optimizer = OPTIMIZER not in manifest["files"] or frozen.optimizer._target_ != before.optimizer._target_
+    frozen.parent = escape(lineage | ({"fresh_optimizer": True} if fresh_optimizer else {}))
     if cfg.tracking.group is not None:  # for example the group of a sweep
         copy_value(cfg, "tracking.group", frozen)
         copy_value(cfg, "tracking.tags", frozen)
@@ -58,19 +66,20 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     config = freeze(frozen)
     check_unused_overrides(config, overrides)
     _check_steps(config, state, reference_of(source))
-    if config.optimizer["_target_"] != before.optimizer._target_:
-        raise ConfigError(
-            f"optimizer._target_={config.optimizer['_target_']}: the checkpoint holds the states of "
-            f"{before.optimizer._target_}; keep that, or start a new run with model.name={parent.final_model}"
-        )
+    _check_weights(config, values["model"], overrides, parent)
 
     history = parent.metrics_of_steps(state.step)
     best = parent.checkpoints / "best"
     has_best = find_damage(best) is None and load_state(best).step <= state.step
     shutil.rmtree(folder.checkpoints, ignore_errors=True)  # left by a killed attempt to fork
-    for part in (source, reference_of(source), best if has_best else None):
-        if part is not None:
-            _link_or_copy(part, folder.checkpoints / part.name)
+    copied = [reference_of(source), *((best, reference_of(best)) if has_best else ())]
+    for part in dict.fromkeys(each for each in copied if each is not None):
+        _link_or_copy(part, folder.checkpoints / part.name)
+    start = step_folder(folder.checkpoints, state.step)
+    if fresh_optimizer:
+        _copy_without_optimizer(source, start)
+    else:
+        _link_or_copy(source, start)
     folder.write_metrics(history)
     for name, result in parent.training_evaluations(state.step).items():
         folder.write_evaluation(name, result)
@@ -82,20 +91,48 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     return config
 
 
-def _checkpoint(parent: RunFolder, step: int | None) -> Path:
-    kept = ", ".join(str(step_of(path)) for path in step_folders(parent.checkpoints)) or "none"
-    if step is None:
+def _config_folders() -> list[Path]:
+    """The folders that the config of this launch was composed from, in the order in which Hydra searches them."""
+    if not HydraConfig.initialized():
+        return [CONF_DIR]
+    return [Path(each.path) for each in HydraConfig.get().runtime.config_sources if each.schema == "file"]
+
+
+def _checkpoint(parent: RunFolder, choice: int | str | None) -> Path:
+    """The checkpoint to start from: of a step, `best`, or the newest (None). Raises ConfigError."""
+    if choice is None:
         checkpoint = latest_checkpoint(parent.checkpoints)
         if checkpoint is None:
             raise ConfigError(f"fork=true: {parent.path} has no checkpoint to start from yet")
         return checkpoint
-    checkpoint = step_folder(parent.checkpoints, step)
-    if not checkpoint.exists():
-        raise ConfigError(f"fork_step={step}: {parent.path} keeps no checkpoint of that step, but of: {kept}")
-    problem = find_damage(checkpoint)
-    if problem is not None:
-        raise ConfigError(f"fork_step={step}: {checkpoint} is damaged ({problem}); kept are: {kept}")
+    checkpoint = named_checkpoint(parent.checkpoints, str(choice), "fork_step")
+    if checkpoint.name == "best":  # the checkpoint of the same step has the optimizer's states as well
+        complete = step_folder(parent.checkpoints, load_state(checkpoint).step)
+        if find_damage(complete) is None:
+            return complete
     return checkpoint
+
+
+def _check_weights(config: Config, before: dict[str, Any], overrides: Overrides, parent: RunFolder) -> None:
+    """Raise ConfigError if the weights of the parent's checkpoint do not fit the model of the fork.
+
+    model.name may be given on the command line, since the parent's model may have been moved to another folder.
+    """
+    model = to_dict(config)["model"]
+    if model["name"] != before["name"] and "model.name" not in overrides.keys:
+        raise ConfigError(
+            f"model.name={model['name']}: a fork continues with the weights of its parent's model, {before['name']}; "
+            "start a new run for another one"
+        )
+    if model["lora"] == before["lora"]:
+        return
+    if before["lora"] is None:
+        way = f"tuning=lora model.name={parent.final_model}"
+    elif model["lora"] is not None:
+        way = f"tuning=lora model.lora.init_from={parent.final_model}, with the rank and alpha of that"
+    else:
+        way = f"model.name={parent.path / 'merged_model'} after: python -m grpo merge run_dir={parent.path}"
+    raise ConfigError(f"the checkpoint does not fit a fork with another model.lora; start a new run with {way}")
 
 
 def _check_steps(config: Config, state: TrainerState, reference: Path | None) -> None:
@@ -104,7 +141,7 @@ def _check_steps(config: Config, state: TrainerState, reference: Path | None) ->
     if total <= state.step:
         raise ConfigError(
             f"the fork would start at step {state.step} of {total}: nothing is left to do; "
-            f"set a larger grpo.num_steps, or an earlier fork_step"
+            "set a larger grpo.num_steps, or an earlier fork_step"
         )
     within = state.step % grpo.num_steps != 0
     if kl_weight(config) > 0 and state.iteration > 1 and within and reference is None:
@@ -118,6 +155,17 @@ def _check_steps(config: Config, state: TrainerState, reference: Path | None) ->
             f"with grpo.num_steps={grpo.num_steps} step {state.step} would be of iteration {iteration}, but the "
             f"checkpoint is of iteration {state.iteration}, with its reference; keep grpo.num_steps"
         )
+
+
+def _copy_without_optimizer(source: Path, target: Path) -> None:
+    """Copy a checkpoint, or best/, as the checkpoint of a step at which the optimizer has no state yet."""
+    temporary = target.with_name(f"{target.name}.tmp")
+    _link_or_copy(source, temporary)
+    (temporary / MANIFEST).unlink()
+    (temporary / OPTIMIZER).unlink(missing_ok=True)
+    save_file({}, temporary / OPTIMIZER)
+    reference = reference_of(source)
+    commit_checkpoint(temporary, target, None if reference is None else reference.name)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -30,6 +30,7 @@ from grpo.runs.files import commit_folder, discard, read_dataclass, read_json, r
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+OPTIMIZER = "optimizer.safetensors"
 NAME = r"(step_\d{6,}|reference_\d{6,}|best)"  # folders that a run writes to checkpoints/
 
 
@@ -83,7 +84,7 @@ def write_checkpoint(
             save_file(group, temporary / f"{name}.safetensors")
         if text is not None:
             (temporary / "trainer_state.json").write_text(text, encoding="utf-8")
-        _commit(temporary, target, None if reference is None else reference.name)
+        commit_checkpoint(temporary, target, None if reference is None else reference.name)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)  # it may be what filled the disk
         if isinstance(error, SafetensorError):  # safetensors raises its own exception for a failed write
@@ -165,7 +166,7 @@ def find_damage(checkpoint: Path) -> str | None:
         manifest = read_json(checkpoint / MANIFEST)
         needed = ["model.safetensors"]
         if checkpoint.name.startswith("step_"):
-            needed += ["optimizer.safetensors", "trainer_state.json"]
+            needed += [OPTIMIZER, "trainer_state.json"]
         if missing := [name for name in needed if name not in manifest["files"]]:
             return f"{MANIFEST} does not name {missing[0]}"
         for name, expected in manifest["files"].items():
@@ -243,7 +244,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     reference = reference_of(checkpoint)
     return {
         "model": StoredTensors(checkpoint / "model.safetensors"),
-        "optimizer": StoredTensors(checkpoint / "optimizer.safetensors"),
+        "optimizer": StoredTensors(checkpoint / OPTIMIZER),
         "reference": None if reference is None else StoredTensors(reference / "model.safetensors"),
         "trainer": load_state(checkpoint),
     }
@@ -308,12 +309,13 @@ def _as_tensor(value: Any) -> Tensor:
 
 
 @torch.no_grad()
-def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, may_be_empty: bool = False) -> None:
     """Raise FileError if the optimizer state of a checkpoint does not fit this optimizer and its parameters.
 
     saved: as returned by `read_checkpoint`. optimizer: a new one of the same kind, over the same parameters, to be
     discarded afterwards. It takes one step with a gradient of ones to create its state. This changes the weights, so
-    the weights of the checkpoint must be loaded afterwards.
+    the weights of the checkpoint must be loaded afterwards. may_be_empty: accept a checkpoint without a state, from
+    which an optimizer starts anew.
     """
     for parameter, _ in _parameters(optimizer):
         parameter.grad = torch.ones_like(parameter)
@@ -326,7 +328,7 @@ def check_optimizer(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) 
     wrong = [key for key, kind in expected.items() if key.partition(".")[0] in stateful and found.get(key) != kind]
     wrong += [key for key in found if not _is_place(key, optimizer)]
     state = saved["trainer"]
-    no_update_so_far = state.skipped_in_a_row == state.step  # no loss or gradient was finite
+    no_update_so_far = may_be_empty or state.skipped_in_a_row == state.step  # no loss or gradient was finite
     if wrong or (expected and not stateful and not no_update_so_far):
         which = f"entry {wrong[0]} is missing, or of another shape or type" if wrong else "it is empty"
         raise FileError(
@@ -387,7 +389,7 @@ def _check_space(folder: Path, needed: int) -> None:
         raise OSError(f"it takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free in {folder}")
 
 
-def _commit(temporary: Path, target: Path, reference: str | None) -> None:
+def commit_checkpoint(temporary: Path, target: Path, reference: str | None) -> None:
     """Write the manifest, sync every file, and rename the folder to `target`."""
     files = {
         file.name: {"size": file.stat().st_size, "sha256": _file_digest(file)} for file in sorted(temporary.iterdir())

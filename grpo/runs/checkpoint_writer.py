@@ -63,14 +63,11 @@ class CheckpointWriter:
         if self._settings.overlap:
             tensors = {name: _copied(group) for name, group in tensors.items()}
             moved = _copied(moved)
-        place = reference_folder(self._folder, state.iteration) if has_reference else None
 
         def write() -> None:
             target = step_folder(self._folder, state.step)
             try:
-                if place is not None and moved:
-                    write_checkpoint(place, {"model": moved})
-                    self._reference_iteration = state.iteration
+                place = self._write_reference(moved, state) if has_reference else None
                 write_checkpoint(target, tensors, state, place)
             except Exception as error:
                 self._failures += 1
@@ -85,9 +82,22 @@ class CheckpointWriter:
     def save_best(self, saved: Mapping[str, Any]) -> None:
         """Replace `best/` by these weights, if `keep_best` is set."""
         self.close()
+        reference = saved.get("reference")
+
+        def write() -> None:
+            place = None if reference is None else self._write_reference(reference, saved["trainer"])
+            write_checkpoint(self._folder / "best", {"model": saved["model"]}, saved["trainer"], place)
+
         if self._settings.keep_best:
-            model = {"model": saved["model"]}
-            self._write(lambda: write_checkpoint(self._folder / "best", model, saved["trainer"]), "best/")
+            self._write(write, "best/")
+
+    def _write_reference(self, tensors: dict[str, Tensor], state: TrainerState) -> Path:
+        """The folder of the reference of the state's iteration, written if it is not on disk yet."""
+        place = reference_folder(self._folder, state.iteration)
+        if self._reference_iteration != state.iteration:
+            write_checkpoint(place, {"model": tensors})
+            self._reference_iteration = state.iteration
+        return place
 
     def check(self) -> None:
         """Raise RuntimeError after TRIES failed checkpoints, since a stopped run would lose more and more steps."""
@@ -142,7 +152,7 @@ def retain(newest: Path, settings: CheckpointConfig) -> None:
     for path in older:
         if not (settings.keep_every and step_of(path) % settings.keep_every == 0):
             _delete(path)
-    needed = {_reference_name(path) for path in step_folders(folder)}
+    needed = {_reference_name(path) for path in (*step_folders(folder), folder / "best")}
     for path in folder.glob("reference_*"):
         if re.fullmatch(NAME, path.name) and path.name not in needed:
             _delete(path)

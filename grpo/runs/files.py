@@ -191,12 +191,15 @@ def step_of(path: Path) -> int:
 
 
 def follow_umask(folder: Path) -> None:
-    """Give the weights in a folder the mode of other new files; safetensors makes them readable only by their owner."""
+    """Give the weights in a folder the mode of other new files; safetensors makes them readable only by their owner.
+
+    Not those that a fork shares with its parent.
+    """
     probe = folder / ".mode"
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
-    for file in folder.glob("*.safetensors"):
+    for file in (each for each in folder.glob("*.safetensors") if each.stat().st_nlink == 1):
         with suppress(PermissionError):  # some file systems have no modes
             file.chmod(mode)
 

@@ -113,7 +113,8 @@ def record_launch(trainer: Trainer, run: Run, accepted: list[str]) -> None:
     path = run.shown_path
     parent = run.config.parent
     if run.forked and parent is not None:
-        print(f"forked from {parent['run_dir']} at step {parent['step']} into {path}")
+        anew = ", with a new optimizer state" if parent.get("fresh_optimizer") else ""
+        print(f"forked from {parent['run_dir']} at step {parent['step']} into {path}{anew}")
     else:
         print(f"{'resuming' if run.resumed else 'run folder'} {path}")
 

@@ -354,7 +354,9 @@ class Trainer:
         The optimizer is loaded last, to keep peak memory low. Raises FileError if the weights, the optimizer or
         another state do not fit.
         """
-        check_optimizer(saved, self._new_optimizer())  # before any weight is changed
+        parent = self.config.parent or {}
+        starts_anew = bool(parent.get("fresh_optimizer")) and parent["step"] == saved["trainer"].step
+        check_optimizer(saved, self._new_optimizer(), starts_anew)  # before any weight is changed
         self.state = replace(saved["trainer"])
         with_states = self._stateful()
         states = dict(self.state.states)

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file
 
 from grpo.config.migrations import load_frozen
 from tests.launches import SETTINGS, launch, rows, status
@@ -146,15 +147,96 @@ def test_a_killed_sweep_of_forks_can_be_resumed(parent, tmp_path):
     assert "has lost the config.yaml of its run; restore that" in refused.stdout + refused.stderr
 
 
+def test_a_fork_with_another_optimizer_starts_it_with_a_new_state_and_is_resumed_bitwise(parent, tmp_path):
+    arguments = ["fork_step=6", "optimizer=muon", "checkpoint.every=1", "checkpoint.keep_last=9"]
+    result, run = fork(parent, tmp_path, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "at step 6 into" in result.stdout
+    assert result.stdout.count(", with a new optimizer state\n") == 1
+    ours, theirs = rows(run), rows(parent)
+    assert ours[:6] == theirs[:6]
+    assert ours[6]["digest/completions"] == theirs[6]["digest/completions"]
+    assert ours[6]["reward"] == theirs[6]["reward"]
+    assert ours[7]["loss"] != theirs[7]["loss"]
+    assert load_file(run / "checkpoints/step_000006/optimizer.safetensors") == {}
+    weights = "checkpoints/step_000006/model.safetensors"
+    assert (run / weights).read_bytes() == (parent / weights).read_bytes()
+    shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(run)
+
+    killed, run = fork(parent, tmp_path, *arguments, fault=("grpo.training.trainer.group_keys", "1", "kill"))
+    assert killed.returncode == -9
+    resumed = launch("resume=true", f"run_dir={run}", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert rows(run) == rows(tmp_path / "copy")
+    for step in (7, 8):
+        for name in ("model", "optimizer"):
+            file = f"checkpoints/step_{step:06d}/{name}.safetensors"
+            assert (run / file).read_bytes() == (tmp_path / "copy" / file).read_bytes()
+
+
+def test_a_fork_of_the_best_weights_is_exact_where_the_checkpoint_of_that_step_is_kept(tmp_path):
+    evaluated = ["eval.every=6", "eval.max_problems=4", "checkpoint.keep_last=1", "until_step=7", "run_dir=parent"]
+    assert launch(*TWIN, *evaluated, "checkpoint.keep_every=6", cwd=tmp_path).returncode == 0
+    parent = tmp_path / "parent"
+    assert json.loads((parent / "checkpoints/best/manifest.json").read_text())["reference"] == "reference_000002"
+    exact, run = fork(parent, tmp_path, "checkpoint=best", "checkpoint.every=7")
+    assert exact.returncode == 0, exact.stderr
+    assert "new optimizer" not in exact.stdout
+    assert load_frozen(run / "config.yaml").parent.step == 6
+    assert rows(run)[:7] == rows(parent)
+    file = "checkpoints/step_000007/model.safetensors"
+    shutil.rmtree(parent / "checkpoints/step_000006")
+    whole = (parent / file).read_bytes()
+
+    forked, other = fork(parent, tmp_path, "checkpoint=best", "name=other", "checkpoint.keep_last=9")
+    (other,) = (tmp_path / "outputs" / "other").iterdir()
+    assert forked.returncode == 0, forked.stderr
+    assert ", with a new optimizer state" in forked.stdout
+    assert rows(other)[6]["digest/completions"] == rows(parent)[6]["digest/completions"]
+    reference = "checkpoints/reference_000002/model.safetensors"
+    assert (other / reference).read_bytes() == (parent / reference).read_bytes()
+    assert status(other)["state"] == "finished"
+    assert whole == (parent / file).read_bytes()
+
+
+def test_a_fork_takes_all_keys_of_an_experiment_and_keeps_the_others(parent, tmp_path):
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /tuning: full\n  - override /optimizer: adamw\nname: mine\n"
+        "grpo:\n  epsilon: 0.1\n  max_completion_length: 7\nrollout:\n  temperature: 0.9\n"
+    )
+    flags = ["--config-dir", "conf", "experiment=mine", "grpo.beta=0.5"]
+    result, run = fork(parent, tmp_path, "fork_step=6", *flags)
+    assert result.returncode == 0, result.stderr
+    ours, theirs = load_frozen(run / "config.yaml"), load_frozen(parent / "config.yaml")
+    assert (ours.grpo.epsilon, ours.grpo.max_completion_length, ours.rollout.temperature) == (0.1, 7, 0.9)
+    assert (ours.name, ours.grpo.beta) == ("quickstart", 0.5)
+    assert ours.optimizer.lr != theirs.optimizer.lr  # the group is replaced
+    assert (ours.data, ours.grpo.num_steps, ours.model) == (theirs.data, theirs.grpo.num_steps, theirs.model)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["fork=true"], "fork=true needs the run to start from: run_dir=outputs/..."),
         (["fork=true", "run_dir=nowhere"], "fork=true: nowhere is not a run folder"),
+        (["fork=true", "run_dir=PARENT", "checkpoint=5"], "keeps no checkpoint of that step, but of: 2, 4, 6, 8"),
         (
-            ["fork=true", "run_dir=PARENT", "fork_step=4", "optimizer=muon"],
-            "MuonWithAdamW: the checkpoint holds the states of torch.optim.AdamW; keep that, or start a new run with",
+            ["fork=true", "run_dir=PARENT", "checkpoint=best"],
+            "keeps no checkpoint of best held-out accuracy, but of: 2",
         ),
+        (["fork=true", "run_dir=PARENT", "fork_step=x"], "fork_step=x: give best or a step; "),
+        (["experiment=quickstart", "checkpoint=best"], "checkpoint=best is for fork=true; to set when checkpoints are"),
+        (
+            ["fork=true", "run_dir=PARENT", "fork_step=4", "tuning=lora"],
+            "start a new run with tuning=lora model.name=PARENT/final_model",
+        ),
+        (
+            ["fork=true", "run_dir=PARENT", "fork_step=4", "experiment=smollm2_gsm8k"],
+            "a fork continues with the weights of its parent's model, tiny; start a new run for another one",
+        ),
+        (["fork=true", "run_dir=PARENT", "fork_step=4", "experiment=none"], "there is no experiment=none"),
         (["fork=true", "run_dir=PARENT", "resume=true"], "fork=true starts a new run: leave resume out"),
         (["fork=true", "run_dir=PARENT", "fork_step=5"], "keeps no checkpoint of that step, but of: 2, 4, 6, 8"),
         (["fork=true", "run_dir=PARENT"], "the fork would start at step 8 of 8: nothing is left to do"),
@@ -166,5 +248,5 @@ def test_a_killed_sweep_of_forks_can_be_resumed(parent, tmp_path):
 def test_an_impossible_fork_is_refused_and_leaves_no_run(parent, tmp_path, arguments, said):
     result = launch(*(argument.replace("PARENT", str(parent)) for argument in arguments), cwd=tmp_path)
     assert result.returncode == 2, result.stdout + result.stderr
-    assert said in result.stderr.splitlines()[-1]
+    assert said.replace("PARENT", str(parent)) in result.stderr.splitlines()[-1]
     assert not [path for path in tmp_path.rglob("*") if path.name in ("config.yaml", "checkpoints")]
