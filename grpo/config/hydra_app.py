@@ -47,6 +47,8 @@ def read_flags(arguments: Sequence[str]) -> argparse.Namespace:
         )
     if flags.run and flags.multirun:
         raise ConfigError("give one of --run and --multirun")
+    if (flags.package or flags.resolve) and not (flags.cfg or flags.help):
+        raise ConfigError("--package and --resolve say what --cfg shows: add --cfg job")
     return flags
 
 
@@ -128,10 +130,14 @@ def compose_again(hydra_cfg: HydraConf, overrides: Sequence[str]) -> DictConfig:
     hydra_cfg: the `hydra` part of the launch's config, which has the config's name and the overrides of Hydra's keys.
     The search path is that of the Hydra instance in this process.
     """
+    return without_hydra(compose_job(hydra_cfg, overrides))
+
+
+def compose_job(hydra_cfg: HydraConf, overrides: Sequence[str]) -> DictConfig:
+    """Like `compose_again`, with the `hydra` part."""
     own: Any = OmegaConf.to_container(hydra_cfg.overrides.hydra, resolve=False)  # a list of strings
     loader = GlobalHydra.instance().config_loader()
-    cfg = loader.load_configuration(hydra_cfg.job.config_name, [*own, *overrides], run_mode=RunMode.RUN)
-    return without_hydra(cfg)
+    return loader.load_configuration(hydra_cfg.job.config_name, [*own, *overrides], run_mode=RunMode.RUN)
 
 
 def config_flags(hydra_cfg: HydraConf) -> list[str]:

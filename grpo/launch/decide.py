@@ -17,11 +17,12 @@ from grpo.config.hydra_app import Application, without_hydra
 from grpo.config.instantiate import check_importable
 from grpo.config.overrides import Overrides, quoted, text_of
 from grpo.config.schema import Config
+from grpo.launch.machine import check_machine
 from grpo.launch.plan import print_plan
 from grpo.runs.choice import check_empty, check_parent, choose_run
 from grpo.runs.files import short_path
 from grpo.runs.folder import RunFolder, newest_unfinished, outputs, release, remove_empty, reserve
-from grpo.runs.gpu_queue import remember_gpus
+from grpo.runs.gpu_queue import LOCAL_LAUNCHERS, remember_gpus
 from grpo.runs.lock import locked
 from grpo.runs.sweep_folder import SweepFolder
 from grpo.sweeps.opening import prepare_sweep
@@ -52,6 +53,8 @@ def decide(flags: argparse.Namespace) -> Iterator[Launch | None]:
         check_runnable(without_hydra(composed), overrides)
         if composed.fork and composed.resume:
             raise ConfigError("fork=true starts a new run: leave resume out; to resume a fork, name its own run_dir")
+        if overrides.names("sweep_dir", "hydra.sweep.dir"):
+            raise ConfigError("sweep_dir names the folder of a sweep: add -m, or name that of a run with run_dir=...")
     if composed.plan:
         print_plan(composed, overrides, is_sweep, check_runnable)
         yield None
@@ -174,6 +177,8 @@ def hold_sweep(app: Application, composed: DictConfig, overrides: Overrides) -> 
     """
     named = composed.sweep_dir or named_folder(composed.hydra.sweep, "${sweep_dir}")
     opening = prepare_sweep(composed, overrides, named, check_runnable)
+    if composed.hydra.launcher._target_ in LOCAL_LAUNCHERS:
+        check_machine(opening.configs, opening.unknown)
     path, created = reserve(opening.folder.path, suffix=opening.is_new)
     folder = SweepFolder(path)
     try:

@@ -37,7 +37,7 @@ def resolve_hardware(cfg: DictConfig) -> None:
         cfg.hardware.threads = THREADS
 
 
-def requested_device(cfg: DictConfig) -> str:
+def requested_device(cfg: DictConfig | Config) -> str:
     """The device that the config requests. Raises ConfigError if torch does not find it."""
     check_device_map(cfg.model.device_map)
     by_map = cfg.model.device_map != "auto"

@@ -1,5 +1,6 @@
 """Preparation of a sweep: find its folder and its jobs, and check that each job can run."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -8,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from grpo.config.errors import ConfigError
-from grpo.config.hydra_app import compose_again, config_flags, has_plugin, split_into_jobs, without_hydra
+from grpo.config.hydra_app import compose_job, config_flags, has_plugin, split_into_jobs, without_hydra
 from grpo.config.overrides import Overrides, quoted
 from grpo.config.schema import LAUNCH_KEYS, Config
 from grpo.runs.choice import check_empty
@@ -29,11 +30,17 @@ class SweepOpening:
     overrides: Overrides  # of the experiment, as recorded in sweep.json
     task: Overrides  # the same for Hydra, with a plain list of values for each swept key
     points: list[list[str]] | None  # the overrides of each job; None if the sweeper chooses its points itself
+    configs: list[Config]  # of each job; if the points are unknown, one of what they have in common
     hydra: Overrides  # of Hydra's own settings
     sweeper: str  # the choice of hydra/sweeper
     flags: list[str]  # command line flags that say where the config is
     excluded: list[str]  # keys that are not part of the names of job folders
     has_params: bool  # whether the sweeper has `params`, which the overrides then include
+
+    @property
+    def unknown(self) -> Overrides:
+        """The swept overrides whose values the sweeper chooses only during the sweep."""
+        return self.task.select(self.task.swept if self.points is None else ())
 
     def begin(self, folder: SweepFolder) -> None:
         """Write sweep.json, or update it if the sweep is resumed."""
@@ -54,6 +61,8 @@ def prepare_sweep(composed: DictConfig, overrides: Overrides, named: str | None,
     named: the sweep folder given by the user, if any. Raises ConfigError or an exception of Hydra.
     """
     check_sweep(composed)
+    if overrides.names("hydra.run.dir"):
+        raise ConfigError("hydra.run.dir names the folder of one run; that of a sweep is sweep_dir=...")
     sweeper = composed.hydra.sweeper
     choice = composed.hydra.runtime.choices["hydra/sweeper"]
     asked = with_params(overrides.of_experiment, sweeper)
@@ -69,9 +78,13 @@ def prepare_sweep(composed: DictConfig, overrides: Overrides, named: str | None,
         elif not known.begun():
             check_empty(known.path)
     # Expanded only once, since `seed=shuffle(1,2,3)` would give the jobs another order each time.
-    task = kept.expand(planned or points_of(kept, sweeper) or ())
+    given = points_of(kept, sweeper)
+    task = kept.expand(planned or given or ())
+    check_swept(task)
     points = points_of(task, sweeper)
-    _check_points(composed, task, points, check)
+    configs = check_points(composed, task, points, check)
+    if given is not None and not record:
+        check_different([" ".join(Overrides(point).select(task.swept)) for point in given], configs)
     excluded = {*composed.hydra.job.config.override_dirname.exclude_keys, *LAUNCH_KEYS}
     excluded |= set(task.keys) - set(task.swept)
     return SweepOpening(
@@ -81,6 +94,7 @@ def prepare_sweep(composed: DictConfig, overrides: Overrides, named: str | None,
         overrides=kept,
         task=task,
         points=points,
+        configs=configs,
         hydra=overrides.of_hydra.without({"hydra.mode"}),
         sweeper=choice,
         flags=config_flags(composed.hydra),
@@ -122,20 +136,61 @@ def check_sweep(composed: DictConfig) -> None:
         )
     if hydra.sweeper.get("max_batch_size") is not None:
         raise ConfigError("hydra.sweeper.max_batch_size: with it a job that fails ends the sweep; leave it out")
-    if composed.run_dir is not None and not composed.fork:
-        raise ConfigError("run_dir names the folder of one run; that of a sweep is sweep_dir=...")
 
 
-def _check_points(composed: DictConfig, task: Overrides, points: list[list[str]] | None, check: Check) -> None:
-    """Raise ConfigError or an exception of Hydra if a job cannot start.
+def check_swept(task: Overrides) -> None:
+    """Raise ConfigError if a key is swept that concerns the whole launch. A fork's run_dir and fork_step may be."""
+    for key in task.swept:
+        if key in LAUNCH_KEYS - {"run_dir", "fork_step"}:
+            raise ConfigError(f"{task.last_by_key[key]}: {key} concerns the whole sweep, so it has one value")
+
+
+def check_points(
+    composed: DictConfig, task: Overrides, points: Sequence[Sequence[str]] | None, check: Check
+) -> list[Config]:
+    """Return the config of each job. Raises ConfigError or an exception of Hydra if a job cannot start.
 
     points: the overrides of each job; None: they are unknown, so only the config that all jobs share is checked.
     """
     if points is None:
         configs = [check(without_hydra(composed), task)]
+    elif not points:
+        raise ConfigError(f"no job: {' '.join(task.select(task.swept))} matches no choice of a group")
     else:
-        configs = [check(compose_again(composed.hydra, point), Overrides(point)) for point in points]
+        configs = [_check_job(composed, Overrides(point), task.swept, check) for point in points]
     check_equal_steps(configs, composed.hydra.sweeper)
+    return configs
+
+
+def _check_job(composed: DictConfig, point: Overrides, swept: Sequence[str], check: Check) -> Config:
+    job = compose_job(composed.hydra, point.lines)
+    for name in ("launcher", "sweeper", "sweep.dir", "mode"):
+        if _unresolved(job.hydra, name) != _unresolved(composed.hydra, name):
+            raise ConfigError(
+                f"{' '.join(point.select(swept))} sets hydra.{name}, which is one for all jobs of a sweep: set it on "
+                "the command line"
+            )
+    if job.run_dir is not None and not job.fork:
+        raise ConfigError("run_dir names the folder of one run; that of a sweep is sweep_dir=...")
+    return check(without_hydra(job), point)
+
+
+def _unresolved(hydra: DictConfig, name: str) -> Any:
+    values: Any = OmegaConf.to_container(hydra, resolve=False)  # a dict
+    for part in name.split("."):
+        values = values[part]
+    return values
+
+
+def check_different(names: Sequence[str], configs: Sequence[Config]) -> None:
+    """Raise ConfigError if two jobs would train the same run. names: the swept overrides of each job."""
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise ConfigError(f"{repeated[0]} is given {Counter(names)[repeated[0]]} times: give each value once")
+    seen: dict[str, str] = {}
+    for name, config in zip(names, configs, strict=True):
+        first = seen.setdefault(repr(config), name)
+        if first != name:
+            raise ConfigError(f"{first} and {name} are the same run: give only one of them")
 
 
 def check_equal_steps(configs: Sequence[Config], sweeper: DictConfig) -> None:

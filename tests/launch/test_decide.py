@@ -94,6 +94,25 @@ def test_a_refused_launch_changes_nothing_in_the_folder_of_another_run(tmp_path)
         (["run_dir=mine"], "mine is not empty (it holds .hydra); choose a new or an empty folder"),
         (["-m", "sweep_dir=mine", "seed=1,2"], "mine is not empty (it holds .hydra); choose a new or an empty folder"),
         (["-m", "run_dir=mine", "seed=1,2"], "run_dir names the folder of one run; that of a sweep is sweep_dir="),
+        (["-m", "run_dir=mine,other"], "run_dir names the folder of one run; that of a sweep is sweep_dir="),
+        (["-m", "seed=1,2", "hydra.run.dir=mine"], "hydra.run.dir names the folder of one run"),
+        (["sweep_dir=mine"], "sweep_dir names the folder of a sweep: add -m, or name that of a run with run_dir="),
+        (["-m", "seed=1,2,1"], "seed=1 is given 2 times: give each value once"),
+        (["-m", "grpo.beta=0.1,1e-1"], "grpo.beta=0.1 is given 2 times"),
+        (
+            ["-m", "tracking=disabled,wandb", "tracking.mode=offline"],
+            "tracking=disabled and tracking=wandb are the same",
+        ),
+        (["-m", "resume=true,false"], "resume concerns the whole sweep, so it has one value"),
+        (["-m", "sweep_dir=mine,other"], "sweep_dir concerns the whole sweep"),
+        (["-m", "until_step=1,2"], "until_step concerns the whole sweep"),
+        (["-m", "seed=glob(*)"], "no job: seed=glob(*) matches no choice of a group"),
+        (["-m", "tracking=glob(zzz*)"], "tracking=glob(zzz*) matches no choice of a group"),
+        (["-m", "hardware=cpu,a100_80gb"], "hardware.device=cuda: torch sees no CUDA device here"),
+        (["-m", "model.device_map=cpu,cuda:1"], "model.device_map=cuda:1: torch sees no CUDA device here"),
+        (["-m", "data=jsonl", "data.path=mine,missing"], "data.path=mine: there is no train.jsonl in it"),
+        (["-m", "model.name=tiny,./missing"], "model.name=./missing is neither a local folder nor a model"),
+        (["--package", "grpo"], "--package and --resolve say what --cfg shows: add --cfg job"),
         (
             ["-m", "plan=true", "hydra/sweeper=halving", "grpo.num_steps=2,9"],
             "halving compares arms after equal steps: leave grpo.num_steps out",
@@ -158,6 +177,21 @@ def test_a_sweep_can_be_requested_before_or_after_its_values_or_by_hydra_mode(tm
     for arguments in (["seed=1,2", "-m"], ["-m", "seed=1,2"], ["seed=1,2", "hydra.mode=MULTIRUN"]):
         planned = launch(*QUICK[:1], *arguments, *QUICK[1:], "plan=true", cwd=tmp_path)
         assert (planned.returncode, "all 2 runs" in planned.stdout) == (0, True), planned.stderr
+
+
+def test_an_experiment_chooses_the_launcher_of_a_sweep_unless_the_experiment_itself_is_swept(tmp_path, own):
+    experiment = own / "experiment" / "mine.yaml"
+    experiment.write_text(
+        experiment.read_text().replace("name: mine", "  - override /hydra/launcher: basic\nname: mine")
+    )
+    shown = launch("--config-dir", own, "experiment=mine", "--info", "defaults", cwd=tmp_path)
+    assert "hydra/launcher/basic" in shown.stdout and "hydra/launcher/local" not in shown.stdout
+    sweep = ["-m", "--config-dir", own, "experiment=quickstart,mine"]
+    refused = launch(*sweep, cwd=tmp_path)
+    assert (refused.returncode, [each.name for each in tmp_path.iterdir()]) == (2, ["own"])
+    assert "experiment=mine sets hydra.launcher, which is one for all jobs of a sweep" in refused.stderr
+    planned = launch(*sweep, "hydra/launcher=basic", "plan=true", cwd=tmp_path)
+    assert (planned.returncode, "all 2 runs" in planned.stdout) == (0, True), planned.stderr
 
 
 def test_hydra_flags_that_start_no_run_pass_through(tmp_path):
