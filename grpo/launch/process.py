@@ -13,6 +13,8 @@ from grpo.config.errors import ConfigError
 from grpo.config.explain import explain
 from grpo.runs.console import lasting_streams
 
+SPIN_COUNT = "10000"  # of GNU's OpenMP, a few hundred microseconds; its own default is 300,000
+
 
 def run_command(command: Callable[[], int | None]) -> int:
     """Set up this process, run a command, and return the exit code from `report_errors`."""
@@ -22,12 +24,25 @@ def run_command(command: Callable[[], int | None]) -> int:
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     # submitit's default, USR2, would end a job of a sweep before it has saved. Read when submitit is imported.
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")
+    _shorten_spinning()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # imported by peft; warns about kernels not used here
     # So that a user's reward functions can be imported from the working directory. Last in the path, so that no file
     # there can replace a module of a library.
     sys.path.append(os.getcwd())
     with lasting_streams():
         return report_errors(command)
+
+
+def _shorten_spinning() -> None:
+    """Let threads that wait for others spin only briefly before they sleep. Read when torch loads OpenMP.
+
+    GNU's OpenMP spins for milliseconds, which is fast on an idle machine. If another program runs, the threads that
+    spin keep the cores from those that they wait for, and a step takes up to ten times as long
+    (tests/benchmarks/threads.py). KMP_BLOCKTIME, in milliseconds, is for the OpenMP of LLVM and Intel.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+        os.environ["KMP_BLOCKTIME"] = "1"
 
 
 def report_errors(command: Callable[[], int | None]) -> int:

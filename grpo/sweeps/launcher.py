@@ -65,8 +65,6 @@ class LocalLauncher(Launcher):
         self.context = hydra_context
         self.function = task_function
         self.config = config
-        if hint := threads_hint(config, self.jobs_at_once or 1, os.cpu_count() or 1):
-            print(hint, flush=True)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run jobs; returns the result or exception of each, in order. Raises SystemExit after a stop signal."""
@@ -74,6 +72,8 @@ class LocalLauncher(Launcher):
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         target = self.config.hydra.launcher._target_
         at_once = self.jobs_at_once or (_gpus() if must_choose_gpu(self.config, target) else 0) or 1
+        if at_once > 1:
+            _share_cores(at_once)
         waiting = deque((place, initial_job_idx + place, list(each)) for place, each in enumerate(job_overrides))
         running: dict[Any, _Job] = {}  # by the sentinel of the job's process
         returns: dict[int, JobReturn] = {}  # by the job's place
@@ -298,16 +298,17 @@ class _Forwarding:
                 os.kill(pid, self.received)
 
 
-def threads_hint(config: DictConfig, at_once: int, cores: int) -> str | None:
-    """A hint to print if parallel jobs would each use all cores, else None.
+def _share_cores(jobs: int) -> None:
+    """Give each of several jobs at once its share of the cores, as the default of hardware.threads.
 
-    The cores are not divided automatically, since the number of threads changes how sums are rounded.
+    A job inherits the variable, and torch reads it when the job imports it. A value of the user is kept.
     """
-    hardware = config.hardware
-    if at_once == 1 or cores == 1 or hardware.threads is not None or hardware.device == "cuda":
-        return None
-    share = max(1, cores // at_once)
-    return f"{at_once} jobs at once, each with threads for all {cores} cores: hardware.threads={share} divides them"
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // jobs)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    print(f"{jobs} jobs at once on {cores} cores: each uses {threads} unless hardware.threads is set", flush=True)
 
 
 def _gpus() -> int:

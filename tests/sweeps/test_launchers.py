@@ -14,7 +14,6 @@ from grpo.config.compose import compose_config
 from grpo.config.paths import CONF_DIR
 from grpo.runs.gpu_queue import LOCAL_LAUNCHERS, must_choose_gpu
 from grpo.runs.sweep_folder import SweepFolder
-from grpo.sweeps.launcher import threads_hint
 from tests.launches import ROOT, launch, rows
 from tests.sweeps.test_sweep import QUICK
 
@@ -238,14 +237,3 @@ def test_jobs_choose_a_gpu_themselves_only_where_their_launcher_is_known_to_assi
         module, _, name = target.rpartition(".")
         if importlib.util.find_spec(module.rpartition(".")[0]):
             assert hasattr(importlib.import_module(module), name)  # it still has this name
-
-
-def test_jobs_that_would_each_use_all_cores_get_a_hint_with_the_setting_that_divides_them():
-    cpu = compose_config(["hardware=cpu"])
-    assert (
-        threads_hint(cpu, 2, 8) == "2 jobs at once, each with threads for all 8 cores: hardware.threads=4 divides them"
-    )
-    assert threads_hint(cpu, 16, 8).endswith("hardware.threads=1 divides them")
-    assert threads_hint(cpu, 1, 8) is None
-    assert threads_hint(compose_config(["hardware=cpu", "hardware.threads=3"]), 2, 8) is None
-    assert threads_hint(compose_config(["hardware=a100_80gb"]), 2, 8) is None

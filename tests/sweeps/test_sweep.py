@@ -48,6 +48,16 @@ def slow(completions, **columns):
     return [0.0] * len(completions)
 """
 
+HIDE = """
+from pathlib import Path
+
+
+def hide(completions, **columns):
+    if not Path("hidden").exists():
+        Path("other").rename("hidden")
+    return [0.0] * len(completions)
+"""
+
 
 @pytest.fixture
 def cwd(tmp_path):
@@ -127,6 +137,32 @@ def test_a_stop_signal_reaches_the_jobs_which_save_and_can_be_resumed(cwd):
         assert "resuming " in (sweep.path / job["folder"] / "console.log").read_text()
 
 
+def test_jobs_at_once_share_the_cores_unless_the_user_sets_the_threads(cwd):
+    cores = len(os.sched_getaffinity(0))
+    command = ["-m", *QUICK, "grpo.num_steps=1", "hardware.threads=null", "hydra.launcher.jobs_at_once=2"]
+    done = launch(*command, "seed=1,2", "sweep_dir=shared", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    threads = max(1, cores // 2)
+    assert f"2 jobs at once on {cores} cores: each uses {threads} unless hardware.threads is set" in done.stdout
+    jobs = SweepFolder(cwd / "shared").jobs()
+    assert [threads_of(cwd / "shared" / job["folder"]) for job in jobs] == [threads, threads]
+
+
+@pytest.mark.slow
+def test_the_threads_that_the_user_sets_are_kept_for_jobs_at_once(cwd):
+    command = ["-m", *QUICK, "grpo.num_steps=1", "hydra.launcher.jobs_at_once=2", "sweep_dir=own"]
+    cores = len(os.sched_getaffinity(0))
+    done = launch(*command, "hardware.threads=null,3", cwd=cwd, OMP_NUM_THREADS=str(cores))
+    assert done.returncode == 0, done.stderr
+    assert "jobs at once on" not in done.stdout
+    jobs = SweepFolder(cwd / "own").jobs()
+    assert [threads_of(cwd / "own" / job["folder"]) for job in jobs] == [cores, 3]
+
+
+def threads_of(run_dir):
+    return RunFolder(run_dir).frozen_config().hardware.threads
+
+
 @pytest.mark.slow
 def test_a_signal_for_one_job_stops_only_that_job(cwd):
     (cwd / "mine.py").write_text(REWARDS + "\n\ndef stop(completions, at, **columns):\n    os.kill(os.getpid(), at)\n")
@@ -161,10 +197,13 @@ def test_impossible_values_are_refused_before_anything_is_written(cwd):
 
 @pytest.mark.slow
 def test_a_job_that_cannot_start_is_recorded_with_its_values_and_can_be_started_again(cwd):
-    (cwd / "mine").mkdir()
-    for split in ("train", "test"):
-        (cwd / "mine" / f"{split}.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n' * 4)
-    command = ["-m", *QUICK, "hydra/launcher=basic", "grpo.num_steps=1", "data=jsonl", "data.path=mine,other"]
+    for folder in ("mine", "other"):
+        shutil.copytree(ROOT / "tests" / "sums", cwd / folder)
+    # The data set of the second job disappears while the first one runs.
+    (cwd / "hide.py").write_text(HIDE)
+    component = "+reward.components.hide={_target_: hide.hide, weight: 0}"
+    command = ["-m", *QUICK, "hydra/launcher=basic", component, "grpo.num_steps=1", "data=jsonl"]
+    command += ["data.path=mine,other", "data.system_prompt=null"]
     refused = launch(*command, cwd=cwd)
     assert refused.returncode == 1
     jobs = sweep_of(cwd).jobs()
@@ -172,7 +211,7 @@ def test_a_job_that_cannot_start_is_recorded_with_its_values_and_can_be_started_
     assert "data.path=other" in jobs[1]["error"]
     assert jobs[1]["overrides"] == ["data.path=other"]
     assert not (sweep_of(cwd).path / jobs[1]["folder"] / "config.yaml").exists()
-    (cwd / "mine").rename(cwd / "other")
+    (cwd / "hidden").rename(cwd / "other")
     again = launch(*command, "resume=true", cwd=cwd)
     assert again.returncode == 0, again.stderr
 
@@ -193,6 +232,17 @@ def test_with_chdir_relative_paths_still_start_from_the_directory_of_the_launch(
     done = launch("-m", *own, "seed=1", "hydra/launcher=basic", "sweep_dir=sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [job["state"] for job in SweepFolder(tmp_path / "sweep").jobs()] == ["finished"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("logging", ["disabled", "none", "stdout"])
+def test_hydras_other_choices_of_logging_work_and_write_no_log(tmp_path, logging):
+    own = [*QUICK, "grpo.num_steps=1", f"hydra/job_logging={logging}", "hydra.output_subdir=null"]
+    done = launch("-m", *own, "sweep_dir=sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (job,) = SweepFolder(tmp_path / "sweep").jobs()
+    assert job["state"] == "finished"
+    assert not {".hydra", "launch.log"} & {each.name for each in (tmp_path / "sweep" / job["folder"]).iterdir()}
 
 
 def test_a_group_can_be_swept_by_glob_and_jobs_can_be_named_by_their_number(tmp_path):
