@@ -129,7 +129,11 @@ def choose_ladder(record: HalvingState) -> Ladder:
     raise ValueError(f"{least / 3600:.3g}")
 
 
-def best_arms(scores: Sequence[float | None], keep: int) -> list[int]:
-    """The `keep` arms with the best scores, best first. Arms without a score are dropped; the first of equals wins."""
-    ranked = sorted((-score, number) for number, score in enumerate(scores) if score is not None)
+def best_arms(scores: Sequence[float | None], rewards: Sequence[float | None], keep: int) -> list[int]:
+    """The `keep` arms with the best scores, best first; of equal scores, the one with the higher mean reward.
+
+    Both have one entry per arm. Arms without a score are dropped.
+    """
+    scored = [(score, number) for number, score in enumerate(scores) if score is not None]
+    ranked = sorted(scored, key=lambda each: (-each[0], -(rewards[each[1]] or 0.0), each[1]))
     return [number for _, number in ranked[:keep]]

@@ -1,6 +1,7 @@
 """Hydra sweeper for successive halving: `hydra/sweeper=halving`."""
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from grpo.config.errors import ConfigError
 from grpo.config.hydra_app import split_into_jobs
-from grpo.config.overrides import quoted
+from grpo.config.overrides import Overrides, quoted
 from grpo.runs.folder import RunFolder
-from grpo.runs.halving_state import LEAST_STEPS, HalvingState, arms_of, best_arms, choose_ladder
+from grpo.runs.halving_state import LEAST_STEPS, SEED, HalvingState, arms_of, best_arms, choose_ladder
+from grpo.runs.sweep_folder import SweepFolder
 from grpo.sweeps.launcher import JobFailed
 
 
@@ -112,15 +114,20 @@ class HalvingSweeper(Sweeper):
                 if not self._has_reached(job, steps) and self._state(job) != "failed":
                     raise JobFailed(f"job {job} was stopped before step {steps}, so its rung is not decided")
         self._measure()
-        scores = self._scores(entered, steps)
+        scores, rewards = self._scores(entered, steps)
         last = place + 1 == len(record.ladder)
-        kept = best_arms(scores, len(entered) if last else record.ladder[place + 1][1])
+        kept = best_arms(scores, rewards, len(entered) if last else record.ladder[place + 1][1])
         if kept:
             by_arm = {str(arm): score for arm, score in enumerate(scores) if score is not None}
             record.rungs.append({"steps": steps, "scores": by_arm, "kept": kept, "spent_hours": self._spent() / 3600})
             record.entered = None
             record.write(self.folder)
-            print(f"rung {place + 1} of {len(record.ladder)}, step {steps}: arms {kept} advance", flush=True)
+            print(
+                f"rung {place + 1} of {len(record.ladder)}, step {steps}: {len(kept)} of {len(entered)} arms are kept"
+            )
+            for arm in sorted(entered, key=lambda arm: (kept.index(arm) if arm in kept else len(kept), arm)):
+                score = "failed" if scores[arm] is None else f"score {scores[arm]:.3f}, reward {rewards[arm]:.3f}"
+                print(f"  {'kept   ' if arm in kept else 'stopped'}  {self._label(arm)}: {score}", flush=True)
         return kept
 
     def _choose_ladder(self) -> None:
@@ -171,20 +178,30 @@ class HalvingSweeper(Sweeper):
     def _state(self, job: int) -> str | None:
         return RunFolder(self.folders[job]).status().get("state")
 
-    def _scores(self, alive: list[int], steps: int) -> list[float | None]:
-        """The score of each arm: the mean held-out accuracy of those of its jobs that completed the steps.
+    def _label(self, arm: int) -> str:
+        """The swept overrides of an arm's jobs, without the seed."""
+        swept = set(SweepFolder(self.folder).swept) - {SEED}
+        return " ".join(Overrides(self.points[self.record.arms[arm][0]]).select(swept)) or "the run"
 
-        If one of these jobs has no accuracy, all arms are scored by the mean reward of the last tenth of the steps. The
-        score is None for an arm that is out, or if none of its jobs completed the steps.
+    def _scores(self, alive: list[int], steps: int) -> tuple[list[float | None], list[float | None]]:
+        """The score and the reward of each arm, as the mean over those of its jobs that completed the steps.
+
+        The score is the held-out accuracy. If one of these jobs has none, all arms are scored by their reward, which is
+        the mean of the last tenth of the steps. Both are None for an arm that is out, or if none of its jobs completed
+        the steps.
         """
         rows = {job: RunFolder(self.folders[job]).metrics(steps) for arm in alive for job in self.record.arms[arm]}
         there = {job: each[-max(1, steps // 10) :] for job, each in rows.items() if len(each) == steps}
         accuracies = {job: RunFolder(self.folders[job]).accuracy_at(steps) for job in there}
+        known = {job: [row["reward"] for row in last if row["reward"] is not None] for job, last in there.items()}
+        rewards = {job: statistics.fmean(each) for job, each in known.items() if each}
         scores = {job: accuracy for job, accuracy in accuracies.items() if accuracy is not None}
         if len(scores) < len(there):
-            rewards = {job: [row["reward"] for row in last if row["reward"] is not None] for job, last in there.items()}
-            scores = {job: statistics.fmean(each) for job, each in rewards.items() if each}
-        of_arms = [[scores[job] for job in jobs if job in scores] for jobs in self.record.arms]
+            scores = rewards
+        return self._mean_of_arms(scores), self._mean_of_arms(rewards)
+
+    def _mean_of_arms(self, of_jobs: Mapping[int, float]) -> list[float | None]:
+        of_arms = [[of_jobs[job] for job in jobs if job in of_jobs] for jobs in self.record.arms]
         return [statistics.fmean(each) if each else None for each in of_arms]
 
     def _measure(self) -> None:

@@ -83,7 +83,7 @@ def prepare_sweep(composed: DictConfig, overrides: Overrides, named: str | None,
     check_swept(task)
     points = points_of(task, sweeper)
     configs = check_points(composed, task, points, check)
-    if given is not None and not record:
+    if given is not None and not (known and known.record()):
         check_different([" ".join(Overrides(point).select(task.swept)) for point in given], configs)
     excluded = {*composed.hydra.job.config.override_dirname.exclude_keys, *LAUNCH_KEYS}
     excluded |= set(task.keys) - set(task.swept)

@@ -1,6 +1,7 @@
 """The halving sweep: the arithmetic of its budget, and that its runs equal runs that never stopped."""
 
 import json
+import re
 
 import pytest
 
@@ -40,8 +41,15 @@ def test_the_first_rung_is_as_long_as_the_budget_allows():
 
 
 def test_the_best_arms_are_kept_and_those_without_a_score_are_dropped():
-    assert best_arms([0.2, None, 0.7, 0.7, 0.1], 2) == [2, 3]
-    assert best_arms([None, 0.5], 2) == [1]
+    assert best_arms([0.2, None, 0.7, 0.9, 0.1], [0.0, None, 0.0, 0.0, 0.0], 2) == [3, 2]
+    assert best_arms([None, 0.5], [None, 0.1], 2) == [1]
+
+
+def test_of_arms_with_equal_scores_the_one_with_the_higher_reward_is_kept():
+    assert best_arms([0.4, 0.4, 0.4], [0.9, 1.3, 1.1], 2) == [1, 2]
+    assert best_arms([0.4, 0.4, 0.5], [1.0, 1.0, 0.1], 2) == [2, 0]
+    # The worst arm is the first; without an evaluation that separates them, the reward decides.
+    assert best_arms([0.4, 0.4], [0.2, 0.3], 1) == [1]
 
 
 def test_an_exceeded_budget_allows_no_further_arm():
@@ -102,6 +110,12 @@ def test_arms_stop_early_and_the_best_arm_equals_the_same_run_without_a_sweep(st
     assert alone.returncode == 0, alone.stderr
     assert_equal(cwd / "sweep" / jobs[best]["folder"], cwd / "alone")
     assert (cwd / "alone" / "final_model").exists()
+    lines = done.stdout.splitlines()
+    rung = lines.index("rung 1 of 3, step 1: 2 of 4 arms are kept")
+    shown = [
+        re.match(r"  (kept   |stopped)  optimizer.lr=\S+: score \d\.\d{3}, reward ", each) for each in lines[rung + 1 :]
+    ]
+    assert [each[1].strip() for each in shown[:4]] == ["kept", "kept", "stopped", "stopped"]
     page = (cwd / "sweep" / "report.html").read_text()
     assert "Rungs and budget" in page
     assert "resume    python launch.py -m" not in done.stdout
