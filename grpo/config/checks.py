@@ -153,8 +153,8 @@ def check_training(config: Config) -> None:
     if config.model.dtype == "bfloat16" and nearest:
         raise ConfigError(
             f"optimizer._target_={target} with model.dtype=bfloat16: steps below 0.2 % of a weight are rounded away, "
-            f"at optimizer.lr={config.optimizer['lr']} nearly all; use tuning=full_bf16, whose optimizer rounds "
-            "stochastically, or model.dtype=float32 with hardware.compute_dtype=bfloat16"
+            f"at optimizer.lr={config.optimizer['lr']} nearly all; use optimizer=adamw_bf16, which rounds "
+            "stochastically, or tuning=lora, or with twice the memory tuning=full hardware.compute_dtype=bfloat16"
         )
 
 

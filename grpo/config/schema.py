@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, get_args, get_type_hints
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 
 @dataclass(frozen=True)
@@ -298,4 +298,10 @@ def known_keys(group: str) -> tuple[str, ...]:
     return tuple(each.name for each in dataclasses.fields(OPEN_GROUPS[group]))
 
 
+def _if_lora(lora: Any, full: Any, *, _root_: DictConfig) -> Any:
+    """The first value if an adapter is trained, else the second: `${if_lora:2.0e-3,2.0e-4}` in an experiment."""
+    return full if OmegaConf.select(_root_, "model.lora") is None else lora
+
+
 ConfigStore.instance().store(name="schema", node=Config)
+OmegaConf.register_new_resolver("if_lora", _if_lora, replace=True)

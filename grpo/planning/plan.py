@@ -33,7 +33,8 @@ LAUNCH_S_PER_LAYER = 5e-4  # seconds to start the operations of one layer, per d
 # whole weights are allocated, which would use these fragments.
 FRAGMENTATION = 0.5
 BYTES_PER_SAMPLE = 1500  # of one completion in samples/, with its prompt and rewards
-SMALLER = "use tuning=full_bf16 or tuning=lora, or lower hardware.micro_batch_tokens"
+# With its optimizer, since one on the command line would replace it by one that rounds to the nearest.
+SMALLER = "use tuning=lora, or tuning=full_bf16 optimizer=adamw_bf16, or lower hardware.micro_batch_tokens"
 
 
 @dataclass(frozen=True)

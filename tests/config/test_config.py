@@ -148,16 +148,23 @@ def test_a_variant_of_the_recipe_differs_only_in_model_and_learning_rate(experim
     assert dataclasses.replace(variant, **same) == default
 
 
-def test_lora_uses_ten_times_the_learning_rate_unless_an_experiment_or_the_command_line_sets_it():
-    assert compose_typed("tuning=lora").optimizer["lr"] == pytest.approx(10 * compose_typed().optimizer["lr"])
-    assert compose_typed("tuning=lora", "optimizer.lr=1e-4").optimizer["lr"] == 1e-4
-    assert compose_typed("tuning=lora", "experiment=quickstart").optimizer["lr"] == 2e-4
+@pytest.mark.parametrize("experiment", sorted(file.stem for file in (CONF_DIR / "experiment").glob("*.yaml")))
+def test_lora_uses_ten_times_the_learning_rate_in_every_experiment_unless_the_command_line_sets_it(experiment):
+    chosen = [f"experiment={experiment}", "hardware=cpu"]
+    full = compose_typed(*chosen, "tuning=full").optimizer["lr"]
+    assert compose_typed(*chosen, "tuning=lora").optimizer["lr"] == pytest.approx(10 * full)
+    assert compose_typed(*chosen, "tuning=lora", "optimizer.lr=1e-4").optimizer["lr"] == 1e-4
+
+
+def test_the_learning_rates_of_the_experiments_without_lora():
+    rates = {name: compose_typed(f"experiment={name}").optimizer["lr"] for name in ("quickstart", "smollm2_gsm8k")}
+    assert rates == {"quickstart": 2e-4, "smollm2_gsm8k": 2e-5}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "muon"])
 def test_training_that_would_hardly_change_the_weights_is_refused(optimizer):
     config = compose_typed("tuning=full_bf16", f"optimizer={optimizer}")
-    with pytest.raises(ConfigError, match="use tuning=full_bf16, whose optimizer rounds stochastically"):
+    with pytest.raises(ConfigError, match="use optimizer=adamw_bf16, which rounds stochastically, or tuning=lora"):
         check_training(config)
     for sound in (["tuning=full_bf16"], [f"optimizer={optimizer}", "hardware=a100_80gb"], ["tuning=lora"]):
         check_training(compose_typed(*sound))
