@@ -399,7 +399,7 @@ def test_a_signal_saves_the_step_and_resume_is_bitwise_equal(tmp_path, straight,
     run_dir = tmp_path / "run"
     stopped = start(run_dir, fault=(place, f"{call}x", name)).wait()
     assert stopped.returncode == code
-    assert f"resume with: python launch.py resume=true run_dir={run_dir.relative_to(tmp_path)}" in stopped.stdout
+    assert f"resume with: python {ROOT / 'launch.py'} resume=true run_dir={run_dir}" in stopped.stdout
     assert status(run_dir)["state"] == "interrupted"
     step = status(run_dir)["step"]
     assert 2 <= step < STEPS

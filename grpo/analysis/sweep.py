@@ -1,7 +1,6 @@
 """Analysis of a sweep: its jobs as a table, its arms, and the effect of each swept key."""
 
 import functools
-import shlex
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +17,8 @@ from grpo.analysis.load import (
     read_config,
 )
 from grpo.analysis.summary import wilson_interval
+from grpo.config.command_line import launch_command
 from grpo.config.overrides import Overrides
-from grpo.config.paths import LAUNCH
 from grpo.runs.folder import RunFolder
 from grpo.runs.halving_state import SEED, HalvingState
 from grpo.runs.sweep_folder import SweepFolder, short
@@ -143,12 +142,11 @@ class SweepAnalysis:
         overrides = Overrides(self.overrides)
         searched = [f"{key}={value}" for key, value in arm.items() if key not in overrides.keys]
         own = overrides.without({SEED}).with_texts(arm)
-        launch = [*LAUNCH, *self.flags]
         again = ",".join(map(str, sorted({self._seeds[job] for job in self.arms[0].jobs})))
         fresh = ",".join(str(max(self._seeds.values()) + number) for number in range(1, fresh_seeds + 1))
         return {
-            "reproduce": shlex.join([*launch, *["-m"] * ("," in again), *searched, *own, f"seed={again}"]),
-            "confirm": shlex.join([*launch, "-m", *searched, *own, f"seed={fresh}"]),
+            "reproduce": launch_command(*self.flags, *["-m"] * ("," in again), *searched, *own, f"seed={again}"),
+            "confirm": launch_command(*self.flags, "-m", *searched, *own, f"seed={fresh}"),
         }
 
     def _rank_arms(self) -> list[Arm]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from grpo.config.command_line import arguments_in_shell, launch_command, override
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError, first_line
-from grpo.config.paths import CONF_DIR, LAUNCH
+from grpo.config.paths import CONF_DIR
 from grpo.config.values import flatten
 
 # Key names of other trainers, and the corresponding keys here.
@@ -92,8 +93,9 @@ def unknown_key(key: str) -> str:
     groups = sorted(p.name for p in CONF_DIR.iterdir() if p.is_dir())
     near = difflib.get_close_matches(key, known + groups, n=3, cutoff=0.6)
     near += [k for k in known if k.rsplit(".", 1)[-1] == last_part and k not in near]
-    hint = f"; did you mean {' or '.join(near[:3])}?" if near else f"; `{' '.join(LAUNCH)} --cfg job` prints every key"
-    return f"there is no key '{key}'{hint}"
+    similar = f"did you mean {' or '.join(near[:3])}?"
+    hint = similar if near else f"`{launch_command('--cfg', 'job')}` prints every key"
+    return f"there is no key '{key}'; {hint}"
 
 
 def unknown_choice(path: str, options: Sequence[str]) -> str:
@@ -102,7 +104,8 @@ def unknown_choice(path: str, options: Sequence[str]) -> str:
     group = "/".join(parts[:-1])
     choice = parts[-1]
     if "/" in choice and group in HUB_KEYS:
-        return f"{group}= chooses a file of conf/{group}/; for a hub name or a folder give {HUB_KEYS[group]}={choice}"
+        right = arguments_in_shell(override(HUB_KEYS[group], choice))
+        return f"{group}= chooses a file of conf/{group}/; for a hub name or a folder give {right}"
     if group.startswith("hydra/") and choice in EXTRA_PLUGINS:
         return f"{group}={choice} needs: pip install -e '.[sweeps]'"
     near = difflib.get_close_matches(choice, options, n=1)

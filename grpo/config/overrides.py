@@ -1,7 +1,5 @@
 """The overrides of a command line, parsed with Hydra's parser. No other module parses overrides."""
 
-import re
-import shlex
 from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -132,11 +130,3 @@ def text_of(line: str) -> str:
 def quoted(text: str) -> str:
     """Quote text as the value of an override, so that Hydra takes all its characters literally."""
     return QuotedString(escape(text), Quote.single).with_quotes()
-
-
-def typed_in_shell(key: str, text: object) -> str:
-    """Write an override for a shell, quoted if necessary so that the shell and Hydra take its value literally."""
-    plain = f"{key}={text}"
-    if not re.fullmatch(r"[A-Za-z0-9_./-]+", str(text)) or Overrides([plain]).value(key.lstrip("+")) != str(text):
-        plain = f"{key}={quoted(str(text))}"  # also if Hydra would read it as a number, true or null
-    return shlex.quote(plain)

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from grpo.config.command_line import arguments_in_shell, override
 from grpo.config.errors import ConfigError
 from grpo.config.paths import CONF_DIR
 from grpo.config.schema import FUNCTION_KEYS
@@ -35,7 +36,8 @@ def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
     foreign = foreign_targets(frozen, _named_in(composed))
     if foreign:
         known = flatten(composed)
-        arguments = " ".join(f"{'' if key in known else '+'}{key}={target}" for key, target in foreign.items())
+        prefixed = {f"{'' if key in known else '+'}{key}": target for key, target in foreign.items()}
+        arguments = arguments_in_shell(*(override(key, target) for key, target in prefixed.items()))
         raise ConfigError(
             f"{folder} asks to run {', '.join(f'{target} ({key})' for key, target in foreign.items())}, which neither "
             f"conf/ nor this command line names; if you trust it, add: {arguments}"
@@ -44,7 +46,7 @@ def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
     if "/" in attention and attention != composed.model.attn_implementation:  # transformers would load the hub's code
         raise ConfigError(
             f"{folder} asks to run code of the hub for attention, {attention}; "
-            f"if you trust it, add: model.attn_implementation={attention}"
+            f"if you trust it, add: {arguments_in_shell(override('model.attn_implementation', attention))}"
         )
     if OmegaConf.select(frozen, "model.trust_remote_code") and not composed.model.trust_remote_code:
         raise ConfigError(

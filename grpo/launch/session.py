@@ -1,9 +1,7 @@
 """One launch in one run folder: open the folder, freeze or read its config, and record how the launch ended."""
 
-import json
 import logging
 import os
-import shlex
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -18,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from grpo.config.command_line import override
 from grpo.config.errors import ConfigError, FileError
 from grpo.config.hydra_app import compose_again
 from grpo.config.overrides import Overrides
@@ -197,11 +196,11 @@ def _record_end(run: Run, error: BaseException, before: Mapping[str, Any] | None
     if isinstance(error, Exit):
         if before is None:
             run.record_state("interrupted", None)
-        command = resume_command(run.shown_path, foreign_targets(to_dict(run.config)))
         recorded = run.folder.changes()
         changed = {key: value for key, value in run.changes.items() if recorded.get(key) != value}
-        pending = [shlex.quote(f"{key}={json.dumps(value)}") for key, value in changed.items()]
-        print(f"interrupted; resume with: {' '.join([command, *pending])}", flush=True)
+        pending = [override(key, value) for key, value in changed.items()]
+        command = resume_command(run.folder.path, foreign_targets(to_dict(run.config)), *pending)
+        print(f"interrupted; resume with: {command}", flush=True)
         return
     if before is None:
         run.record_state("failed", f"{type(error).__name__}: {error}")

@@ -23,6 +23,7 @@ from transformers.utils import import_utils
 from transformers.utils import logging as transformers_logging
 
 from grpo.architectures import ARCHITECTURES_DIR
+from grpo.config.command_line import arguments_in_shell, override, path_override
 from grpo.config.errors import ConfigError, first_line
 from grpo.config.schema import ModelConfig
 from grpo.data.prompts import turn_tokens
@@ -75,10 +76,11 @@ def check_model(config: ModelConfig) -> None:
             "adapter_config.json away, or merge the two with peft"
         )
     if adapter is not None:
+        keys = {"model.name": "base_model_name_or_path", "model.lora.rank": "r", "model.lora.alpha": "lora_alpha"}
+        settings = [override(key, adapter.get(name)) for key, name in keys.items()]
         raise ConfigError(
             f"model.name={config.name} is a LoRA adapter, which needs its base model; without run_dir, set "
-            f"tuning=lora model.name={adapter.get('base_model_name_or_path')} model.lora.init_from={config.name} "
-            f"model.lora.rank={adapter.get('r')} model.lora.alpha={adapter.get('lora_alpha')}"
+            f"{arguments_in_shell('tuning=lora', path_override('model.lora.init_from', folder), *settings)}"
         )
     try:
         found = architecture(config.name, config.trust_remote_code)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from grpo.config.command_line import arguments_in_shell, path_override
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
 from grpo.config.schema import MORE_STEPS
@@ -24,7 +25,8 @@ def choose_run(run: RunFolder, resume: bool | str, overrides: Overrides) -> str:
     if not resume:
         if run.started():
             raise ConfigError(
-                f"{path} already contains a run; resume it: resume=true run_dir={path}, or choose another run_dir"
+                f"{path} already contains a run; resume it: resume=true "
+                f"{arguments_in_shell(path_override('run_dir', path))}, or choose another run_dir"
             )
         return "fresh"
     check_contents(path)

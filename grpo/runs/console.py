@@ -3,7 +3,6 @@
 import io
 import os
 import select
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -17,8 +16,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
-from grpo.config.overrides import typed_in_shell
-from grpo.config.paths import LAUNCH
+from grpo.config.command_line import grpo_command, launch_command, override, path_argument, path_override
 
 PLAIN_LINE_SECONDS = 10  # least time between plain lines; the first and last step always have one
 
@@ -166,28 +164,28 @@ def next_commands(run_dir: Path, foreign: Mapping[str, str], more_steps: str | N
     foreign: key -> target of the user's own functions, which must be allowed on the command line. more_steps: the
     override with which the run can be extended; None if it cannot.
     """
-    name = shlex.quote(f"run_dir={run_dir}")  # without quotes for Hydra: commands take their own arguments literally
+    name = path_argument("run_dir", run_dir)
     allow = _allowing(foreign)
     lines = [
         f"run folder: {run_dir}",
         *([f"  report    {run_dir / 'report.html'}"] if (run_dir / "report.html").exists() else []),
-        f"  plot      python -m grpo plot {name}",
-        f"  evaluate  python -m grpo evaluate {name}{allow}",
-        f"  try it    python -m grpo chat {name}{allow}",
+        f"  plot      {grpo_command('plot', name)}",
+        f"  evaluate  {grpo_command('evaluate', name, *allow)}",
+        f"  try it    {grpo_command('chat', name, *allow)}",
     ]
     if more_steps is not None:
-        lines.append(f"  resume    {resume_command(run_dir, foreign)} {more_steps}")
+        lines.append(f"  resume    {resume_command(run_dir, foreign, more_steps)}")
     return "\n".join(lines)
 
 
-def resume_command(run_dir: Path, foreign: Mapping[str, str]) -> str:
-    """The command that resumes a run."""
-    return f"{' '.join(LAUNCH)} resume=true {typed_in_shell('run_dir', run_dir)}{_allowing(foreign)}"
+def resume_command(run_dir: Path, foreign: Mapping[str, str], *more: str) -> str:
+    """The command that resumes a run. more: further overrides."""
+    return launch_command("resume=true", path_override("run_dir", run_dir), *_allowing(foreign), *more)
 
 
-def _allowing(foreign: Mapping[str, str]) -> str:
+def _allowing(foreign: Mapping[str, str]) -> list[str]:
     # ++ works whether or not conf/ has the key
-    return "".join(f" {typed_in_shell(f'++{key}', target)}" for key, target in foreign.items())
+    return [override(f"++{key}", target) for key, target in foreign.items()]
 
 
 def _two_digits(value: float | None) -> str:

@@ -1,7 +1,6 @@
 """The end of a sweep: a table of its jobs, the report, and the command that resumes it."""
 
 import logging
-import shlex
 import signal
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from grpo.config.overrides import Overrides, typed_in_shell
-from grpo.config.paths import LAUNCH
+from grpo.config.command_line import grpo_command, launch_command, path_argument, path_override
+from grpo.config.overrides import Overrides
 from grpo.runs.files import disk_errors_are_warnings
 from grpo.runs.halving_state import HalvingState
 from grpo.runs.stop_signals import STOP_SIGNALS
@@ -42,7 +41,7 @@ def conclude(sweep: SweepFolder) -> bool:
     if states != {"finished"} and (halving is None or halving.state != "finished"):
         record = sweep.record()
         given = [*record.get("flags", []), "-m", *record["hydra"], *record["overrides"], "resume=true"]
-        print(f"  resume    {shlex.join([*LAUNCH, *given])} {typed_in_shell('sweep_dir', sweep.path)}")
+        print(f"  resume    {launch_command(*given, path_override('sweep_dir', sweep.path))}")
     return bool(bad)
 
 
@@ -52,7 +51,7 @@ def _report(sweep: SweepFolder) -> None:
     try:
         files, headline = write_sweep_report(sweep.path)
     except Exception as error:  # a failed report can be written later, and must not hide how the sweep ended
-        command = f"python -m grpo report {shlex.quote(f'sweep_dir={sweep.path}')}"
+        command = grpo_command("report", path_argument("sweep_dir", sweep.path))
         logger.warning("no report (%s: %s); write it with: %s", type(error).__name__, error, command)
         return
     print(f"{headline}\n  report    {files[0]}")

@@ -1,11 +1,11 @@
 """The training loop of a run."""
 
 import logging
-import shlex
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
 
+from grpo.config.command_line import grpo_command, path_argument
 from grpo.config.errors import ConfigError, first_line
 from grpo.config.trust import foreign_targets
 from grpo.config.values import to_dict
@@ -198,7 +198,7 @@ def finish(trainer: Trainer, run: Run, recorder: Recorder) -> None:
 
         write_run_report(run.shown_path)
     except Exception as error:  # the run has finished, and the report can be written later
-        command = f"python -m grpo report {shlex.quote(f'run_dir={run.shown_path}')}"
+        command = grpo_command("report", path_argument("run_dir", run.folder.path))
         logger.warning("no report (%s: %s); try again: %s", type(error).__name__, first_line(error), command)
     try:
         recorder.finish()

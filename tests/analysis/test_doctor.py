@@ -11,7 +11,7 @@ from grpo.analysis.doctor import RULES, Doctor, dtype_of, find_problems
 from grpo.config.compose import compose_config
 from grpo.training import preflight
 from tests.analysis.simulation import simulated_run
-from tests.launches import launch, rows
+from tests.launches import ROOT, launch, rows
 from tests.sweeps.test_sweep import QUICK
 
 RANGES = {"correctness": (0.0, 2.0), "format": (0.0, 0.8)}
@@ -362,6 +362,7 @@ def test_in_a_run_the_doctor_reports_at_once_and_not_again_after_a_resume(tmp_pa
     assert "raise grpo.max_completion_length" in first.stdout
     (record,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
     assert b"truncated_completions" in record.read_bytes()  # the alert's title
-    assert "stopped after step 12 (until_step); resume with: python launch.py resume=true run_dir=run" in first.stdout
+    resume = f"python {ROOT / 'launch.py'} resume=true run_dir={tmp_path / 'run'}"
+    assert f"stopped after step 12 (until_step); resume with: {resume}" in first.stdout
     again = launch("resume=true", "run_dir=run", cwd=tmp_path)
     assert (again.returncode, again.stdout.count("doctor: "), len(rows(tmp_path / "run"))) == (0, 0, 14)

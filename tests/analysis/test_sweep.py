@@ -17,6 +17,9 @@ from grpo.config.compose import compose_config
 from grpo.config.overrides import Overrides
 from grpo.runs.folder import RunFolder
 from grpo.runs.sweep_folder import SweepFolder, short
+from tests.launches import ROOT
+
+LAUNCH = str(ROOT / "launch.py")
 
 
 def make_sweep(folder, swept, right, accuracy=True, states=None, fixed=("experiment=quickstart",), grid=True):
@@ -156,8 +159,8 @@ def test_the_table_of_the_jobs_gives_accuracies_in_percent(better_rate):
 def test_the_commands_reproduce_the_best_arm_and_confirm_it_with_unused_seeds(better_rate):
     commands = {name: shlex.split(line) for name, line in SweepAnalysis(better_rate).commands().items()}
     arm = ["experiment=quickstart", "grpo.beta=0", "optimizer.lr=5e-6"]
-    assert commands["reproduce"] == ["python", "launch.py", "-m", *arm, "seed=1,2,3"]
-    assert commands["confirm"] == ["python", "launch.py", "-m", *arm, "seed=4,5,6"]
+    assert commands["reproduce"] == ["python", LAUNCH, "-m", *arm, "seed=1,2,3"]
+    assert commands["confirm"] == ["python", LAUNCH, "-m", *arm, "seed=4,5,6"]
     assert compose_config([*arm, "seed=4"]).optimizer.lr == 5e-6
 
 
@@ -165,8 +168,8 @@ def test_a_seed_that_is_not_swept_is_not_used_to_confirm(tmp_path):
     fixed = ["experiment=quickstart", "seed=7"]
     folder = make_sweep(tmp_path / "s", {"grpo.beta": ["0", "0.1"]}, drawn(lambda _: 0.5), fixed=fixed)
     commands = SweepAnalysis(folder).commands()
-    assert commands["reproduce"] == "python launch.py experiment=quickstart grpo.beta=0 seed=7"
-    assert commands["confirm"] == "python launch.py -m experiment=quickstart grpo.beta=0 seed=8,9,10"
+    assert commands["reproduce"] == f"python {LAUNCH} experiment=quickstart grpo.beta=0 seed=7"
+    assert commands["confirm"] == f"python {LAUNCH} -m experiment=quickstart grpo.beta=0 seed=8,9,10"
 
 
 def test_a_swept_config_group_defines_arms_too(tmp_path):
@@ -233,8 +236,8 @@ def test_overrides_keep_their_order_in_the_commands_since_the_last_one_counts(tm
     (folder / "sweep.json").write_text(json.dumps(record | {"overrides": overrides}))
     in_order = "grpo.beta=0.9 reward=math_xml experiment=quickstart reward.a=1 grpo.beta=0.3"
     assert SweepAnalysis(folder).commands() == {
-        "reproduce": f"python launch.py {in_order} seed=7",
-        "confirm": f"python launch.py -m {in_order} seed=8,9,10",
+        "reproduce": f"python {LAUNCH} {in_order} seed=7",
+        "confirm": f"python {LAUNCH} -m {in_order} seed=8,9,10",
     }
 
 

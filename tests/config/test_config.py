@@ -21,6 +21,7 @@ from grpo.launch.resume import resumed_config
 from grpo.runs.folder import RunFolder
 from grpo.training.experiment import build_objective
 
+ROOT = CONF_DIR.parent
 CHOICES = [f"{group.name}={file.stem}" for group in sorted(CONF_DIR.iterdir()) for file in sorted(group.glob("*.yaml"))]
 
 
@@ -237,7 +238,7 @@ def test_an_unknown_key_is_answered_with_the_most_similar_key(override, real_key
 
 
 def test_a_key_without_a_similar_one_is_answered_with_how_to_list_all_keys():
-    assert complaint("qqq=1") == "there is no key 'qqq'; `python launch.py --cfg job` prints every key"
+    assert complaint("qqq=1") == f"there is no key 'qqq'; `python {ROOT / 'launch.py'} --cfg job` prints every key"
 
 
 def test_an_unknown_preset_is_answered_with_the_choices_and_the_most_similar_one():

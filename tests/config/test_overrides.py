@@ -1,16 +1,12 @@
 """The overrides of a command line: keys and values, in every notation."""
 
-import shlex
-from pathlib import Path
-
 import pytest
 from hydra.errors import HydraException
 
 from grpo.config.compose import compose_config
 from grpo.config.hydra_app import split_into_jobs
-from grpo.config.overrides import Overrides, quoted, typed_in_shell
+from grpo.config.overrides import Overrides, quoted
 from grpo.config.schema import PASSING_KEYS
-from grpo.runs.console import next_commands, resume_command
 
 WRITTEN = ["grpo.beta=0.1", "+grpo.beta=0.1", "++grpo.beta=0.1", "~grpo.beta", "grpo.beta=0.1,0.2"]
 
@@ -65,27 +61,6 @@ def test_overrides_about_the_launch_are_not_part_of_the_sweep():
 def test_quoted_text_is_taken_literally(text):
     cfg = compose_config([f"data.system_prompt={quoted(text)}"])
     assert cfg.data.system_prompt == text
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["outputs/a-b_c.1", "it's, 1", 'a "b" $HOME', "${seed}", "a=b", "[1]", "1e3", "null", "x\\", "é", "/a b/(c)"],
-)
-def test_a_printed_command_can_be_typed_in_a_shell_and_names_the_same_path(path):
-    (line,) = shlex.split(typed_in_shell("run_dir", path))
-    assert compose_config([line]).run_dir == path
-    *_, line, own = shlex.split(resume_command(Path(path), {"reward.components.x._target_": "mine.f"}))
-    assert compose_config([line]).run_dir == path
-    assert own == "++reward.components.x._target_=mine.f"
-    # `python -m grpo` takes its run_dir literally.
-    plot = next(line for line in next_commands(Path(path), {}, None).splitlines() if " grpo plot " in line)
-    assert shlex.split(plot.split(" grpo plot ")[1]) == [f"run_dir={path}"]
-
-
-def test_a_plain_path_is_printed_without_quotes():
-    assert typed_in_shell("run_dir", "outputs/a-b_c.1/2026-01-01_10-00-00") == (
-        "run_dir=outputs/a-b_c.1/2026-01-01_10-00-00"
-    )
 
 
 def test_an_override_that_hydra_cannot_parse_raises_the_error_of_hydra():

@@ -8,7 +8,7 @@ import pytest
 from grpo.config.errors import ConfigError
 from grpo.runs.checkpoint import StoredTensors
 from grpo.training.train import check_until
-from tests.launches import SETTINGS, SHORT, assert_same_run, launch, resume, rows, start, status, wait_for_step
+from tests.launches import ROOT, SETTINGS, SHORT, assert_same_run, launch, resume, rows, start, status, wait_for_step
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_signal_saves_the_step_in_progress_and_resume_is_bitwise_equal(tmp_pat
     process.send_signal(number)
     stopped = process.wait()
     assert stopped.returncode == code
-    assert f"resume with: python launch.py resume=true run_dir={run_dir.relative_to(tmp_path)}" in stopped.stdout
+    assert f"resume with: python {ROOT / 'launch.py'} resume=true run_dir={run_dir}" in stopped.stdout
     step = status(run_dir)["step"]
     assert status(run_dir)["state"] == "interrupted"
     assert (run_dir / "checkpoints" / f"step_{step:06d}" / "manifest.json").exists()

@@ -12,7 +12,7 @@ from grpo.runs.folder import RunFolder
 from grpo.runs.halving_state import HalvingState, best_arms, choose_ladder, ladder, seconds
 from grpo.runs.sweep_folder import SweepFolder
 from grpo.sweeps.halving_sweeper import HalvingSweeper
-from tests.launches import launch, rows
+from tests.launches import ROOT, launch, rows
 from tests.sweeps.test_sweep import QUICK
 
 
@@ -118,7 +118,7 @@ def test_arms_stop_early_and_the_best_arm_equals_the_same_run_without_a_sweep(st
     assert [each[1].strip() for each in shown[:4]] == ["kept", "kept", "stopped", "stopped"]
     page = (cwd / "sweep" / "report.html").read_text()
     assert "Rungs and budget" in page
-    assert "resume    python launch.py -m" not in done.stdout
+    assert f"resume    python {ROOT / 'launch.py'} -m" not in done.stdout
 
 
 @pytest.mark.slow
@@ -207,7 +207,7 @@ def test_a_rung_is_decided_only_when_all_its_jobs_have_reached_it(tmp_path):
     stopped = launch(*command, "hydra/launcher=local", "resume=true", cwd=tmp_path)
     assert stopped.returncode == 1
     assert "was stopped before step 2, so its rung is not decided" in stopped.stderr
-    assert "resume    python launch.py -m" in stopped.stdout
+    assert f"resume    python {ROOT / 'launch.py'} -m" in stopped.stdout
 
     done = launch(*command, "hydra/launcher=basic", "resume=true", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

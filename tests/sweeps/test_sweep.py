@@ -126,7 +126,7 @@ def test_a_stop_signal_reaches_the_jobs_which_save_and_can_be_resumed(cwd):
     assert stopped.returncode == 143
     sweep = sweep_of(cwd)
     assert [job["state"] for job in sweep.jobs()] == ["interrupted"] * 2
-    assert "resume    python launch.py -m" in stopped.stdout
+    assert f"resume    python {ROOT / 'launch.py'} -m" in stopped.stdout
     done = [rows(sweep.path / job["folder"]) for job in sweep.jobs()]
     assert all(1 <= len(each) < 4 for each in done)
     again = launch(*command, "resume=true", cwd=cwd)
