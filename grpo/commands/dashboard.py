@@ -18,6 +18,7 @@ from grpo.metric_table import REWARD, of_components
 from grpo.runs.files import check_contents
 from grpo.runs.halving_state import SEED
 from grpo.runs.sweep_folder import SweepFolder
+from grpo.runs.tracking import project_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def _arm_keys(sweep: SweepFolder, configs: dict[int, dict[str, Any]]) -> tuple[s
 def _of_config(config: dict[str, Any], own: dict[str, str], **arms: Any) -> View:
     if not config:
         raise ConfigError(f"{own} contains no run that has started")
-    return View(own.get("project") or config["tracking"]["project"], list(config["reward"]["components"]), **arms)
+    project = own.get("project") or project_of(config["tracking"]["project"])
+    return View(project, list(config["reward"]["components"]), **arms)
 
 
 def _entity(wandb: Any) -> str:

@@ -65,6 +65,7 @@ def check(config: Config) -> None:
     _check_facts(config)
     check_name(config.name)
     check_device_map(config.model.device_map)
+    _check_project(config.tracking.project)
     if config.model.lora is not None:
         _check_lora(config.model.lora)
     if not 0 <= config.seed < 2**63:
@@ -86,6 +87,11 @@ def check(config: Config) -> None:
         _number(f"{place}.weight", component.get("weight", 1.0))
         if component.get("range") is not None:
             _check_range(f"{place}.range", component["range"])
+
+
+def _check_project(project: str | None) -> None:
+    if project is not None and (not project or len(project) > 128 or set(project) & set("/\\#?%:")):
+        raise ConfigError(f"tracking.project={project}: W&B takes at most 128 characters, and none of / \\ # ? % :")
 
 
 def _check_range(key: str, ends: object) -> None:

@@ -173,7 +173,7 @@ class TrackingConfig:
     """Weights & Biases."""
 
     mode: str = key(choices=("auto", "online", "offline", "disabled"))
-    project: str = MISSING
+    project: str | None = MISSING
     entity: str | None = MISSING
     group: str | None = key(kept_by_group=True)
     name: str | None = key(default=None, kept_by_group=True)

@@ -1,10 +1,14 @@
 """Weights & Biases tracking that cannot stop training and delays it only for a limited time.
 
+A run folder is one W&B run, whose ID is in the file wandb_run_id, however often and in whichever mode it is resumed.
+Each offline launch writes the whole history, so that it is enough to upload the newest of its folders.
+
 Every call into wandb runs in a separate thread with a time limit. After the first call that raises or times out, a
 warning is logged and tracking ends; metrics.jsonl and samples/ contain all data in any case. At the end of the `with`
 block, wandb is shut down in this process, so that the jobs of a sweep are separate runs.
 """
 
+import hashlib
 import importlib
 import logging
 import os
@@ -16,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +34,9 @@ LOG_SECONDS = 20.0  # for logging one row; wandb only queues it, usually in abou
 FINISH_SECONDS = 30.0  # for uploading the remaining data at the end
 TEARDOWN_SECONDS = 5.0  # for wandb's background process to end
 MAX_TABLE_ROWS = 64
+DEFAULT_PROJECT = "grpo"  # if neither the config nor W&B's own settings name one
+# Maximum lengths, in characters, that the server accepts. Offline runs with longer ones cannot be uploaded.
+MAX_LENGTHS = {"name": 128, "group": 128, "job_type": 64, "tags": 64}
 
 
 class Tracker:
@@ -172,9 +180,10 @@ def _open(cfg: Mapping[str, Any], run_dir: Path, resumed: bool) -> Tracker:
     # Otherwise wandb sends usage statistics, also from offline runs, and delays the exit by 20 s on a bad network.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     deadline = time.monotonic() + seconds
+    identity = _identity(run_dir, resumed)
     if mode != "offline":
         reserve = min(10.0, seconds / 2)  # so that an online start that hangs leaves time to start offline
-        tracker, error = _open_online(cfg, run_dir, resumed, seconds - reserve)
+        tracker, error = _open_online(cfg, run_dir, seconds - reserve, identity)
         if tracker is not None:
             return tracker
         if error is not None:
@@ -182,29 +191,33 @@ def _open(cfg: Mapping[str, Any], run_dir: Path, resumed: bool) -> Tracker:
             _teardown(1, reserve / 2)
         elif mode == "online":
             logger.warning("W&B: not logged in, or switched off by WANDB_MODE. Continuing offline; see `wandb login`.")
-    tracker, error = _attempt(deadline - time.monotonic(), lambda: Tracker(_init(cfg, run_dir, "offline", seconds)))
+    start = partial(_init, cfg, run_dir, "offline", seconds, **identity)
+    tracker, error = _attempt(deadline - time.monotonic(), lambda: Tracker(start()))
     if error is not None:
         logger.warning("W&B: no run (%s). Nothing is tracked.", _one_line(error))
         _teardown(1, 0.1)
     return tracker or Tracker()
 
 
-def _open_online(cfg: Mapping[str, Any], run_dir: Path, resumed: bool, seconds: float) -> tuple:
-    """The online run of this folder, new or resumed, and the error; both None if no user is logged in."""
+def _identity(run_dir: Path, resumed: bool) -> dict[str, str]:
+    """The ID of the W&B run of this folder, a new one for a new run, and how wandb uses it."""
     id_file = run_dir / "wandb_run_id"
     known = read_file(id_file, most=1000).decode(errors="replace").strip() if resumed and id_file.exists() else ""
     run_id = known or uuid.uuid4().hex[:12]
     write_atomic(id_file, run_id + "\n")  # before the run exists, so that a crash cannot lose its ID
+    # A run that was offline so far is not on the server yet: allow creates it there. A new run never continues another.
+    return {"id": run_id, "resume": "allow" if known else "never"}
+
+
+def _open_online(cfg: Mapping[str, Any], run_dir: Path, seconds: float, identity: Mapping[str, str]) -> tuple:
+    """The online run of this folder, new or resumed, and the error; both None if no user is logged in."""
 
     def start() -> Tracker | None:
         if not _silent_wandb().login(prompt=False, verify=False):
             return None
-        return Tracker(_init(cfg, run_dir, "online", seconds, id=run_id, resume="must" if known else "never"))
+        return Tracker(_init(cfg, run_dir, "online", seconds, **identity))
 
-    tracker, error = _attempt(seconds, start)
-    if tracker is None and not known:
-        id_file.unlink()  # no run with this ID exists to be resumed
-    return tracker, error
+    return _attempt(seconds, start)
 
 
 def _silent_wandb() -> Any:
@@ -227,10 +240,11 @@ def _init(cfg: Mapping[str, Any], run_dir: Path, mode: str, seconds: float, **id
         finish_timeout_raises=True,
     )
     run = wandb.init(
-        **{key: cfg["tracking"][key] for key in ("project", "entity", "group", "job_type", "tags")},
-        name=cfg["tracking"].get("name") or f"{cfg['name']}/{run_dir.name}",
+        **_labels(cfg, run_dir),
+        project=project_of(cfg["tracking"]["project"]),
+        entity=cfg["tracking"]["entity"],
         config=dict(cfg),
-        dir=str(run_dir),
+        dir=None if "WANDB_DIR" in os.environ else str(run_dir),
         mode=mode,
         reinit="create_new",  # never a run that other code in this process left open
         settings=settings,
@@ -238,6 +252,26 @@ def _init(cfg: Mapping[str, Any], run_dir: Path, mode: str, seconds: float, **id
     )
     run.define_metric("*", step_metric="step")
     return run
+
+
+def project_of(project: str | None) -> str:
+    """The project of a config. null: that of WANDB_PROJECT or `wandb init`, or else DEFAULT_PROJECT."""
+    return project or _silent_wandb().setup().settings.project or DEFAULT_PROJECT
+
+
+def _labels(cfg: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Name, group, job type and tags as the server accepts them; None: W&B's own setting, such as WANDB_RUN_GROUP."""
+    settings = cfg["tracking"]
+    name = settings.get("name") or os.environ.get("WANDB_NAME") or f"{cfg['name']}/{run_dir.name}"
+    labels = {"name": name, "group": settings["group"], "job_type": settings["job_type"]}
+    shortened = {key: text and shorten(text, MAX_LENGTHS[key]) for key, text in labels.items()}
+    tags = dict.fromkeys(shorten(tag, MAX_LENGTHS["tags"]) for tag in settings["tags"] if tag)
+    return {**shortened, "tags": list(tags) or None}
+
+
+def shorten(text: str, length: int) -> str:
+    """The text if it has at most `length` characters, else its start and a hash, so that different texts differ."""
+    return text if len(text) <= length else f"{text[: length - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _teardown(exit_code: int, seconds: float) -> None:

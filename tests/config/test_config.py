@@ -302,6 +302,8 @@ def test_a_compute_dtype_more_precise_than_the_weights_is_refused():
         ("grpo.epsilon=0", "between 0 and 1"),
         ("grpo.epsilon=1.0", "between 0 and 1"),
         ("grpo.max_grad_norm=0", "1e9 never clips"),
+        ("tracking.project=a/b", "tracking.project=a/b: W&B takes at most 128 characters, and none of"),
+        (f"tracking.project={'a' * 129}", "W&B takes at most 128 characters"),
         ("grpo.lr_schedule=step", "must be one of constant, linear, cosine"),
         ("rollout.temperature=0", "rollout.temperature=0.0: must be above 0"),
         ("optimizer.lr=-1e-5", "optimizer.lr=-1e-05: must be 0 or more"),

@@ -16,7 +16,7 @@ import wandb
 from wandb.util import get_core_path
 
 import grpo.runs.tracking as module
-from grpo.runs.tracking import tracking
+from grpo.runs.tracking import shorten, tracking
 
 API_KEY = "0123456789" * 4
 ROWS = [{"step": s, "iteration": 1, "loss": 1 / s, "kl": None, "digest/completions": f"d{s}"} for s in range(1, 6)]
@@ -122,7 +122,7 @@ def test_an_offline_run_writes_every_row_inside_the_run_folder_and_prints_nothin
     assert capfd.readouterr() == ("", "")
     assert (sys.exit, sys.excepthook) == hooks
     assert list(Path.cwd().iterdir()) == []
-    assert [p.name for p in run_dir.iterdir()] == ["wandb"]
+    assert {p.name for p in run_dir.iterdir()} == {"wandb", "wandb_run_id"}
     assert list((run_dir / "wandb").iterdir()) == [folder]
 
 
@@ -133,9 +133,83 @@ def test_a_resumed_offline_run_has_the_whole_history_in_one_folder(run_dir):
     with tracking(config(), run_dir, resumed=True, rows=ROWS[:2]) as tracker:
         for row in ROWS[2:]:
             tracker.log(row)
-    first, second = folders(run_dir)
+    _, second = folders(run_dir)
     assert history(records(second)) == SHOWN
-    assert first.name.split("-")[-1] != second.name.split("-")[-1]  # wandb's run ids
+    assert run_ids(run_dir) == {(run_dir / "wandb_run_id").read_text().strip()}  # one W&B run
+
+
+def run_ids(run_dir):
+    """The IDs in the files that wandb wrote."""
+    read = [record for folder in folders(run_dir) for record in records(folder)]
+    return {record["run"]["run_id"] for record in read if record["type"] == "run"}
+
+
+@pytest.mark.parametrize("variable", ["WANDB_RUN_ID", "WANDB_RESUME"])
+def test_each_folder_has_its_own_id_whatever_the_environment_says(tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, {"WANDB_RUN_ID": "fixed", "WANDB_RESUME": "auto"}[variable])
+    ids = set()
+    for job in ("0_a", "1_b"):
+        (tmp_path / job).mkdir()
+        for resumed in (False, True):
+            with tracking(config(), tmp_path / job, resumed=resumed) as tracker:
+                tracker.log(ROWS[0])
+        (own,) = run_ids(tmp_path / job)
+        ids.add(own)
+    assert len(ids) == 2 and "fixed" not in ids
+
+
+def run_record(run_dir, **settings):
+    """What an offline run with these settings of the config tells the server about itself."""
+    with tracking(config(**settings), run_dir, resumed=False):
+        pass
+    return next(record["run"] for record in records(folders(run_dir)[-1]) if record["type"] == "run")
+
+
+NULL = {"project": None, "entity": None, "group": None, "tags": []}
+
+
+def test_what_the_config_leaves_open_is_taken_from_the_settings_of_wandb(run_dir, monkeypatch, tmp_path):
+    assert run_record(run_dir, **NULL)["project"] == "grpo"
+    (Path.cwd() / "wandb").mkdir()
+    (Path.cwd() / "wandb" / "settings").write_text("[default]\nproject = of-wandb-init\nentity = team\n")
+    run = run_record(run_dir, **NULL)
+    assert (run["project"], run["entity"]) == ("of-wandb-init", "team")
+    own = {
+        "PROJECT": "p2",
+        "ENTITY": "e2",
+        "RUN_GROUP": "g2",
+        "TAGS": "t1,t2",
+        "NAME": "n2",
+        "DIR": str(tmp_path / "w"),
+    }
+    (tmp_path / "w").mkdir()
+    for name, value in own.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    with tracking(config(**NULL), run_dir, resumed=False):
+        pass
+    (folder,) = (tmp_path / "w" / "wandb").glob("offline-run-*")
+    run = next(record["run"] for record in records(folder) if record["type"] == "run")
+    assert [run[key] for key in ("project", "entity", "run_group", "tags", "display_name")] == [
+        "p2", "e2", "g2", ["t1", "t2"], "n2",
+    ]  # fmt: skip
+
+
+def test_the_config_has_precedence_over_the_environment(run_dir, monkeypatch):
+    for name in ("PROJECT", "ENTITY", "RUN_GROUP", "TAGS", "NAME", "JOB_TYPE"):
+        monkeypatch.setenv(f"WANDB_{name}", "other")
+    run = run_record(run_dir, name="mine", entity="e")
+    assert [run[key] for key in ("project", "entity", "run_group", "tags", "display_name", "job_type")] == [
+        "p", "e", "g", ["a", "b"], "mine", "train",
+    ]  # fmt: skip
+
+
+def test_labels_that_are_longer_than_the_server_accepts_are_shortened_and_stay_different(run_dir):
+    long = "x" * 200
+    run = run_record(run_dir, name=long, group=long, job_type=long, tags=[f"{long}1", f"{long}2", "", "short"])
+    assert (len(run["display_name"]), len(run["run_group"]), len(run["job_type"])) == (128, 128, 64)
+    assert [len(tag) for tag in run["tags"]] == [64, 64, 5]
+    assert shorten("y" * 128, 128) == "y" * 128
+    assert len({shorten(f"{long}{number}", 128) for number in range(3)}) == 3
 
 
 def test_two_runs_in_one_process_are_separate(tmp_path):
@@ -224,7 +298,6 @@ def test_auto_goes_online_only_with_a_login(run_dir, init_arguments, monkeypatch
         return init_arguments[-1]["mode"]
 
     assert modes() == "offline"
-    assert not (run_dir / "wandb_run_id").exists()
     monkeypatch.setenv("WANDB_API_KEY", API_KEY)
     assert modes() == "online"
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -264,7 +337,7 @@ def test_a_new_online_run_never_takes_over_another_one_and_is_resumed_by_its_id(
     id_file.unlink()
     with tracking(config("online"), run_dir, resumed=True):
         pass
-    assert [call["resume"] for call in init_arguments] == ["never", "must", "never"]
+    assert [call["resume"] for call in init_arguments] == ["never", "allow", "never"]
     first, again, fresh = seen
     assert [call["id"] for call in init_arguments] == [first, again, fresh]
     assert first == again != fresh
@@ -285,7 +358,7 @@ def test_with_an_unreachable_server_the_data_is_kept_offline_in_bounded_time(run
     (warning,) = messages(caplog)
     assert "Continuing offline" in warning
     assert history(records(folders(run_dir)[-1])) == SHOWN[:1]
-    assert not (run_dir / "wandb_run_id").exists()
+    assert run_ids(run_dir) == {(run_dir / "wandb_run_id").read_text().strip()}  # for a later launch that is online
     assert capfd.readouterr() == ("", "")
 
 
