@@ -1,6 +1,7 @@
 """Explain errors of Hydra and OmegaConf to the user: what is wrong with the input, and the fix."""
 
 import difflib
+import re
 from collections.abc import Sequence
 
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -9,40 +10,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from grpo.config.command_line import arguments_in_shell, launch_command, override
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError, first_line
+from grpo.config.other_names import NOT_SUPPORTED, OTHER_NAMES
 from grpo.config.paths import CONF_DIR
 from grpo.config.values import flatten
-
-# Key names of other trainers, and the corresponding keys here.
-OTHER_NAMES = {
-    "learning_rate": "optimizer.lr",
-    "lr": "optimizer.lr",
-    "model_name": "model.name",
-    "model_name_or_path": "model.name",
-    "torch_dtype": "model.dtype",
-    "kl_coef": "grpo.beta",
-    "kl_beta": "grpo.beta",
-    "per_device_train_batch_size": "grpo.batch_size",
-    "max_steps": "grpo.num_steps",
-    "max_new_tokens": "grpo.max_completion_length",
-    "objective.epsilon": "objective.epsilon_low and objective.epsilon_high",
-    "clip_range": "grpo.epsilon",
-    "clip_eps": "grpo.epsilon",
-    "temperature": "rollout.temperature",
-    "chat_template_kwargs": "data.template_arguments",
-    "enable_thinking": "data.template_arguments.enable_thinking",
-    "dataset": "data",
-    "bf16": "hardware.compute_dtype",
-    "gradient_checkpointing": "hardware.activation_checkpointing",
-    "autocast": "hardware.compute_dtype",
-    "fp16": "hardware.compute_dtype",
-    "lora_r": "model.lora.rank",
-    "lora_alpha": "model.lora.alpha",
-    "lora_target_modules": "model.lora.target_modules",
-    "use_peft": "tuning",
-    "micro_batch_size": "hardware.micro_batch_tokens",
-    "gradient_accumulation_steps": "hardware.micro_batch_tokens",
-}
-
 
 NAMED_BY_USER = ("data.template_arguments", "reward.components")  # the user chooses the names of the keys in these
 HUB_KEYS = {"model": "model.name", "data": "data.path"}  # group -> its key for a hub name or a folder
@@ -64,7 +34,8 @@ def explain(error: Exception) -> str:
             if cause.options or missing.startswith("hydra/"):
                 return unknown_choice(missing, cause.options or ())
         if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
-            return unknown_key(cause.full_key)
+            typed = re.match(r"Could not override '([^']+)'", str(error))  # also the parts below an unknown first one
+            return unknown_key(typed[1] if typed else cause.full_key)
         cause = cause.__cause__ or cause.__context__
     if isinstance(error.__cause__, OmegaConfBaseException) and not str(error):  # Hydra's wrapper has no message
         error = error.__cause__
@@ -89,6 +60,9 @@ def unknown_key(key: str) -> str:
         return f"there is no key '{key}'; here it is called {other}"
     if key.rpartition(".")[0] in NAMED_BY_USER:
         return f"there is no key '{key}' yet; to add it, write +{key}=..."
+    reason = NOT_SUPPORTED.get(last_part)
+    if reason:
+        return f"{key} is not supported: {reason}"
     known = sorted(flatten(compose_config([])))
     groups = sorted(p.name for p in CONF_DIR.iterdir() if p.is_dir())
     near = difflib.get_close_matches(key, known + groups, n=3, cutoff=0.6)

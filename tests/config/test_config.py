@@ -1,6 +1,7 @@
 """Composing conf/, the checks on its values, and the messages for bad ones."""
 
 import dataclasses
+import re
 
 import pytest
 from omegaconf.errors import InterpolationResolutionError
@@ -11,6 +12,7 @@ from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
 from grpo.config.explain import explain
 from grpo.config.migrations import load_frozen
+from grpo.config.other_names import NOT_SUPPORTED, OTHER_NAMES
 from grpo.config.overrides import Overrides
 from grpo.config.paths import CONF_DIR
 from grpo.config.schema import Config
@@ -210,11 +212,52 @@ def test_a_reward_component_can_be_dropped_and_one_added():
         ("+grpo.kl_coef=0.1", "grpo.beta"),
         ("max_steps=10", "grpo.num_steps"),
         ("temperature=0.7", "rollout.temperature"),
+        ("save_steps=10", "checkpoint.every"),
+        ("output_dir=x", "run_dir"),
+        ("lr_scheduler_type=cosine", "grpo.lr_schedule"),
+        ("grpo.loss_type=dapo", "objective.reduction"),
+        ("grpo.scale_rewards=false", "objective.advantage"),
+        ("algorithm.adv_estimator=grpo", "objective.advantage"),
+        ("data.train_batch_size=8", "grpo.batch_size, in prompts"),
+        ("actor_rollout_ref.rollout.n=8", "grpo.num_generations"),
+        ("actor_rollout_ref.actor.optim.lr=1e-6", "optimizer.lr"),
+        ("trainer.save_freq=8", "checkpoint.every"),
+        (
+            "num_iterations=2",
+            "grpo.mu if it is TRL's; grpo.num_iterations counts outer iterations, each with a new reference",
+        ),
     ],
 )
 def test_a_key_name_of_another_trainer_is_answered_with_the_key_of_the_suite(override, right_key):
     bare = override.lstrip("+").split("=")[0]
     assert complaint(override) == f"there is no key '{bare}'; here it is called {right_key}"
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("grpo.top_p=0.9", "sampled from what is trained"),
+        ("use_vllm=true", "rollout._target_"),
+        ("deepspeed=x.json", "a run uses one device"),
+        ("push_to_hub=true", "nothing is uploaded"),
+    ],
+)
+def test_a_setting_of_another_trainer_that_does_not_exist_here_is_answered_with_the_reason(override, reason):
+    key = override.split("=")[0]
+    text = complaint(override)
+    assert text.startswith(f"{key} is not supported: ") and reason in text
+
+
+def test_every_key_of_trl_is_answered_and_every_answer_names_an_existing_key():
+    trl = pytest.importorskip("trl")
+    known = set(flatten(compose_config(["tuning=lora"]))) | {path.name for path in CONF_DIR.iterdir()}
+    last_parts = {key.rsplit(".", 1)[-1] for key in known} | {"components"}
+    names = {each.name for each in dataclasses.fields(trl.GRPOConfig)}
+    assert sorted(names - OTHER_NAMES.keys() - NOT_SUPPORTED.keys() - last_parts) == []
+    for name, answer in OTHER_NAMES.items():
+        key = re.match(r"[\w.]+", answer.lstrip("+"))[0].rstrip(".")
+        assert key in known or key in ("reward.components", "optimizer.eps"), (name, answer)
+    assert not OTHER_NAMES.keys() & NOT_SUPPORTED.keys()
 
 
 @pytest.mark.parametrize(
