@@ -1,5 +1,6 @@
 """The notebooks, run from top to bottom as a user runs them, on the embedded model."""
 
+import copy
 import os
 import shutil
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from tests.launches import launch
 
@@ -43,17 +45,38 @@ def test_the_notebook_for_a_free_gpu_runs(working_copy, monkeypatch):
         f'REPOSITORY = ""\nQUICKSTART = "experiment=quickstart grpo.num_steps=2 {SMALL}"\n'
         f'SETTINGS = "experiment=quickstart tuning=lora grpo.num_steps=2 {SMALL}"'
     )
+    notebook.cells += [nbformat.from_dict(copy.deepcopy(cell)) for cell in notebook.cells]  # each cell can be run again
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": working_copy / "notebooks"}}).execute()
 
     said = outputs(notebook)
+    assert said.count("has finished already: nothing to do") == 2
     assert "error" not in said.lower()
     assert "failed" not in said.lower()
     for expected in ("peak memory", "pre-flight", "held-out problems", "rewards/format/mean", "merged_model"):
         assert expected in said, expected
-    assert len(images(notebook)) == 2
+    assert len(images(notebook)) == 4
     for run in ("notebook_quickstart", "notebook"):
         assert (working_copy / "outputs" / run / "final_model").exists()
     assert (working_copy / "outputs" / "notebook" / "merged_model" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_notebook_for_a_free_gpu_clones_the_project_or_asks_for_its_address(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # so that nothing is installed
+    notebook = nbformat.read(ROOT / "notebooks" / "colab.ipynb", as_version=4)
+    install = next(cell.source for cell in notebook.cells if cell.source.startswith("import importlib"))
+
+    def run(repository):
+        cells = [f"REPOSITORY = {repository!r}", install, install, "print('in', Path.cwd())"]
+        book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+        NotebookClient(book, timeout=120, resources={"metadata": {"path": tmp_path}}).execute()
+        return outputs(book)
+
+    with pytest.raises(CellExecutionError, match="set REPOSITORY in the first cell to the address of the project"):
+        run("")
+    assert list(tmp_path.iterdir()) == []
+    assert f"in {tmp_path / 'grpo'}" in run(str(ROOT))
+    assert (tmp_path / "grpo" / "launch.py").exists()
 
 
 def executed(name, cwd, monkeypatch):
