@@ -41,8 +41,8 @@ def _launch(arguments: list[str]) -> int:
     if only_shows(flags):
         return show(arguments, train_job)
     with decide(flags) as launch:
-        if launch is None:  # a plan was printed, or the run has finished already
-            return 0
+        if isinstance(launch, int):  # a plan was printed, or the run has finished already
+            return launch
         sweep = launch.sweep
         if sweep is None:
             launch.app.start(partial(train_run, launch), launch.overrides, multirun=False)

@@ -148,8 +148,7 @@ NOT_SUPPORTED = {
         "metric_for_best_model greater_is_better do_train do_predict bf16_full_eval fp16_full_eval",
         WITH_TRANSFORMERS: "model_init_kwargs disable_dropout cast_lm_head_to_fp32 pad_to_multiple_of tf32 "
         "torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config "
-        "neftune_noise_alpha torch_empty_cache_steps gradient_checkpointing_kwargs activation_checkpointing_kwargs "
-        "chat_template_kwargs",
+        "neftune_noise_alpha torch_empty_cache_steps gradient_checkpointing_kwargs activation_checkpointing_kwargs",
         NOT_NEEDED: "ref_model_mixup_alpha lr_scheduler_kwargs optim_args optim_target_modules debug load_in_4bit "
         "load_in_8bit",
     }.items()

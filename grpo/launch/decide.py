@@ -40,10 +40,11 @@ class Launch:
 
 
 @contextmanager
-def decide(flags: argparse.Namespace) -> Iterator[Launch | None]:
+def decide(flags: argparse.Namespace) -> Iterator[Launch | int]:
     """Decide on the launch that the flags ask for, and hold its folder within the block.
 
-    Yields None if there is nothing to launch: after plan=true, or if the run has already finished. Raises ConfigError,
+    Yields the exit code if there is nothing to launch: after plan=true, 1 if the run does not fit into memory, or 0 if
+    the run has already finished. Raises ConfigError,
     or Hydra's exceptions, for a command line or config that cannot work. Nothing is left on disk then.
     """
     app = Application(flags)
@@ -56,8 +57,7 @@ def decide(flags: argparse.Namespace) -> Iterator[Launch | None]:
         if overrides.names("sweep_dir", "hydra.sweep.dir"):
             raise ConfigError("sweep_dir names the folder of a sweep: add -m, or name that of a run with run_dir=...")
     if composed.plan:
-        print_plan(composed, overrides, is_sweep, check_runnable)
-        yield None
+        yield 0 if print_plan(composed, overrides, is_sweep, check_runnable) else 1
     elif is_sweep:
         with hold_sweep(app, composed, overrides) as launch:
             yield launch
@@ -89,8 +89,8 @@ def check_runnable(config: DictConfig, overrides: Overrides) -> Config:
 
 
 @contextmanager
-def hold_run(app: Application, composed: DictConfig, overrides: Overrides) -> Iterator[Launch | None]:
-    """Choose, reserve and lock the folder of a single run. Yields None if the run has already finished."""
+def hold_run(app: Application, composed: DictConfig, overrides: Overrides) -> Iterator[Launch | int]:
+    """Choose, reserve and lock the folder of a single run. Yields 0 if the run has already finished."""
     config = without_hydra(composed)
     run = known_folder(config, named_folder(composed.hydra.run, "${run_dir}"))
     if run is None:
@@ -100,7 +100,7 @@ def hold_run(app: Application, composed: DictConfig, overrides: Overrides) -> It
         chosen = choose_run(run, config.resume, overrides)
         if chosen == "done":
             print(f"{run.path} has finished already: nothing to do")
-            yield None
+            yield 0
             return
         if chosen == "resume":
             run.frozen_config()  # raises FileError here, before anything is written, if it cannot be read

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from omegaconf import DictConfig
 
 from grpo.config.errors import ConfigError
-from grpo.config.hydra_app import compose_again, without_hydra
+from grpo.config.hydra_app import compose_again, compose_job, without_hydra
 from grpo.config.overrides import Overrides
 from grpo.config.schema import Config
 from grpo.runs.halving_state import HalvingState, arms_of, choose_ladder, seconds
@@ -14,9 +14,12 @@ from grpo.sweeps.opening import check_equal_steps, is_halving, points_of, with_p
 
 def print_plan(
     composed: DictConfig, overrides: Overrides, is_sweep: bool, check: Callable[[DictConfig, Overrides], Config]
-) -> None:
-    """Print the plan of a launch. composed: its config, including the `hydra` part. Raises ConfigError."""
-    from grpo.launch.preset import hardware_found  # imports torch
+) -> bool:
+    """Print the plan of a launch, and return whether all of its runs fit into memory. Raises ConfigError.
+
+    composed: its config, including the `hydra` part.
+    """
+    from grpo.launch.preset import found_overrides, hardware_found  # imports torch
     from grpo.planning.plan import print_plans
 
     if composed.resume or composed.fork:
@@ -29,13 +32,18 @@ def print_plan(
     configs = []
     checked = []
     for name, point in points:
-        config = compose(point.lines) if is_sweep else without_hydra(composed)
+        job = compose_job(composed.hydra, point.lines) if is_sweep else composed
+        config = without_hydra(job)
         checked.append(check(config, point))
-        configs.append((name, hardware_found(config, point, compose)))
+        preset = f"hardware={job.hydra.runtime.choices.hardware}"
+        if config.hardware.device == "auto":
+            preset += f", here {' '.join(found_overrides(config))}"
+        configs.append((name, preset, hardware_found(config, point, compose)))
     check_equal_steps(checked, composed.hydra.sweeper)
-    print_plans(configs)
+    fits = print_plans(configs)
     if is_sweep and is_halving(composed.hydra.sweeper):
         print(halving_summary(composed, [point.lines for _, point in points]))
+    return fits
 
 
 def sweep_points(overrides: Overrides, sweeper: DictConfig) -> list[tuple[str, Overrides]]:

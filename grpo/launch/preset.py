@@ -24,8 +24,7 @@ def hardware_found(cfg: DictConfig, overrides: Overrides, compose: Callable[[Seq
     """
     if cfg.hardware.device != "auto":
         return cfg
-    requested_device(cfg)  # raises ConfigError if this machine does not have it
-    preset, *adapted = preset_overrides(cfg.model.device_map if cfg.model.device_map != "auto" else find_device())
+    preset, *adapted = found_overrides(cfg)
     logger.info("hardware=auto: %s", " ".join([preset, *adapted]))
     # So that plan=true uses the card of this machine, not the preset's.
     adapted += [f"hardware.card.{key}=null" for key in cfg.hardware.card]
@@ -35,6 +34,12 @@ def hardware_found(cfg: DictConfig, overrides: Overrides, compose: Callable[[Seq
     found = compose([preset, *Overrides(adapted).select(still_open), *kept])
     OmegaConf.copy_cache(from_config=cfg, to_config=found)  # keeps resolved values, such as the time in a name
     return found
+
+
+def found_overrides(cfg: DictConfig) -> list[str]:
+    """What hardware=auto becomes on this machine. Raises ConfigError if model.device_map names a missing device."""
+    requested_device(cfg)
+    return preset_overrides(cfg.model.device_map if cfg.model.device_map != "auto" else find_device())
 
 
 def preset_overrides(device: str) -> list[str]:

@@ -21,6 +21,7 @@ from grpo.model.hardware import device_of, peak_memory_gb, resolve_hardware
 from grpo.model.packed import checkpoint_layers, supports_packing
 from grpo.planning import estimate
 from grpo.training.experiment import build_experiment, compute_dtype
+from grpo.training.preflight import MOST_GROUPS
 from grpo.training.update import Batch
 
 GB = 1e9
@@ -32,6 +33,7 @@ LAUNCH_S_PER_LAYER = 5e-4  # seconds to start the operations of one layer, per d
 # Memory that the C library holds in free fragments, relative to the activations. It counts only if no gradients of
 # whole weights are allocated, which would use these fragments.
 FRAGMENTATION = 0.5
+START_S = 10.0  # seconds to start a process, load the model and write the results, assumed
 BYTES_PER_SAMPLE = 1500  # of one completion in samples/, with its prompt and rewards
 # With its optimizer, since one on the command line would replace it by one that rounds to the nearest.
 SMALLER = "use tuning=lora, or tuning=full_bf16 optimizer=adamw_bf16, or lower hardware.micro_batch_tokens"
@@ -50,6 +52,8 @@ class Plan:
     steps: int
     tokens: float  # per step, counted as num_tokens: each prompt once per completion, completions at the length limit
     seconds: float  # per step; NaN if the rates of the device are unknown
+    rest_seconds: float  # of a run besides its steps: start, pre-flight and evaluations
+    title: str  # model, batch and number of steps
 
     @property
     def fits(self) -> bool:
@@ -58,8 +62,8 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Hours of all steps."""
-        return self.seconds * self.steps / 3600
+        """Hours of a run: all steps, the start, the pre-flight and the evaluations."""
+        return (self.seconds * self.steps + self.rest_seconds) / 3600
 
     @property
     def folder(self) -> float:
@@ -102,7 +106,16 @@ def plan(config: Config) -> Plan:
         steps=grpo.num_iterations * grpo.num_steps,
         tokens=rows * (prompt_tokens + sizes.max_completion_length),
         seconds=_seconds(config, model, work, compute),
+        rest_seconds=_rest_seconds(config, model, work, compute, len(experiment.problems.test)),
+        title=f"model {config.model.name}, {_trained(config)}; per step {sizes.batch_size} prompts x "
+        f"{sizes.num_generations} completions x {sizes.max_completion_length} tokens",
     )
+
+
+def _trained(config: Config) -> str:
+    lora = config.model.lora
+    what = f"all weights in {config.model.dtype}" if lora is None else f"LoRA of rank {lora.rank}"
+    return f"{what}, computed in {config.hardware.compute_dtype or config.model.dtype}"
 
 
 def _memory(config: Config, sizes: Sizes, model: Any, work: estimate.Work) -> dict[str, float]:
@@ -214,27 +227,62 @@ def _available(config: Config) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _seconds(config: Config, model: Any, work: estimate.Work, compute: torch.dtype) -> float:
-    """Seconds of a step, NaN if the rates of the device are unknown.
-
-    The time of its matrix products and of reading weights in decoding, multiplied by the usual overhead, plus the time
-    to start the operations of decoding.
-    """
+def _rates(config: Config, compute: torch.dtype) -> tuple[float, float]:
+    """FLOPs and bytes per second of the device; NaN if they are unknown."""
     device = config.hardware.device
     card = config.hardware.card
     if card.tflops is not None and card.bandwidth_gb_s is not None:
-        flops = card.tflops * 1e12
-        read = card.bandwidth_gb_s * GB
-    elif device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
+        return card.tflops * 1e12, card.bandwidth_gb_s * GB
+    if device == "cpu" or (device == "cuda" and torch.cuda.is_available()):
         torch.set_num_threads(config.hardware.threads or torch.get_num_threads())
-        flops, read = estimate.machine_rates(compute, device_of(config))
-    else:
-        return math.nan
-    forward = estimate.forward_flops(model, work)
-    decoding = max(forward / flops, estimate.decode_bytes(model, work, compute.itemsize) / read)
+        return _measured_rates(compute, device_of(config), torch.get_num_threads())
+    return math.nan, math.nan
+
+
+@functools.cache
+def _measured_rates(compute: torch.dtype, device: torch.device, threads: int) -> tuple[float, float]:
+    """Measured once for all points of a sweep with the same dtype, device and number of threads."""
+    return estimate.machine_rates(compute, device)
+
+
+def _seconds(config: Config, model: Any, work: estimate.Work, compute: torch.dtype) -> float:
+    """Seconds of a step, NaN if the rates of the device are unknown: of sampling, and of the other matrix products."""
+    (flops, _) = _rates(config, compute)
+    rest = estimate.step_flops(model, work, kl_weight(config) > 0, config.grpo.mu) - estimate.forward_flops(model, work)
+    return _sampling_seconds(config, model, work, compute) + _overhead(config, compute) * rest / flops
+
+
+def _sampling_seconds(config: Config, model: Any, work: estimate.Work, compute: torch.dtype) -> float:
+    """Seconds to sample completions: matrix products or reading weights, with the overhead, and starting operations."""
+    (flops, read) = _rates(config, compute)
+    decoding = max(
+        estimate.forward_flops(model, work) / flops, estimate.decode_bytes(model, work, compute.itemsize) / read
+    )
     starting = LAUNCH_S_PER_LAYER * model.config.get_text_config(decoder=True).num_hidden_layers * max(work.lengths)
-    rest = estimate.step_flops(model, work, kl_weight(config) > 0, config.grpo.mu) - forward
-    return MEASURED_OVERHEAD.get((device, compute), ASSUMED_OVERHEAD) * (decoding + rest / flops) + starting
+    return _overhead(config, compute) * decoding + starting
+
+
+def _overhead(config: Config, compute: torch.dtype) -> float:
+    return MEASURED_OVERHEAD.get((config.hardware.device, compute), ASSUMED_OVERHEAD)
+
+
+def _rest_seconds(config: Config, model: Any, work: estimate.Work, compute: torch.dtype, held_out: int) -> float:
+    """Seconds of a run besides its steps, with completions of full length."""
+    seconds = START_S
+    if config.preflight:
+        groups = min(work.prompts, MOST_GROUPS)
+        lengths = work.lengths[: groups * work.group_size]
+        sampled = estimate.Work(groups, work.group_size, work.prompt_tokens, lengths)
+        seconds += _sampling_seconds(config, model, sampled, compute)
+    problems = min(held_out, config.eval.max_problems or held_out)
+    steps = config.grpo.num_iterations * config.grpo.num_steps
+    evaluations = config.eval.before + config.eval.after + (steps // config.eval.every if config.eval.every else 0)
+    if problems and evaluations:
+        length = config.eval.max_completion_length or max(work.lengths)
+        at_once = min(problems, max(1, (config.hardware.rollout_tokens or length) // length))
+        batch = estimate.Work(at_once, 1, work.prompt_tokens, [length] * at_once)
+        seconds += evaluations * problems / at_once * _sampling_seconds(config, model, batch, compute)
+    return seconds
 
 
 def resolved(cfg: DictConfig) -> Config:
@@ -244,17 +292,23 @@ def resolved(cfg: DictConfig) -> Config:
     return typed(cfg)
 
 
-def print_plans(points: Sequence[tuple[str, DictConfig]]) -> None:
-    """Print the plans of (name, composed config) pairs: one in full, several as a table with their time and disk."""
-    plans = [(name, plan(resolved(cfg))) for name, cfg in points]
+def print_plans(points: Sequence[tuple[str, str, DictConfig]]) -> bool:
+    """Print the plans of runs: one in full, several as a table with their time and disk. Returns whether all fit.
+
+    points: name of the run, its hardware preset, and its composed config.
+    """
+    plans = [(name, plan(resolved(cfg))) for name, _, cfg in points]
     # Lines are not wrapped here but by the terminal, so that the names are complete if the output goes to a pipe.
     console = Console(width=1000, soft_wrap=True, markup=False, emoji=False)
     largest = max((each for _, each in plans), key=lambda each: each.peak)
     if len(plans) > 1:
         _print_points(console, plans, largest)
+    preset = next(preset for (_, preset, _), (_, each) in zip(points, plans, strict=True) if each is largest)
+    console.print(f"{preset}: {largest.title}, {largest.steps} steps")
     _print_memory(console, largest)
     if len(plans) == 1:
         _print_disk_and_time(console, largest)
+    return all(each.fits for _, each in plans)
 
 
 def _print_points(console: Console, plans: Sequence[tuple[str, Plan]], largest: Plan) -> None:
@@ -266,7 +320,7 @@ def _print_points(console: Console, plans: Sequence[tuple[str, Plan]], largest: 
     console.print(table)
     hours = sum(each.hours for _, each in plans)
     disk = sum(each.folder for _, each in plans) + largest.disk["while saving"]
-    console.print(f"time of all {len(plans)} runs: {_about(hours)} hours of jobs, evaluations not counted")
+    console.print(f"time of all {len(plans)} runs: {_about(hours)} hours of jobs")
     console.print(f"disk of all {len(plans)} runs: {_gb(disk)} GB; the parts of the largest in memory:")
 
 
@@ -290,7 +344,10 @@ def _print_disk_and_time(console: Console, one: Plan) -> None:
     console.print(f"disk: {_gb(sum(one.disk.values()))} GB ({parts})")
     console.print(
         f"{one.tokens:,.0f} tokens per step at most, {_about(one.seconds)} seconds per step (an estimate), "
-        f"{one.steps} steps: {_about(one.hours)} hours, evaluations not counted"
+        f"{one.steps} steps: {_about(one.seconds * one.steps / 3600)} hours"
+    )
+    console.print(
+        f"start, pre-flight and evaluations {_about(one.rest_seconds / 60)} minutes; in all {_about(one.hours)} hours"
     )
 
 

@@ -36,7 +36,41 @@ def test_the_plan_prints_the_resources_of_a_launch_and_leaves_no_files(launch, t
         assert re.search(rf"{part} +[\d.]+", done.stdout), part
     assert ": fits" in done.stdout
     assert "seconds per step" in done.stdout
+    assert (
+        "hardware=cpu: model tiny, all weights in float32, computed in float32; per step 16 prompts x 16 completions x "
+        "40 tokens, 60 steps"
+    ) in done.stdout
+    assert re.search(r"start, pre-flight and evaluations [\d.]+ minutes; in all [\d.]+ hours", done.stdout)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_that_does_not_fit_ends_with_exit_code_1_and_names_what_would_fit(launch, tmp_path):
+    small = ["hardware.card.memory_gb=0.1"]
+    done = launch(*QUICK, *small, "plan=true", cwd=tmp_path)
+    assert (done.returncode, "of 0.1 GB: does not fit; use tuning=lora" in done.stdout) == (1, True), done.stderr
+    sweep = launch("-m", *QUICK, "hardware.card.memory_gb=0.1,64", "plan=true", cwd=tmp_path)
+    assert (sweep.returncode, sweep.stdout.count(" no "), sweep.stdout.count(" yes ")) == (1, 1, 1), sweep.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_plan_names_the_preset_that_auto_chooses_and_what_the_hub_would_have_to_give(launch, cold, tmp_path):
+    embedded = ["model=tiny", "data=arithmetic", "data.system_prompt=null"]
+    done = launch(*embedded, "hardware=auto", "plan=true", cwd=tmp_path)
+    assert (done.returncode, "hardware=auto, here hardware=" in done.stdout) == (0, True), done.stderr
+    missing = cold("model.name=nobody/nothing", *embedded[1:], "plan=true", cwd=tmp_path)
+    assert (missing.returncode, missing.stderr.count("\n"), missing.stdout) == (2, 1, "")
+    assert "model.name=nobody/nothing is neither a local folder nor a model that the hub gave" in missing.stderr
+
+
+def test_the_time_of_a_run_includes_its_start_pre_flight_and_evaluations():
+    alone = plan("eval.before=false", "eval.after=false", "preflight=false")
+    assert alone.rest_seconds == planning.START_S
+    assert alone.hours == pytest.approx((alone.seconds * alone.steps + planning.START_S) / 3600)
+    after = plan("eval.before=false", "preflight=false", "grpo.num_steps=10").rest_seconds - planning.START_S
+    often = plan("eval.before=false", "preflight=false", "grpo.num_steps=10", "eval.every=2").rest_seconds
+    assert often - planning.START_S == pytest.approx(6 * after)
+    assert plan("preflight=true").rest_seconds > plan("preflight=false").rest_seconds
 
 
 def test_every_point_of_a_sweep_has_a_line_and_no_folder_is_created(launch, tmp_path):
