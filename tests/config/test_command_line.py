@@ -110,7 +110,7 @@ def test_errors_that_name_a_folder_give_arguments_that_can_be_pasted(tmp_path, f
 
 @pytest.mark.slow
 def test_printed_commands_work_in_another_directory(tmp_path, small_run):
-    there = tmp_path / "it's, 1 ${x}"
+    there = tmp_path / "it's, 1 {x} $HOME"
     elsewhere = tmp_path / "elsewhere"
     there.mkdir()
     elsewhere.mkdir()
