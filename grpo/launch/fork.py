@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
 from grpo.config.checks import check_lineage, check_unused_overrides, kl_weight
+from grpo.config.command_line import arguments_in_shell, grpo_command, path_argument, path_override
 from grpo.config.compose import apply_overrides
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
@@ -127,11 +128,13 @@ def _check_weights(config: Config, before: dict[str, Any], overrides: Overrides,
     if model["lora"] == before["lora"]:
         return
     if before["lora"] is None:
-        way = f"tuning=lora model.name={parent.final_model}"
+        way = arguments_in_shell("tuning=lora", path_override("model.name", parent.final_model))
     elif model["lora"] is not None:
-        way = f"tuning=lora model.lora.init_from={parent.final_model}, with the rank and alpha of that"
+        adapter = path_override("model.lora.init_from", parent.final_model)
+        way = f"{arguments_in_shell('tuning=lora', adapter)}, with the rank and alpha of that"
     else:
-        way = f"model.name={parent.path / 'merged_model'} after: python -m grpo merge run_dir={parent.path}"
+        merged = arguments_in_shell(path_override("model.name", parent.path / "merged_model"))
+        way = f"{merged} after: {grpo_command('merge', path_argument('run_dir', parent.path))}"
     raise ConfigError(f"the checkpoint does not fit a fork with another model.lora; start a new run with {way}")
 
 
