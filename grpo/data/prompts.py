@@ -116,16 +116,26 @@ def turn_tokens(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]
 
 
 def prompt_lengths(
-    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], data: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], data: Mapping[str, Any], vocabulary: int
 ) -> list[int]:
-    """Number of tokens of each problem's prompt.
+    """Number of tokens of each problem's prompt. vocabulary: the number of tokens that the model has embeddings for.
 
-    Raises ConfigError if a prompt is empty, longer than data.max_prompt_length, or refused by the chat template.
+    Raises ConfigError if a prompt is empty, longer than data.max_prompt_length, refused by the chat template, or has a
+    token that the model lacks.
     """
     limit = data["max_prompt_length"]
     arguments = template_arguments(data)
     texts = [render(tokenizer, messages(problem.question, data), arguments) for problem in problems]
-    lengths = [len(ids) for ids in tokenize(tokenizer, texts)]
+    rows = tokenize(tokenizer, texts)
+    lengths = [len(ids) for ids in rows]
+    unknown = {token for ids in rows for token in ids if token >= vocabulary}
+    if unknown:
+        token = min(unknown)
+        raise ConfigError(
+            f"the tokenizer does not fit the model: token {token} ({tokenizer.convert_ids_to_tokens(token)}) of the "
+            f"prompts is not one of the {vocabulary} that the model has embeddings for; resize the model's embeddings "
+            "(resize_token_embeddings) or use its own tokenizer"
+        )
     too_long = [(length, problem.id) for length, problem in zip(lengths, problems, strict=True) if length > limit]
     if 0 in lengths:
         raise ConfigError("a prompt has no tokens: is the model's folder without its tokenizer (tokenizer.json)?")

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,9 +61,32 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # of various types, if a file is damaged
         raise model_not_found(config.name, error) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    _set_padding(tokenizer, config)
     return tokenizer
+
+
+def _set_padding(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    """Use a token that ends completions for padding, if the tokenizer has none or one that the model lacks.
+
+    Padding is masked, but its ID is looked up in the embeddings. Raises ConfigError if no token ends a completion.
+    """
+    built = architecture(config.name, config.trust_remote_code)
+    most = vocabulary_size(built)
+    own = built.get_text_config(decoder=True).eos_token_id
+    ends = [tokenizer.eos_token_id, turn_tokens(tokenizer).closing, *(own if isinstance(own, list) else [own])]
+    ends = [token for token in ends if token is not None and token < most]
+    if not ends:
+        raise ConfigError(
+            f"model.name={config.name}: no token of its {most} ends a completion; set eos_token in its "
+            "tokenizer_config.json, or eos_token_id in its config.json"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= most:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
+
+
+def vocabulary_size(built: PretrainedConfig) -> int:
+    """The number of tokens that a model has embeddings for, according to its config."""
+    return getattr(built.get_text_config(decoder=True), "vocab_size", None) or sys.maxsize
 
 
 def check_model(config: ModelConfig) -> None:
@@ -201,7 +225,8 @@ def stop_token_ids(
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
     closing = turn_tokens(tokenizer, template_arguments).closing
-    return sorted({token for token in [tokenizer.eos_token_id, *stops, closing] if token is not None})
+    most = vocabulary_size(model.config)
+    return sorted({token for token in [tokenizer.eos_token_id, *stops, closing] if token is not None and token < most})
 
 
 def model_not_found(name: str, cause: Exception) -> ConfigError:

@@ -31,7 +31,7 @@ from grpo.data.prompts import (
     turn_tokens,
 )
 from grpo.model.hardware import use_hardware
-from grpo.model.loading import architecture, check_model, copy_in_dtype, load_tokenizer, stop_token_ids
+from grpo.model.loading import architecture, check_model, copy_in_dtype, load_tokenizer, stop_token_ids, vocabulary_size
 from grpo.model.lora import add_adapter, check_adapter, save_adapter, switch_adapter
 from grpo.rewards.scoring import RewardComponent, Rewards, accepted, score
 from grpo.rewards.time_limit import end_process
@@ -192,7 +192,8 @@ def build_experiment(
         check_adapter(config.model.lora)
     tokenizer = load_tokenizer(config.model)
     _check_template(tokenizer, config.data)
-    lengths = prompt_lengths(tokenizer, problems.train + problems.test, config.data) if with_problems else []
+    known = vocabulary_size(architecture(config.model.name, config.model.trust_remote_code))
+    lengths = prompt_lengths(tokenizer, problems.train + problems.test, config.data, known) if with_problems else []
     max_length = None
     if with_problems:
         max_length = _check_window(config, sizes, lengths[: len(problems.train)], lengths[len(problems.train) :])

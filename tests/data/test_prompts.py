@@ -56,9 +56,9 @@ def test_without_a_chat_template_a_prompt_is_the_plain_text_of_its_messages(toke
 def test_prompts_that_are_too_long_are_refused_with_the_longest_and_a_suggested_fix(tokenizer):
     longer = Problem("the long one", "What is 27 + 35? How much is 10 + 10?", "62")
     longest = len(tokenizer.encode(render(tokenizer, messages(longer.question, data())), add_special_tokens=False))
-    prompt_lengths(tokenizer, [SUM, longer], data(max_prompt_length=longest))
+    prompt_lengths(tokenizer, [SUM, longer], data(max_prompt_length=longest), len(tokenizer))
     with pytest.raises(ConfigError) as refused:
-        prompt_lengths(tokenizer, [SUM, longer, SUM], data(max_prompt_length=longest - 1))
+        prompt_lengths(tokenizer, [SUM, longer, SUM], data(max_prompt_length=longest - 1), len(tokenizer))
     assert str(refused.value) == (
         f"1 of 3 prompts are longer than data.max_prompt_length={longest - 1} tokens, the longest (the long one) "
         f"{longest}; set data.max_prompt_length={longest} or shorten them"
@@ -67,9 +67,9 @@ def test_prompts_that_are_too_long_are_refused_with_the_longest_and_a_suggested_
 
 def test_the_system_prompt_counts_towards_the_length(tokenizer):
     alone = len(tokenizer.encode(render(tokenizer, messages(SUM.question, data())), add_special_tokens=False))
-    prompt_lengths(tokenizer, [SUM], data(max_prompt_length=alone))
+    prompt_lengths(tokenizer, [SUM], data(max_prompt_length=alone), len(tokenizer))
     with pytest.raises(ConfigError, match="1 of 1 prompts are longer"):
-        prompt_lengths(tokenizer, [SUM], data("How much is it?", max_prompt_length=alone))
+        prompt_lengths(tokenizer, [SUM], data("How much is it?", max_prompt_length=alone), len(tokenizer))
 
 
 def problems(count):

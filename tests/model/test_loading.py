@@ -1,9 +1,25 @@
+import json
+
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from grpo.config.checks import typed
+from grpo.config.compose import compose_config
+from grpo.config.errors import ConfigError
 from grpo.model import loading as model_module
-from grpo.model.loading import copy_in_dtype, load_model, load_tokenizer, refresh, stop_token_ids, working_copy
+from grpo.model.loading import (
+    check_model,
+    copy_in_dtype,
+    load_model,
+    load_tokenizer,
+    refresh,
+    stop_token_ids,
+    working_copy,
+)
 from grpo.tiny import MODEL_DIR
+from grpo.training.experiment import build_experiment
+from tests.architectures import random_model, tiny_architecture
 from tests.tiny_model import tiny_config
 
 
@@ -64,3 +80,61 @@ def test_a_copy_shares_no_memory_keeps_tied_weights_tied_and_its_buffers_in_floa
         assert len(list(other.parameters())) == len(list(model.parameters()))
         assert not {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in model.parameters()}
         assert other.model.rotary_emb.inv_freq.dtype == torch.float32  # rounding would make positions inexact
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A random model with the embedded model's tokenizer, and a function that changes keys of one of its files."""
+
+    def change(name, **changes):
+        file = tmp_path / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    random_model("gpt2", bos_token_id=0).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(tmp_path)
+    return tmp_path, change
+
+
+def test_a_padding_token_that_the_model_lacks_is_replaced_by_one_that_ends_completions(folder):
+    (path, _) = folder
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_special_tokens({"pad_token": "<|new|>"})
+    tokenizer.save_pretrained(path)
+    assert tokenizer.pad_token_id >= 336
+    assert load_tokenizer(tiny_config(name=str(path))).pad_token_id == tokenizer.eos_token_id
+
+
+def test_without_end_of_sequence_and_padding_tokens_the_models_config_is_used(folder):
+    (path, change) = folder
+    (path / "chat_template.jinja").unlink()  # it closes turns with a token, which would end completions
+    change("tokenizer_config.json", eos_token=None, pad_token=None)
+    change("config.json", eos_token_id=[5, 6])
+    config = tiny_config(name=str(path))
+    assert load_tokenizer(config).pad_token_id == 5
+    change("config.json", eos_token_id=4000)  # outside the vocabulary
+    with pytest.raises(ConfigError, match="no token of its 336 ends a completion; set eos_token"):
+        load_tokenizer(config)
+
+
+def test_end_of_sequence_tokens_that_the_model_lacks_are_ignored(folder):
+    (path, change) = folder
+    change("generation_config.json", eos_token_id=[1, 4000])
+    config = tiny_config(name=str(path))
+    assert stop_token_ids(load_model(config, torch.device("cpu")), load_tokenizer(config)) == [1]
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_if_the_prompts_have_them(folder):
+    (path, _) = folder
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens(["plus"])
+    tokenizer.save_pretrained(path)
+    settings = ["experiment=quickstart", f"model.name={path}", "hardware=cpu"]
+    build_experiment(typed(compose_config(settings)))  # no prompt has the new token
+    with pytest.raises(ConfigError, match=r"token 336 \(plus\) of the prompts is not one of the 336"):
+        build_experiment(typed(compose_config([*settings, "data.system_prompt=plus"])))
+
+
+def test_an_encoder_decoder_is_refused_by_its_config(tmp_path):
+    tiny_architecture("bart", is_encoder_decoder=True).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"is an encoder-decoder \(bart\)"):
+        check_model(tiny_config(name=str(tmp_path)))
