@@ -156,7 +156,8 @@ def test_an_error_of_the_save_does_not_hide_the_error_that_ended_the_run(tmp_pat
     failing = "+reward.components.fails={_target_: fails.fails}"
     failed = launch(*SHORT, "checkpoint.overlap=true", failing, "run_dir=run", cwd=tmp_path)
     assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1] == "failed: RewardError: reward component 'fails' raised ValueError: why"
+    last = failed.stderr.splitlines()[-1]
+    assert last.startswith("failed: RewardError: reward component 'fails' raised ValueError: why (")
     assert "could not write the checkpoint of step 3 (cannot be saved)" in failed.stderr + failed.stdout
     assert "Traceback" not in failed.stderr + failed.stdout
     assert checkpoint_steps(run_dir) == []
@@ -365,7 +366,8 @@ def test_a_full_disk_does_not_hide_why_the_run_ended(tmp_path, mount, then, code
     ended = launch(*SHORT, "run_dir=run", "resume=auto", "checkpoint.every=0", filling, cwd=tmp_path)
     assert ended.returncode == code, ended.stderr[-3000:] + ended.stdout[-2000:]
     if then == "raise":
-        last = "failed: RewardError: reward component 'fill' raised ValueError: the real reason"
+        raised = f"raised ValueError: the real reason ({tmp_path}/full.py, line 20)"
+        last = f"failed: RewardError: reward component 'fill' {raised}"
         assert ended.stderr.splitlines()[-1] == last
     assert "run/status.json could not be written: [Errno 28] No space left" in ended.stderr + ended.stdout
 

@@ -28,14 +28,15 @@ def write_run_report(run_dir: str | Path, output_dir: str | Path | None = None) 
     ValueError if it has no completed step or is damaged.
     """
     run_dir = Path(run_dir)
-    write_charts(run_dir, output_dir)
+    charts = write_charts(run_dir, output_dir)
+    (sheet,) = [file for file in charts if file.name == SHEET]
     file = Path(output_dir or run_dir) / "report.html"
-    write_atomic(file, render("run.html", **content(run_dir)))
+    write_atomic(file, render("run.html", **content(run_dir, sheet)))
     return file
 
 
-def content(run_dir: Path) -> dict[str, Any]:
-    """The variables of the page's template, for a run folder whose charts are drawn."""
+def content(run_dir: Path, sheet: Path) -> dict[str, Any]:
+    """The variables of the page's template. sheet: the picture of all charts."""
     run = RunFolder(run_dir)
     config = read_config(run_dir)
     summary = summarize(run_dir)
@@ -49,7 +50,7 @@ def content(run_dir: Path) -> dict[str, Any]:
         "preflight": run.preflight(),
         "findings": findings(run_dir),
         "charts": ", ".join(panel.title for panel in drawn_panels(data)),
-        "picture": base64.b64encode((run_dir / "plots" / SHEET).read_bytes()).decode(),
+        "picture": base64.b64encode(sheet.read_bytes()).decode(),
         "headline": headline(summary),
         "evaluations": summary["eval"],
         "evaluated": dict.fromkeys(name for each in summary["eval"].values() for name in each["rewards"]),

@@ -35,7 +35,8 @@ def explain(error: Exception) -> str:
                 return unknown_choice(missing, cause.options or ())
         if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
             typed = re.match(r"Could not override '([^']+)'", str(error))  # also the parts below an unknown first one
-            return unknown_key(typed[1] if typed else cause.full_key)
+            below = typed is not None and typed[1].startswith(f"{cause.full_key}.")
+            return unknown_key(typed[1] if typed and below else cause.full_key)
         cause = cause.__cause__ or cause.__context__
     if isinstance(error.__cause__, OmegaConfBaseException) and not str(error):  # Hydra's wrapper has no message
         error = error.__cause__

@@ -116,7 +116,7 @@ def test_a_run_of_ten_thousand_steps_is_drawn(tmp_path):
 
 
 def test_null_and_infinite_values_still_give_every_chart_with_name_and_limit(tmp_path):
-    nothing = [dict.fromkeys(row) | {"step": row["step"]} for row in rows(12)]
+    nothing = [dict.fromkeys(row) | {"step": row["step"], "iteration": 1} for row in rows(12)]
     nothing[3]["grad_norm"] = float("inf")
     run_dir = write_run(tmp_path / "run", nothing)
     (run_dir / "config.yaml").write_text("name: gsm8k\ngrpo: {max_completion_length: 512}\nother: ${absent}\n")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from matplotlib.image import imread
 
-from grpo.analysis.charts import write_charts
+from grpo.analysis.charts import SHEET, write_charts
 from grpo.analysis.page import readable
 from grpo.analysis.run_report import content, write_run_report
 from grpo.analysis.summary import difference_text
@@ -72,7 +72,7 @@ def test_the_report_shows_completions_as_escaped_text_with_their_rewards(finishe
     text = write_run_report(run.path).read_text()
     assert "&lt;answer&gt;2&lt;/answer&gt;" in text and "<script>" not in text
     assert "advantage +0.50" in text
-    assert list(content(run.path)["tables"]) == [
+    assert list(content(run.path, run.path / "plots" / SHEET)["tables"]) == [
         "Values of correctness, share of completions",
         "Values of format, share of completions",
         "Strict against lenient correctness, share of completions",
@@ -83,7 +83,7 @@ def test_the_report_shows_completions_as_escaped_text_with_their_rewards(finishe
 def test_the_config_in_the_report_contains_the_changes_of_later_launches(finished_run, tmp_path):
     run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
     run.record_changes({"grpo.num_steps": 777, "tracking.name": "${oc.env:HOME}"})
-    config = yaml.safe_load(content(run.path)["config"])
+    config = yaml.safe_load(content(run.path, run.path / "plots" / SHEET)["config"])
     assert config["grpo"]["num_steps"] == 777
     assert config["tracking"]["name"] == "${oc.env:HOME}"
 
@@ -94,7 +94,7 @@ def test_the_steps_shown_of_a_long_run_are_spread_from_the_first_to_the_last(fin
     for step in range(1, 1001):
         run.write_samples(step, [sample | {"step": step}])
     write_charts(run.path)
-    chosen = list(content(run.path)["steps"])
+    chosen = list(content(run.path, run.path / "plots" / SHEET)["steps"])
     assert (len(chosen), chosen[0], chosen[-1]) == (12, 1, 1000)
 
 

@@ -120,7 +120,10 @@ def test_the_summary_has_held_out_accuracy_before_and_after_training(tmp_path):
 def evaluation(*correct):
     """An evaluation in which these problems are right (1), wrong (0) or not graded (None)."""
     graded = [value for value in correct if value is not None]
-    problems = [{"problem_id": str(i), "answer": "7", "correct": value} for i, value in enumerate(correct)]
+    problems = [
+        {"problem_id": str(i), "answer": "7", "correct": None if value is None else bool(value)}
+        for i, value in enumerate(correct)
+    ]
     return {"step": 0, "n": len(graded), "accuracy": sum(graded) / len(graded), "problems": problems}
 
 

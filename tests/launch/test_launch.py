@@ -114,9 +114,8 @@ def test_a_finished_run_prints_its_folder_and_the_next_commands(finished_launch)
     process, run = finished_launch
     path = f"outputs/quickstart/{run.name}"
     assert f"run folder {path}\n" in process.stdout
-    assert f"python -m grpo plot run_dir={path}\n" in process.stdout
-    assert f"python -m grpo evaluate run_dir={path}\n" in process.stdout
-    assert f"python -m grpo chat run_dir={path}\n" in process.stdout
+    for command in ("plot", "evaluate", "chat"):  # from any directory
+        assert f"python -m grpo {command} run_dir={run}\n" in process.stdout
     assert "accuracy" in process.stdout
     assert "Traceback" not in process.stderr
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)
@@ -646,7 +645,7 @@ def test_reward_functions_of_the_user_and_of_trl_are_scored_under_their_names(la
     allowing = (
         "++reward.components.brief._target_=my_rewards.brief ++reward.components.digits._target_=my_rewards.digits"
     )
-    assert f"python -m grpo evaluate run_dir=run {allowing}" in result.stdout
+    assert f"python -m grpo evaluate run_dir={my_rewards / 'run'} {allowing}" in result.stdout
     command = [*allowing.split(), "++reward.components.think._target_=trl.rewards.think_format_reward"]
     again = subprocess.run(
         [sys.executable, "-m", "grpo", "evaluate", "run_dir=run", *command],

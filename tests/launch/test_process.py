@@ -15,7 +15,8 @@ SHOW = """
 import os
 from grpo.launch.process import run_command
 
-os.environ.pop("GOMP_SPINCOUNT", None)
+for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME"):
+    os.environ.pop(name, None)
 os.environ.update({!r})
 
 def load():

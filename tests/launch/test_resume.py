@@ -180,7 +180,7 @@ def test_a_resume_that_fails_before_it_begins_leaves_the_state_of_a_finished_run
     weights = (checkpoint / "model.safetensors").read_bytes()
     (checkpoint / "model.safetensors").write_bytes(b"")
     damaged = resume(run_dir, more)
-    assert damaged.returncode == 1
+    assert damaged.returncode == 2
     assert "none of the 1 checkpoints in" in damaged.stderr.splitlines()[-1]
     assert status(run_dir) | {"seconds": 0} == finished | {"seconds": 0}
     (checkpoint / "model.safetensors").write_bytes(weights)
