@@ -20,7 +20,8 @@ class OneDnnLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See `nn.Linear.forward`."""
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+        differentiable = any(each is not None and each.requires_grad for each in (x, self.weight, self.bias))
+        if torch.is_grad_enabled() and differentiable:
             # As a matrix, since oneDNN's result would otherwise be a view, which a model could not change in place.
             rows = _OneDnnFunction.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
             return rows.view(*x.shape[:-1], -1)

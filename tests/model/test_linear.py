@@ -13,6 +13,14 @@ from grpo.model.linear import OneDnnLinear, onednn_linear, use_onednn
 from tests.launches import ROOT
 
 
+def test_a_bias_has_a_gradient_even_if_nothing_else_needs_one():
+    layer = nn.Linear(6, 4)
+    use_onednn(layer)
+    layer.weight.requires_grad_(False)
+    layer(torch.randn(3, 6)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((4,), 3.0))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_product_by_onednn_and_its_gradients_equal_those_of_a_linear_layer(bias):
     torch.manual_seed(0)
