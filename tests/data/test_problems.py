@@ -25,6 +25,13 @@ def folder(tmp_path):
     return write
 
 
+@pytest.mark.parametrize("ending", ["", "\nDone.", "\r\nThe answer is 19.", "\n\n20"])
+def test_lines_after_the_answer_of_a_solution_are_not_part_of_it(folder, ending):
+    (problem,) = load_jsonl(folder(train=json.dumps({"question": "9 + 9?", "answer": f"9 + 9\n#### 18{ending}"}))).train
+    assert problem.answer == "18"
+    assert problem.columns["solution"] == f"9 + 9\n#### 18{ending}"
+
+
 def test_a_line_becomes_a_problem_with_its_other_columns(folder):
     row = {"id": 7, "question": " How many? ", "answer": 12, "level": "hard", "tags": ["a"]}
     problems = load_jsonl(folder(train=json.dumps(row) + "\n"))
