@@ -1,6 +1,7 @@
 """Optimizers that torch lacks: AdamW for bfloat16 weights, and Muon with AdamW for the parameters it cannot take."""
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,6 +11,31 @@ from grpo.counter_rng import random_bits
 
 CHUNK = 2**22  # values updated at a time: about ten temporary float32 copies of them are allocated
 NOT_FOR_MUON = ("embed", "lm_head", "wte", "wpe")  # parts of the names of embeddings and output heads
+
+
+def exempt_vectors(optimizer: torch.optim.Optimizer) -> None:
+    """Set the weight decay of vectors, such as biases and the weights of norms, to 0, as is usual.
+
+    Groups with weight decay are split, in place, and the order of the parameters is kept, since checkpoints number the
+    states by it. Optimizers of other packages are left as they are: some compute a step size for each group.
+    """
+    if not type(optimizer).__module__.startswith(("torch.optim.", "grpo.")):
+        return
+    groups = []
+    for group in optimizer.param_groups:
+        kinds = [parameter.dim() < 2 for parameter in group["params"]]  # True for vectors
+        if not group.get("weight_decay"):
+            groups.append(group)
+        elif len(set(kinds)) == 1:  # the same object, which an optimizer inside this one may share
+            group["weight_decay"] *= not kinds[0]
+            groups.append(group)
+        else:
+            ends = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
+            for start, end in pairwise([0, *ends, len(kinds)]):
+                parts = {name: group[name][start:end] for name in ("params", "param_names") if name in group}
+                decay = 0.0 if kinds[start] else group["weight_decay"]
+                groups.append(group | parts | {"weight_decay": decay})
+    optimizer.param_groups[:] = groups
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -128,6 +154,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
             self._parts.append(
                 torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True)
             )
+        for part in self._parts:
+            exempt_vectors(part)
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         self.defaults = {name: value for part in self._parts for name, value in part.defaults.items()}
         for part in self._parts:

@@ -44,7 +44,7 @@ def resumed_config(folder: RunFolder, composed: DictConfig, overrides: Overrides
             f"resume=true: {folder.path} was started with other values ({changes}); start a new run for them"
         )
     if any(_policy(key) == "rounding" for key in differing):
-        logger.warning("compute settings changed: results from here on are equal up to rounding, not bit for bit")
+        logger.warning("compute settings changed: results from now on are equal up to rounding, not bit for bit")
     return config, {key: after.get(key) for key in differing}
 
 

@@ -60,7 +60,7 @@ def _check_card(cfg: DictConfig, device: str) -> None:
     if expected is not None and memory < 0.9 * expected:  # some memory is always reserved
         raise ConfigError(
             f"the preset is for a card of {expected:g} GB, and {card.name} has {memory:.1f} GB: use hardware=auto, or "
-            f"hardware.card.memory_gb={memory:.0f} to try it as it is"
+            f"hardware.card.memory_gb={memory:.0f} to try it anyway"
         )
     if "bfloat16" in (hardware.compute_dtype or cfg.model.dtype) and not cuda_supports_bfloat16(device):
         asked = "hardware.compute_dtype" if hardware.compute_dtype else "model.dtype"
@@ -144,11 +144,23 @@ def _use_deterministic_algorithms(wanted: bool) -> None:
 def free_memory(device: torch.device) -> int:
     """Bytes of memory that can still be allocated on a device, about."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     info = Path("/proc/meminfo")
-    if info.exists() and (found := re.search(r"MemAvailable:\s*(\d+) kB", info.read_text())):
-        return int(found[1]) * 1024
+    if info.exists() and (found := re.search(r"MemAvailable:\s*(\d+) kB", info.read_text(encoding="utf-8"))):
+        return min(int(found[1]) * 1024, _left_in_container())
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _left_in_container() -> int:
+    """Bytes that the limit of this container (cgroup version 2) leaves; very many without a limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
+        used = int((group / "memory.current").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return sys.maxsize
+    return sys.maxsize if limit == "max" else max(0, int(limit) - used)
 
 
 def peak_memory_gb(device: torch.device) -> float:

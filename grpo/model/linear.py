@@ -24,7 +24,7 @@ class OneDnnLinear(nn.Linear):
         if torch.is_grad_enabled() and differentiable:
             # As a matrix, since oneDNN's result would otherwise be a view, which a model could not change in place.
             rows = _OneDnnFunction.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
-            return rows.view(*x.shape[:-1], -1)
+            return rows.view(*x.shape[:-1], rows.shape[-1])
         return onednn_linear(x, self.weight, self.bias)
 
 

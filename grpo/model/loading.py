@@ -71,16 +71,17 @@ def _set_padding(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Non
     Padding is masked, but its ID is looked up in the embeddings. Raises ConfigError if no token ends a completion.
     """
     built = architecture(config.name, config.trust_remote_code)
-    most = vocabulary_size(built)
-    own = built.get_text_config(decoder=True).eos_token_id
-    ends = [tokenizer.eos_token_id, turn_tokens(tokenizer).closing, *(own if isinstance(own, list) else [own])]
-    ends = [token for token in ends if token is not None and token < most]
+    vocabulary = vocabulary_size(built)
+    of_config = getattr(built.get_text_config(decoder=True), "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, turn_tokens(tokenizer).closing]
+    ends += of_config if isinstance(of_config, list) else [of_config]
+    ends = [token for token in ends if token is not None and token < vocabulary]
     if not ends:
         raise ConfigError(
-            f"model.name={config.name}: no token of its {most} ends a completion; set eos_token in its "
+            f"model.name={config.name}: no token of its {vocabulary} ends a completion; set eos_token in its "
             "tokenizer_config.json, or eos_token_id in its config.json"
         )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= most:
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocabulary:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
 
 
@@ -159,6 +160,8 @@ def explained(config: ModelConfig) -> Iterator[None]:
     """Raise a ConfigError, with the fix, for what transformers raises if it cannot build a model."""
     try:
         yield
+    except ConfigError:
+        raise
     except Exception as error:  # of various types, if a file is damaged
         if "attn_implementation" in str(error) and config.attn_implementation == "sdpa":
             raise ConfigError(
@@ -225,8 +228,9 @@ def stop_token_ids(
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
     closing = turn_tokens(tokenizer, template_arguments).closing
-    most = vocabulary_size(model.config)
-    return sorted({token for token in [tokenizer.eos_token_id, *stops, closing] if token is not None and token < most})
+    vocabulary = vocabulary_size(model.config)
+    found = [token for token in [tokenizer.eos_token_id, *stops, closing] if token is not None]
+    return sorted({token for token in found if token < vocabulary})
 
 
 def model_not_found(name: str, cause: Exception) -> ConfigError:

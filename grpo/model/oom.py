@@ -47,7 +47,7 @@ class TokenBudget:
             ) from error
         self.tokens = used // 2
         logger.warning(
-            "out of memory in the %s with %d tokens at a time; trying %d from here on", self._part, used, self.tokens
+            "out of memory in the %s with %d tokens at a time; trying %d from now on", self._part, used, self.tokens
         )
 
     def state_dict(self) -> dict[str, int]:

@@ -22,6 +22,7 @@ from grpo.model.packed import checkpoint_layers, supports_packing
 from grpo.planning import estimate
 from grpo.training.experiment import build_experiment, compute_dtype
 from grpo.training.preflight import MOST_GROUPS
+from grpo.training.recorder import is_sampled
 from grpo.training.update import Batch
 
 GB = 1e9
@@ -207,12 +208,12 @@ def _disk(config: Config, weights: float, optimizer: float, rows: int) -> dict[s
     kept = min(keep.keep_last, math.ceil(steps / keep.every) if keep.every else 1)
     kept += steps // keep.keep_every if keep.keep_every else 0
     reference = weights if grpo.num_iterations > 1 and kl_weight(config) > 0 else 0.0
-    samples = steps // config.samples.every * rows * BYTES_PER_SAMPLE if config.samples.every else 0.0
+    sampled = sum(is_sampled(step, config.samples.every, steps) for step in range(1, steps + 1))
     return {
         "checkpoints": kept * (weights + optimizer) + reference,
         "best": weights if keep.keep_best and config.eval.every else 0.0,
         "final model": weights,
-        "samples": samples,
+        "samples": float(sampled * rows * BYTES_PER_SAMPLE),
         "while saving": weights + optimizer,
     }
 

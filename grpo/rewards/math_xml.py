@@ -9,7 +9,6 @@ hang.
 import re
 from collections.abc import Mapping, Sequence
 
-from grpo.rewards.number import MAX_LENGTH as MAX_LENGTH
 from grpo.rewards.number import parse_number
 
 Completion = str | Sequence[Mapping[str, str]]

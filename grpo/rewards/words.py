@@ -72,7 +72,7 @@ CHANGING = (
         mega giga googol zillion gazillion jillion umpteen hundreds thousands millions billions trillions dozens basis
         bps bp permille permil ppm ppb"""
     )
-    # other bases, and digits that go on
+    # other bases, and repeating digits
     | _words(
         """zeros zeroes base binary octal hex hexadecimal decimal decimals duodecimal ternary recurring repeating
         repeated repeats nonary"""
@@ -210,7 +210,7 @@ NUMBER_WORDS = frozenset([*_VALUES, "hundred", *SCALES])
 
 
 def changes_value(word: str) -> bool:
-    """Whether a word in lower case, or piece of it between hyphens, changes the value number near it."""
+    """Whether a word in lower case, or a piece of it between hyphens, changes the value of a number near it."""
     pieces = [piece.removesuffix("'s") for piece in word.split("-")]
     return any(
         piece.replace("'", "") in CHANGING
@@ -221,7 +221,7 @@ def changes_value(word: str) -> bool:
 
 
 def is_verb(word: str) -> bool:
-    """Whether a word in lower case is form of common verb that can stand front number."""
+    """Whether a word in lower case is a form of a common verb that can stand in front of a number."""
     candidates = {word, re.sub(r"(?:ies|ied)$", "y", word), re.sub(r"e?s$", "", word), word.removesuffix("s")}
     stem = re.sub(r"(?:ed|ing)$", "", word)
     if stem != word:

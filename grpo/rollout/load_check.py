@@ -6,6 +6,7 @@ declares. The first implementation that agrees is used. A model for which none a
 results for many architectures.
 """
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,7 +87,7 @@ def choose_paths(model: PreTrainedModel, max_length: int | None = None) -> dict[
 
 def _choose(model: PreTrainedModel, parameters: list[nn.Parameter], longest: int) -> dict[str, float]:
     prompts, completions = _rows(model, longest)
-    scale, cap = _attempt(model, lambda: _scale_and_cap(model, prompts.ids[:1]))
+    scale, cap = _attempt(model, lambda: _scale_and_cap(model, prompts.ids[:1, :PROMPT_TOKENS]))
     expected = _attempt(model, lambda: _plain_passes(model, prompts, completions, parameters))
     packs = may_pack(model, longest)
     skipped = {"packed": not packs, "fast": not (packs and supports_fast_decoding(model))}
@@ -148,7 +149,7 @@ def _probed_parameters(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
     They are the vectors, such as the weights of norms: small, and in every layer. A model without any has its input
     embeddings compared.
     """
-    requiring = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    former = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     probed = [p for p in model.get_decoder().parameters() if p.dim() == 1 and p.is_floating_point()]
     probed = probed or [model.get_input_embeddings().weight]
     try:
@@ -158,8 +159,8 @@ def _probed_parameters(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
             parameter.requires_grad_(True)
         yield probed
     finally:
-        for parameter in requiring:
-            parameter.requires_grad_(True)
+        for parameter, required in former:
+            parameter.requires_grad_(required)
 
 
 @contextmanager
@@ -214,11 +215,14 @@ def _plain_passes(
     model: PreTrainedModel, prompts: Prompts, completions: Completions, parameters: list[nn.Parameter]
 ) -> Expected:
     """Run each row by itself, without padding."""
+    # Beyond a window there are many tokens, whose logits would take much memory.
+    accepts = "logits_to_keep" in inspect.signature(model.forward).parameters
+    last_logits = {"logits_to_keep": NEW_TOKENS} if accepts else {}
 
     def logits_of(row: int) -> Tensor:  # (T, V) float32
         prompt = completions.group[row]
         ids = torch.cat([prompts.ids[prompt][prompts.mask[prompt].bool()], completions.ids[row, :-1]])
-        return model(input_ids=ids[None], use_cache=False).logits[0, -NEW_TOKENS:].float()
+        return model(input_ids=ids[None], use_cache=False, **last_logits).logits[0, -NEW_TOKENS:].float().clone()
 
     logits = torch.stack([logits_of(row) for row in range(len(completions.ids))])  # (B, T, V)
     if not bool(logits.isfinite().all()):

@@ -2,7 +2,7 @@
 
 A resumed run would silently become another experiment if one of them had changed. All problems and the whole vocabulary
 are included, but only some of the prompts, and of the weights the names and shapes of all tensors and some of their
-values, so that it takes no time to speak of; a change of a few single weights may remain unnoticed.
+values, so that it is fast; a change of a few single weights may remain unnoticed.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from grpo.config.errors import ConfigError
 from grpo.config.reading import read_file
-from grpo.data.prompts import render
+from grpo.data.prompts import render, template_arguments
 from grpo.runs.folder import RunFolder
 from grpo.training.experiment import Experiment, compute_dtype
 
@@ -40,13 +40,14 @@ def digests_of(experiment: Experiment, folder: RunFolder, policy: nn.Module | No
     """The digests of a run. policy: the starting model; without it there is no digest of the weights."""
     config = experiment.config
     problems = [*experiment.problems.train, *experiment.problems.test]
+    arguments = template_arguments(config.data)
     shown = problems[:: -(-len(problems) // PROMPTS) or 1]
     tokenizer = experiment.tokenizer
     special = {name: getattr(tokenizer, name, None) for name in ("eos_token_id", "bos_token_id", "chat_template")}
     found = {
         "config": _digest([read_file(folder.config_file)]),
         "problems": _digest(_json(asdict(problem)) for problem in problems),
-        "prompts": _digest(render(tokenizer, each).encode() for each in experiment.conversations(shown)),
+        "prompts": _digest(render(tokenizer, each, arguments).encode() for each in experiment.conversations(shown)),
         "tokenizer": _digest([_json(special), *(_json(pair) for pair in sorted(tokenizer.get_vocab().items()))]),
     }
     if policy is not None:
@@ -83,11 +84,11 @@ def check_digests(folder: RunFolder, found: Mapping[str, str], changed: Collecti
 def kept_by_fork(digests: Mapping[str, str], changed: Collection[str]) -> dict[str, str]:
     """The digests of a run that also hold for a fork of it, in which these keys and groups are changed."""
     groups = {key.replace("/", ".").partition(".")[0] for key in changed}
-    whole = groups & {"experiment"}  # can change everything
+    experiment_changed = "experiment" in groups  # which can change everything
     return {
         name: digest
         for name, digest in digests.items()
-        if name != "config" and not whole and not groups & set(NAMES[name][1])
+        if name != "config" and not experiment_changed and not groups & set(NAMES[name][1])
     }
 
 

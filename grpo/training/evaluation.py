@@ -21,9 +21,8 @@ from grpo.training.metrics import completion_rows
 def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, step: int) -> dict[str, Any]:
     """Accuracy and mean rewards of greedy completions of the held-out problems, and each problem's outcome.
 
-    sampling: the parameters of training; the temperature is set to 0, eval.max_completion_length is applied, and
-    rollout.min_new_tokens is not.
-    step: number of steps that the model was trained for, stored in the result.
+    sampling: the parameters of training; here the temperature is 0, eval.max_completion_length applies, and
+    rollout.min_new_tokens does not. step: number of steps that the model was trained for, stored in the result.
     Returns the content of eval/*.json: step, n (number of problems with a value of accuracy), missing (number of those
     without), accuracy (0 to 1, over the n problems; None if n is 0), reward, rewards (mean of each component),
     completions/mean_length (tokens), problems (the rows of `completion_rows` with `correct`, None where eval.accuracy

@@ -194,7 +194,7 @@ def build_experiment(
     _check_template(tokenizer, config.data)
     known = vocabulary_size(architecture(config.model.name, config.model.trust_remote_code))
     lengths = prompt_lengths(tokenizer, problems.train + problems.test, config.data, known) if with_problems else []
-    max_length = None
+    max_length = config.data["max_prompt_length"] + sizes.max_completion_length
     if with_problems:
         max_length = _check_window(config, sizes, lengths[: len(problems.train)], lengths[len(problems.train) :])
     device = use_hardware(config) if use else torch.device("cpu")

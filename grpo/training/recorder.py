@@ -61,8 +61,7 @@ class Recorder:
         self._folder.append_metrics(row)
         self._last_row = number
         self._tracker.log(row)
-        every = self._config.samples.every
-        if is_due(number, every) or (every > 0 and number in (1, self._total_steps)):  # a short run has samples, too
+        if is_sampled(number, self._config.samples.every, self._total_steps):
             with disk_errors_are_warnings(f"the samples of step {number}"):
                 self._folder.write_samples(number, step.samples)
         if is_due(number, self._config.tracking.completions_every):
@@ -208,3 +207,8 @@ def recording(run: Run, state: TrainerState, total_steps: int) -> Iterator[Recor
 def is_due(step: int, every: int) -> bool:
     """Whether an action that is done every `every` steps (0: never) is due after this step."""
     return every > 0 and step % every == 0
+
+
+def is_sampled(step: int, every: int, total_steps: int) -> bool:
+    """Whether the completions of a step are written to samples/: every `every` steps, and of the first and last one."""
+    return is_due(step, every) or (every > 0 and step in (1, total_steps))

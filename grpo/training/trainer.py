@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo.algorithm.optimizer import exempt_vectors
 from grpo.config.checks import kl_weight
 from grpo.config.errors import FileError
 from grpo.counter_rng import group_keys
@@ -114,7 +115,10 @@ class Trainer:
         self._is_updating = False  # from the first update of a step until its row is complete
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        return self.experiment.optimizer([(name, p) for name, p in self.master.named_parameters() if p.requires_grad])
+        trained = [(name, parameter) for name, parameter in self.master.named_parameters() if parameter.requires_grad]
+        optimizer = self.experiment.optimizer(trained)
+        exempt_vectors(optimizer)
+        return optimizer
 
     def steps(self, until: int) -> Iterator[Step]:
         """Iterate over the steps from the next one to `until`; each is run when it is requested."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from grpo.algorithm import optimizer as module
-from grpo.algorithm.optimizer import MuonWithAdamW, StochasticAdamW, round_stochastically
+from grpo.algorithm.optimizer import MuonWithAdamW, StochasticAdamW, exempt_vectors, round_stochastically
 from grpo.counter_rng import random_bits
 
 CPU = torch.device("cpu")
@@ -106,8 +106,9 @@ def test_muon_updates_the_matrices_of_the_layers_and_adamw_the_rest():
     ours = step(lambda p: MuonWithAdamW(p.items(), **settings), shapes)
     matrices = {"layers.0.q_proj.weight"}
     muon = step(lambda p: torch.optim.Muon(p.values(), adjust_lr_fn="match_rms_adamw", **settings), matrices)
-    adamw = step(lambda p: torch.optim.AdamW(p.values(), **settings), shapes.keys() - matrices)
-    for name, expected in (muon | adamw).items():
+    adamw = step(lambda p: torch.optim.AdamW(p.values(), **settings), {"model.embed_tokens.weight"})
+    vectors = step(lambda p: torch.optim.AdamW(p.values(), **settings | {"weight_decay": 0.0}), {"norm.weight"})
+    for name, expected in (muon | adamw | vectors).items():
         assert torch.allclose(ours[name], expected, atol=1e-6), name
         assert not torch.allclose(ours[name], start[name], atol=1e-3)
 
@@ -119,3 +120,43 @@ def test_muon_with_adamw_works_if_all_parameters_are_of_one_kind(shape):
     parameter.grad = torch.ones(shape)
     optimizer.step()
     assert not torch.equal(parameter, torch.ones(shape))
+
+
+def decayed(build):
+    """The weights of a small network after one step with gradients of 0, and their weights before."""
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    torch.nn.init.ones_(network[0].bias)
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    optimizer = build(list(network.named_parameters()))
+    exempt_vectors(optimizer)
+    exempt_vectors(optimizer)  # changes nothing more
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in network.parameters()}
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5  # as the trainer sets it
+    optimizer.step()
+    return before, list(network.parameters()), optimizer
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, StochasticAdamW, MuonWithAdamW])
+def test_weight_decay_shrinks_matrices_but_not_biases_and_norms(kind):
+    before, after, optimizer = decayed(lambda named: kind(named, lr=0.1, weight_decay=0.1))
+    for former, now in zip(before, after, strict=True):
+        torch.testing.assert_close(now.detach(), former * (0.95 if former.dim() == 2 else 1.0))
+    if kind is not MuonWithAdamW:  # which has an order of its own
+        order = [p for group in optimizer.param_groups for p in group["params"]]
+        assert all(one is other for one, other in zip(order, after, strict=True))
+
+
+def test_without_weight_decay_and_for_optimizers_of_other_packages_the_groups_stay_as_they_are():
+    class Foreign(torch.optim.SGD):
+        pass
+
+    for build in (
+        lambda named: torch.optim.AdamW(named, lr=0.1, weight_decay=0.0),
+        lambda n: Foreign(n, weight_decay=1),
+    ):
+        _, after, optimizer = decayed(build)
+        assert len(optimizer.param_groups) == 1
+        assert len(optimizer.param_groups[0]["params"]) == len(after)

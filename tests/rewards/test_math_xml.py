@@ -8,7 +8,6 @@ from fractions import Fraction
 import pytest
 
 from grpo.rewards.math_xml import (
-    MAX_LENGTH,
     TAGS,
     completion_text,
     correctness,
@@ -18,6 +17,7 @@ from grpo.rewards.math_xml import (
     same_number,
     tag_format,
 )
+from grpo.rewards.number import MAX_LENGTH
 
 
 def chat(text):
