@@ -1,5 +1,6 @@
 """The report of a sweep: report.html, a single file that needs no network, and sweep.csv."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,13 @@ def write_sweep_report(path: str | Path, output_dir: str | Path | None = None) -
     folder = Path(output_dir or sweep.folder.path)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "sweep.csv", sweep.jobs.to_csv())
-    page = render("sweep.html", **content(sweep))
+    page = render("sweep.html", **content(sweep, folder))
     write_atomic(folder / "report.html", page)
     return [folder / "report.html", folder / "sweep.csv"], headline(sweep)
 
 
-def content(sweep: SweepAnalysis) -> dict[str, Any]:
-    """The variables of the page's template."""
+def content(sweep: SweepAnalysis, output_dir: Path) -> dict[str, Any]:
+    """The variables of the template of the page, which is written into `output_dir`."""
     states = sweep.jobs["state"].value_counts()
     with matplotlib.rc_context({"text.parse_math": False}):  # a value may contain a dollar sign
         charts = {name: embedded(figure) for name, figure in _charts(sweep).items()}
@@ -57,7 +58,7 @@ def content(sweep: SweepAnalysis) -> dict[str, Any]:
             for arm in sweep.arms
         ],
         "charts": charts,
-        "table": {"columns": ["job", *sweep.jobs.columns.drop(["folder", "error"])], "rows": _rows(sweep)},
+        "table": {"columns": ["job", *sweep.jobs.columns.drop(["folder", "error"])], "rows": _rows(sweep, output_dir)},
         "failed": [{"job": job, **row} for job, row in sweep.unfinished[["folder", "state", "error"]].iterrows()],
         "short": short,
         "verdict": verdict,
@@ -175,17 +176,18 @@ def _charts(sweep: SweepAnalysis) -> dict[str, Any]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def _rows(sweep: SweepAnalysis) -> list[dict[str, Any]]:
-    """For each job its table cells, and the link to its own report if it has one."""
+def _rows(sweep: SweepAnalysis, output_dir: Path) -> list[dict[str, Any]]:
+    """For each job its table cells, and the link from `output_dir` to its own report if it has one."""
     rows = []
     jobs = sweep.jobs.drop(columns=["folder", "error"])
     shares = [column.endswith("accuracy") or column.startswith("accuracy") for column in jobs]
     for job, *values in jobs.itertuples():
         folder = sweep.jobs.loc[job, "folder"]
-        report = Path(str(folder), "report.html")
-        has_report = bool(folder) and (sweep.folder.path / report).is_file()
+        report = sweep.folder.path / str(folder) / "report.html"
+        has_report = bool(folder) and report.is_file()
+        link = quote(Path(os.path.relpath(report, output_dir)).as_posix())
         cells = [_cell(value, is_share) for value, is_share in zip(values, shares, strict=True)]
-        rows.append({"job": job, "cells": cells, "report": quote(report.as_posix()) if has_report else None})
+        rows.append({"job": job, "cells": cells, "report": link if has_report else None})
     return rows
 
 

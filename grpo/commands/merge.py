@@ -80,4 +80,5 @@ def merged_model(model: ModelConfig, weights: Path | None, seed: int) -> Any:
         return loaded
     with tempfile.TemporaryDirectory() as adapter:
         save_adapter(loaded, adapter)
+        del loaded  # before the model is loaded again, without the adapter
         return PeftModel.from_pretrained(load_model(model, cpu), adapter).merge_and_unload()

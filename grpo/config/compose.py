@@ -62,8 +62,10 @@ def _named_in_file(group: str, choice: str, sources: Sequence[Path]) -> list[str
     values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     named: list[str] = []
     for default in values.pop("defaults", []):
+        if isinstance(default, str) and default != "_self_":  # another file of the same group
+            named += _named_in_file(group, default, sources)
         for chosen, option in default.items() if isinstance(default, dict) else ():
-            other = chosen.removeprefix("override ").strip("/").replace("/", ".")
+            other = chosen.removeprefix("optional ").removeprefix("override ").strip("/").replace("/", ".")
             named += _named_in_file(other, str(option), sources) if other in GLOBAL_GROUPS else [other]
     named += flatten(values) if values else []
     # An adapter is replaced as a whole, since a run may have none.

@@ -57,7 +57,7 @@ def unknown_key(key: str) -> str:
     """The message for a key that does not exist: its name in this suite, or the most similar keys."""
     last_part = key.rsplit(".", 1)[-1]
     other = OTHER_NAMES.get(key) or OTHER_NAMES.get(last_part)
-    if other and other != key:
+    if other and other.lstrip("+") != key:
         return f"there is no key '{key}'; here it is called {other}"
     if key.rpartition(".")[0] in NAMED_BY_USER:
         return f"there is no key '{key}' yet; to add it, write +{key}=..."

@@ -5,7 +5,7 @@ A name is looked up in full and by its last part, so `grpo.learning_rate` is fou
 
 OTHER_NAMES = {
     "chat_template_kwargs": "data.template_arguments",
-    "enable_thinking": "data.template_arguments.enable_thinking",
+    "enable_thinking": "+data.template_arguments.enable_thinking",
     # of earlier versions
     "objective.epsilon": "objective.epsilon_low and objective.epsilon_high",
     # TRL's GRPOConfig and transformers' TrainingArguments

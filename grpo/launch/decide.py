@@ -43,9 +43,9 @@ class Launch:
 def decide(flags: argparse.Namespace) -> Iterator[Launch | int]:
     """Decide on the launch that the flags ask for, and hold its folder within the block.
 
-    Yields the exit code if there is nothing to launch: after plan=true, 1 if the run does not fit into memory, or 0 if
-    the run has already finished. Raises ConfigError,
-    or Hydra's exceptions, for a command line or config that cannot work. Nothing is left on disk then.
+    Yields the exit code if there is nothing to launch: after plan=true 0, or 1 if a run does not fit into memory; 0 if
+    the run has already finished. Raises ConfigError or Hydra's exceptions for a command line or config that cannot
+    work. Nothing is left on disk then.
     """
     app = Application(flags)
     overrides = with_fork_step(Overrides(flags.overrides))

@@ -192,7 +192,8 @@ def _name_in_tracking(cfg: DictConfig, overrides: Overrides) -> None:
 def _record_end(run: Run, error: BaseException, before: Mapping[str, Any] | None) -> None:
     """Record and print how a launch ended. before: the status to restore, if the launch has changed nothing."""
     if before is not None:
-        run.record_state(before.get("state", "failed"), before.get("error"))
+        former = before.get("state", "failed")
+        run.record_state("interrupted" if former == "running" else former, before.get("error"))  # a killed run
     if isinstance(error, Exit):
         if before is None:
             run.record_state("interrupted", None)
@@ -234,7 +235,8 @@ def _continues(run: Run) -> bool:
 def _undo(run: Run, before: Mapping[str, Any]) -> None:
     """Leave a run as it was before a launch that was refused; before: its status then."""
     if _continues(run):
-        run.record_state(before.get("state", "failed"), before.get("error"))
+        former = before.get("state", "failed")
+        run.record_state("interrupted" if former == "running" else former, before.get("error"))  # a killed run
         _discard_record(HydraConfig.get())
     else:
         _discard(run.folder, run.forked)

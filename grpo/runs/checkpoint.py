@@ -174,7 +174,7 @@ def find_damage(checkpoint: Path) -> str | None:
                 return f"{name} is not a file in it"
             if (checkpoint / name).stat().st_size != expected["size"]:
                 return f"{name} is not {expected['size']} bytes long"
-            if _file_digest(checkpoint / name) != expected["sha256"]:
+            if file_digest(checkpoint / name) != expected["sha256"]:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return str(error) or type(error).__name__
@@ -392,12 +392,13 @@ def _check_space(folder: Path, needed: int) -> None:
 def commit_checkpoint(temporary: Path, target: Path, reference: str | None) -> None:
     """Write the manifest, sync every file, and rename the folder to `target`."""
     files = {
-        file.name: {"size": file.stat().st_size, "sha256": _file_digest(file)} for file in sorted(temporary.iterdir())
+        file.name: {"size": file.stat().st_size, "sha256": file_digest(file)} for file in sorted(temporary.iterdir())
     }
     write_atomic(temporary / MANIFEST, json.dumps({"files": files, "reference": reference}, indent=2))
     commit_folder(temporary, target)
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

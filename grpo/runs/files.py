@@ -105,7 +105,10 @@ def check_contents(folder: Path) -> None:
     inside = os.path.realpath(folder)
     for place, folders, files in os.walk(folder):
         for path in (Path(place, name) for name in (*folders, *files)):
-            mode = path.lstat().st_mode
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:  # a temporary file of a run in progress
+                continue
             if stat.S_ISLNK(mode) and not Path(os.path.realpath(path)).is_relative_to(inside):
                 raise ConfigError(
                     f"{path} is a link to {path.readlink()}, outside of {folder}; "

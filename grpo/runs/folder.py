@@ -84,7 +84,7 @@ def reserve(wanted: Path, suffix: bool) -> tuple[Path, list[Path]]:
             path = wanted.with_name(f"{wanted.name}_{number}")
         except OSError as error:
             remove_empty(missing)
-            raise ConfigError(f"{path} cannot be created ({error.strerror}); choose another run_dir") from error
+            raise ConfigError(f"{path} cannot be created ({error.strerror}); choose another folder") from error
 
 
 def release(path: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -15,6 +14,7 @@ from typing import Any
 from hydra.errors import HydraException
 from yaml import YAMLError
 
+from grpo.config.command_line import arguments_in_shell
 from grpo.config.errors import ConfigError, FileError, first_line
 from grpo.config.migrations import SWEEP_STEPS, VERSION, migrate
 from grpo.config.overrides import Overrides, text_of
@@ -53,13 +53,14 @@ class SweepFolder:
             before = recorded.get("sweeper", "of an older version")
             raise ConfigError(f"{self.path} is a sweep with hydra/sweeper={before}; resume it with that")
         if fixed_values(overrides) != fixed_values(Overrides(recorded["overrides"])):
-            given = shlex.join(recorded["overrides"])
+            given = arguments_in_shell(*recorded["overrides"])
             raise ConfigError(f"{self.path} is a sweep of other values; resume it with the same overrides: {given}")
         for key, line in Overrides(recorded["overrides"]).without(overrides.keys).last_by_key.items():
             # Hydra would resolve an interpolation, and read the choice of a group as the path of a file.
             if "${" in line or not (key in FACTS or re.fullmatch(r"[\w-]*", text_of(line))):
+                allowing = arguments_in_shell(line)
                 raise ConfigError(
-                    f"{self.path / 'sweep.json'} sets {key}={text_of(line)}; if you trust it, add: {shlex.quote(line)}"
+                    f"{self.path / 'sweep.json'} sets {key}={text_of(line)}; if you trust it, add: {allowing}"
                 )
 
     def planned(self, points: Sequence[Sequence[str]] | None) -> list[list[str]]:

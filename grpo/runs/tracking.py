@@ -25,6 +25,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from grpo.config.errors import FileError
 from grpo.config.reading import read_file
 from grpo.runs.files import write_atomic
 
@@ -180,7 +181,11 @@ def _open(cfg: Mapping[str, Any], run_dir: Path, resumed: bool) -> Tracker:
     # Otherwise wandb sends usage statistics, also from offline runs, and delays the exit by 20 s on a bad network.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     deadline = time.monotonic() + seconds
-    identity = _identity(run_dir, resumed)
+    try:
+        identity = _identity(run_dir, resumed)
+    except (OSError, FileError) as damage:
+        logger.warning("W&B: no run (%s). Nothing is tracked.", _one_line(damage))
+        return Tracker()
     if mode != "offline":
         reserve = min(10.0, seconds / 2)  # so that an online start that hangs leaves time to start offline
         tracker, error = _open_online(cfg, run_dir, seconds - reserve, identity)

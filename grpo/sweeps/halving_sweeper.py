@@ -126,7 +126,8 @@ class HalvingSweeper(Sweeper):
                 f"rung {place + 1} of {len(record.ladder)}, step {steps}: {len(kept)} of {len(entered)} arms are kept"
             )
             for arm in sorted(entered, key=lambda arm: (kept.index(arm) if arm in kept else len(kept), arm)):
-                score = "failed" if scores[arm] is None else f"score {scores[arm]:.3f}, reward {rewards[arm]:.3f}"
+                numbers = f"score {_shown(scores[arm])}, reward {_shown(rewards[arm])}"
+                score = "failed" if scores[arm] is None else numbers
                 print(f"  {'kept   ' if arm in kept else 'stopped'}  {self._label(arm)}: {score}", flush=True)
         return kept
 
@@ -231,3 +232,7 @@ class HalvingSweeper(Sweeper):
 
     def _job_folder(self, number: int) -> Path:
         return self.folder / self._composed(number).hydra.sweep.subdir
+
+
+def _shown(number: float | None) -> str:
+    return "-" if number is None else f"{number:.3f}"

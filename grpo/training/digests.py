@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from grpo.config.errors import ConfigError
 from grpo.config.reading import read_file
 from grpo.data.prompts import render, template_arguments
+from grpo.runs.checkpoint import file_digest
 from grpo.runs.folder import RunFolder
 from grpo.training.experiment import Experiment, compute_dtype
 
@@ -55,7 +56,7 @@ def digests_of(experiment: Experiment, folder: RunFolder, policy: nn.Module | No
         dtype = compute_dtype(config) if config.model.lora is not None else config.model.dtype
         found["weights"] = f"{str(dtype).removeprefix('torch.')}:{_digest(_values(policy))}"
     if config.model.lora is not None and config.model.lora.init_from is not None:
-        found["adapter"] = _digest([read_file(Path(config.model.lora.init_from, "adapter_model.safetensors"))])
+        found["adapter"] = file_digest(Path(config.model.lora.init_from, "adapter_model.safetensors"))
     return found
 
 
@@ -88,7 +89,7 @@ def kept_by_fork(digests: Mapping[str, str], changed: Collection[str]) -> dict[s
     return {
         name: digest
         for name, digest in digests.items()
-        if name != "config" and not experiment_changed and not groups & set(NAMES[name][1])
+        if name in NAMES and name != "config" and not experiment_changed and not groups & set(NAMES[name][1])
     }
 
 

@@ -359,7 +359,8 @@ class Trainer:
         another state do not fit.
         """
         parent = self.config.parent or {}
-        starts_anew = bool(parent.get("fresh_optimizer")) and parent["step"] == saved["trainer"].step
+        last_update = saved["trainer"].step - saved["trainer"].skipped_in_a_row  # steps after it had no finite gradient
+        starts_anew = bool(parent.get("fresh_optimizer")) and last_update <= parent["step"]
         check_optimizer(saved, self._new_optimizer(), starts_anew)  # before any weight is changed
         self.state = replace(saved["trainer"])
         with_states = self._stateful()
@@ -372,7 +373,12 @@ class Trainer:
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise FileError(f"the checkpoint has a state of '{name}' that does not fit: {error!r}") from error
         if self.loss_scale is not None and self.state.loss_scale is not None:
-            check_record(self.state.loss_scale, {"value": float, "updates": int}, "the checkpoint's loss_scale")
+            check_record(
+                self.state.loss_scale,
+                {"value": float, "updates": int},
+                "the checkpoint's loss_scale",
+                ["value", "updates"],
+            )
             self.loss_scale = LossScale(**{name: self.state.loss_scale[name] for name in ("value", "updates")})
         load_weights(saved["model"], self.master)
         if self.reference is not None and saved["reference"] is not None:

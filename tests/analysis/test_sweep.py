@@ -147,6 +147,10 @@ def test_a_job_in_the_table_links_to_its_report_by_a_relative_path(better_rate):
     write_sweep_report(better_rate)
     links = re.findall(r'<a href="([^"]+)">(\d+)</a>', (better_rate / "report.html").read_text())
     assert links == [("0_job/report.html", "0")]
+    elsewhere = better_rate.parent / "elsewhere"
+    write_sweep_report(better_rate, elsewhere)
+    links = re.findall(r'<a href="([^"]+)">0</a>', (elsewhere / "report.html").read_text())
+    assert (elsewhere / links[0]).read_text() == "report"
 
 
 def test_the_table_of_the_jobs_gives_accuracies_in_percent(better_rate):

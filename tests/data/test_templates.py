@@ -205,7 +205,10 @@ def test_one_of_several_templates_is_chosen_by_name(model, tmp_path, build):
     refused = grpo(*chat, cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr.endswith("choose one with +data.template_arguments.chat_template=: a, b\n")
-    assert grpo(*chat, "+data.template_arguments.chat_template=a", cwd=tmp_path).returncode == 0
+    chosen = "+data.template_arguments.chat_template=a"
+    assert grpo(*chat, chosen, cwd=tmp_path).returncode == 0
+    trained = launch(*SHORT, f"model.name={folder}", "grpo.num_steps=1", chosen, "run_dir=run", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
     with pytest.raises(ConfigError, match=r"chat_template=c: must be one of a, b"):
         build(f"model.name={folder}", "+data.template_arguments.chat_template=c")
     default = [{"name": n, "template": TURNS + THINKING} for n in ("default", "b")]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from contextlib import suppress
 from dataclasses import replace
 
@@ -64,6 +65,24 @@ def make_run(path, state, started_at):
     os.utime(path / "config.yaml", (started_at, started_at))
     RunFolder(path).update_status(state=state)
     return path
+
+
+def test_the_links_of_a_folder_are_checked_while_a_run_writes_into_it(tmp_path):
+    """Temporary files come and go."""
+    stop = threading.Event()
+
+    def write():
+        while not stop.is_set():
+            write_atomic(tmp_path / "status.json", "{}")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(500):
+            check_contents(tmp_path)
+    finally:
+        stop.set()
+        writer.join()
 
 
 def test_the_config_is_written_once_and_reads_back_equal(tmp_path, config):

@@ -123,6 +123,7 @@ def test_weights_that_are_rounded_in_another_way_are_not_compared(tmp_path):
 
 def test_a_fork_keeps_the_digests_of_the_parts_that_it_does_not_change():
     parent = {"config": "a", "problems": "b", "prompts": "c", "tokenizer": "d", "weights": "e", "adapter": "f"}
+    assert kept_by_fork(parent | {"of_a_later_version": "g"}, ["data"]) == kept_by_fork(parent, ["data"])
     assert kept_by_fork(parent, ["optimizer.lr"]).keys() == parent.keys() - {"config"}
     assert kept_by_fork(parent, ["data"]).keys() == {"tokenizer", "weights", "adapter"}
     assert kept_by_fork(parent, ["model.name"]).keys() == {"problems"}
