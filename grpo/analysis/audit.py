@@ -11,7 +11,7 @@ from grpo.runs.files import check_record, read_lines, step_of
 
 # The types of the values that are read from a line in samples/.
 SAMPLE: dict[str, Any] = {"step": int, "problem_id": str, "completion": str, "answer": str | None, "length": int}
-SAMPLE |= {"reward": float | None, "advantage": float | list | None}
+SAMPLE |= {"reward": float | None, "advantage": float | list[float] | None}
 
 _LAST_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 

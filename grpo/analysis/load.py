@@ -71,9 +71,9 @@ def correct_by_problem(evaluation: dict[str, Any] | None) -> pd.Series:
     another data file.
     """
     problems = (evaluation or {}).get("problems") or []
-    graded = [each for each in problems if each["correct"] is not None]
+    graded = [each for each in problems if each.get("correct") is not None]
     return pd.Series(
-        {f"{each['problem_id']} {each.get('answer')}": float(each["correct"]) for each in graded}, dtype=float
+        {f"{each.get('problem_id')} {each.get('answer')}": float(each["correct"]) for each in graded}, dtype=float
     )
 
 

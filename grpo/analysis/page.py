@@ -4,6 +4,7 @@ import base64
 import io
 import math
 from decimal import Decimal
+from statistics import fmean
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
@@ -24,7 +25,19 @@ def readable(value: float | None) -> str:
     return format(Decimal(f"{value:.3g}"), "f")
 
 
-ENVIRONMENT.filters["readable"] = readable
+def percent(share: float | None) -> str:
+    """A share as a whole percentage; "-" if it is None."""
+    return "-" if share is None else f"{share:.0%}"
+
+
+def mean_advantage(advantage: float | list[float] | None) -> str:
+    """The advantage of a completion with its sign, or the mean of those of its tokens; "-" if it has none."""
+    if isinstance(advantage, list):
+        advantage = fmean(advantage) if advantage else None
+    return "-" if advantage is None else f"{advantage:+.2f}"
+
+
+ENVIRONMENT.filters |= {"readable": readable, "percent": percent, "mean_advantage": mean_advantage}
 
 
 def render(template: str, **content: object) -> str:

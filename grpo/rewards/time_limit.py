@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from grpo.rewards import watchdog
+
+logger = logging.getLogger(__name__)
 
 
 def end_process(error: str) -> None:
@@ -108,17 +111,27 @@ def time_limit(
 
 
 def _tell_watchdog(line: str) -> None:
-    stream = _watchdog(os.getpid()).stdin
+    process = _watchdog(os.getpid())
+    if process is None:
+        return
+    stream = process.stdin
     assert stream is not None  # because of PIPE
     with suppress(OSError):  # it was killed, or reads no more: then only the thread keeps the limit
         os.write(stream.fileno(), f"{line}\n".encode())
 
 
 @functools.cache
-def _watchdog(process: int) -> subprocess.Popen[bytes]:
-    """Start the watchdog of this process, in a session of its own, so that it gets no signals of the terminal."""
+def _watchdog(process: int) -> subprocess.Popen[bytes] | None:
+    """Start the watchdog of this process, in a session of its own, so that it gets no signals of the terminal.
+
+    None, with a warning, if it cannot be started: then only a thread of this process keeps the limit.
+    """
     command = [sys.executable, "-I", "-S", watchdog.__file__]
-    started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+    except OSError as error:
+        logger.warning("reward.timeout_s does not end calls that hold the interpreter's lock: no watchdog (%s)", error)
+        return None
     assert started.stdin is not None
     os.set_blocking(started.stdin.fileno(), False)
     return started

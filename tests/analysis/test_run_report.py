@@ -10,7 +10,7 @@ import yaml
 from matplotlib.image import imread
 
 from grpo.analysis.charts import SHEET, write_charts
-from grpo.analysis.page import readable
+from grpo.analysis.page import mean_advantage, readable
 from grpo.analysis.run_report import content, write_run_report
 from grpo.analysis.summary import difference_text
 from grpo.runs.files import read_lines
@@ -128,3 +128,7 @@ def test_a_component_without_any_value_is_omitted(finished_run, tmp_path):
     text = write_run_report(run.path).read_text()
     assert "Values of some" in text and "Values of none" not in text
     assert "nan" not in text.split("<h2>Completions")[1].split("<h2>Config")[0]
+
+
+def test_an_advantage_for_each_token_is_shown_by_its_mean():
+    assert [mean_advantage(value) for value in (0.5, [1.0, -2.0], [], None)] == ["+0.50", "-0.50", "-", "-"]
