@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -75,14 +76,24 @@ def _set_padding(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Non
     of_config = getattr(built.get_text_config(decoder=True), "eos_token_id", None)
     ends = [tokenizer.eos_token_id, turn_tokens(tokenizer).closing]
     ends += of_config if isinstance(of_config, list) else [of_config]
-    ends = [token for token in ends if token is not None and token < vocabulary]
+    ends = [token for token in ends if token is not None and token < vocabulary] or _generation_ends(config, vocabulary)
     if not ends:
         raise ConfigError(
             f"model.name={config.name}: no token of its {vocabulary} ends a completion; set eos_token in its "
-            "tokenizer_config.json, or eos_token_id in its config.json"
+            "tokenizer_config.json, or eos_token_id in its generation_config.json"
         )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocabulary:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
+
+
+def _generation_ends(config: ModelConfig, vocabulary: int) -> list[int]:
+    """The end-of-sequence tokens in the model's generation_config.json, if it has one."""
+    try:
+        found = GenerationConfig.from_pretrained(model_source(config.name)).eos_token_id
+    except OSError:
+        return []
+    tokens = found if isinstance(found, list) else [found]
+    return [token for token in tokens if token is not None and token < vocabulary]
 
 
 def vocabulary_size(built: PretrainedConfig) -> int:

@@ -66,6 +66,9 @@ def load_checked_model(config: ModelConfig, device: torch.device, max_length: in
     """Load a model and choose its paths. max_length: see `choose_paths`. Raises ConfigError."""
     model = load_model(config, device)
     choose_paths(model, max_length)
+    if device.type == "cuda":  # the check may need more memory than the run, whose peak is recorded
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     return model
 
 

@@ -112,6 +112,9 @@ def test_without_end_of_sequence_and_padding_tokens_the_models_config_is_used(fo
     config = tiny_config(name=str(path))
     assert load_tokenizer(config).pad_token_id == 5
     change("config.json", eos_token_id=4000)  # outside the vocabulary
+    change("generation_config.json", eos_token_id=7)
+    assert load_tokenizer(config).pad_token_id == 7
+    change("generation_config.json", eos_token_id=None)
     with pytest.raises(ConfigError, match="no token of its 336 ends a completion; set eos_token"):
         load_tokenizer(config)
 

@@ -1,7 +1,7 @@
 """Thirty ways in which people and models write a whole number as an answer, several phrasings each.
 
 `python -m tests.rewards.renderings` prints the table of docs/grading.md: the share of the answers of GSM8K's test
-problems that are paid in each of them.
+problems that are rewarded in each of them.
 """
 
 import re
@@ -281,15 +281,15 @@ def render(name: str, n: int, phrasing: int) -> str:
     return template.format(n=n, c=f"{n:,}", s=sign(n), m=f"{abs(n):,}", a=a, b=b, d=2 * n, t=t, plus=plus, **words)
 
 
-def paid(text: str, reference: str) -> bool:
+def rewarded(text: str, reference: str) -> bool:
     return accuracy([""], [f"<answer>{text}</answer>"], [reference]) == [1.0]
 
 
 def refused(name: str) -> Iterator[str]:
-    """The renderings of GSM8K's test answers that are not paid."""
+    """The renderings of GSM8K's test answers that are not rewarded."""
     for index, answer in enumerate(ANSWERS):
         text = render(name, answer, index)
-        if not paid(text, str(answer)):
+        if not rewarded(text, str(answer)):
             yield text
 
 
@@ -300,7 +300,7 @@ def _visible(text: str) -> str:
 
 def table() -> str:
     """The table of docs/grading.md."""
-    lines = ["| rendering | examples | paid |", "|---|---|---|"]
+    lines = ["| rendering | examples | rewarded |", "|---|---|---|"]
     total = 0
     for name, templates in TEMPLATES.items():
         texts = dict.fromkeys(

@@ -14,7 +14,7 @@ from grpo.rewards.math_xml import same_number
 from grpo.rewards.number import MAX_LENGTH, parse_number
 from grpo.rewards.words import NUMBER_WORDS, spell, spelled_number
 from tests.launches import ROOT
-from tests.rewards.renderings import ANSWERS, TEMPLATES, paid, refused, render, table
+from tests.rewards.renderings import ANSWERS, TEMPLATES, refused, render, rewarded, table
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_texts_that_state_18_in_many_ways_are_read_as_18():
 
 
 @pytest.mark.parametrize("around", ["{}", "The answer is {}.", "**{}**", r"\boxed{{{}}}", "{} dollars"])
-def test_texts_that_contain_18_but_state_something_else_are_never_paid_for_18(around):
+def test_texts_that_contain_18_but_state_something_else_are_never_rewarded_for_18(around):
     texts = [around.format(text) for text in lines("not_18.txt")]
     assert len(texts) > 1300
     assert [text for text in texts if same_number(text, "18")] == []
@@ -279,19 +279,19 @@ def test_an_integer_is_parsed_in_every_notation():
             assert parse_number(text) == n, text
 
 
-def test_a_sample_of_the_answers_of_gsm8k_is_paid_in_every_phrasing():
+def test_a_sample_of_the_answers_of_gsm8k_is_rewarded_in_every_phrasing():
     for name, templates in TEMPLATES.items():
         for phrasing in range(len(templates)):
             for answer in ANSWERS[phrasing::200]:
-                assert paid(render(name, answer, phrasing), str(answer)), render(name, answer, phrasing)
+                assert rewarded(render(name, answer, phrasing), str(answer)), render(name, answer, phrasing)
 
 
-def test_another_number_is_not_paid_in_any_phrasing():
+def test_another_number_is_not_rewarded_in_any_phrasing():
     for name, templates in TEMPLATES.items():
         for phrasing in range(len(templates)):
             for answer in ANSWERS[phrasing::400]:
                 for wrong in {answer + 1, -answer, 2 * answer, 10 * answer, answer + 1000} - {answer}:
-                    assert not paid(render(name, wrong, phrasing), str(answer)), render(name, wrong, phrasing)
+                    assert not rewarded(render(name, wrong, phrasing), str(answer)), render(name, wrong, phrasing)
 
 
 @pytest.mark.slow
@@ -302,11 +302,11 @@ def test_the_whole_table_of_the_docs():
 
 
 @pytest.mark.slow
-def test_no_wrong_answer_of_gsm8k_is_paid_in_any_rendering():
+def test_no_wrong_answer_of_gsm8k_is_rewarded_in_any_rendering():
     for name in TEMPLATES:
         for index, answer in enumerate(ANSWERS):
             for wrong in {answer + 1, answer - 1, -answer, 10 * answer} - {answer}:
-                assert not paid(render(name, wrong, index), str(answer)), render(name, wrong, index)
+                assert not rewarded(render(name, wrong, index), str(answer)), render(name, wrong, index)
 
 
 def examples(count):
@@ -320,13 +320,13 @@ integers = st.integers(-(10**9), 10**9) | st.integers(-30, 2000)
 
 @examples(200)
 @given(integers, renderings)
-def test_any_rendering_of_a_number_is_paid_for_this_number(n, rendering):
+def test_any_rendering_of_a_number_is_rewarded_for_this_number(n, rendering):
     assert same_number(render(rendering[0], n, rendering[1]), str(n))
 
 
 @examples(200)
 @given(integers, integers, renderings, renderings)
-def test_no_rendering_of_another_number_is_paid(n, other, rendering, of_reference):
+def test_no_rendering_of_another_number_is_rewarded(n, other, rendering, of_reference):
     assume(n != other)
     assert not same_number(render(rendering[0], other, rendering[1]), render(of_reference[0], n, of_reference[1]))
 
@@ -357,14 +357,14 @@ bare = st.tuples(
 
 @examples(200)
 @given(st.integers(2, 10**6), st.sampled_from(phrases(BEFORE)), bare)
-def test_a_word_or_sign_in_front_that_changes_the_number_is_not_paid(n, before, rendering):
+def test_a_word_or_sign_in_front_that_changes_the_number_is_not_rewarded(n, before, rendering):
     assert not same_number(f"{before} {render(rendering[0], n, rendering[1])}", str(n))
     assert not same_number(f"The answer is {before} {render(rendering[0], n, rendering[1])}.", str(n))
 
 
 @examples(200)
 @given(st.integers(2, 10**6), st.sampled_from(phrases(AFTER)), bare)
-def test_a_word_or_sign_behind_that_changes_the_number_is_not_paid(n, after, rendering):
+def test_a_word_or_sign_behind_that_changes_the_number_is_not_rewarded(n, after, rendering):
     assert not same_number(f"{render(rendering[0], n, rendering[1])} {after}", str(n))
     assert not same_number(f"The answer is {render(rendering[0], n, rendering[1])} {after}", str(n))
 
@@ -386,7 +386,7 @@ def test_words_of_any_language_between_two_numbers_state_neither(a, b, between):
     st.integers(-3, 3),
     st.sampled_from(["{}", "{} eggs", "${}", r"\text{{ {} }}"]),
 )
-def test_a_calculation_is_paid_if_and_only_if_it_is_true(numbers, operators, error, quantity):
+def test_a_calculation_is_rewarded_if_and_only_if_it_is_true(numbers, operators, error, quantity):
     terms = "".join(f"{operator} {number}" for operator, number in zip(operators, numbers[1:], strict=False))
     # Python's own arithmetic, on exact fractions.
     value = eval(re.sub(r"\d+", r"Fraction(\g<0>)", f"{numbers[0]} {terms}"))
