@@ -281,7 +281,7 @@ def _scale_and_cap(model: PreTrainedModel, ids: Tensor) -> tuple[float, float | 
     scale = 1.0
     for largest in (1.0, 1000.0):
         output.last_hidden_state = hidden * (largest / largest_of_head)
-        of_head = head(output.last_hidden_state)[0].double()  # (T, V)
+        of_head = head(output.last_hidden_state)[0].cpu().double()  # (T, V); Apple's GPU has no float64
         found = _logits_from(model, ids, output)
         if cap is not None:
             of_head = soft_cap(of_head, cap)
@@ -307,7 +307,7 @@ def _logits_from(model: PreTrainedModel, ids: Tensor, output: Any) -> Tensor:
     decoder = model.get_decoder()
     decoder.forward = decoder_output  # of this instance; deleted below
     try:
-        logits = model(input_ids=ids, use_cache=False).logits[0].double()
+        logits = model(input_ids=ids, use_cache=False).logits[0].cpu().double()
     finally:
         del decoder.forward
     if not used:
