@@ -60,7 +60,7 @@ def test_out_of_memory_halves_the_token_budget_and_a_resumed_run_keeps_it(tmp_pa
     failing = launch(*SHORT, *CUT, f"run_dir={run_dir}", cwd=tmp_path, fault=(place, call, "memory"))
     assert failing.returncode == 0, failing.stderr
     said = failing.stderr + failing.stdout
-    assert f"out of memory in the {part} with {budget} tokens at a time; trying {budget // 2} from here on" in said
+    assert f"out of memory in the {part} with {budget} tokens at a time; trying {budget // 2} from now on" in said
     assert said.count("out of memory") == 1
     assert load_state(run_dir / "checkpoints" / "step_000003").states == {part: {"from": budget, "to": budget // 2}}
     # Batches are split differently; problems and noise are the same, and the numbers are equal up to rounding.
