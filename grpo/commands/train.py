@@ -22,7 +22,7 @@ from grpo.config.instantiate import directory_restored
 from grpo.launch.decide import Launch, decide
 from grpo.launch.process import report_errors, run_command
 from grpo.launch.session import open_run
-from grpo.runs.folder import hydra_record, job_folder_name
+from grpo.runs.locations import hydra_record, job_folder_name
 from grpo.runs.stop_signals import Exit, stop_signals
 from grpo.sweeps.closing import conclude
 

@@ -21,8 +21,9 @@ from grpo.launch.machine import check_machine
 from grpo.launch.plan import print_plan
 from grpo.runs.choice import check_empty, check_parent, choose_run
 from grpo.runs.files import short_path
-from grpo.runs.folder import RunFolder, newest_unfinished, outputs, release, remove_empty, reserve
+from grpo.runs.folder import RunFolder
 from grpo.runs.gpu_queue import LOCAL_LAUNCHERS, remember_gpus
+from grpo.runs.locations import newest_unfinished, outputs, release, remove_empty, reserve
 from grpo.runs.lock import locked
 from grpo.runs.sweep_folder import SweepFolder
 from grpo.sweeps.opening import prepare_sweep

@@ -28,8 +28,9 @@ from grpo.launch.resume import resumed_config
 from grpo.runs.choice import check_empty, check_parent, choose_run, has_finished
 from grpo.runs.console import resume_command
 from grpo.runs.files import discard, disk_errors_are_warnings, short_path
-from grpo.runs.folder import COPIED_BY_FORK, RunFolder, release, remove_empty
+from grpo.runs.folder import COPIED_BY_FORK, RunFolder
 from grpo.runs.gpu_queue import claim_gpu, must_choose_gpu, show_all_gpus
+from grpo.runs.locations import release, remove_empty
 from grpo.runs.lock import locked
 from grpo.runs.run import Run
 from grpo.runs.stop_signals import Exit, StopSignals, exits_are_failures

@@ -1,11 +1,8 @@
 """The run folder: all files that a run writes, including those needed to resume it."""
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -14,7 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo.config.errors import ConfigError, FileError, first_line
+from grpo.config.errors import FileError, first_line
 from grpo.config.migrations import EVALUATION_STEPS, VERSION, load_frozen, metrics_row, migrate
 from grpo.config.reading import read_yaml
 from grpo.config.schema import Config
@@ -28,11 +25,9 @@ from grpo.runs.files import (
     no_link,
     read_json,
     read_lines,
-    short_path,
     sync,
     write_atomic,
 )
-from grpo.runs.lock import in_use
 
 # The types of the values that are read from the small files.
 STATUS: dict[str, Any] = {"state": str, "step": int, "iteration": int, "total_steps": int, "saved_step": int}
@@ -51,54 +46,6 @@ METRICS: dict[str, Any] = {"step": int, "iteration": int, "reward": float | None
 # What a launch writes, and what a fork copies, before config.yaml, with which the folder becomes a run.
 BEFORE_START = (".lock", ".hydra", "launch.log", "launches.jsonl", "launches.jsonl.tmp", "config.yaml.tmp")
 COPIED_BY_FORK = ("checkpoints", "metrics", "eval", "digests.json")
-
-
-def outputs() -> Path:
-    """The folder of new runs: $GRPO_OUTPUTS if set, else outputs/.
-
-    outputs/ is in the repository if grpo runs from a checkout, else in the working directory.
-    """
-    given = os.environ.get("GRPO_OUTPUTS")
-    checkout = Path(__file__).resolve().parents[2]
-    root = checkout if (checkout / "launch.py").exists() else Path.cwd()
-    return short_path(Path(given) if given else root / "outputs")
-
-
-def reserve(wanted: Path, suffix: bool) -> tuple[Path, list[Path]]:
-    """Create a folder that no other launch uses. Returns it, and all folders that were created, parents included.
-
-    suffix: whether to append a number if the folder exists, since two launches may start in the same second. Otherwise
-    an existing folder is returned.
-    """
-    missing = [each for each in wanted.parents if not each.exists()]
-    path = wanted
-    number = 1
-    while True:
-        try:
-            path.mkdir(parents=True)
-            return path, [path, *missing]
-        except FileExistsError:
-            if not suffix:
-                return path, []
-            number += 1
-            path = wanted.with_name(f"{wanted.name}_{number}")
-        except OSError as error:
-            remove_empty(missing)
-            raise ConfigError(f"{path} cannot be created ({error.strerror}); choose another folder") from error
-
-
-def release(path: Path) -> None:
-    """Remove from a folder what a launch writes before its run starts. Only for the process that holds it."""
-    for name in BEFORE_START:
-        with suppress(OSError):  # for example on a mounted disk
-            discard(path / name)
-
-
-def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove those of the folders that are empty."""
-    for folder in folders:
-        with suppress(OSError):  # another launch may have put something there
-            folder.rmdir()
 
 
 class RunFolder:
@@ -391,48 +338,3 @@ def _read_evaluation(file: Path) -> dict[str, Any]:
     if (accuracy is not None and (accuracy < 0 or accuracy > 1)) or result.get("n", 0) < 0:
         raise FileError(f"{file}: accuracy {accuracy} of {result.get('n')} problems is not possible")
     return result
-
-
-def run_folders(root: Path) -> list[RunFolder]:
-    """Every run folder at or below `root`, oldest first by the time of its config."""
-    return [
-        RunFolder(file.parent) for file in sorted(root.rglob("config.yaml"), key=_started_at) if _is_run(file.parent)
-    ]
-
-
-def newest_unfinished(root: Path) -> RunFolder | None:
-    """The run started last, at or below `root`, among the unfinished runs that can be resumed.
-
-    Runs in progress, jobs of sweeps (they are resumed with their sweep) and unreadable folders are skipped.
-    """
-    return next((run for run in reversed(run_folders(root)) if _can_resume(run, root)), None)
-
-
-def _can_resume(run: RunFolder, root: Path) -> bool:
-    if any((folder / "sweep.json").exists() for folder in run.path.parents if folder.is_relative_to(root)):
-        return False
-    try:
-        return not run.finished() and not in_use(run.path)
-    except FileError:  # a launch with this folder as run_dir reports the error
-        return False
-
-
-def job_folder_name(number: int, overrides: str, longest: int = 80) -> str:
-    """The folder name of a sweep's job: `<number>_<overrides>` without `=`, `,` and `/`; if long, it ends in a hash."""
-    name = f"{number}_{re.sub(r'[^A-Za-z0-9._+-]+', '_', overrides)}".rstrip("_")
-    if len(name) <= longest:
-        return name
-    return f"{name[: longest - 9]}_{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
-
-
-def hydra_record(folder: str, now: str) -> str:
-    """The subfolder for Hydra's record of a launch. The record of the first launch is not overwritten."""
-    return f".hydra/resumes/{now}" if RunFolder(folder).started() else ".hydra"
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "status.json").exists()
-
-
-def _started_at(file: Path) -> float:
-    return file.stat().st_mtime

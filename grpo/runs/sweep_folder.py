@@ -20,8 +20,9 @@ from grpo.config.migrations import SWEEP_STEPS, VERSION, migrate
 from grpo.config.overrides import Overrides, text_of
 from grpo.config.schema import FACTS, PASSING_KEYS, on_resume
 from grpo.runs.files import discard, read_json, write_atomic
-from grpo.runs.folder import RunFolder, outputs
+from grpo.runs.folder import RunFolder
 from grpo.runs.halving_state import HalvingState
+from grpo.runs.locations import outputs
 from grpo.runs.lock import in_use
 
 logger = logging.getLogger(__name__)

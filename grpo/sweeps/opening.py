@@ -14,7 +14,7 @@ from grpo.config.overrides import Overrides, quoted
 from grpo.config.schema import LAUNCH_KEYS, Config
 from grpo.runs.choice import check_empty
 from grpo.runs.files import check_contents, short_path
-from grpo.runs.folder import outputs
+from grpo.runs.locations import outputs
 from grpo.runs.sweep_folder import SweepFolder, newest_sweep
 
 Check = Callable[[DictConfig, Overrides], Config]

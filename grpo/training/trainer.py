@@ -23,15 +23,9 @@ from grpo.model.lora import switch_adapter
 from grpo.model.oom import TokenBudget
 from grpo.model.packed import checkpoint_layers, supports_packing
 from grpo.rollout.engine import RolloutEngine, sample_completions
-from grpo.runs.checkpoint import (
-    TrainerState,
-    check_optimizer,
-    flatten_optimizer,
-    load_optimizer,
-    load_weights,
-    weights_of,
-)
+from grpo.runs.checkpoint import TrainerState, load_weights, weights_of
 from grpo.runs.files import check_record
+from grpo.runs.optimizer_state import check_optimizer, flatten_optimizer, load_optimizer
 from grpo.training.evaluation import evaluate
 from grpo.training.experiment import Experiment, ScoredCompletions, compute_dtype, score_completions
 from grpo.training.metrics import (

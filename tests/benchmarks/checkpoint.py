@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from grpo.config.schema import CheckpointConfig
 from grpo.model.loading import model_source
-from grpo.runs.checkpoint import TrainerState, flatten_optimizer, weights_of
+from grpo.runs.checkpoint import TrainerState, weights_of
 from grpo.runs.checkpoint_writer import CheckpointWriter
+from grpo.runs.optimizer_state import flatten_optimizer
 
 ROUNDS = 3
 

@@ -25,11 +25,8 @@ from grpo.rollout.load_check import load_checked_model
 from grpo.runs.checkpoint import (
     StoredTensors,
     TrainerState,
-    check_optimizer,
     find_damage,
-    flatten_optimizer,
     latest_checkpoint,
-    load_optimizer,
     load_state,
     load_weights,
     read_checkpoint,
@@ -39,6 +36,7 @@ from grpo.runs.checkpoint import (
     weights_of,
 )
 from grpo.runs.checkpoint_writer import TRIES, CheckpointWriter, retain
+from grpo.runs.optimizer_state import check_optimizer, flatten_optimizer, load_optimizer
 
 FILES = ["model.safetensors", "optimizer.safetensors", "trainer_state.json", "manifest.json"]
 
@@ -504,7 +502,8 @@ def test_a_save_killed_at_any_file_operation_leaves_the_previous_or_the_new_chec
         from pathlib import Path
         import torch
         from grpo.config.schema import CheckpointConfig
-        from grpo.runs.checkpoint import TrainerState, flatten_optimizer, weights_of
+        from grpo.runs.checkpoint import TrainerState, weights_of
+        from grpo.runs.optimizer_state import flatten_optimizer
         from grpo.runs.checkpoint_writer import CheckpointWriter
         folder, overlap = Path(sys.argv[1]), sys.argv[2] == "True"
         settings = CheckpointConfig(every=1, keep_last=1, keep_every=0, keep_best=True, overlap=overlap)

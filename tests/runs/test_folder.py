@@ -24,17 +24,9 @@ from grpo.launch.decide import known_folder, reserved, run_name
 from grpo.runs.checkpoint import load_state, reference_of
 from grpo.runs.choice import check_empty, check_parent, choose_run
 from grpo.runs.files import check_contents, restore_replaced, write_atomic
-from grpo.runs.folder import (
-    RunFolder,
-    job_folder_name,
-    newest_unfinished,
-    outputs,
-    release,
-    remove_empty,
-    reserve,
-    run_folders,
-)
+from grpo.runs.folder import RunFolder
 from grpo.runs.halving_state import HalvingState
+from grpo.runs.locations import job_folder_name, newest_unfinished, outputs, release, remove_empty, reserve, run_folders
 from grpo.runs.lock import locked
 from grpo.runs.sweep_folder import SweepFolder
 from tests.launches import ROOT
