@@ -14,8 +14,9 @@ from grpo.counter_rng import group_keys
 from grpo.data.problems import Problem
 from grpo.rewards.scoring import score
 from grpo.rollout.engine import RolloutEngine, Sampling, sample_completions
-from grpo.training.experiment import Experiment, score_completions
+from grpo.training.experiment import Experiment
 from grpo.training.metrics import completion_rows
+from grpo.training.scored_completions import score_completions
 
 
 def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, step: int) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.algorithm.objective import ObjectiveFunction, choose
+from grpo.algorithm.optimizer import exempt_vectors
 from grpo.batch import Completions, Prompts, tokenize_prompts
 from grpo.config.checks import Sizes, complete_sizes, kl_weight
 from grpo.config.errors import ConfigError
@@ -33,7 +34,7 @@ from grpo.data.prompts import (
 from grpo.model.hardware import use_hardware
 from grpo.model.loading import architecture, check_model, copy_in_dtype, load_tokenizer, stop_token_ids, vocabulary_size
 from grpo.model.lora import add_adapter, check_adapter, save_adapter, switch_adapter
-from grpo.rewards.scoring import RewardComponent, Rewards, accepted, score
+from grpo.rewards.scoring import RewardComponent, accepted
 from grpo.rewards.time_limit import end_process
 from grpo.rollout.engine import Compute, RolloutEngine, Sampling
 from grpo.rollout.load_check import load_checked_model
@@ -127,23 +128,17 @@ class Experiment:
         dtype = compute_dtype(self.config)
         return model if model.dtype == dtype else copy_in_dtype(model, dtype)
 
+    def build_optimizer(self, policy: PreTrainedModel) -> torch.optim.Optimizer:
+        """Build the optimizer of a model's trained parameters."""
+        trained = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
+        optimizer = self.optimizer(trained)
+        exempt_vectors(optimizer)
+        return optimizer
+
     def build_engine(self, policy: PreTrainedModel) -> RolloutEngine:
         """Build the rollout engine that samples from a model."""
         compute = Compute(self.device, self.sizes.rollout_tokens, bool(self.config.hardware.cuda_graphs))
         return self.engine(policy=policy, tokenizer=self.tokenizer, compute=compute)
-
-
-@dataclass(frozen=True)
-class ScoredCompletions:
-    """B completions as text, with their rewards."""
-
-    texts: list[str]
-    rewards: Rewards
-    columns: dict[str, list]  # the problems' columns, one entry per completion
-    trainer_state: TrainerState  # for reward functions that use it
-    prompts: list[Messages]  # one per completion
-    messages: list[Messages]  # the completions as assistant messages
-    lengths: Tensor  # (B,) int64, tokens including the end of sequence
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -165,18 +160,7 @@ def build_experiment(
     be interrupted. status_file: status.json of the run, for the error if the process has to be killed for that.
     """
     sizes = complete_sizes(config)
-    component = functools.partial(
-        RewardComponent,
-        timeout_s=config.reward.timeout_s,
-        skip_errors=config.reward.on_error == "skip",
-        on_hang=on_hang,
-        status_file=status_file,
-    )
-    components = [
-        component(name, bind_reward(f"reward.components.{name}", node), float(node.get("weight", 1.0)))
-        for name, node in config.reward.components.items()
-    ]
-    accuracy = component("accuracy", bind_reward("eval.accuracy", config.eval.accuracy))
+    components, accuracy = _bind_rewards(config, on_hang, status_file)
     advantage = choose("advantage", config.objective["advantage"])
     objective = build_objective(config)
     optimizer = bind("optimizer", config.optimizer)
@@ -218,6 +202,24 @@ def build_experiment(
     if with_problems:
         _check_arguments(experiment)
     return experiment
+
+
+def _bind_rewards(
+    config: Config, on_hang: Callable[[str], None], status_file: Path | None
+) -> tuple[list[RewardComponent], RewardComponent]:
+    """The reward components, and the accuracy of the evaluation."""
+    component = functools.partial(
+        RewardComponent,
+        timeout_s=config.reward.timeout_s,
+        skip_errors=config.reward.on_error == "skip",
+        on_hang=on_hang,
+        status_file=status_file,
+    )
+    components = [
+        component(name, bind_reward(f"reward.components.{name}", node), float(node.get("weight", 1.0)))
+        for name, node in config.reward.components.items()
+    ]
+    return components, component("accuracy", bind_reward("eval.accuracy", config.eval.accuracy))
 
 
 def _check_arguments(experiment: Experiment) -> None:
@@ -348,33 +350,3 @@ def _check_optimizer(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         fix = f"; leave it out with ~optimizer.{unknown[1]}" if unknown else ""
         raise ConfigError(f"optimizer: {error}{fix}") from error
-
-
-def score_completions(
-    experiment: Experiment, problems: Sequence[Problem], completions: Completions, stop_ids: Sequence[int], step: int
-) -> ScoredCompletions:
-    """Decode completions, where `completions.group` indexes `problems`, and score them with every component.
-
-    step: number of completed steps.
-    """
-    lengths = completions.lengths.cpu()
-    ids = completions.ids.cpu()
-    texts = experiment.texts(completions, stop_ids)
-    of_row = [problems[group] for group in completions.group.tolist()]
-    prompts = experiment.conversations(of_row)
-    replies = [[{"role": "assistant", "content": text}] for text in texts]
-    columns = {name: [problem.columns.get(name) for problem in of_row] for name in experiment.column_names}
-    for name in PROBLEM_FIELDS:
-        columns[name] = [getattr(problem, name) for problem in of_row]
-    columns |= completions.columns
-    columns["completion_ids"] = [row[:length].tolist() for row, length in zip(ids, lengths.tolist(), strict=True)]
-    state = _trainer_state(experiment, step)
-    rewards = score(experiment.components, prompts, replies, columns, state)
-    return ScoredCompletions(texts, rewards, columns, state, prompts, replies, lengths)
-
-
-def _trainer_state(experiment: Experiment, step: int) -> TrainerState:
-    """The progress of training in the form that TRL passes to reward functions."""
-    grpo = experiment.config.grpo
-    epoch = step * experiment.sizes.batch_size / max(1, len(experiment.problems.train))
-    return TrainerState(global_step=step, max_steps=grpo.num_iterations * grpo.num_steps, epoch=epoch)

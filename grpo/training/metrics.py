@@ -13,7 +13,7 @@ from torch import Tensor
 from grpo.algorithm.advantage import comparable_reward, equal_groups, group_std
 from grpo.batch import Completions
 from grpo.data.problems import Problem
-from grpo.training.experiment import ScoredCompletions
+from grpo.training.scored_completions import ScoredCompletions
 
 
 class Timer:

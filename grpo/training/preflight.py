@@ -12,8 +12,9 @@ from grpo.counter_rng import group_keys
 from grpo.data.sampler import PromptSampler
 from grpo.metric_table import component_ranges
 from grpo.rollout.engine import RolloutEngine, Sampling, sample_completions
-from grpo.training.experiment import Experiment, score_completions
+from grpo.training.experiment import Experiment
 from grpo.training.metrics import completion_metrics, reward_metrics
+from grpo.training.scored_completions import score_completions
 
 METRICS = ("reward", "frac_reward_zero_std", "completions/mean_length", "completions/clipped_ratio")
 MOST_GROUPS = 8

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.algorithm.optimizer import exempt_vectors
 from grpo.config.checks import kl_weight
 from grpo.config.errors import FileError
 from grpo.counter_rng import group_keys
@@ -24,10 +23,9 @@ from grpo.model.oom import TokenBudget
 from grpo.model.packed import checkpoint_layers, supports_packing
 from grpo.rollout.engine import RolloutEngine, sample_completions
 from grpo.runs.checkpoint import TrainerState, load_weights, weights_of
-from grpo.runs.files import check_record
 from grpo.runs.optimizer_state import check_optimizer, flatten_optimizer, load_optimizer
 from grpo.training.evaluation import evaluate
-from grpo.training.experiment import Experiment, ScoredCompletions, compute_dtype, score_completions
+from grpo.training.experiment import Experiment, compute_dtype
 from grpo.training.metrics import (
     Timer,
     completion_metrics,
@@ -37,6 +35,7 @@ from grpo.training.metrics import (
     update_metrics,
 )
 from grpo.training.preflight import preflight
+from grpo.training.scored_completions import compute_advantages, score_completions
 from grpo.training.update import (
     Batch,
     Counts,
@@ -91,7 +90,7 @@ class Trainer:
         self.reference = experiment.reference(self.master) if kl_weight(config) > 0 else None
         if config.hardware.activation_checkpointing:
             checkpoint_layers(self.policy)
-        self.optimizer = self._new_optimizer()
+        self.optimizer = experiment.build_optimizer(self.master)
         self.sampler = PromptSampler(experiment.problems.train, config.seed, config.parent)
         self.engine = experiment.build_engine(self.policy)
         self._engine_is_current = True  # False if the policy's weights have changed since the last sync
@@ -107,12 +106,6 @@ class Trainer:
         self._step_seconds = math.inf  # of the last step; unknown before the first
         self._step_can_abort = False  # True while the work in progress has changed no weight
         self._is_updating = False  # from the first update of a step until its row is complete
-
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        trained = [(name, parameter) for name, parameter in self.master.named_parameters() if parameter.requires_grad]
-        optimizer = self.experiment.optimizer(trained)
-        exempt_vectors(optimizer)
-        return optimizer
 
     def steps(self, until: int) -> Iterator[Step]:
         """Iterate over the steps from the next one to `until`; each is run when it is requested."""
@@ -142,7 +135,7 @@ class Trainer:
             scored = score_completions(
                 experiment, sampled.problems, completions, self.sampling.stop_ids, self.state.step
             )
-            advantages = self._advantages(scored, completions.ids.shape[1])  # (B,) or (B, T)
+            advantages = compute_advantages(experiment, scored, completions.ids.shape[1])  # (B,) or (B, T)
         batch = Batch(prompts, completions, advantages.float().to(experiment.device))
         with timer("reference"):
             if self.reference is not None:
@@ -168,8 +161,9 @@ class Trainer:
             **timer.seconds,
             "perf/tokens_per_s": tokens / self._step_seconds,
             "perf/peak_memory_gb": peak_memory_gb(experiment.device),
-            **({} if self.loss_scale is None else {"loss_scale": self.loss_scale.value}),
         }
+        if self.loss_scale is not None:
+            row["loss_scale"] = self.loss_scale.value
         rewards = [each for each in (self.state.best_reward, row["reward"]) if each is not None]
         self.state.best_reward = max(rewards, default=None)
         self._snapshot_states()
@@ -195,21 +189,6 @@ class Trainer:
         self.state.iteration = iteration
         self.state.num_tokens += tokens
         self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if skipped else 0
-
-    def _advantages(self, scored: ScoredCompletions, width: int) -> Tensor:
-        """The advantages of the whole batch, (B,) or (B, T); width: T. Raises RuntimeError for another shape."""
-        sizes = self.experiment.sizes
-        rewards = scored.rewards
-        values = rewards.groups(sizes.num_generations)  # (P, G, C)
-        valid = ~values.isnan()
-        advantages = self.experiment.advantage(values.where(valid, 0.0), rewards.weights, valid)
-        if advantages.shape not in (values.shape[:2], (*values.shape[:2], width)):
-            name = self.config.objective["advantage"]
-            raise RuntimeError(
-                f"objective.advantage={name} returned the shape {tuple(advantages.shape)}; it must be "
-                f"{tuple(values.shape[:2])}, or have the {width} tokens of the longest completion as a third dimension"
-            )
-        return advantages.flatten(0, 1)
 
     def _renew_reference(self) -> None:
         """Algorithm 1, line 3: at the start of an outer iteration the reference becomes the current policy."""
@@ -355,7 +334,9 @@ class Trainer:
         parent = self.config.parent or {}
         last_update = saved["trainer"].step - saved["trainer"].skipped_in_a_row  # steps after it had no finite gradient
         starts_anew = bool(parent.get("fresh_optimizer")) and last_update <= parent["step"]
-        check_optimizer(saved, self._new_optimizer(), starts_anew)  # before any weight is changed
+        check_optimizer(
+            saved, self.experiment.build_optimizer(self.master), starts_anew
+        )  # before any weight is changed
         self.state = replace(saved["trainer"])
         with_states = self._stateful()
         states = dict(self.state.states)
@@ -367,13 +348,7 @@ class Trainer:
             except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise FileError(f"the checkpoint has a state of '{name}' that does not fit: {error!r}") from error
         if self.loss_scale is not None and self.state.loss_scale is not None:
-            check_record(
-                self.state.loss_scale,
-                {"value": float, "updates": int},
-                "the checkpoint's loss_scale",
-                ["value", "updates"],
-            )
-            self.loss_scale = LossScale(**{name: self.state.loss_scale[name] for name in ("value", "updates")})
+            self.loss_scale = LossScale.restored(self.state.loss_scale)
         load_weights(saved["model"], self.master)
         if self.reference is not None and saved["reference"] is not None:
             switch_adapter(self.reference, on=True)

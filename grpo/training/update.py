@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from grpo.batch import Completions, Prompts, split_rows
 from grpo.metric_table import METRICS
 from grpo.model.logps import TokenLogps, completion_logps
 from grpo.model.packed import supports_packing
+from grpo.runs.files import check_record
 
 # Columns of every metrics row, for any objective; the objective may report the other metrics of the table.
 RESERVED = {metric.name for metric in METRICS if metric.origin != "objective"}
@@ -231,6 +233,13 @@ class LossScale:
 
     value: float = 2.0**16
     updates: int = 0  # since the value last changed
+
+    @classmethod
+    def restored(cls, record: dict[str, Any]) -> "LossScale":
+        """The scale that a checkpoint stores. Raises FileError if it is damaged."""
+        types = {"value": float, "updates": int}
+        check_record(record, types, "the checkpoint's loss_scale", needed=types)
+        return cls(**{name: record[name] for name in types})
 
     def reduce(self) -> bool:
         """Halve the scale after an update that was not finite and return True; return False if it is 1 or less."""

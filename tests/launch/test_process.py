@@ -38,5 +38,6 @@ def test_waiting_threads_spin_only_briefly_unless_the_user_sets_it():
 
 
 def test_importing_the_package_changes_no_environment_variable():
-    script = "import os; before = dict(os.environ); import grpo.launch.process; assert dict(os.environ) == before"
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=60)
+    script = "import os; before = dict(os.environ); import grpo.launch.process; print(dict(os.environ) == before)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n"

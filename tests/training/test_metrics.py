@@ -10,8 +10,8 @@ from transformers import TrainerState
 
 from grpo.rewards.scoring import Rewards
 from grpo.runs.folder import RunFolder
-from grpo.training.experiment import ScoredCompletions
 from grpo.training.metrics import reward_metrics
+from grpo.training.scored_completions import ScoredCompletions
 from tests.launches import SHORT, grpo, launch, rows, status
 
 NAN = math.nan
