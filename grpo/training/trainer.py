@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo.batch import Completions, Prompts
 from grpo.config.checks import kl_weight
 from grpo.config.errors import FileError
 from grpo.counter_rng import group_keys
@@ -126,11 +127,7 @@ class Trainer:
         prompts = experiment.prompts(experiment.conversations(sampled.problems))  # P prompts
         keys = group_keys(self.config.seed, step, sampled.slots, sizes.num_generations)  # (B, 2)
         with timer("rollout"):
-            engine = self._current_engine()
-            completions = sample_completions(
-                engine, prompts, self.sampling, group_size=sizes.num_generations, keys=keys
-            )
-            engine.release()
+            completions = self._sample(prompts, keys)  # B completions of T tokens at most
         with timer("reward"):
             scored = score_completions(
                 experiment, sampled.problems, completions, self.sampling.stop_ids, self.state.step
@@ -176,6 +173,14 @@ class Trainer:
             skipped_in_a_row=self.state.skipped_in_a_row,
             skipped=batch if skipped else None,
         )
+
+    def _sample(self, prompts: Prompts, keys: Tensor) -> Completions:
+        """Sample B completions of P prompts; keys: (B, 2)."""
+        engine = self._current_engine()
+        group_size = self.experiment.sizes.num_generations
+        completions = sample_completions(engine, prompts, self.sampling, group_size=group_size, keys=keys)
+        engine.release()
+        return completions
 
     def _current_engine(self) -> RolloutEngine:
         """The rollout engine, with the current weights of the policy."""
