@@ -6,8 +6,7 @@ from typing import Any
 from grpo.config.instantiate import bind
 from grpo.config.overrides import Overrides
 from grpo.config.schema import Config, known_keys
-
-EMBEDDED_MODEL = "tiny"  # always there
+from grpo.tiny import MODEL_NAME as EMBEDDED_MODEL
 
 
 def check_machine(configs: Sequence[Config], unknown: Overrides) -> None:

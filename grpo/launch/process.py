@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config.errors import ConfigError
 from grpo.config.explain import explain
-from grpo.runs.console import lasting_streams
+from grpo.runs.console import ignoring_console_errors
 
 SPIN_COUNT = "10000"  # of GNU's OpenMP, a few hundred microseconds; its own default is 300,000
 
@@ -29,7 +29,7 @@ def run_command(command: Callable[[], int | None]) -> int:
     # So that a user's reward functions can be imported from the working directory. Last in the path, so that no file
     # there can replace a module of a library.
     sys.path.append(os.getcwd())
-    with lasting_streams():
+    with ignoring_console_errors():
         return report_errors(command)
 
 

@@ -33,10 +33,11 @@ from grpo.model.linear import use_onednn
 from grpo.model.lora import adapter_config
 from grpo.runs.files import check_files
 from grpo.tiny import MODEL_DIR as TINY_MODEL_DIR
+from grpo.tiny import MODEL_NAME as TINY_MODEL_NAME
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_MODELS = {"tiny": TINY_MODEL_DIR}
+EMBEDDED_MODELS = {TINY_MODEL_NAME: TINY_MODEL_DIR}
 RANDOM_MODELS = {"qwen2_5_1_5b_random": ARCHITECTURES_DIR / "qwen2_5_1_5b.json"}  # with the tiny model's tokenizer
 
 

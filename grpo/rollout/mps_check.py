@@ -14,8 +14,9 @@ from grpo.model.logps import completion_logps
 from grpo.rollout.engine import Sampling
 from grpo.rollout.load_check import load_checked_model
 from grpo.rollout.native import rollout
+from grpo.tiny import MODEL_NAME
 
-EMBEDDED = ModelConfig("tiny", "sdpa", "float32", "auto", False)
+EMBEDDED = ModelConfig(MODEL_NAME, "sdpa", "float32", "auto", False)
 ROUNDING = 1e-3  # largest allowed norm of a difference, relative to the norm of the CPU's result
 
 

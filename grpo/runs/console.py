@@ -29,7 +29,7 @@ class Numbers(ProgressColumn):
         return Text(task.fields["numbers"], no_wrap=True, overflow="ellipsis")
 
 
-class _LastingFile(io.FileIO):
+class _ErrorIgnoringFile(io.FileIO):
     """A file for which a failed write is discarded, without an error."""
 
     def write(self, data: Any) -> int:
@@ -43,7 +43,7 @@ class _LastingFile(io.FileIO):
 
 
 @contextmanager
-def lasting_streams() -> Iterator[None]:
+def ignoring_console_errors() -> Iterator[None]:
     """Within the block, printing to the console raises no exception, so that it cannot end a run.
 
     Text is discarded if the console no longer exists: a closed terminal, a pipe to a program that has ended, or a file
@@ -55,18 +55,18 @@ def lasting_streams() -> Iterator[None]:
         except OSError:  # closed: otherwise the next file that is opened gets this number, and all printed text
             os.open(os.devnull, os.O_RDWR)
     former = (sys.stdin, sys.stdout, sys.stderr)
-    lasting = (_lasting(sys.stdout, 1), _lasting(sys.stderr, 2))
+    ignoring = (_ignoring_errors(sys.stdout, 1), _ignoring_errors(sys.stderr, 2))
     sys.stdin = sys.stdin or open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  needed within the block
-    sys.stdout, sys.stderr = lasting
+    sys.stdout, sys.stderr = ignoring
     try:
         yield
     finally:
-        for stream in lasting:
+        for stream in ignoring:
             stream.flush()
         sys.stdin, sys.stdout, sys.stderr = former
 
 
-def _lasting(stream: Any, number: int) -> Any:
+def _ignoring_errors(stream: Any, number: int) -> Any:
     """A stream like sys.stdout (1) or sys.stderr (2) whose writes do not fail; the same one if it is not a file."""
     settings: dict[str, Any] = {"encoding": "utf-8", "line_buffering": number == 2}
     if stream is not None:
@@ -78,7 +78,7 @@ def _lasting(stream: Any, number: int) -> Any:
         except (OSError, ValueError):
             return stream
         settings = {"encoding": stream.encoding, "line_buffering": stream.line_buffering or stream.write_through}
-    file = io.BufferedWriter(_LastingFile(number, "w", closefd=False))
+    file = io.BufferedWriter(_ErrorIgnoringFile(number, "w", closefd=False))
     return io.TextIOWrapper(file, errors="backslashreplace", **settings)
 
 

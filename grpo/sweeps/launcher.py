@@ -25,7 +25,7 @@ from omegaconf import DictConfig, open_dict
 
 from grpo.config.errors import ConfigError, first_line
 from grpo.config.overrides import Overrides
-from grpo.runs.console import lasting_streams
+from grpo.runs.console import ignoring_console_errors
 from grpo.runs.folder import RunFolder
 from grpo.runs.gpu_queue import must_choose_gpu
 from grpo.runs.stop_signals import STOP_SIGNALS, stop_signals
@@ -205,7 +205,7 @@ def _run(call: bytes, sender: Connection, console: Path | None) -> None:
         for stream in (1, 2):
             os.dup2(file, stream)
     sys.path.append(os.getcwd())  # as in run_command
-    with lasting_streams():
+    with ignoring_console_errors():
         _run_job(call, sender)
 
 

@@ -2,4 +2,5 @@
 
 from pathlib import Path
 
+MODEL_NAME = "tiny"  # the value of model.name
 MODEL_DIR = Path(__file__).parent / "model"

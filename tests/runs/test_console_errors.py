@@ -16,9 +16,9 @@ from tests.launches import ROOT, SHORT, rows, status
 PRINTS = """
     import logging, sys, time
     from rich.console import Console
-    from grpo.runs.console import lasting_streams
+    from grpo.runs.console import ignoring_console_errors
 
-    with lasting_streams():
+    with ignoring_console_errors():
         logging.basicConfig(stream=sys.stdout)
         print("first", flush=True)
         time.sleep(0.5)
@@ -71,9 +71,9 @@ def test_a_console_that_takes_text_slowly_gets_all_of_it(tmp_path):
     """Another program may have set a shared terminal or pipe to non-blocking."""
     prints = """
         import os
-        from grpo.runs.console import lasting_streams
+        from grpo.runs.console import ignoring_console_errors
         os.set_blocking(1, False)
-        with lasting_streams():
+        with ignoring_console_errors():
             print("x" * 1_000_000)
     """
     process = python(prints, tmp_path, stdout=subprocess.PIPE)
@@ -85,8 +85,8 @@ def test_a_console_that_takes_text_slowly_gets_all_of_it(tmp_path):
 def test_characters_that_the_console_lacks_are_printed_as_escapes(tmp_path, encoding):
     prints = """
         import sys
-        from grpo.runs.console import lasting_streams
-        with lasting_streams():
+        from grpo.runs.console import ignoring_console_errors
+        with ignoring_console_errors():
             print("\\u20ac 1")
             print("\\udc80", file=sys.stderr)
     """
@@ -98,9 +98,9 @@ def test_characters_that_the_console_lacks_are_printed_as_escapes(tmp_path, enco
 
 
 def test_streams_without_a_file_are_kept(capsys):
-    from grpo.runs.console import lasting_streams
+    from grpo.runs.console import ignoring_console_errors
 
-    with lasting_streams():
+    with ignoring_console_errors():
         print("seen")
     assert capsys.readouterr().out == "seen\n"
 
