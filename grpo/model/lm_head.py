@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from grpo.model.implementation import implementation_of
 from grpo.model.linear import onednn_linear
-from grpo.model.paths import paths_of
 
 LOGITS_PER_CHUNK = 2**23  # 32 MB of float32: about the size of a processor's cache, since a chunk is read many times
 NARROW_CHUNKS = 4  # per product with 16-bit weights, where each product also reads and writes a float32 gradient sum
@@ -88,11 +88,11 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
 def output_head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """The function from hidden states (..., H) to the model's logits (..., V)."""
     head = model.get_output_embeddings()
-    paths = paths_of(model)
-    if paths.logit_cap is not None:
-        cap = paths.logit_cap
+    chosen = implementation_of(model)
+    if chosen.logit_cap is not None:
+        cap = chosen.logit_cap
         return lambda hidden: soft_cap(head(hidden), cap)
-    return head if paths.logit_scale == 1.0 else lambda hidden: head(hidden) * paths.logit_scale
+    return head if chosen.logit_scale == 1.0 else lambda hidden: head(hidden) * chosen.logit_scale
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:

@@ -142,7 +142,7 @@ def check_model(config: ModelConfig) -> None:
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     """Load the model in evaluation mode (GRPO's ratios need the same network for sampling and for training).
 
-    Before it is used, `grpo.rollout.load_check.choose_paths` must check it. Raises ConfigError.
+    Before it is used, `grpo.rollout.load_check.choose_implementation` must check it. Raises ConfigError.
     """
     transformers_logging.disable_progress_bar()
     settings = {

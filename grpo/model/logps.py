@@ -9,10 +9,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from grpo.batch import Completions, Prompts, positions
+from grpo.model.implementation import implementation_of
 from grpo.model.kv_cache import extend, prefill, select_cache_rows
 from grpo.model.lm_head import LOGITS_PER_CHUNK, HeadLogps, soft_cap
 from grpo.model.packed import forward_packed, pack_groups
-from grpo.model.paths import paths_of
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,19 @@ def completion_logps(
 
     If gradients are enabled, they also flow through the shared prompt.
     """
-    paths = paths_of(model)
-    if paths.training == "packed":
+    chosen = implementation_of(model)
+    if chosen.training == "packed":
         ids, position_ids, packing, source = pack_groups(prompts, completions, model.dtype)
         hidden = forward_packed(model, ids, position_ids, packing).index_select(0, source)  # (A, H)
     else:
-        compute = _hidden_by_cache if paths.training == "cached" else _hidden_in_full
+        compute = _hidden_by_cache if chosen.training == "cached" else _hidden_in_full
         hidden = compute(model, prompts, completions)[completions.attention_mask.bool()]  # (A, H)
     mask = completions.attention_mask
     active = mask.flatten().nonzero().squeeze(1)  # (A,), indices of the completions' tokens
     targets = completions.ids.flatten().index_select(0, active)  # (A,)
     empty = torch.zeros(mask.numel(), dtype=torch.float32, device=hidden.device)
     found = head_logps(
-        model.get_output_embeddings(), hidden, targets, temperature / paths.logit_scale, entropy, paths.logit_cap
+        model.get_output_embeddings(), hidden, targets, temperature / chosen.logit_scale, entropy, chosen.logit_cap
     )
     return TokenLogps(*(empty.index_copy(0, active, values).view(mask.shape) for values in found))
 
@@ -85,8 +85,8 @@ def head_logps(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (A,) of the targets (A,), and entropies (A,), from the hidden states (A, H) that predict them.
 
-    cap: the soft cap of the logits (`Paths.logit_cap`). The head is applied again in the backward pass, so the logits
-    (A, V) never exist at once.
+    cap: the soft cap of the logits (`Implementation.logit_cap`). The head is applied again in the backward pass, so
+    that the logits (A, V) never exist at once.
     """
     if isinstance(head, nn.Linear) and head.bias is None and cap is None:
         return HeadLogps.apply(hidden, head.weight, targets, temperature, entropy)

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo.batch import Completions, Prompts, positions
 from grpo.config.errors import ConfigError
-from grpo.model.paths import paths_of
+from grpo.model.implementation import implementation_of
 
 NAME = "grpo_packed"
 # Raised by an architecture whose attention does not support this; the padded form is used for it.
@@ -223,7 +223,7 @@ def _checkpointed(model: PreTrainedModel, forward: Callable[..., Any], *args: An
 
 def supports_packing(model: PreTrainedModel) -> bool:
     """Whether the model uses packed rows in training."""
-    return paths_of(model).training == "packed"
+    return implementation_of(model).training == "packed"
 
 
 def may_pack(model: PreTrainedModel, max_length: int) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from grpo.config.schema import ModelConfig
+from grpo.model.implementation import Implementation, set_implementation
 from grpo.model.linear import onednn_linear
 from grpo.model.lm_head import LOGITS_PER_CHUNK, NARROW_CHUNKS
 from grpo.model.loading import architecture, explained
@@ -28,7 +29,6 @@ from grpo.model.packed import (
     may_pack,
     supports_packing,
 )
-from grpo.model.paths import Paths, set_paths
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, max_length: int) -> PreT
             add_adapter(model, replace(config.lora, init_from=None), getattr(torch, config.dtype), seed=0)
     # That packed rows give the right numbers is checked when the weights are loaded.
     packs = may_pack(model, max_length) and _supports_packed_rows(model)
-    set_paths(model, Paths(training="packed" if packs else "plain"))
+    set_implementation(model, Implementation(training="packed" if packs else "plain"))
     return model
 
 

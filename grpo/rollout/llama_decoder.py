@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from grpo.batch import Prompts, positions
+from grpo.model.implementation import implementation_of
 from grpo.model.linear import has_onednn, onednn_linear, reorder_weight
 from grpo.model.lora import low_rank
 from grpo.model.packed import PackedPrompts, VarLen, forward_packed, varlen
-from grpo.model.paths import paths_of
 from grpo.rollout.cuda_graph import capture_graph
 
 # Their layers are: norm, attention with rotary positions, norm, gated SiLU. Biases and norms of heads are optional.
@@ -133,7 +133,10 @@ class FastDecoder:
         self._cuda_graphs = cuda_graphs
         self._prompt_of_row = prompt_of_row
         self._groups = rows_by_prompt(prompt_of_row, len(lengths))
-        assert (paths_of(model).logit_scale, paths_of(model).logit_cap) == (1.0, None)  # as in the whole family
+        assert (implementation_of(model).logit_scale, implementation_of(model).logit_cap) == (
+            1.0,
+            None,
+        )  # as in the whole family
         self._head = FusedLinear(rows, model.get_output_embeddings())
         self._layers = [
             _layer(module, packing.kept[number], rows, max_tokens, clear=cuda_graphs)

@@ -1,7 +1,7 @@
 """The check of a loaded model: the suite's numbers must be those of a plain forward pass of each row by itself.
 
 Sampling, and the training pass with its gradient, are tried with the fastest implementation first
-(`grpo/model/paths.py`), on a few tokens, with prompts of different lengths, beyond every window that the model's config
+(`grpo/model/implementation.py`), on a few tokens, with prompts of different lengths, beyond every window that the model's config
 declares. The first implementation that agrees is used. A model for which none agrees is refused. docs/models.md has the
 results for many architectures.
 """
@@ -21,12 +21,12 @@ from grpo.batch import Completions, Prompts
 from grpo.config.errors import ConfigError, first_line
 from grpo.config.schema import ModelConfig
 from grpo.model.hardware import free_memory
+from grpo.model.implementation import SAMPLING, TRAINING, Implementation, implementation_of, set_implementation
 from grpo.model.lm_head import soft_cap
 from grpo.model.loading import load_model
 from grpo.model.logps import completion_logps
 from grpo.model.oom import out_of_memory
 from grpo.model.packed import attention_windows, may_pack
-from grpo.model.paths import SAMPLING, TRAINING, Paths, paths_of, set_paths
 from grpo.rollout.llama_decoder import supports_fast_decoding
 from grpo.rollout.native import build_decoder, rows_decoded_together
 
@@ -63,16 +63,16 @@ class Disagreement(Exception):
 
 
 def load_checked_model(config: ModelConfig, device: torch.device, max_length: int | None = None) -> PreTrainedModel:
-    """Load a model and choose its paths. max_length: see `choose_paths`. Raises ConfigError."""
+    """Load a model and choose its implementation. max_length: see `choose_implementation`. Raises ConfigError."""
     model = load_model(config, device)
-    choose_paths(model, max_length)
+    choose_implementation(model, max_length)
     if device.type == "cuda":  # the check may need more memory than the run, whose peak is recorded
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return model
 
 
-def choose_paths(model: PreTrainedModel, max_length: int | None = None) -> dict[str, float]:
+def choose_implementation(model: PreTrainedModel, max_length: int | None = None) -> dict[str, float]:
     """Choose the fastest implementations that give the model's numbers, and record them on the model.
 
     max_length: the largest number of tokens of a prompt with its completion; None if it is not known. Returns for
@@ -94,33 +94,33 @@ def _choose(model: PreTrainedModel, parameters: list[nn.Parameter], longest: int
     expected = _attempt(model, lambda: _plain_passes(model, prompts, completions, parameters))
     packs = may_pack(model, longest)
     skipped = {"packed": not packs, "fast": not (packs and supports_fast_decoding(model))}
-    plain = Paths("plain", "plain", scale, cap)
+    plain = Implementation("plain", "plain", scale, cap)
     sampling, sampling_difference = _first_that_agrees(
         model,
-        {path: replace(plain, sampling=path) for path in SAMPLING if not skipped.get(path)},
+        {name: replace(plain, sampling=name) for name in SAMPLING if not skipped.get(name)},
         lambda: _compare_sampling(model, expected),
     )
     training, training_difference = _first_that_agrees(
         model,
-        {path: replace(plain, training=path) for path in TRAINING if not skipped.get(path)},
+        {name: replace(plain, training=name) for name in TRAINING if not skipped.get(name)},
         lambda: _compare_training(model, expected),
     )
-    set_paths(model, replace(plain, training=training, sampling=sampling))
+    set_implementation(model, replace(plain, training=training, sampling=sampling))
     return {"sampling": sampling_difference, "training": training_difference}
 
 
 def _first_that_agrees(
-    model: PreTrainedModel, candidates: dict[str, Paths], compare: Callable[[], float]
+    model: PreTrainedModel, candidates: dict[str, Implementation], compare: Callable[[], float]
 ) -> tuple[str, float]:
     reasons = []
-    for path, paths in candidates.items():
-        set_paths(model, paths)
+    for name, candidate in candidates.items():
+        set_implementation(model, candidate)
         try:
-            return path, compare()
+            return name, compare()
         except Exception as error:
             if out_of_memory(error):
                 raise
-            reasons.append(f"{path}: {_described(error)}")
+            reasons.append(f"{name}: {_described(error)}")
             logger.debug("%s: %s", type(model).__name__, reasons[-1])
     raise _refused(model, f"results differ from those of a plain forward pass ({'; '.join(reasons)})")
 
@@ -265,7 +265,7 @@ def _rounded_embeddings(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def _scale_and_cap(model: PreTrainedModel, ids: Tensor) -> tuple[float, float | None]:
-    """How the model changes the logits of its output head: `Paths.logit_scale` and `Paths.logit_cap`.
+    """How the model changes the logits of its output head: `Implementation.logit_scale` and `Implementation.logit_cap`.
 
     A soft cap changes only large logits, so the hidden states are scaled until the largest logit is 1000. Raises
     Disagreement if the logits are changed in another way.
@@ -321,7 +321,7 @@ def _compare_sampling(model: PreTrainedModel, expected: Expected) -> float:
     completions = expected.completions
     differences = []
     # Of two prompts, with a group and as in evaluation, for which transformers' code may take another way.
-    for rows in [[0, 1, 2]] if paths_of(model).sampling == "fast" else [[0, 1, 2], [0, 2]]:
+    for rows in [[0, 1, 2]] if implementation_of(model).sampling == "fast" else [[0, 1, 2], [0, 2]]:
         chosen = torch.tensor(rows, device=model.device)
         for part in rows_decoded_together(model, expected.prompts, completions.group, chosen):
             decoder = build_decoder(model, expected.prompts, completions.group[part], NEW_TOKENS)

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from grpo.batch import Completions, Prompts, positions, split_rows
 from grpo.config.errors import ConfigError
 from grpo.counter_rng import gumbel_noise
+from grpo.model.implementation import implementation_of
 from grpo.model.kv_cache import cache_argument, extend, new_cache, prefill, select_cache_rows
 from grpo.model.lm_head import output_head
 from grpo.model.oom import TokenBudget
-from grpo.model.paths import paths_of
 from grpo.rollout.engine import Compute, Sampling
 from grpo.rollout.llama_decoder import FAMILY, FastDecoder
 
@@ -50,7 +50,7 @@ class NativeEngine:
             )
 
         lengths = prompts.mask.sum(dim=1)
-        times_read = 1 if paths_of(self._policy).sampling == "fast" else group_size
+        times_read = 1 if implementation_of(self._policy).sampling == "fast" else group_size
         least = int(lengths.max()) + sampling.max_new_tokens
         most = int(lengths.sum()) * times_read + len(lengths) * group_size * sampling.max_new_tokens
         return self._budget.run(sample, least, most)
@@ -76,7 +76,7 @@ class NativeEngine:
 
 def check_decoding(model: PreTrainedModel) -> None:
     """Raise ConfigError if sampling from the model would need transformers' growing cache."""
-    if paths_of(model).sampling != "fast":
+    if implementation_of(model).sampling != "fast":
         families = ", ".join(sorted(name.rpartition(".")[2].removesuffix("Model") for name in FAMILY))
         raise ConfigError(
             f"{type(model).__name__} with model.attn_implementation={model.config._attn_implementation} needs "
@@ -138,11 +138,11 @@ def rows_decoded_together(
     prompt_of_row: (B,), of all rows, ordered by prompt.
     """
     lengths = prompts.mask.sum(dim=1)
-    path = paths_of(model).sampling
+    decoder = implementation_of(model).sampling
     parts = [
-        rows[part] for part in split_rows(lengths, prompt_of_row[rows], max_new_tokens, token_budget, path == "fast")
+        rows[part] for part in split_rows(lengths, prompt_of_row[rows], max_new_tokens, token_budget, decoder == "fast")
     ]
-    if path != "plain":
+    if decoder != "plain":
         return parts
     by_row = lengths[prompt_of_row]  # (B,)
     return [part[by_row[part] == length] for part in parts for length in by_row[part].unique()]
@@ -151,12 +151,12 @@ def rows_decoded_together(
 def build_decoder(
     model: PreTrainedModel, prompts: Prompts, prompt_of_row: Tensor, max_tokens: int, *, cuda_graphs: bool = False
 ) -> "Decoder":
-    """The decoder of the model's path, for R rows with prompts `prompt_of_row` (R,)."""
+    """The decoder that was chosen for the model, for R rows with prompts `prompt_of_row` (R,)."""
     used, place = prompts.take(prompt_of_row)
-    path = paths_of(model).sampling
-    if path == "fast":
+    decoder = implementation_of(model).sampling
+    if decoder == "fast":
         return FastDecoder(model, used, place, max_tokens, cuda_graphs=cuda_graphs and place.is_cuda)
-    return (CachedDecoder if path == "cached" else PlainDecoder)(model, used, place, max_tokens)
+    return (CachedDecoder if decoder == "cached" else PlainDecoder)(model, used, place, max_tokens)
 
 
 def completion_mask(ids: Tensor, stop_ids: tuple[int, ...]) -> Tensor:

@@ -28,7 +28,7 @@ from grpo.model.hardware import peak_memory_gb
 from grpo.model.linear import use_onednn
 from grpo.model.packed import supports_packing
 from grpo.rollout.engine import Sampling
-from grpo.rollout.load_check import choose_paths
+from grpo.rollout.load_check import choose_implementation
 from grpo.rollout.native import rollout
 from grpo.training.update import Batch, accumulate_gradient
 
@@ -60,7 +60,7 @@ class Shape:
         )
         model = AutoModelForCausalLM.from_config(config).eval()
         use_onednn(model)
-        choose_paths(model)
+        choose_implementation(model)
         assert supports_packing(model)
         return model
 

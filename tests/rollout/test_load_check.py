@@ -18,12 +18,12 @@ from transformers.models.llama import modeling_llama
 
 from grpo.config.errors import ConfigError
 from grpo.config.schema import LoraSettings
+from grpo.model.implementation import implementation_of
 from grpo.model.linear import use_onednn
 from grpo.model.loading import load_model
 from grpo.model.lora import add_adapter, check_adapter, save_adapter
 from grpo.model.packed import NAME
-from grpo.model.paths import paths_of
-from grpo.rollout.load_check import LARGEST_LOGIT, choose_paths
+from grpo.rollout.load_check import LARGEST_LOGIT, choose_implementation
 from tests.architectures import kinds, random_model
 from tests.launches import ROOT
 from tests.tiny_model import tiny_config
@@ -77,7 +77,7 @@ def has_working_adapter(model):
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
-    choose_paths(adapted, LONGEST)
+    choose_implementation(adapted, LONGEST)
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(adapted, folder)
         settings.init_from = folder
@@ -91,15 +91,15 @@ def has_working_adapter(model):
 @pytest.mark.parametrize("kind", SAMPLE)
 def test_the_fastest_implementation_that_gives_the_models_numbers_is_chosen(kind):
     model = loaded(kind)
-    choose_paths(model, LONGEST)
-    assert (paths_of(model).training, paths_of(model).sampling) == SAMPLE[kind]
+    choose_implementation(model, LONGEST)
+    assert (implementation_of(model).training, implementation_of(model).sampling) == SAMPLE[kind]
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mamba"])
 def test_an_adapter_of_experts_or_of_a_recurrent_model_works_and_can_be_loaded_again(kind):
     model = loaded(kind)
-    choose_paths(model, LONGEST)
+    choose_implementation(model, LONGEST)
     assert has_working_adapter(model)
 
 
@@ -114,7 +114,7 @@ def test_an_adapter_of_experts_or_of_a_recurrent_model_works_and_can_be_loaded_a
 def test_a_model_whose_numbers_are_not_reproduced_is_refused_in_one_line(kind, reason):
     model = loaded(kind)
     with pytest.raises(ConfigError, match=reason) as refused:
-        choose_paths(model, LONGEST)
+        choose_implementation(model, LONGEST)
     assert "\n" not in str(refused.value)
     assert "choose another model.name" in str(refused.value)
 
@@ -123,11 +123,11 @@ def test_a_window_counts_only_if_the_sequences_can_pass_it():
     """Sparse attention and sliding windows are full attention for shorter sequences."""
     for longest, path in ((16, "packed"), (17, "cached")):
         model = loaded("mistral")
-        choose_paths(model, longest)
-        assert paths_of(model).training == path
-    choose_paths(loaded("deepseek_v32"), max_length=16)
+        choose_implementation(model, longest)
+        assert implementation_of(model).training == path
+    choose_implementation(loaded("deepseek_v32"), max_length=16)
     with pytest.raises(ConfigError):
-        choose_paths(loaded("deepseek_v32"), max_length=17)
+        choose_implementation(loaded("deepseek_v32"), max_length=17)
 
 
 def test_a_window_in_a_nested_config_is_found():
@@ -139,8 +139,8 @@ def test_a_window_in_a_nested_config_is_found():
     config.vision_config.update({"image_size": 28, "patch_size": 14, "intermediate_size": 16})
     model = AutoModelForCausalLM.from_config(config).eval()
     assert not hasattr(model.config, "sliding_window")
-    choose_paths(model, LONGEST)
-    assert paths_of(model).training == "cached"
+    choose_implementation(model, LONGEST)
+    assert implementation_of(model).training == "cached"
 
 
 def test_a_class_with_the_name_of_a_known_one_is_not_taken_for_it():
@@ -151,18 +151,18 @@ def test_a_class_with_the_name_of_a_known_one_is_not_taken_for_it():
         pass
 
     model.model.__class__ = LlamaModel
-    choose_paths(model, LONGEST)
-    assert paths_of(model).sampling == "cached"
+    choose_implementation(model, LONGEST)
+    assert implementation_of(model).sampling == "cached"
 
 
 def test_a_soft_cap_and_a_factor_of_the_logits_are_reproduced():
     """With small weights a soft cap changes nothing that could be seen in the logits themselves."""
     capped = loaded("gemma2", final_logit_softcapping=5.0)
-    choose_paths(capped, LONGEST)
-    assert paths_of(capped).logit_cap == 5.0
+    choose_implementation(capped, LONGEST)
+    assert implementation_of(capped).logit_cap == 5.0
     scaled = loaded("cohere", logit_scale=0.25)
-    choose_paths(scaled, LONGEST)
-    assert paths_of(scaled).logit_scale == pytest.approx(0.25, rel=1e-5)
+    choose_implementation(scaled, LONGEST)
+    assert implementation_of(scaled).logit_scale == pytest.approx(0.25, rel=1e-5)
     undeclared = loaded("gemma2", final_logit_softcapping=5.0)
     undeclared.config.final_logit_softcapping = None  # as in an architecture that names it otherwise
     forward = undeclared.forward
@@ -177,7 +177,7 @@ def test_a_soft_cap_and_a_factor_of_the_logits_are_reproduced():
         undeclared(torch.arange(30, 50)[None]).logits - forward(torch.arange(30, 50)[None]).logits
     ).abs().max() < 0.1
     with pytest.raises(ConfigError, match="changes the logits of its output head"):
-        choose_paths(undeclared, LONGEST)
+        choose_implementation(undeclared, LONGEST)
 
 
 def test_attention_with_a_soft_cap_is_not_packed_however_small_its_scores_are():
@@ -190,21 +190,21 @@ def test_attention_with_a_soft_cap_is_not_packed_however_small_its_scores_are():
 def test_a_model_in_bfloat16_is_checked_in_float32_and_keeps_its_bits(caplog):
     model = loaded("qwen3_5_text").to(torch.bfloat16)
     before = [parameter.clone() for parameter in model.parameters()]
-    choose_paths(model, LONGEST)
-    assert paths_of(model).training == "plain"  # rounding to bfloat16 would hide that packed rows are wrong
+    choose_implementation(model, LONGEST)
+    assert implementation_of(model).training == "plain"  # rounding to bfloat16 would hide that packed rows are wrong
     for parameter, former in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, former)
         assert parameter.dtype == torch.bfloat16
     model = loaded("mamba").to(torch.bfloat16)
     with pytest.raises(ConfigError, match="it fails with RuntimeError"):  # transformers' own code does, on a CPU
-        choose_paths(model, LONGEST)
+        choose_implementation(model, LONGEST)
 
 
 def test_a_layer_that_changes_the_result_of_a_linear_layer_in_place_can_be_trained():
     """OLMo clips queries, keys and values."""
     model = loaded("olmo", clip_qkv=0.05)
-    choose_paths(model, LONGEST)
-    assert paths_of(model).training == "packed"
+    choose_implementation(model, LONGEST)
+    assert implementation_of(model).training == "packed"
 
 
 def test_a_model_without_torchs_attention_is_refused_with_the_setting_that_works(tmp_path):
@@ -212,7 +212,7 @@ def test_a_model_without_torchs_attention_is_refused_with_the_setting_that_works
     with pytest.raises(ConfigError, match=r"add model\.attn_implementation=eager$"):
         load_model(tiny_config(name=str(tmp_path)), CPU)
     model = load_model(tiny_config(name=str(tmp_path), attn_implementation="eager"), CPU)
-    choose_paths(model, LONGEST)
+    choose_implementation(model, LONGEST)
 
 
 def table():
@@ -224,7 +224,7 @@ def table():
         except Exception:  # its config names its sizes in another way
             continue
         try:
-            differences = choose_paths(model, LONGEST)
+            differences = choose_implementation(model, LONGEST)
         except ConfigError as error:
             reason = str(error).partition(" is not supported: ")[2].removesuffix("; choose another model.name")
             rows[kind] = f"| {kind} | refused: {shortened(reason)} | | | |\n"
@@ -233,9 +233,9 @@ def table():
             lora = "yes" if has_working_adapter(model) else "no: differs after loading"
         except ConfigError as error:
             lora = "no: the check refuses it" if "is not supported" in str(error) else "no: it cannot be loaded again"
-        paths = paths_of(model)
+        chosen = implementation_of(model)
         millionths = max(differences.values()) / LARGEST_LOGIT * 1e6
-        rows[kind] = f"| {kind} | {paths.training} | {paths.sampling} | {millionths:.1g} | {lora} |\n"
+        rows[kind] = f"| {kind} | {chosen.training} | {chosen.sampling} | {millionths:.1g} | {lora} |\n"
     return rows
 
 

@@ -9,14 +9,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.batch import Prompts, split_rows
 from grpo.counter_rng import group_keys
+from grpo.model.implementation import implementation_of
 from grpo.model.linear import use_onednn
-from grpo.model.paths import paths_of
 from grpo.rollout import llama_decoder as decoder_module
 from grpo.rollout import native as engine
 from grpo.rollout.cuda_graph import capture_graph
 from grpo.rollout.engine import Sampling
 from grpo.rollout.llama_decoder import FastDecoder, supports_fast_decoding
-from grpo.rollout.load_check import choose_paths
+from grpo.rollout.load_check import choose_implementation
 from grpo.rollout.native import CachedDecoder, completion_mask, rollout
 from tests.oracles import completion_logps_unshared
 
@@ -140,8 +140,8 @@ def model_of_the_family(kind, tied):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)  # biases and norms too
     use_onednn(model)
-    choose_paths(model)
-    assert paths_of(model).sampling == "fast"
+    choose_implementation(model)
+    assert implementation_of(model).sampling == "fast"
     return model
 
 

@@ -10,7 +10,7 @@ from grpo.algorithm.objective import LossOutput, Objective
 from grpo.batch import Prompts
 from grpo.model.linear import use_onednn
 from grpo.model.packed import supports_packing
-from grpo.rollout.load_check import choose_paths
+from grpo.rollout.load_check import choose_implementation
 from grpo.tiny import MODEL_DIR
 from grpo.training.metrics import update_metrics
 from grpo.training.update import (
@@ -31,7 +31,7 @@ def model(request):
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
     if request.param == "packed":
         use_onednn(model)
-        choose_paths(model)
+        choose_implementation(model)
         assert supports_packing(model)
     return model
 

@@ -9,7 +9,7 @@ SAMPLING = ("fast", "cached", "plain")
 
 
 @dataclass(frozen=True)
-class Paths:
+class Implementation:
     """The implementations that give the numbers of a plain forward pass for a model.
 
     Training: `packed` computes all sequences in one row without padding, `cached` reads the prompt of a group once
@@ -23,11 +23,11 @@ class Paths:
     logit_cap: float | None = None  # its soft cap of the logits; None: no cap
 
 
-def paths_of(model: Any) -> Paths:
-    """The paths that were chosen for a model."""
-    return getattr(model, "grpo_paths", Paths())
+def implementation_of(model: Any) -> Implementation:
+    """The implementation that was chosen for a model."""
+    return getattr(model, "grpo_implementation", Implementation())
 
 
-def set_paths(model: Any, paths: Paths) -> None:
-    """Choose the paths of a model, and of copies of it that are made later."""
-    model.grpo_paths = paths
+def set_implementation(model: Any, chosen: Implementation) -> None:
+    """Choose the implementation for a model, and for copies of it that are made later."""
+    model.grpo_implementation = chosen
