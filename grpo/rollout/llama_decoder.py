@@ -133,10 +133,8 @@ class FastDecoder:
         self._cuda_graphs = cuda_graphs
         self._prompt_of_row = prompt_of_row
         self._groups = rows_by_prompt(prompt_of_row, len(lengths))
-        assert (implementation_of(model).logit_scale, implementation_of(model).logit_cap) == (
-            1.0,
-            None,
-        )  # as in the whole family
+        chosen = implementation_of(model)
+        assert (chosen.logit_scale, chosen.logit_cap) == (1.0, None)  # as in the whole family
         self._head = FusedLinear(rows, model.get_output_embeddings())
         self._layers = [
             _layer(module, packing.kept[number], rows, max_tokens, clear=cuda_graphs)

@@ -1,9 +1,9 @@
 """The check of a loaded model: the suite's numbers must be those of a plain forward pass of each row by itself.
 
 Sampling, and the training pass with its gradient, are tried with the fastest implementation first
-(`grpo/model/implementation.py`), on a few tokens, with prompts of different lengths, beyond every window that the model's config
-declares. The first implementation that agrees is used. A model for which none agrees is refused. docs/models.md has the
-results for many architectures.
+(`grpo/model/implementation.py`), on a few tokens, with prompts of different lengths, beyond every window that the
+model's config declares. The first implementation that agrees is used. A model for which none agrees is refused.
+docs/models.md has the results for many architectures.
 """
 
 import inspect
