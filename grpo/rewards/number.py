@@ -196,13 +196,13 @@ def _statement(tokens: list[Token]) -> _Statement | None:
     if not last.items:
         raise Refused
     value = calculate(last.items, 1)
-    for index, part in enumerate(parts[:-1]):
-        is_name = not part.items or (index == 0 and _is_name(part, last))
-        # A percent sign may be meant as a unit (20% + 30% = 50%) or as hundredths (50% * 36 = 18).
-        if not is_name and all(
-            calculate(part.items, percent) != calculate(last.items, percent) for percent in (1, Fraction(1, 100))
-        ):
-            raise Refused
+    first_is_name = len(parts) > 1 and _is_name(parts[0], last)
+    claimed = [part for part in parts[first_is_name:] if part.items]
+    # A percent sign is meant as a unit (20% + 30% = 50%) or as hundredths, as in every product (50% * 36 = 18).
+    multiplied = any("*" in part.shape and any(item.percent for item in part.items) for part in claimed)
+    percents = [Fraction(1, 100)] if multiplied else [Fraction(1), Fraction(1, 100)]
+    if not any(len({calculate(part.items, percent) for part in claimed}) == 1 for percent in percents):
+        raise Refused
     operands = parts[0].operands
     return _Statement(value, last.plain, operands if len(parts) > 1 and len(operands) > 1 else [])
 
@@ -211,6 +211,8 @@ def _is_name(part: _Part, last: _Part) -> bool:
     """Whether a part with one number and a unit is the name of what follows, as in "3 days = 18"."""
     if part.shape != "Nu" or " " in part.items[0].text or part.words & (words.NOT_IN_A_NAME | last.words):
         return False
+    if any(len(token.word) == 1 for token in part.after):
+        return False  # 2m = 18: m may be unknown
     return all(token.word and token.word not in words.BEFORE | words.TRANSPARENT for token in part.after)
 
 
@@ -363,6 +365,7 @@ def _check_after(taken: list[Token], at_end: bool) -> None:
         name in ("square", "cubic", "sq", "cu") and not any(t.word for t in taken[1:])
     ):
         raise Refused
+    _check_statement_about(taken)
     for previous, token in pairwise([Token("end", ""), *taken]):
         starts_unit = token is first or previous.text == "/"
         if _is_variable(token) or (
@@ -375,7 +378,19 @@ def _check_after(taken: list[Token], at_end: bool) -> None:
             raise Refused
 
 
+def _check_statement_about(taken: list[Token]) -> None:
+    """Refuse what is said of the number, unless it is known to confirm it: "18 is the answer", not "18 is bogus"."""
+    verbs = [index for index, token in enumerate(taken) if token.word in words.SAYS_OF]
+    if not verbs:
+        return
+    said = [token.word for token in taken[verbs[0] + 1 :]]
+    while said and said[0] in words.TRANSPARENT:
+        del said[0]
+    if said and not (said[0] in words.BEFORE | words.CONFIRMS or words.is_verb(said[0])):
+        raise Refused
+
+
 def _is_variable(token: Token) -> bool:
-    """Whether a token is a single letter that is neither a unit nor an English word; M, K and the like are scales."""
+    """Whether a token is a single letter that is neither a unit nor an English word, or MM (M, K, MM are scales)."""
     is_unit = token.text in "LCFI" or (token.text.islower() and token.text in words.UNITS | words.SHORT)
-    return len(token.word) == 1 and not is_unit
+    return (len(token.word) == 1 and not is_unit) or token.text == "MM"

@@ -64,7 +64,7 @@ CHANGING = (
     # sign
     | _words(
         """minus neg negative negatives negatively negated negate negation loss losses deficit deficits debt debts
-        overdrawn overdraft shortfall shortage bc bce"""
+        overdrawn overdraft underwater shortfall shortage bc bce"""
     )
     # scales that are not evaluated
     | _words(
@@ -99,7 +99,9 @@ _ENDS_IN_ISH = _words("finish dish polish radish english british spanish irish d
 CHANGING_PHRASE = re.compile(
     r"""\b(?:
         (?:is|are|was|were|be)[ ](?:more|less|fewer|greater|bigger|larger|smaller|higher|lower|close|near|between)
-      | (?:the|a|its|their)[ ](?:square|cube)[ ](?:of|is|and) | at[ ](?:least|most) | used[ ]to[ ]be | no[ ]longer
+      | (?:the|a|its|their)[ ](?:square|cube)[ ](?:of|is|and) | at[ ](?:the[ ])?(?:very[ ])?(?:least|most)
+      | in[ ](?:the[ ]red|arrears) | crossed[ ]out | sign[ ](?:is[ ])?(?:changed|flipped|switched|reversed)
+      | used[ ]to[ ]be | no[ ]longer
       | (?:added|subtracted|deducted)[ ](?:to|from) | more[ ](?:or|and) | give[ ]or[ ]take
       | (?:capped|limited|starting|starts|started|begins|beginning)[ ](?:at|from|to|with)
       | less[ ](?:the|a|an|any|tax|taxes|tip|fees)
@@ -123,6 +125,10 @@ CHANGING_NEXT = _words(
 )
 # "18 and more", "18 dollars and change"
 MORE = _words("a an any another some change more counting several few bit up above over below under beyond then")
+
+# What follows one of these words, after a number, is said of it: a word of BEFORE or CONFIRMS, or a verb.
+SAYS_OF = _words("is are was were seems seem seemed appears appear appeared looks look looked sounds remains")
+CONFIRMS = _words("right true what how left needed required enough due available per")
 
 # Passed over between a number and the word in front of it.
 TRANSPARENT = _words(
@@ -175,7 +181,10 @@ BEFORE_TO = _words(
 BEFORE_UP_TO = BEFORE_TO | _words("add adds added adding sum work worked")
 
 # A part of a chain with one of these is a sentence, not the name of what follows: "3 days = 18", not "18 is left = 20"
-NOT_IN_A_NAME = _words("is are was were has have had makes made gets got and so but then therefore thus")
+NOT_IN_A_NAME = _words(
+    """is are was were has have had makes made gets got and so but then therefore thus cent cents dollar dollars euro
+    euros pound pounds buck bucks percent"""
+)
 
 UNITS = _words(
     """m g s h l c f cm mm km kg mg ml dl cl kl lb oz ft mi yd in hr pm am mph kph kmh lbs hrs min mins sec secs yds pt

@@ -91,7 +91,7 @@ TEMPLATES: dict[str, list[str]] = {
     ],
     "LaTeX currency": [r"\${n}", r"{s}\${m}", r"$\${n}$", r"\$ {n}.00", r"\({s}\${m}\)", r"\text{{USD }}{n}"],
     "commas between digit groups": ["{c}", "{c} people", "{c}.00", "The total is {c}.", "**{c}**"],
-    "LaTeX between digit groups": ["{{,}}", r"\,", r"\ ", r"\;", "~", r",\!"],
+    "LaTeX between digit groups": ["{{,}}", r"\,", r"\ ", r"\;", r",\!"],
     "no-break spaces between digit groups": ["\u00a0", "\u202f", "\u2009"],
     "trailing zeros and points": ["{n}.0", "{n}.00", "{n}.", "{c}.0 miles", "{s}${m}.00", "{n}.000"],
     "scientific notation": ["e", "E+", " \xd7 10^", r" \times 10^", " x 10^", r" \cdot 10^", "*10^"],
