@@ -1,7 +1,7 @@
 """Optimizers that torch lacks: AdamW for bfloat16 weights, and Muon with AdamW for the parameters it cannot take."""
 
 from collections.abc import Iterable
-from itertools import pairwise
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,22 +19,21 @@ def exempt_vectors(optimizer: torch.optim.Optimizer) -> None:
     Groups with weight decay are split, in place, and the order of the parameters is kept, since checkpoints number the
     states by it. Optimizers of other packages are left as they are: some compute a step size for each group.
     """
-    if not type(optimizer).__module__.startswith(("torch.optim.", "grpo.")):
+    if not type(optimizer).__module__.startswith(("torch.optim.", __name__)):
         return
     groups = []
     for group in optimizer.param_groups:
-        kinds = [parameter.dim() < 2 for parameter in group["params"]]  # True for vectors
-        if not group.get("weight_decay"):
+        is_vector = [parameter.dim() < 2 for parameter in group["params"]]
+        decay = group.get("weight_decay") or 0.0
+        if decay and all(is_vector):
+            group["weight_decay"] = 0.0
+        if decay == 0 or len(set(is_vector)) == 1:  # the same object, which an optimizer inside this one may share
             groups.append(group)
-        elif len(set(kinds)) == 1:  # the same object, which an optimizer inside this one may share
-            group["weight_decay"] *= not kinds[0]
-            groups.append(group)
-        else:
-            ends = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
-            for start, end in pairwise([0, *ends, len(kinds)]):
-                parts = {name: group[name][start:end] for name in ("params", "param_names") if name in group}
-                decay = 0.0 if kinds[start] else group["weight_decay"]
-                groups.append(group | parts | {"weight_decay": decay})
+            continue
+        for vectors, run in groupby(range(len(is_vector)), key=is_vector.__getitem__):
+            places = list(run)
+            parts = {name: [group[name][i] for i in places] for name in ("params", "param_names") if name in group}
+            groups.append(group | parts | {"weight_decay": 0.0 if vectors else decay})
     optimizer.param_groups[:] = groups
 
 
@@ -151,11 +150,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 )
             )
         if rest:
+            # In the same order, but in groups without or with only vectors, for `exempt_vectors`.
+            runs = [{"params": list(run)} for _, run in groupby(rest, key=lambda pair: pair[1].dim() < 2)]
             self._parts.append(
-                torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True)
+                torch.optim.AdamW(runs, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True)
             )
-        for part in self._parts:
-            exempt_vectors(part)
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         self.defaults = {name: value for part in self._parts for name, value in part.defaults.items()}
         for part in self._parts:

@@ -277,8 +277,8 @@ def sampling_differs(doctor: Doctor) -> str | None:
     rounding = f"rounding in {doctor.dtype}" if doctor.dtype in MOST_ROUNDING else "rounding"
     return (
         f"the log-probabilities of the same tokens in sampling and training differ by {differences[-1]:.2g} nats per "
-        f"token, more than {rounding} explains (at most {limit:g}), so the gradients are wrong: a rollout engine of "
-        "your own must load the current weights in sync(); with rollout=native try model.attn_implementation=eager, "
+        f"token, more than {rounding} explains (at most {limit:g}): a rollout engine of your own must compute in the "
+        "same dtype, and load the current weights in sync(); with rollout=native try model.attn_implementation=eager, "
         "or another model.name"
     )
 

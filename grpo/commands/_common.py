@@ -128,9 +128,10 @@ def load_model_under_test(subject: ModelUnderTest, with_problems: bool = True):
 
     experiment = build_experiment(subject.config, with_problems)
     policy = experiment.load_policy()
-    if subject.folder is not None and with_problems:
+    if subject.folder is not None:
         found = digests_of(experiment, subject.folder, policy)
-        found.pop("adapter", None)  # it is the trained one
+        for name in ("adapter",) if with_problems else ("adapter", "problems", "prompts"):
+            found.pop(name, None)  # the adapter is the trained one
         check_digests(subject.folder, found, subject.changed, subject.config.accept_changes)
     model = experiment.in_compute_dtype(policy)
     if subject.weights is not None:

@@ -7,20 +7,22 @@ Without an adapter, checkpoint= writes the model with the weights of that checkp
 in bfloat16; in float32, the default, the model is the trained one to rounding.
 """
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from grpo.commands._common import find_model, own_arguments
+from grpo.commands._common import ModelUnderTest, find_model, own_arguments
 from grpo.config.errors import ConfigError
-from grpo.config.schema import ModelConfig
 from grpo.runs.files import commit_folder, discard
+
+ON_CPU = ("hardware.device=cpu", "model.device_map=cpu")  # whatever device the run used
 
 
 def main(arguments: list[str]) -> None:
     """Merge and print where the model is."""
     own, rest = own_arguments(arguments, ["output_dir"])
-    subject = find_model([*rest, "hardware.device=cpu", "model.device_map=cpu"])  # whatever device the run used
+    subject = find_model([*rest, *ON_CPU])
     model = subject.config.model
     asked = any(each.startswith("checkpoint=") for each in rest)
     if not asked and (model.lora is None or model.lora.init_from is None or subject.weights is not None):
@@ -45,8 +47,10 @@ def main(arguments: list[str]) -> None:
     except OSError as error:
         raise ConfigError(f"{target} cannot be created ({error.strerror}); give another output_dir=DIR") from error
     try:
-        merged_model(model, subject.weights, subject.config.seed).save_pretrained(temporary)
+        merged_model(subject).save_pretrained(temporary)
         load_tokenizer(model).save_pretrained(temporary)
+        if os.path.lexists(target):
+            raise ConfigError(f"{target} was created meanwhile; remove it, or give another output_dir=DIR")
         commit_folder(temporary, target)
     except BaseException:
         discard(temporary)
@@ -54,7 +58,7 @@ def main(arguments: list[str]) -> None:
     print(target)
 
 
-def merged_model(model: ModelConfig, weights: Path | None, seed: int) -> Any:
+def merged_model(subject: ModelUnderTest) -> Any:
     """The model with its adapter `model.lora.init_from` or the weights of a checkpoint, as one without an adapter."""
     import torch
     from peft import PeftModel
@@ -62,11 +66,18 @@ def merged_model(model: ModelConfig, weights: Path | None, seed: int) -> Any:
     from grpo.model.loading import load_model
     from grpo.model.lora import adapter_errors, add_adapter, check_adapter, peft_settings, save_adapter
     from grpo.runs.checkpoint import StoredTensors, load_weights
+    from grpo.training.digests import check_digests, config_digest, weights_digest
 
+    model = subject.config.model
+    weights = subject.weights
     cpu = torch.device("cpu")
     if model.lora is not None:
         check_adapter(model.lora)
     loaded = load_model(model, cpu)
+    if subject.folder is not None:
+        found = {"config": config_digest(subject.folder), "weights": weights_digest(loaded, subject.config)}
+        changed = [key for key in subject.changed if not any(each.startswith(f"{key}=") for each in ON_CPU)]
+        check_digests(subject.folder, found, changed, subject.config.accept_changes)
     if weights is None:
         assert model.lora is not None and model.lora.init_from is not None  # checked by `main`
         # With our settings, since those in the adapter's folder can name modules that peft imports.
@@ -74,7 +85,7 @@ def merged_model(model: ModelConfig, weights: Path | None, seed: int) -> Any:
         with adapter_errors(model.lora.init_from):
             return PeftModel.from_pretrained(loaded, model.lora.init_from, config=settings).merge_and_unload()
     if model.lora is not None:
-        add_adapter(loaded, model.lora, getattr(torch, model.dtype), seed)
+        add_adapter(loaded, model.lora, getattr(torch, model.dtype), subject.config.seed)
     load_weights(StoredTensors(weights / "model.safetensors"), loaded)
     if model.lora is None:
         return loaded

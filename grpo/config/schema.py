@@ -88,6 +88,7 @@ class GrpoConfig:
     lr_schedule: str = key(choices=("constant", "linear", "cosine"))
     warmup_steps: int = key(least=0)
     max_skipped_steps: int = key(least=0, on_resume="free")
+    decay_biases_and_norms: bool = key()
 
 
 @dataclass

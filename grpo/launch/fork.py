@@ -34,7 +34,7 @@ from grpo.runs.checkpoint import (
 )
 from grpo.runs.files import read_json, sync
 from grpo.runs.folder import RunFolder
-from grpo.training.digests import kept_by_fork
+from grpo.training.digests import check_digests, config_digest, kept_by_fork
 
 
 def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
@@ -48,6 +48,7 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     source = _checkpoint(parent, cfg.fork_step)
     state = load_state(source)
     before = parent.frozen_config()
+    check_digests(parent, {"config": config_digest(parent)}, (), cfg.accept_changes)
     frozen = apply_overrides(before, cfg, overrides, _config_folders())
     check_trusted(frozen, cfg, parent.path)
     manifest = read_json(source / MANIFEST)

@@ -52,6 +52,7 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings, dtype: torch.dty
         # Drawn again, since peft draws in the dtype of the weights, which may be narrower.
         for layer in adapted_layers(model):
             layer.reset_lora_parameters("default", init_lora_weights=True)
+    _check_names(model)
     if settings.init_from is not None:
         _begin_with(model, settings.init_from)
 
@@ -69,6 +70,20 @@ def peft_settings(settings: LoraSettings, model: PreTrainedModel) -> Any:
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.name_or_path,
     )
+
+
+def _check_names(model: PreTrainedModel) -> None:
+    """Raise ConfigError if peft would not find the layers of the adapter again when it is loaded."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    found: Any = set_peft_model_state_dict(model, get_peft_model_state_dict(model))  # its own values: changes nothing
+    lacking = [*found.unexpected_keys, *(key for key in found.missing_keys if "lora_" in key)]
+    if lacking:
+        layer = lacking[0].split(".lora_")[0].rpartition(".")[2]
+        raise ConfigError(
+            f"model.lora.target_modules: peft could not load an adapter of {layer} of {type(model).__name__} again; "
+            "name other layers, such as [q_proj,v_proj]"
+        )
 
 
 def check_adapter(settings: LoraSettings) -> None:

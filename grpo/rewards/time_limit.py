@@ -126,7 +126,7 @@ def _watchdog(process: int) -> subprocess.Popen[bytes] | None:
 
     None, with a warning, if it cannot be started: then only a thread of this process keeps the limit.
     """
-    command = [sys.executable, "-I", "-S", watchdog.__file__]
+    command = [sys.executable, "-I", "-S", watchdog.__file__, str(process)]
     try:
         started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
     except OSError as error:

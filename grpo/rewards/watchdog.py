@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 TICK_S = 0.25
@@ -19,7 +20,7 @@ TICK_S = 0.25
 
 def main() -> None:
     """Read lines until the process ends, or end it."""
-    process = os.getppid()
+    process = int(sys.argv[1])  # it may have ended before this line
     call: dict[str, Any] | None = None
     silent_s = 0.0
     while os.getppid() == process:
@@ -58,6 +59,8 @@ def report(call: dict[str, Any]) -> None:
     with open(call["status"], encoding="utf-8") as file:
         status = json.load(file)
     temporary = f"{call['status']}.watchdog"
+    with suppress(FileNotFoundError):
+        os.unlink(temporary)  # left over; never written through, since it may be a link
     with open(temporary, "x", encoding="utf-8") as file:
         file.write(json.dumps(status | {"state": "failed", "error": call["error"]}, indent=2) + "\n")
     os.replace(temporary, call["status"])

@@ -23,7 +23,7 @@ from grpo.config.schema import ModelConfig
 from grpo.model.hardware import free_memory
 from grpo.model.implementation import SAMPLING, TRAINING, Implementation, implementation_of, set_implementation
 from grpo.model.lm_head import soft_cap
-from grpo.model.loading import load_model
+from grpo.model.loading import copy_in_dtype, load_model
 from grpo.model.logps import completion_logps
 from grpo.model.oom import out_of_memory
 from grpo.model.packed import attention_windows, may_pack
@@ -66,25 +66,30 @@ def load_checked_model(config: ModelConfig, device: torch.device, max_length: in
     """Load a model and choose its implementation. max_length: see `choose_implementation`. Raises ConfigError."""
     model = load_model(config, device)
     choose_implementation(model, max_length)
-    if device.type == "cuda":  # the check may need more memory than the run, whose peak is recorded
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
     return model
 
 
-def choose_implementation(model: PreTrainedModel, max_length: int | None = None) -> dict[str, float]:
+def choose_implementation(
+    model: PreTrainedModel, max_length: int | None = None, compute_dtype: torch.dtype | None = None
+) -> dict[str, float]:
     """Choose the fastest implementations that give the model's numbers, and record them on the model.
 
-    max_length: the largest number of tokens of a prompt with its completion; None if it is not known. Returns for
-    `sampling` and `training` the largest difference of a logit or log-probability, where the largest logit is
-    `LARGEST_LOGIT`. Raises ConfigError if no implementation gives the model's numbers.
+    max_length: the largest number of tokens of a prompt with its completion; None if it is not known. compute_dtype:
+    that of forward and backward passes; None: the model's. Returns for `sampling` and `training` the largest difference
+    of a logit or log-probability, where the largest logit is `LARGEST_LOGIT`. Raises ConfigError if no implementation
+    gives the model's numbers.
     """
     longest = max_length or UNKNOWN_LENGTH
-    with _probed_parameters(model) as parameters, torch.enable_grad():
-        with _float32_weights(model):
-            differences = _choose(model, parameters, longest)
-        if model.dtype != torch.float32:  # some architectures fail only in other dtypes
-            _attempt(model, lambda: _use_once(model, longest))
+    dtype = compute_dtype or model.dtype
+    with _probed_parameters(model) as parameters, torch.enable_grad(), _float32_weights(model):
+        differences = _choose(model, parameters, longest)
+    if dtype != torch.float32:  # some architectures fail only in other dtypes
+        used = model if model.dtype == dtype else copy_in_dtype(model, dtype)
+        with _probed_parameters(used), torch.enable_grad():
+            _attempt(model, lambda: _use_once(used, longest))
+    if model.device.type == "cuda":  # the check may need more memory than the run, whose peak is recorded
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(model.device)
     return differences
 
 
@@ -278,18 +283,17 @@ def _scale_and_cap(model: PreTrainedModel, ids: Tensor) -> tuple[float, float | 
     output = model.get_decoder()(input_ids=ids, use_cache=False)
     hidden = output.last_hidden_state
     largest_of_head = float(head(hidden).abs().max())
-    scale = 1.0
+    scales = []
     for largest in (1.0, 1000.0):
         output.last_hidden_state = hidden * (largest / largest_of_head)
         of_head = head(output.last_hidden_state)[0].cpu().double()  # (T, V); Apple's GPU has no float64
         found = _logits_from(model, ids, output)
         if cap is not None:
             of_head = soft_cap(of_head, cap)
-        scale = float((found * of_head).sum() / of_head.square().sum())
-        if not bool((found - scale * of_head).abs().max() <= rounding * found.abs().max()):
+        scales.append(float((found * of_head).sum() / of_head.square().sum()))
+        if not bool((found - scales[0] * of_head).abs().max() <= rounding * found.abs().max()):
             raise Disagreement("it changes the logits of its output head in an unknown way")
-    if abs(scale - 1) < rounding:
-        scale = 1.0
+    scale = 1.0 if abs(scales[0] - 1) < rounding else scales[0]
     if cap is not None and scale != 1.0:
         raise Disagreement("it scales the logits of its output head, and caps them")
     return scale, cap

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from grpo.config.errors import ConfigError
 from grpo.config.reading import read_file
+from grpo.config.schema import Config
 from grpo.data.prompts import render, template_arguments
 from grpo.runs.checkpoint import file_digest
 from grpo.runs.folder import RunFolder
@@ -46,18 +47,21 @@ def digests_of(experiment: Experiment, folder: RunFolder, policy: nn.Module | No
     tokenizer = experiment.tokenizer
     special = {name: getattr(tokenizer, name, None) for name in ("eos_token_id", "bos_token_id", "chat_template")}
     found = {
-        "config": _digest([read_file(folder.config_file)]),
+        "config": config_digest(folder),
         "problems": _digest(_json(asdict(problem)) for problem in problems),
         "prompts": _digest(render(tokenizer, each, arguments).encode() for each in experiment.conversations(shown)),
         "tokenizer": _digest([_json(special), *(_json(pair) for pair in sorted(tokenizer.get_vocab().items()))]),
     }
     if policy is not None:
-        # With an adapter the starting model is loaded in the compute dtype, which rounds it.
-        dtype = compute_dtype(config) if config.model.lora is not None else config.model.dtype
-        found["weights"] = f"{str(dtype).removeprefix('torch.')}:{_digest(_values(policy))}"
+        found["weights"] = weights_digest(policy, config)
     if config.model.lora is not None and config.model.lora.init_from is not None:
         found["adapter"] = file_digest(Path(config.model.lora.init_from, "adapter_model.safetensors"))
     return found
+
+
+def config_digest(folder: RunFolder) -> str:
+    """The digest of a run's config.yaml."""
+    return _digest([read_file(folder.config_file)])
 
 
 def check_digests(folder: RunFolder, found: Mapping[str, str], changed: Collection[str], accept: bool) -> list[str]:
@@ -98,19 +102,28 @@ def _is_equal(before: str, now: str) -> bool:
     return before == now or before.rpartition(":")[0] != now.rpartition(":")[0]
 
 
-def _values(model: nn.Module) -> Iterable[bytes]:
+def weights_digest(model: nn.Module, config: Config) -> str:
+    """The digest of a starting model's weights, without those of an adapter.
+
+    With an adapter they are rounded to the compute dtype, in which training loads them.
+    """
+    dtype = compute_dtype(config) if config.model.lora is not None else getattr(torch, config.model.dtype)
+    return f"{str(dtype).removeprefix('torch.')}:{_digest(_values(model, dtype))}"
+
+
+def _values(model: nn.Module, dtype: torch.dtype) -> Iterable[bytes]:
     for name, parameter in model.named_parameters():
         if ".lora_" in name:  # drawn from the seed, or in the digest `adapter`
             continue
         yield _json([name.replace(".base_layer", ""), list(parameter.shape)])
-        yield _sample(parameter.detach().reshape(-1))
+        yield _sample(parameter.detach().reshape(-1), dtype)
 
 
-def _sample(values: Tensor) -> bytes:
+def _sample(values: Tensor, dtype: torch.dtype) -> bytes:
     """The bytes of at most VALUES of the values, evenly spaced, always with the last one."""
     step = -(-len(values) // VALUES) or 1
     chosen = torch.cat([values[::step], values[-1:]])
-    return chosen.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return chosen.to(dtype).cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _json(value: Any) -> bytes:

@@ -32,12 +32,20 @@ from grpo.data.prompts import (
     turn_tokens,
 )
 from grpo.model.hardware import use_hardware
-from grpo.model.loading import architecture, check_model, copy_in_dtype, load_tokenizer, stop_token_ids, vocabulary_size
+from grpo.model.loading import (
+    architecture,
+    check_model,
+    copy_in_dtype,
+    load_model,
+    load_tokenizer,
+    stop_token_ids,
+    vocabulary_size,
+)
 from grpo.model.lora import add_adapter, check_adapter, save_adapter, switch_adapter
 from grpo.rewards.scoring import RewardComponent, accepted
 from grpo.rewards.time_limit import end_process
 from grpo.rollout.engine import Compute, RolloutEngine, Sampling
-from grpo.rollout.load_check import load_checked_model
+from grpo.rollout.load_check import choose_implementation
 from grpo.rollout.mps_check import check_device
 
 logger = logging.getLogger(__name__)
@@ -95,9 +103,10 @@ class Experiment:
         model = self.config.model
         compute = str(compute_dtype(self.config)).removeprefix("torch.")
         stored = model if model.lora is None else replace(model, dtype=compute)
-        policy = load_checked_model(stored, self.device, self.max_length)
+        policy = load_model(stored, self.device)
         if model.lora is not None:
             add_adapter(policy, model.lora, getattr(torch, model.dtype), self.config.seed)
+        choose_implementation(policy, self.max_length, compute_dtype(self.config))
         return policy
 
     def reference(self, policy: PreTrainedModel) -> PreTrainedModel:
@@ -132,7 +141,8 @@ class Experiment:
         """Build the optimizer of a model's trained parameters."""
         trained = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
         optimizer = self.optimizer(trained)
-        exempt_vectors(optimizer)
+        if not self.config.grpo.decay_biases_and_norms:
+            exempt_vectors(optimizer)
         return optimizer
 
     def build_engine(self, policy: PreTrainedModel) -> RolloutEngine:

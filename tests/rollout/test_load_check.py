@@ -12,10 +12,12 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
+from grpo.config.checks import typed
+from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
 from grpo.config.schema import LoraSettings
 from grpo.model.implementation import implementation_of
@@ -24,7 +26,9 @@ from grpo.model.loading import load_model
 from grpo.model.lora import add_adapter, check_adapter, save_adapter
 from grpo.model.packed import NAME
 from grpo.rollout.load_check import LARGEST_LOGIT, choose_implementation
-from tests.architectures import kinds, random_model
+from grpo.tiny import MODEL_DIR
+from grpo.training.experiment import build_experiment
+from tests.architectures import kinds, random_model, tiny_architecture
 from tests.launches import ROOT
 from tests.tiny_model import tiny_config
 
@@ -42,10 +46,11 @@ SAMPLE = {  # the implementations that are chosen: training, sampling
 }
 HEADER = """# Models
 
-Every model is checked when it is loaded: sampling, log-probabilities and their gradient are compared with plain forward
-passes of transformers, one row at a time, in float32 and beyond every attention window that the sequences of the run
-can pass (`grpo/rollout/load_check.py`). The fastest implementation that agrees is used. If none agrees, the model is
-refused in one line. A difference is accepted up to 10 times the change that rounding the input embeddings once makes.
+Every model is checked when it is loaded, with its adapter if it has one: sampling, log-probabilities and their
+gradient are compared with plain forward passes of transformers, one row at a time, in float32 (if there is memory
+for that) and beyond every attention window that the sequences of the run can pass (`grpo/rollout/load_check.py`).
+The fastest implementation that agrees is used. If none agrees, the model is refused in one line. A difference is
+accepted up to 10 times the change that rounding the input embeddings once makes.
 
 The table is the result for tiny models with random weights, of every architecture that transformers {version} offers
 for causal language models and that can be built small from its config: {works} work and {refused} are refused. It is
@@ -215,6 +220,25 @@ def test_a_model_without_torchs_attention_is_refused_with_the_setting_that_works
     choose_implementation(model, LONGEST)
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"), [("phimoe", "is not supported: it fails"), ("laguna", "peft could not load an adapter")]
+)
+def test_an_adapter_that_cannot_be_trained_or_loaded_again_is_refused_before_training(tmp_path, kind, said):
+    random_model(kind).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(tmp_path)
+    settings = ["experiment=quickstart", "tuning=lora", "hardware=cpu", f"model.name={tmp_path}"]
+    experiment = build_experiment(typed(compose_config(settings)))
+    with pytest.raises(ConfigError, match=said):
+        experiment.load_policy()
+
+
+def test_a_model_that_fails_only_in_the_dtype_of_the_computation_is_refused():
+    model = loaded("mamba")
+    choose_implementation(model, LONGEST)
+    with pytest.raises(ConfigError, match="it fails with RuntimeError"):  # transformers' own code does, on a CPU
+        choose_implementation(model, LONGEST, torch.bfloat16)
+
+
 def table():
     """The rows of the table in docs/models.md by architecture, without those that cannot be built small."""
     rows = {}
@@ -222,6 +246,9 @@ def table():
         try:
             model = loaded(kind)
         except Exception:  # its config names its sizes in another way
+            continue
+        if tiny_architecture(kind).is_encoder_decoder:  # `check_model` refuses it
+            rows[kind] = f"| {kind} | refused: it is an encoder-decoder | | | |\n"
             continue
         try:
             differences = choose_implementation(model, LONGEST)
