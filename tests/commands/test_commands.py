@@ -201,7 +201,7 @@ def test_values_of_a_run_folder_are_not_interpolated(run, tmp_path, monkeypatch,
         config, changes = resumed_config(RunFolder(run), composed, overrides)
         assert changes == {"grpo.num_steps": 4, "tracking.project": "${project}"}
     else:
-        composed = compose_config(["fork=true", f"run_dir={run}", *overrides])
+        composed = compose_config(["fork=true", f"run_dir={run}", "accept_changes=true", *overrides])
         config = fork(RunFolder(tmp_path / "forked"), composed, overrides)
         config = typed(RunFolder(tmp_path / "forked").frozen_config())
     found = flatten(to_dict(config))
@@ -309,7 +309,7 @@ def test_a_lora_run_is_evaluated_with_and_without_its_adapter(command, adapter_r
 
 def test_merge_writes_one_model_from_a_lora_run(command, adapter_run, tmp_path):
     run = shutil.copytree(adapter_run, tmp_path / "run")
-    code, out, err = command("merge", f"run_dir={run}")
+    code, out, err = command("merge", f"run_dir={run}", "accept_changes=true")
     assert (code, out) == (0, f"{run / 'merged_model'}\n"), err
     code, _, err = command("evaluate", f"run_dir={run}", f"model.name={run / 'merged_model'}")
     assert code == 0, err
@@ -339,7 +339,7 @@ def test_a_run_from_another_device_can_be_merged(command, adapter_run, tmp_path)
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["hardware"]["device"], config["model"]["device_map"] = "cuda", "cuda:1"
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    code, out, err = command("merge", f"run_dir={run}")
+    code, out, err = command("merge", f"run_dir={run}", "accept_changes=true")
     assert (code, out) == (0, f"{run / 'merged_model'}\n"), err
 
 

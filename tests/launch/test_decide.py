@@ -276,7 +276,8 @@ def test_a_fork_cannot_change_grpo_beta_where_the_objective_sets_its_own_beta(fi
     parent = shutil.copytree(finished_run, tmp_path / "parent", symlinks=True)
     text = (parent / "config.yaml").read_text()
     (parent / "config.yaml").write_text(text.replace("\n  beta: null\n", "\n  beta: 0.05\n"))
-    refused = launch("fork=true", "run_dir=parent", "grpo.num_steps=3", "grpo.beta=0.2", cwd=tmp_path)
+    overrides = ("grpo.num_steps=3", "grpo.beta=0.2", "accept_changes=true")
+    refused = launch("fork=true", "run_dir=parent", *overrides, cwd=tmp_path)
     assert refused.returncode == 2
     assert "grpo.beta: the objective has its own, objective.beta=0.05" in refused.stderr
     assert [each.name for each in tmp_path.iterdir()] == ["parent"]
