@@ -1,7 +1,8 @@
 """Run folders from someone else: they run no code, read no secret, write nowhere else, and block no reader.
 
 Each attack changes a real run folder, and each command reads one. The plain run takes a sample of the table of attacks
-and commands; `pytest -m slow tests/test_untrusted.py` takes all of it.
+and commands, `pytest -m slow tests/test_untrusted.py` a larger one, and `python -m tests.test_untrusted` all of it,
+which it writes to docs/untrusted.md.
 """
 
 import functools
@@ -10,7 +11,9 @@ import json
 import os
 import pickle
 import shutil
+import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -637,3 +640,51 @@ def test_a_torn_file_or_a_folder_in_its_place_is_named(finished, name):
             read_all(finished)
         assert "\n" not in str(refused.value)
         assert file.name in str(refused.value) or "none of the" in str(refused.value)
+
+
+# The document.
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "untrusted.md"
+HEADER = """# Hostile run folders
+
+Each attack changes a real run folder, and every command that can read the folder is tried with it. None runs code of
+the folder, prints or stores an environment variable, changes a file elsewhere, ends with a traceback or waits longer
+than {timeout} seconds. The message is that of the first command that refuses the folder. The other commands do not read
+what was changed, or read it without harm. [Resume and fork](resume_and_fork.md) has the rules.
+
+These are {count} pairs of an attack and a command. Written by `python -m tests.test_untrusted`.
+
+| attack | refused by | message | not refused by |
+|---|---|---|---|
+"""
+
+
+def outcome(name, command):
+    """The message with which a command refuses an attacked folder, or None. An AssertionError is a harm."""
+    with tempfile.TemporaryDirectory() as folder:
+        process, _ = attacked(Path(folder), ATTACKS[name], COMMANDS[command])
+    if process.returncode != 2:
+        return None
+    return process.stderr.splitlines()[-1].removeprefix("error: ").replace(f"{folder}/", "")
+
+
+def write_document():
+    """Try every attack with every command, and write the table if nobody was harmed."""
+    pairs = [(name, each) for name, attack in ATTACKS.items() for each in (ON_SWEEP if attack.of_sweep else COMMANDS)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = {pair: pool.submit(outcome, *pair) for pair in pairs}
+    harms = [f"{name}, {each}: {error}" for (name, each), future in futures.items() if (error := future.exception())]
+    if harms:
+        raise SystemExit("\n".join(harms))
+    rows = []
+    for name in ATTACKS:
+        found = {command: future.result() for (each, command), future in futures.items() if each == name}
+        messages = {command: message for command, message in found.items() if message is not None}
+        message = next(iter(messages.values()), "").replace("|", "\\|")
+        others = [command for command in found if command not in messages]
+        rows.append(f"| {name} | {', '.join(messages)} | {message} | {', '.join(others)} |\n")
+    DOCUMENT.write_text(HEADER.format(timeout=TIMEOUT, count=len(pairs)) + "".join(rows))
+
+
+if __name__ == "__main__":
+    write_document()

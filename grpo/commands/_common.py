@@ -65,6 +65,17 @@ def existing_run(path: str) -> RunFolder:
     return folder
 
 
+def changed_config(folder: RunFolder, overrides: Overrides) -> DictConfig:
+    """The frozen config of a run with the given keys replaced. Raises ConfigError if it names untrusted code."""
+    from grpo.launch.preset import hardware_found  # imports torch
+
+    composed = hardware_found(compose_config(overrides.lines), overrides, compose_config)
+    changed = apply_overrides(folder.frozen_config(), composed, overrides)
+    check_trusted(changed, composed, folder.path)
+    changed.accept_changes = composed.accept_changes
+    return changed
+
+
 def find_model(arguments: Sequence[str]) -> ModelUnderTest:
     """Find the config and the model for a command line.
 
@@ -81,12 +92,10 @@ def find_model(arguments: Sequence[str]) -> ModelUnderTest:
         raise ConfigError(f"checkpoint={asked} is for the model of a run: give run_dir=..., and no model.name=...")
     from grpo.launch.preset import hardware_found  # imports torch
 
-    composed = hardware_found(compose_config(overrides.lines), overrides, compose_config)
     if folder is None:
+        composed = hardware_found(compose_config(overrides.lines), overrides, compose_config)
         return ModelUnderTest(resolved(composed), None, None, 0)
-    changed = apply_overrides(folder.frozen_config(), composed, overrides)
-    check_trusted(changed, composed, folder.path)
-    changed.accept_changes = composed.accept_changes
+    changed = changed_config(folder, overrides)
     if other_model:
         if not overrides.names("model.lora"):
             changed.model.lora = None

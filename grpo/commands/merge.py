@@ -63,10 +63,10 @@ def merged_model(subject: ModelUnderTest) -> Any:
     import torch
     from peft import PeftModel
 
-    from grpo.model.loading import load_model
+    from grpo.model.loading import load_model, load_tokenizer
     from grpo.model.lora import adapter_errors, add_adapter, check_adapter, peft_settings, save_adapter
     from grpo.runs.checkpoint import StoredTensors, load_weights
-    from grpo.training.digests import check_digests, config_digest, weights_digest
+    from grpo.training.digests import check_digests, config_digest, tokenizer_digest, weights_digest
 
     model = subject.config.model
     weights = subject.weights
@@ -75,7 +75,11 @@ def merged_model(subject: ModelUnderTest) -> Any:
         check_adapter(model.lora)
     loaded = load_model(model, cpu)
     if subject.folder is not None:
-        found = {"config": config_digest(subject.folder), "weights": weights_digest(loaded, subject.config)}
+        found = {
+            "config": config_digest(subject.folder),
+            "tokenizer": tokenizer_digest(load_tokenizer(model)),
+            "weights": weights_digest(loaded, subject.config),
+        }
         changed = [key for key in subject.changed if not any(each.startswith(f"{key}=") for each in ON_CPU)]
         check_digests(subject.folder, found, changed, subject.config.accept_changes)
     if weights is None:

@@ -10,11 +10,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from grpo.commands._common import own_arguments, resolved, run_folder_of
-from grpo.config.compose import apply_overrides, compose_config
+from grpo.commands._common import changed_config, own_arguments, resolved, run_folder_of
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
-from grpo.config.trust import check_trusted
 from grpo.runs.files import step_of
 from grpo.runs.folder import RunFolder
 from grpo.runs.stop_signals import Exit
@@ -29,13 +27,7 @@ def main(arguments: list[str]) -> None:
     folder = run_folder_of(arguments)
     if folder is None:
         raise ConfigError("verify needs a run folder: python -m grpo verify run_dir=outputs/...")
-    from grpo.launch.preset import hardware_found  # imports torch
-
-    composed = hardware_found(compose_config(overrides.lines), overrides, compose_config)
-    config = apply_overrides(folder.frozen_config(), composed, overrides)
-    check_trusted(config, composed, folder.path)
-    config.accept_changes = composed.accept_changes
-    ready = resolved(config)
+    ready = resolved(changed_config(folder, overrides))
     damaged = check_manifests(folder)
     start, end = span(folder, own.get("step"))
     seconds = sum(row.get("step_time", 0.0) for row in folder.metrics() if start < row["step"] <= end)

@@ -13,7 +13,8 @@ from grpo.config.errors import ConfigError
 from grpo.config.explain import explain
 from grpo.runs.console import ignoring_console_errors
 
-SPIN_COUNT = "10000"  # of GNU's OpenMP, a few hundred microseconds; its own default is 300,000
+# Of GNU's OpenMP: the value that it uses itself if there are more threads than cores; otherwise it is 300,000.
+SPIN_COUNT = "1000"
 
 
 def run_command(command: Callable[[], int | None]) -> int:
@@ -36,9 +37,9 @@ def run_command(command: Callable[[], int | None]) -> int:
 def _shorten_spinning() -> None:
     """Let threads that wait for others spin only briefly before they sleep. Read when torch loads OpenMP.
 
-    GNU's OpenMP spins for milliseconds, which is fast on an idle machine. If another program runs, the threads that
-    spin keep the cores from those that they wait for, and a step takes up to ten times as long
-    (tests/benchmarks/threads.py). KMP_BLOCKTIME, in milliseconds, is for the OpenMP of LLVM and Intel.
+    GNU's OpenMP spins for milliseconds, which makes a step up to a fifth faster on an idle machine. If another program
+    runs, the threads that spin keep the cores from those that they wait for, and a step takes several times as long
+    (docs/measured.md). KMP_BLOCKTIME, in milliseconds, is for the OpenMP of LLVM and Intel.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT

@@ -92,7 +92,7 @@ def plan(config: Config) -> Plan:
     sampling = memory["keys and values"] + memory["reordered weights"]
     # In the backward pass activations are freed while gradients are allocated. With several micro-batches, all
     # gradients have been allocated by the first one.
-    several = len(_micro_batches(work, sizes.micro_batch_tokens, supports_packing(model))) > 1
+    several = len(micro_batches(work, sizes.micro_batch_tokens, supports_packing(model))) > 1
     freed = memory["activations"] + memory["fragmentation"] + memory["output head"]
     gradients = memory["gradients"]
     update = freed + gradients if several else max(freed, gradients) + min(freed, gradients) / 2
@@ -103,7 +103,7 @@ def plan(config: Config) -> Plan:
         memory=memory,
         peak=peak,
         available=_available(config),
-        disk=_disk(config, trained * dtype.itemsize, memory["optimizer"], rows),
+        disk=disk_space(config, trained * dtype.itemsize, memory["optimizer"], rows),
         steps=grpo.num_iterations * grpo.num_steps,
         tokens=rows * (prompt_tokens + sizes.max_completion_length),
         seconds=_seconds(config, model, work, compute),
@@ -121,7 +121,7 @@ def _trained(config: Config) -> str:
 
 def _memory(config: Config, sizes: Sizes, model: Any, work: estimate.Work) -> dict[str, float]:
     on_cpu = config.hardware.device == "cpu"
-    largest = max(_micro_batches(work, sizes.micro_batch_tokens, supports_packing(model)), key=len)
+    largest = max(micro_batches(work, sizes.micro_batch_tokens, supports_packing(model)), key=len)
     prompts = len({int(row) // work.group_size for row in largest})
     length = max(work.lengths)
     rows = min(len(work.lengths), max(1, sizes.rollout_tokens // length))
@@ -168,7 +168,7 @@ def _process_bytes() -> float:
     return peak_memory_gb(torch.device("cpu")) * GB
 
 
-def _micro_batches(work: estimate.Work, token_budget: int, shared: bool) -> list[torch.Tensor]:
+def micro_batches(work: estimate.Work, token_budget: int, shared: bool) -> list[torch.Tensor]:
     """The micro-batches into which training would split this work, as the rows of each."""
     rows = len(work.lengths)
     longest = max(work.lengths)
@@ -200,7 +200,7 @@ def _optimizer_bytes(config: Config, model: Any, dtype: torch.dtype) -> float:
     return total
 
 
-def _disk(config: Config, weights: float, optimizer: float, rows: int) -> dict[str, float]:
+def disk_space(config: Config, weights: float, optimizer: float, rows: int) -> dict[str, float]:
     """Bytes of the parts of the finished run's folder; `while saving`: of one more checkpoint while it is written."""
     keep = config.checkpoint
     grpo = config.grpo

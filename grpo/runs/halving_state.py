@@ -60,6 +60,16 @@ class HalvingState:
         assert self.step_s is not None and self.start_s is not None  # both are measured together
         return seconds(ladder, len(self.arms[0]), self.step_s, self.start_s)
 
+    def affordable(self, alive: list[int], place: int, spent: float) -> list[int]:
+        """The first of these arms, as many as the rest of the budget allows in a rung; without a budget all.
+
+        place: the rung, from 0; the first is always run. spent: the seconds that all jobs have taken so far.
+        """
+        if self.budget_hours is None or place == 0:
+            return alive
+        steps = self.ladder[place][0] - self.ladder[place - 1][0]
+        return alive[: max(0, int((3600 * self.budget_hours - spent) / self.seconds([(steps, 1)])))]
+
     def summary(self) -> dict[str, Any]:
         """For the report: the time spent, as a share of the full sweep, and each rung."""
         spent = self.rungs[-1]["spent_hours"] if self.rungs else 0.0

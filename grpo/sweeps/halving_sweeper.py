@@ -91,7 +91,7 @@ class HalvingSweeper(Sweeper):
         alive = record.rungs[-1]["kept"] if record.rungs else list(range(len(record.arms)))
         for place in range(len(record.rungs), len(record.ladder)):
             if record.entered is None:
-                record.entered = self._affordable(alive, place)
+                record.entered = record.affordable(alive, place, self._spent())
             if not record.entered:
                 record.entered = None
                 record.state = "out of budget"
@@ -145,15 +145,6 @@ class HalvingSweeper(Sweeper):
         rungs = ", ".join(f"{arms} arms to step {steps}" for steps, arms in record.ladder)
         about = f", about {record.seconds(record.ladder) / 3600:.2f} hours of jobs" if record.step_s is not None else ""
         print(f"halving: {rungs}{about}", flush=True)
-
-    def _affordable(self, alive: list[int], place: int) -> list[int]:
-        """The first of these arms, as many as the rest of the budget allows in a rung; without a budget all."""
-        record = self.record
-        if record.budget_hours is None or place == 0:
-            return alive
-        steps_before = record.ladder[place - 1][0]
-        one = record.seconds([(record.ladder[place][0] - steps_before, 1)])
-        return alive[: max(0, int((3600 * record.budget_hours - self._spent()) / one))]
 
     def _launch(self, jobs: list[int], steps: int) -> None:
         """Run jobs up to a step, except those that have reached it already."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from grpo.config.errors import ConfigError
 from grpo.config.reading import read_file
@@ -45,12 +46,11 @@ def digests_of(experiment: Experiment, folder: RunFolder, policy: nn.Module | No
     arguments = template_arguments(config.data)
     shown = problems[:: -(-len(problems) // PROMPTS) or 1]
     tokenizer = experiment.tokenizer
-    special = {name: getattr(tokenizer, name, None) for name in ("eos_token_id", "bos_token_id", "chat_template")}
     found = {
         "config": config_digest(folder),
         "problems": _digest(_json(asdict(problem)) for problem in problems),
         "prompts": _digest(render(tokenizer, each, arguments).encode() for each in experiment.conversations(shown)),
-        "tokenizer": _digest([_json(special), *(_json(pair) for pair in sorted(tokenizer.get_vocab().items()))]),
+        "tokenizer": tokenizer_digest(tokenizer),
     }
     if policy is not None:
         found["weights"] = weights_digest(policy, config)
@@ -100,6 +100,12 @@ def kept_by_fork(digests: Mapping[str, str], changed: Collection[str]) -> dict[s
 def _is_equal(before: str, now: str) -> bool:
     """Whether two digests are equal. Those of weights that are rounded in different ways cannot be compared."""
     return before == now or before.rpartition(":")[0] != now.rpartition(":")[0]
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The digest of a tokenizer's vocabulary, special tokens and chat template."""
+    special = {name: getattr(tokenizer, name, None) for name in ("eos_token_id", "bos_token_id", "chat_template")}
+    return _digest([_json(special), *(_json(pair) for pair in sorted(tokenizer.get_vocab().items()))])
 
 
 def weights_digest(model: nn.Module, config: Config) -> str:

@@ -27,10 +27,8 @@ SETTINGS: dict[str, tuple[int, dict[str, str]]] = {
     "1 thread": (1, {}),
     "all, as launched": (CORES, {"GOMP_SPINCOUNT": SPIN_COUNT}),
     "all, OpenMP's default": (CORES, {"GOMP_SPINCOUNT": "300000"}),
-    "all, spin 1000": (CORES, {"GOMP_SPINCOUNT": "1000"}),
-    "all, spin 100000": (CORES, {"GOMP_SPINCOUNT": "100000"}),
+    "all, spin 10000": (CORES, {"GOMP_SPINCOUNT": "10000"}),
     "all, passive": (CORES, {"OMP_WAIT_POLICY": "PASSIVE"}),
-    "half, as launched": (max(1, CORES // 2), {"GOMP_SPINCOUNT": SPIN_COUNT}),
 }
 
 

@@ -150,7 +150,7 @@ def test_a_model_that_needs_padding_is_planned_with_padding(tmp_path):
         assert not supports_packing(model) and not supports_packing(load_checked_model(config, torch.device("cpu"), 30))
         assert cost.activation_bytes(model, 2, 10, 6, 20, 4) > cost.activation_bytes(model, 1, 10, 3, 20, 4) > 0
         padded, packed = (
-            planning._micro_batches(cost.Work(2, 4, 50, [10] * 8), 130, shared) for shared in (False, True)
+            planning.micro_batches(cost.Work(2, 4, 50, [10] * 8), 130, shared) for shared in (False, True)
         )
         assert max(map(len, padded)) == 2 < max(map(len, packed))
         with pytest.raises(ConfigError, match="does not support packed sequences"):
@@ -298,7 +298,7 @@ def test_planned_activations_equal_those_that_a_real_pass_keeps(monkeypatch, twi
 def test_planned_disk_space_is_that_of_a_finished_run(finished_run):
     frozen = planning.typed(load_frozen(finished_run / "config.yaml"))
     count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(MODEL_DIR).parameters())
-    disk = planning._disk(frozen, 4 * count, 8 * count, rows=1)
+    disk = planning.disk_space(frozen, 4 * count, 8 * count, rows=1)
     for parts, folder in ((("checkpoints", "best"), "checkpoints"), (("final model",), "final_model")):
         real = sum(f.stat().st_size for f in (finished_run / folder).rglob("*.safetensors"))
         assert sum(disk[part] for part in parts) == pytest.approx(real, rel=0.05)

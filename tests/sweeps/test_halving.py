@@ -11,7 +11,6 @@ from grpo.config.errors import ConfigError
 from grpo.runs.folder import RunFolder
 from grpo.runs.halving_state import HalvingState, best_arms, choose_ladder, ladder, seconds
 from grpo.runs.sweep_folder import SweepFolder
-from grpo.sweeps.halving_sweeper import HalvingSweeper
 from tests.launches import ROOT, launch, rows
 from tests.sweeps.test_sweep import QUICK
 
@@ -52,12 +51,14 @@ def test_of_arms_with_equal_scores_the_one_with_the_higher_reward_is_kept():
     assert best_arms([0.4, 0.4], [0.2, 0.3], 1) == [1]
 
 
-def test_an_exceeded_budget_allows_no_further_arm():
-    sweeper = HalvingSweeper(3, 0.01)
-    sweeper.record, sweeper.folders = record(0.01), []
-    sweeper.record.ladder = [(10, 9), (30, 3), (90, 1)]
-    sweeper._spent = lambda: 100.0
-    assert sweeper._affordable([0, 1, 2], 1) == []
+def test_no_more_arms_go_on_than_the_rest_of_the_budget_allows():
+    halving = record(1.0)
+    halving.ladder = [(10, 9), (30, 3), (90, 1)]
+    # An arm of the second rung takes 20 steps of 36 s: 720 s.
+    assert halving.affordable([2, 0, 1], 1, spent=3600 - 1500.0) == [2, 0]
+    assert halving.affordable([2, 0, 1], 1, spent=3700.0) == []
+    assert halving.affordable([2, 0, 1], 0, spent=3700.0) == [2, 0, 1]  # the first rung has begun already
+    assert record(None).affordable([2, 0, 1], 1, spent=3700.0) == [2, 0, 1]
 
 
 HALVING = [
