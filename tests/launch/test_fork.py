@@ -175,6 +175,19 @@ def test_a_fork_with_another_optimizer_starts_it_with_a_new_state_and_is_resumed
             assert (run / file).read_bytes() == (tmp_path / "copy" / file).read_bytes()
 
 
+def test_a_fork_with_another_optimizer_is_resumed_after_a_skipped_first_step(parent, tmp_path):
+    fault = ("grpo.algorithm.objective.Objective.__call__", "1", "nan")
+    arguments = ["fork_step=6", "optimizer=muon", "until_step=7", "checkpoint.every=1"]
+    stopped, run = fork(parent, tmp_path, *arguments, fault=fault)
+    assert stopped.returncode == 0, stopped.stderr
+    assert rows(run)[-1]["loss"] is None
+    assert load_file(run / "checkpoints/step_000007/optimizer.safetensors") == {}
+    resumed = launch("resume=true", f"run_dir={run}", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [row["step"] for row in rows(run)] == [*range(1, 9)]
+    assert rows(run)[7]["loss"] is not None
+
+
 def test_a_fork_of_the_best_weights_is_exact_where_the_checkpoint_of_that_step_is_kept(tmp_path):
     evaluated = ["eval.every=6", "eval.max_problems=4", "checkpoint.keep_last=1", "until_step=7", "run_dir=parent"]
     assert launch(*TWIN, *evaluated, "checkpoint.keep_every=6", cwd=tmp_path).returncode == 0
