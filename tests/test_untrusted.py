@@ -325,7 +325,7 @@ ATTACKS = {
     "an environment variable": Attack(
         config(tracking__name=INTERPOLATED, tracking__tags=[INTERPOLATED], data__system_prompt=f"a {INTERPOLATED} b")
     ),
-    "an environment variable in a name": Attack(config(name=INTERPOLATED)),
+    "an environment variable in a name": Attack(config(name=INTERPOLATED), "must not contain ${", ("fork",)),
     "an environment variable in changes.yaml": Attack(put("changes.yaml", f"tracking.group: '{INTERPOLATED}'\n")),
     "an environment variable in a sweep": Attack(
         record("sweep.json", name=INTERPOLATED, state=INTERPOLATED, keys=["seed"]), of_sweep=True
@@ -477,7 +477,7 @@ def attacked(tmp_path, attack, command):
         assert not (isinstance(found, bytes) and SECRET.encode() in found), path
     if "No API key configured" not in said:  # of the dashboard, which has read the folder then
         assert "Traceback" not in said, said[-3000:]
-        assert process.returncode in (0, 1, 2), said[-3000:]
+        assert process.returncode in (0, 1, 2), (process.returncode, said[-3000:])
     after = content_of(folder)
     after.pop(folder / "launch.log", None)  # in which a refusal is recorded
     before.pop(folder / "launch.log", None)
@@ -498,6 +498,7 @@ SAMPLE = [
     ("a Python object in config.yaml", "plot"),
     ("an adapter in a model", "train its model"),
     ("an adapter without a header", "evaluate an adapter"),
+    ("an environment variable in a name", "fork"),
     ("an environment variable in overrides", "resume a sweep"),
     ("a link in place of final_model", "merge"),
     ("a link in place of .hydra", "fork"),
@@ -670,6 +671,7 @@ def outcome(name, command):
 
 def write_document():
     """Try every attack with every command, and write the table if nobody was harmed."""
+    os.environ["GRPO_OUTPUTS"] = "outputs"  # below the working directory of each command
     pairs = [(name, each) for name, attack in ATTACKS.items() for each in (ON_SWEEP if attack.of_sweep else COMMANDS)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         futures = {pair: pool.submit(outcome, *pair) for pair in pairs}

@@ -6,6 +6,7 @@ python -m grpo dashboard project=grpo entity=NAME        by name
 It needs `pip install -e ".[dashboard]"` and `wandb login`. Without an account: wandb leet RUN_DIR/wandb/offline-run-...
 """
 
+import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> None:
     own, overrides = own_arguments(arguments, ["run_dir", "sweep_dir", "project", "entity"])
     if overrides or not own.keys() & {"run_dir", "sweep_dir", "project"} or {"run_dir", "sweep_dir"} <= own.keys():
         raise ConfigError("dashboard takes one of run_dir=, sweep_dir= and project=, and entity=")
-    view = _view(own)
+    view = view_of(own)
     try:
         import wandb
         import wandb_workspaces  # noqa: F401
@@ -46,7 +47,8 @@ def main(arguments: list[str]) -> None:
     print(workspace(view, entity).save().url)
 
 
-def _view(own: dict[str, str]) -> View:
+def view_of(own: dict[str, str]) -> View:
+    """The view for the command's own arguments. Raises ConfigError if they name no run or sweep."""
     if "sweep_dir" in own:
         sweep = SweepFolder(own["sweep_dir"].rstrip("/"))
         check_contents(sweep.path)
@@ -131,7 +133,9 @@ def workspace(view: View, entity: str) -> Any:
         filters=[ws.Metric("Group") == view.group] if view.group else [],
         groupby=[ws.Config(key) for key in view.keys],
     )
-    name = f"GRPO sweep {view.group}" if view.group else "GRPO"
+    # W&B refuses symbols, such as $, in the name of a view.
+    group = "".join("_" if unicodedata.category(char)[0] in "SC" else char for char in view.group or "")
+    name = f"GRPO sweep {group}" if group else "GRPO"
     return ws.Workspace(
         entity=entity,
         project=view.project,

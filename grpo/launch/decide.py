@@ -96,8 +96,10 @@ def hold_run(app: Application, composed: DictConfig, overrides: Overrides) -> It
     run = known_folder(config, named_folder(composed.hydra.run, "${run_dir}"))
     if run is None:
         wanted = outputs() / run_name(config, overrides) / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        check_no_interpolation(wanted)
         holding = reserved(wanted, suffix=True)
     else:
+        check_no_interpolation(run.path)
         chosen = choose_run(run, config.resume, overrides)
         if chosen == "done":
             print(f"{run.path} has finished already: nothing to do")
@@ -112,6 +114,12 @@ def hold_run(app: Application, composed: DictConfig, overrides: Overrides) -> It
     with holding as path:
         own = f"hydra.run.dir={quoted(str(path))}"
         yield Launch(app, [*overrides.without({"hydra.run.dir"}), own], config, run=RunFolder(path))
+
+
+def check_no_interpolation(folder: Path) -> None:
+    """Raise ConfigError for a path in which Hydra would insert other values, such as environment variables."""
+    if "${" in str(folder.absolute()):
+        raise ConfigError(f"{folder}: the path of a run or sweep must not contain ${{; choose another name or folder")
 
 
 def named_folder(place: DictConfig, default: str) -> str | None:
@@ -178,6 +186,7 @@ def hold_sweep(app: Application, composed: DictConfig, overrides: Overrides) -> 
     """
     named = composed.sweep_dir or named_folder(composed.hydra.sweep, "${sweep_dir}")
     opening = prepare_sweep(composed, overrides, named, check_runnable)
+    check_no_interpolation(opening.folder.path)
     if composed.hydra.launcher._target_ in LOCAL_LAUNCHERS:
         check_machine(opening.configs, opening.unknown)
     path, created = reserve(opening.folder.path, suffix=opening.is_new)

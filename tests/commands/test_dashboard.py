@@ -5,7 +5,7 @@ import json
 import pytest
 
 from grpo.__main__ import main
-from grpo.commands.dashboard import View, _view, panels, workspace
+from grpo.commands.dashboard import View, panels, view_of, workspace
 from grpo.config.checks import typed
 from grpo.config.compose import compose_config
 from grpo.config.overrides import Overrides
@@ -21,7 +21,7 @@ def test_every_panel_shows_a_metric_that_a_run_logs(finished_run):
     row = json.loads((finished_run / "metrics" / "metrics.jsonl").read_text().splitlines()[0])
     shown = {
         metric
-        for plots in panels(_view({"run_dir": str(finished_run)})).values()
+        for plots in panels(view_of({"run_dir": str(finished_run)})).values()
         for m in plots.values()
         for metric in m
     }
@@ -33,7 +33,7 @@ def test_every_panel_shows_a_metric_that_a_run_logs(finished_run):
 def test_the_view_of_a_sweep_shows_only_its_group_and_puts_the_seeds_of_an_arm_together(tmp_path, monkeypatch):
     small = [*QUICK, "grpo.num_steps=1", "hydra/launcher=basic", "grpo.beta=0,0.04", "seed=1,2"]
     assert launch("-m", *small, "sweep_dir=mine", cwd=tmp_path).returncode == 0
-    view = _view({"sweep_dir": str(tmp_path / "mine")})
+    view = view_of({"sweep_dir": str(tmp_path / "mine")})
     assert view == View("grpo", ["correctness", "format"], "mine", ("grpo.beta",))
     spec = json.loads(workspace(view, "someone")._to_model().spec.model_dump_json(by_alias=True))
     text = json.dumps(spec)
@@ -57,10 +57,15 @@ def test_arms_of_a_swept_config_group_are_distinguished_by_a_key_that_it_sets(tm
         folder.path.mkdir()
         config = compose_config(["experiment=quickstart", "tracking.group=ablation", *point])
         folder.write_config(typed(config))
-    view = _view({"sweep_dir": str(sweep.path)})
+    view = view_of({"sweep_dir": str(sweep.path)})
     assert view.group == "ablation"
     (key,) = view.keys
     assert key.startswith("model.lora")
+
+
+def test_a_group_with_symbols_that_w_and_b_refuses_has_a_view():
+    view = View("grpo", ["correctness"], "${a} \N{ROCKET} lr=1 \u00fcber", ())
+    assert workspace(view, "someone").name == "GRPO sweep _{a} _ lr_1 \u00fcber"
 
 
 def test_arguments_that_name_nothing_to_show_are_refused(tmp_path, capsys):
