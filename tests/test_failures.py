@@ -47,7 +47,7 @@ def cut_run(tmp_path_factory):
 @pytest.mark.parametrize(
     ("place", "call", "part"),
     [
-        ("grpo.rollout.native._decode", "1x", "rollout"),
+        pytest.param("grpo.rollout.native._decode", "1x", "rollout", marks=SLOW),
         pytest.param(f"{TRAINER}.all_logps", "1x", "reference", marks=SLOW),
         pytest.param(f"{TRAINER}.accumulate_gradient", "1x", "update", marks=SLOW),
         ("torch.Tensor.backward", "2x", "update"),
@@ -81,6 +81,7 @@ def test_out_of_memory_halves_the_token_budget_and_a_resumed_run_keeps_it(tmp_pa
     assert load_state(run_dir / "checkpoints" / "step_000003").states == {part: {"from": budget, "to": budget // 2}}
 
 
+@pytest.mark.slow
 def test_out_of_memory_while_a_gradient_is_added_to_its_master_weight_adds_nothing_twice(tmp_path):
     """In bfloat16 each gradient is converted to float32, for which there may be no memory. The optimizer is SGD."""
     settings = [*SHORT, "grpo.num_steps=1", "hardware.compute_dtype=bfloat16", "optimizer.lr=1.0", "checkpoint.every=0"]

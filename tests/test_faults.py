@@ -45,10 +45,10 @@ SLOW = pytest.mark.slow  # rows of large tables, of which a plain test run takes
 @pytest.mark.parametrize(
     ("place", "call", "arguments"),
     [
-        pytest.param(f"{TRAINER}.group_keys", "1", [], id="before the first step"),
+        pytest.param(f"{TRAINER}.group_keys", "1", [], id="before the first step", marks=SLOW),
         pytest.param(f"{RECORDER}.step", "1", [], id="before the first step is written down", marks=SLOW),
         pytest.param(f"{TRAINER}.apply_gradient", "6", [], id="between the updates of a batch"),
-        pytest.param(f"{TRAINER}.group_keys", "7", ["checkpoint.every=3"], id="at the end of an epoch"),
+        pytest.param(f"{TRAINER}.group_keys", "7", ["checkpoint.every=3"], id="at the end of an epoch", marks=SLOW),
         pytest.param(f"{TRAINER}.group_keys", "6", ["checkpoint.every=5"], id="in the middle of an epoch", marks=SLOW),
         pytest.param(f"{TRAINER}.group_keys", "5", [], id="at the end of an iteration", marks=SLOW),
         pytest.param(f"{TRAINER}.group_keys", "8", ["checkpoint.every=7"], id="before the last step", marks=SLOW),
@@ -221,6 +221,7 @@ def test_without_an_intact_checkpoint_a_resume_fails_and_nothing_is_deleted(tmp_
     assert len(rows(run_dir)) == 3
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_missing_is_not_started_again(tmp_path):
     run_dir = tmp_path / "run"
     start(run_dir, fault=(f"{TRAINER}.group_keys", "4", "kill")).wait()
@@ -424,6 +425,7 @@ def test_a_closed_terminal_that_sends_sighup_twice_does_not_prevent_the_save(tmp
     assert checkpoint_steps(run_dir) == [3]
 
 
+@pytest.mark.slow
 def test_under_nohup_sighup_does_not_stop_a_run(tmp_path, straight):
     run_dir = tmp_path / "run"
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the processes of this test inherit it
@@ -473,6 +475,7 @@ def test_a_checkpoint_written_during_the_last_step_is_recorded_as_saved(tmp_path
     assert refused.returncode == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signals", [pytest.param(1, marks=SLOW), 2])
 def test_a_stop_signal_waits_for_the_checkpoint_that_is_written_during_training(tmp_path, straight, signals):
     run_dir = tmp_path / "run"
@@ -523,6 +526,7 @@ def test_a_step_can_be_aborted_if_much_time_is_left_or_it_takes_longer_than_the_
         assert trainer.should_abort_step() is False
 
 
+@pytest.mark.slow
 def test_files_left_by_killed_launches_do_not_block_a_new_one(tmp_path, straight):
     run_dir = tmp_path / "run"
     (run_dir / ".hydra").mkdir(parents=True)
@@ -538,6 +542,7 @@ def test_files_left_by_killed_launches_do_not_block_a_new_one(tmp_path, straight
     assert_same_run(run_dir, straight)
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_is_repeated(tmp_path):
     settings = [*SHORT, "eval.every=2", "grpo.num_steps=4", "eval.max_problems=4"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

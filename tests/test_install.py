@@ -38,6 +38,7 @@ def test_the_wheel_has_every_file_of_the_package_and_of_the_config_and_nothing_e
     assert packed == expected
 
 
+@pytest.mark.slow
 def test_the_installed_commands_work_from_any_folder_without_the_checkout(wheel, tmp_path, small_run):
     site = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site), str(wheel)]

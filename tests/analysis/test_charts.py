@@ -110,6 +110,7 @@ def test_charts_of_short_runs_are_written_to_the_given_folder_only(tmp_path, ste
     assert not (tmp_path / "run/summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_ten_thousand_steps_is_drawn(tmp_path):
     paths = write_charts(write_run(tmp_path / "run", rows(10_000)))
     assert share_of(paths[1], COLORS["reward"]) > 0.0005

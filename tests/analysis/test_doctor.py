@@ -310,6 +310,7 @@ def test_a_slowly_growing_kl_is_reported_too(kl):
     assert "kl_runaway" in [finding.rule for finding in doctor_says(course(steps=200, kl=kl))]
 
 
+@pytest.mark.slow
 def test_noise_over_many_evaluations_is_not_reported_as_a_fall():
     """A policy of constant accuracy, evaluated forty times on 200 problems with independent noise."""
     false = 0
@@ -347,6 +348,7 @@ def test_whether_a_reward_is_high_depends_on_its_declared_range():
     assert [finding.rule for finding in doctor_says(equal, ranges=higher)] == ["equal_groups"]
 
 
+@pytest.mark.slow
 def test_in_a_run_the_doctor_reports_at_once_and_not_again_after_a_resume(tmp_path):
     command = [
         *QUICK,

@@ -44,6 +44,7 @@ def configs(cwd):
     return [each for each in found if "version" in each]  # skips the files that Hydra writes to .hydra/
 
 
+@pytest.mark.slow
 def test_two_runs_or_sweeps_launched_at_the_same_moment_get_two_folders(tmp_path):
     for several in ([], ["-m", "hydra/launcher=basic"]):
         both = [Launch(*several, *QUICK, f"seed={seed}", cwd=tmp_path) for seed in (1, 2)]
@@ -176,6 +177,7 @@ def test_a_config_of_the_user_reaches_the_jobs_of_other_launchers(tmp_path, own,
     assert sorted((each["name"], each["grpo"]["mu"]) for each in configs(tmp_path)) == [("mine", 1), ("mine", 2)]
 
 
+@pytest.mark.slow
 def test_a_sweep_can_be_requested_before_or_after_its_values_or_by_hydra_mode(tmp_path):
     for arguments in (["seed=1,2", "-m"], ["-m", "seed=1,2"], ["seed=1,2", "hydra.mode=MULTIRUN"]):
         planned = launch(*QUICK[:1], *arguments, *QUICK[1:], "plan=true", cwd=tmp_path)

@@ -58,6 +58,7 @@ def test_a_fork_with_another_learning_rate_starts_from_the_same_weights_and_nois
     assert {path: path.stat().st_mtime_ns for path in parent.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_fork_killed_at_its_start_can_be_resumed_without_its_parent(parent, tmp_path):
     copy = shutil.copytree(parent, tmp_path / "copy")
     killed, run = fork(copy, tmp_path, "fork_step=4", fault=("grpo.training.trainer.group_keys", "1", "kill"))
@@ -188,6 +189,7 @@ def test_a_fork_with_another_optimizer_is_resumed_after_a_skipped_first_step(par
     assert rows(run)[7]["loss"] is not None
 
 
+@pytest.mark.slow
 def test_a_fork_of_the_best_weights_is_exact_where_the_checkpoint_of_that_step_is_kept(tmp_path):
     evaluated = ["eval.every=6", "eval.max_problems=4", "checkpoint.keep_last=1", "until_step=7", "run_dir=parent"]
     assert launch(*TWIN, *evaluated, "checkpoint.keep_every=6", cwd=tmp_path).returncode == 0

@@ -14,9 +14,9 @@ from tests.launches import ROOT, SETTINGS, SHORT, assert_same_run, launch, resum
 @pytest.mark.parametrize(
     "step",
     [
-        pytest.param(1, id="before the first checkpoint"),
+        pytest.param(1, id="before the first checkpoint", marks=pytest.mark.slow),
         pytest.param(4, id="at the boundary of the iterations"),
-        pytest.param(7, id="in the second iteration"),
+        pytest.param(7, id="in the second iteration", marks=pytest.mark.slow),
     ],
 )
 def test_resume_after_kill_is_bitwise_equal(tmp_path, straight, step):
@@ -71,12 +71,13 @@ def test_resume_with_lora_is_bitwise_equal(tmp_path):
     assert kl[3] > kl[4] < kl[7]  # the reference is updated before step 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     [
         "tuning=full_bf16",
-        pytest.param("optimizer=adamw_8bit", marks=pytest.mark.slow),
-        pytest.param("optimizer=muon", marks=pytest.mark.slow),
+        "optimizer=adamw_8bit",
+        "optimizer=muon",
     ],
 )
 def test_resume_with_any_optimizer_is_bitwise_equal(tmp_path, optimizer):
@@ -161,6 +162,7 @@ def test_an_until_step_that_the_run_has_passed_is_refused():
         check_until(fine, 50)
 
 
+@pytest.mark.slow
 def test_a_resume_that_fails_before_it_begins_leaves_the_state_of_a_finished_run(tmp_path):
     run_dir = tmp_path / "run"
     settings = [*SHORT, "grpo.num_steps=2", "grpo.lr_schedule=constant", f"run_dir={run_dir}"]

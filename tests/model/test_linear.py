@@ -74,6 +74,7 @@ print(peak_memory_gb(torch.device("cpu")) - before)
 """
 
 
+@pytest.mark.slow
 def test_products_of_always_new_shapes_do_not_accumulate_memory():
     """Without the limit each shape would keep 5 MB, 1.6 GB in total. The rest is fragmentation of the allocator."""
     done = subprocess.run([sys.executable, "-c", EVER_NEW_SHAPES], cwd=ROOT, capture_output=True, text=True, check=True)

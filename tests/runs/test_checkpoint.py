@@ -494,7 +494,9 @@ def test_saving_a_step_again_replaces_its_damaged_checkpoint(tmp_path):
     assert latest_checkpoint(tmp_path).name == "step_000002"
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["in the way", "beside training"])
+@pytest.mark.parametrize(
+    "overlap", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["in the way", "beside training"]
+)
 def test_a_save_killed_at_any_file_operation_leaves_the_previous_or_the_new_checkpoint(tmp_path, overlap):
     # Each child exits at its n-th event on files in the folder: opening, renaming, deleting, creating a folder.
     code = """

@@ -105,6 +105,7 @@ def test_streams_without_a_file_are_kept(capsys):
     assert capsys.readouterr().out == "seen\n"
 
 
+@pytest.mark.slow
 def test_a_run_whose_reader_ends_after_one_line_is_completed(tmp_path):
     command = [sys.executable, str(ROOT / "launch.py"), *SHORT, "grpo.num_steps=2", "run_dir=run"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

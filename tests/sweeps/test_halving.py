@@ -178,6 +178,7 @@ def fail(completions, on, **columns):
 """
 
 
+@pytest.mark.slow
 def test_an_arm_that_fails_twice_is_dropped_and_the_others_continue(tmp_path):
     (tmp_path / "mine.py").write_text(TROUBLE)
     command = [each for each in HALVING if not each.startswith("optimizer.lr")]

@@ -65,6 +65,7 @@ def test_a_setting_that_a_plugin_does_not_have_is_refused_when_hydra_builds_it(p
         instantiate({**plain, "foo": 1})
 
 
+@pytest.mark.slow
 @installed("hydra_optuna_sweeper")
 def test_optuna_maximizes_the_outcome_and_a_resumed_sweep_has_the_same_trials(tmp_path):
     command = [

@@ -98,6 +98,7 @@ def test_a_killed_job_does_not_stop_the_others_and_resume_runs_only_that_job_aga
     assert [row["step"] for row in rows(sweep.path / sweep.jobs()[0]["folder"])] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_broken_file_of_one_job_does_not_affect_the_others_when_the_sweep_is_resumed(cwd):
     command = ["-m", *QUICK, "seed=1,2"]
     paused = launch(*command, "grpo.num_steps=2", "until_step=1", cwd=cwd)
@@ -116,6 +117,7 @@ def test_a_broken_file_of_one_job_does_not_affect_the_others_when_the_sweep_is_r
     assert len(rows(other)) == 2
 
 
+@pytest.mark.slow
 def test_a_stop_signal_reaches_the_jobs_which_save_and_can_be_resumed(cwd):
     component = "+reward.components.slow={_target_: mine.slow, weight: 0}"
     command = ["-m", *QUICK, component, "grpo.num_steps=4", "seed=1,2", "hydra.launcher.jobs_at_once=2"]
@@ -137,6 +139,7 @@ def test_a_stop_signal_reaches_the_jobs_which_save_and_can_be_resumed(cwd):
         assert "resuming " in (sweep.path / job["folder"] / "console.log").read_text()
 
 
+@pytest.mark.slow
 def test_jobs_at_once_share_the_cores_unless_the_user_sets_the_threads(cwd):
     cores = len(os.sched_getaffinity(0))
     command = ["-m", *QUICK, "grpo.num_steps=1", "hardware.threads=null", "hydra.launcher.jobs_at_once=2"]
@@ -172,6 +175,7 @@ def test_a_signal_for_one_job_stops_only_that_job(cwd):
     assert [job["state"] for job in sweep_of(cwd).jobs()] == ["interrupted", "interrupted"]  # the second started too
 
 
+@pytest.mark.slow
 def test_jobs_end_when_their_launcher_is_killed(cwd):
     component = "+reward.components.slow={_target_: mine.slow, weight: 0}"
     process = Launch("-m", *QUICK, component, "grpo.num_steps=50", "seed=1,2", cwd=cwd)
@@ -216,6 +220,7 @@ def test_a_job_that_cannot_start_is_recorded_with_its_values_and_can_be_started_
     assert again.returncode == 0, again.stderr
 
 
+@pytest.mark.slow
 def test_with_chdir_relative_paths_still_start_from_the_directory_of_the_launch(tmp_path):
     shutil.copytree(ROOT / "tests" / "sums", tmp_path / "sums")
     own = [
@@ -322,6 +327,7 @@ hydra: {sweeper: {params: {seed: "shuffle(1,2,3)"}}}
 """
 
 
+@pytest.mark.slow
 def test_a_sweep_can_be_described_by_an_experiment_of_the_user(cwd):
     """Its params are shuffled only once, resuming uses its config folders, and each job has its own name."""
     shutil.copytree(ROOT / "conf", cwd / "base")
