@@ -52,7 +52,7 @@ SLOW = pytest.mark.slow  # rows of large tables, of which a plain test run takes
         pytest.param(f"{TRAINER}.group_keys", "6", ["checkpoint.every=5"], id="in the middle of an epoch", marks=SLOW),
         pytest.param(f"{TRAINER}.group_keys", "5", [], id="at the end of an iteration", marks=SLOW),
         pytest.param(f"{TRAINER}.group_keys", "8", ["checkpoint.every=7"], id="before the last step", marks=SLOW),
-        pytest.param("grpo.runs.folder.RunFolder.save_final_model", "1", [], id="after the last step"),
+        pytest.param("grpo.runs.folder.RunFolder.save_final_model", "1", [], id="after the last step", marks=SLOW),
         pytest.param("grpo.analysis.charts.write_summary", "1", [], id="while the charts are drawn", marks=SLOW),
     ],
 )
@@ -277,6 +277,7 @@ def test_training_continues_if_no_checkpoint_can_be_written(tmp_path, straight, 
     assert rows(run_dir) == rows(straight)
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_write_metrics_fails_with_the_reason_and_can_be_resumed(tmp_path, straight, mount):
     run_dir = tmp_path / "run"
     mount(run_dir / "metrics", "-t", "tmpfs", "-o", "size=4k", "tmpfs")
@@ -307,6 +308,7 @@ int fsync(int fd) {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("also_files", [0, pytest.param(1, marks=SLOW)])
 def test_a_file_system_that_refuses_fsync_gives_one_warning(tmp_path, straight, also_files):
     (tmp_path / "shim.c").write_text(NO_FSYNC)

@@ -173,6 +173,7 @@ def test_an_extension_that_does_not_fit_is_refused_and_leaves_no_files(folder, l
     assert sorted(path for path in folder.iterdir() if path.name != "__pycache__") == before
 
 
+@pytest.mark.slow
 def test_a_fork_may_use_another_engine_than_the_one_whose_state_was_saved(folder):
     run_with(folder, "toy_engine", "rollout._target_=toy_engine.Prepared")
     fork = ["fork=true", "run_dir=run", "grpo.num_steps=3", "rollout._target_=grpo.rollout.native.NativeEngine"]

@@ -93,6 +93,7 @@ def images(notebook):
     return [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
 
 
+@pytest.mark.slow
 def test_the_notebook_of_a_run_shows_the_newest_run(tmp_path, monkeypatch):
     small = [*SMALL.split(), "grpo.num_steps=3", "samples.every=1", "hardware.threads=1"]
     assert launch("experiment=quickstart", *small, cwd=tmp_path).returncode == 0

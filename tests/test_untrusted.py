@@ -13,7 +13,7 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -673,7 +673,7 @@ def write_document():
     """Try every attack with every command, and write the table if nobody was harmed."""
     os.environ["GRPO_OUTPUTS"] = "outputs"  # below the working directory of each command
     pairs = [(name, each) for name, attack in ATTACKS.items() for each in (ON_SWEEP if attack.of_sweep else COMMANDS)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
         futures = {pair: pool.submit(outcome, *pair) for pair in pairs}
     harms = [f"{name}, {each}: {error}" for (name, each), future in futures.items() if (error := future.exception())]
     if harms:

@@ -79,6 +79,7 @@ def test_changed_weights_with_a_valid_manifest_are_reported(run, verify):
     assert f"different: step {STEPS}, model: model.norm.weight" in result.stdout
 
 
+@pytest.mark.slow
 def test_progress_and_optimizer_of_a_checkpoint_are_compared_too(verify, tmp_path):
     run = tmp_path / "small"
     settings = [*SETTINGS, "checkpoint.every=1", "checkpoint.keep_last=9", "grpo.num_iterations=1", "grpo.num_steps=3"]

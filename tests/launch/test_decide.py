@@ -268,6 +268,7 @@ def test_a_sweep_whose_jobs_never_start_leaves_no_files(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_fork_can_be_started_again_in_the_same_folder(finished_run, tmp_path):
     command = ["fork=true", f"run_dir={finished_run}", "grpo.num_steps=3", "hydra.run.dir=fork"]
     killed = launch(*command, cwd=tmp_path, fault=("grpo.runs.folder.RunFolder.write_config", "1", "kill"))

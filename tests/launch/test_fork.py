@@ -148,6 +148,7 @@ def test_a_killed_sweep_of_forks_can_be_resumed(parent, tmp_path):
     assert "has lost the config.yaml of its run; restore that" in refused.stdout + refused.stderr
 
 
+@pytest.mark.slow
 def test_a_fork_with_another_optimizer_starts_it_with_a_new_state_and_is_resumed_bitwise(parent, tmp_path):
     arguments = ["fork_step=6", "optimizer=muon", "checkpoint.every=1", "checkpoint.keep_last=9"]
     result, run = fork(parent, tmp_path, *arguments)

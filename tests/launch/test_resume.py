@@ -117,6 +117,7 @@ def test_a_signal_saves_the_step_in_progress_and_resume_is_bitwise_equal(tmp_pat
     assert_same_run(outputs / "run", straight)
 
 
+@pytest.mark.slow
 def test_resume_keeps_the_first_records_and_config(tmp_path, straight):
     run_dir = tmp_path / "run"
     kill_after_step(run_dir, 1)
@@ -145,6 +146,7 @@ def test_a_finished_run_extended_to_more_steps_equals_a_run_that_had_them_from_t
     assert (extended / "changes.yaml").read_text() == "grpo.num_steps: 6\n"
 
 
+@pytest.mark.slow
 def test_an_incomplete_last_row_is_dropped_and_computed_again(tmp_path, straight):
     run_dir = tmp_path / "run"
     kill_after_step(run_dir, 3)

@@ -211,6 +211,7 @@ ConfigStore.instance().store("third", {"_target_": "hydra_plugins.third.ThirdLau
 """
 
 
+@pytest.mark.slow
 def test_a_third_party_launcher_can_run_a_sweep(tmp_path):
     (tmp_path / "hydra_plugins").mkdir()
     (tmp_path / "hydra_plugins" / "third.py").write_text(THIRD)

@@ -250,6 +250,7 @@ def test_hydras_other_choices_of_logging_work_and_write_no_log(tmp_path, logging
     assert not {".hydra", "launch.log"} & {each.name for each in (tmp_path / "sweep" / job["folder"]).iterdir()}
 
 
+@pytest.mark.slow
 def test_a_group_can_be_swept_by_glob_and_jobs_can_be_named_by_their_number(tmp_path):
     own = [*QUICK, "grpo.num_steps=1", "hydra/launcher=basic", "hydra.sweep.subdir=${hydra.job.num}", "sweep_dir=sweep"]
     done = launch("-m", *own, "rollout=glob(*)", cwd=tmp_path)
@@ -465,6 +466,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_the_status_of_a_sweep_is_json_that_a_script_can_read(cwd):
     done = launch("-m", *QUICK, "hydra/launcher=basic", "grpo.num_steps=1", "seed=4,5", "sweep_dir=s", cwd=cwd)
     assert done.returncode == 0, done.stderr
