@@ -309,7 +309,7 @@ int fsync(int fd) {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("also_files", [0, pytest.param(1, marks=SLOW)])
+@pytest.mark.parametrize("also_files", [0, 1])
 def test_a_file_system_that_refuses_fsync_gives_one_warning(tmp_path, straight, also_files):
     (tmp_path / "shim.c").write_text(NO_FSYNC)
     shim = tmp_path / "shim.so"
@@ -478,7 +478,7 @@ def test_a_checkpoint_written_during_the_last_step_is_recorded_as_saved(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signals", [pytest.param(1, marks=SLOW), 2])
+@pytest.mark.parametrize("signals", [1, 2])
 def test_a_stop_signal_waits_for_the_checkpoint_that_is_written_during_training(tmp_path, straight, signals):
     run_dir = tmp_path / "run"
     fault = ("grpo.runs.checkpoint_writer.write_checkpoint", "1x", "sleep:3")

@@ -257,6 +257,7 @@ def code(said, **values):
 
 
 INTERPOLATED = "${oc.env:SECRET}"
+ESCAPED = r"tracking.tags=[$\{oc.env:SECRET\}]"
 CALL = "${oc.create:{_target_: payload.run}}"
 CONDITIONS = {"_target_": "payload.run"}
 ATTACKS = {
@@ -333,6 +334,12 @@ ATTACKS = {
     "an environment variable in overrides": Attack(
         lambda sweep: record("sweep.json", overrides=[*overrides_of(sweep), f"tracking.name={INTERPOLATED}"])(sweep),
         "sets tracking.name=",
+        ("resume a sweep",),
+        of_sweep=True,
+    ),
+    "an escaped environment variable in overrides": Attack(
+        lambda sweep: record("sweep.json", overrides=[*overrides_of(sweep), ESCAPED])(sweep),
+        "sets tracking.tags=",
         ("resume a sweep",),
         of_sweep=True,
     ),
@@ -485,9 +492,18 @@ def attacked(tmp_path, attack, command):
 
 
 def commands_for(number, attack):
-    """The commands that an attack is tried with: of a long list, four, which differ from attack to attack."""
-    chosen = ON_SWEEP if attack.of_sweep else attack.refused_by or tuple(COMMANDS)
-    return chosen if len(chosen) <= 4 else [chosen[(number + step) % len(chosen)] for step in (0, 3, 5, 7)]
+    """The commands that an attack is tried with: at least four, which differ from attack to attack.
+
+    They are those that refuse it, or four of these, and others if there are fewer.
+    """
+    if attack.of_sweep:
+        return ON_SWEEP
+    refused_by, others = (attack.refused_by, [name for name in COMMANDS if name not in attack.refused_by])
+    return [*_four_of(refused_by, number), *_four_of(others, number)[: 4 - min(4, len(refused_by))]]
+
+
+def _four_of(names, number):
+    return list(names) if len(names) <= 4 else [names[(number + step) % len(names)] for step in (0, 3, 5, 7)]
 
 
 PAIRS = [(name, each) for number, name in enumerate(ATTACKS) for each in commands_for(number, ATTACKS[name])]
@@ -500,6 +516,7 @@ SAMPLE = [
     ("an adapter without a header", "evaluate an adapter"),
     ("an environment variable in a name", "fork"),
     ("an environment variable in overrides", "resume a sweep"),
+    ("an escaped environment variable in overrides", "resume a sweep"),
     ("a link in place of final_model", "merge"),
     ("a link in place of .hydra", "fork"),
     ("a link in place of status.json.tmp", "chat"),
@@ -511,6 +528,7 @@ SAMPLE = [
 
 
 def check(tmp_path, name, command):
+    """Try an attack with a command. Returns the message with which the command refuses the folder, or None."""
     attack = ATTACKS[name]
     process, unchanged = attacked(tmp_path, attack, COMMANDS[command])
     if command in attack.refused_by:
@@ -519,6 +537,7 @@ def check(tmp_path, name, command):
         assert last.startswith("error: ")
         assert attack.said in last
         assert unchanged or command in DISPLAY  # which may have written some of their files by then
+    return process.stderr.splitlines()[-1].removeprefix("error: ") if process.returncode == 2 else None
 
 
 @pytest.mark.parametrize(("name", "command"), SAMPLE)
@@ -661,12 +680,10 @@ These are {count} pairs of an attack and a command. Written by `python -m tests.
 
 
 def outcome(name, command):
-    """The message with which a command refuses an attacked folder, or None. An AssertionError is a harm."""
+    """The message with which a command refuses an attacked folder, or None."""
     with tempfile.TemporaryDirectory() as folder:
-        process, _ = attacked(Path(folder), ATTACKS[name], COMMANDS[command])
-    if process.returncode != 2:
-        return None
-    return process.stderr.splitlines()[-1].removeprefix("error: ").replace(f"{folder}/", "")
+        message = check(Path(folder), name, command)
+        return message and message.replace(f"{folder}/", "")
 
 
 def write_document():

@@ -23,7 +23,7 @@ from grpo.runs.choice import check_empty, check_parent, choose_run
 from grpo.runs.files import short_path
 from grpo.runs.folder import RunFolder
 from grpo.runs.gpu_queue import LOCAL_LAUNCHERS, remember_gpus
-from grpo.runs.locations import newest_unfinished, outputs, release, remove_empty, reserve
+from grpo.runs.locations import has_interpolation, newest_unfinished, outputs, release, remove_empty, reserve
 from grpo.runs.lock import locked
 from grpo.runs.sweep_folder import SweepFolder
 from grpo.sweeps.opening import prepare_sweep
@@ -118,8 +118,8 @@ def hold_run(app: Application, composed: DictConfig, overrides: Overrides) -> It
 
 def check_no_interpolation(folder: Path) -> None:
     """Raise ConfigError for a path in which Hydra would insert other values, such as environment variables."""
-    if "${" in str(folder.absolute()):
-        raise ConfigError(f"{folder}: the path of a run or sweep must not contain ${{; choose another name or folder")
+    if has_interpolation(folder):
+        raise ConfigError(f"{folder.absolute()}: the path of a run or sweep must not contain ${{; choose another one")
 
 
 def named_folder(place: DictConfig, default: str) -> str | None:

@@ -37,9 +37,9 @@ def run_command(command: Callable[[], int | None]) -> int:
 def _shorten_spinning() -> None:
     """Let threads that wait for others spin only briefly before they sleep. Read when torch loads OpenMP.
 
-    GNU's OpenMP spins for milliseconds, which makes a step up to a fifth faster on an idle machine. If another program
-    runs, the threads that spin keep the cores from those that they wait for, and a step takes several times as long
-    (docs/measured.md). KMP_BLOCKTIME, in milliseconds, is for the OpenMP of LLVM and Intel.
+    GNU's OpenMP spins for milliseconds, which saves up to a quarter of the time of a step on an idle machine. If
+    another program runs, the threads that spin keep the cores from those that they wait for, and a step takes several
+    times as long (docs/measured.md). KMP_BLOCKTIME, in milliseconds, is for the OpenMP of LLVM and Intel.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT

@@ -79,7 +79,7 @@ def choose_implementation(
     of a logit or log-probability, where the largest logit is `LARGEST_LOGIT`. Raises ConfigError if no implementation
     gives the model's numbers.
     """
-    if isinstance(model.get_decoder(), nn.Linear):
+    if isinstance(_attempt(model, model.get_decoder), nn.Linear):
         raise _refused(model, "its get_decoder() returns the output head instead of the layers below it")
     longest = max_length or UNKNOWN_LENGTH
     dtype = compute_dtype or model.dtype

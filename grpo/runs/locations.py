@@ -71,12 +71,20 @@ def run_folders(root: Path) -> list[RunFolder]:
 def newest_unfinished(root: Path) -> RunFolder | None:
     """The run started last, at or below `root`, among the unfinished runs that can be resumed.
 
-    Runs in progress, jobs of sweeps (they are resumed with their sweep) and unreadable folders are skipped.
+    Skipped are runs in progress, jobs of sweeps (they are resumed with their sweep), and folders that cannot be read
+    or have an interpolation in their path.
     """
     return next((run for run in reversed(run_folders(root)) if _can_resume(run, root)), None)
 
 
+def has_interpolation(folder: Path) -> bool:
+    """Whether Hydra would insert other values into the path of a folder, such as environment variables."""
+    return "${" in str(folder.absolute())
+
+
 def _can_resume(run: RunFolder, root: Path) -> bool:
+    if has_interpolation(run.path):
+        return False
     if any((folder / "sweep.json").exists() for folder in run.path.parents if folder.is_relative_to(root)):
         return False
     try:

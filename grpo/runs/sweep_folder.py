@@ -41,24 +41,22 @@ class SweepFolder:
 
     def check_same(self, overrides: Overrides, sweeper: str, resume: bool | str) -> None:
         """Raise ConfigError if the folder has a sweep that this command line does not resume."""
-        recorded = self.record()
-        if not recorded:
+        record = self.record()
+        if not record:
             return
-        try:
-            _ = Overrides(recorded["overrides"]).keys
-        except HydraException as error:
-            raise FileError(f"{self.path / 'sweep.json'}: {first_line(error)}") from error
+        recorded = self.recorded_overrides()
         if not resume:
             raise ConfigError(f"{self.path} already contains a sweep; add resume=true, or choose another sweep_dir")
-        if recorded.get("sweeper") != sweeper:
-            before = recorded.get("sweeper", "of an older version")
+        if record.get("sweeper") != sweeper:
+            before = record.get("sweeper", "of an older version")
             raise ConfigError(f"{self.path} is a sweep with hydra/sweeper={before}; resume it with that")
-        if fixed_values(overrides) != fixed_values(Overrides(recorded["overrides"])):
-            given = arguments_in_shell(*recorded["overrides"])
+        if fixed_values(overrides) != fixed_values(recorded):
+            given = arguments_in_shell(*recorded)
             raise ConfigError(f"{self.path} is a sweep of other values; resume it with the same overrides: {given}")
-        for key, line in Overrides(recorded["overrides"]).without(overrides.keys).last_by_key.items():
-            # Hydra would resolve an interpolation, and read the choice of a group as the path of a file.
-            if "${" in line or not (key in FACTS or re.fullmatch(r"[\w-]*", text_of(line))):
+        for key, line in recorded.without(overrides.keys).last_by_key.items():
+            # Hydra would resolve an interpolation, which can also be written as $\{...\}, and read the choice of a
+            # group as the path of a file.
+            if "$" in line or not (key in FACTS or re.fullmatch(r"[\w-]*", text_of(line))):
                 allowing = arguments_in_shell(line)
                 raise ConfigError(
                     f"{self.path / 'sweep.json'} sets {key}={text_of(line)}; if you trust it, add: {allowing}"
@@ -105,7 +103,14 @@ class SweepFolder:
 
     def continued(self, overrides: Overrides) -> Overrides:
         """The overrides of a resumed sweep: the recorded ones, updated by those of this launch."""
-        return Overrides(self.record()["overrides"]).continued_by(overrides)
+        return self.recorded_overrides().continued_by(overrides)
+
+    def recorded_overrides(self) -> Overrides:
+        """The overrides in sweep.json, except for those of keys that concern one launch. Raises FileError."""
+        try:
+            return Overrides(self.record()["overrides"]).without(PASSING_KEYS)
+        except HydraException as error:
+            raise FileError(f"{self.path / 'sweep.json'}: {first_line(error)}") from error
 
     def begun(self) -> bool:
         """Whether a sweep was ever started here."""

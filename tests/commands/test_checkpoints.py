@@ -89,7 +89,6 @@ def read_only(cwd, tmp_path):
     subprocess.run(["umount", "-l", str(run)], check=True)
 
 
-@pytest.mark.slow
 def test_a_run_folder_that_cannot_be_written_to_is_read_and_the_rest_is_refused_in_one_line(read_only):
     cannot = "[Errno 30] Read-only file system"
     cases = [

@@ -309,7 +309,7 @@ def test_a_lora_run_is_evaluated_with_and_without_its_adapter(command, adapter_r
 
 def test_merge_writes_one_model_from_a_lora_run(command, adapter_run, tmp_path):
     run = shutil.copytree(adapter_run, tmp_path / "run")
-    code, out, err = command("merge", f"run_dir={run}", "accept_changes=true")
+    code, out, err = command("merge", f"run_dir={run}")
     assert (code, out) == (0, f"{run / 'merged_model'}\n"), err
     code, _, err = command("evaluate", f"run_dir={run}", f"model.name={run / 'merged_model'}")
     assert code == 0, err
@@ -339,6 +339,9 @@ def test_a_run_from_another_device_can_be_merged(command, adapter_run, tmp_path)
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["hardware"]["device"], config["model"]["device_map"] = "cuda", "cuda:1"
     (run / "config.yaml").write_text(yaml.safe_dump(config))
+    code, _, err = command("merge", f"run_dir={run}")
+    assert (code, "its config.yaml changed since the run was started" in err) == (2, True)
+    assert not (run / "merged_model").exists()
     code, out, err = command("merge", f"run_dir={run}", "accept_changes=true")
     assert (code, out) == (0, f"{run / 'merged_model'}\n"), err
 

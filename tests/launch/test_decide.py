@@ -89,7 +89,7 @@ def test_a_refused_launch_changes_nothing_in_the_folder_of_another_run(tmp_path)
         (["model.device_map=cuda"], "model.device_map=cuda: torch sees no CUDA device here; use model.device_map=auto"),
         (["data.path=missing.jsonl", "data=jsonl"], "missing.jsonl"),
         (["name=../../elsewhere"], "name=../../elsewhere: must be the name of a folder below outputs/, without .."),
-        (["name='\\${oc.env:HOME}'"], "the path of a run or sweep must not contain ${; choose another name or folder"),
+        (["name='\\${oc.env:HOME}'"], "the path of a run or sweep must not contain ${; choose another one"),
         (["run_dir='a\\${b}'"], "a${b}: the path of a run or sweep must not contain ${"),
         (["-m", "seed=1,2", "sweep_dir='a\\${b}'"], "a${b}: the path of a run or sweep must not contain ${"),
         (["resume=true"], "resume=true: no unfinished run below outputs/; name one with run_dir="),

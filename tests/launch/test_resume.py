@@ -71,13 +71,12 @@ def test_resume_with_lora_is_bitwise_equal(tmp_path):
     assert kl[3] > kl[4] < kl[7]  # the reference is updated before step 5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "optimizer",
     [
         "tuning=full_bf16",
-        "optimizer=adamw_8bit",
-        "optimizer=muon",
+        pytest.param("optimizer=adamw_8bit", marks=pytest.mark.slow),
+        pytest.param("optimizer=muon", marks=pytest.mark.slow),
     ],
 )
 def test_resume_with_any_optimizer_is_bitwise_equal(tmp_path, optimizer):

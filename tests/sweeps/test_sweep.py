@@ -175,7 +175,6 @@ def test_a_signal_for_one_job_stops_only_that_job(cwd):
     assert [job["state"] for job in sweep_of(cwd).jobs()] == ["interrupted", "interrupted"]  # the second started too
 
 
-@pytest.mark.slow
 def test_jobs_end_when_their_launcher_is_killed(cwd):
     component = "+reward.components.slow={_target_: mine.slow, weight: 0}"
     process = Launch("-m", *QUICK, component, "grpo.num_steps=50", "seed=1,2", cwd=cwd)
