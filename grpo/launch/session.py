@@ -193,8 +193,7 @@ def _name_in_tracking(cfg: DictConfig, overrides: Overrides) -> None:
 def _record_end(run: Run, error: BaseException, before: Mapping[str, Any] | None) -> None:
     """Record and print how a launch ended. before: the status to restore, if the launch has changed nothing."""
     if before is not None:
-        former = before.get("state", "failed")
-        run.record_state("interrupted" if former == "running" else former, before.get("error"))  # a killed run
+        _restore_state(run, before)
     if isinstance(error, Exit):
         if before is None:
             run.record_state("interrupted", None)
@@ -233,11 +232,16 @@ def _continues(run: Run) -> bool:
     return run.resumed and not run.forked
 
 
+def _restore_state(run: Run, before: Mapping[str, Any]) -> None:
+    """Record the state that a run had before a launch that changed nothing. One that was killed is interrupted."""
+    state = before.get("state", "failed")
+    run.record_state("interrupted" if state == "running" else state, before.get("error"))
+
+
 def _undo(run: Run, before: Mapping[str, Any]) -> None:
     """Leave a run as it was before a launch that was refused; before: its status then."""
     if _continues(run):
-        former = before.get("state", "failed")
-        run.record_state("interrupted" if former == "running" else former, before.get("error"))  # a killed run
+        _restore_state(run, before)
         _discard_record(HydraConfig.get())
     else:
         _discard(run.folder, run.forked)
