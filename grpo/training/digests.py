@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo.config.errors import ConfigError
 from grpo.config.reading import read_file
-from grpo.config.schema import Config
+from grpo.config.schema import Config, on_resume
 from grpo.data.prompts import render, template_arguments
 from grpo.runs.checkpoint import file_digest
 from grpo.runs.folder import RunFolder
@@ -70,11 +70,10 @@ def check_digests(folder: RunFolder, found: Mapping[str, str], changed: Collecti
     changed: the keys and groups that the command line sets; what they decide is not compared. accept: whether to log
     differences instead of raising ConfigError. A run of an earlier version has no digests, and nothing is compared.
     """
-    groups = {key.replace("/", ".").partition(".")[0] for key in changed}
     differing = [
         name
         for name, before in folder.digests().items()
-        if name in found and not _is_equal(before, found[name]) and not groups & set(NAMES[name][1])
+        if name in found and not _is_equal(before, found[name]) and not _decided_by(changed, name)
     ]
     if not differing:
         return []
@@ -88,13 +87,21 @@ def check_digests(folder: RunFolder, found: Mapping[str, str], changed: Collecti
 
 def kept_by_fork(digests: Mapping[str, str], changed: Collection[str]) -> dict[str, str]:
     """The digests of a run that also hold for a fork of it, in which these keys and groups are changed."""
-    groups = {key.replace("/", ".").partition(".")[0] for key in changed}
-    experiment_changed = "experiment" in groups  # which can change everything
+    if "experiment" in changed:  # which can change everything
+        return {}
     return {
         name: digest
         for name, digest in digests.items()
-        if name in NAMES and name != "config" and not experiment_changed and not groups & set(NAMES[name][1])
+        if name in NAMES and name != "config" and not _decided_by(changed, name)
     }
+
+
+def _decided_by(changed: Collection[str], name: str) -> bool:
+    """Whether one of the changed keys and groups can decide what a digest stands for."""
+    keys = [key.replace("/", ".") for key in changed]
+    # Keys that a resumed run may change, such as model.device_map, decide none.
+    groups = {key.partition(".")[0] for key in keys if on_resume(key) not in ("free", "rounding")}
+    return not groups.isdisjoint(NAMES[name][1])
 
 
 def _is_equal(before: str, now: str) -> bool:

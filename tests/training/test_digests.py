@@ -125,6 +125,7 @@ def test_a_fork_keeps_the_digests_of_the_parts_that_it_does_not_change():
     parent = {"config": "a", "problems": "b", "prompts": "c", "tokenizer": "d", "weights": "e", "adapter": "f"}
     assert kept_by_fork(parent | {"of_a_later_version": "g"}, ["data"]) == kept_by_fork(parent, ["data"])
     assert kept_by_fork(parent, ["optimizer.lr"]).keys() == parent.keys() - {"config"}
+    assert kept_by_fork(parent, ["model.device_map"]).keys() == parent.keys() - {"config"}
     assert kept_by_fork(parent, ["data"]).keys() == {"tokenizer", "weights", "adapter"}
     assert kept_by_fork(parent, ["model.name"]).keys() == {"problems"}
     assert kept_by_fork(parent, ["experiment"]) == {}
