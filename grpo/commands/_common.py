@@ -65,11 +65,16 @@ def existing_run(path: str) -> RunFolder:
     return folder
 
 
-def changed_config(folder: RunFolder, overrides: Overrides) -> DictConfig:
-    """The frozen config of a run with the given keys replaced. Raises ConfigError if it names untrusted code."""
+def composed_config(overrides: Overrides) -> DictConfig:
+    """The config of conf/ with these overrides, and with the preset for the hardware of this machine."""
     from grpo.launch.preset import hardware_found  # imports torch
 
-    composed = hardware_found(compose_config(overrides.lines), overrides, compose_config)
+    return hardware_found(compose_config(overrides.lines), overrides, compose_config)
+
+
+def changed_config(folder: RunFolder, overrides: Overrides) -> DictConfig:
+    """The frozen config of a run with the given keys replaced. Raises ConfigError if it names untrusted code."""
+    composed = composed_config(overrides)
     changed = apply_overrides(folder.frozen_config(), composed, overrides)
     check_trusted(changed, composed, folder.path)
     changed.accept_changes = composed.accept_changes
@@ -90,11 +95,8 @@ def find_model(arguments: Sequence[str]) -> ModelUnderTest:
     other_model = bool({"model", "model.name"} & set(overrides.keys))
     if asked is not None and (folder is None or other_model):
         raise ConfigError(f"checkpoint={asked} is for the model of a run: give run_dir=..., and no model.name=...")
-    from grpo.launch.preset import hardware_found  # imports torch
-
     if folder is None:
-        composed = hardware_found(compose_config(overrides.lines), overrides, compose_config)
-        return ModelUnderTest(resolved(composed), None, None, 0)
+        return ModelUnderTest(resolved(composed_config(overrides)), None, None, 0)
     changed = changed_config(folder, overrides)
     if other_model:
         if not overrides.names("model.lora"):

@@ -45,8 +45,9 @@ def main(arguments: list[str]) -> None:
     except OSError as error:
         raise ConfigError(f"{target} cannot be created ({error.strerror}); give another output_dir=DIR") from error
     try:
-        merged_model(subject).save_pretrained(temporary)
-        load_tokenizer(model).save_pretrained(temporary)
+        tokenizer = load_tokenizer(model)
+        merged_model(subject, tokenizer).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         if os.path.lexists(target):
             raise ConfigError(f"{target} was created meanwhile; remove it, or give another output_dir=DIR")
         commit_folder(temporary, target)
@@ -56,12 +57,15 @@ def main(arguments: list[str]) -> None:
     print(target)
 
 
-def merged_model(subject: ModelUnderTest) -> Any:
-    """The model with its adapter `model.lora.init_from` or the weights of a checkpoint, as one without an adapter."""
+def merged_model(subject: ModelUnderTest, tokenizer: Any) -> Any:
+    """The model with its adapter `model.lora.init_from` or the weights of a checkpoint, as one without an adapter.
+
+    Raises ConfigError if the run's config, the tokenizer or the starting model changed since the run was started.
+    """
     import torch
     from peft import PeftModel
 
-    from grpo.model.loading import load_model, load_tokenizer
+    from grpo.model.loading import load_model
     from grpo.model.lora import adapter_errors, add_adapter, check_adapter, peft_settings, save_adapter
     from grpo.runs.checkpoint import StoredTensors, load_weights
     from grpo.training.digests import check_digests, config_digest, tokenizer_digest, weights_digest
@@ -75,7 +79,7 @@ def merged_model(subject: ModelUnderTest) -> Any:
     if subject.folder is not None:
         found = {
             "config": config_digest(subject.folder),
-            "tokenizer": tokenizer_digest(load_tokenizer(model)),
+            "tokenizer": tokenizer_digest(tokenizer),
             "weights": weights_digest(loaded, subject.config),
         }
         check_digests(subject.folder, found, subject.changed, subject.config.accept_changes)
