@@ -1,11 +1,12 @@
 """Compare the time of a training step with settings of OpenMP, alone and beside other programs.
 
-python tests/benchmarks/threads.py [OVERRIDE ...]
+python tests/benchmarks/threads.py [--rounds 2] [OVERRIDE ...]
 
-The overrides choose the experiment; default: 12 steps of the quickstart. Each setting is run ROUNDS times in turn,
+The overrides choose the experiment; default: 12 steps of the quickstart. The settings are run in turn, in each round,
 first alone and then beside one process that keeps a core busy. Printed are the medians of all steps but the first two.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -18,18 +19,13 @@ from pathlib import Path
 from grpo.launch.process import SPIN_COUNT
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-ROUNDS = 3
 QUICKSTART = ["experiment=quickstart", "grpo.num_steps=12"]
 SHORT = ["eval.before=false", "eval.after=false", "preflight=false", "tracking=disabled"]
 CORES = len(os.sched_getaffinity(0))
-# name: threads, variables
-SETTINGS: dict[str, tuple[int, dict[str, str]]] = {
-    "1 thread": (1, {}),
-    "all, as launched": (CORES, {"GOMP_SPINCOUNT": SPIN_COUNT}),
-    "all, OpenMP's default": (CORES, {"GOMP_SPINCOUNT": "300000"}),
-    "all, spin 10000": (CORES, {"GOMP_SPINCOUNT": "10000"}),
-    "all, passive": (CORES, {"OMP_WAIT_POLICY": "PASSIVE"}),
-}
+SPINS = ("300000", "30000", "10000", SPIN_COUNT, "200")  # the first is the default of GNU's OpenMP
+SETTINGS: dict[str, tuple[int, dict[str, str]]] = {"1 thread": (1, {})}
+SETTINGS |= {f"all, spin {spin}": (CORES, {"GOMP_SPINCOUNT": spin}) for spin in SPINS}
+SETTINGS["all, passive"] = (CORES, {"OMP_WAIT_POLICY": "PASSIVE"})
 
 
 def step_times(overrides: Sequence[str], threads: int, variables: Mapping[str, str]) -> list[float]:
@@ -42,14 +38,19 @@ def step_times(overrides: Sequence[str], threads: int, variables: Mapping[str, s
     return [json.loads(row)["step_time"] for row in rows[2:]]
 
 
-def main(overrides: Sequence[str]) -> None:
+def main() -> None:
+    """Run all settings and print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("overrides", nargs="*", default=QUICKSTART)
+    arguments = parser.parse_args()
     seconds: dict[tuple[str, str], list[float]] = {}
     for place in ("alone", "beside one"):
         other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if place != "alone" else None
         try:
-            for _ in range(ROUNDS):
+            for _ in range(arguments.rounds):
                 for name, (threads, variables) in SETTINGS.items():
-                    seconds.setdefault((place, name), []).extend(step_times(overrides, threads, variables))
+                    seconds.setdefault((place, name), []).extend(step_times(arguments.overrides, threads, variables))
         finally:
             if other is not None:
                 other.kill()
@@ -62,4 +63,4 @@ def main(overrides: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or QUICKSTART)
+    main()
