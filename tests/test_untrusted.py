@@ -47,7 +47,7 @@ TIMEOUT = 120  # seconds; a command that is blocked never ends
 # Commands, each with the run folder that it reads (as `run`) and its arguments.
 
 SMALL = ["grpo.num_steps=1", "grpo.batch_size=2", "grpo.num_generations=2", "grpo.max_completion_length=8"]
-SMALL += ["eval.before=false", "eval.after=false", "preflight=false", "tracking=disabled", "hardware.threads=1"]
+SMALL += ["eval.before=false", "eval.after=false", "preflight=false", "tracking.mode=disabled", "hardware.threads=1"]
 QUICK = ["experiment=quickstart", *SMALL]
 LORA = ["tuning=lora", "model.lora.rank=2", "model.lora.alpha=32", "model.lora.init_from=run/final_model"]
 SWEEP = [*QUICK, "-m", "seed=3,4", "resume=true", "sweep_dir=run"]
@@ -83,6 +83,7 @@ DISPLAY = ("plot", "report", "dashboard")
 ON_SWEEP = tuple(name for name in COMMANDS if "sweep" in name)
 ON_RUN = (*RUN, *DISPLAY)
 
+EVIL = "# @package _global_\neval: {accuracy: {_target_: payload.run}}\n"
 PAYLOAD = """
 from pathlib import Path
 
@@ -136,6 +137,16 @@ def record(file_name, /, **values):
         file.parent.mkdir(exist_ok=True)
         content = json.loads(file.read_text()) | values if file.exists() else values
         file.write_text(json.dumps(content))
+
+    return change
+
+
+def recorded(*lines):
+    """Add overrides to those of a sweep."""
+
+    def change(sweep):
+        overrides = json.loads((sweep / "sweep.json").read_text())["overrides"]
+        record("sweep.json", overrides=[*overrides, *lines])(sweep)
 
     return change
 
@@ -257,7 +268,6 @@ def code(said, **values):
 
 
 INTERPOLATED = "${oc.env:SECRET}"
-ESCAPED = r"tracking.tags=[$\{oc.env:SECRET\}]"
 CALL = "${oc.create:{_target_: payload.run}}"
 CONDITIONS = {"_target_": "payload.run"}
 ATTACKS = {
@@ -332,20 +342,32 @@ ATTACKS = {
         record("sweep.json", name=INTERPOLATED, state=INTERPOLATED, keys=["seed"]), of_sweep=True
     ),
     "an environment variable in overrides": Attack(
-        lambda sweep: record("sweep.json", overrides=[*overrides_of(sweep), f"tracking.name={INTERPOLATED}"])(sweep),
+        recorded(f"tracking.name={INTERPOLATED}"),
         "sets tracking.name=",
         ("resume a sweep",),
         of_sweep=True,
     ),
     "an escaped environment variable in overrides": Attack(
-        lambda sweep: record("sweep.json", overrides=[*overrides_of(sweep), ESCAPED])(sweep),
+        recorded(r"tracking.tags=[$\{oc.env:SECRET\}]"),
         "sets tracking.tags=",
         ("resume a sweep",),
         of_sweep=True,
     ),
     "a config file by its path": Attack(
-        lambda sweep: record("sweep.json", overrides=[*overrides_of(sweep), "checkpoint=../../run/evil"])(sweep),
-        "sets checkpoint=",
+        both(put("../evil.yaml", EVIL), recorded("tracking=../../../cwd/evil")),
+        "sets tracking=",
+        ("resume a sweep",),
+        of_sweep=True,
+    ),
+    "a config file with a package, before a harmless choice": Attack(
+        both(put("../evil.yaml", EVIL), recorded("+tracking@_global_=../../../cwd/evil", "tracking=disabled")),
+        "sets +tracking@_global_=",
+        ("resume a sweep",),
+        of_sweep=True,
+    ),
+    "a dict with an environment variable, before a harmless choice": Attack(
+        recorded(r"tracking={name:$\{oc.env:SECRET\}}", "tracking=disabled"),
+        "sets tracking=",
         ("resume a sweep",),
         of_sweep=True,
     ),
@@ -425,10 +447,6 @@ ATTACKS = {
         in_checkpoints("trainer_state.json", {"parts": {"update": {"from": "x", "to": -1}}}), "'update'", ("resume",)
     ),
 }
-
-
-def overrides_of(sweep):
-    return json.loads((sweep / "sweep.json").read_text())["overrides"]
 
 
 # The run of one command on one changed folder.
@@ -517,6 +535,8 @@ SAMPLE = [
     ("an environment variable in a name", "fork"),
     ("an environment variable in overrides", "resume a sweep"),
     ("an escaped environment variable in overrides", "resume a sweep"),
+    ("a config file with a package, before a harmless choice", "resume a sweep"),
+    ("a dict with an environment variable, before a harmless choice", "resume a sweep"),
     ("a link in place of final_model", "merge"),
     ("a link in place of .hydra", "fork"),
     ("a link in place of status.json.tmp", "chat"),

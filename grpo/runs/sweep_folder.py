@@ -11,6 +11,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from yaml import YAMLError
 
@@ -52,14 +53,13 @@ class SweepFolder:
             raise ConfigError(f"{self.path} is a sweep with hydra/sweeper={before}; resume it with that")
         if fixed_values(overrides) != fixed_values(recorded):
             given = arguments_in_shell(*recorded)
-            raise ConfigError(f"{self.path} is a sweep of other values; resume it with the same overrides: {given}")
-        for key, line in recorded.without(overrides.keys).last_by_key.items():
-            # Hydra would resolve an interpolation, which can also be written as $\{...\}, and read the choice of a
-            # group as the path of a file.
-            if "$" in line or not (key in FACTS or re.fullmatch(r"[\w-]*", text_of(line))):
-                allowing = arguments_in_shell(line)
+            raise ConfigError(
+                f"{self.path} is a sweep of other values; resume it with the same overrides, if you trust them: {given}"
+            )
+        for line, override in zip(recorded, recorded.parsed, strict=True):
+            if override.key_or_group not in overrides.keys and not _is_harmless(line, override):
                 raise ConfigError(
-                    f"{self.path / 'sweep.json'} sets {key}={text_of(line)}; if you trust it, add: {allowing}"
+                    f"{self.path / 'sweep.json'} sets {line}; if you trust it, add: {arguments_in_shell(line)}"
                 )
 
     def planned(self, points: Sequence[Sequence[str]] | None) -> list[list[str]]:
@@ -196,6 +196,17 @@ class SweepFolder:
         file = self.path / f"sweep.json.{os.getpid()}"
         write_atomic(file, json.dumps({"version": VERSION, **record}, indent=1) + "\n")
         file.replace(self.path / "sweep.json")
+
+
+def _is_harmless(line: str, override: Override) -> bool:
+    """Whether a recorded override that the command line does not repeat can neither run code nor read a secret.
+
+    Hydra would resolve an interpolation, read the choice of a group as the path of a file, and put the file's content
+    anywhere in the config with a package (+group@package=choice).
+    """
+    # An interpolation can also be written as $\{...\}.
+    plain = override.type is OverrideType.CHANGE and override.package is None and "$" not in line
+    return plain and (override.key_or_group in FACTS or bool(re.fullmatch(r"[\w-]*", text_of(line))))
 
 
 def fixed_values(overrides: Overrides) -> list[str]:
