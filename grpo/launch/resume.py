@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from grpo.config.compose import apply_overrides
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
-from grpo.config.schema import FACTS, Config
+from grpo.config.schema import FACTS, Config, on_resume
 from grpo.config.trust import check_trusted
 from grpo.config.values import copy_value, flatten, to_dict
 from grpo.launch.freeze import freeze
@@ -52,14 +52,15 @@ def new_overrides(folder: RunFolder, overrides: Overrides) -> Overrides:
     """The overrides of this command line that were not on the first command line of the run.
 
     So the first command line can be repeated without changing anything. Overrides of keys that a later launch has
-    changed are always included, since for them repeating the first value is a change.
+    changed are always included, since for them repeating the first value is a change; and so are those of keys that may
+    change, such as tracking, since the record of someone else's folder may not be that of its config.
     """
     first = Overrides(list(Overrides(folder.first_overrides()).last_by_key.values()))
     changed = [f"{key}." for key in folder.changes()]
     again = {
         line
         for key, line in zip(first.dotted_keys, first, strict=True)
-        if not any(each.startswith(f"{key}.") for each in changed)
+        if on_resume(key) != "free" and not any(each.startswith(f"{key}.") for each in changed)
     }
     return Overrides([line for line in overrides if line not in again])
 

@@ -212,6 +212,17 @@ def test_values_of_a_run_folder_are_not_interpolated(run, tmp_path, monkeypatch,
     assert found["tracking.tags"] == ["a", SECRET]
 
 
+def test_a_run_folder_cannot_keep_tracking_on_that_the_command_line_switches_off(run):
+    frozen = yaml.safe_load((run / "config.yaml").read_text())
+    frozen["tracking"] |= {"mode": "online", "entity": "someone_else"}
+    (run / "config.yaml").write_text(yaml.safe_dump(frozen))
+    overrides = Overrides(["tracking=disabled"])
+    assert "tracking=disabled" in RunFolder(run).first_overrides()  # which config.yaml contradicts
+    config, changes = resumed_config(RunFolder(run), compose_config(overrides.lines), overrides)
+    assert (config.tracking.mode, config.tracking.entity) == ("disabled", None)
+    assert changes == {"tracking.mode": "disabled", "tracking.entity": None}
+
+
 def test_chat_answers_a_prompt_as_the_evaluation_did(command, run):
     problem = evaluation(run, "after")["problems"][0]
     code, out, _ = command("chat", f"run_dir={run}", f"prompt={question(problem)}")
