@@ -8,6 +8,7 @@ docs/models.md has the results for many architectures.
 
 import inspect
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ LARGEST_LOGIT = 30.0
 # correct implementations differed by at most 1.5 times as much, and wrong ones by at least 86 times.
 TOLERANCE = 10.0
 GRADIENT_TOLERANCE = 0.01  # of the gradient's norm; correct implementations differed by at most 4e-4
+ADAPTER_NOISE = 0.1  # standard deviation; with it an adapter changes a layer about as much as the layer's own weights
 HEAD_TOLERANCE = 1e-3  # of the largest logit
 
 
@@ -83,12 +85,18 @@ def choose_implementation(
         raise _refused(model, "its get_decoder() returns the output head instead of the layers below it")
     longest = max_length or UNKNOWN_LENGTH
     dtype = compute_dtype or model.dtype
-    with _probed_parameters(model) as parameters, torch.enable_grad(), _float32_weights(model):
+    with (
+        torch.enable_grad(),
+        _active_adapter(model),
+        _probed_parameters(model) as parameters,
+        _float32_weights(model),
+    ):
         differences = _choose(model, parameters, longest)
     if dtype != torch.float32:  # some architectures fail only in other dtypes
         used = model if model.dtype == dtype else copy_in_dtype(model, dtype)
-        with _probed_parameters(used), torch.enable_grad():
+        with torch.enable_grad(), _probed_parameters(used):
             _attempt(model, lambda: _use_once(used, longest))
+        del used
     if model.device.type == "cuda":  # the check may need more memory than the run, whose peak is recorded
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -153,14 +161,40 @@ def _refused(model: PreTrainedModel, reason: str) -> ConfigError:
 
 
 @contextmanager
+def _active_adapter(model: PreTrainedModel) -> Iterator[None]:
+    """The model with noise in the B matrices of its adapter within the block.
+
+    They are 0 at first, so the adapter would change nothing, and an implementation that ignores it would agree.
+    """
+    matrices = [
+        parameter for name, parameter in model.named_parameters() if re.search(r"\.lora_(embedding_)?B\.", name)
+    ]
+    former = [matrix.detach().clone() for matrix in matrices]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for matrix in matrices:
+            matrix.copy_(ADAPTER_NOISE * torch.randn(matrix.shape, generator=generator))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for matrix, values in zip(matrices, former, strict=True):
+                matrix.copy_(values)
+
+
+@contextmanager
 def _probed_parameters(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
     """The parameters whose gradient is compared, which alone require one within the block.
 
-    They are the vectors, such as the weights of norms: small, and in every layer. A model without any has its input
-    embeddings compared.
+    They are the vectors, such as the weights of norms, and the adapter: small, and in every layer. A model without any
+    has its input embeddings compared.
     """
     former = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    probed = [p for p in model.get_decoder().parameters() if p.dim() == 1 and p.is_floating_point()]
+    probed = [
+        parameter
+        for name, parameter in model.get_decoder().named_parameters()
+        if (parameter.dim() == 1 or ".lora_" in name) and parameter.is_floating_point()
+    ]
     probed = probed or [model.get_input_embeddings().weight]
     try:
         for parameter in model.parameters():

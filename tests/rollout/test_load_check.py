@@ -23,7 +23,7 @@ from grpo.config.schema import LoraSettings
 from grpo.model.implementation import implementation_of
 from grpo.model.linear import use_onednn
 from grpo.model.loading import load_model
-from grpo.model.lora import add_adapter, check_adapter, save_adapter
+from grpo.model.lora import adapted_layers, add_adapter, check_adapter, save_adapter
 from grpo.model.packed import NAME
 from grpo.rollout.load_check import LARGEST_LOGIT, choose_implementation
 from grpo.tiny import MODEL_DIR
@@ -230,6 +230,27 @@ def test_an_adapter_that_cannot_be_trained_or_loaded_again_is_refused_before_tra
     experiment = build_experiment(typed(compose_config(settings)))
     with pytest.raises(ConfigError, match=said):
         experiment.load_policy()
+
+
+def test_an_adapter_is_compared_although_it_changes_nothing_at_first():
+    """The fast decoder computes the product of the matrices itself, so it does not know that this layer doubles it."""
+    model = load_model(tiny_config(), CPU)
+    add_adapter(
+        model, LoraSettings(rank=4, alpha=8, target_modules="all-linear", init_from=None), torch.float32, seed=0
+    )
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    choose_implementation(model, LONGEST)
+    assert implementation_of(model).sampling == "fast"
+    layer = adapted_layers(model)[0]
+
+    class Doubled(type(layer)):
+        def forward(self, x):
+            return 2 * super().forward(x) - self.base_layer(x)
+
+    layer.__class__ = Doubled
+    choose_implementation(model, LONGEST)
+    assert implementation_of(model).sampling == "cached"
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 def test_a_model_that_fails_only_in_the_dtype_of_the_computation_is_refused():
