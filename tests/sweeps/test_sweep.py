@@ -289,7 +289,7 @@ def test_another_sweep_is_not_mistaken_for_this_one(tmp_path, monkeypatch):
     assert newest_sweep(Overrides(["seed=1,2", "grpo.mu=1"])).name == "2"
     sweep = SweepFolder(tmp_path / "outputs" / "sweeps" / "2")
     sweep.check_same(Overrides(["tracking=disabled", "seed=1,2", "grpo.mu=1", "checkpoint.every=7"]), "basic", True)
-    with pytest.raises(ConfigError, match=r"is a sweep of other values; .* the same overrides: grpo\.mu=1"):
+    with pytest.raises(ConfigError, match=r"is a sweep of other values; .* if you trust them: grpo\.mu=1"):
         sweep.check_same(Overrides(["seed=1,2", "grpo.mu=2"]), "basic", True)
     with pytest.raises(ConfigError, match="already contains a sweep; add resume=true"):
         sweep.check_same(Overrides(["seed=1,2", "grpo.mu=1"]), "basic", False)
