@@ -46,6 +46,12 @@ class _Part:
         ]
 
     @property
+    def mixes_percent(self) -> bool:
+        """Whether per cent can only be hundredths: in a product, and in a sum with numbers that are no per cent."""
+        percents = {item.percent for item in self.items if item.kind == "number"}
+        return True in percents and (False in percents or bool(re.search(r"[*/^]", self.shape)))
+
+    @property
     def plain(self) -> bool:
         """Whether it is a number as written, not a calculation: 18, 1/2, 1 1/2, 1.8 * 10^1."""
         numbers = [item for item in self.items if item.kind == "number"]
@@ -198,9 +204,9 @@ def _statement(tokens: list[Token]) -> _Statement | None:
     value = calculate(last.items, 1)
     first_is_name = len(parts) > 1 and _is_name(parts[0], last)
     claimed = [part for part in parts[first_is_name:] if part.items]
-    # A percent sign is meant as a unit (20% + 30% = 50%) or as hundredths, as in every product (50% * 36 = 18).
-    multiplied = any("*" in part.shape and any(item.percent for item in part.items) for part in claimed)
-    percents = [Fraction(1, 100)] if multiplied else [Fraction(1), Fraction(1, 100)]
+    # A percent sign means hundredths, or is a unit if it stands at each number of a part or at none: 20% + 30% = 50%.
+    may_be_unit = not any(part.mixes_percent for part in claimed)
+    percents = [Fraction(1, 100), Fraction(1)] if may_be_unit else [Fraction(1, 100)]
     if not any(len({calculate(part.items, percent) for part in claimed}) == 1 for percent in percents):
         raise Refused
     operands = parts[0].operands
@@ -208,12 +214,20 @@ def _statement(tokens: list[Token]) -> _Statement | None:
 
 
 def _is_name(part: _Part, last: _Part) -> bool:
-    """Whether a part with one number and a unit is the name of what follows, as in "3 days = 18"."""
-    if part.shape != "Nu" or " " in part.items[0].text or part.words & (words.NOT_IN_A_NAME | last.words):
-        return False
-    if any(len(token.word) == 1 for token in part.after):
+    """Whether a part with one number and a unit is the name of what follows, as in "3 days = 18".
+
+    A measure is a claim instead, also with another unit: 5 kg = 18, 20 apples = 18 pears. Units are not converted,
+    except dozens.
+    """
+    if part.shape != "Nu" or " " in part.items[0].text or any(len(token.word) == 1 for token in part.after):
         return False  # 2m = 18: m may be unknown
-    return all(token.word and token.word not in words.BEFORE | words.TRANSPARENT for token in part.after)
+    units = {token.word for token in part.after}
+    if "dozen" in units:
+        return 12 * part.items[0].value == calculate(last.items, 1)
+    result_units = {token.word for token in last.after}
+    if result_units and (not units & words.PERIODS or result_units & (words.PERIODS | words.UNITS)):
+        return False
+    return not units & (words.MEASURES | words.NOT_IN_A_NAME | words.BEFORE | words.TRANSPARENT | {""})
 
 
 def _part(tokens: list[Token]) -> _Part:
@@ -345,7 +359,8 @@ def _check_before(before: list[Token], rest: list[Token]) -> None:
         allowed = previous in words.BEFORE_TO
     else:  # is_name, "up": it will cost Ann 18, she picked up 18
         follows_verb = words.is_verb(previous) and (is_name or word in ("up", "out", "away", "back"))
-        allowed = word in words.BEFORE or words.is_verb(word) or follows_verb
+        is_question = previous in ("what", "who", "how")  # what is 18
+        allowed = not is_question and (word in words.BEFORE or words.is_verb(word) or follows_verb)
     if not allowed:
         raise Refused
 
@@ -379,14 +394,13 @@ def _check_after(taken: list[Token], at_end: bool) -> None:
 
 
 def _check_statement_about(taken: list[Token]) -> None:
-    """Refuse what is said of the number, unless it is known to confirm it: "18 is the answer", not "18 is bogus"."""
-    verbs = [index for index, token in enumerate(taken) if token.word in words.SAYS_OF]
-    if not verbs:
+    """Refuse what is said of a number on its own, unless it may confirm it: "18 is the answer", not "18 is dropped"."""
+    said = [token.word for token in taken]
+    if said[0] not in words.SAYS_OF:
         return
-    said = [token.word for token in taken[verbs[0] + 1 :]]
-    while said and said[0] in words.TRANSPARENT:
+    while said and said[0] in (words.SAYS_OF | words.TRANSPARENT | {"to", "out"}) - words.DETERMINERS:
         del said[0]
-    if said and not (said[0] in words.BEFORE | words.CONFIRMS or words.is_verb(said[0])):
+    if said and not (said[0] in words.DETERMINERS | words.CONFIRMS or said[0].endswith(("'s", "s'"))):
         raise Refused
 
 

@@ -21,8 +21,14 @@ CHANGING = (
         """no not never neither nor none nothing nil non without except excluding excludes exclude excluded besides
         instead rather unlike cannot cant dont doesnt isnt arent wasnt werent wrong incorrect incorrectly false falsely
         untrue lies mistake mistaken mistakenly error erroneous impossible undefined unknown invalid unlikely disproved
-        rejected ruled wrongly falsehood nope nah oops wait scratch retract else too bound bounds limit overestimate
-        underestimate"""
+        rejected ruled wrongly falsehood nope nah oops wait scratch else too aint hardly barely scarcely inaccurate
+        inaccurately inexact imprecise flawed bogus fake fraudulent phony hoax nonsense typo bluff decoy
+        distractor placeholder misread misreading miscalculated miscalculation miscounted blunder discard discards
+        discarded discarding disregard disregards disregarded disregarding ignore ignores ignored ignoring eliminated
+        retract retracts retracted withdrawn refute refutes refuted debunked disproves disprove contradict contradicts
+        contradicted contradiction revoked rescinded overruled overturned superseded obsolete outdated irrelevant
+        meaningless absurd implausible questionable unproven unverified subtotal subtotals preliminary
+        provisional tentative"""
     )
     # doubt and condition
     | _words(
@@ -39,7 +45,8 @@ CHANGING = (
     # bounds, ranges and alternatives
     | _words(
         """or versus vs ranges ranging upward upwards onward onwards increasing decreasing exceed exceeds exceeded
-        exceeding surpass surpasses surpassing beyond plusminus"""
+        exceeding surpass surpasses surpassing beyond plusminus bound bounds limit cap cutoff threshold overestimate
+        underestimate"""
     )
     # multiples and parts
     | _words(
@@ -68,9 +75,9 @@ CHANGING = (
     )
     # scales that are not evaluated
     | _words(
-        """lakh lakhs lacs crore crores arab kharab myriad myriads mil mille bn mln mio mrd mlrd tn trn thou thous kilo
-        mega giga googol zillion gazillion jillion umpteen hundreds thousands millions billions trillions dozens basis
-        bps bp permille permil ppm ppb"""
+        """lakh lakhs lacs lpa crore crores crs arab kharab wan oku myriad myriads mil mille bn mln mio mrd mlrd tn trn
+        thou thous exa peta tera giga mega kilo hecto deca deka deci centi milli micro nano pico googol zillion gazillion
+        jillion umpteen hundreds thousands millions billions trillions dozens basis bps bp permille permil ppm ppb"""
     )
     # other bases, and repeating digits
     | _words(
@@ -99,7 +106,14 @@ _ENDS_IN_ISH = _words("finish dish polish radish english british spanish irish d
 CHANGING_PHRASE = re.compile(
     r"""\b(?:
         (?:is|are|was|were|be)[ ](?:more|less|fewer|greater|bigger|larger|smaller|higher|lower|close|near|between)
-      | (?:the|a|its|their)[ ](?:square|cube)[ ](?:of|is|and) | at[ ](?:the[ ])?(?:very[ ])?(?:least|most)
+      | (?:more|less|fewer|greater|bigger|larger|smaller|higher|lower)[ ]than
+        [ ](?:(?:the|a|its)[ ])?(?:answer|result|total|sum|number|amount|value|correct|it|this|that|what|a|an)
+      | (?:the|a|its|their)[ ](?:square|cube)[ ](?:of|is|and)
+      | at[ ](?:the[ ])?(?:very[ ])?(?:least|most|best|worst|outside|latest|earliest)
+      | far[ ]from | left[ ]out | (?:another|other|different)[ ](?:question|problem) | old[ ](?:value|answer|number)
+      | a[ ](?:lie|trap|trick|joke|red[ ]herring)
+      | (?:will|would|should|can|is|was|are|does|did)[ ](?:it|she|he|they|we|you|i)
+      | (?:baker's|long|dozen)[ ]dozen | (?:great|small)[ ]gross | long[ ]hundred
       | in[ ](?:the[ ]red|arrears) | crossed[ ]out | sign[ ](?:is[ ])?(?:changed|flipped|switched|reversed)
       | used[ ]to[ ]be | no[ ]longer
       | (?:added|subtracted|deducted)[ ](?:to|from) | more[ ](?:or|and) | give[ ]or[ ]take
@@ -116,19 +130,26 @@ CHANGING_PREVIOUS = _words(
 # In front of a number, with other words between or not.
 CHANGING_BEFORE = _words("than least most min max ceiling floor square cube")
 # After a number, with other words between or not.
-CHANGING_AFTER = _words("maximum minimum max tops short hole")
+CHANGING_AFTER = _words("maximum minimum max tops short hole subtracted")
 # Directly after a number these words change it, or continue it.
 CHANGING_NEXT = _words(
     """and plus minus times time to into by over under above below off through past short shy up down point odd some
     something cube remainder rem div sub quad alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho
-    omega psi chi gross grand mill mills bil bill lac thou score pie ex et y und og och i hoch au aux"""
+    omega psi chi fails failed gross grand mill mills bil bill lac thou score pie ex et y und og och i hoch au aux"""
 )
 # "18 and more", "18 dollars and change"
 MORE = _words("a an any another some change more counting several few bit up above over below under beyond then")
 
-# What follows one of these words, after a number, is said of it: a word of BEFORE or CONFIRMS, or a verb.
-SAYS_OF = _words("is are was were seems seem seemed appears appear appeared looks look looked sounds remains")
-CONFIRMS = _words("right true what how left needed required enough due available per")
+# After a number on its own these words say something of it, which must begin with one of CONFIRMS or DETERMINERS:
+# "18 is the answer" and "18 must be right", but not "18 is dropped".
+SAYS_OF = _words(
+    """is are was were be been being seems seem seemed appears appear appeared looks look looked sounds remains stays
+    turns turned proves proved will would must shall should has have had"""
+)
+CONFIRMS = _words(
+    "right true what how left needed required enough due available per confirmed verified spent made used paid"
+)
+DETERMINERS = _words("the a an his her its their our my your that this these those each all another")
 
 # Passed over between a number and the word in front of it.
 TRANSPARENT = _words(
@@ -183,8 +204,9 @@ BEFORE_UP_TO = BEFORE_TO | _words("add adds added adding sum work worked")
 # A part of a chain with one of these is a sentence, not the name of what follows: "3 days = 18", not "18 is left = 20"
 NOT_IN_A_NAME = _words(
     """is are was were has have had makes made gets got and so but then therefore thus cent cents dollar dollars euro
-    euros pound pounds buck bucks percent"""
+    euros pound pounds buck bucks percent more less fewer other"""
 )
+PERIODS = _words("minute minutes hour hours day days week weeks month months year years")
 
 UNITS = _words(
     """m g s h l c f cm mm km kg mg ml dl cl kl lb oz ft mi yd in hr pm am mph kph kmh lbs hrs min mins sec secs yds pt
@@ -203,6 +225,11 @@ AFTER_HYPHEN = _words(
 WITH_POWERS = UNITS | _words(
     """inch inches foot feet yard yards mile miles meter meters metre metres centimeter centimeters centimetres
     kilometer kilometers kilometres millimeter millimeters millimetres second seconds unit units"""
+)
+MEASURES = WITH_POWERS | _words(
+    """gram grams gramme grammes kilogram kilograms milligram milligrams ounce ounces ton tons tonne tonnes liter liters
+    litre litres milliliter milliliters millilitre millilitres gallon gallons pint pints quart quarts cup cups tablespoon
+    tablespoons teaspoon teaspoons degree degrees"""
 )
 
 _BELOW_20 = _list(
