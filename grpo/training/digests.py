@@ -118,9 +118,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def weights_digest(model: nn.Module, config: Config) -> str:
     """The digest of a starting model's weights, without those of an adapter.
 
-    With an adapter they are rounded to the compute dtype, in which training loads them.
+    With an adapter they are rounded to the compute dtype, in which training loads them, unless the model has fewer
+    bits.
     """
     dtype = compute_dtype(config) if config.model.lora is not None else getattr(torch, config.model.dtype)
+    own = next(model.parameters()).dtype
+    if torch.promote_types(own, dtype) != own:
+        dtype = own
     return f"{str(dtype).removeprefix('torch.')}:{_digest(_values(model, dtype))}"
 
 

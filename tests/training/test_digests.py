@@ -2,14 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from grpo.config.checks import typed
+from grpo.config.compose import compose_config
+from grpo.model.loading import load_model
 from grpo.runs.folder import RunFolder
 from grpo.tiny import MODEL_DIR
-from grpo.training.digests import check_digests, kept_by_fork
+from grpo.training.digests import check_digests, kept_by_fork, weights_digest
 from tests.launches import SHORT, grpo, launch, rows
 
 TEMPLATE = "{{ messages[-1].content }}?"
@@ -119,6 +124,17 @@ def test_weights_that_are_rounded_in_another_way_are_not_compared(tmp_path):
     assert check_digests(run, {"weights": "bfloat16:c", "problems": "b"}, (), accept=False) == []
     assert check_digests(run, {"weights": "float32:c", "problems": "b"}, (), accept=True) == ["weights"]
     assert check_digests(run, {"weights": "float32:c"}, ["model.name"], accept=False) == []
+
+
+def test_weights_in_fewer_bits_than_those_of_the_run_are_not_compared(tmp_path):
+    """As `grpo merge` loads the model that training with an adapter loaded in float32."""
+    settings = ["experiment=quickstart", "tuning=lora", "model.dtype=bfloat16", "hardware.compute_dtype=float32"]
+    config = typed(compose_config(settings))
+    model = load_model(replace(config.model, dtype="float32"), torch.device("cpu"))
+    run = RunFolder(tmp_path)
+    run.update_digests({"weights": weights_digest(model, config)})
+    merged = {"weights": weights_digest(model.bfloat16(), config)}
+    assert check_digests(run, merged, (), accept=False) == []
 
 
 def test_a_fork_keeps_the_digests_of_the_parts_that_it_does_not_change():
