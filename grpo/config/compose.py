@@ -62,11 +62,19 @@ def _named_in_file(group: str, choice: str, sources: Sequence[Path]) -> list[str
     values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     named: list[str] = []
     for default in values.pop("defaults", []):
-        if isinstance(default, str) and default != "_self_":  # another file of the same group
-            named += _named_in_file(group, default, sources)
-        for chosen, option in default.items() if isinstance(default, dict) else ():
-            other = chosen.removeprefix("optional ").removeprefix("override ").strip("/").replace("/", ".")
-            named += _named_in_file(other, str(option), sources) if other in GLOBAL_GROUPS else [other]
+        if default == "_self_":
+            continue
+        if isinstance(default, str):  # another file of this group, or with a slash in front of its group, of any
+            path, _, option = default.partition("@")[0].rpartition("/")
+            path = path if default.startswith("/") else f"{group}/{path}"
+            chosen = {path: option}
+        else:
+            chosen = default
+        for path, option in chosen.items():
+            words = path.removeprefix("optional ").removeprefix("override ")
+            other = words.partition("@")[0].strip("/").replace("/", ".")
+            choice = "null" if option is None else str(option)
+            named += _named_in_file(other, choice, sources) if other in GLOBAL_GROUPS else [other]
     named += flatten(values) if values else []
     # An adapter is replaced as a whole, since a run may have none.
     named = ["model.lora" if key.startswith("model.lora.") else key for key in named]

@@ -236,13 +236,14 @@ def test_a_fork_takes_the_keys_of_the_experiments_that_an_experiment_builds_on(p
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     for name, text in {
         "first": "grpo: {epsilon: 0.3, mu: 2}",
-        "second": "defaults: [first, _self_]\ngrpo: {mu: 1}",
+        "other": "rollout: {temperature: 0.8}",
+        "second": "defaults: [first@_global_, /experiment/other, {override /tuning: full}, _self_]\ngrpo: {mu: 1}",
     }.items():
         (tmp_path / "conf" / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
     result, run = fork(parent, tmp_path, "fork_step=6", "--config-dir", "conf", "experiment=second")
     assert result.returncode == 0, result.stderr
     ours = load_frozen(run / "config.yaml")
-    assert (ours.grpo.epsilon, ours.grpo.mu) == (0.3, 1)
+    assert (ours.grpo.epsilon, ours.grpo.mu, ours.rollout.temperature) == (0.3, 1, 0.8)
 
 
 @pytest.mark.parametrize(
