@@ -47,8 +47,10 @@ class HalvingState:
             raise FileError(f"{file}: arms must hold each job once")
         for rung in state.rungs:
             check_record(rung, RUNG, f"{file}, rungs", needed=RUNG)
-            if not set(rung["kept"]) <= set(range(len(state.arms))):
-                raise FileError(f"{file}, rungs: kept has an arm that does not exist")
+        chosen = {"kept": [arm for rung in state.rungs for arm in rung["kept"]], "entered": state.entered or []}
+        for name, arms in chosen.items():
+            if not set(arms) <= set(range(len(state.arms))):
+                raise FileError(f"{file}: {name} has an arm that does not exist")
         return state
 
     def write(self, folder: Path) -> None:

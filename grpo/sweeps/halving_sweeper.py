@@ -72,6 +72,8 @@ class HalvingSweeper(Sweeper):
         if known is None:
             grpo = self._composed(0).grpo
             return HalvingState(grpo.num_iterations * grpo.num_steps, arms, self.eta, self.budget_hours)
+        if known.arms != arms:
+            raise ConfigError(f"{self.folder / 'halving.json'}: arms are not those of this sweep")
         if known.state == "out of budget":  # the budget may have been raised
             known.state = "running"
         if self.budget_hours is not None:

@@ -60,7 +60,7 @@ def make_run(path, state, started_at):
 
 
 def test_the_links_of_a_folder_are_checked_while_a_run_writes_into_it(tmp_path):
-    """Temporary files come and go."""
+    """A folder in which other processes create and delete temporary files."""
     stop = threading.Event()
 
     def write():
@@ -313,7 +313,15 @@ FOREIGN = {
     "checkpoints/step_000001/trainer_state.json": ["", '{"step": "1"}', '{"steps": 1}', '{"reduced": []}'],
     "checkpoints/step_000001/manifest.json": ["", '{"reference": 3}'],
     "sweep.json": ["", '{"state": "running"}', '{"overrides": "a=1", "state": "running"}'],
-    "halving.json": ["", "{}", '{"total_steps": "9", "arms": [], "eta": 3, "budget_hours": null}'],
+    "halving.json": [
+        "",
+        "{}",
+        '{"total_steps": "9", "arms": [], "eta": 3, "budget_hours": null}',
+        '{"total_steps": 9, "arms": [[0], [0]], "eta": 3, "budget_hours": null}',
+        '{"total_steps": 9, "arms": [[0]], "eta": 3, "budget_hours": null, "entered": [1]}',
+        '{"total_steps": 9, "arms": [[0]], "eta": 3, "budget_hours": null, "rungs": '
+        '[{"steps": 1, "scores": {}, "kept": [-1], "spent_hours": 0.0}]}',
+    ],
 }
 
 
