@@ -3,7 +3,10 @@ import torch
 
 from grpo.algorithm import optimizer as module
 from grpo.algorithm.optimizer import MuonWithAdamW, StochasticAdamW, exempt_vectors, round_stochastically
+from grpo.config.checks import typed
+from grpo.config.compose import compose_config
 from grpo.counter_rng import random_bits
+from grpo.training.experiment import build_experiment
 
 CPU = torch.device("cpu")
 
@@ -146,6 +149,19 @@ def test_weight_decay_shrinks_matrices_but_not_biases_and_norms(kind):
     if kind is not MuonWithAdamW:  # which has an order of its own
         order = [p for group in optimizer.param_groups for p in group["params"]]
         assert all(one is other for one, other in zip(order, after, strict=True))
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_run_can_decay_biases_and_norms_as_earlier_versions_did(both):
+    settings = ["experiment=quickstart", "optimizer.weight_decay=0.1", f"grpo.decay_biases_and_norms={both}"]
+    experiment = build_experiment(typed(compose_config(settings)))
+    policy = experiment.load_policy()
+    decay = {
+        parameter.dim() < 2: group["weight_decay"]
+        for group in experiment.build_optimizer(policy).param_groups
+        for parameter in group["params"]
+    }
+    assert decay == {False: 0.1, True: 0.1 if both else 0.0}
 
 
 def test_without_weight_decay_and_for_optimizers_of_other_packages_the_groups_stay_as_they_are():
