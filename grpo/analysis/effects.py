@@ -70,8 +70,9 @@ def paired_difference(difference: pd.DataFrame, comparisons: int = 1) -> Estimat
     """The mean of differences paired by problem and seed, with seeds in rows and problems in columns.
 
     With one seed, the interval is computed with one more problem of difference 1 and one of -1, since it would be too
-    narrow if few problems differ. Agresti and Min (Statistics in Medicine 24, 2005) adjust the interval of a difference
-    of paired proportions in this way; here its centre stays the observed difference.
+    narrow if few problems differ. Bonett and Price (Journal of Educational and Behavioral Statistics 37, 2012) adjust
+    the interval of a difference of paired proportions in this way; here its centre stays the observed difference, and
+    the quantile is that of the t distribution.
     """
     estimate = crossed_mean(difference, comparisons)
     if estimate.seeds > 1 or estimate.problems < 2:
