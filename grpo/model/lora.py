@@ -76,14 +76,21 @@ def _check_names(model: PreTrainedModel) -> None:
     """Raise ConfigError if peft would not find the layers of the adapter again when it is loaded."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    found: Any = set_peft_model_state_dict(model, get_peft_model_state_dict(model))  # its own values: changes nothing
-    lacking = [*found.unexpected_keys, *(key for key in found.missing_keys if "lora_" in key)]
+    lacking = _misfits(set_peft_model_state_dict(model, get_peft_model_state_dict(model)))  # sets its own values
     if lacking:
         layer = lacking[0].split(".lora_")[0].rpartition(".")[2]
         raise ConfigError(
             f"model.lora.target_modules: peft could not load an adapter of {layer} of {type(model).__name__} again; "
             "name other layers, such as [q_proj,v_proj]"
         )
+
+
+def _misfits(found: Any) -> list[str]:
+    """The names of an adapter's tensors without a place in the model, and of those of the model that it lacks.
+
+    found: what `peft.set_peft_model_state_dict` returns.
+    """
+    return [*found.unexpected_keys, *(key for key in found.missing_keys if "lora_" in key)]
 
 
 def check_adapter(settings: LoraSettings) -> None:
@@ -137,9 +144,8 @@ def _begin_with(model: PreTrainedModel, folder: str) -> None:
     if special:
         raise _unusual(folder, special)
     with adapter_errors(folder):
-        found: Any = set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
-    lacking = [key for key in found.missing_keys if "lora_" in key]
-    if lacking or found.unexpected_keys:
+        lacking = _misfits(set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu")))
+    if lacking:
         raise ConfigError(
             f"model.lora.init_from={folder} adapts other layers; set model.lora.target_modules to "
             f"[{','.join(_modules_in(folder))}], and model.name to the model that it was trained on"

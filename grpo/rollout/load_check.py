@@ -319,17 +319,19 @@ def _scale_and_cap(model: PreTrainedModel, ids: Tensor) -> tuple[float, float | 
     output = model.get_decoder()(input_ids=ids, use_cache=False)
     hidden = output.last_hidden_state
     largest_of_head = float(head(hidden).abs().max())
-    scales = []
+    scale: float | None = None
     for largest in (1.0, 1000.0):
         output.last_hidden_state = hidden * (largest / largest_of_head)
         of_head = head(output.last_hidden_state)[0].cpu().double()  # (T, V); Apple's GPU has no float64
         found = _logits_from(model, ids, output)
         if cap is not None:
             of_head = soft_cap(of_head, cap)
-        scales.append(float((found * of_head).sum() / of_head.square().sum()))
-        if not bool((found - scales[0] * of_head).abs().max() <= rounding * found.abs().max()):
+        if scale is None:
+            scale = float((found * of_head).sum() / of_head.square().sum())
+        if not bool((found - scale * of_head).abs().max() <= rounding * found.abs().max()):
             raise Disagreement("it changes the logits of its output head in an unknown way")
-    scale = 1.0 if abs(scales[0] - 1) < rounding else scales[0]
+    assert scale is not None
+    scale = 1.0 if abs(scale - 1) < rounding else scale
     if cap is not None and scale != 1.0:
         raise Disagreement("it scales the logits of its output head, and caps them")
     return scale, cap
