@@ -308,8 +308,7 @@ int fsync(int fd) {
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("also_files", [0, 1])
+@pytest.mark.parametrize("also_files", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_file_system_that_refuses_fsync_gives_one_warning(tmp_path, straight, also_files):
     (tmp_path / "shim.c").write_text(NO_FSYNC)
     shim = tmp_path / "shim.so"

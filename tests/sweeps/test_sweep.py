@@ -219,7 +219,6 @@ def test_a_job_that_cannot_start_is_recorded_with_its_values_and_can_be_started_
     assert again.returncode == 0, again.stderr
 
 
-@pytest.mark.slow
 def test_with_chdir_relative_paths_still_start_from_the_directory_of_the_launch(tmp_path):
     shutil.copytree(ROOT / "tests" / "sums", tmp_path / "sums")
     own = [
@@ -238,8 +237,9 @@ def test_with_chdir_relative_paths_still_start_from_the_directory_of_the_launch(
     assert [job["state"] for job in SweepFolder(tmp_path / "sweep").jobs()] == ["finished"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("logging", ["disabled", "none", "stdout"])
+@pytest.mark.parametrize(
+    "logging", ["none", *(pytest.param(each, marks=pytest.mark.slow) for each in ("disabled", "stdout"))]
+)
 def test_hydras_other_choices_of_logging_work_and_write_no_log(tmp_path, logging):
     own = [*QUICK, "grpo.num_steps=1", f"hydra/job_logging={logging}", "hydra.output_subdir=null"]
     done = launch("-m", *own, "sweep_dir=sweep", cwd=tmp_path)
@@ -249,7 +249,6 @@ def test_hydras_other_choices_of_logging_work_and_write_no_log(tmp_path, logging
     assert not {".hydra", "launch.log"} & {each.name for each in (tmp_path / "sweep" / job["folder"]).iterdir()}
 
 
-@pytest.mark.slow
 def test_a_group_can_be_swept_by_glob_and_jobs_can_be_named_by_their_number(tmp_path):
     own = [*QUICK, "grpo.num_steps=1", "hydra/launcher=basic", "hydra.sweep.subdir=${hydra.job.num}", "sweep_dir=sweep"]
     done = launch("-m", *own, "rollout=glob(*)", cwd=tmp_path)
