@@ -482,7 +482,7 @@ def content_of(folder):
 
 
 def attacked(tmp_path, attack, command):
-    """Run a command on an attacked folder, and assert that nobody was harmed.
+    """Run a command on an attacked folder, and assert that nothing outside of the folder was run or changed.
 
     Returns the process, and whether the folder is unchanged.
     """
@@ -707,7 +707,7 @@ def outcome(name, command):
 
 
 def write_document():
-    """Try every attack with every command, and write the table if nobody was harmed."""
+    """Try every attack with every command, and write the table if none of them does harm."""
     os.environ["GRPO_OUTPUTS"] = "outputs"  # below the working directory of each command
     pairs = [(name, each) for name, attack in ATTACKS.items() for each in (ON_SWEEP if attack.of_sweep else COMMANDS)]
     with ProcessPoolExecutor(os.cpu_count()) as pool:

@@ -76,8 +76,9 @@ CHANGING = (
     # scales that are not evaluated
     | _words(
         """lakh lakhs lacs lpa crore crores crs arab kharab wan oku myriad myriads mil mille bn mln mio mrd mlrd tn trn
-        thou thous exa peta tera giga mega kilo hecto deca deka deci centi milli micro nano pico googol zillion gazillion
-        jillion umpteen hundreds thousands millions billions trillions dozens basis bps bp permille permil ppm ppb"""
+        thou thous exa peta tera giga mega kilo hecto deca deka deci centi milli micro nano pico googol zillion
+        gazillion jillion umpteen hundreds thousands millions billions trillions dozens basis bps bp permille permil ppm
+        ppb"""
     )
     # other bases, and repeating digits
     | _words(
@@ -228,8 +229,8 @@ WITH_POWERS = UNITS | _words(
 )
 MEASURES = WITH_POWERS | _words(
     """gram grams gramme grammes kilogram kilograms milligram milligrams ounce ounces ton tons tonne tonnes liter liters
-    litre litres milliliter milliliters millilitre millilitres gallon gallons pint pints quart quarts cup cups tablespoon
-    tablespoons teaspoon teaspoons degree degrees"""
+    litre litres milliliter milliliters millilitre millilitres gallon gallons pint pints quart quarts cup cups
+    tablespoon tablespoons teaspoon teaspoons degree degrees"""
 )
 
 _BELOW_20 = _list(

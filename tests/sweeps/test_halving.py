@@ -51,7 +51,7 @@ def test_of_arms_with_equal_scores_the_one_with_the_higher_reward_is_kept():
     assert best_arms([0.4, 0.4], [0.2, 0.3], 1) == [1]
 
 
-def test_no_more_arms_go_on_than_the_rest_of_the_budget_allows():
+def test_only_as_many_arms_continue_as_the_rest_of_the_budget_allows():
     halving = record(1.0)
     halving.ladder = [(10, 9), (30, 3), (90, 1)]
     # An arm of the second rung takes 20 steps of 36 s: 720 s.
