@@ -25,7 +25,7 @@ _CHARACTERS = str.maketrans(
 
 # The digit before \xbd or the like; a power of ten or of a unit.
 _OTHER_NUMERALS = re.compile(
-    r"(\d?)([\xbc-\xbe\u2150-\u215e])|((?<![\d.,])10|[A-Za-z])(\u207b?[\xb2\xb3\xb9\u2070-\u2079]+)"
+    r"(\d?)([\xbc-\xbe\u2150-\u215e])|((?<![\d.,])\d{1,3}|[A-Za-z])(\u207b?[\xb2\xb3\xb9\u2070-\u2079]+)"
 )
 
 _NO_BREAK_SPACE = "[\xa0\u2005\u2006\u2007\u2009\u202f]"
@@ -35,21 +35,21 @@ _LATEX = [
     # 1{,}234  1\,234
     (rf"(?<=\d)(?:\{{,\}}|\\[,;: ]|\{{\\[,;: ]\}}|\{{[ ]\}}|{_NO_BREAK_SPACE}){_THREE_DIGITS}", ","),
     (_NO_BREAK_SPACE, " "),
-    (r"(?<=[\w}])~(?=[\\A-Za-z])", " "),
+    (r"(?<=[\d}{])~(?=[\\A-Za-z])", " "),
     (r"\\left(?=\()|\\right(?=\))", " "),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ\b)|\\degree\b", " degrees "),
     (r"\^\s*\{\s*(-?\d+)\s*\}", r"^\1"),
     (r"\\(?:times|cdot)\b", " * "),
     (r"\\div\b", " / "),
     (r"\\(?:quad|qquad|therefore|displaystyle|textstyle|bf|rm|Large|large|huge|Huge)\b", " "),
-    (r"\\(?:textdollar|texteuro|textsterling|euro|pounds)\b", "$"),
+    (r"\\(?:textdollar|texteuro|textsterling|euro|pounds)(?![A-Za-z])", "$"),
     (r"\\(?:Rightarrow|rightarrow|implies|to)\b", "\u2192"),
     (r"(?<=[\d.,/])(?=\\[dtc]?frac|\{\s*-?\d+\s*\\over)", " "),  # 3\frac{1}{2} is a mixed number, not 31/2
     (r"\{\s*(-?\d+)\s*\\over\s+(\d+)\s*\}", r"\1/\2 "),
 ]
 _TEXT_COMMANDS = (
     "text|textbf|textit|textrm|textsf|textnormal|emph|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|mbox|hbox|boxed|fbox"
-    "|underline|ensuremath"
+    "|underline|ensuremath|texttt|operatorname"
 )
 _WRAPPERS = [
     (rf"\\(?:{_TEXT_COMMANDS})\s*\{{([^{{}}]*)\}}", r" \1 "),
@@ -84,12 +84,16 @@ _CURRENCY = [
 ]
 
 _ABBREVIATIONS = [
-    (r"\bi\.\s?e\.,?|\b[Bb]ecause\b", ";"),
+    (r"\bi\.\s?e\.,?|\b[Bb]ecause\b", ": "),
+    (r"\bNo\.\s+of\b", "Number of"),
+    (r"<<([^<>]*=[^<>]*)>>(?=\d)", r" \1 = "),  # 9 * 2 = <<9*2=18>>18, as in the solutions of GSM8K
     (r"(?i)\((?:since|as)\s+(?=\S*\d)", "("),  # 18 (since 9 + 9 = 18)
     (r"\b[cC]\.\s*(?=\d)", "circa "),
     (r"\bU\.\s?S\.(?: ?A\.)?", "US"),
     (r"\b([ap])\.\s?m\.", r"\1m"),
     (r"\b(sq|cu|fl)\.\s?(?=[a-z])", r"\1 "),
+    (r"\bleft[ -]over\b", "leftover"),
+    (r"\b(Mr|Mrs|Ms|Dr|St|Jr|Sr)\.", r"\1"),
     (r"(?<=[A-Za-z])\((e?s)\)", r"\1"),  # egg(s)
     (r"(?i)\b(thousand|million|billion|trillion),(?=\s+\S+\s+hundred\b)", r"\1"),
 ]
@@ -100,6 +104,7 @@ _OPERATORS = [
     (r"(?i)\b(?:times|multiplied by)\b|\s@(?=[\s\d])", " * "),
     (r"(?i)\bdivided by\b", " / "),
     (r"(?<=[\d)])\s*[xX]\s*(?=[\d(.])|(?<=\s)[xX]\s+(?=[\d(.])", " * "),
+    (r"(?<=[\d)%])\s+(?:is|gives|makes)\s+(?=[-(]?\.?\d)", " = "),  # 9 * 2 is 18
     (r"^\s*(?:=+>|-+>|[\u2192\u21d2\u27f9])", ""),
 ]
 

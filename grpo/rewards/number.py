@@ -70,6 +70,7 @@ class _Statement:
     value: Fraction
     plain: bool
     operands: list[Fraction]  # of a calculation that is followed by its result; else empty
+    is_answer: bool = False  # whether it, or its label, is called the answer
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -93,23 +94,45 @@ def parse_number(text: str) -> Fraction | None:
 @lru_cache(maxsize=4096)  # the reference of a group is the same text
 def _parsed(text: str) -> Fraction | None:
     try:
-        tokens = read_tokens(plain_text(text))
+        tokens = _without_closing(read_tokens(plain_text(text)))
         _check_words(tokens)
-        found = [statement for group in _groups(tokens) if (statement := _statement(group))]
-        return _agreed_value(found)
+        return _agreed_value(_statements(_groups(tokens)))
     except Refused:
         return None
 
 
+def _statements(groups: list[list[Token]]) -> list[_Statement]:
+    """The statements that have a number. A group without a number in front of one is its label."""
+    found: list[_Statement] = []
+    is_answer = False
+    for group in groups:
+        is_answer = is_answer or any(token.word in words.ANSWER for token in group)
+        if not any(token.kind == "number" for token in group):
+            _check_bound([token.word for token in group])  # Below average: 18
+        if statement := _statement(group):
+            found.append(replace(statement, is_answer=is_answer))
+            is_answer = False
+    return found
+
+
 def _agreed_value(statements: list[_Statement]) -> Fraction:
-    """The value of all statements, except calculations whose result is used in a later one."""
+    """The value of all statements, except calculations, not called the answer, whose result is used in a later one."""
     for index, statement in reversed(list(enumerate(statements))):
-        if statement.operands and any(statement.value in later.operands for later in statements[index + 1 :]):
+        is_step = statement.operands and not statement.is_answer
+        if is_step and any(statement.value in later.operands for later in statements[index + 1 :]):
             del statements[index]
     values = {statement.value for statement in statements}
     if len(values) != 1 or not any(statement.plain for statement in statements):
         raise Refused
     return values.pop()
+
+
+def _without_closing(tokens: list[Token]) -> list[Token]:
+    """The tokens without the sentence "I hope it is correct." with which some models close."""
+    end = len(tokens) - (tokens[-1:] != [] and tokens[-1].kind == "end")
+    begin = end - len(words.CLOSING)
+    is_closing = begin > 0 and [token.word for token in tokens[begin:end]] == words.CLOSING
+    return tokens[:begin] if is_closing and tokens[begin - 1].kind == "end" else tokens
 
 
 def _check_words(tokens: list[Token]) -> None:
@@ -128,8 +151,15 @@ def _check_words(tokens: list[Token]) -> None:
             or (token.text == "!" and previous.kind == "number")  # eighteen!
             or (index > numbers[0] and is_alone and _is_variable(token))
             or (token.kind == "number" and _word_before_punctuation(tokens[:index]) in words.CHANGING_PREVIOUS)
+            or (index > numbers[-1] and previous.kind in ("end", "comma") and _is_second_thought(previous, token))
         ):
             raise Refused
+
+
+def _is_second_thought(previous: Token, token: Token) -> bool:
+    """Whether a sentence or clause begins with this word that may change the last number: 18. Let me see. 18, about."""
+    is_sentence = previous.text in (".", ";", "!", "\n") and token.text[:1].isupper()
+    return is_sentence or token.word in words.CHANGING_PREVIOUS - words.BEGINS_CLAUSE
 
 
 def _word_before_punctuation(tokens: list[Token]) -> str:
@@ -141,7 +171,7 @@ def _word_before_punctuation(tokens: list[Token]) -> str:
 
 
 def _groups(tokens: list[Token]) -> list[list[Token]]:
-    """The statements. A remark in brackets that has a number is a statement of its own; any other one is skipped."""
+    """The remarks in brackets that have a number, then the statements. Any other remark is skipped."""
     statements: list[list[Token]] = [[]]
     remarks: list[list[Token]] = []
     position = 0
@@ -153,7 +183,7 @@ def _groups(tokens: list[Token]) -> list[list[Token]]:
         if inside and all(each.kind in ("word", "comma") for each in inside):
             if current and current[-1].kind == "word" and not token.after_space:
                 raise Refused  # f(x)
-            if any(_is_variable(each) for each in inside):
+            if any(_is_variable(each) for each in inside) or inside[0].word in words.NOT_IN_A_REMARK:
                 raise Refused
             current.append(Token("remark", ""))
             position += len(inside) + 2
@@ -161,13 +191,39 @@ def _groups(tokens: list[Token]) -> list[list[Token]]:
             current.append(Token("remark", ""))
             remarks.append(inside)
             position += len(inside) + 2
-        elif token.kind == "end":
+        elif token.kind == "comma" and _is_time(current):
+            statements[-1] = []
+            position += 1
+        elif token.kind == "end" or (token.kind == "comma" and _ends_statement(current, tokens[position + 1 :])):
             statements.append([])
             position += 1
         else:
             current.append(token)
             position += 1
-    return statements + remarks
+    return remarks + [_without_connective(statement) for statement in statements]
+
+
+def _is_time(clause: list[Token]) -> bool:
+    """Whether a clause says when: "After 3 days, she has 18 eggs"."""
+    kinds = [token.kind for token in clause]
+    return (
+        kinds == ["word", "number", "word"]
+        and clause[0].word in words.BEFORE_A_TIME
+        and clause[2].word in words.PERIODS
+    )
+
+
+def _ends_statement(before: list[Token], after: list[Token]) -> bool:
+    """Whether a comma ends a statement: "9 + 9 = 18, 18 * 2 = 36", "18, so the answer is 18"."""
+    if not any(token.kind == "number" for token in before) or not any(token.kind == "number" for token in after):
+        return False
+    return after[0].word in words.CONNECTIVES or any(token.text == "=" for token in before)
+
+
+def _without_connective(statement: list[Token]) -> list[Token]:
+    """The statement without "since" or "as" in front of a calculation with its result."""
+    is_claim = any(token.text == "=" for token in statement)
+    return statement[1:] if is_claim and statement[0].word in ("since", "as") else statement
 
 
 def _bracketed(tokens: list[Token]) -> list[Token]:
@@ -214,20 +270,24 @@ def _statement(tokens: list[Token]) -> _Statement | None:
 
 
 def _is_name(part: _Part, last: _Part) -> bool:
-    """Whether a part with one number and a unit is the name of what follows, as in "3 days = 18".
+    """Whether a part with a number is the name of what follows, as in "3 days = 18" and "1.5 dozen = 18 eggs".
 
-    A measure is a claim instead, also with another unit: 5 kg = 18, 20 apples = 18 pears. Units are not converted,
-    except dozens.
+    With any other unit it is a claim: 5 kg = 18, 20 apples = 18 pears. Units are not converted, except dozens.
     """
-    if part.shape != "Nu" or " " in part.items[0].text or any(len(token.word) == 1 for token in part.after):
-        return False  # 2m = 18: m may be unknown
-    units = {token.word for token in part.after}
-    if "dozen" in units:
-        return 12 * part.items[0].value == calculate(last.items, 1)
-    result_units = {token.word for token in last.after}
-    if result_units and (not units & words.PERIODS or result_units & (words.PERIODS | words.UNITS)):
-        return False
-    return not units & (words.MEASURES | words.NOT_IN_A_NAME | words.BEFORE | words.TRANSPARENT | {""})
+    if any(token.word == "dozen" for token in part.after):
+        if part.shape != "Nu" or 12 * part.items[0].value != calculate(last.items, 1):
+            raise Refused
+        return True
+    unit = [token.word for token in part.after]
+    units_after = {token.word for token in last.after}
+    return (
+        part.shape == "Nu"
+        and " " not in part.items[0].text
+        and len(unit) == 1
+        and unit[0] in words.PERIODS
+        and not units_after & (words.PERIODS | words.UNITS)
+        and part.words - words.PERIODS <= words.BEFORE_A_PERIOD
+    )
 
 
 def _part(tokens: list[Token]) -> _Part:
@@ -254,8 +314,8 @@ def _check_name(tokens: list[Token]) -> None:
             raise Refused  # x y
         return
     kinds = "".join("w" if token.word else "o" if token.kind == "operator" else "?" for token in tokens)
-    if variables or not re.fullmatch(r"w+(ow+)+", kinds):
-        raise Refused  # -x, x/2
+    if variables or not re.fullmatch(r"w+(ow+)+", kinds) or any(token.word in words.ANSWER for token in tokens):
+        raise Refused  # -x, x/2, answer - tip
 
 
 def _read_item(part: _Part, tokens: list[Token], position: int, after_words: bool) -> int:
@@ -345,6 +405,7 @@ def _check_before(before: list[Token], rest: list[Token]) -> None:
     clause = clause[len(clause) - clause[::-1].index("") :] if "" in clause else clause  # after a comma or remark
     if clause and rest[0].text == "(" and not rest[0].after_space:
         raise Refused  # f(5)
+    _check_bound(clause)
     while clause and clause[-1] in words.TRANSPARENT:
         clause.pop()
     if not clause:
@@ -354,7 +415,8 @@ def _check_before(before: list[Token], rest: list[Token]) -> None:
     if word == "of":
         allowed = previous in words.BEFORE_OF
     elif word == "to" and previous in ("up", "out"):
-        allowed = bool(earlier[-2:-1]) and earlier[-2] in words.BEFORE_UP_TO
+        verbs = words.BEFORE_UP_TO if previous == "up" else words.BEFORE_TO
+        allowed = bool(earlier[-2:-1]) and earlier[-2] in verbs
     elif word == "to":
         allowed = previous in words.BEFORE_TO
     else:  # is_name, "up": it will cost Ann 18, she picked up 18
@@ -362,6 +424,17 @@ def _check_before(before: list[Token], rest: list[Token]) -> None:
         is_question = previous in ("what", "who", "how")  # what is 18
         allowed = not is_question and (word in words.BEFORE or words.is_verb(word) or follows_verb)
     if not allowed:
+        raise Refused
+
+
+def _check_bound(clause: list[str]) -> None:
+    """Refuse a bound in front of a total or the like: "under a total of 18", "up to an age of 18"."""
+    bound = list(clause)
+    while bound and bound[-1] in words.TRANSPARENT | words.BEFORE_OF | {"of", "to"}:
+        bound.pop()
+    *earlier, word = ["", "", *bound]
+    is_up_to = word == "up" and "to" in clause[len(bound) : -1] and earlier[-1] not in words.BEFORE_UP_TO
+    if is_up_to or word in words.BOUNDS:
         raise Refused
 
 
@@ -380,9 +453,11 @@ def _check_after(taken: list[Token], at_end: bool) -> None:
         name in ("square", "cubic", "sq", "cu") and not any(t.word for t in taken[1:])
     ):
         raise Refused
+    if first.text == "/" and (second.endswith("s") or second in words.NOT_A_DENOMINATOR):
+        raise Refused  # 18/people
     _check_statement_about(taken)
     for previous, token in pairwise([Token("end", ""), *taken]):
-        starts_unit = token is first or previous.text == "/"
+        starts_unit = (token is first and not is_purpose) or previous.text == "/"
         if _is_variable(token) or (
             starts_unit and len(token.word) == 2 and token.word not in words.UNITS | words.SHORT
         ):
@@ -398,7 +473,7 @@ def _check_statement_about(taken: list[Token]) -> None:
     said = [token.word for token in taken]
     if said[0] not in words.SAYS_OF:
         return
-    while said and said[0] in (words.SAYS_OF | words.TRANSPARENT | {"to", "out"}) - words.DETERMINERS:
+    while said and said[0] in (words.SAYS_OF | words.TRANSPARENT | {"to"}) - words.DETERMINERS:
         del said[0]
     if said and not (said[0] in words.DETERMINERS | words.CONFIRMS or said[0].endswith(("'s", "s'"))):
         raise Refused

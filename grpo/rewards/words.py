@@ -4,6 +4,7 @@ The lists are sorted by the effect that a word has on the value of the text. `gr
 """
 
 import re
+import unicodedata
 
 
 def _words(text: str) -> frozenset[str]:
@@ -22,31 +23,35 @@ CHANGING = (
         instead rather unlike cannot cant dont doesnt isnt arent wasnt werent wrong incorrect incorrectly false falsely
         untrue lies mistake mistaken mistakenly error erroneous impossible undefined unknown invalid unlikely disproved
         rejected ruled wrongly falsehood nope nah oops wait scratch else too aint hardly barely scarcely inaccurate
-        inaccurately inexact imprecise flawed bogus fake fraudulent phony hoax nonsense typo bluff decoy
-        distractor placeholder misread misreading miscalculated miscalculation miscounted blunder discard discards
-        discarded discarding disregard disregards disregarded disregarding ignore ignores ignored ignoring eliminated
-        retract retracts retracted withdrawn refute refutes refuted debunked disproves disprove contradict contradicts
+        inaccurately inexact imprecise flawed bogus fake fraudulent phony hoax nonsense typo bluff decoy distractor
+        placeholder misread misreading miscalculated miscalculation miscounted blunder discard discards discarded
+        discarding disregard disregards disregarded disregarding ignore ignores ignored ignoring eliminated retract
+        retracts retracted withdrawn refute refutes refuted debunked disproves disprove contradict contradicts
         contradicted contradiction revoked rescinded overruled overturned superseded obsolete outdated irrelevant
-        meaningless absurd implausible questionable unproven unverified subtotal subtotals preliminary
-        provisional tentative"""
+        meaningless absurd implausible questionable unproven unverified subtotal subtotals preliminary provisional
+        tentative naive bait redacted recheck recompute recalculate reconsider redo hmm sorry unclear inconsistent
+        ambiguous suspicious disputed incorect falsch faux falso incorrecto"""
     )
     # doubt and condition
     | _words(
         """maybe perhaps possibly probably presumably likely may might could if unless whether doubt doubts doubtful
         probable suppose supposing supposedly assume assumed assuming guess guessing guessed seemingly unsure uncertain
-        depends hypothetically"""
+        depends depending hypothetically think thinks believe believes suspect suspects hope apparently potentially
+        allegedly reportedly arguably conceivably theoretically ideally confidence unconfirmed pending tbd idk dunno
+        provided otherwise alternatively kinda sorta prolly appear appears appeared seem seems seemed vielleicht quizas
+        forse"""
     )
     # approximation and rounding
     | _words(
         """approximation approximations approximate approximately approx approximates circa ca roughly nearly almost
         nearing approaching approaches estimate estimated estimates estimating estimation somewhat virtually practically
-        rounded rounding truncated est ish thereabouts"""
+        rounded rounding truncated est ish thereabouts ballpark rough crude"""
     )
     # bounds, ranges and alternatives
     | _words(
-        """or versus vs ranges ranging upward upwards onward onwards increasing decreasing exceed exceeds exceeded
-        exceeding surpass surpasses surpassing beyond plusminus bound bounds limit cap cutoff threshold overestimate
-        underestimate"""
+        """or versus vs ranges ranging upward upwards onward onwards increasing decreasing upto atleast atmost exceed
+        exceeds exceeded exceeding surpass surpasses surpassing beyond plusminus bound bounds limit cap cutoff threshold
+        overestimate underestimate"""
     )
     # multiples and parts
     | _words(
@@ -89,12 +94,17 @@ CHANGING = (
     | _words(
         """menos moins meno nicht kein keine niet pas ni ou oder oppure mas fois mal veces vezes volte tausend millionen
         milliarde milliarden millones millon milhao milhoes miljoen mila doble doppelt doppio dobro moitie halb halbe
-        demi mitad metade ungefaehr environ circa casi quasi etwa"""
+        nein errado equivocado fout talvez misschien mehr weniger mindestens hochstens quadrat carre dobles demi mitad
+        metade ungefaehr environ circa casi quasi etwa"""
     )
 )
 _CHANGING_FORM = re.compile(
     r"""
-      .*(?:(?<!co)uple[ds]?|upling|fold|illiards?|squaring|cubing|(?<!f)ish|n't)
+      app?r?ox.* | (?:wo|would|should|could|did|must|need|ca|do|does|is|are|was|were|has|have|had|ai)nt
+    | th?ou?s[a-z]*nds? | hund[a-z]*d?s | hundered | ts?d | tys | tusen | duizend | ribu | juta | grands
+    | (?:hunde?rd?|thsd|thd|thousd) | megabucks | sq?rd | dbl | trpl | prob | probly | mebbe
+    | (?:kilo(?!s?$|gram|met|watt|byte|jou|cal|lit)[a-z]*)
+    | .*(?:(?<!co)uple[ds]?|upling|fold|illiards?|squaring|cubing|(?<!f)ish|n't)
     | .*illion(?:th)?s? | googol.* | nths?
     | (?:two|three|four|five|six|seven|eight|nine|ten|twelve|(?:twen|thir|for|fif|six|seven|eigh|nine)tie)e?s
     | (?:fif|six|seven|eigh|nin|ten|eleven|twelf|(?:thir|four|fif|six|seven|eigh|nine)teen
@@ -112,7 +122,9 @@ CHANGING_PHRASE = re.compile(
       | (?:the|a|its|their)[ ](?:square|cube)[ ](?:of|is|and)
       | at[ ](?:the[ ])?(?:very[ ])?(?:least|most|best|worst|outside|latest|earliest)
       | far[ ]from | left[ ]out | (?:another|other|different)[ ](?:question|problem) | old[ ](?:value|answer|number)
-      | a[ ](?:lie|trap|trick|joke|red[ ]herring)
+      | (?:a|the|this)[ ](?:lie|trap|trick|joke|red[ ]herring) | is[ ]out | seems[ ]off | hold[ ]on | let[ ]me
+      | round(?:ed)?[ ]up | in[ ]round[ ]numbers | nearest[ ]whole | to[ ]the[ ]nearest | to[ ]be[ ]confirmed
+      | subject[ ]to | for[ ]now | in[ ]theory | as[ ]long[ ]as | (?:best|worst)[ ]case | best[ ](?:shot|attempt|guess)
       | (?:will|would|should|can|is|was|are|does|did)[ ](?:it|she|he|they|we|you|i)
       | (?:baker's|long|dozen)[ ]dozen | (?:great|small)[ ]gross | long[ ]hundred
       | in[ ](?:the[ ]red|arrears) | crossed[ ]out | sign[ ](?:is[ ])?(?:changed|flipped|switched|reversed)
@@ -131,21 +143,36 @@ CHANGING_PREVIOUS = _words(
 # In front of a number, with other words between or not.
 CHANGING_BEFORE = _words("than least most min max ceiling floor square cube")
 # After a number, with other words between or not.
-CHANGING_AFTER = _words("maximum minimum max tops short hole subtracted")
+CHANGING_AFTER = _words(
+    """maximum minimum max tops short hole subtracted but however though although intermediate partial incomplete etc
+    etcetera typically usually sometimes hopefully nvm afaik iirc imo sic draft dummy outlier excl sans"""
+)
+# In front of "a total of 18", and at the beginning of a label
+BOUNDS = _words("over under above below about around near close past within beyond outside")
+# After a comma these words may begin a clause that leaves the number as it is.
+BEGINS_CLAUSE = _words("to by of and more less fewer")
 # Directly after a number these words change it, or continue it.
 CHANGING_NEXT = _words(
     """and plus minus times time to into by over under above below off through past short shy up down point odd some
     something cube remainder rem div sub quad alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi rho
-    omega psi chi fails failed gross grand mill mills bil bill lac thou score pie ex et y und og och i hoch au aux"""
+    omega psi chi fails failed about around close near subtract add deduct cancelled canceled removed deleted void then
+    range voided crossed struck omitted increased reduced decreased incremented decremented scaled adjusted compounded
+    discounted taxed averaged split shared distributed gross grand mill mills bil bill lac thou score pie ex et y und og
+    och i hoch au aux"""
 )
+# "18 (and up)", "18 (over)"
+NOT_IN_A_REMARK = (CHANGING_PREVIOUS | CHANGING_NEXT) - _words("to by of more less fewer time point")
 # "18 and more", "18 dollars and change"
-MORE = _words("a an any another some change more counting several few bit up above over below under beyond then")
+MORE = _words(
+    """a an any another some change more other others many extra so older counting several few bit up above over below
+    under beyond then"""
+)
 
 # After a number on its own these words say something of it, which must begin with one of CONFIRMS or DETERMINERS:
 # "18 is the answer" and "18 must be right", but not "18 is dropped".
 SAYS_OF = _words(
-    """is are was were be been being seems seem seemed appears appear appeared looks look looked sounds remains stays
-    turns turned proves proved will would must shall should has have had"""
+    """is are was were be been being looks look looked sounds remains stays turns turned proves proved will would must
+    shall should has have had"""
 )
 CONFIRMS = _words(
     "right true what how left needed required enough due available per confirmed verified spent made used paid"
@@ -200,14 +227,19 @@ BEFORE_TO = _words(
     """come comes came coming amount amounts amounted sums summed equal equates equivalent total totals totaled totalled
     simplifies simplify evaluates evaluate works translates corresponds"""
 )
-BEFORE_UP_TO = BEFORE_TO | _words("add adds added adding sum work worked")
+BEFORE_UP_TO = _words("add adds added adding sum sums summed summing")
 
-# A part of a chain with one of these is a sentence, not the name of what follows: "3 days = 18", not "18 is left = 20"
-NOT_IN_A_NAME = _words(
-    """is are was were has have had makes made gets got and so but then therefore thus cent cents dollar dollars euro
-    euros pound pounds buck bucks percent more less fewer other"""
-)
+# "Total for 3 days = 18 eggs": the words around the number are a name.
 PERIODS = _words("minute minutes hour hours day days week weeks month months year years")
+BEFORE_A_TIME = _words("in after over for within during")
+BEFORE_A_PERIOD = _words("total sum cost price amount number for in after every each per the of")
+
+# What is called one of these is no step of a calculation.
+ANSWER = _words("answer answers result final")
+# They connect a clause with the one before, and end a statement.
+CONNECTIVES = _words("so since as therefore thus hence which then")
+CLOSING = _list("i hope it is correct")
+NOT_A_DENOMINATOR = _words("people number total answer")
 
 UNITS = _words(
     """m g s h l c f cm mm km kg mg ml dl cl kl lb oz ft mi yd in hr pm am mph kph kmh lbs hrs min mins sec secs yds pt
@@ -227,11 +259,6 @@ WITH_POWERS = UNITS | _words(
     """inch inches foot feet yard yards mile miles meter meters metre metres centimeter centimeters centimetres
     kilometer kilometers kilometres millimeter millimeters millimetres second seconds unit units"""
 )
-MEASURES = WITH_POWERS | _words(
-    """gram grams gramme grammes kilogram kilograms milligram milligrams ounce ounces ton tons tonne tonnes liter liters
-    litre litres milliliter milliliters millilitre millilitres gallon gallons pint pints quart quarts cup cups
-    tablespoon tablespoons teaspoon teaspoons degree degrees"""
-)
 
 _BELOW_20 = _list(
     """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
@@ -248,13 +275,17 @@ NUMBER_WORDS = frozenset([*_VALUES, "hundred", *SCALES])
 
 def changes_value(word: str) -> bool:
     """Whether a word in lower case, or a piece of it between hyphens, changes the value of a number near it."""
-    pieces = [piece.removesuffix("'s") for piece in word.split("-")]
+    pieces = [piece.removesuffix("'s") for piece in _without_accents(word).split("-")]
     return any(
         piece.replace("'", "") in CHANGING
         or piece in NUMBER_WORDS
         or (piece not in _ENDS_IN_ISH and _CHANGING_FORM.fullmatch(piece))
         for piece in pieces
     )
+
+
+def _without_accents(word: str) -> str:
+    return "".join(each for each in unicodedata.normalize("NFKD", word) if not unicodedata.combining(each))
 
 
 def is_verb(word: str) -> bool:
