@@ -2,20 +2,20 @@
 
 The text is rewritten as plain text (`grpo.rewards.notation`) and split into tokens. The tokens form statements, which
 end at a full stop, colon, semicolon or line break. A statement is a chain of parts joined by equals signs. A part is a
-calculation with words before it and after its numbers. `grpo.rewards.words` has the words that are refused, and those
-that may stand in front of a number.
+calculation with words before it and after its numbers, which `grpo.rewards.wording` checks.
 """
 
 import re
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
-from itertools import pairwise, takewhile
+from itertools import takewhile
 
 from grpo.rewards import words
 from grpo.rewards.calculation import calculate
 from grpo.rewards.lexer import Refused, Token, read_tokens
 from grpo.rewards.notation import plain_text
+from grpo.rewards.wording import check_after, check_before, check_bound, check_words, is_variable
 
 # Longer texts are not parsed. The limit is below 640, the smallest value to which Python's limit for converting digits
 # to int can be set, so that this conversion never raises; and no pattern takes noticeable time on such a text.
@@ -95,7 +95,7 @@ def parse_number(text: str) -> Fraction | None:
 def _parsed(text: str) -> Fraction | None:
     try:
         tokens = _without_closing(read_tokens(plain_text(text)))
-        _check_words(tokens)
+        check_words(tokens)
         return _agreed_value(_statements(_groups(tokens)))
     except Refused:
         return None
@@ -108,7 +108,7 @@ def _statements(groups: list[list[Token]]) -> list[_Statement]:
     for group in groups:
         is_answer = is_answer or any(token.word in words.ANSWER for token in group)
         if not any(token.kind == "number" for token in group):
-            _check_bound([token.word for token in group])  # Below average: 18
+            check_bound([token.word for token in group])  # Below average: 18
         if statement := _statement(group):
             found.append(replace(statement, is_answer=is_answer))
             is_answer = False
@@ -135,41 +135,6 @@ def _without_closing(tokens: list[Token]) -> list[Token]:
     return tokens[:begin] if is_closing and tokens[begin - 1].kind == "end" else tokens
 
 
-def _check_words(tokens: list[Token]) -> None:
-    """Refuse words and marks that change a number, wherever they stand or on their side of the first number."""
-    numbers = [index for index, token in enumerate(tokens) if token.kind == "number"]
-    if not numbers or words.CHANGING_PHRASE.search(" ".join(token.word for token in tokens)):
-        raise Refused
-    boundary = Token("end", "")
-    neighbours = zip([boundary, *tokens], tokens, [*tokens[1:], boundary], strict=False)
-    for index, (previous, token, following) in enumerate(neighbours):
-        side = words.CHANGING_BEFORE if index < numbers[0] else words.CHANGING_AFTER
-        is_month = token.text == "May" and index > 0
-        is_alone = previous.kind == following.kind == "end"
-        if (
-            (token.word and not is_month and (words.changes_value(token.word) or token.word in side))
-            or (token.text == "!" and previous.kind == "number")  # eighteen!
-            or (index > numbers[0] and is_alone and _is_variable(token))
-            or (token.kind == "number" and _word_before_punctuation(tokens[:index]) in words.CHANGING_PREVIOUS)
-            or (index > numbers[-1] and previous.kind in ("end", "comma") and _is_second_thought(previous, token))
-        ):
-            raise Refused
-
-
-def _is_second_thought(previous: Token, token: Token) -> bool:
-    """Whether a sentence or clause begins with this word that may change the last number: 18. Let me see. 18, about."""
-    is_sentence = previous.text in (".", ";", "!", "\n") and token.text[:1].isupper()
-    return is_sentence or token.word in words.CHANGING_PREVIOUS - words.BEGINS_CLAUSE
-
-
-def _word_before_punctuation(tokens: list[Token]) -> str:
-    """The last word, if only punctuation follows it: "over" of "over:"."""
-    index = len(tokens) - 1
-    while index >= 0 and tokens[index].kind in ("end", "comma"):
-        index -= 1
-    return tokens[index].word if 0 <= index < len(tokens) - 1 else ""
-
-
 def _groups(tokens: list[Token]) -> list[list[Token]]:
     """The remarks in brackets that have a number, then the statements. Any other remark is skipped."""
     statements: list[list[Token]] = [[]]
@@ -183,7 +148,7 @@ def _groups(tokens: list[Token]) -> list[list[Token]]:
         if inside and all(each.kind in ("word", "comma") for each in inside):
             if current and current[-1].kind == "word" and not token.after_space:
                 raise Refused  # f(x)
-            if any(_is_variable(each) for each in inside) or inside[0].word in words.NOT_IN_A_REMARK:
+            if any(is_variable(each) for each in inside) or inside[0].word in words.NOT_IN_A_REMARK:
                 raise Refused
             current.append(Token("remark", ""))
             position += len(inside) + 2
@@ -297,7 +262,7 @@ def _part(tokens: list[Token]) -> _Part:
     if not any(token.kind == "number" for token in rest):
         _check_name(tokens)
         return part
-    _check_before(before, rest)
+    check_before(before, rest)
     position = 0
     while position < len(rest):
         position = _read_item(part, rest, position, bool(before))
@@ -390,96 +355,7 @@ def _add_words(part: _Part, tokens: list[Token], position: int, taken: list[Toke
         raise Refused
     if end == len(tokens) and last.word in ("a", "an", "the", "of", "and"):
         raise Refused
-    _check_after(taken, end == len(tokens))
+    check_after(taken, end == len(tokens))
     part.shape += "u"
     part.after += taken
     return end
-
-
-def _check_before(before: list[Token], rest: list[Token]) -> None:
-    """Refuse unless the word in front of the number is one that leaves its value as it is."""
-    clause = [token.word for token in before]
-    if clause[-1:] in (["a"], ["an"]) and rest[1:] and rest[1].word in words.ORDINAL_ENDINGS:
-        raise Refused  # an 18th
-    is_name = bool(before) and before[-1].text[:1].isupper()
-    clause = clause[len(clause) - clause[::-1].index("") :] if "" in clause else clause  # after a comma or remark
-    if clause and rest[0].text == "(" and not rest[0].after_space:
-        raise Refused  # f(5)
-    _check_bound(clause)
-    while clause and clause[-1] in words.TRANSPARENT:
-        clause.pop()
-    if not clause:
-        return
-    *earlier, word = clause
-    previous = earlier[-1] if earlier else ""
-    if word == "of":
-        allowed = previous in words.BEFORE_OF
-    elif word == "to" and previous in ("up", "out"):
-        verbs = words.BEFORE_UP_TO if previous == "up" else words.BEFORE_TO
-        allowed = bool(earlier[-2:-1]) and earlier[-2] in verbs
-    elif word == "to":
-        allowed = previous in words.BEFORE_TO
-    else:  # is_name, "up": it will cost Ann 18, she picked up 18
-        follows_verb = words.is_verb(previous) and (is_name or word in ("up", "out", "away", "back"))
-        is_question = previous in ("what", "who", "how")  # what is 18
-        allowed = not is_question and (word in words.BEFORE or words.is_verb(word) or follows_verb)
-    if not allowed:
-        raise Refused
-
-
-def _check_bound(clause: list[str]) -> None:
-    """Refuse a bound in front of a total or the like: "under a total of 18", "up to an age of 18"."""
-    bound = list(clause)
-    while bound and bound[-1] in words.TRANSPARENT | words.BEFORE_OF | {"of", "to"}:
-        bound.pop()
-    *earlier, word = ["", "", *bound]
-    is_up_to = word == "up" and "to" in clause[len(bound) : -1] and earlier[-1] not in words.BEFORE_UP_TO
-    if is_up_to or word in words.BOUNDS:
-        raise Refused
-
-
-def _check_after(taken: list[Token], at_end: bool) -> None:
-    """Refuse words after a number that change it: letters of a formula, scales, "18 and more"."""
-    first = taken[0]
-    name = first.word
-    joined = name and not first.after_space
-    if joined and not (name in words.UNITS or len(name) > 3):
-        raise Refused
-    if name in words.ORDINAL_ENDINGS and not (joined and at_end and len(taken) == 1):
-        raise Refused
-    second = taken[1].word if len(taken) > 1 else ""
-    is_purpose = name == "to" and words.is_verb(second)  # $18 to fill the pool
-    if (name in words.CHANGING_NEXT and not is_purpose) or (
-        name in ("square", "cubic", "sq", "cu") and not any(t.word for t in taken[1:])
-    ):
-        raise Refused
-    if first.text == "/" and (second.endswith("s") or second in words.NOT_A_DENOMINATOR):
-        raise Refused  # 18/people
-    _check_statement_about(taken)
-    for previous, token in pairwise([Token("end", ""), *taken]):
-        starts_unit = (token is first and not is_purpose) or previous.text == "/"
-        if _is_variable(token) or (
-            starts_unit and len(token.word) == 2 and token.word not in words.UNITS | words.SHORT
-        ):
-            raise Refused
-        if previous.word == "and" and token.word in words.MORE:
-            raise Refused
-        if previous.text == "-" and token.word.split("-")[0] not in words.AFTER_HYPHEN:
-            raise Refused
-
-
-def _check_statement_about(taken: list[Token]) -> None:
-    """Refuse what is said of a number on its own, unless it may confirm it: "18 is the answer", not "18 is dropped"."""
-    said = [token.word for token in taken]
-    if said[0] not in words.SAYS_OF:
-        return
-    while said and said[0] in (words.SAYS_OF | words.TRANSPARENT | {"to"}) - words.DETERMINERS:
-        del said[0]
-    if said and not (said[0] in words.DETERMINERS | words.CONFIRMS or said[0].endswith(("'s", "s'"))):
-        raise Refused
-
-
-def _is_variable(token: Token) -> bool:
-    """Whether a token is a single letter that is neither a unit nor an English word, or MM (M, K, MM are scales)."""
-    is_unit = token.text in "LCFI" or (token.text.islower() and token.text in words.UNITS | words.SHORT)
-    return (len(token.word) == 1 and not is_unit) or token.text == "MM"
