@@ -339,8 +339,8 @@ class Trainer:
         parent = self.config.parent or {}
         last_update = saved["trainer"].step - saved["trainer"].skipped_in_a_row  # steps after it had no finite gradient
         starts_anew = bool(parent.get("fresh_optimizer")) and last_update <= parent["step"]
-        new_optimizer = self.experiment.build_optimizer(self.master)
-        check_optimizer(saved, new_optimizer, starts_anew)  # before any weight is changed
+        # Before any weight is changed. The new optimizer is not kept, since it takes memory.
+        check_optimizer(saved, self.experiment.build_optimizer(self.master), starts_anew)
         self.state = replace(saved["trainer"])
         with_states = self._stateful()
         states = dict(self.state.states)
