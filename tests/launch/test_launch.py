@@ -51,19 +51,29 @@ def folders_below(path):
 # Quick answers.
 
 
+@pytest.fixture(scope="module")
+def import_seconds():
+    """Seconds in which this machine imports what training needs."""
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import grpo.training.train"], cwd=ROOT, check=True)
+    return time.monotonic() - started
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [(["--help"], 0), (["--cfg", "job"], 0), (["learning_rate=1e-5"], 2), (["seed=x"], 2), (["-m", "--cfg", "job"], 2)],
 )
-def test_help_the_config_and_config_errors_are_printed_within_two_seconds(cold, tmp_path, arguments, code):
+def test_help_the_config_and_config_errors_are_printed_before_training_could_be_imported(
+    cold, tmp_path, import_seconds, arguments, code
+):
     seconds = []
     for _ in range(3):
         started = time.monotonic()
         assert cold(*arguments, cwd=tmp_path).returncode == code
         seconds.append(time.monotonic() - started)
-        if seconds[-1] < 2:
+        if seconds[-1] < import_seconds:
             break
-    assert min(seconds) < 2
+    assert min(seconds) < import_seconds
     assert list(tmp_path.iterdir()) == []
 
 
