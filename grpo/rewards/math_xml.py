@@ -15,6 +15,7 @@ Completion = str | Sequence[Mapping[str, str]]
 
 TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
+_WELL_FORMED = re.compile(r"\s*<reasoning>.*</reasoning>\s*<answer>.*</answer>\s*", re.DOTALL)
 _THOUSANDS_COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 
 
@@ -105,6 +106,19 @@ def accuracy(
 ) -> list[float]:
     """1.0 for each completion whose answer is exact or the same number, else 0.0; its mean is the accuracy."""
     return correctness(prompts, completions, answer, exact=1.0, same_number=1.0)
+
+
+def strict(
+    prompts: Sequence, completions: Sequence[Completion], answer: Sequence[str], **columns: object
+) -> list[float]:
+    """1.0 for each completion whose answer is exactly the reference text, up to white space around it, else 0.0."""
+    return correctness(prompts, completions, answer, exact=1.0, same_number=0.0)
+
+
+def well_formed(prompts: Sequence, completions: Sequence[Completion], **columns: object) -> list[float]:
+    """1.0 for each completion that is one reasoning block followed by one answer block and nothing else, else 0.0."""
+    texts = map(completion_text, completions)
+    return [float(bool(_WELL_FORMED.fullmatch(text)) and all(text.count(tag) == 1 for tag in TAGS)) for text in texts]
 
 
 def tag_format(
