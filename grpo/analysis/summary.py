@@ -3,11 +3,11 @@
 import json
 import math
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import pandas as pd
 
+from grpo.analysis.accuracy import mcnemar_p, wilson_interval
 from grpo.analysis.effects import paired_difference
 from grpo.analysis.load import component_columns, correct_by_problem, finite_values, is_metric, load_metrics
 from grpo.runs.files import write_atomic
@@ -62,33 +62,25 @@ def write_summary(run_dir: str | Path, output_dir: str | Path | None = None) -> 
     return path
 
 
-def wilson_interval(accuracy: float | None, n: int | None) -> list[float] | None:
-    """The 95 % Wilson score interval [low, high] of an accuracy (0 to 1) measured on `n` problems; None without `n`.
-
-    Unlike the normal approximation it stays within 0 and 1, and is accurate for few problems and for accuracies near 0
-    or 1 (Wilson, "Probable inference", 1927).
-    """
-    if not n or accuracy is None or not math.isfinite(accuracy):
-        return None
-    z = NormalDist().inv_cdf(0.975)
-    center = (accuracy + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(accuracy * (1 - accuracy) / n + z**2 / (4 * n**2))
-    return [max(0.0, center - half), min(1.0, center + half)]
-
-
 def accuracy_difference(before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, Any] | None:
     """Held-out accuracy after training minus before, over the problems graded in both evaluations; None without any.
 
     before, after: contents of eval/before.json and eval/after.json. Returns `mean` (-1 to 1), `interval`, its 95 %
     interval [low, high], and `n`, the number of problems. The interval is paired: most problems are as easy or as hard
-    after training as before, so it is narrower than those of the two accuracies suggest.
+    after training as before, so it is narrower than those of the two accuracies suggest. With one sample per problem
+    also `gained` and `lost`, the numbers of problems that only one of them solves, and `p`, of McNemar's exact test.
     """
     difference = (correct_by_problem(after) - correct_by_problem(before)).dropna()
     if difference.empty:
         return None
     estimate = paired_difference(difference.to_frame().T)
     low, high = estimate.interval or (-1.0, 1.0)
-    return {"mean": estimate.mean, "interval": [max(-1.0, low), min(1.0, high)], "n": len(difference)}
+    found = {"mean": estimate.mean, "interval": [max(-1.0, low), min(1.0, high)], "n": len(difference)}
+    if difference.isin((-1.0, 0.0, 1.0)).all():
+        gained = int((difference == 1.0).sum())
+        lost = int((difference == -1.0).sum())
+        found |= {"gained": gained, "lost": lost, "p": mcnemar_p(gained, lost)}
+    return found
 
 
 def difference_text(difference: dict[str, Any]) -> str:
@@ -96,6 +88,8 @@ def difference_text(difference: dict[str, Any]) -> str:
     low, high = difference["interval"]
     mean, *bounds = (f"{100 * value:+.1f}" for value in (difference["mean"], low, high))
     text = f"{mean} points, 95 % interval {bounds[0]} to {bounds[1]}, paired over {difference['n']} problems"
+    if "p" in difference:
+        text += f" ({difference['gained']} gained, {difference['lost']} lost; McNemar's p = {difference['p']:.2g})"
     return text if low > 0 or high < 0 else f"{text}; no difference shown"
 
 

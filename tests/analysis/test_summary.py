@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo.analysis.summary import accuracy_difference, difference_text, summarize, wilson_interval, write_summary
+from grpo.analysis.accuracy import wilson_interval
+from grpo.analysis.summary import accuracy_difference, difference_text, summarize, write_summary
 
 
 def write_run(run_dir: Path, rows: list[dict], state: str = "finished") -> Path:
@@ -145,14 +146,20 @@ def test_the_difference_of_the_accuracies_is_paired_by_problem(tmp_path):
         "mean": pytest.approx(0.1),
         "interval": pytest.approx([0.046383, 0.153617], abs=2e-6),
         "n": 200,
+        "gained": 25,
+        "lost": 5,
+        "p": pytest.approx(2 * (1 + 30 + 435 + 4060 + 27405 + 142506) / 2**30),  # at most 5 of 30 in either direction
     }
-    assert difference_text(difference) == "+10.0 points, 95 % interval +4.6 to +15.4, paired over 200 problems"
+    text = (
+        "+10.0 points, 95 % interval +4.6 to +15.4, paired over 200 problems (25 gained, 5 lost; McNemar's p = 0.00032)"
+    )
+    assert difference_text(difference) == text
 
 
 def test_only_problems_graded_both_before_and_after_are_paired():
     before = evaluation(0, 0, None, 1)
     assert accuracy_difference(before, evaluation(1, None, 1, 1)) | {"interval": None} == {
-        "mean": 0.5, "interval": None, "n": 2,
+        "mean": 0.5, "interval": None, "n": 2, "gained": 1, "lost": 0, "p": 1.0,
     }  # fmt: skip
     other = evaluation(1, 1, 1, 1)
     for problem in other["problems"]:
@@ -164,9 +171,10 @@ def test_only_problems_graded_both_before_and_after_are_paired():
 def test_a_difference_within_its_interval_is_called_so():
     equal = accuracy_difference(evaluation(0, 1, 1, 0), evaluation(1, 0, 1, 0))
     assert difference_text(equal).startswith("+0.0 points, 95 % interval -")
-    assert difference_text(equal).endswith("paired over 4 problems; no difference shown")
+    assert "paired over 4 problems (1 gained, 1 lost; " in difference_text(equal)
+    assert difference_text(equal).endswith("; no difference shown")
     single = accuracy_difference(evaluation(0), evaluation(1))
-    assert single == {"mean": 1.0, "interval": [-1.0, 1.0], "n": 1}
+    assert single == {"mean": 1.0, "interval": [-1.0, 1.0], "n": 1, "gained": 1, "lost": 0, "p": 1.0}
 
 
 def test_a_run_without_a_completed_step_has_a_summary(tmp_path):
