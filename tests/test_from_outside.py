@@ -233,7 +233,7 @@ def test_a_model_cannot_be_evaluated_without_held_out_problems(folder):
     off = ["eval.before=false", "eval.after=false", "eval.every=0"]
     refused = grpo("evaluate", "model=tiny", "data=arithmetic", "data._target_=mine.load", *off, cwd=folder)
     assert refused.returncode == 2
-    assert "error: data has no held-out problems to evaluate on" in refused.stderr
+    assert "error: data has no test problems to evaluate on" in refused.stderr
 
 
 @pytest.mark.parametrize("overlap", ["false", "true"])
@@ -264,13 +264,13 @@ def test_the_saved_state_of_an_engine_is_that_after_the_last_completed_step_or_e
     trainer = Trainer(build_experiment(typed(compose_config([*SHORT, line, "eval.max_problems=4"]))))
     try:
         trainer.preflight()
-        trainer.evaluate()
+        trainer.evaluate("test")
         assert trainer.engine.calls == 0  # a run that is resumed before its first checkpoint does not repeat these
         trainer.step(1)
         trainer.engine.calls += 5  # as a step would do that a stop signal aborts
         assert trainer.state_dict()["trainer"].states == {"rollout": {"calls": 1}}
         trainer.step(2)
-        trainer.evaluate()
+        trainer.evaluate("test")
         assert trainer.state_dict()["trainer"].states == {"rollout": {"calls": 8}}
     finally:
         torch.set_num_threads(threads)

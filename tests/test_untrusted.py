@@ -275,6 +275,7 @@ ATTACKS = {
     "a function": code("asks to run payload.run (objective._target_)", objective___target_="payload.run"),
     "a reward": code("asks to run payload.run", reward__components__x=CONDITIONS),
     "the grader": code("asks to run payload.run (eval.accuracy._target_)", eval__accuracy=CONDITIONS),
+    "another grader": code("asks to run payload.run (eval.graders.x._target_)", eval__graders={"x": CONDITIONS}),
     "a nested function": code("asks to run payload.run", optimizer__betas=[{"a": [CONDITIONS]}]),
     "a function of the suite for another key": code(
         "asks to run grpo.algorithm.objective.Objective",

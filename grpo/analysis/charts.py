@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from grpo.analysis.accuracy import wilson_interval
 from grpo.analysis.load import (
     component_columns,
     finite_values,
@@ -20,7 +21,7 @@ from grpo.analysis.load import (
     load_metrics,
     read_config,
 )
-from grpo.analysis.summary import wilson_interval, write_summary
+from grpo.analysis.summary import write_summary
 from grpo.analysis.theme import (
     BLUE,
     GREEN,
@@ -51,12 +52,14 @@ COLORS = {
     "format": ORANGE,
     "completions/mean_length": VIOLET,
     "completions/clipped_ratio": RED,
-    "accuracy": BLUE,
+    "validation": BLUE,
+    "test": ORANGE,
     "kl": PINK,
     "entropy": GREEN,
     "grad_norm": SKY,
 }
-ACCURACY = "Held-out accuracy"  # title of a panel
+MARKERS = {"validation": "o", "test": "D"}
+ACCURACY = "Accuracy"  # title of a panel
 OTHER_COMPONENTS = (PINK, SKY, VIOLET, RED, GREY)
 
 
@@ -265,7 +268,7 @@ class Panel:
 
 
 def reward(ax: Axes, run: RunData) -> None:
-    """Add the highest value that each curve can reach, and the reward on held-out problems."""
+    """Add the highest value that each curve can reach, and the reward on validation and test problems."""
     colors = {metric.label: run.color(metric) for metric in run.curves("Reward")}
     for name, maximum in run.maxima.items():
         if name in colors:
@@ -273,10 +276,9 @@ def reward(ax: Axes, run: RunData) -> None:
             place: dict[str, Any] = {"xy": (0, maximum), "xycoords": ax.get_yaxis_transform(), "xytext": (4, 3)}
             style_of_text: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "color": colors[name]}
             ax.annotate(f"max {maximum:g}", **place, **style_of_text)
-    held_out = run.evaluations.dropna(subset=["reward"])
-    if len(held_out):
-        marker: dict[str, Any] = {"marker": "D", "markersize": 7, "markeredgecolor": "white", "linestyle": "none"}
-        ax.plot(held_out["step"], held_out["reward"], color=TEXT, label="reward, held-out", zorder=4, **marker)
+    for split, evaluated in run.evaluations.dropna(subset=["reward"]).groupby("split"):
+        marker: dict[str, Any] = {"marker": MARKERS[split], "markeredgecolor": "white", "linestyle": "none"}
+        ax.plot(evaluated["step"], evaluated["reward"], color=TEXT, label=f"reward, {split}", zorder=4, ms=7, **marker)
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, 0), high)
 
@@ -302,17 +304,16 @@ def truncated(ax: Axes, run: RunData) -> None:
 
 
 def accuracy(ax: Axes, run: RunData) -> None:
-    """Draw held-out accuracy with its 95 % intervals."""
-    points = run.evaluations.dropna(subset=["accuracy"])
-    values = points["accuracy"].to_numpy()
-    intervals = [wilson_interval(a, int(n)) for a, n in zip(values, points["n"].fillna(0), strict=True)]
-    bounds = np.array([interval or (a, a) for a, interval in zip(values, intervals, strict=True)]).T
-    marks: dict[str, Any] = {"color": COLORS["accuracy"], "marker": "D", "markersize": 6, "linewidth": 1.5}
-    marks |= {"ecolor": MUTED, "elinewidth": 1, "capsize": 4}
-    ax.errorbar(points["step"], values, yerr=np.abs(bounds - values), **marks)
-    counts = " or ".join(str(n) for n in sorted({int(n) for n in points["n"].dropna()}))
-    if counts:
-        ax.set_ylabel(f"of {counts} problems, 95 % intervals")
+    """Draw the accuracy on validation and on test problems with its 95 % intervals."""
+    for split, points in run.evaluations.dropna(subset=["accuracy"]).groupby("split"):
+        values = points["accuracy"].to_numpy()
+        intervals = [wilson_interval(a, int(n)) for a, n in zip(values, points["n"].fillna(0), strict=True)]
+        bounds = np.array([interval or (a, a) for a, interval in zip(values, intervals, strict=True)]).T
+        counts = " or ".join(str(n) for n in sorted({int(n) for n in points["n"].dropna()}))
+        marks: dict[str, Any] = {"color": COLORS[split], "marker": MARKERS[split], "markersize": 6, "linewidth": 1.5}
+        marks |= {"ecolor": MUTED, "elinewidth": 1, "capsize": 4, "label": f"{split} ({counts} problems)"}
+        ax.errorbar(points["step"], values, yerr=np.abs(bounds - values), **marks)
+    ax.set_ylabel("95 % intervals")
 
 
 def loss_vs_reward(ax: Axes, run: RunData) -> None:

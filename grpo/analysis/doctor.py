@@ -38,7 +38,7 @@ class Doctor:
         self.rows: list[Row] = []
         self.first: list[Row] = []  # the first ten rows, with which later rows are compared
         self.best: list[float] = []  # the rewards of the 20 consecutive rows with the highest mean
-        self.evaluations: list[Row] = []  # held-out: step, accuracy (0 to 1), n (problems), reward (in training)
+        self.evaluations: list[Row] = []  # split, step, accuracy (0 to 1), n (problems), reward (in training)
         self.reported: set[str] = set()  # names of the rules that have reported
 
     def add_evaluation(self, result: Row) -> list[Finding]:
@@ -46,7 +46,9 @@ class Doctor:
         if result["accuracy"] is not None:
             rewards = self.last("reward", 10)
             reward = fmean(rewards) if rewards else None
-            self.evaluations.append({key: result[key] for key in ("step", "accuracy", "n")} | {"reward": reward})
+            self.evaluations.append(
+                {key: result[key] for key in ("split", "step", "accuracy", "n")} | {"reward": reward}
+            )
         return self._findings(result["step"])
 
     def check(self, row: Row) -> list[Finding]:
@@ -237,11 +239,12 @@ def gradient_spikes(doctor: Doctor) -> str | None:
 
 
 def held_out_falls(doctor: Doctor) -> str | None:
-    """The reward rises while held-out accuracy is below its best by more than its noise."""
-    if len(doctor.evaluations) < 2:
+    """The reward rises while validation or test accuracy is below its best by more than its noise."""
+    evaluations = [each for each in doctor.evaluations if each["split"] == doctor.evaluations[-1]["split"]]
+    if len(evaluations) < 2:
         return None
-    last = doctor.evaluations[-1]
-    best = max(doctor.evaluations[:-1], key=lambda each: each["accuracy"])
+    last = evaluations[-1]
+    best = max(evaluations[:-1], key=lambda each: each["accuracy"])
     noise = math.sqrt(sum(each["accuracy"] * (1 - each["accuracy"]) / each["n"] for each in (last, best)))
     # Each evaluation is compared with the best one before it. The level is divided by a bound on the number of pairs,
     # so that over all evaluations the probability of a false finding is at most 1 %.
@@ -254,8 +257,8 @@ def held_out_falls(doctor: Doctor) -> str | None:
     if not now or not at_best or fmean(now) <= fmean(at_best):
         return None
     return (
-        f"reward is higher than at step {best['step']}, but held-out accuracy fell from {best['accuracy']:.1%} to "
-        f"{last['accuracy']:.1%}: the reward is gamed or the training problems are learned by heart; look at the "
+        f"reward is higher than at step {best['step']}, but {last['split']} accuracy fell from {best['accuracy']:.1%} "
+        f"to {last['accuracy']:.1%}: the reward is gamed or the training problems are learned by heart; look at the "
         "completions in the report, and use the weights of checkpoints/best (eval.every, then checkpoint=best)"
     )
 

@@ -47,12 +47,12 @@ def load_metrics(run_dir: str | Path) -> pd.DataFrame:
 
 
 def load_evaluations(run_dir: str | Path, of_training: bool = False) -> pd.DataFrame:
-    """The held-out evaluations of a run, one row per file in `eval/`; empty if there are none.
+    """The evaluations of a run, one row per file in `eval/`; empty if there are none.
 
-    Columns: `name` (the file's name without its ending: before, step_000050, after), `step`, `n` (problems), `accuracy`
-    (0 to 1), `reward`, `rewards/<component>` and any other single value of the file. Sorted by step, `before` first
-    and `after` last. of_training: without those of `grpo evaluate`, which may be of other problems. Raises ValueError
-    if a file is damaged.
+    Columns: `name` (the file's name without its ending: before, step_000050, after), `split`, `step`, `n` (problems),
+    `accuracy` (0 to 1), `reward`, `rewards/<component>` and any other single value of the file. Sorted by step,
+    `before` first and `after` last. of_training: without those of `grpo evaluate`, which may be of other problems.
+    Raises ValueError if a file is damaged.
     """
     rows = []
     for name, record in RunFolder(run_dir).evaluations().items():
@@ -61,20 +61,20 @@ def load_evaluations(run_dir: str | Path, of_training: bool = False) -> pd.DataF
         row = {"name": name} | {key: value for key, value in record.items() if not isinstance(value, (dict, list))}
         row |= {f"rewards/{component}": value for component, value in (record.get("rewards") or {}).items()}
         rows.append(row)
-    return _frame(rows, ["name", "step", "n", "accuracy", "reward"])
+    return _frame(rows, ["name", "split", "step", "n", "accuracy", "reward"])
 
 
 def correct_by_problem(evaluation: dict[str, Any] | None) -> pd.Series:
-    """1 (right) or 0 (wrong) for each graded problem of an evaluation; empty without an evaluation.
+    """1 (right) or 0 (wrong) for each graded problem of an evaluation, or the share of right samples; may be empty.
 
     The index contains the problem's id and its answer: ids may be line numbers, which stand for other problems in
     another data file.
     """
     problems = (evaluation or {}).get("problems") or []
     graded = [each for each in problems if each.get("correct") is not None]
-    return pd.Series(
-        {f"{each.get('problem_id')} {each.get('answer')}": float(each["correct"]) for each in graded}, dtype=float
-    )
+    names = [f"{each.get('problem_id')} {each.get('answer')}" for each in graded]
+    samples = pd.Series([float(each["correct"]) for each in graded], index=names, dtype=float)
+    return samples.groupby(level=0, sort=False).mean()
 
 
 def read_config(run_dir: str | Path) -> dict:

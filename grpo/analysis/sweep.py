@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from grpo.analysis.accuracy import wilson_interval
 from grpo.analysis.effects import Estimate, crossed_mean, paired_difference
 from grpo.analysis.load import (
     component_columns,
@@ -16,7 +17,6 @@ from grpo.analysis.load import (
     load_metrics,
     read_config,
 )
-from grpo.analysis.summary import wilson_interval
 from grpo.config.command_line import launch_command
 from grpo.config.overrides import Overrides
 from grpo.runs.folder import RunFolder
@@ -59,8 +59,9 @@ class Arm:
 class SweepAnalysis:
     """The results of a sweep folder. Jobs that differ only in their seed form an arm; only finished jobs are compared.
 
-    Arms are ranked by their outcome: held-out accuracy after training, problem by problem, or, if a finished job does
-    not have it, the mean reward of the last tenth of the steps. Raises FileNotFoundError if `path` is not a sweep
+    Arms are ranked by their outcome: accuracy after training on the validation problems, problem by problem; without
+    such problems on the test problems; or, if a finished job was not evaluated, the mean reward of the last tenth of
+    the steps. Raises FileNotFoundError if `path` is not a sweep
     folder.
     """
 
@@ -75,9 +76,12 @@ class SweepAnalysis:
         self.flags += Overrides(record.get("hydra", [])).select({"hydra.searchpath"}).lines
         self.is_grid = record.get("planned") is not None  # else the sweeper chose its points during the sweep
         self.keys = [key for key in self.swept if key != SEED]  # the keys that define the arms
-        self.jobs, self._seeds, correct = _read_jobs(self.folder, self.swept)
+        self.jobs, self._seeds, correct, self._correct_on_test = _read_jobs(self.folder, self.swept)
         finished = self.jobs[self.jobs["state"] == "finished"]
-        self.by_accuracy = bool(len(finished)) and all(len(correct.get(job, ())) for job in finished.index)
+        splits = set(finished["split"].dropna())
+        self.split = splits.pop() if len(splits) == 1 else None  # of the problems by which arms are ranked
+        graded = all(len(correct.get(job, ())) for job in finished.index)
+        self.by_accuracy = bool(len(finished)) and graded and self.split is not None
         # Job number -> values that are compared: the job's mean reward, or 1 (right) or 0 (wrong) for each problem.
         self._rewards = {job: pd.Series({"reward": each}) for job, each in finished["mean_reward"].dropna().items()}
         self._outcomes = {job: correct[job] for job in finished.index} if self.by_accuracy else self._rewards
@@ -91,8 +95,17 @@ class SweepAnalysis:
         return load_metrics(self.folder.path / self.jobs.loc[job, "folder"])
 
     def evaluations(self, job: int) -> pd.DataFrame:
-        """The held-out evaluations of a job that belong to its training, one row each."""
-        return load_evaluations(self.folder.path / self.jobs.loc[job, "folder"], of_training=True)
+        """The evaluations of a job during its training by which it is ranked, one row each."""
+        found = load_evaluations(self.folder.path / self.jobs.loc[job, "folder"], of_training=True)
+        return found[found["split"] == self.split]
+
+    @functools.cached_property
+    def test_accuracy(self) -> Estimate | None:
+        """The accuracy of the best arm on the test problems, if it was chosen by others and evaluated on them."""
+        if not self.arms or self.split != "validation":
+            return None
+        rows = [self._correct_on_test[job] for job in self.arms[0].jobs]
+        return _accuracy(rows) if all(len(row) for row in rows) else None
 
     def label(self, arm: Arm) -> str:
         """The overrides of an arm as text, with long values shortened."""
@@ -158,21 +171,7 @@ class SweepAnalysis:
 
     def _outcome(self, jobs: list[int]) -> Estimate:
         rows = [self._outcomes[job] for job in jobs]
-        table = pd.DataFrame(rows).dropna(axis=1)
-        if table.empty:  # the jobs were evaluated on different problems
-            table = pd.DataFrame([[row.mean()] for row in rows])
-        estimate = crossed_mean(table)
-        wilson = wilson_interval(estimate.mean, max(len(row) for row in rows)) if self.by_accuracy else None
-        if wilson is None or estimate.interval is None:
-            return estimate
-        # If all jobs solve nearly the same problems, usually all of them, the interval from their variation is too
-        # narrow. So it is extended to Wilson's; for one job it is Wilson's.
-        (low, high) = wilson
-        (seen_low, seen_high) = estimate.interval
-        if len(jobs) > 1:
-            low = max(0.0, min(low, seen_low))
-            high = min(1.0, max(high, seen_high))
-        return replace(estimate, interval=(low, high))
+        return _accuracy(rows) if self.by_accuracy else crossed_mean(_table(rows))
 
     def _pairs(self, finished: pd.DataFrame, key: str, base: str, value: str, rest: list[str]) -> list[tuple[int, int]]:
         def by_rest(of: str) -> dict[Hashable, int]:
@@ -203,18 +202,46 @@ class SweepAnalysis:
         return replace(estimate, interval=(max(-1.0, low), min(1.0, high)))
 
 
-def _read_jobs(folder: SweepFolder, keys: list[str]) -> tuple[pd.DataFrame, dict[int, int], dict[int, pd.Series]]:
-    """Read the jobs of a sweep. Returns (jobs, seeds, correct).
+def _table(rows: list[pd.Series]) -> pd.DataFrame:
+    """The values of jobs (rows) of the problems that all of them have, or their means if there are none."""
+    table = pd.DataFrame(rows).dropna(axis=1)
+    return pd.DataFrame([[row.mean()] for row in rows]) if table.empty else table
+
+
+def _accuracy(rows: list[pd.Series]) -> Estimate:
+    """The accuracy of jobs: rows of 1 (right) and 0 (wrong) by problem.
+
+    If all jobs solve nearly the same problems, usually all of them, the interval from their variation is too narrow. So
+    it is extended to Wilson's; for one job it is Wilson's.
+    """
+    estimate = crossed_mean(_table(rows))
+    wilson = wilson_interval(estimate.mean, max(len(row) for row in rows))
+    if wilson is None or estimate.interval is None:
+        return estimate
+    (low, high) = wilson
+    (seen_low, seen_high) = estimate.interval
+    if len(rows) > 1:
+        low = max(0.0, min(low, seen_low))
+        high = min(1.0, max(high, seen_high))
+    return replace(estimate, interval=(low, high))
+
+
+def _read_jobs(
+    folder: SweepFolder, keys: list[str]
+) -> tuple[pd.DataFrame, dict[int, int], dict[int, pd.Series], dict[int, pd.Series]]:
+    """Read the jobs of a sweep. Returns (jobs, seeds, correct, correct_on_test).
 
     jobs: one row per job, indexed by its number: values of the swept keys, state, step, and results. accuracy and
-    best_accuracy: held-out accuracy, 0 to 1, after training and at its best, with the 95 % Wilson interval of the
-    former; mean_reward, rewards/<component>, completions/mean_length, kl: means over the last tenth of the steps;
-    num_tokens; seconds in steps. seeds: job number -> seed, for jobs that have started. correct: job number -> 1
-    (right) or 0 (wrong) for each held-out problem after training.
+    best_accuracy: on the problems of `split`, 0 to 1, after training and at its best, with the 95 % Wilson interval of
+    the former; test_accuracy: on the test problems after training; mean_reward, rewards/<component>,
+    completions/mean_length, kl: means over the last tenth of the steps; num_tokens; seconds in steps. seeds: job number
+    -> seed, for jobs that have started. correct: job number -> 1 (right) or 0 (wrong) for each problem of `split` after
+    training; correct_on_test: the same for the test problems.
     """
     rows = []
     seeds = {}
     correct = {}
+    on_test = {}
     jobs = folder.jobs()
     unique = len({job["job"] for job in jobs}) == len(jobs)  # see SweepFolder.jobs
     for place, job in enumerate(jobs):
@@ -227,29 +254,39 @@ def _read_jobs(folder: SweepFolder, keys: list[str]) -> tuple[pd.DataFrame, dict
             try:
                 seeds[number] = int(read_config(run).get("seed") or 0)
                 row |= _results(run)
-                correct[number] = correct_by_problem(RunFolder(run).evaluation("after"))
+                correct[number] = correct_by_problem(RunFolder(run).evaluation_at(job["step"]))
+                on_test[number] = correct_by_problem(RunFolder(run).evaluation("after"))
             except (ValueError, KeyError, TypeError, AttributeError) as broken:  # the other jobs can still be compared
                 row |= {"state": "unreadable", "error": f"{type(broken).__name__}: {broken}"}
         rows.append(row)
-    columns = ["accuracy", "accuracy_low", "accuracy_high", "best_accuracy", "mean_reward", "num_tokens", "seconds"]
+    columns = ["split", "accuracy", "accuracy_low", "accuracy_high", "best_accuracy", "test_accuracy"]
+    columns += ["mean_reward", "num_tokens", "seconds"]
     first = ["job", "folder", "state", *keys, "step", "total_steps", "error"]
     frame = pd.DataFrame(rows, columns=None if rows else first).set_index("job")
-    return frame.reindex(columns=[*frame, *(column for column in columns if column not in frame)]), seeds, correct
+    return (
+        frame.reindex(columns=[*frame, *(column for column in columns if column not in frame)]),
+        seeds,
+        correct,
+        on_test,
+    )
 
 
 def _results(run_dir: Path) -> dict[str, float | None]:
     metrics = load_metrics(run_dir)
-    after = RunFolder(run_dir).evaluation("after")
+    run = RunFolder(run_dir)
+    last = run.evaluation_at(int(metrics["step"].iloc[-1])) if len(metrics) else None
     tenth = metrics.tail(-(-len(metrics) // 10))
-    evaluations = load_evaluations(run_dir, of_training=True)
-    low, high = (after and wilson_interval(after["accuracy"], after["n"])) or (None, None)
+    scores = [each["accuracy"] for each in run.choosing_evaluations() if each["step"] and each["accuracy"] is not None]
+    low, high = (last and wilson_interval(last["accuracy"], last["n"])) or (None, None)
     names = {f"rewards/{name}": column for name, column in component_columns(metrics).items()}
     names = {"mean_reward": "reward", **names, "completions/mean_length": "completions/mean_length", "kl": "kl"}
     return {
-        "accuracy": after["accuracy"] if after else None,
+        "split": last["split"] if last else None,
+        "accuracy": last["accuracy"] if last else None,
         "accuracy_low": low,
         "accuracy_high": high,
-        "best_accuracy": evaluations.loc[evaluations["name"] != "before", "accuracy"].max(),
+        "best_accuracy": max(scores, default=None),
+        "test_accuracy": (run.evaluation("after") or {}).get("accuracy"),
         **{name: finite_values(tenth, column).mean() for name, column in names.items()},
         "num_tokens": finite_values(metrics, "num_tokens").max(),
         "seconds": finite_values(metrics, "step_time").sum(),

@@ -23,14 +23,16 @@ def curves(sweep: SweepAnalysis, column: str, title: str, unit: str) -> Figure |
     return _lines(sweep, [table if table.notna().any(axis=None) else None for table in smooth], title, unit)
 
 
-def held_out(sweep: SweepAnalysis) -> Figure | None:
-    """Held-out accuracy by step, the mean over an arm's jobs, for arms evaluated during training (eval.every)."""
+def accuracy(sweep: SweepAnalysis) -> Figure | None:
+    """Accuracy by step, the mean over an arm's jobs, for arms evaluated during training (eval.every)."""
     tables = []
     for arm in sweep.arms:
         evaluations = pd.concat([sweep.evaluations(job).assign(job=job) for job in arm.jobs])
         tables.append(evaluations.pivot_table(index="step", columns="job", values="accuracy"))
     shown = [table if len(table) > 2 else None for table in tables]  # more than before and after training
-    return _lines(sweep, shown, "Held-out accuracy", "band: lowest to highest seed", percent=True, marker="o", ms=3)
+    return _lines(
+        sweep, shown, _outcome(sweep).capitalize(), "band: lowest to highest seed", percent=True, marker="o", ms=3
+    )
 
 
 def _lines(
@@ -138,4 +140,4 @@ def _in_order(sweep: SweepAnalysis, key: str) -> list[str]:
 
 
 def _outcome(sweep: SweepAnalysis) -> str:
-    return "held-out accuracy" if sweep.by_accuracy else "reward of the last tenth"
+    return f"{sweep.split} accuracy" if sweep.by_accuracy else "reward of the last tenth"

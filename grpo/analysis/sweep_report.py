@@ -40,7 +40,7 @@ def content(sweep: SweepAnalysis, output_dir: Path) -> dict[str, Any]:
     return {
         "title": f"Sweep {sweep.folder.path.resolve().name}",
         "counts": ", ".join(f"{_count(count, 'job')} {state}" for state, count in states.items()),
-        "outcome": "held-out accuracy" if sweep.by_accuracy else "mean reward of the last tenth of the steps",
+        "outcome": f"{sweep.split} accuracy" if sweep.by_accuracy else "mean reward of the last tenth of the steps",
         "unit": ", points" if sweep.by_accuracy else "",
         "headline": headline(sweep),
         "warnings": warnings(sweep),
@@ -84,16 +84,17 @@ def headline(sweep: SweepAnalysis) -> str:
     form = _form(sweep)
     outcome = best.outcome
     interval = ", 95 % interval {} to {}".format(*map(form, outcome.interval)) if outcome.interval is not None else ""
-    score = f"{form(outcome.mean)} held-out accuracy" if sweep.by_accuracy else f"a mean reward of {form(outcome.mean)}"
+    of_split = f"{form(outcome.mean)} {sweep.split} accuracy"
+    score = of_split if sweep.by_accuracy else f"a mean reward of {form(outcome.mean)}"
     if not sweep.keys:
         return f"{score[0].upper()}{score[1:]}{interval}, over {_count(len(best.jobs), 'seed')}."
     if sweep.by_accuracy and all(arm.outcome.mean == 0 for arm in sweep.arms):
-        return "No arm solved a held-out problem, so none can be called best."
-    text = f"Best: {sweep.label(best)} with {score}{interval}."
+        return f"No arm solved a {sweep.split} problem, so none can be called best."
+    text = f"Best: {sweep.label(best)} with {score}{interval}{_on_test(sweep)}."
     if len(sweep.arms) == 1:
         return text
     if not sweep.gap_to_best:
-        return f"{text} It shares no seed or held-out problem with another arm, so it was not compared."
+        return f"{text} It shares no seed or problem with another arm, so it was not compared."
     others = len(sweep.arms) - 1
     if len(sweep.gap_to_best) == others and all(arm.outcome.mean == outcome.mean for arm in sweep.arms):
         every = "Both" if others == 1 else f"All {len(sweep.arms)}"
@@ -115,6 +116,15 @@ def headline(sweep: SweepAnalysis) -> str:
     return f"{text} It is above {above} by more than chance explains{rest}."
 
 
+def _on_test(sweep: SweepAnalysis) -> str:
+    """The best arm's accuracy on the test problems, to be added to that on the validation problems."""
+    found = sweep.test_accuracy
+    if found is None:
+        return ""
+    interval = " ({:.1%} to {:.1%})".format(*found.interval) if found.interval is not None else ""
+    return f"; on the test problems {found.mean:.1%}{interval}"
+
+
 def _count(count: int, what: str) -> str:
     return f"{count} {what}{'s' if count != 1 else ''}"
 
@@ -125,7 +135,8 @@ def warnings(sweep: SweepAnalysis) -> list[str]:
     if sweep.arms_tried > 1 and sweep.arms:
         messages.append(
             f"The score of the best of {sweep.arms_tried} arms is too high on average, since it chose the arm. "
-            "The command on fresh seeds gives a fair one."
+            + ("Its test accuracy is not, for these seeds; the" if sweep.test_accuracy else "The")
+            + " command on fresh seeds gives a fair one."
         )
     # The largest number of seeds in a comparison; without comparisons, the number of jobs of the best arm.
     seeds = max(
@@ -138,14 +149,15 @@ def warnings(sweep: SweepAnalysis) -> list[str]:
         messages.append(f"{seeds} seeds say little about how training runs vary; use at least three.")
     apart = len(sweep.arms) - 1 - len(sweep.gap_to_best)
     if sweep.arms and apart > 0:
-        messages.append(f"Not compared, because they share no seed or held-out problem with the best: {apart} arms.")
+        messages.append(f"Not compared, because they share no seed or problem with the best: {apart} arms.")
     if len(sweep.unfinished) and sweep.arms:
         messages.append(
             f"Not included, because they did not finish: {len(sweep.unfinished)} of {_count(len(sweep.jobs), 'job')}."
         )
     if sweep.arms and not sweep.by_accuracy:
         messages.append(
-            "Not every finished job has a held-out evaluation (eval.after), so rewards in training are compared."
+            "Not every finished job has an evaluation on the same problems (eval.after), so rewards in training are "
+            "compared."
         )
     return messages
 
@@ -165,7 +177,7 @@ def _charts(sweep: SweepAnalysis) -> dict[str, Any]:
         return {}
     figures = {
         "Reward by step": sweep_charts.curves(sweep, "reward", "Reward", "band: lowest to highest seed"),
-        "Held-out accuracy by step": sweep_charts.held_out(sweep),
+        "Accuracy by step": sweep_charts.accuracy(sweep),
         "Completion length by step": sweep_charts.curves(sweep, "completions/mean_length", "Output length", "tokens"),
         "Outcome against cost": sweep_charts.cost(sweep),
     }

@@ -109,7 +109,7 @@ def panels(view: View) -> dict[str, dict[str, list[str]]]:
     for metric in of_components(view.components):
         if metric.section:
             sections.setdefault(metric.section, {}).setdefault(metric.panel, []).append(metric.name)
-    sections[REWARD]["Held-out accuracy"] = ["eval/accuracy"]
+    sections[REWARD]["Validation and test accuracy"] = ["validation/accuracy", "test/accuracy"]
     return sections
 
 

@@ -68,7 +68,7 @@ def train_run(launch: Launch, cfg: DictConfig) -> float | None:
 def train_job(cfg: DictConfig, launch: Launch | None = None) -> float | None:
     """Run a single run or a job of a sweep. Returns the objective that sweepers maximize.
 
-    The objective is the held-out accuracy after training or, without one, the mean reward of the last step.
+    The objective is the validation accuracy after training or, without one, the mean reward of the last step.
     """
     if HydraConfig.get().job.chdir:  # paths stay relative to the directory in which the command was given
         os.chdir(get_original_cwd())

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
-from grpo.config.schema import FACTS, OPEN_GROUPS, Config, Facts, LoraSettings
+from grpo.config.schema import FACTS, OPEN_GROUPS, Config, EvalConfig, Facts, LoraSettings
 from grpo.config.values import escape, flatten
 
 
@@ -78,15 +78,28 @@ def check(config: Config) -> None:
             "away from the weights; set model.dtype=float32, or hardware.compute_dtype=null"
         )
     _check_prompts(config.data)
+    _check_evaluation(config.eval)
     if not config.reward.components:
         raise ConfigError("reward.components is empty: give at least one component with a _target_")
+    for place, function in (
+        *((f"reward.components.{name}", each) for name, each in config.reward.components.items()),
+        *((f"eval.graders.{name}", each) for name, each in config.eval.graders.items()),
+    ):
+        if not isinstance(function, dict) or not function.get("_target_"):
+            raise ConfigError(f"{place} needs a _target_: the dotted path of its function")
     for name, component in config.reward.components.items():
         place = f"reward.components.{name}"
-        if not isinstance(component, dict) or not component.get("_target_"):
-            raise ConfigError(f"{place} needs a _target_: the dotted path of its function")
         _number(f"{place}.weight", component.get("weight", 1.0))
         if component.get("range") is not None:
             _check_range(f"{place}.range", component["range"])
+
+
+def _check_evaluation(settings: EvalConfig) -> None:
+    if settings.samples > 1 and settings.temperature == 0:
+        raise ConfigError(
+            f"eval.samples={settings.samples} with eval.temperature=0 gives {settings.samples} times the same "
+            "completion; set eval.temperature=1, or eval.samples=1"
+        )
 
 
 def _check_project(project: str | None) -> None:

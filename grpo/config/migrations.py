@@ -37,7 +37,16 @@ ADDED_WITHIN_0 = {
     "parent": None,
 }
 # The same for version 2.
-ADDED_WITHIN_2: Values = {"data.template_arguments": {}, "grpo.decay_biases_and_norms": True}
+ADDED_WITHIN_2: Values = {
+    "data.template_arguments": {},
+    "data.validation_share": 0.0,
+    "eval.samples": 1,
+    "eval.temperature": 0.0,
+    "eval.by": [],
+    "eval.sets": [],
+    "eval.graders": {},
+    "grpo.decay_biases_and_norms": True,
+}
 # `grpo_loss`, the only objective up to version 1, as the set of choices that replaced it in version 2.
 GRPO_LOSS = {
     "_target_": "grpo.algorithm.objective.Objective",

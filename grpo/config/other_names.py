@@ -112,7 +112,7 @@ IN_ORDER = "the order of the problems follows from the seed, and is continued ex
 FROM_COLUMNS = "the data has the fields question and answer, and all other fields are passed to the reward functions"
 OWN_FUNCTION = "give a function of your own as one of the choices of the objective (objective.*)"
 NOT_NEEDED = "it has no equivalent here"
-WHOLE_PROBLEMS = "held-out problems are evaluated with greedy decoding, by eval.before, eval.after and eval.every"
+WHOLE_PROBLEMS = "problems are evaluated with greedy decoding, by eval.before, eval.after and eval.every"
 WITH_TRANSFORMERS = "the model is loaded and trained by this suite's own code; see conf/model/ and conf/hardware/"
 
 NOT_SUPPORTED = {

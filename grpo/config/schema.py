@@ -137,6 +137,7 @@ class DataConfig:
     system_prompt: Any = MISSING
     examples: Any = MISSING
     max_prompt_length: int = key(least=1)
+    validation_share: float = key(default=0.05, least=0, hint="0 keeps no validation problems")
     template_arguments: Any = None  # variables of the model's chat template, such as {enable_thinking: false}
 
 
@@ -204,14 +205,19 @@ class SamplesConfig:
 
 @dataclass
 class EvalConfig:
-    """Evaluation on the held-out problems."""
+    """Evaluation on the validation and test problems."""
 
     every: int = key(least=0, on_resume="free")
     before: bool = MISSING
     after: bool = key(on_resume="free")
     max_problems: int | None = key(least=1)
     max_completion_length: int | None = key(least=1)
+    samples: int = key(default=1, least=1)
+    temperature: float = key(default=0.0, least=0)
+    by: list[str] = field(default_factory=list)
+    sets: list[str] = field(default_factory=list)
     accuracy: dict[str, Any] = MISSING
+    graders: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

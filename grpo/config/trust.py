@@ -23,7 +23,8 @@ TRUSTED = {
     "optimizer._target_": ("torch.optim.", "grpo.algorithm.optimizer."),
     "data._target_": ("grpo.data.problems.",),
     "reward.components.*._target_": ("grpo.rewards.math_xml.",),
-    "eval.accuracy._target_": ("grpo.rewards.math_xml.",),
+    "eval.accuracy._target_": ("grpo.rewards.math_xml.", "grpo.rewards.lenient.lenient"),
+    "eval.graders.*._target_": ("grpo.rewards.math_xml.", "grpo.rewards.lenient.lenient"),
 }
 
 
@@ -70,8 +71,8 @@ def foreign_targets(config: Any, named: Collection[tuple[str, str]] = ()) -> dic
 
 
 def _place(key: str) -> str:
-    """The key, with the name of a reward component replaced by `*`."""
-    return re.sub(r"^reward\.components\.[^.]+\.", "reward.components.*.", key)
+    """The key, with the name of a reward component or grader replaced by `*`."""
+    return re.sub(r"^(reward\.components|eval\.graders)\.[^.]+\.", r"\1.*.", key)
 
 
 def _named_in(config: Any, key: str = "") -> set[tuple[str, str]]:

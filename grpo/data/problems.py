@@ -1,10 +1,11 @@
-"""Training and held-out problems, from the Hugging Face hub, from JSON Lines files, or generated."""
+"""The problems of a data set, in three splits: from the Hugging Face hub, from JSON Lines files, or generated."""
 
 import codecs
+import hashlib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,59 @@ from grpo.rewards.math_xml import gsm8k_answer
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its final answer. `columns`: the data set's other fields, passed to reward functions."""
+    """A question with its final answer.
+
+    `columns`: the data set's other fields, passed to reward functions. `family`: problems with the same family are
+    nearly the same, and stay in one split; empty: the problem is alone in its family.
+    """
 
     id: str
     question: str
     answer: str
     columns: dict[str, Any] = field(default_factory=dict)
+    family: str = ""
 
 
 @dataclass(frozen=True)
 class Problems:
-    """The training problems and the held-out (test) problems of a data set."""
+    """The problems of a data set, by split.
+
+    `train`: to train on. `validation`: to choose by, for example the best checkpoint or the best arm of a sweep.
+    `test`: for the result that is reported, used for no choice.
+    """
 
     train: list[Problem]
     test: list[Problem]
+    validation: list[Problem] = field(default_factory=list)
+
+    @property
+    def split_to_choose_by(self) -> str:
+        """The split by which checkpoints and arms are chosen: test if there are no validation problems."""
+        return "validation" if self.validation else "test"
+
+
+def with_validation(problems: Problems, share: float) -> Problems:
+    """Move a share of the training problems, about that many, to the validation problems.
+
+    A problem is chosen by a hash of its family or id, so it does not depend on other problems, a seed or the config.
+    A data set with validation problems of its own stays as it is. Raises ConfigError if no training problem is left.
+    """
+    if problems.validation or share == 0:
+        return problems
+    chosen = [_uniform(problem.family or problem.id) < share for problem in problems.train]
+    train = [problem for problem, is_chosen in zip(problems.train, chosen, strict=True) if not is_chosen]
+    validation = [problem for problem, is_chosen in zip(problems.train, chosen, strict=True) if is_chosen]
+    if not train:
+        count = len(validation)
+        raise ConfigError(
+            f"data.validation_share={share} leaves none of {count} training problems to train on; lower it"
+        )
+    return Problems(train, problems.test, validation)
+
+
+def _uniform(name: str) -> float:
+    """A number in [0, 1) that depends only on the name, evenly distributed over names."""
+    return int.from_bytes(hashlib.sha256(f"validation {name}".encode()).digest()[:6], "big") / 2**48
 
 
 def load_gsm8k(path: str | None, name: str | None) -> Problems:
@@ -58,13 +98,18 @@ def load_gsm8k(path: str | None, name: str | None) -> Problems:
             "train.jsonl and test.jsonl with data=jsonl data.path=DIR"
         )
     return Problems(
-        *(_parse(enumerate(splits[split], start=1), f"{path} {split}", split) for split in ("train", "test"))
+        *(
+            _parse(enumerate(splits[split], start=1), f"{path} {split}", split)
+            for split in ("train", "test", "validation")
+            if split in splits
+        )
     )
 
 
 def load_jsonl(path: str | None, name: str | None = None) -> Problems:
     """Load `path`/train.jsonl and `path`/test.jsonl: one JSON object per line, with `question` and `answer`.
 
+    `path`/validation.jsonl is loaded if it exists.
     `answer` is the final answer, or a GSM8K-style solution that ends in `#### answer`. `id` is optional.
     Raises ConfigError with file, line and reason.
     """
@@ -80,6 +125,8 @@ def load_jsonl(path: str | None, name: str | None = None) -> Problems:
             others = sorted(each for each in around if each.suffix.lower() in READERS)
             hint = _conversion(others[0]) if others else ""
             raise ConfigError(f"data.path={path}: there is no {file.name} in it; {NEEDED}{hint}")
+    if (validation := folder / "validation.jsonl").is_file():
+        files["validation"] = validation
     return Problems(*(_parse(_read_lines(file), str(file), split) for split, file in files.items()))
 
 
@@ -100,9 +147,13 @@ def load_arithmetic(path: None = None, name: None = None) -> Problems:
     """Load the problems of `grpo.data.arithmetic`. Raises ConfigError if `path` or `name` is given."""
     if path is not None or name is not None:
         raise ConfigError(f"data.path={path}: data=arithmetic generates its own problems; for a folder add data=jsonl")
-    return Problems(
-        *(_parse(enumerate(arithmetic.problems(split), start=1), "arithmetic", split) for split in ("train", "test"))
-    )
+    return Problems(*(_with_families(arithmetic.problems(split), split) for split in ("train", "test")))
+
+
+def _with_families(rows: list[dict[str, str]], split: str) -> list[Problem]:
+    """The sums as problems; a + b and b + a are of one family."""
+    problems = _parse(enumerate(rows, start=1), "arithmetic", split)
+    return [replace(problem, family="+".join(sorted(problem.id.split("+")))) for problem in problems]
 
 
 def _read_lines(file: Path) -> Iterable[tuple[int, Any]]:

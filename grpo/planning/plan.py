@@ -17,6 +17,7 @@ from grpo.batch import Completions, Prompts
 from grpo.config.checks import Sizes, check_training, kl_weight, typed
 from grpo.config.instantiate import bind
 from grpo.config.schema import Config
+from grpo.data.problems import Problems
 from grpo.model.hardware import device_of, peak_memory_gb, resolve_hardware
 from grpo.model.packed import checkpoint_layers, supports_packing
 from grpo.planning import estimate
@@ -107,7 +108,7 @@ def plan(config: Config) -> Plan:
         steps=grpo.num_iterations * grpo.num_steps,
         tokens=rows * (prompt_tokens + sizes.max_completion_length),
         seconds=_seconds(config, model, work, compute),
-        rest_seconds=_rest_seconds(config, model, work, compute, len(experiment.problems.test)),
+        rest_seconds=_rest_seconds(config, model, work, compute, experiment.problems),
         title=f"model {config.model.name}, {_trained(config)}; per step {sizes.batch_size} prompts x "
         f"{sizes.num_generations} completions x {sizes.max_completion_length} tokens",
     )
@@ -267,7 +268,7 @@ def _overhead(config: Config, compute: torch.dtype) -> float:
     return MEASURED_OVERHEAD.get((config.hardware.device, compute), ASSUMED_OVERHEAD)
 
 
-def _rest_seconds(config: Config, model: Any, work: estimate.Work, compute: torch.dtype, held_out: int) -> float:
+def _rest_seconds(config: Config, model: Any, work: estimate.Work, compute: torch.dtype, problems: Problems) -> float:
     """Seconds of a run besides its steps, with completions of full length."""
     seconds = START_S
     if config.preflight:
@@ -275,14 +276,18 @@ def _rest_seconds(config: Config, model: Any, work: estimate.Work, compute: torc
         lengths = work.lengths[: groups * work.group_size]
         sampled = estimate.Work(groups, work.group_size, work.prompt_tokens, lengths)
         seconds += _sampling_seconds(config, model, sampled, compute)
-    problems = min(held_out, config.eval.max_problems or held_out)
     steps = config.grpo.num_iterations * config.grpo.num_steps
-    evaluations = config.eval.before + config.eval.after + (steps // config.eval.every if config.eval.every else 0)
-    if problems and evaluations:
-        length = config.eval.max_completion_length or max(work.lengths)
-        at_once = min(problems, max(1, (config.hardware.rollout_tokens or length) // length))
-        batch = estimate.Work(at_once, 1, work.prompt_tokens, [length] * at_once)
-        seconds += evaluations * problems / at_once * _sampling_seconds(config, model, batch, compute)
+    during = (steps - 1) // config.eval.every + config.eval.before if config.eval.every else 0
+    length = config.eval.max_completion_length or max(work.lengths)
+    for split, evaluations in (
+        (problems.test, config.eval.before + config.eval.after),
+        (problems.validation, during + config.eval.after),
+    ):
+        count = len(split[: config.eval.max_problems])
+        if count and evaluations:
+            at_once = min(count, max(1, (config.hardware.rollout_tokens or length) // length))
+            batch = estimate.Work(at_once, 1, work.prompt_tokens, [length] * at_once)
+            seconds += evaluations * count / at_once * _sampling_seconds(config, model, batch, compute)
     return seconds
 
 

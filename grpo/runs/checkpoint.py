@@ -2,7 +2,7 @@
 
 `checkpoints/step_000050/` contains model.safetensors, optimizer.safetensors, trainer_state.json and manifest.json. The
 manifest is written last. `reference_000002/` contains the frozen reference of outer iteration 2, which all checkpoints
-of that iteration share (in iteration 1 it is the starting model). `best/` contains the weights with the best held-out
+of that iteration share (in iteration 1 it is the starting model). `best/` contains the weights with the best validation
 accuracy.
 """
 
@@ -41,7 +41,7 @@ class TrainerState:
     iteration: int = 0  # outer iteration of that step, from 1
     num_tokens: int = 0  # prompt and completion tokens seen so far
     best_reward: float | None = None  # highest mean reward of a step
-    best_accuracy: float | None = None  # highest held-out accuracy
+    best_accuracy: float | None = None  # highest accuracy on the problems to choose by
     evaluated_step: int = 0  # the last step evaluated because of `eval.every`
     skipped_in_a_row: int = 0  # consecutive skipped steps up to this one; their update was not finite
     loss_scale: dict[str, Any] | None = None  # fields of `LossScale`, if the computation is in float16
@@ -151,7 +151,7 @@ def named_checkpoint(folder: Path, name: str, argument: str = "checkpoint") -> P
         raise ConfigError(f"{argument}={name}: give best or a step; {folder.parent} keeps checkpoints {said}")
     checkpoint = folder / "best" if name == "best" else step_folder(folder, int(name))
     if not checkpoint.exists():
-        which = "best held-out accuracy" if name == "best" else "that step"
+        which = "best accuracy" if name == "best" else "that step"
         raise ConfigError(f"{argument}={name}: {folder.parent} keeps no checkpoint of {which}, but {said}")
     problem = find_damage(checkpoint)
     if problem is not None:

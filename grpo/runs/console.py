@@ -5,7 +5,7 @@ import os
 import select
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -140,22 +140,45 @@ def live_numbers(row: dict[str, Any]) -> str:
     return "  ".join([*numbers, f"{row['step_time']:.1f} s"])
 
 
-def closing_table(evaluations: dict[str, dict[str, Any] | None]) -> Table:
-    """A table of the evaluations on the held-out problems before and after training."""
+def evaluation_table(title: str, evaluations: Mapping[str, Mapping[str, Any] | None]) -> Table:
+    """A table of evaluations (contents of eval/*.json), one column for each, with 95 % intervals."""
     shown = {name: result for name, result in evaluations.items() if result}
     results = list(shown.values())
-    table = Table(title="held-out problems, greedy decoding")
+    table = Table(title=title)
     table.add_column("")
     for name, result in shown.items():
         table.add_column(f"{name} (n={result['n']})", justify="right")
-    table.add_row("accuracy", *("-" if r["accuracy"] is None else f"{r['accuracy']:.1%}" for r in results))
+
+    def add(label: str, cells: list[str]) -> None:
+        if any(cell != "-" for cell in cells):
+            table.add_row(label, *cells)
+
+    add("accuracy", [_share(r["accuracy"], r.get("accuracy_interval")) for r in results])
+    for part, key in (("graded", "accuracy"), ("pass@k", "share"), ("maj@k", "share")):
+        for name in dict.fromkeys(name for r in results for name in r.get(part) or {}):
+            label = f"  {name.replace('_', ' ')}" if part == "graded" else part.replace("k", name)
+            found = [(r.get(part) or {}).get(name) or {} for r in results]
+            add(label, [_share(each.get(key), each.get("interval")) for each in found])
     if any(r.get("missing") for r in results):
-        table.add_row("no value", *(str(r.get("missing", 0)) for r in results))
-    table.add_row("reward", *(_two_digits(r["reward"]) for r in results))
+        add("no value", [str(r.get("missing", 0)) for r in results])
+    add("reward", [_two_digits(r["reward"]) for r in results])
     for component in dict.fromkeys(name for r in results for name in r["rewards"]):  # a fork may have other components
-        table.add_row(component, *(_two_digits(r["rewards"].get(component)) for r in results))
-    table.add_row("mean length", *(f"{r['completions/mean_length']:.1f}" for r in results))
+        table.add_row(f"  {component}", *(_two_digits(r["rewards"].get(component)) for r in results))
+    add("mean length", [f"{r['completions/mean_length']:.1f}" for r in results])
+    add("truncated", [_share(r.get("completions/clipped_ratio"), None) for r in results])
+    for column in dict.fromkeys(column for r in results for column in r.get("by") or {}):
+        of_column = [(r.get("by") or {}).get(column) or {} for r in results]
+        for value in dict.fromkeys(value for each in of_column for value in each):
+            cells = [each.get(value) or {} for each in of_column]
+            add(f"{column}={value}", [_share(cell.get("accuracy"), cell.get("interval")) for cell in cells])
     return table
+
+
+def _share(value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None:
+        return "-"
+    bounds = f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else ""
+    return f"{value:.1%}{bounds}"
 
 
 def next_commands(run_dir: Path, foreign: Mapping[str, str], more_steps: str | None) -> str:

@@ -32,7 +32,7 @@ from grpo.runs.files import (
 # The types of the values that are read from the small files.
 STATUS: dict[str, Any] = {"state": str, "step": int, "iteration": int, "total_steps": int, "saved_step": int}
 STATUS |= {"seconds": float, "best_reward": float | None, "error": str | None, "overrides": list[str]}
-EVALUATION: dict[str, Any] = {"step": int, "n": int, "accuracy": float | None, "reward": float | None}
+EVALUATION: dict[str, Any] = {"split": str, "step": int, "n": int, "accuracy": float | None, "reward": float | None}
 EVALUATION |= {"rewards": dict[str, float | None] | None, "problems": list[dict], "missing": int}
 EVALUATION |= {"completions/mean_length": float | None}
 PREFLIGHT: dict[str, Any] = {"prompts": int, "completions": int, "frac_reward_zero_std": float | None}
@@ -283,11 +283,11 @@ class RunFolder:
     def evaluation(self, name: str) -> dict | None:
         """The content of eval/<name>.json; None where there is none."""
         file = self.path / "eval" / f"{name}.json"
-        return _read_evaluation(file) if file.exists() else None
+        return read_evaluation(file) if file.exists() else None
 
     def evaluations(self) -> dict[str, dict]:
         """The content of every eval/<name>.json by its name: `before` first, then by step, `after` last."""
-        found = {file.stem: _read_evaluation(file) for file in self.path.glob("eval/*.json")}
+        found = {file.stem: read_evaluation(file) for file in self.path.glob("eval/*.json")}
         place = {"before": 0, "after": 2}
         names = sorted(found, key=lambda name: (place.get(name, 1), found[name].get("step") or 0, name))
         return {name: found[name] for name in names}
@@ -297,22 +297,35 @@ class RunFolder:
         found = {name: each for name, each in self.evaluations().items() if re.fullmatch(r"before|step_\d+", name)}
         return {name: each for name, each in found.items() if up_to_step is None or each.get("step", 0) <= up_to_step}
 
+    def choosing_evaluations(self) -> list[dict]:
+        """The evaluations by which a step or an arm is chosen, by step; of a run without validation problems on test.
+
+        Those of a run of an earlier version are on test, too.
+        """
+        found = [each for name, each in self.evaluations().items() if re.fullmatch(r"before|step_\d+|after", name)]
+        return [each for each in found if each["split"] == "validation"] or found
+
+    def evaluation_at(self, step: int) -> dict | None:
+        """The evaluation after a step by which the run is chosen; None if it was not evaluated there."""
+        found = (self.evaluation(name) for name in (f"step_{step:06d}", "after"))
+        return next((each for each in found if each is not None and each.get("step") == step), None)
+
     def accuracy_at(self, step: int) -> float | None:
-        """Held-out accuracy after a step, if it was evaluated there."""
-        found = (self.evaluation(name) for name in ("after", f"step_{step:06d}"))
-        return next((each.get("accuracy") for each in found if each is not None and each.get("step") == step), None)
+        """The accuracy of `evaluation_at`."""
+        return (self.evaluation_at(step) or {}).get("accuracy")
 
     def outcome(self) -> tuple[str, float] | None:
         """The name and value of the number by which runs are compared; None if there is none yet.
 
-        It is the held-out accuracy after the last step, or if that was not evaluated, the mean reward of the last step.
+        It is the accuracy on validation problems after the last step, on test problems if there are none, or if that
+        was not evaluated, the mean reward of the last step.
         """
         rows = self.metrics()
         if not rows:
             return None
-        accuracy = self.accuracy_at(rows[-1]["step"])
-        if accuracy is not None:
-            return "held-out accuracy", accuracy
+        found = self.evaluation_at(rows[-1]["step"])
+        if found is not None and found["accuracy"] is not None:
+            return f"{found['split']} accuracy", found["accuracy"]
         reward = rows[-1]["reward"]
         return None if reward is None else ("reward", reward)
 
@@ -330,8 +343,9 @@ class RunFolder:
         commit_folder(temporary, self.final_model)
 
 
-def _read_evaluation(file: Path) -> dict[str, Any]:
-    result = migrate(read_json(file, EVALUATION), file, EVALUATION_STEPS)
+def read_evaluation(file: Path) -> dict[str, Any]:
+    """The content of a file of eval/. Raises FileError if it is not one."""
+    result: dict[str, Any] = {"split": "test"} | migrate(read_json(file, EVALUATION), file, EVALUATION_STEPS)
     for number, row in enumerate(result.get("problems", []), start=1):
         check_record(row, PROBLEM, f"{file}, problem {number}")
     accuracy = result.get("accuracy")

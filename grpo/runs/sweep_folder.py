@@ -166,7 +166,7 @@ class SweepFolder:
             if run and number >= len(planned):
                 given = Overrides(status.get("overrides") or run.first_overrides())
                 given = given.select(record["keys"]).lines if "keys" in record else given.lines
-            accuracy = (run.evaluation("after") or {}).get("accuracy") if run else None
+            accuracy = run.accuracy_at(status.get("step", 0)) if run else None
         except (ValueError, YAMLError) as broken:  # concerns only this job
             status = {"state": "unreadable", "error": str(broken)}
         state = status.get("state", "pending")

@@ -87,15 +87,14 @@ class Tracker:
             self._takes_tables = False
 
     def log_evaluation(self, name: str, step: int, values: Mapping[str, Any]) -> None:
-        """Log an evaluation after `step` steps, with `values` such as {"accuracy": 0.7, "reward": 1.9}.
+        """Log an evaluation after `step` steps, with `values` such as {"test/accuracy": 0.7, "test/reward": 1.9}.
 
-        The values are logged to the history, in the row of that step, as eval/accuracy, eval/reward, ..., and to the
-        summary as eval/<name>/accuracy, ..., for comparing runs. If W&B has already closed the step (after a crash it
+        The values are logged to the history, in the row of that step, and to the summary as eval/<name>/accuracy, ...,
+        for comparing runs. If W&B has already closed the step (after a crash it
         may be ahead of the checkpoint), it would drop the values, so they are logged at the first step that is open.
         """
-        history = {f"eval/{key}": value for key, value in values.items()}
-        self.log({**history, "step": max(step, self._open_step)})
-        self.set_summary({f"eval/{name}/{key}": value for key, value in values.items()})
+        self.log({**values, "step": max(step, self._open_step)})
+        self.set_summary({f"eval/{name}/{key.partition('/')[2]}": value for key, value in values.items()})
 
     def alert(self, title: str, text: str) -> None:
         """Send an alert, which W&B forwards by mail or chat according to the user's settings there."""

@@ -59,7 +59,7 @@ def _report(sweep: SweepFolder) -> None:
 
 def _table(jobs: list[dict[str, Any]], keys: Sequence[str]) -> Table:
     table = Table(title="jobs of the sweep")
-    for column in ("job", *keys, "state", "step", "held-out accuracy"):
+    for column in ("job", *keys, "state", "step", "accuracy"):
         table.add_column(column, justify="left" if column == "state" else "right", overflow="fold")
     for job in jobs:
         values = Overrides(job["overrides"]).texts

@@ -180,9 +180,9 @@ class HalvingSweeper(Sweeper):
     def _scores(self, alive: list[int], steps: int) -> tuple[list[float | None], list[float | None]]:
         """The score and the reward of each arm, as the mean over those of its jobs that completed the steps.
 
-        The score is the held-out accuracy. If one of these jobs has none, all arms are scored by their reward, which is
-        the mean of the last tenth of the steps. Both are None for an arm that is out, or if none of its jobs completed
-        the steps.
+        The score is the accuracy on validation problems. If one of these jobs has none, all arms are scored by their
+        reward, which is the mean of the last tenth of the steps. Both are None for an arm that is out, or if none of
+        its jobs completed the steps.
         """
         rows = {job: RunFolder(self.folders[job]).metrics(steps) for arm in alive for job in self.record.arms[arm]}
         there = {job: each[-max(1, steps // 10) :] for job, each in rows.items() if len(each) == steps}

@@ -154,7 +154,7 @@ class Progress:
             outcome = _outcome_of(job.folder)
             if outcome is not None:
                 name, value = outcome
-                line += f", {name} {value:.1%}" if name == "held-out accuracy" else f", {name} {value:.2f}"
+                line += f", {name} {value:.1%}" if name.endswith("accuracy") else f", {name} {value:.2f}"
         others = len(running) + waiting
         if others and self._seconds:
             usual = sum(self._seconds) / len(self._seconds)

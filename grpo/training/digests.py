@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo.config.errors import ConfigError
 from grpo.config.reading import read_file
 from grpo.config.schema import Config, on_resume
+from grpo.data.problems import Problem
 from grpo.data.prompts import render, template_arguments
 from grpo.runs.checkpoint import file_digest
 from grpo.runs.folder import RunFolder
@@ -42,13 +42,14 @@ NAMES = {
 def digests_of(experiment: Experiment, folder: RunFolder, policy: nn.Module | None) -> dict[str, str]:
     """The digests of a run. policy: the starting model; without it there is no digest of the weights."""
     config = experiment.config
-    problems = [*experiment.problems.train, *experiment.problems.test]
+    splits = experiment.problems
+    problems = [*splits.train, *splits.validation, *splits.test]
     arguments = template_arguments(config.data)
     shown = problems[:: -(-len(problems) // PROMPTS) or 1]
     tokenizer = experiment.tokenizer
     found = {
         "config": config_digest(folder),
-        "problems": _digest(_json(asdict(problem)) for problem in problems),
+        "problems": _digest(_json(_fields(problem)) for problem in problems),
         "prompts": _digest(render(tokenizer, each, arguments).encode() for each in experiment.conversations(shown)),
         "tokenizer": tokenizer_digest(tokenizer),
     }
@@ -57,6 +58,11 @@ def digests_of(experiment: Experiment, folder: RunFolder, policy: nn.Module | No
     if config.model.lora is not None and config.model.lora.init_from is not None:
         found["adapter"] = file_digest(Path(config.model.lora.init_from, "adapter_model.safetensors"))
     return found
+
+
+def _fields(problem: Problem) -> dict[str, Any]:
+    """Everything of a problem that a run sees."""
+    return {name: getattr(problem, name) for name in ("id", "question", "answer", "columns")}
 
 
 def config_digest(folder: RunFolder) -> str:
@@ -126,6 +132,17 @@ def weights_digest(model: nn.Module, config: Config) -> str:
     if torch.promote_types(own, dtype) != own:
         dtype = own
     return f"{str(dtype).removeprefix('torch.')}:{_digest(_values(model, dtype))}"
+
+
+def weight_parts(model: nn.Module) -> Iterable[bytes]:
+    """All weights of a model, for a digest; without those of an adapter that changes nothing."""
+    parameters = dict(model.named_parameters())
+    has_adapter = any(bool(each.any()) for name, each in parameters.items() if "lora_" in name and "B." in name)
+    for name, parameter in parameters.items():
+        if ".lora_" in name and not has_adapter:
+            continue
+        yield _json([name.replace(".base_layer", ""), list(parameter.shape), str(parameter.dtype)])
+        yield parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _values(model: nn.Module, dtype: torch.dtype) -> Iterable[bytes]:

@@ -21,7 +21,7 @@ from grpo.config.errors import ConfigError
 from grpo.config.instantiate import bind, bind_reward, build, check_call, find_function
 from grpo.config.migrations import NATIVE_ENGINE
 from grpo.config.schema import Config, known_keys
-from grpo.data.problems import Problem, Problems
+from grpo.data.problems import Problem, Problems, with_validation
 from grpo.data.prompts import (
     Messages,
     check_template_arguments,
@@ -38,6 +38,7 @@ from grpo.model.loading import (
     copy_in_dtype,
     load_model,
     load_tokenizer,
+    save_model,
     stop_token_ids,
     vocabulary_size,
 )
@@ -65,6 +66,7 @@ class Experiment:
     max_length: int | None  # maximum tokens of a prompt with its completion; None without problems
     components: list[RewardComponent]
     accuracy: RewardComponent  # 1.0 or 0.0 for each completion
+    graders: list[RewardComponent]  # the same, reported beside the accuracy
     advantage: Callable[[Tensor, Tensor, Tensor], Tensor]  # its arguments: grpo.algorithm.objective.ARGUMENTS
     objective: ObjectiveFunction
     optimizer: Callable[..., torch.optim.Optimizer]
@@ -73,7 +75,7 @@ class Experiment:
     @functools.cached_property
     def column_names(self) -> list[str]:
         """The names of the data's other columns; a problem need not have all of them."""
-        problems = self.problems.train + self.problems.test
+        problems = self.problems.train + self.problems.validation + self.problems.test
         return sorted({name for problem in problems for name in problem.columns})
 
     def conversations(self, problems: Sequence[Problem]) -> list[Messages]:
@@ -91,12 +93,16 @@ class Experiment:
 
         Other special tokens are kept, since they may be the tags that are rewarded.
         """
+        rows = zip(completions.ids.tolist(), completions.lengths.tolist(), strict=True)
+        return self.decode([ids[:length] for ids, length in rows], stop_ids)
+
+    def decode(self, rows: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> list[str]:
+        """Rows of token ids as text, without the tokens that `texts` leaves out."""
         tokenizer = self.tokenizer
         of_template = turn_tokens(tokenizer, template_arguments(self.config.data)).special
         named = (getattr(tokenizer, f"{name}_id") for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES)
         left_out = {*stop_ids, *of_template, *named}
-        rows = zip(completions.ids.tolist(), completions.lengths.tolist(), strict=True)
-        return tokenizer.batch_decode([[id for id in ids[:length] if id not in left_out] for ids, length in rows])
+        return tokenizer.batch_decode([[id for id in ids if id not in left_out] for ids in rows])
 
     def load_policy(self) -> PreTrainedModel:
         """Load the model to train. With LoRA the frozen weights need no higher precision than the compute dtype."""
@@ -119,7 +125,9 @@ class Experiment:
 
     def save_policy(self, policy: PreTrainedModel) -> Callable[[Path], object]:
         """The function that writes the trained model, or with LoRA its adapter, into a folder."""
-        return policy.save_pretrained if self.config.model.lora is None else functools.partial(save_adapter, policy)
+        if self.config.model.lora is not None:
+            return functools.partial(save_adapter, policy)
+        return functools.partial(save_model, policy, self.sampling(policy).stop_ids)
 
     def sampling(self, model: PreTrainedModel, **changes: Any) -> Sampling:
         """The sampling parameters of training, with these fields changed."""
@@ -170,26 +178,28 @@ def build_experiment(
     be interrupted. status_file: status.json of the run, for the error if the process has to be killed for that.
     """
     sizes = complete_sizes(config)
-    components, accuracy = _bind_rewards(config, on_hang, status_file)
+    components, accuracy, graders = _bind_rewards(config, on_hang, status_file)
     advantage = choose("advantage", config.objective["advantage"])
     objective = build_objective(config)
     optimizer = bind("optimizer", config.optimizer)
     _check_optimizer(optimizer)
     engine = bind_engine(config.rollout)
     load_problems = bind("data", config.data, without=known_keys("data"))
-    problems = load_problems() if with_problems else Problems([], [])
-    evaluated = config.eval.before or config.eval.after or config.eval.every
-    if with_problems and not problems.test and evaluated:
-        raise ConfigError("data has no held-out problems: set eval.before=false eval.after=false eval.every=0")
+    problems = Problems([], [])
+    if with_problems:
+        problems = with_validation(load_problems(), config.data["validation_share"])
+        _check_splits(problems, config)
     check_model(config.model)
     if config.model.lora is not None:
         check_adapter(config.model.lora)
     tokenizer = load_tokenizer(config.model)
     _check_template(tokenizer, config.data)
     known = vocabulary_size(architecture(config.model.name, config.model.trust_remote_code))
-    lengths = prompt_lengths(tokenizer, problems.train + problems.test, config.data, known) if with_problems else []
+    lengths: list[int] = []
     max_length = config.data["max_prompt_length"] + sizes.max_completion_length
     if with_problems:
+        held_out = problems.validation[: config.eval.max_problems] + problems.test[: config.eval.max_problems]
+        lengths = prompt_lengths(tokenizer, problems.train + held_out, config.data, known)
         max_length = _check_window(config, sizes, lengths[: len(problems.train)], lengths[len(problems.train) :])
     device = use_hardware(config) if use else torch.device("cpu")
     if device.type == "mps":
@@ -204,6 +214,7 @@ def build_experiment(
         max_length=max_length,
         components=components,
         accuracy=accuracy,
+        graders=graders,
         advantage=advantage,
         objective=objective,
         optimizer=optimizer,
@@ -214,10 +225,28 @@ def build_experiment(
     return experiment
 
 
+def _check_splits(problems: Problems, config: Config) -> None:
+    """Raise ConfigError if a split that is evaluated has no problems."""
+    if not problems.test and (config.eval.before or config.eval.after):
+        raise ConfigError("data has no test problems: set eval.before=false eval.after=false, or add a test.jsonl")
+    known = {name for problem in problems.test + problems.validation for name in problem.columns}
+    for column in config.eval.by:
+        if column not in known:
+            has = f"it has {', '.join(sorted(known))}" if known else "it has none besides question and answer"
+            raise ConfigError(f"eval.by: the data has no column {column}; {has}")
+    share = config.data["validation_share"]
+    if config.eval.every and share > 0 and not problems.validation:
+        count = len(problems.train)
+        raise ConfigError(
+            f"eval.every={config.eval.every} needs validation problems, and data.validation_share={share} gives none "
+            f"of {count} training problems; raise it, or set eval.every=0"
+        )
+
+
 def _bind_rewards(
     config: Config, on_hang: Callable[[str], None], status_file: Path | None
-) -> tuple[list[RewardComponent], RewardComponent]:
-    """The reward components, and the accuracy of the evaluation."""
+) -> tuple[list[RewardComponent], RewardComponent, list[RewardComponent]]:
+    """The reward components, and the accuracy and the graders of the evaluation."""
     component = functools.partial(
         RewardComponent,
         timeout_s=config.reward.timeout_s,
@@ -229,7 +258,8 @@ def _bind_rewards(
         component(name, bind_reward(f"reward.components.{name}", node), float(node.get("weight", 1.0)))
         for name, node in config.reward.components.items()
     ]
-    return components, component("accuracy", bind_reward("eval.accuracy", config.eval.accuracy))
+    graders = [component(name, bind_reward(f"eval.graders.{name}", node)) for name, node in config.eval.graders.items()]
+    return components, component("accuracy", bind_reward("eval.accuracy", config.eval.accuracy)), graders
 
 
 def _check_arguments(experiment: Experiment) -> None:
@@ -239,7 +269,9 @@ def _check_arguments(experiment: Experiment) -> None:
     """
     names = [*experiment.column_names, *PROBLEM_FIELDS, "completion_ids", "trainer_state", "prompts", "completions"]
     keys = {f"reward.components.{each.name}": each for each in experiment.components}
-    for key, component in (keys | {"eval.accuracy": experiment.accuracy}).items():
+    keys |= {"eval.accuracy": experiment.accuracy}
+    keys |= {f"eval.graders.{each.name}": each for each in experiment.graders}
+    for key, component in keys.items():
         given = accepted(component.function, names)
         if experiment.config.rollout["_target_"] == NATIVE_ENGINE:
             form = f"it gets only {', '.join(names)}"
@@ -276,7 +308,7 @@ def build_objective(config: Config) -> ObjectiveFunction:
     return objective
 
 
-def _check_window(config: Config, sizes: Sizes, train: list[int], test: list[int]) -> int:
+def _check_window(config: Config, sizes: Sizes, train: list[int], held_out: list[int]) -> int:
     """Check that the longest prompts, in tokens, and their completions fit into the positions that the model declares.
 
     Returns the maximum tokens of a prompt with its completion. Raises ConfigError for learned positions, which end
@@ -286,11 +318,10 @@ def _check_window(config: Config, sizes: Sizes, train: list[int], test: list[int
     text = architecture(config.model.name, config.model.trust_remote_code).get_text_config(decoder=True)
     window = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None)
-    test = test[: config.eval.max_problems]
     evaluated = config.eval.max_completion_length
-    cases = [("grpo.max_completion_length", sizes.max_completion_length, train if evaluated else train + test)]
+    cases = [("grpo.max_completion_length", sizes.max_completion_length, train if evaluated else train + held_out)]
     if evaluated:
-        cases.append(("eval.max_completion_length", evaluated, test))
+        cases.append(("eval.max_completion_length", evaluated, held_out))
     longest = max(completion + max(lengths, default=0) for _, completion, lengths in cases)
     if window is None:
         return longest

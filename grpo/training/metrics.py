@@ -79,9 +79,10 @@ def completions_digest(completions: Completions) -> str:
 
 
 def evaluation_metrics(result: Mapping[str, Any]) -> dict[str, float | None]:
-    """The numbers of an evaluation that are plotted over training."""
+    """The numbers of an evaluation that are plotted over training, as <split>/accuracy and so on."""
     numbers = {key: result[key] for key in ("accuracy", "reward", "completions/mean_length")}
-    return numbers | {f"rewards/{key}": value for key, value in result["rewards"].items()}
+    numbers |= {f"rewards/{key}": value for key, value in result["rewards"].items()}
+    return {f"{result['split']}/{key}": value for key, value in numbers.items()}
 
 
 def sampling_metrics(completions: Completions, logps: Tensor) -> dict[str, float | None]:

@@ -13,7 +13,7 @@ from grpo.config.values import to_dict
 from grpo.metric_table import component_ranges
 from grpo.runs.checkpoint import TrainerState
 from grpo.runs.checkpoint_writer import CheckpointWriter
-from grpo.runs.console import StepDisplay, closing_table
+from grpo.runs.console import StepDisplay, evaluation_table
 from grpo.runs.files import disk_errors_are_warnings, short_path
 from grpo.runs.run import Run
 from grpo.runs.tracking import Tracker, tracking
@@ -103,11 +103,11 @@ class Recorder:
         self._folder.write_evaluation(name, dict(result))
         self._tracker.log_evaluation(name, result["step"], evaluation_metrics(result))
         if result["accuracy"] is not None and name != "after":  # the closing table has that one
-            when = "before training" if name == "before" else f"after step {result['step']}"
+            when = f"after step {result['step']}" if result["step"] > 0 else "before training"
             correct = f"{result['accuracy']:.1%} of {result['n']}"
-            self._console.print(f"{when}: {correct} held-out problems correct", highlight=False)
+            self._console.print(f"{when}: {correct} {result['split']} problems correct", highlight=False)
         if result["missing"]:
-            problems = f"{result['missing']} of {result['n'] + result['missing']} held-out problems"
+            problems = f"{result['missing']} of {result['n'] + result['missing']} {result['split']} problems"
             self._console.print(f"eval.accuracy gave no value for {problems}; they do not count", style="yellow")
         self._show_findings(self._doctor.add_evaluation(result))
 
@@ -172,7 +172,7 @@ class Recorder:
 
         evaluations = {name: self._folder.evaluation(name) for name in ("before", "after")}
         if any(evaluations.values()):
-            self._console.print(closing_table(evaluations))
+            self._console.print(evaluation_table("test problems", evaluations))
         difference = accuracy_difference(**evaluations)
         if difference is not None:
             self._console.print(f"accuracy {difference_text(difference)}", highlight=False, soft_wrap=True)
@@ -181,14 +181,13 @@ class Recorder:
 
     def _show_best(self) -> None:
         """Show the best evaluation during training, if it is better than the one after training."""
-        results = [*self._folder.training_evaluations().values(), self._folder.evaluation("after")]
-        graded = [each for each in results if each is not None and each["accuracy"] is not None]
+        graded = [each for each in self._folder.choosing_evaluations() if each["accuracy"] is not None]
         best = max(graded, key=lambda each: each["accuracy"], default=None)  # the first of equal ones
         if best is not None and best["accuracy"] > graded[-1]["accuracy"]:
             when = f"after step {best['step']}" if best["step"] > 0 else "before training"
             kept = best["step"] > 0 and (self._folder.checkpoints / "best").is_dir()
             where = "; its weights are in checkpoints/best" if kept else ""
-            self._console.print(f"best held-out accuracy: {best['accuracy']:.1%} {when}{where}", highlight=False)
+            self._console.print(f"best {best['split']} accuracy: {best['accuracy']:.1%} {when}{where}", highlight=False)
 
 
 @contextmanager

@@ -129,15 +129,18 @@ def before_first_step(trainer: Trainer, run: Run, recorder: Recorder) -> None:
     if run.config.preflight and not run.folder.preflight_file.exists():
         recorder.preflight(trainer.preflight())
     if run.config.eval.before and run.folder.evaluation("before") is None:
-        recorder.evaluation("before", trainer.evaluate())
+        recorder.evaluation("before", trainer.evaluate("test", keep=True))
+    has_curve = run.config.eval.every and trainer.experiment.problems.validation
+    if run.config.eval.before and has_curve and run.folder.evaluation("step_000000") is None:
+        recorder.evaluation("step_000000", trainer.evaluate("validation", keep=True))
 
 
 def evaluate_if_due(trainer: Trainer, recorder: Recorder) -> None:
-    """Evaluate after the current step if `eval.every` requires it, and save the weights if they are the best so far."""
+    """Evaluate by the validation problems if `eval.every` requires it, and save the weights if they are the best."""
     state = trainer.state
     if state.evaluated_step == state.step or not is_due(state.step, trainer.config.eval.every):
         return
-    result = trainer.evaluate()
+    result = trainer.evaluate(trainer.experiment.problems.split_to_choose_by)
     recorder.evaluation(f"step_{state.step:06d}", result)
     state.evaluated_step = state.step
     accuracy = result["accuracy"]
@@ -175,22 +178,35 @@ def save_if_due(trainer: Trainer, recorder: Recorder) -> None:
 
 
 def pause(trainer: Trainer, run: Run, recorder: Recorder) -> None:
-    """Evaluate after `until_step`, and mark the run as interrupted, so that it can be resumed."""
-    name = f"step_{trainer.state.step:06d}"
-    if run.config.eval.after and run.folder.evaluation(name) is None:
-        recorder.evaluation(name, trainer.evaluate())
+    """Evaluate by the validation problems, and mark the run as interrupted, so that it can be resumed."""
+    evaluate_at_end(trainer, run, recorder)
     run.folder.update_status(state="interrupted")
     resume = resume_command(run.shown_path, foreign_targets(to_dict(run.config)))
     print(f"stopped after step {trainer.state.step} (until_step); resume with: {resume}")
 
 
+def evaluate_at_end(trainer: Trainer, run: Run, recorder: Recorder) -> None:
+    """Evaluate by the validation problems after the last step of this launch, unless that is done already."""
+    name = f"step_{trainer.state.step:06d}"
+    if run.config.eval.after and run.folder.evaluation(name) is None:
+        recorder.evaluation(name, trainer.evaluate(trainer.experiment.problems.split_to_choose_by))
+
+
 def finish(trainer: Trainer, run: Run, recorder: Recorder) -> None:
     """Evaluate, save the model, write the report, and print what to do next."""
+    if trainer.experiment.problems.validation:
+        evaluate_at_end(trainer, run, recorder)
     after = run.folder.evaluation("after")
     if run.config.eval.after and (after is None or after["step"] != trainer.state.step):
-        recorder.evaluation("after", trainer.evaluate())
+        recorder.evaluation("after", trainer.evaluate("test"))
+    from grpo.analysis.model_card import write_model_card  # imported here, since pandas takes a second
+
     experiment = trainer.experiment
-    run.folder.save_final_model(experiment.save_policy(trainer.master), experiment.tokenizer.save_pretrained)
+    run.folder.save_final_model(
+        experiment.save_policy(trainer.master),
+        experiment.tokenizer.save_pretrained,
+        lambda folder: write_model_card(run.folder, folder),
+    )
     run.folder.update_status(state="finished")
     run.stop.ignore_signals()
     try:

@@ -25,7 +25,8 @@ from grpo.model.packed import checkpoint_layers, supports_packing
 from grpo.rollout.engine import RolloutEngine, sample_completions
 from grpo.runs.checkpoint import TrainerState, load_weights, weights_of
 from grpo.runs.optimizer_state import check_optimizer, flatten_optimizer, load_optimizer
-from grpo.training.evaluation import evaluate
+from grpo.training.completion_store import store_for
+from grpo.training.evaluation import evaluate, store_key
 from grpo.training.experiment import Experiment, compute_dtype
 from grpo.training.metrics import (
     Timer,
@@ -287,10 +288,14 @@ class Trainer:
         left = self._step_seconds - (time.perf_counter() - self._step_started)
         return self._step_can_abort and not 0 <= left <= FINISH_STEP_IF_LEFT_S
 
-    def evaluate(self) -> dict[str, Any]:
-        """Evaluate on the held-out problems. Returns the content of eval/*.json."""
+    def evaluate(self, split: str, keep: bool = False) -> dict[str, Any]:
+        """Evaluate on the problems of a split. Returns the content of eval/*.json.
+
+        keep: whether to use and keep completions in a `CompletionStore`, for models that other runs start from, too.
+        """
         self._step_can_abort = True
-        result = evaluate(self._current_engine(), self.sampling, self.experiment, self.state.step)
+        store = store_for(self.policy, self.config, store_key(self.experiment, self.sampling)) if keep else None
+        result = evaluate(self._current_engine(), self.sampling, self.experiment, self.state.step, split, store)
         self._step_can_abort = False
         self._after_evaluation()
         return result

@@ -17,7 +17,7 @@ from grpo.runs.files import check_record
 
 # Columns of every metrics row, for any objective; the objective may report the other metrics of the table.
 RESERVED = {metric.name for metric in METRICS if metric.origin != "objective"}
-RESERVED_PREFIXES = ("rewards/", "timing_s/", "perf/", "eval/")
+RESERVED_PREFIXES = ("rewards/", "timing_s/", "perf/", "validation/", "test/")
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,12 @@ def _problems(luck, count, hardness, spread):
 
 def _evaluation(step, policy, problems):
     features, difficulty = problems
-    return {"step": step, "accuracy": float((features @ policy[:SKILLS] > difficulty).mean()), "n": len(difficulty)}
+    return {
+        "split": "validation",
+        "step": step,
+        "accuracy": float((features @ policy[:SKILLS] > difficulty).mean()),
+        "n": len(difficulty),
+    }
 
 
 def _sigmoid(x):

@@ -64,7 +64,7 @@ def one_of(*values):
 
 
 def evaluation(step, accuracy, n=400):
-    return {"step": step, "accuracy": accuracy, "n": n}
+    return {"split": "validation", "step": step, "accuracy": accuracy, "n": n}
 
 
 # For each rule: rows for which it reports, the step at which (None: any), and similar rows for which it does not.

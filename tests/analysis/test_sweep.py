@@ -101,31 +101,52 @@ def test_a_problem_without_a_grade_is_not_compared(tmp_path):
     assert [arm.outcome.mean for arm in sweep.arms] == [2 / 3, 0.5]
 
 
+def test_arms_are_chosen_by_validation_problems_and_the_best_is_reported_on_test_problems(tmp_path):
+    """On the test problems the other arm is better, which must not matter."""
+    folder = make_sweep(tmp_path / "s", RATES, lambda values: np.arange(100) < {"1e-6": 90}.get(values[RATE], 40))
+    for job in SweepFolder(folder).jobs():
+        right = np.arange(50) < {"optimizer.lr=5e-6": 35}.get(job["overrides"][0], 20)
+        problems = [{"problem_id": f"v{i}", "correct": bool(each)} for i, each in enumerate(right)]
+        record = {"split": "validation", "step": 20, "n": 50, "accuracy": float(right.mean()), "problems": problems}
+        RunFolder(folder / job["folder"]).write_evaluation("step_000020", record)
+    SweepFolder(folder).update("finished")
+    sweep = SweepAnalysis(folder)
+    assert sweep.label(sweep.arms[0]) == "optimizer.lr=5e-6"
+    assert sweep.test_accuracy.mean == pytest.approx(0.4)
+    text = headline(sweep)
+    score = "70.0% validation accuracy, 95 % interval 56.2% to 80.9%; on the test problems 40.0% (30.9% to 49.8%)"
+    assert text.startswith(f"Best: optimizer.lr=5e-6 with {score}.")
+    assert [*sweep.jobs["accuracy"]] == [0.4, 0.7, 0.4]
+    assert [*sweep.jobs["test_accuracy"]] == [0.9, 0.4, 0.4]
+    assert [job["accuracy"] for job in SweepFolder(folder).jobs()] == [0.4, 0.7, 0.4]
+
+
 def test_the_headline_names_the_best_arm_and_those_not_shown_to_be_worse(better_rate):
     text = headline(SweepAnalysis(better_rate))
     assert text.startswith("Best: grpo.beta=0 optimizer.lr=5e-6 with ")
-    assert "held-out accuracy, 95 % interval" in text
+    assert "test accuracy, 95 % interval" in text
     assert "Not shown to be better than 1 of the 3 other arms (grpo.beta=0.04 optimizer.lr=5e-6)." in text
     (chosen,) = warnings(SweepAnalysis(better_rate))
     assert "The score of the best of 4 arms is too high on average" in chosen
 
 
-RATES = {"optimizer.lr": ["1e-6", "5e-6", "1e-5"]}
+RATE = "optimizer.lr"
+RATES = {RATE: ["1e-6", "5e-6", "1e-5"]}
 
 
 @pytest.mark.parametrize(
     ("swept", "solved", "said"),
     [
-        (RATES, (0, 0, 0), "No arm solved a held-out problem, so none can be called best."),
+        (RATES, (0, 0, 0), "No arm solved a test problem, so none can be called best."),
         (
             RATES,
             (40, 40, 40),
-            "All 3 arms have the same result, 40.0% held-out accuracy, so none can be called best.",
+            "All 3 arms have the same result, 40.0% test accuracy, so none can be called best.",
         ),
         (
             {"seed": ["1", "2", "3"]},
             (40, 40, 40),
-            "40.0% held-out accuracy, 95 % interval 30.2% to 49.8%, over 3 seeds.",
+            "40.0% test accuracy, 95 % interval 30.2% to 49.8%, over 3 seeds.",
         ),
     ],
 )
@@ -265,7 +286,7 @@ def test_a_difference_shown_with_one_seed_is_reported_for_that_seed_only(tmp_pat
     assert any(each.startswith("With one seed the intervals") for each in warnings(sweep))
     assert [effect.verdict for effect in sweep.effects()] == ["lower, with this seed"]
     apart = make_sweep(tmp_path / "t", keys, right, states={1: "failed", 2: "failed", 3: "failed"})
-    assert "shares no seed or held-out problem with another arm" in headline(SweepAnalysis(apart))
+    assert "shares no seed or problem with another arm" in headline(SweepAnalysis(apart))
 
 
 def test_arms_evaluated_on_different_problems_are_not_compared(tmp_path):

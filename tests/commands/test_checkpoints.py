@@ -37,7 +37,7 @@ def test_evaluate_takes_the_named_checkpoint_and_says_which(cwd):
     best = json.loads((cwd / "run/checkpoints/best/trainer_state.json").read_text(encoding="utf-8"))["step"]
     cases = [([], "step_000006", 6), (["checkpoint=4"], "step_000004", 4), (["checkpoint=best"], "best", best)]
     for arguments, folder, step in cases:
-        said, content = result(cwd, *arguments)
+        said, content = result(cwd, "split=validation", *arguments)
         name = f"tiny with the weights of run/checkpoints/{folder}"
         assert f"model: {name}\n" in said
         assert (content["model"], content["step"]) == (name, step)

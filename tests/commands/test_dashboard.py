@@ -25,7 +25,11 @@ def test_every_panel_shows_a_metric_that_a_run_logs(finished_run):
         for m in plots.values()
         for metric in m
     }
-    assert shown - row.keys() <= {"eval/accuracy", "kl"}  # logged with evaluations, and with beta > 0
+    assert shown - row.keys() <= {
+        "validation/accuracy",
+        "test/accuracy",
+        "kl",
+    }  # logged with evaluations, and with beta > 0
     assert {"reward", "rewards/correctness/mean", "rewards/format/mean", "completions/mean_length", "loss"} <= shown
 
 

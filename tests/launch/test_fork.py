@@ -254,7 +254,7 @@ def test_a_fork_takes_the_keys_of_the_experiments_that_an_experiment_builds_on(p
         (["fork=true", "run_dir=PARENT", "checkpoint=5"], "keeps no checkpoint of that step, but of: 2, 4, 6, 8"),
         (
             ["fork=true", "run_dir=PARENT", "checkpoint=best"],
-            "keeps no checkpoint of best held-out accuracy, but of: 2",
+            "keeps no checkpoint of best accuracy, but of: 2",
         ),
         (["fork=true", "run_dir=PARENT", "fork_step=x"], "fork_step=x: give best or a step; "),
         (["experiment=quickstart", "checkpoint=best"], "checkpoint=best is for fork=true; to set when checkpoints are"),

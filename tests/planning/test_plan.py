@@ -67,9 +67,12 @@ def test_the_time_of_a_run_includes_its_start_pre_flight_and_evaluations():
     alone = plan("eval.before=false", "eval.after=false", "preflight=false")
     assert alone.rest_seconds == planning.START_S
     assert alone.hours == pytest.approx((alone.seconds * alone.steps + planning.START_S) / 3600)
-    after = plan("eval.before=false", "preflight=false", "grpo.num_steps=10").rest_seconds - planning.START_S
-    often = plan("eval.before=false", "preflight=false", "grpo.num_steps=10", "eval.every=2").rest_seconds
-    assert often - planning.START_S == pytest.approx(6 * after)
+    own = ["eval.before=false", "preflight=false", "grpo.num_steps=10", "eval.max_problems=50"]
+    after = plan(*own).rest_seconds - planning.START_S  # on 50 validation and 50 test problems
+    often = plan(*own, "eval.every=2").rest_seconds - planning.START_S  # and 4 times in between
+    assert often == pytest.approx(3 * after)
+    alone = plan(*own, "eval.after=false", "eval.before=true", "eval.every=2").rest_seconds - planning.START_S
+    assert alone == pytest.approx(3 * after)  # before on both, and 4 times in between
     assert plan("preflight=true").rest_seconds > plan("preflight=false").rest_seconds
 
 

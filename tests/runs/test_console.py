@@ -47,17 +47,17 @@ def test_accuracies_during_training_are_printed(finished_launch):
     process, folder = finished_launch
     for step in (1, 2):
         accuracy = json.loads((folder / f"eval/step_{step:06d}.json").read_text())["accuracy"]
-        assert f"after step {step}: {accuracy:.1%} of 8 held-out problems correct" in process.stdout.splitlines()
+        assert f"after step {step}: {accuracy:.1%} of 8 validation problems correct" in process.stdout.splitlines()
 
 
 def test_a_better_evaluation_than_the_last_is_named_at_the_end(tmp_path, small_run):
     """The learning rate is so high that the policy unlearns everything in its first step."""
     done = launch(*small_run, "run_dir=run", "eval.every=1", "eval.max_problems=20", "optimizer.lr=0.05", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    results = [json.loads((tmp_path / f"run/eval/{name}.json").read_text()) for name in ("before", "step_000002")]
+    results = [json.loads((tmp_path / f"run/eval/step_00000{step}.json").read_text()) for step in (0, 2)]
     before, last = (result["accuracy"] for result in results)
     assert before > last
-    assert f"best held-out accuracy: {before:.1%} before training" in done.stdout.splitlines()
+    assert f"best validation accuracy: {before:.1%} before training" in done.stdout.splitlines()
 
 
 def test_a_run_that_is_shorter_than_samples_every_has_the_completions_of_its_first_and_last_step(tmp_path):

@@ -142,7 +142,7 @@ def test_samples_and_evaluations_are_written_to_separate_files(tmp_path):
     assert [json.loads(line)["completion"] for line in lines] == ["π", "a\nb"]
     assert run.evaluation("before") is None
     run.write_evaluation("before", {"accuracy": 0.5})
-    assert run.evaluation("before") == {"accuracy": 0.5}
+    assert run.evaluation("before") == {"accuracy": 0.5, "split": "test"}  # as earlier versions wrote it
     assert (tmp_path / "eval" / "before.json").exists()
 
 
@@ -150,7 +150,7 @@ def test_an_evaluation_can_be_read_next_to_a_broken_one(tmp_path):
     run = RunFolder(tmp_path)
     run.write_evaluation("after", {"accuracy": 0.5, "step": 7})
     (tmp_path / "eval" / "evaluate_by_hand.json").write_text("{")
-    assert run.evaluation("after") == {"accuracy": 0.5, "step": 7}
+    assert run.evaluation("after") == {"accuracy": 0.5, "step": 7, "split": "test"}
     assert run.accuracy_at(7) == 0.5
     assert run.accuracy_at(6) is None
 

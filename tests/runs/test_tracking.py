@@ -237,18 +237,18 @@ def test_an_exception_marks_the_run_as_failed_and_propagates(run_dir, error, cod
 
 def test_evaluations_are_logged_in_the_row_of_their_step_and_late_ones_are_kept(run_dir):
     with tracking(config(), run_dir, resumed=False) as tracker:
-        tracker.log_evaluation("before", 0, {"accuracy": 0.1, "n": 8})
+        tracker.log_evaluation("before", 0, {"test/accuracy": 0.1, "test/n": 8})
         for row in ROWS[:2]:
             tracker.log(row)
-        tracker.log_evaluation("during", 2, {"accuracy": 0.2, "n": 8})
+        tracker.log_evaluation("during", 2, {"test/accuracy": 0.2, "test/n": 8})
         tracker.log(ROWS[2])
-        tracker.log_evaluation("after", 2, {"accuracy": 0.3, "n": 8})
+        tracker.log_evaluation("after", 2, {"test/accuracy": 0.3, "test/n": 8})
     read = records(*folders(run_dir))
     assert history(read) == [
-        {"step": 0, "eval/accuracy": 0.1, "eval/n": 8},
+        {"step": 0, "test/accuracy": 0.1, "test/n": 8},
         SHOWN[0],
-        SHOWN[1] | {"eval/accuracy": 0.2, "eval/n": 8},
-        SHOWN[2] | {"eval/accuracy": 0.3, "eval/n": 8},
+        SHOWN[1] | {"test/accuracy": 0.2, "test/n": 8},
+        SHOWN[2] | {"test/accuracy": 0.3, "test/n": 8},
     ]
     summary = {}
     for record in read:
@@ -281,7 +281,7 @@ from grpo.runs.tracking import tracking
 with tracking(json.loads(sys.argv[1]), Path(sys.argv[2]), resumed=False, rows=[{"step": 1}]) as tracker:
     tracker.log({"step": 2})
     tracker.log_completions(2, [{"step": 2}])
-    tracker.log_evaluation("before", 2, {"accuracy": 1.0})
+    tracker.log_evaluation("before", 2, {"test/accuracy": 1.0})
     tracker.set_summary({"a": 1})
     assert tracker.how_to_look == []
 assert "wandb" not in sys.modules
@@ -420,7 +420,7 @@ def test_log_that_fails_gives_one_warning(run_dir, caplog, monkeypatch, fault):
     with tracking(config(), run_dir, resumed=False) as tracker:
         for row in ROWS:
             tracker.log(row)
-        tracker.log_evaluation("after", 5, {"accuracy": 1.0})
+        tracker.log_evaluation("after", 5, {"test/accuracy": 1.0})
     assert time.monotonic() - begin < 8
     (warning,) = messages(caplog)
     assert "logging failed" in warning and "wandb sync" in warning

@@ -81,7 +81,7 @@ def test_problems_without_a_value_of_the_accuracy_are_neither_right_nor_wrong(tm
     assert done.returncode == 0, done.stderr
     result = RunFolder(tmp_path / "run").evaluation("before")
     assert (result["n"], result["missing"], result["accuracy"]) == (2, 2, 1.0)
-    assert "eval.accuracy gave no value for 2 of 4 held-out problems" in done.stdout
+    assert "eval.accuracy gave no value for 2 of 4 test problems" in done.stdout
     never = grpo("evaluate", "run_dir=run", "++eval.accuracy._target_=mine.never", cwd=tmp_path)
     assert never.returncode == 0, never.stderr
     (file,) = (tmp_path / "run" / "eval").glob("evaluate_*.json")

@@ -71,7 +71,13 @@ def with_columns(folder, **columns):
 def test_a_function_can_ask_for_the_progress_of_training_as_in_trl(folder):
     done = launch(*SHORT, "grpo.num_steps=2", component("progress"), "run_dir=run", "eval.after=true", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert (folder / "progress").read_text().split() == ["0/2", "0/2", "1/2", "2/2"]  # pre-flight, steps, evaluation
+    assert (folder / "progress").read_text().split() == [
+        "0/2",
+        "0/2",
+        "1/2",
+        "2/2",
+        "2/2",
+    ]  # pre-flight, steps, evaluations
 
 
 def test_an_async_function_is_a_component(folder):
