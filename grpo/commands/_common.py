@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from grpo.config.checks import typed
 from grpo.config.compose import apply_overrides, compose_config
@@ -15,6 +16,10 @@ from grpo.config.trust import check_trusted
 from grpo.config.values import escape
 from grpo.runs.files import check_contents
 from grpo.runs.folder import RunFolder
+
+if TYPE_CHECKING:  # they import torch
+    from grpo.rollout.engine import RolloutEngine, Sampling
+    from grpo.training.experiment import Experiment
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,8 @@ def find_model(arguments: Sequence[str]) -> ModelUnderTest:
 
     weights = latest_checkpoint(folder.checkpoints) if asked is None else named_checkpoint(folder.checkpoints, asked)
     if weights is None:
-        raise ConfigError(f"{folder.path} holds no trained model yet; for the untrained one add model.name=...")
+        best = ", for its best weights checkpoint=best" if (folder.checkpoints / "best").is_dir() else ""
+        raise ConfigError(f"{folder.path} holds no trained model yet; for the untrained one add model.name=...{best}")
     return ModelUnderTest(resolved(changed), folder, weights, load_state(weights).step, tuple(overrides.keys))
 
 
@@ -128,11 +134,26 @@ def resolved(cfg: DictConfig) -> Config:
     return typed(cfg)
 
 
-def load_model_under_test(subject: ModelUnderTest, with_problems: bool = True):
-    """Build the experiment of the subject's config, and an engine that samples from its model as in training.
+PROMPT_KEYS = ("system_prompt", "examples", "template_arguments", "max_prompt_length")
 
-    Returns (Experiment, RolloutEngine, Sampling).
-    """
+
+def compose_data(name: str, config: Config) -> dict[str, Any]:
+    """The group data with the problems of conf/data/<name>.yaml and the prompts of a config."""
+    composed: Any = OmegaConf.to_container(composed_config(Overrides([f"data={name}"])).data, resolve=True)
+    return composed | {key: config.data[key] for key in PROMPT_KEYS}
+
+
+class LoadedModel(NamedTuple):
+    """A model with the parts that sample from it."""
+
+    experiment: "Experiment"
+    engine: "RolloutEngine"
+    sampling: "Sampling"
+    model: Any  # of transformers, in the compute dtype
+
+
+def load_model_under_test(subject: ModelUnderTest, with_problems: bool = True) -> LoadedModel:
+    """Build the experiment of the subject's config, and an engine that samples from its model as in training."""
     from grpo.runs.checkpoint import StoredTensors, load_weights
     from grpo.training.digests import check_digests, digests_of
     from grpo.training.experiment import build_experiment
@@ -147,4 +168,4 @@ def load_model_under_test(subject: ModelUnderTest, with_problems: bool = True):
     model = experiment.in_compute_dtype(policy)
     if subject.weights is not None:
         load_weights(StoredTensors(subject.weights / "model.safetensors"), model)
-    return experiment, experiment.build_engine(model), experiment.sampling(model)
+    return LoadedModel(experiment, experiment.build_engine(model), experiment.sampling(model), model)

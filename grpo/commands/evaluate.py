@@ -1,34 +1,139 @@
-"""Evaluate accuracy and rewards of a model on the held-out problems, with greedy decoding.
+"""Evaluate a model on the test problems: greedy decoding, or several samples per problem.
 
 python -m grpo evaluate run_dir=outputs/...              the run's trained model; the result goes to its eval/ too
 python -m grpo evaluate run_dir=outputs/... checkpoint=C the weights of a checkpoint: best, or one of its steps
 python -m grpo evaluate run_dir=outputs/... model.name=M another model on the run's problems, such as the untrained one
-python -m grpo evaluate model.name=M [data=...]          any hub name or local folder; eval.max_problems=null takes all
+python -m grpo evaluate model.name=M [data=...]          any hub name or local folder
+
+baseline=FILE or baseline=MODEL   compare with an evaluation (eval/*.json), or with another model on the same problems
+split=validation                  other problems than those of the test split: validation or train
+eval.samples=8 eval.temperature=1 pass@k and maj@k from several samples per problem
+eval.sets=[gsm8k,jsonl]           several data sets, files of conf/data/, with the prompts of this config
+eval.by=[level]                   accuracy by the value of a column
+eval.max_problems=N               at most N problems of each set
+
+Completions are kept in outputs/evaluations/, so the command can be stopped and repeated without sampling any twice.
 """
 
-from contextlib import closing
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress
 
-from grpo.commands._common import find_model, load_model_under_test
-from grpo.runs.console import closing_table
+from grpo.analysis.wrong_answers import CATEGORIES, why_wrong
+from grpo.commands._common import ModelUnderTest, compose_data, find_model, load_model_under_test, own_arguments
+from grpo.config.errors import ConfigError
+from grpo.runs.console import evaluation_table
+from grpo.runs.folder import read_evaluation
+
+SPLITS = ("test", "validation", "train")
 
 
 def main(arguments: list[str]) -> None:
     """Evaluate the model and print a table."""
-    subject = find_model(arguments)
-    experiment, engine, sampling = load_model_under_test(subject)
-    from grpo.training.evaluation import evaluate  # imports torch
-
-    with closing(engine):
-        result = {"model": subject.model, **evaluate(engine, sampling, experiment, subject.step)}
+    own, rest = own_arguments(arguments, ["baseline", "split"])
+    split = own.get("split", "test")
+    if split not in SPLITS:
+        raise ConfigError(f"split={split}: must be one of {', '.join(SPLITS)}")
+    subject = find_model(rest)
+    baseline = own.get("baseline")
+    others = _baseline(baseline, subject, split) if baseline is not None else {}
+    results = _evaluate(subject, split)
     console = Console()
     console.print(f"model: {subject.model}", highlight=False, soft_wrap=True)
-    console.print(closing_table({"now": result}))
-    if subject.folder is not None:
+    for name, result in results.items():
+        other = others.get(name)
+        if other is not None:
+            result["baseline"] = _comparison(other, result, str(baseline))
+        shown = {"baseline": other, "model": result} if other is not None else {"model": result}
+        console.print(evaluation_table(f"{name}, {split} problems", shown))
+        for line in _why_wrong(result):
+            console.print(line, highlight=False, soft_wrap=True)
+        if other is not None:
+            console.print(f"accuracy {result['baseline']['text']}", highlight=False, soft_wrap=True)
+    _write(subject, results, console)
+
+
+def _why_wrong(result: dict[str, Any]) -> list[str]:
+    """The categories of the wrong completions, with their numbers."""
+    counts = Counter(category for row in result["problems"] if (category := why_wrong(row)) is not None)
+    shown = [f"  {counts[name]:5}  {name}: {meaning}" for name, meaning in CATEGORIES.items() if counts[name]]
+    return [f"{sum(counts.values())} wrong completions:", *shown] if shown else []
+
+
+def _evaluate(subject: ModelUnderTest, split: str) -> dict[str, dict[str, Any]]:
+    """The results of a model by data set."""
+    from grpo.training.completion_store import store_for  # imports torch
+    from grpo.training.evaluation import evaluate, store_key
+    from grpo.training.experiment import build_experiment
+
+    sets: list[str | None] = [*subject.config.eval.sets] or [None]
+    results = {}
+    experiment, engine, sampling, model = load_model_under_test(subject)
+    with closing(engine):
+        store = store_for(model, subject.config, store_key(experiment, sampling))
+        for name in sets:
+            on = experiment
+            if name is not None:
+                on = build_experiment(replace(subject.config, data=compose_data(name, subject.config)))
+            shown = name or Path(str(subject.config.data["path"] or "problems")).name
+            with _progress(shown) as progress:
+                found = evaluate(engine, sampling, on, subject.step, split, store, progress)
+            results[shown] = {"model": subject.model, "set": shown, **found}
+    return results
+
+
+def _baseline(baseline: str, subject: ModelUnderTest, split: str) -> dict[str, dict[str, Any]]:
+    """The evaluation that is compared with, by data set: that of a file, or of another model."""
+    file = Path(baseline)
+    if file.is_file():
+        found = read_evaluation(file)
+        return {str(found.get("set") or Path(str(subject.config.data["path"] or "problems")).name): found}
+    if baseline.endswith(".json"):
+        raise ConfigError(f"baseline={baseline}: there is no such file")
+    model = replace(subject.config.model, name=baseline, lora=None)
+    changed = (*subject.changed, "model.name")
+    other = replace(subject, config=replace(subject.config, model=model), weights=None, step=0, changed=changed)
+    return _evaluate(other, split)
+
+
+def _comparison(other: dict[str, Any], result: dict[str, Any], name: str) -> dict[str, Any]:
+    from grpo.analysis.summary import accuracy_difference, difference_text  # imports pandas
+
+    for key in ("split", "samples"):
+        if other.get(key, 1) != result[key]:
+            theirs = other.get(key, 1)
+            raise ConfigError(
+                f"baseline={name} has {key}={theirs}, and this evaluation {key}={result[key]}; use the same"
+            )
+    difference = accuracy_difference(other, result)
+    if difference is None:
+        raise ConfigError(f"baseline={name} has none of the problems of this evaluation; evaluate it on the same data")
+    return {"name": name, "accuracy": other["accuracy"], **difference, "text": difference_text(difference)}
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Any]:
+    """A function that shows the number of problems done in a progress bar on a terminal."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _write(subject: ModelUnderTest, results: dict[str, dict[str, Any]], console: Console) -> None:
+    if subject.folder is None:
+        return
+    now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    for name, result in results.items():
+        stem = f"evaluate_{now}" if len(results) == 1 else f"evaluate_{now}_{name}"
         try:
-            file = subject.folder.write_evaluation(f"evaluate_{datetime.now():%Y-%m-%d_%H-%M-%S}", result)
+            file = subject.folder.write_evaluation(stem, result)
         except OSError as error:  # for example in the folder of another user
             console.print(f"each problem's outcome could not be written: {error}", highlight=False, soft_wrap=True)
             return

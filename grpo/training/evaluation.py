@@ -1,75 +1,222 @@
-"""Held-out evaluation: greedy completions of the test problems, scored as in training."""
+"""Evaluation: completions of the validation or test problems, scored as in training and by the graders of `eval`."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
+from grpo.analysis.accuracy import majority_share, pass_at_k, share_interval
 from grpo.batch import Completions
 from grpo.config.errors import ConfigError
 from grpo.counter_rng import group_keys
 from grpo.data.problems import Problem
+from grpo.rewards.lenient import final_answer
+from grpo.rewards.math_xml import TAGS, extract_answer
 from grpo.rewards.scoring import score
 from grpo.rollout.engine import RolloutEngine, Sampling, sample_completions
+from grpo.training.completion_store import CompletionStore, Ids, chunks, prompt_digests
 from grpo.training.experiment import Experiment
-from grpo.training.metrics import completion_rows
+from grpo.training.metrics import completion_rows, ended
 from grpo.training.scored_completions import score_completions
 
+Progress = Callable[[int, int], None]  # called with the number of problems that are done and that of all
 
-def evaluate(engine: RolloutEngine, sampling: Sampling, experiment: Experiment, step: int) -> dict[str, Any]:
-    """Accuracy and mean rewards of greedy completions of the held-out problems, and each problem's outcome.
 
-    sampling: the parameters of training; here the temperature is 0, eval.max_completion_length applies, and
-    rollout.min_new_tokens does not. step: number of steps that the model was trained for, stored in the result.
-    Returns the content of eval/*.json: step, n (number of problems with a value of accuracy), missing (number of those
-    without), accuracy (0 to 1, over the n problems; None if n is 0), reward, rewards (mean of each component),
-    completions/mean_length (tokens), problems (the rows of `completion_rows` with `correct`, None where eval.accuracy
-    gave no value, and `length` in tokens).
+def evaluate(
+    engine: RolloutEngine,
+    sampling: Sampling,
+    experiment: Experiment,
+    step: int,
+    split: str = "test",
+    store: CompletionStore | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model on the problems of a split, with the settings of `eval`.
+
+    sampling: the parameters of training; those of `evaluation_sampling` are used. step: number of steps that the model
+    was trained for, stored in the result. store: where completions are taken from and kept. progress: called after
+    each part of the problems.
+
+    Returns the content of eval/*.json. Of single values: split; step; samples (per problem); temperature; n (number of
+    problems with a value of accuracy) and missing (number of those without); accuracy (0 to 1, the mean over the n
+    problems; None if n is 0) and accuracy_interval ([low, high], 95 %); reward; completions/mean_length (tokens);
+    completions/clipped_ratio (share truncated at the limit). rewards: mean of each component. graded: for each of
+    eval.graders the mean and its interval. pass@k, maj@k: by k, for several samples. by: column -> value -> accuracy.
+    problems: a row for each completion, those of `completion_rows` with `sample` (its number), `correct` (None where
+    eval.accuracy gave no value), `graded` (by grader), `length` in tokens and `truncated`.
     """
     config = experiment.config.eval
-    sizes = experiment.sizes
-    length = config.max_completion_length or sizes.max_completion_length
-    greedy = replace(sampling, temperature=0.0, max_new_tokens=length, min_new_tokens=0)
-    # Sorted by length, so that batches contain little padding.
-    problems = sorted(experiment.problems.test[: config.max_problems], key=lambda problem: len(problem.question))
+    used = evaluation_sampling(experiment, sampling)
+    problems = getattr(experiment.problems, split)[: config.max_problems]
     if not problems:
-        raise ConfigError("data has no held-out problems to evaluate on; give data.path a folder with a test.jsonl")
-    prompts = experiment.prompts(experiment.conversations(problems))
-    keys = group_keys(experiment.config.seed, 0, np.arange(len(problems)), group_size=1)
-    completions = sample_completions(engine, prompts, greedy, group_size=1, keys=keys)
-    outcomes = []
-    # Scored in parts of the size of a training batch, since reward.timeout_s is meant for that many completions.
-    for rows in torch.arange(len(problems)).split(sizes.batch_size * sizes.num_generations):
-        outcomes += _outcomes(experiment, problems, completions.select(rows), sampling.stop_ids, step)
-    missing = sum(o["correct"] is None for o in outcomes)
-    return {
-        "step": step,
-        "n": len(outcomes) - missing,
-        "missing": missing,
-        "accuracy": _mean([o["correct"] for o in outcomes]),
-        "reward": _mean([o["reward"] for o in outcomes]),
-        "rewards": {c.name: _mean([o[f"rewards/{c.name}"] for o in outcomes]) for c in experiment.components},
-        "completions/mean_length": _mean([o["length"] for o in outcomes]),
-        "problems": outcomes,
-    }
+        raise ConfigError(f"data has no {split} problems to evaluate on; give data.path a folder with a {split}.jsonl")
+    rows: list[list[dict[str, Any]]] = [[] for _ in problems]
+    done = 0
+    for places, completions in _completions(engine, used, experiment, problems, store):
+        of_part = [problems[place] for place in places]
+        for number, row in enumerate(_outcomes(experiment, of_part, completions, used.stop_ids, step)):
+            rows[places[number // config.samples]].append({**row, "sample": number % config.samples})
+        done += len(places)
+        if progress is not None:
+            progress(done, len(problems))
+    return {"split": split, "step": step, **_summary(experiment, problems, rows)}
+
+
+def evaluation_sampling(experiment: Experiment, sampling: Sampling) -> Sampling:
+    """The sampling parameters of an evaluation: those of training, with the temperature and length of `eval`."""
+    config = experiment.config.eval
+    length = config.max_completion_length or experiment.sizes.max_completion_length
+    return replace(sampling, temperature=config.temperature, max_new_tokens=length, min_new_tokens=0)
+
+
+def store_key(experiment: Experiment, sampling: Sampling) -> dict[str, Any]:
+    """The parameters on which the completions of an evaluation depend, for `completion_store.store_for`."""
+    return {**asdict(evaluation_sampling(experiment, sampling)), "samples": experiment.config.eval.samples}
+
+
+def _completions(
+    engine: RolloutEngine,
+    sampling: Sampling,
+    experiment: Experiment,
+    problems: Sequence[Problem],
+    store: CompletionStore | None,
+) -> Iterator[tuple[list[int], Completions]]:
+    """The completions of the problems, in parts: places in `problems`, and `eval.samples` completions of each."""
+    samples = experiment.config.eval.samples
+    sizes = experiment.sizes
+    at_once = max(sizes.batch_size * sizes.num_generations, sizes.rollout_tokens // sampling.max_new_tokens)
+    # Sorted by length, so that batches contain little padding.
+    order = sorted(range(len(problems)), key=lambda place: len(problems[place].question))
+    stored = store.read() if store is not None else {}
+    for places in chunks(order, max(1, at_once // samples)):
+        prompts = experiment.prompts(experiment.conversations([problems[place] for place in places]))
+        names = list(zip(prompt_digests(prompts.ids, prompts.mask), places, strict=True))
+        if all(len(stored.get(name, [])) == samples for name in names):
+            yield places, _from_ids([ids for name in names for ids in stored[name]], samples, sampling.pad_id)
+            continue
+        keys = group_keys(experiment.config.seed, 0, np.array(places), group_size=samples)
+        completions = sample_completions(engine, prompts, sampling, group_size=samples, keys=keys)
+        if store is not None and not completions.columns:
+            store.append(_by_problem(completions, names))
+        yield places, completions
+
+
+def _by_problem(completions: Completions, names: Sequence[tuple[str, int]]) -> dict[tuple[str, int], Ids]:
+    ids = [row[:length] for row, length in zip(completions.ids.tolist(), completions.lengths.tolist(), strict=True)]
+    return {name: ids[i * len(ids) // len(names) :][: len(ids) // len(names)] for i, name in enumerate(names)}
+
+
+def _from_ids(rows: Ids, samples: int, pad_id: int) -> Completions:
+    tensors = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad_id)  # (B, T)
+    mask = pad_sequence([torch.ones_like(each) for each in tensors], batch_first=True)
+    return Completions(ids, mask, mask, torch.arange(len(rows) // samples).repeat_interleave(samples))
 
 
 def _outcomes(
-    experiment: Experiment, problems: list[Problem], completions: Completions, stop_ids: Sequence[int], step: int
+    experiment: Experiment, problems: list[Problem], completions: Completions, stop_ids: tuple[int, ...], step: int
+) -> list[dict[str, Any]]:
+    # In parts of the size of a training batch, since reward.timeout_s is meant for that many completions.
+    sizes = experiment.sizes
+    parts = torch.arange(len(completions.ids)).split(sizes.batch_size * sizes.num_generations)
+    return [row for part in parts for row in _scored(experiment, problems, completions.select(part), stop_ids, step)]
+
+
+def _scored(
+    experiment: Experiment, problems: list[Problem], completions: Completions, stop_ids: tuple[int, ...], step: int
 ) -> list[dict[str, Any]]:
     scored = score_completions(experiment, problems, completions, stop_ids, step)
-    accuracy = score([experiment.accuracy], scored.prompts, scored.messages, scored.columns, scored.trainer_state)
-    correct = accuracy.components[experiment.accuracy.name].tolist()
+    graders = [experiment.accuracy, *experiment.graders]
+    grades = score(graders, scored.prompts, scored.messages, scored.columns, scored.trainer_state).components
     rows = completion_rows(problems, scored, completions.group)
-    return [
-        {**row, "correct": None if math.isnan(value) else bool(value), "length": length}
-        for row, value, length in zip(rows, correct, scored.lengths.tolist(), strict=True)
+    finished = ended(completions, stop_ids).tolist()
+    outcomes = []
+    for place, row in enumerate(rows):
+        found = {name: _right(values[place].item()) for name, values in grades.items()}
+        correct = found.pop(experiment.accuracy.name)
+        length = int(scored.lengths[place])
+        outcomes.append(
+            {**row, "correct": correct, "graded": found, "length": length, "truncated": not finished[place]}
+        )
+    return outcomes
+
+
+def _right(value: float) -> bool | None:
+    return None if math.isnan(value) else bool(value)
+
+
+def _summary(experiment: Experiment, problems: Sequence[Problem], rows: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """The numbers of an evaluation. rows: for each problem, one for each sample."""
+    config = experiment.config.eval
+    flat = [row for of_problem in rows for row in of_problem]
+    shares = [_mean([row["correct"] for row in of_problem]) for of_problem in rows]
+    known = [share for share in shares if share is not None]
+    graded = {}
+    for name in (grader.name for grader in experiment.graders):
+        values = [_mean([row["graded"][name] for row in of_problem]) for of_problem in rows]
+        present = [value for value in values if value is not None]
+        graded[name] = {"accuracy": _mean(present), "interval": share_interval(present)}
+    result = {
+        "samples": config.samples,
+        "temperature": config.temperature,
+        "n": len(known),
+        "missing": len(shares) - len(known),
+        "accuracy": _mean(known),
+        "accuracy_interval": share_interval(known),
+        "graded": graded,
+        "reward": _mean([row["reward"] for row in flat]),
+        "rewards": {c.name: _mean([row[f"rewards/{c.name}"] for row in flat]) for c in experiment.components},
+        "completions/mean_length": _mean([row["length"] for row in flat]),
+        "completions/clipped_ratio": _mean([row["truncated"] for row in flat]),
+    }
+    if config.samples > 1:
+        result |= _of_several(rows, config.samples)
+    if config.by:
+        result["by"] = {column: _by_value(problems, shares, column) for column in config.by}
+    return result | {"problems": flat}
+
+
+def _of_several(rows: list[list[dict[str, Any]]], samples: int) -> dict[str, Any]:
+    """pass@k for k = 1, 2, 4, ... and the number of samples, and maj@k of all samples; over the graded problems."""
+    graded = [of_problem for of_problem in rows if all(row["correct"] is not None for row in of_problem)]
+    ks = sorted({*(2**power for power in range(samples.bit_length()) if 2**power <= samples), samples})
+    passed = {k: [pass_at_k(sum(r["correct"] for r in each), samples, k) for each in graded] for k in ks}
+    majority = [
+        majority_share([_vote(row["completion"]) for row in each], [row["correct"] for row in each]) for each in graded
     ]
+    return {
+        "pass@k": {
+            str(k): {"share": _mean(values), "interval": share_interval(values)} for k, values in passed.items()
+        },
+        "maj@k": {str(samples): {"share": _mean(majority), "interval": share_interval(majority)}},
+    }
 
 
-def _mean(values: list[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
+def _vote(completion: str) -> str | Fraction | None:
+    """The answer of a completion for maj@k: that of its answer block; without any tags, what it ends with."""
+    block = extract_answer(completion)
+    if block is not None:
+        return final_answer(block)
+    return None if any(tag in completion for tag in TAGS) else final_answer(completion)
+
+
+def _by_value(problems: Sequence[Problem], shares: list[float | None], column: str) -> dict[str, Any]:
+    """Accuracy by the value of a column, with its number of problems and interval."""
+    groups: dict[str, list[float]] = {}
+    for problem, share in zip(problems, shares, strict=True):
+        if share is not None:
+            groups.setdefault(str(problem.columns.get(column)), []).append(share)
+    return {
+        value: {"n": len(each), "accuracy": _mean(each), "interval": share_interval(each)}
+        for value, each in sorted(groups.items())
+    }
+
+
+def _mean(values: Sequence[float | bool | None]) -> float | None:
+    present = [float(value) for value in values if value is not None]
     return sum(present) / len(present) if present else None

@@ -1,0 +1,176 @@
+"""`grpo evaluate`: several samples, several sets, baselines, stored completions, and bad input."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.launches import SHORT, grpo, launch, resume
+
+APPEND = "grpo.training.completion_store.CompletionStore.append"
+SMALL = ["experiment=quickstart", "eval.max_problems=12", "hardware.threads=1"]
+
+
+@pytest.fixture(scope="module")
+def cwd(tmp_path_factory):
+    """A folder with a finished run `run`, evaluated before and after, and every step on the validation problems."""
+    cwd = tmp_path_factory.mktemp("evaluate")
+    settings = [*SHORT, "eval.before=true", "eval.after=true", "eval.every=2", "run_dir=run"]
+    done = launch(*settings, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return cwd
+
+
+def evaluated(cwd, *arguments):
+    """Evaluate the run; return what was printed, and the new files in eval/ by name, which are removed."""
+    done = grpo("evaluate", "run_dir=run", *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for file in sorted((cwd / "run").glob("eval/evaluate_*.json")):
+        found[file.stem] = json.loads(file.read_text(encoding="utf-8"))
+        file.unlink()
+    return done.stdout, found
+
+
+def read(cwd, name):
+    return json.loads((cwd / "run" / "eval" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_training_chooses_by_validation_problems_and_reports_test_problems(cwd):
+    splits = {name: read(cwd, name)["split"] for name in ("before", "step_000002", "step_000004", "after")}
+    assert splits == {"before": "test", "step_000002": "validation", "step_000004": "validation", "after": "test"}
+    ids = {name: {row["problem_id"] for row in read(cwd, name)["problems"]} for name in splits}
+    assert ids["before"] == ids["after"] == {"46+47", "18+81", "36+98", "54+77"}
+    assert ids["step_000002"] == {"52+19", "28+35", "61+27"}
+
+
+def test_an_evaluation_of_a_run_is_that_of_its_training(cwd):
+    _, found = evaluated(cwd)
+    (result,) = found.values()
+    after = read(cwd, "after")
+    for key in ("split", "step", "n", "accuracy", "graded", "reward", "problems"):
+        assert result[key] == after[key], key
+    _, found = evaluated(cwd, "split=validation")
+    (result,) = found.values()
+    assert result["problems"] == read(cwd, "step_000004")["problems"]
+
+
+def test_several_samples_give_pass_at_k_and_a_majority(cwd):
+    said, found = evaluated(cwd, "eval.samples=3", "eval.temperature=1")
+    (result,) = found.values()
+    rows = result["problems"]
+    assert len(rows) == 12
+    assert [row["sample"] for row in rows[:4]] == [0, 1, 2, 0]
+    right = [[row["correct"] for row in rows if row["problem_id"] == name] for name in ("46+47", "18+81")]
+    assert all(len(each) == 3 for each in right)
+    assert list(result["pass@k"]) == ["1", "2", "3"]
+    assert result["pass@k"]["1"]["share"] == pytest.approx(result["accuracy"])
+    by_problem = {row["problem_id"]: False for row in rows}
+    for row in rows:
+        by_problem[row["problem_id"]] |= row["correct"]
+    assert result["pass@k"]["3"]["share"] == pytest.approx(sum(by_problem.values()) / 4)
+    assert "pass@3" in said
+    assert "maj@3" in said
+
+
+def test_the_samples_do_not_depend_on_how_many_are_computed_at_once(tmp_path):
+    texts = []
+    for tokens in (120, 100_000):
+        more = ["eval.samples=2", "eval.temperature=1", f"hardware.rollout_tokens={tokens}", "grpo.batch_size=1"]
+        run = ["grpo.num_generations=2", "grpo.num_steps=1", "eval.before=true", "tracking=disabled"]
+        folder = f"run_dir={tmp_path / str(tokens)}"
+        assert launch(*SMALL, *more, *run, "preflight=false", folder, cwd=tmp_path).returncode == 0
+        rows = json.loads((tmp_path / str(tokens) / "eval" / "before.json").read_text())["problems"]
+        texts.append([row["completion"] for row in rows])
+    assert texts[0] == texts[1]
+
+
+def test_a_baseline_is_compared_problem_by_problem(cwd):
+    said, found = evaluated(cwd, "baseline=run/eval/before.json")
+    (result,) = found.values()
+    by_file = result["baseline"]
+    before = {row["problem_id"]: row["correct"] for row in read(cwd, "before")["problems"]}
+    after = {row["problem_id"]: row["correct"] for row in result["problems"]}
+    assert by_file["gained"] == sum(after[name] and not before[name] for name in after)
+    assert by_file["lost"] == sum(before[name] and not after[name] for name in after)
+    assert by_file["mean"] == pytest.approx(result["accuracy"] - read(cwd, "before")["accuracy"])
+    assert f"({by_file['gained']} gained, {by_file['lost']} lost; McNemar's p = " in said
+    _, found = evaluated(cwd, "baseline=tiny")
+    (result,) = found.values()
+    assert {**result["baseline"], "name": ""} == {**by_file, "name": ""}
+
+
+def test_several_sets_are_evaluated_with_the_prompts_of_the_run(cwd):
+    said, found = evaluated(cwd, "eval.sets=[arithmetic]", "eval.max_problems=5", "eval.by=[]")
+    (result,) = found.values()
+    assert (result["set"], result["n"]) == ("arithmetic", 5)
+    assert "arithmetic, test problems" in said
+
+
+def test_completions_are_sampled_once_also_after_a_kill(tmp_path):
+    own = [*SMALL, "grpo.num_steps=1", "grpo.batch_size=2", "grpo.num_generations=2", "tracking=disabled"]
+    own += ["preflight=false", "hardware.rollout_tokens=100"]  # four completions at once
+    assert launch(*own, "run_dir=straight", cwd=tmp_path).returncode == 0
+    (store,) = tmp_path.glob("outputs/evaluations/*.jsonl")
+    whole = store.read_text()
+    store.unlink()
+    assert launch(*own, "run_dir=killed", cwd=tmp_path, fault=(APPEND, "2", "kill")).returncode == -9
+    kept = store.read_text()
+    assert 0 < len(kept.split()) < len(whole.split())
+    store.write_text(kept + '{"prompt": "torn')
+    assert resume(tmp_path / "killed").returncode == 0
+    rows = [json.loads(line) for line in store.read_text().splitlines() if line.endswith("]}")]
+    assert [json.dumps(row, separators=(",", ":")) for row in rows] == whole.split()
+    straight, killed = (
+        json.loads((tmp_path / name / "eval" / "before.json").read_text()) for name in ("straight", "killed")
+    )
+    assert straight == killed
+
+
+def test_the_jobs_of_a_sweep_evaluate_the_untrained_model_once(tmp_path):
+    own = [*SHORT, "eval.before=true", "grpo.num_steps=1", "hydra/launcher=basic", "sweep_dir=sweep"]
+    done = launch("-m", *own, "seed=1,2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (store,) = tmp_path.glob("outputs/evaluations/*.jsonl")
+    assert len(store.read_text().split()) == 4  # one line for each test problem
+    before = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("sweep/*/eval/before.json"))]
+    assert len(before) == 2
+    assert before[0] == before[1]
+
+
+def test_a_run_with_only_its_best_weights_offers_them(cwd, tmp_path):
+    run = shutil.copytree(cwd / "run", tmp_path / "run")
+    shutil.rmtree(run / "final_model")
+    for folder in run.glob("checkpoints/step_*"):
+        shutil.rmtree(folder)
+    refused = grpo("evaluate", "run_dir=run", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].endswith("for its best weights checkpoint=best")
+    assert grpo("evaluate", "run_dir=run", "checkpoint=best", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["eval.samples=0"], "eval.samples=0: must be 1 or more"),
+        (["eval.samples=4"], "eval.temperature=0 gives 4 times the same completion; set eval.temperature=1"),
+        (["split=dev"], "split=dev: must be one of test, validation, train"),
+        (["split=validation", "data.validation_share=0"], "data has no validation problems to evaluate on"),
+        (["baseline=missing.json"], "baseline=missing.json: there is no such file"),
+        (["baseline=other.json"], "has none of the problems of this evaluation; evaluate it on the same data"),
+        (["baseline=sampled.json"], "baseline=sampled.json has samples=4, and this evaluation samples=1"),
+        (["eval.by=[level]"], "eval.by: the data has no column level; it has none besides question and answer"),
+        (["eval.sets=[nothing]"], "nothing"),
+        (["+eval.graders.x={}"], "eval.graders.x needs a _target_"),
+    ],
+)
+def test_an_impossible_evaluation_is_refused_in_one_line(tmp_path, arguments, said):
+    problems = [{"problem_id": "a", "answer": "1", "correct": True}]
+    record = {"split": "test", "step": 0, "n": 1, "accuracy": 1.0, "reward": 1.0, "problems": problems}
+    record |= {"rewards": {}, "completions/mean_length": 1.0, "set": "problems"}
+    (tmp_path / "other.json").write_text(json.dumps({"version": 2, **record}))
+    (tmp_path / "sampled.json").write_text(json.dumps({"version": 2, **record, "samples": 4}))
+    small = [each for each in SMALL if not each.startswith("eval.samples")]
+    refused = grpo("evaluate", *small, *arguments, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert said in refused.stderr.splitlines()[-1]
