@@ -1,53 +1,148 @@
-"""Chat with a model: each question is answered like a training problem.
+"""Chat with a model, whose prompts have the form of the training problems.
 
 python -m grpo chat run_dir=outputs/...                  the run's trained model
 python -m grpo chat run_dir=outputs/... checkpoint=C     the weights of a checkpoint: best, or one of its steps
 python -m grpo chat model.name=M [data=...]              any hub name or local folder
-prompt="What is 27 + 35?" answers this question and exits; rollout.temperature=0.7 samples, the default is greedy
+
+prompt="What is 27 + 35?" answers this question and exits. history=true keeps the earlier turns of the conversation.
+compare=true answers with the model that the run started from, too. rollout.temperature=0.7 samples; the default is
+greedy. In a pipe, each line of the input is a question, and only the answers are written to the output.
 """
 
+import inspect
 import sys
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from grpo.commands._common import find_model, load_model_under_test, own_arguments
+from grpo.commands._common import LoadedModel, ModelUnderTest, find_model, load_model_under_test, own_arguments
+from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
+
+if TYPE_CHECKING:  # they import torch
+    from grpo.data.prompts import Messages
+
+START_OVER = "/new"
 
 
 def main(arguments: list[str]) -> None:
     """Answer one prompt, or each line of the input until an empty line or the end of the input."""
-    own, overrides = own_arguments(arguments, ["prompt"])
+    own, overrides = own_arguments(arguments, ["prompt", "history", "compare"])
+    keeps_history = _is_true(own, "history")
     subject = find_model(overrides)
-    experiment, engine, sampling = load_model_under_test(subject, with_problems=False)
-    sampling = replace(sampling, min_new_tokens=0)
-    if not Overrides(overrides).names("rollout.temperature"):
-        sampling = replace(sampling, temperature=0.0)
-    with closing(engine):
+    subjects = [_start_of(subject), subject] if _is_true(own, "compare") else [subject]
+    greedy = not Overrides(overrides).names("rollout.temperature")
+    with ExitStack() as stack:
+        models = [_load(each, greedy) for each in subjects]
+        for each in models:
+            stack.enter_context(closing(each.engine))
         if "prompt" in own:
-            print(answer(experiment, engine, sampling, own["prompt"], turn=1))
+            _answer(subjects, models, own["prompt"], [[] for _ in models], turn=1)
             return
-        Console().print(f"{subject.model}: each line is a new problem; an empty line exits", highlight=False)
+        _say_hello(subject, keeps_history)
+        histories: list[Messages] = [[] for _ in models]
         turn = 0
         while line := _read_line():
+            if line == START_OVER:
+                histories = [[] for _ in models]
+                continue
             turn += 1
-            print(answer(experiment, engine, sampling, line, turn))
+            answers = _answer(subjects, models, line, histories, turn)
+            if keeps_history:
+                for history, answer in zip(histories, answers, strict=True):
+                    history += [{"role": "user", "content": line}, {"role": "assistant", "content": answer}]
 
 
-def answer(experiment: Any, engine: Any, sampling: Any, question: str, turn: int) -> str:
-    """The model's completion of one question, which is formatted like a training problem."""
+def _is_true(own: dict[str, str], name: str) -> bool:
+    value = own.get(name, "false").lower()
+    if value not in ("true", "false"):
+        raise ConfigError(f"{name}={own[name]}: must be true or false")
+    return value == "true"
+
+
+def _start_of(subject: ModelUnderTest) -> ModelUnderTest:
+    """The model that the subject's run started from."""
+    if subject.folder is None:
+        raise ConfigError("compare=true shows a run's model beside the one that it started from: give run_dir=...")
+    started = subject.folder.frozen_config().model
+    model = replace(subject.config.model, name=started.name, lora=None)
+    return replace(subject, config=replace(subject.config, model=model), weights=None, step=0)
+
+
+def _load(subject: ModelUnderTest, greedy: bool) -> LoadedModel:
+    loaded = load_model_under_test(subject, with_problems=False)
+    sampling = replace(loaded.sampling, min_new_tokens=0)
+    return loaded._replace(sampling=replace(sampling, temperature=0.0) if greedy else sampling)
+
+
+def _say_hello(subject: ModelUnderTest, keeps_history: bool) -> None:
+    new = f"{START_OVER} starts a new conversation" if keeps_history else "each line is a new problem"
+    Console(stderr=not sys.stdin.isatty()).print(f"{subject.model}: {new}; an empty line exits", highlight=False)
+
+
+def _answer(
+    subjects: list[ModelUnderTest], models: list[LoadedModel], question: str, histories: "list[Messages]", turn: int
+) -> list[str]:
+    """Print the answers of the models: of one while it is generated, of two side by side."""
+    if len(models) == 1:
+        return [answer(models[0], question, turn, histories[0], on_text=_write)]
+    answers = [answer(each, question, turn, history) for each, history in zip(models, histories, strict=True)]
+    table = Table(*(f"{subject.model} ({subject.step} steps)" for subject in subjects), show_lines=True)
+    table.add_row(*map(Text, answers))  # as it is, without rich's markup
+    Console().print(table)
+    return answers
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def answer(
+    model: LoadedModel,
+    question: str,
+    turn: int,
+    history: "Messages | None" = None,
+    on_text: Callable[[str], None] | None = None,
+) -> str:
+    """The model's completion of a question, which is formatted like a training problem.
+
+    turn: its number, on which the noise of sampling depends. history: earlier turns, user and assistant in turn.
+    on_text: called with each part of the text as it is generated, at the end with a line break.
+    """
     import numpy as np
+    import torch
 
     from grpo.counter_rng import group_keys
     from grpo.data.prompts import messages
     from grpo.rollout.engine import sample_completions
 
-    prompts = experiment.prompts([messages(question, experiment.config.data)])
+    experiment = model.experiment
+    *before, last = messages(question, experiment.config.data)
+    prompts = experiment.prompts([[*before, *(history or []), last]])
     keys = group_keys(experiment.config.seed, turn, np.arange(1), group_size=1)
-    completions = sample_completions(engine, prompts, sampling, group_size=1, keys=keys)
-    return experiment.texts(completions, sampling.stop_ids)[0]
+    ids: list[int] = []
+    shown = ""
+
+    def on_tokens(rows: torch.Tensor, tokens: torch.Tensor) -> None:
+        nonlocal shown
+        ids.extend(tokens.tolist())
+        (text,) = experiment.decode([ids], model.sampling.stop_ids)
+        if on_text is not None and not text.endswith("\ufffd"):  # a character whose bytes are not complete yet
+            on_text(text[len(shown) :])
+            shown = text
+
+    streams = on_text is not None and "on_tokens" in inspect.signature(model.engine.generate).parameters
+    extra = {"on_tokens": on_tokens} if streams else {}
+    completions = sample_completions(model.engine, prompts, model.sampling, group_size=1, keys=keys, **extra)
+    (text,) = experiment.texts(completions, model.sampling.stop_ids)
+    if on_text is not None:
+        on_text(text[len(shown) :] + "\n")
+    return text
 
 
 def _read_line() -> str:

@@ -1,5 +1,6 @@
 """The interface of rollout engines, which sample completions. `rollout._target_` selects one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 
 from grpo.batch import Completions, Prompts
+
+OnTokens = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,16 @@ class RolloutEngine(Protocol):
     with every checkpoint.
     """
 
-    def generate(self, prompts: Prompts, sampling: Sampling, *, group_size: int, keys: Tensor) -> Completions:
+    def generate(
+        self, prompts: Prompts, sampling: Sampling, *, group_size: int, keys: Tensor, on_tokens: OnTokens | None = None
+    ) -> Completions:
         """Sample `group_size` completions of each of P prompts, all of the first prompt first.
 
         keys: (P * group_size, 2) int32, one 64-bit seed for each completion (`grpo.counter_rng`). The same keys give
         the same completions, up to rounding, independent of the other rows. Greedy decoding ignores them.
+
+        on_tokens: called during decoding with completions' numbers and their next tokens, (n,) each. It is given only
+        for `grpo chat`, which without this parameter shows a whole completion at once.
         """
 
     def sync(self, policy: Any) -> None:
@@ -56,10 +64,10 @@ class RolloutEngine(Protocol):
 
 
 def sample_completions(
-    engine: RolloutEngine, prompts: Prompts, sampling: Sampling, *, group_size: int, keys: Tensor
+    engine: RolloutEngine, prompts: Prompts, sampling: Sampling, *, group_size: int, keys: Tensor, **streaming: OnTokens
 ) -> Completions:
     """Sample with an engine and check the result. Raises RuntimeError if it is not as `RolloutEngine` describes it."""
-    completions = engine.generate(prompts, sampling, group_size=group_size, keys=keys)
+    completions = engine.generate(prompts, sampling, group_size=group_size, keys=keys, **streaming)
     rows = len(prompts.ids) * group_size
     width = completions.ids.shape[-1]
     group = torch.arange(len(prompts.ids)).repeat_interleave(group_size)  # (B,)

@@ -15,7 +15,7 @@ from grpo.model.implementation import implementation_of
 from grpo.model.kv_cache import cache_argument, extend, new_cache, prefill, select_cache_rows
 from grpo.model.lm_head import output_head
 from grpo.model.oom import TokenBudget
-from grpo.rollout.engine import Compute, Sampling
+from grpo.rollout.engine import Compute, OnTokens, Sampling
 from grpo.rollout.llama_decoder import FAMILY, FastDecoder
 
 # (N, limit): every N tokens, finished rows are dropped if the share of running rows is below the limit. On a CPU the
@@ -35,7 +35,9 @@ class NativeEngine:
         self._cuda_graphs = compute.cuda_graphs
         self._budget = TokenBudget("rollout", compute.tokens)
 
-    def generate(self, prompts: Prompts, sampling: Sampling, *, group_size: int, keys: Tensor) -> Completions:
+    def generate(
+        self, prompts: Prompts, sampling: Sampling, *, group_size: int, keys: Tensor, on_tokens: OnTokens | None = None
+    ) -> Completions:
         """See `RolloutEngine`; as many rows at once as the token budget allows, fewer after running out of memory."""
 
         def sample(token_budget: int) -> Completions:
@@ -47,6 +49,7 @@ class NativeEngine:
                 keys=keys,
                 token_budget=token_budget,
                 cuda_graphs=self._cuda_graphs,
+                on_tokens=on_tokens,
             )
 
         lengths = prompts.mask.sum(dim=1)
@@ -95,13 +98,14 @@ def rollout(
     keys: Tensor,
     token_budget: int,
     cuda_graphs: bool = False,
+    on_tokens: OnTokens | None = None,
 ) -> Completions:
     """Sample `group_size` completions for each of P prompts -> B = P * group_size rows.
 
     keys: (B, 2) int32. The noise of every token is a function of its row's key, its index and the vocabulary index, so
     a completion depends on which rows are decoded together only through the rounding of the model itself.
     token_budget: maximum tokens in the key-value cache. cuda_graphs: whether to decode with CUDA graphs if
-    `FastDecoder` supports the model.
+    `FastDecoder` supports the model. on_tokens: see `RolloutEngine.generate`.
     """
     device = prompts.ids.device
     keys = keys.to(device)
@@ -114,7 +118,7 @@ def rollout(
         start = functools.partial(
             build_decoder, model, prompts, group[part], sampling.max_new_tokens, cuda_graphs=cuda_graphs
         )
-        part_ids, part_logps = _decode(start, keys[part], sampling)
+        part_ids, part_logps = _decode(start, keys[part], sampling, part, on_tokens)
         width = part_ids.shape[1]
         ids[part, :width] = part_ids
         logps[part, :width] = part_logps
@@ -165,8 +169,13 @@ def completion_mask(ids: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
     return (stop.cumsum(dim=1) - stop == 0).long()
 
 
-def _decode(start: Callable[[], "Decoder"], keys: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Decode some rows together. Returns token ids, padded after each end, and log-probabilities, (rows, T) each."""
+def _decode(
+    start: Callable[[], "Decoder"], keys: Tensor, sampling: Sampling, numbers: Tensor, on_tokens: OnTokens | None
+) -> tuple[Tensor, Tensor]:
+    """Decode some rows together. Returns token ids, padded after each end, and log-probabilities, (rows, T) each.
+
+    numbers: (rows,), those of the rows, for on_tokens.
+    """
     rows = len(keys)
     device = keys.device
     stop_ids = torch.tensor(sampling.stop_ids, device=device)
@@ -180,6 +189,8 @@ def _decode(start: Callable[[], "Decoder"], keys: Tensor, sampling: Sampling) ->
         tokens, logps[running, t] = _sample_tokens(decoder.logits.float(), keys, t, sampling, stop_ids)
         tokens = torch.where(ended, sampling.pad_id, tokens)
         ids[running, t] = tokens
+        if on_tokens is not None:
+            on_tokens(numbers[running[~ended]], tokens[~ended])
         ended = ended | torch.isin(tokens, stop_ids)
         if t + 1 == sampling.max_new_tokens:
             break
