@@ -1,6 +1,8 @@
 """The report of one run: report.html, a single file that needs no network."""
 
 import base64
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ from grpo.analysis.doctor import Finding, dtype_of, find_problems
 from grpo.analysis.load import component_columns, read_config
 from grpo.analysis.page import render
 from grpo.analysis.summary import difference_text, summarize
+from grpo.analysis.wrong_answers import CATEGORIES, why_wrong
 from grpo.metric_table import component_ranges, of_components
 from grpo.runs.files import write_atomic
 from grpo.runs.folder import RunFolder
 
 SHOWN_STEPS = 12  # at most this many sampled steps are shown, evenly spaced from the first to the last
+SHOWN_EXAMPLES = 3  # wrong completions of each category
+SHOWN_HISTORIES = 5  # problems that are shown through the steps
 SHOWN_GROUPS = 3  # groups shown of each of these steps; a group is all completions of one problem
 
 
@@ -53,6 +58,8 @@ def content(run_dir: Path, sheet: Path) -> dict[str, Any]:
         "picture": base64.b64encode(sheet.read_bytes()).decode(),
         "headline": headline(summary),
         "evaluations": summary["eval"],
+        "wrong": _wrong(run),
+        "histories": _histories(run),
         "evaluated": dict.fromkeys(name for each in summary["eval"].values() for name in each["rewards"]),
         "tables": _audit_tables(samples),
         "extremes": _extremes(samples),
@@ -63,7 +70,7 @@ def content(run_dir: Path, sheet: Path) -> dict[str, Any]:
 
 
 def findings(run_dir: str | Path) -> list[Finding]:
-    """What the doctor finds in the metrics and held-out evaluations of a run."""
+    """What the doctor finds in the metrics and evaluations of a run."""
     run = RunFolder(run_dir)
     config = read_config(run_dir)
     after = run.evaluation("after")
@@ -72,15 +79,48 @@ def findings(run_dir: str | Path) -> list[Finding]:
 
 
 def headline(summary: dict[str, Any]) -> str | None:
-    """Held-out accuracy before and after training and the difference, in one sentence; None without an evaluation."""
+    """Test accuracy before and after training and the difference, in one sentence; None without an evaluation."""
     graded = {name: each for name, each in summary["eval"].items() if each["accuracy"] is not None}
     if not graded:
         return None
     scores = ", ".join(f"{each['accuracy']:.1%} {name} training" for name, each in graded.items())
     if summary["accuracy_difference"] is not None:
-        return f"Held-out accuracy: {scores}; {difference_text(summary['accuracy_difference'])}."
+        return f"Test accuracy: {scores}; {difference_text(summary['accuracy_difference'])}."
     counts = " and ".join(str(n) for n in dict.fromkeys(each["n"] for each in graded.values()))
-    return f"Held-out accuracy: {scores} ({counts} problems)."
+    return f"Test accuracy: {scores} ({counts} problems)."
+
+
+def _wrong(run: RunFolder) -> dict[str, Any] | None:
+    """Wrong completions before and after training: counts by category, and examples from the latest evaluation."""
+    evaluations = {name: run.evaluation(name) for name in ("before", "after")}
+    rows = {name: _readable(each) for name, each in evaluations.items() if each}
+    found = {name: [(why_wrong(row), row) for row in each] for name, each in rows.items()}
+    if not any(category for each in found.values() for category, _ in each):
+        return None
+    counts = {name: Counter(category for category, _ in each) for name, each in found.items()}
+    latest = found[list(found)[-1]]
+    examples = {kind: [row for category, row in latest if category == kind][:SHOWN_EXAMPLES] for kind in CATEGORIES}
+    return {"meaning": CATEGORIES, "counts": counts, "examples": examples}
+
+
+def _histories(run: RunFolder) -> list[dict[str, Any]]:
+    """Problems through the steps of training: those of every evaluation whose outcome changes most."""
+    evaluations = [each for each in run.choosing_evaluations() if each.get("problems")]
+    by_problem: dict[str, list[dict[str, Any]]] = {}
+    for each in evaluations:
+        for row in _readable(each):
+            if row.get("sample", 0) == 0:
+                by_problem.setdefault(row["problem_id"], []).append({"step": each["step"], **row})
+    whole = [rows for rows in by_problem.values() if len(rows) == len(evaluations) > 1]
+    changes = [sum(one.get("correct") != other.get("correct") for one, other in pairwise(rows)) for rows in whole]
+    ranked = sorted(zip(changes, whole, strict=True), key=lambda pair: -pair[0])[:SHOWN_HISTORIES]
+    return [{"prompt": rows[0]["prompt"], "answer": rows[0]["answer"], "rows": rows} for _, rows in ranked]
+
+
+def _readable(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that have the texts which are shown; those of version 0 have no prompt."""
+    texts = ("problem_id", "prompt", "completion", "answer")
+    return [row for row in evaluation.get("problems", []) if all(isinstance(row.get(name), str) for name in texts)]
 
 
 def _audit_tables(samples: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 
 import pytest
 import yaml
+from markupsafe import escape
 from matplotlib.image import imread
 
 from grpo.analysis.charts import SHEET, write_charts
@@ -27,7 +29,7 @@ def test_a_finished_run_has_a_report_that_needs_no_other_file(finished_run):
     (picture,) = re.findall(r'<img alt="([^"]+)" src="data:image/png;base64,', text)
     charts = picture.split(", ")
     assert charts[:4] == ["Reward", "Loss", "Output length", "Loss and reward of each step"]
-    assert "Held-out accuracy" in charts
+    assert "Accuracy" in charts
     assert len(set(charts)) == len(charts)
     assert "<h1>quickstart" in text
     assert "_target_: grpo.algorithm.objective.Objective" in text
@@ -41,8 +43,40 @@ def test_the_report_and_the_end_of_the_run_show_the_difference_of_the_accuracies
     assert f"accuracy {text}" in process.stdout.splitlines()
     before, after = (RunFolder(folder).evaluation(name)["accuracy"] for name in ("before", "after"))
     assert difference["mean"] == pytest.approx(after - before)
-    said = f"Held-out accuracy: {before:.1%} before training, {after:.1%} after training; {text}."
-    assert f'<p class="headline">{said}</p>' in (folder / "report.html").read_text()
+    said = f"Test accuracy: {before:.1%} before training, {after:.1%} after training; {text}."
+    assert f'<p class="headline">{escape(said)}</p>' in (folder / "report.html").read_text()
+
+
+def test_the_report_says_why_answers_are_wrong_and_shows_problems_through_the_steps(finished_run):
+    text = (finished_run / "report.html").read_text()
+    after = RunFolder(finished_run).evaluation("after")["problems"]
+    wrong = [row for row in after if not row["correct"]]
+    counts = content(finished_run, finished_run / "plots" / SHEET)["wrong"]["counts"]
+    assert sum(number for kind, number in counts["after"].items() if kind) == len(wrong) > 0
+    assert "<h2>Why answers are wrong</h2>" in text
+    (part,) = re.findall(r"<h2>One problem through the steps</h2>(.*?)<h2>", text, re.DOTALL)
+    assert part.count("<details>") == 5
+    assert part.count('<p class="muted">step 1 · ') == part.count('<p class="muted">step 2 · ') == 5
+
+
+def test_the_model_card_has_the_data_the_evaluations_and_a_command_that_trains_the_model_again(finished_run, tmp_path):
+    text = (finished_run / "final_model" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": "tiny", "library_name": "transformers", "tags": ["grpo", "reinforcement-learning"],
+    }  # fmt: skip
+    run = RunFolder(finished_run)
+    for split, name in (("test", "before"), ("validation", "step_000002"), ("test", "after")):
+        each = run.evaluation(name)
+        low, high = each["accuracy_interval"]
+        when = "before" if name == "before" else "after"
+        row = f"| {split}, {when} training | {each['accuracy']:.1%} | {low:.1%} to {high:.1%} | {each['n']} |"
+        assert row in body, name
+    assert "`grpo.rewards.math_xml.correctness`, weight 1" in body
+    (command,) = re.findall(r"```bash\n(.*)\n```", body)
+    again = shlex.split(command)
+    assert again[:2] == ["python", "launch.py"]
+    assert again[2:] == run.launches()[0]["overrides"]  # none of them concerns one launch
 
 
 def test_the_report_contains_the_findings_before_training(finished_run, tmp_path):

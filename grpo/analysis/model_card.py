@@ -1,0 +1,106 @@
+"""The model card of a trained model: README.md of final_model/, in the form of the Hugging Face hub."""
+
+import hashlib
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo.analysis.accuracy import wilson_interval
+from grpo.analysis.load import read_config
+from grpo.analysis.summary import accuracy_difference, difference_text
+from grpo.config.overrides import Overrides
+from grpo.config.schema import LAUNCH_KEYS
+from grpo.runs.folder import RunFolder
+
+
+def write_model_card(run: RunFolder, folder: Path) -> None:
+    """Write README.md into the folder of a run's trained model."""
+    (folder / "README.md").write_text(model_card(run), encoding="utf-8")
+
+
+def model_card(run: RunFolder) -> str:
+    """What the model was trained on and how, with its evaluations and the command that trains it again."""
+    config = read_config(run.path)
+    model, data, grpo = config["model"], config["data"], config["grpo"]
+    adapter = model.get("lora") is not None
+    front = {
+        "base_model": model["name"],
+        "library_name": "peft" if adapter else "transformers",
+        "tags": ["grpo", "reinforcement-learning"],
+    }
+    first = run.launches()[0] if run.launches() else {}
+    environment = first.get("environment", {})
+    digest = hashlib.sha256(run.config_file.read_bytes()).hexdigest()
+    rewards = [f"{name} (`{each['_target_']}`, weight {each.get('weight', 1.0):g})" for name, each in _rewards(config)]
+    steps = grpo["num_iterations"] * grpo["num_steps"]
+    rows = {
+        "base model": f"`{model['name']}`{', with LoRA' if adapter else ''}",
+        "data": f"`{data['path'] or data['_target_']}`{' ' + data['name'] if data.get('name') else ''}",
+        "rewards": "; ".join(rewards),
+        "steps": f"{steps}, of {grpo['batch_size']} prompts with {grpo['num_generations']} completions of at most "
+        f"{grpo['max_completion_length']} tokens",
+        "learning rate, beta, seed": f"{config['optimizer'].get('lr')}, {grpo['beta']}, {config['seed']}",
+        "config": f"sha256 {digest[:16]}",
+        "software": ", ".join(
+            f"{name} {environment[name]}" for name in ("torch", "transformers") if name in environment
+        ),
+    }
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {config['name']}",
+        "",
+        "Trained with GRPO (group relative policy optimization).",
+        "",
+        "## Evaluation",
+        "",
+        *_evaluation(run),
+        "",
+        "## Training",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in rows.items()),
+        "",
+        "```bash",
+        _command(first.get("overrides", [])),
+        "```",
+    ]
+    if data.get("system_prompt"):
+        lines += ["", "System prompt of training:", "", "```", data["system_prompt"].strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _command(overrides: list[str]) -> str:
+    """The command that trains the model again, without what concerns one launch or this machine's folders."""
+    kept = Overrides(overrides).without(LAUNCH_KEYS)
+    return shlex.join(["python", "launch.py", *kept])
+
+
+def _rewards(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return list(config["reward"]["components"].items())
+
+
+def _evaluation(run: RunFolder) -> list[str]:
+    steps = run.status().get("step", 0)
+    found = {
+        "test, before training": run.evaluation("before"),
+        "validation, after training": run.evaluation_at(steps),
+        "test, after training": run.evaluation("after"),
+    }
+    shown = {name: each for name, each in found.items() if each and each["accuracy"] is not None}
+    shown = {name: each for name, each in shown.items() if name.startswith(each["split"])}
+    if not shown:
+        return ["Not evaluated."]
+    lines = ["| problems | accuracy | 95 % interval | number |", "|---|---|---|---|"]
+    for name, each in shown.items():
+        low, high = each.get("accuracy_interval") or wilson_interval(each["accuracy"], each["n"]) or (0.0, 1.0)
+        lines.append(f"| {name} | {each['accuracy']:.1%} | {low:.1%} to {high:.1%} | {each['n']} |")
+    difference = accuracy_difference(found["test, before training"], found["test, after training"])
+    decoding = "greedy decoding" if not next(iter(shown.values())).get("temperature") else "sampling"
+    said = [f"Difference on the test problems: {difference_text(difference)}."] if difference else []
+    return [*lines, "", " ".join([f"With {decoding}.", *said])]

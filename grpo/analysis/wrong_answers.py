@@ -1,0 +1,63 @@
+"""Why answers are wrong: a category for each wrong completion of an evaluation."""
+
+import re
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import Any
+
+from grpo.rewards.calculation import calculate
+from grpo.rewards.lenient import final_answer, is_answer
+from grpo.rewards.lexer import Refused, read_tokens
+from grpo.rewards.math_xml import extract_answer
+from grpo.rewards.number import parse_number
+
+# In this order: a completion is in the first that holds.
+CATEGORIES = {
+    "right elsewhere": "it ends with the right number, or computes it, but does not answer with it",
+    "truncated": "it reached the limit of tokens",
+    "no answer tag": "it has no complete answer block",
+    "arithmetic slip": "an equation that it wrote is false",
+    "other": "none of these",
+}
+
+_NUMBER = r"\$?(?:\d{1,3}(?:,\d{3})+|\d{1,30})(?:\.\d{1,30})?%?"
+_EQUATION = re.compile(rf"(?<![\w.,])({_NUMBER}(?:\s*[-+*/x\u00d7\u00f7]\s*{_NUMBER})+)\s*=\s*(?=\$?(-?{_NUMBER}))")
+_SIGNS = str.maketrans({"x": "*", "\u00d7": "*", "\u00f7": "/", "$": "", ",": ""})
+
+
+def why_wrong(row: Mapping[str, Any]) -> str | None:
+    """The category of a row of eval/*.json; None if the completion is right or was not graded."""
+    if row.get("correct") is not False:
+        return None
+    text = row["completion"]
+    reference = parse_number(row["answer"])
+    results = list(equations(text))
+    computed = reference is not None and any(stated == reference for _, stated in results)
+    if computed or is_answer(final_answer(text), row["answer"]):
+        return "right elsewhere"
+    if row.get("truncated"):
+        return "truncated"
+    if extract_answer(text) is None:
+        return "no answer tag"
+    if any(not _is_rounded(value, stated) for value, stated in results):
+        return "arithmetic slip"
+    return "other"
+
+
+def equations(text: str) -> Iterator[tuple[Fraction, Fraction]]:
+    """The value of each calculation with + - * / in a text that is followed by ``=``, and the result that is stated."""
+    for match in _EQUATION.finditer(text):
+        try:
+            tokens = read_tokens(match[1].translate(_SIGNS).replace("%", " / 100"))
+            yield calculate(tokens, 1), Fraction(match[2].translate(_SIGNS).removesuffix("%")) / _unit(match[2])
+        except Refused:  # a division by zero
+            continue
+
+
+def _unit(number: str) -> int:
+    return 100 if number.endswith("%") else 1
+
+
+def _is_rounded(value: Fraction, stated: Fraction) -> bool:
+    """Whether the stated result is the value, up to one hundredth or, of large values, half a per cent."""
+    return abs(value - stated) <= max(Fraction(1, 100), abs(value) / 200)

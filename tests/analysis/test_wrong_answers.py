@@ -1,0 +1,40 @@
+"""The category of a wrong completion."""
+
+from fractions import Fraction
+
+import pytest
+
+from grpo.analysis.wrong_answers import CATEGORIES, equations, why_wrong
+
+
+@pytest.mark.parametrize(
+    ("completion", "truncated", "expected"),
+    [
+        ("<reasoning>9 * 2 = 18</reasoning><answer>18</answer>", False, None),
+        ("9 * 2 = 18, so she makes 18 dollars.", False, "right elsewhere"),
+        ("<reasoning>9 * 2 = 18</reasoning><answer>9</answer>", False, "right elsewhere"),
+        ("The answer is 18.", False, "right elsewhere"),
+        ("<reasoning>First she eats", True, "truncated"),
+        ("I do not know.", False, "no answer tag"),
+        ("<reasoning>9 * 2 = 17</reasoning><answer>17</answer>", False, "arithmetic slip"),
+        ("<reasoning>9 x $2 = $17</reasoning><answer>17</answer>", False, "arithmetic slip"),
+        ("<reasoning>16 - 3 = 13</reasoning><answer>13</answer>", False, "other"),
+        ("<reasoning>10 / 3 = 3.33</reasoning><answer>3</answer>", False, "other"),  # rounded
+        ("<answer></answer>", False, "other"),
+    ],
+)
+def test_a_wrong_completion_is_in_the_first_category_that_holds(completion, truncated, expected):
+    correct = expected is None
+    row = {"completion": completion, "answer": "18", "correct": correct, "truncated": truncated}
+    assert why_wrong(row) == expected
+    assert expected is None or expected in CATEGORIES
+
+
+def test_a_completion_that_was_not_graded_has_no_category():
+    assert why_wrong({"completion": "x", "answer": "18", "correct": None}) is None
+
+
+def test_equations_are_read_with_currency_commas_and_per_cent():
+    text = "3 + 4 = 7 and 7 * 2 = 14; $1,000 - $250 = $750; 50% * 36 = 18; 1/0 = 5; x + 2 = 4; 2 + 2 = 5."
+    assert [*equations(text)] == [(7, 7), (14, 14), (750, 750), (18, 18), (4, 5)]
+    assert [*equations("1/4 = 25%")] == [(Fraction(1, 4), Fraction(1, 4))]
