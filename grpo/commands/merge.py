@@ -32,7 +32,8 @@ def main(arguments: list[str]) -> None:
         target = subject.folder.path / "merged_model"
     else:
         raise ConfigError("merge needs output_dir=DIR where no run folder is named")
-    from grpo.model.loading import check_model, load_tokenizer
+    from grpo.data.prompts import template_arguments
+    from grpo.model.loading import check_model, load_tokenizer, save_model, stop_token_ids
 
     check_model(model)
     if target.exists():
@@ -46,7 +47,9 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"{target} cannot be created ({error.strerror}); give another output_dir=DIR") from error
     try:
         tokenizer = load_tokenizer(model)
-        merged_model(subject, tokenizer).save_pretrained(temporary)
+        merged = merged_model(subject, tokenizer)
+        stops = stop_token_ids(merged, tokenizer, template_arguments(subject.config.data))
+        save_model(merged, stops, temporary)
         tokenizer.save_pretrained(temporary)
         if os.path.lexists(target):
             raise ConfigError(f"{target} was created meanwhile; remove it, or give another output_dir=DIR")

@@ -5,7 +5,7 @@ import functools
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -243,6 +243,19 @@ def stop_token_ids(
     vocabulary = vocabulary_size(model.config)
     found = [token for token in [tokenizer.eos_token_id, *stops, closing] if token is not None]
     return sorted({token for token in found if token < vocabulary})
+
+
+def save_model(model: PreTrainedModel, stop_ids: Sequence[int], folder: str | Path) -> None:
+    """Write a model, with a generation config that ends a completion where training did.
+
+    Without it generate() would go on after an answer of a base model that was trained with a chat template.
+    """
+    model.save_pretrained(folder)
+    known = model.generation_config.eos_token_id
+    if {*stop_ids} != {*(known if isinstance(known, list) else [known])}:
+        generation = copy.deepcopy(model.generation_config)
+        generation.eos_token_id = sorted(stop_ids)
+        generation.save_pretrained(folder)
 
 
 def model_not_found(name: str, cause: Exception) -> ConfigError:

@@ -17,6 +17,7 @@ from grpo.config.compose import compose_config
 from grpo.config.overrides import Overrides
 from grpo.config.values import flatten, to_dict
 from grpo.data import arithmetic
+from grpo.data.problems import load_arithmetic, with_validation
 from grpo.launch.fork import fork
 from grpo.launch.resume import resumed_config
 from grpo.runs.folder import RunFolder
@@ -40,7 +41,8 @@ def command(tmp_path, monkeypatch, capsys):
     yield run
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
-    assert list(cwd.iterdir()) == []  # no Hydra folder, no outputs/
+    left = [file.relative_to(cwd) for file in cwd.rglob("*") if file.is_file()]
+    assert all(file.parts[:2] == ("outputs", "evaluations") for file in left)  # no Hydra folder
 
 
 @pytest.fixture
@@ -115,7 +117,7 @@ def test_evaluate_reproduces_the_accuracy_of_the_trained_model(command, run):
     code, out, _ = command("evaluate", f"run_dir={run}")
     assert code == 0
     again, after = newest_evaluation(run), evaluation(run, "after")
-    assert again.pop("model") == str(run / "final_model")
+    assert (again.pop("model"), again.pop("set")) == (str(run / "final_model"), "problems")
     assert again == after
     assert f"{after['accuracy']:.1%}" in out
     assert str(run / "eval") in out
@@ -125,7 +127,7 @@ def test_evaluate_with_the_initial_model_gives_the_accuracy_before_training(comm
     code, out, _ = command("evaluate", f"run_dir={run}", "model.name=tiny")
     assert code == 0
     again, before = newest_evaluation(run), evaluation(run, "before")
-    assert again.pop("model") == "tiny"
+    assert (again.pop("model"), again.pop("set")) == ("tiny", "problems")
     assert again == before
     assert f"{before['accuracy']:.1%}" in out
 
@@ -163,7 +165,7 @@ def test_evaluate_works_without_a_run_and_leaves_no_file(command):
     )
     assert code == 0
     assert "model: tiny" in out
-    assert "now (n=4)" in out
+    assert "model (n=4)" in out
 
 
 @pytest.mark.parametrize("name", ["evaluate", "chat"])
@@ -234,10 +236,10 @@ def test_chat_answers_line_by_line_until_an_empty_line(command, run, monkeypatch
     problems = evaluation(run, "after")["problems"][:3]
     lines = [question(problem) for problem in problems]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n\nWhat is 1 + 1?\n"))
-    code, out, _ = command("chat", f"run_dir={run}")
+    code, out, err = command("chat", f"run_dir={run}")
     assert code == 0
-    assert out.endswith("".join(problem["completion"] + "\n" for problem in problems))
-    assert "each line is a new problem" in out
+    assert out == "".join(problem["completion"] + "\n" for problem in problems)
+    assert "each line is a new problem" in err
 
 
 def question(problem):
@@ -289,8 +291,12 @@ def test_plot_of_a_broken_metrics_file_names_the_line(command, run):
 def test_download_has_nothing_to_download_for_the_embedded_model_and_data(command):
     code, out, _ = command("download", "experiment=quickstart")
     assert code == 0
+    validation = len(with_validation(load_arithmetic(), 0.1).validation)
     train, test = len(arithmetic.problems("train")), len(arithmetic.problems("test"))
-    assert out == f"model: tiny is already downloaded\ndata: {train} problems to train on, {test} held out\n"
+    assert out == (
+        "model: tiny is already on this machine\n"
+        f"data: {train - validation} problems to train on, {validation} to validate, {test} to test\n"
+    )
 
 
 @pytest.fixture(scope="module")
