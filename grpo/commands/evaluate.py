@@ -73,7 +73,9 @@ def _evaluate(subject: ModelUnderTest, split: str) -> dict[str, dict[str, Any]]:
     from grpo.training.evaluation import evaluate, store_key
     from grpo.training.experiment import build_experiment
 
-    sets: list[str | None] = [*subject.config.eval.sets] or [None]
+    # Of a run folder only if the command line names them: they are composed, so they could name code.
+    named = subject.folder is None or "eval.sets" in subject.changed
+    sets: list[str | None] = [*subject.config.eval.sets] if named and subject.config.eval.sets else [None]
     results = {}
     experiment, engine, sampling, model = load_model_under_test(subject)
     with closing(engine):
