@@ -38,7 +38,7 @@ from grpo.runs.choice import check_empty
 from grpo.runs.folder import RunFolder
 from grpo.runs.sweep_folder import SweepFolder
 from tests import inject
-from tests.launches import Launch
+from tests.launches import ROOT, Launch
 
 OLD = Path(__file__).resolve().parent / "config" / "old_runs" / "version_1"
 SECRET = "d0-n0t-te11"
@@ -84,6 +84,7 @@ ON_SWEEP = tuple(name for name in COMMANDS if "sweep" in name)
 ON_RUN = (*RUN, *DISPLAY)
 
 EVIL = "# @package _global_\neval: {accuracy: {_target_: payload.run}}\n"
+EVIL_DATA = "_target_: payload.run\nmax_prompt_length: 9\n"
 PAYLOAD = """
 from pathlib import Path
 
@@ -263,6 +264,11 @@ class Attack:
     of_sweep: bool = False
 
 
+def with_own_set(run):
+    """The folder's evil.yaml as a set to evaluate on, by its path from conf/data/."""
+    config(eval__sets=[os.path.relpath(run.resolve() / "evil", ROOT / "conf" / "data")])(run)
+
+
 def code(said, **values):
     return Attack(config(**values), said, RUN)
 
@@ -276,6 +282,7 @@ ATTACKS = {
     "a reward": code("asks to run payload.run", reward__components__x=CONDITIONS),
     "the grader": code("asks to run payload.run (eval.accuracy._target_)", eval__accuracy=CONDITIONS),
     "another grader": code("asks to run payload.run (eval.graders.x._target_)", eval__graders={"x": CONDITIONS}),
+    "a data set with a path": Attack(both(put("evil.yaml", EVIL_DATA), with_own_set)),
     "a nested function": code("asks to run payload.run", optimizer__betas=[{"a": [CONDITIONS]}]),
     "a function of the suite for another key": code(
         "asks to run grpo.algorithm.objective.Objective",

@@ -1,5 +1,6 @@
 """Code shared by the commands: get a config from the command line or a run folder, and load its model."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,8 +140,10 @@ PROMPT_KEYS = ("system_prompt", "examples", "template_arguments", "max_prompt_le
 
 def compose_data(name: str, config: Config) -> dict[str, Any]:
     """The group data with the problems of conf/data/<name>.yaml and the prompts of a config."""
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ConfigError(f"eval.sets: {name} is not the name of a file in conf/data/")
     composed: Any = OmegaConf.to_container(composed_config(Overrides([f"data={name}"])).data, resolve=True)
-    return composed | {key: config.data[key] for key in PROMPT_KEYS}
+    return {"validation_share": 0.0} | composed | {key: config.data[key] for key in PROMPT_KEYS}
 
 
 class LoadedModel(NamedTuple):

@@ -8,7 +8,7 @@ python -m grpo evaluate model.name=M [data=...]          any hub name or local f
 baseline=FILE or baseline=MODEL   compare with an evaluation (eval/*.json), or with another model on the same problems
 split=validation                  other problems than those of the test split: validation or train
 eval.samples=8 eval.temperature=1 pass@k and maj@k from several samples per problem
-eval.sets=[gsm8k,jsonl]           several data sets, files of conf/data/, with the prompts of this config
+eval.sets=[gsm8k,arithmetic]      several data sets, files of conf/data/, with the prompts of this config
 eval.by=[level]                   accuracy by the value of a column
 eval.max_problems=N               at most N problems of each set
 
@@ -49,6 +49,8 @@ def main(arguments: list[str]) -> None:
     console.print(f"model: {subject.model}", highlight=False, soft_wrap=True)
     for name, result in results.items():
         other = others.get(name)
+        if baseline is not None and other is None:
+            raise ConfigError(f"baseline={baseline} is of {', '.join(others)}, and this evaluation of {name}")
         if other is not None:
             result["baseline"] = _comparison(other, result, str(baseline))
         shown = {"baseline": other, "model": result} if other is not None else {"model": result}

@@ -95,6 +95,8 @@ def check(config: Config) -> None:
 
 
 def _check_evaluation(settings: EvalConfig) -> None:
+    if "accuracy" in settings.graders:
+        raise ConfigError("eval.graders.accuracy: this name is that of eval.accuracy; choose another one")
     if settings.samples > 1 and settings.temperature == 0:
         raise ConfigError(
             f"eval.samples={settings.samples} with eval.temperature=0 gives {settings.samples} times the same "

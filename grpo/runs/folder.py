@@ -346,6 +346,8 @@ class RunFolder:
 def read_evaluation(file: Path) -> dict[str, Any]:
     """The content of a file of eval/. Raises FileError if it is not one."""
     result: dict[str, Any] = {"split": "test"} | migrate(read_json(file, EVALUATION), file, EVALUATION_STEPS)
+    if result["split"] not in ("train", "validation", "test"):
+        raise FileError(f"{file}: split {result['split']!r} is not train, validation or test")
     for number, row in enumerate(result.get("problems", []), start=1):
         check_record(row, PROBLEM, f"{file}, problem {number}")
     accuracy = result.get("accuracy")

@@ -227,8 +227,11 @@ def build_experiment(
 
 def _check_splits(problems: Problems, config: Config) -> None:
     """Raise ConfigError if a split that is evaluated has no problems."""
-    if not problems.test and (config.eval.before or config.eval.after):
-        raise ConfigError("data has no test problems: set eval.before=false eval.after=false, or add a test.jsonl")
+    chooses_by_test = config.eval.every and not problems.validation
+    if not problems.test and (config.eval.before or config.eval.after or chooses_by_test):
+        raise ConfigError(
+            "data has no test problems: set eval.before=false eval.after=false eval.every=0, or add a test.jsonl"
+        )
     known = {name for problem in problems.test + problems.validation for name in problem.columns}
     for column in config.eval.by:
         if column not in known:

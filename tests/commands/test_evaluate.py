@@ -162,6 +162,12 @@ def test_a_run_with_only_its_best_weights_offers_them(cwd, tmp_path):
         (["eval.by=[level]"], "eval.by: the data has no column level; it has none besides question and answer"),
         (["eval.sets=[nothing]"], "nothing"),
         (["+eval.graders.x={}"], "eval.graders.x needs a _target_"),
+        (["eval.sets=[../x]"], "eval.sets: ../x is not the name of a file in conf/data/"),
+        (["+eval.graders.accuracy._target_=a.b"], "eval.graders.accuracy: this name is that of eval.accuracy"),
+        (
+            ["eval.sets=[arithmetic]", "baseline=other.json"],
+            "baseline=other.json is of problems, and this evaluation of",
+        ),
     ],
 )
 def test_an_impossible_evaluation_is_refused_in_one_line(tmp_path, arguments, said):
