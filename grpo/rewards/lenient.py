@@ -21,8 +21,9 @@ _NUMBER = re.compile(
       | (?P<fraction>\.\d{1,400})
     )
     """,
-    re.VERBOSE,
+    re.VERBOSE | re.ASCII,
 )
+MOST_BOXES = 20  # unclosed boxes that are looked through from the end
 
 
 def final_answer(text: str) -> str | Fraction | None:
@@ -46,7 +47,7 @@ def final_answer(text: str) -> str | Fraction | None:
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last complete ``\boxed{...}``, with nested braces; None if there is none."""
-    for match in reversed(list(_BOXED.finditer(text))):
+    for match in list(_BOXED.finditer(text))[: -MOST_BOXES - 1 : -1]:
         depth = 1
         for position in range(match.end(), len(text)):
             depth += {"{": 1, "}": -1}.get(text[position], 0)
@@ -57,7 +58,7 @@ def last_boxed(text: str) -> str | None:
 
 def last_number(text: str) -> Fraction | None:
     """The last number of a text, exactly; None if it has none."""
-    found = list(_NUMBER.finditer(text))
+    found = list(_NUMBER.finditer(text.replace("\u2212", "-")))
     if not found:
         return None
     match = found[-1]
@@ -79,7 +80,12 @@ def lenient(
     `answer` has one reference text per completion; `prompts` and other columns are not used.
     """
     texts = map(completion_text, completions)
-    return [float(is_answer(final_answer(text), reference)) for text, reference in zip(texts, answer, strict=True)]
+    return [float(_is_right(text, reference)) for text, reference in zip(texts, answer, strict=True)]
+
+
+def _is_right(text: str, reference: str) -> bool:
+    stated = (extract_answer(text), last_boxed(text))
+    return reference.strip() in stated or is_answer(final_answer(text), reference)
 
 
 def is_answer(found: str | Fraction | None, reference: str) -> bool:

@@ -17,6 +17,7 @@ from grpo.counter_rng import group_keys
 from grpo.data.problems import Problem
 from grpo.rewards.lenient import final_answer
 from grpo.rewards.math_xml import TAGS, extract_answer
+from grpo.rewards.number import parse_number
 from grpo.rewards.scoring import score
 from grpo.rollout.engine import RolloutEngine, Sampling, sample_completions
 from grpo.training.completion_store import CompletionStore, Ids, chunks, prompt_digests
@@ -201,7 +202,8 @@ def _vote(completion: str) -> str | Fraction | None:
     """The answer of a completion for maj@k: that of its answer block; without any tags, what it ends with."""
     block = extract_answer(completion)
     if block is not None:
-        return final_answer(block)
+        value = parse_number(block)
+        return block if value is None else value
     return None if any(tag in completion for tag in TAGS) else final_answer(completion)
 
 

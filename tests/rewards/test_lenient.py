@@ -60,6 +60,12 @@ def test_another_number_is_never_right(value, other, form):
     assert given_values == [float(value == other)]
 
 
+@pytest.mark.parametrize("reference", ["cat", "(3, 4)", "x^2 + 1", "2:30"])
+def test_a_text_inside_the_tags_or_a_box_that_is_the_reference_is_right(reference):
+    texts = [f"I count 2 legs. <answer>{reference}</answer>", f"so \\boxed{{{reference}}} in 3 steps", "2 legs"]
+    assert lenient([], texts, [reference] * 3) == [1.0, 1.0, 0.0]
+
+
 def test_a_box_can_have_nested_braces_and_must_be_complete():
     assert last_boxed(r"\boxed{\frac{1}{2}} and \boxed{3") == r"\frac{1}{2}"
     assert last_boxed("no box") is None
@@ -71,6 +77,8 @@ def test_the_graders_are_ordered_from_strict_to_lenient():
         "<reasoning>9 * 2</reasoning>\n<answer>$18</answer>": (0, 1, 1, 1),
         "<answer>18.0</answer>": (0, 1, 1, 0),
         "The answer is 18.": (0, 0, 1, 0),
+        "\uff11\uff18": (0, 0, 0, 0),
+        "It is \u221218.": (0, 0, 0, 0),
         "<reasoning>a</reasoning><answer>19</answer>": (0, 0, 0, 1),
         "<answer>1</answer><reasoning>a</reasoning><answer>18</answer>": (1, 1, 1, 0),
         "Well: <reasoning>a</reasoning><answer>18</answer>": (1, 1, 1, 0),
