@@ -21,7 +21,9 @@ CATEGORIES = {
 }
 
 _NUMBER = r"\$?(?:\d{1,3}(?:,\d{3})+|\d{1,30})(?:\.\d{1,30})?%?"
-_EQUATION = re.compile(rf"(?<![\w.,])({_NUMBER}(?:\s*[-+*/x\u00d7\u00f7]\s*{_NUMBER})+)\s*=\s*(?=\$?(-?{_NUMBER}))")
+_EQUATION = re.compile(
+    rf"(?<![\w.,])({_NUMBER}(?:\s*[-+*/x\u00d7\u00f7]\s*{_NUMBER}){{1,12}})\s*=\s*(?=\$?(-?{_NUMBER}))"
+)
 _SIGNS = str.maketrans({"x": "*", "\u00d7": "*", "\u00f7": "/", "$": "", ",": ""})
 
 
@@ -47,8 +49,11 @@ def why_wrong(row: Mapping[str, Any]) -> str | None:
 def equations(text: str) -> Iterator[tuple[Fraction, Fraction]]:
     """The value of each calculation with + - * / in a text that is followed by ``=``, and the result that is stated."""
     for match in _EQUATION.finditer(text):
+        before = text[max(0, match.start() - 20) : match.start()].rstrip()
+        if before[-1:] and (before[-1] in "+-*/x\u00d7\u00f7^)" or before[-1].isdigit()):
+            continue  # the end of a longer calculation
         try:
-            tokens = read_tokens(match[1].translate(_SIGNS).replace("%", " / 100"))
+            tokens = read_tokens(re.sub(r"([\d.]+)%", r"(\1 / 100)", match[1].translate(_SIGNS)))
             yield calculate(tokens, 1), Fraction(match[2].translate(_SIGNS).removesuffix("%")) / _unit(match[2])
         except Refused:  # a division by zero
             continue

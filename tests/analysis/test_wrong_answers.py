@@ -1,10 +1,12 @@
 """The category of a wrong completion."""
 
+import time
 from fractions import Fraction
 
 import pytest
 
 from grpo.analysis.wrong_answers import CATEGORIES, equations, why_wrong
+from grpo.rewards.lenient import final_answer
 
 
 @pytest.mark.parametrize(
@@ -21,6 +23,8 @@ from grpo.analysis.wrong_answers import CATEGORIES, equations, why_wrong
         ("<reasoning>16 - 3 = 13</reasoning><answer>13</answer>", False, "other"),
         ("<reasoning>10 / 3 = 3.33</reasoning><answer>3</answer>", False, "other"),  # rounded
         ("<answer></answer>", False, "other"),
+        ("<reasoning>-3 + 5 = 2, (5+3) / 2 + 1 = 5, 2^3 + 1 = 9</reasoning><answer>9</answer>", False, "other"),
+        ("<reasoning>200 / 50% = 400, x + 2 + 3 = 10</reasoning><answer>9</answer>", False, "other"),
     ],
 )
 def test_a_wrong_completion_is_in_the_first_category_that_holds(completion, truncated, expected):
@@ -32,6 +36,13 @@ def test_a_wrong_completion_is_in_the_first_category_that_holds(completion, trun
 
 def test_a_completion_that_was_not_graded_has_no_category():
     assert why_wrong({"completion": "x", "answer": "18", "correct": None}) is None
+
+
+def test_long_texts_take_no_noticeable_time():
+    started = time.perf_counter()
+    assert [*equations("1+" * 20_000)] == []
+    assert final_answer("\\boxed{" * 5000) is None
+    assert time.perf_counter() - started < 5
 
 
 def test_equations_are_read_with_currency_commas_and_per_cent():
