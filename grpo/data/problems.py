@@ -51,9 +51,12 @@ def with_validation(problems: Problems, share: float) -> Problems:
     """Move a share of the training problems, about that many, to the validation problems.
 
     A problem is chosen by a hash of its family or id, so it does not depend on other problems, a seed or the config.
-    A data set with validation problems of its own stays as it is. Raises ConfigError if no training problem is left.
+    A data set with validation problems of its own stays as it is. With a share of 0 there are none. Raises ConfigError
+    if no training problem is left.
     """
-    if problems.validation or share == 0:
+    if share == 0:
+        return replace(problems, validation=[])
+    if problems.validation:
         return problems
     chosen = [_uniform(problem.family or problem.id) < share for problem in problems.train]
     train = [problem for problem, is_chosen in zip(problems.train, chosen, strict=True) if not is_chosen]

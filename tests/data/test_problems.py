@@ -261,6 +261,7 @@ def test_a_data_set_can_have_validation_problems_of_its_own(folder):
     loaded = with_validation(load_jsonl(path), 0.9)
     assert [each.question for each in loaded.train] == ["1 + 1?"]
     assert [each.question for each in loaded.validation] == ["c?"]
+    assert with_validation(load_jsonl(path), 0.0).validation == []  # as runs of earlier versions
 
 
 def test_a_share_that_leaves_nothing_to_train_on_is_refused():
