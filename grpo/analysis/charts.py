@@ -54,11 +54,12 @@ COLORS = {
     "completions/clipped_ratio": RED,
     "validation": BLUE,
     "test": ORANGE,
+    "train": GREY,
     "kl": PINK,
     "entropy": GREEN,
     "grad_norm": SKY,
 }
-MARKERS = {"validation": "o", "test": "D"}
+MARKERS = {"validation": "o", "test": "D", "train": "s"}
 ACCURACY = "Accuracy"  # title of a panel
 OTHER_COMPONENTS = (PINK, SKY, VIOLET, RED, GREY)
 

@@ -37,7 +37,7 @@ def model_card(run: RunFolder) -> str:
     steps = grpo["num_iterations"] * grpo["num_steps"]
     rows = {
         "base model": f"`{model['name']}`{', with LoRA' if adapter else ''}",
-        "data": f"`{data['path'] or data['_target_']}`{' ' + data['name'] if data.get('name') else ''}",
+        "data": f"`{data.get('path') or data['_target_']}` {data.get('name') or ''}".strip(),
         "rewards": "; ".join(rewards),
         "steps": f"{steps}, of {grpo['batch_size']} prompts with {grpo['num_generations']} completions of at most "
         f"{grpo['max_completion_length']} tokens",

@@ -281,7 +281,7 @@ def _rest_seconds(config: Config, model: Any, work: estimate.Work, compute: torc
     length = config.eval.max_completion_length or max(work.lengths)
     for split, evaluations in (
         (problems.test, config.eval.before + config.eval.after),
-        (problems.validation, during + config.eval.after),
+        (getattr(problems, problems.split_to_choose_by), during + (config.eval.after and bool(problems.validation))),
     ):
         count = len(split[: config.eval.max_problems])
         if count and evaluations:

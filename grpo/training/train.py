@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import datetime
+from pathlib import Path
 
 from grpo.config.command_line import grpo_command, path_argument
 from grpo.config.errors import ConfigError, first_line
@@ -192,6 +193,15 @@ def evaluate_at_end(trainer: Trainer, run: Run, recorder: Recorder) -> None:
         recorder.evaluation(name, trainer.evaluate(trainer.experiment.problems.split_to_choose_by))
 
 
+def _write_card(run: Run, folder: Path) -> None:
+    try:
+        from grpo.analysis.model_card import write_model_card  # imported here, since pandas takes a second
+
+        write_model_card(run.folder, folder)
+    except Exception as error:  # the model matters more
+        logger.warning("no model card (%s: %s)", type(error).__name__, first_line(error))
+
+
 def finish(trainer: Trainer, run: Run, recorder: Recorder) -> None:
     """Evaluate, save the model, write the report, and print what to do next."""
     if trainer.experiment.problems.validation:
@@ -199,13 +209,11 @@ def finish(trainer: Trainer, run: Run, recorder: Recorder) -> None:
     after = run.folder.evaluation("after")
     if run.config.eval.after and (after is None or after["step"] != trainer.state.step):
         recorder.evaluation("after", trainer.evaluate("test"))
-    from grpo.analysis.model_card import write_model_card  # imported here, since pandas takes a second
-
     experiment = trainer.experiment
     run.folder.save_final_model(
         experiment.save_policy(trainer.master),
         experiment.tokenizer.save_pretrained,
-        lambda folder: write_model_card(run.folder, folder),
+        lambda folder: _write_card(run, folder),
     )
     run.folder.update_status(state="finished")
     run.stop.ignore_signals()
