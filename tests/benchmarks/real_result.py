@@ -9,22 +9,26 @@ plan and the commands of the runs are in tests/benchmarks/NOTES.md, "A real resu
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 SETTINGS = {
     "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
-    "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 50},
+    "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 90},
 }
 TRAIN = 2000
 TEST = 400
 
 
 def of_reasoning_gym(task: str) -> tuple[list[dict], list[dict]]:
-    """Training and test problems of a task; questions are unique."""
+    """Training and test problems of a task, which have no question in common."""
     import reasoning_gym
 
     data = reasoning_gym.create_dataset(task, size=4 * (TRAIN + TEST), seed=1, **SETTINGS[task])
-    rows = {entry["question"]: {"question": entry["question"], "answer": entry["answer"]} for entry in data}
+    rows = {}
+    for entry in data:  # the same numbers in another order are the same problem
+        numbers = tuple(sorted(re.findall(r"\d+", entry["question"]))) if task == "gcd" else entry["question"]
+        rows[numbers] = {"question": entry["question"], "answer": entry["answer"]}
     found = list(rows.values())[: TRAIN + TEST]
     return found[TEST:], found[:TEST]
 
