@@ -4,6 +4,7 @@ Only the adapter is trained. Its dtype is `model.dtype`; the frozen weights have
 distinguishes models with and without an adapter: the trained parameters are those that require a gradient.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -190,6 +191,11 @@ def low_rank(layer: Any) -> tuple[Tensor, Tensor] | None:
         return None
     (name,) = layer.active_adapters
     return layer.lora_A[name].weight, layer.lora_B[name].weight * layer.scaling[name]
+
+
+def is_adapter_output(name: str) -> bool:
+    """Whether a parameter of this name is a B matrix of an adapter; while these are 0 the adapter changes nothing."""
+    return bool(re.search(r"\.lora_(embedding_)?B\.", name))
 
 
 def switch_adapter(model: PreTrainedModel, on: bool) -> None:

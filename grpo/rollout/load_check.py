@@ -8,7 +8,6 @@ docs/models.md has the results for many architectures.
 
 import inspect
 import logging
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,11 +22,12 @@ from grpo.config.errors import ConfigError, first_line
 from grpo.config.schema import ModelConfig
 from grpo.model.hardware import free_memory
 from grpo.model.implementation import SAMPLING, TRAINING, Implementation, implementation_of, set_implementation
-from grpo.model.lm_head import soft_cap
 from grpo.model.loading import copy_in_dtype, load_model
 from grpo.model.logps import completion_logps
+from grpo.model.lora import is_adapter_output
 from grpo.model.oom import out_of_memory
 from grpo.model.packed import attention_windows, may_pack
+from grpo.rollout.head_check import Disagreement, scale_and_cap
 from grpo.rollout.llama_decoder import supports_fast_decoding
 from grpo.rollout.native import build_decoder, rows_decoded_together
 
@@ -44,7 +44,6 @@ LARGEST_LOGIT = 30.0
 TOLERANCE = 10.0
 GRADIENT_TOLERANCE = 0.01  # of the gradient's norm; correct implementations differed by at most 4e-4
 ADAPTER_NOISE = 0.1  # standard deviation; with it an adapter changes a layer about as much as the layer's own weights
-HEAD_TOLERANCE = 1e-3  # of the largest logit
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,6 @@ class Expected:
     parameters: list[nn.Parameter]
     gradients: list[Tensor]  # of the sum of all log-probabilities, for each of the parameters
     rounding: float  # the largest difference of a logit after rounding the input embeddings once
-
-
-class Disagreement(Exception):
-    """An implementation does not give the expected numbers."""
 
 
 def load_checked_model(config: ModelConfig, device: torch.device, max_length: int | None = None) -> PreTrainedModel:
@@ -105,7 +100,7 @@ def choose_implementation(
 
 def _choose(model: PreTrainedModel, parameters: list[nn.Parameter], longest: int) -> dict[str, float]:
     prompts, completions = _rows(model, longest)
-    scale, cap = _attempt(model, lambda: _scale_and_cap(model, prompts.ids[:1, :PROMPT_TOKENS]))
+    scale, cap = _attempt(model, lambda: scale_and_cap(model, prompts.ids[:1, :PROMPT_TOKENS]))
     expected = _attempt(model, lambda: _plain_passes(model, prompts, completions, parameters))
     packs = may_pack(model, longest)
     skipped = {"packed": not packs, "fast": not (packs and supports_fast_decoding(model))}
@@ -166,9 +161,7 @@ def _active_adapter(model: PreTrainedModel) -> Iterator[None]:
 
     They are 0 at first, so the adapter would change nothing, and an implementation that ignores it would agree.
     """
-    matrices = [
-        parameter for name, parameter in model.named_parameters() if re.search(r"\.lora_(embedding_)?B\.", name)
-    ]
+    matrices = [parameter for name, parameter in model.named_parameters() if is_adapter_output(name)]
     former = [matrix.detach().clone() for matrix in matrices]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -302,59 +295,6 @@ def _rounded_embeddings(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-@torch.no_grad()
-def _scale_and_cap(model: PreTrainedModel, ids: Tensor) -> tuple[float, float | None]:
-    """How the model changes the logits of its output head: `Implementation.logit_scale` and `Implementation.logit_cap`.
-
-    A soft cap changes only large logits, so the hidden states are scaled until the largest logit is 1000. Raises
-    Disagreement if the logits are changed in another way.
-    """
-    cap = getattr(model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
-    rounding = max(HEAD_TOLERANCE, 4 * torch.finfo(model.dtype).eps)
-    head = model.get_output_embeddings()
-    if head is None:
-        raise Disagreement("it has no output head")
-    output = model.get_decoder()(input_ids=ids, use_cache=False)
-    hidden = output.last_hidden_state
-    largest_of_head = float(head(hidden).abs().max())
-    scale: float | None = None
-    for largest in (1.0, 1000.0):
-        output.last_hidden_state = hidden * (largest / largest_of_head)
-        of_head = head(output.last_hidden_state)[0].cpu().double()  # (T, V); Apple's GPU has no float64
-        found = _logits_from(model, ids, output)
-        if cap is not None:
-            of_head = soft_cap(of_head, cap)
-        if scale is None:
-            scale = float((found * of_head).sum() / of_head.square().sum())
-        if not bool((found - scale * of_head).abs().max() <= rounding * found.abs().max()):
-            raise Disagreement("it changes the logits of its output head in an unknown way")
-    assert scale is not None
-    scale = 1.0 if abs(scale - 1) < rounding else scale
-    if cap is not None and scale != 1.0:
-        raise Disagreement("it scales the logits of its output head, and caps them")
-    return scale, cap
-
-
-def _logits_from(model: PreTrainedModel, ids: Tensor, output: Any) -> Tensor:
-    """The logits (T, V) float64 that the model computes if its decoder returns `output`."""
-    used = False
-
-    def decoder_output(*args: Any, **kwargs: Any) -> Any:
-        nonlocal used
-        used = True
-        return output
-
-    decoder = model.get_decoder()
-    decoder.forward = decoder_output  # of this instance; deleted below
-    try:
-        logits = model(input_ids=ids, use_cache=False).logits[0].cpu().double()
-    finally:
-        del decoder.forward
-    if not used:
-        raise Disagreement("its logits do not come from its decoder")
-    return logits
 
 
 @torch.no_grad()
