@@ -2,20 +2,23 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from grpo.config.schema import Config
+from grpo.model.lora import is_adapter_output
 from grpo.runs.environment import environment
 from grpo.runs.files import disk_errors_are_warnings
 from grpo.runs.locations import outputs
-from grpo.training.digests import weight_parts
 
+logger = logging.getLogger(__name__)
+UNRELATED = ("_name_or_path", "transformers_version")  # settings of a model that change no number
 Ids = list[list[int]]  # the tokens of a problem's completions
 
 
@@ -31,8 +34,15 @@ class CompletionStore:
 
     def read(self) -> dict[tuple[str, int], Ids]:
         """(prompt digest, slot) -> the stored completions."""
-        found = {}
-        for line in self.file.read_bytes().splitlines() if self.file.exists() else ():
+        found: dict[tuple[str, int], Ids] = {}
+        if not self.file.exists():
+            return found
+        try:
+            lines = self.file.read_bytes().splitlines()
+        except OSError as error:
+            logger.warning("completions of earlier evaluations are not used: %s", error)
+            return found
+        for line in lines:
             try:
                 row = json.loads(line)
                 found[row["prompt"], row["slot"]] = [[int(token) for token in ids] for ids in row["completions"]]
@@ -52,24 +62,32 @@ class CompletionStore:
                 file.write(("\n" + "\n".join(lines) + "\n").encode())
 
 
-def store_for(model: nn.Module, config: Config, sampling: Mapping[str, Any]) -> CompletionStore:
+def store_for(model: PreTrainedModel, config: Config, sampling: Mapping[str, Any]) -> CompletionStore:
     """The store for completions of a model with these sampling parameters, computed as the config says.
 
-    Its name is a digest of everything that the completions of a prompt depend on: weights, sampling, the seed if the
-    temperature is not 0, the rollout engine, the settings of the computation, the processor and the libraries.
+    Its name is a digest of everything that the completions of a prompt depend on: the model's weights and settings,
+    sampling, the seed if the temperature is not 0, the rollout engine, the settings of the computation, the processor
+    and the libraries.
     """
     hardware = config.hardware
-    first = next(model.parameters())
+    settings = {name: value for name, value in model.config.to_dict().items() if name not in UNRELATED}
     facts = {
+        "model": [type(model).__name__, settings, config.model.attn_implementation],
+        "adapter": None if config.model.lora is None else asdict(config.model.lora),
         "sampling": dict(sampling),
         "seed": config.seed if sampling["temperature"] > 0 else None,
-        "engine": config.rollout["_target_"],
-        "compute": [str(first.dtype), hardware.threads, hardware.rollout_tokens, config.deterministic],
-        "environment": environment(first.device),
+        "rollout": config.rollout,
+        "compute": [hardware.threads, hardware.rollout_tokens, hardware.cuda_graphs, config.deterministic],
+        "environment": environment(model.device),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for part in weight_parts(model):
-        digest.update(part)
+    parameters = dict(model.named_parameters())
+    has_adapter = any(bool(each.any()) for name, each in parameters.items() if is_adapter_output(name))
+    for name, parameter in parameters.items():
+        if ".lora_" in name and not has_adapter:  # drawn from the seed, and changes nothing
+            continue
+        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return CompletionStore(outputs() / "evaluations" / f"{digest.hexdigest()[:32]}.jsonl")
 
 

@@ -134,17 +134,6 @@ def weights_digest(model: nn.Module, config: Config) -> str:
     return f"{str(dtype).removeprefix('torch.')}:{_digest(_values(model, dtype))}"
 
 
-def weight_parts(model: nn.Module) -> Iterable[bytes]:
-    """All weights of a model, for a digest; without those of an adapter that changes nothing."""
-    parameters = dict(model.named_parameters())
-    has_adapter = any(bool(each.any()) for name, each in parameters.items() if "lora_" in name and "B." in name)
-    for name, parameter in parameters.items():
-        if ".lora_" in name and not has_adapter:
-            continue
-        yield _json([name.replace(".base_layer", ""), list(parameter.shape), str(parameter.dtype)])
-        yield parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
 def _values(model: nn.Module, dtype: torch.dtype) -> Iterable[bytes]:
     for name, parameter in model.named_parameters():
         if ".lora_" in name:  # drawn from the seed, or in the digest `adapter`

@@ -97,14 +97,19 @@ def _completions(
     for places in chunks(order, max(1, at_once // samples)):
         prompts = experiment.prompts(experiment.conversations([problems[place] for place in places]))
         names = list(zip(prompt_digests(prompts.ids, prompts.mask), places, strict=True))
-        if all(len(stored.get(name, [])) == samples for name in names):
-            yield places, _from_ids([ids for name in names for ids in stored[name]], samples, sampling.pad_id)
-            continue
-        keys = group_keys(experiment.config.seed, 0, np.array(places), group_size=samples)
-        completions = sample_completions(engine, prompts, sampling, group_size=samples, keys=keys)
-        if store is not None and not completions.columns:
-            store.append(_by_problem(completions, names))
-        yield places, completions
+        missing = [number for number, name in enumerate(names) if len(stored.get(name, [])) != samples]
+        if missing:
+            (lacking, _) = prompts.take(torch.tensor(missing, device=prompts.ids.device))
+            keys = group_keys(experiment.config.seed, 0, np.array([places[i] for i in missing]), group_size=samples)
+            completions = sample_completions(engine, lacking, sampling, group_size=samples, keys=keys)
+            if completions.columns:  # of an engine of the user; they are not stored, so all are missing
+                yield places, completions
+                continue
+            found = _by_problem(completions, [names[number] for number in missing])
+            stored |= found
+            if store is not None:
+                store.append(found)
+        yield places, _from_ids([ids for name in names for ids in stored[name]], samples, sampling.pad_id)
 
 
 def _by_problem(completions: Completions, names: Sequence[tuple[str, int]]) -> dict[tuple[str, int], Ids]:

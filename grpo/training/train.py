@@ -129,11 +129,14 @@ def before_first_step(trainer: Trainer, run: Run, recorder: Recorder) -> None:
         return
     if run.config.preflight and not run.folder.preflight_file.exists():
         recorder.preflight(trainer.preflight())
-    if run.config.eval.before and run.folder.evaluation("before") is None:
-        recorder.evaluation("before", trainer.evaluate("test", keep=True))
-    has_curve = run.config.eval.every and trainer.experiment.problems.validation
-    if run.config.eval.before and has_curve and run.folder.evaluation("step_000000") is None:
-        recorder.evaluation("step_000000", trainer.evaluate("validation", keep=True))
+    splits = {"before": "test"}
+    if run.config.eval.every and trainer.experiment.problems.validation:
+        splits["step_000000"] = "validation"
+    missing = {name: split for name, split in splits.items() if run.folder.evaluation(name) is None}
+    if run.config.eval.before and missing:
+        store = trainer.completion_store()
+        for name, split in missing.items():
+            recorder.evaluation(name, trainer.evaluate(split, store))
 
 
 def evaluate_if_due(trainer: Trainer, recorder: Recorder) -> None:

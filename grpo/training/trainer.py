@@ -25,7 +25,7 @@ from grpo.model.packed import checkpoint_layers, supports_packing
 from grpo.rollout.engine import RolloutEngine, sample_completions
 from grpo.runs.checkpoint import TrainerState, load_weights, weights_of
 from grpo.runs.optimizer_state import check_optimizer, flatten_optimizer, load_optimizer
-from grpo.training.completion_store import store_for
+from grpo.training.completion_store import CompletionStore, store_for
 from grpo.training.evaluation import evaluate, store_key
 from grpo.training.experiment import Experiment, compute_dtype
 from grpo.training.metrics import (
@@ -288,13 +288,13 @@ class Trainer:
         left = self._step_seconds - (time.perf_counter() - self._step_started)
         return self._step_can_abort and not 0 <= left <= FINISH_STEP_IF_LEFT_S
 
-    def evaluate(self, split: str, keep: bool = False) -> dict[str, Any]:
-        """Evaluate on the problems of a split. Returns the content of eval/*.json.
+    def completion_store(self) -> CompletionStore:
+        """The store for evaluations of the current model, such as the one that other runs start from, too."""
+        return store_for(self.policy, self.config, store_key(self.experiment, self.sampling))
 
-        keep: whether to use and keep completions in a `CompletionStore`, for models that other runs start from, too.
-        """
+    def evaluate(self, split: str, store: CompletionStore | None = None) -> dict[str, Any]:
+        """Evaluate on the problems of a split. Returns the content of eval/*.json. store: see `evaluation.evaluate`."""
         self._step_can_abort = True
-        store = store_for(self.policy, self.config, store_key(self.experiment, self.sampling)) if keep else None
         result = evaluate(self._current_engine(), self.sampling, self.experiment, self.state.step, split, store)
         self._step_can_abort = False
         self._after_evaluation()
