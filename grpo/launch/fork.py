@@ -51,6 +51,7 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     check_digests(parent, {"config": config_digest(parent)}, (), cfg.accept_changes)
     frozen = apply_overrides(before, cfg, overrides, _config_folders())
     check_trusted(frozen, cfg, parent.path)
+    _keep_validation(frozen, before, overrides)
     manifest = read_json(source / MANIFEST)
     values: Any = OmegaConf.to_container(before, resolve=True)  # a dict
     check_lineage(values["parent"])
@@ -91,6 +92,22 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
         state="running", iteration=state.iteration, step=state.step, best_reward=state.best_reward, error=None
     )
     return config
+
+
+def _keep_validation(frozen: DictConfig, before: DictConfig, overrides: Overrides) -> None:
+    """Keep the parent's validation problems if the fork has the same data: it would validate on problems trained on.
+
+    Raises ConfigError if the command line asks for another share.
+    """
+    same_data = all(frozen.data.get(name) == before.data.get(name) for name in ("_target_", "path", "name"))
+    if not same_data or frozen.data.validation_share == before.data.validation_share:
+        return
+    if overrides.names("data.validation_share"):
+        raise ConfigError(
+            f"data.validation_share={frozen.data.validation_share}: the parent was trained with "
+            f"{before.data.validation_share} on the same data, so the splits must stay; start a new run for others"
+        )
+    frozen.data.validation_share = before.data.validation_share
 
 
 def _config_folders() -> list[Path]:

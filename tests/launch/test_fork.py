@@ -246,6 +246,20 @@ def test_a_fork_takes_the_keys_of_the_experiments_that_an_experiment_builds_on(p
     assert (ours.grpo.epsilon, ours.grpo.mu, ours.rollout.temperature) == (0.3, 1, 0.8)
 
 
+def test_a_fork_keeps_the_validation_problems_of_its_parent(tmp_path):
+    own = ["experiment=quickstart", "grpo.num_steps=1", "grpo.batch_size=2", "grpo.num_generations=2"]
+    own += ["eval.before=false", "eval.after=false", "preflight=false", "tracking=disabled", "run_dir=run"]
+    first = launch(*own, "data.validation_share=0", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    run = ["fork=true", "run_dir=run", "hydra.run.dir=fork", "grpo.num_steps=2"]
+    refused = launch(*run, "data.validation_share=0.1", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "the parent was trained with 0.0 on the same data" in refused.stderr
+    done = launch(*run, "data=arithmetic", cwd=tmp_path)  # whose share is 0.1
+    assert done.returncode == 0, done.stderr
+    assert load_frozen(tmp_path / "fork" / "config.yaml").data.validation_share == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
