@@ -180,17 +180,19 @@ class HalvingSweeper(Sweeper):
     def _scores(self, alive: list[int], steps: int) -> tuple[list[float | None], list[float | None]]:
         """The score and the reward of each arm, as the mean over those of its jobs that completed the steps.
 
-        The score is the accuracy on validation problems. If one of these jobs has none, all arms are scored by their
-        reward, which is the mean of the last tenth of the steps. Both are None for an arm that is out, or if none of
-        its jobs completed the steps.
+        The score is the accuracy on validation problems. If one of these jobs has none, or was begun by an earlier
+        version without such problems, all arms are scored by their reward, the mean of the last tenth of the steps.
+        Both are None for an arm that is out, or if none of its jobs completed the steps.
         """
         rows = {job: RunFolder(self.folders[job]).metrics(steps) for arm in alive for job in self.record.arms[arm]}
         there = {job: each[-max(1, steps // 10) :] for job, each in rows.items() if len(each) == steps}
-        accuracies = {job: RunFolder(self.folders[job]).accuracy_at(steps) for job in there}
+        found = {job: RunFolder(self.folders[job]).evaluation_at(steps) for job in there}
+        accuracies = {job: each["accuracy"] for job, each in found.items() if each is not None}
+        splits = {each["split"] for each in found.values() if each is not None}
         known = {job: [row["reward"] for row in last if row["reward"] is not None] for job, last in there.items()}
         rewards = {job: statistics.fmean(each) for job, each in known.items() if each}
         scores = {job: accuracy for job, accuracy in accuracies.items() if accuracy is not None}
-        if len(scores) < len(there):
+        if len(scores) < len(there) or len(splits) > 1:
             scores = rewards
         return self._mean_of_arms(scores), self._mean_of_arms(rewards)
 
