@@ -26,19 +26,19 @@ def wilson_interval(accuracy: float | None, n: int | None) -> list[float] | None
 def share_interval(shares: Sequence[float]) -> list[float] | None:
     """The 95 % interval [low, high] of the mean of one share (0 to 1) per problem, such as right samples or pass@k.
 
-    The problems are the random sample. If all shares are 0 or 1 it is the Wilson interval, else the t interval, cut at
-    0 and 1; None without shares, or with a single one that is neither.
+    The problems are the random sample. If all shares are 0 or 1 it is the Wilson interval. Else it is the t interval
+    with one more problem of share 0 and one of share 1, since it would be too narrow if most shares are equal; its
+    centre stays the observed mean, and it is cut at 0 and 1. None without shares.
     """
     values = np.asarray(shares, dtype=float)
     n = len(values)
     if n == 0:
         return None
-    if np.isin(values, (0.0, 1.0)).all():
-        return wilson_interval(float(values.mean()), n)
-    if n == 1:
-        return None
-    half = float(stdtrit(n - 1, 0.975) * values.std(ddof=1) / math.sqrt(n))
     mean = float(values.mean())
+    if np.isin(values, (0.0, 1.0)).all():
+        return wilson_interval(mean, n)
+    wider = np.append(values, (0.0, 1.0))
+    half = float(stdtrit(n + 1, 0.975) * wider.std(ddof=1) / math.sqrt(n + 2))
     return [max(0.0, mean - half), min(1.0, mean + half)]
 
 

@@ -120,7 +120,7 @@ def _evaluation(record: dict) -> dict:
         "n": n,
         "reward": _number(record.get("reward")),
         "rewards": {component: _number(value) for component, value in (record.get("rewards") or {}).items()},
-        "accuracy_interval": wilson_interval(accuracy, n),
+        "accuracy_interval": record.get("accuracy_interval") or wilson_interval(accuracy, n),
     }
 
 

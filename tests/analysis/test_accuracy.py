@@ -5,6 +5,7 @@ import random
 from fractions import Fraction
 from statistics import fmean
 
+import numpy as np
 import pytest
 from scipy.stats import binomtest
 
@@ -59,11 +60,21 @@ def test_mcnemars_p_is_the_binomial_test(gained, lost):
     assert mcnemar_p(gained, lost) == pytest.approx(expected)
 
 
-def test_the_interval_of_shares_is_wilsons_where_all_are_0_or_1_and_the_t_interval_else():
+def test_the_interval_of_shares_is_wilsons_where_all_are_0_or_1_and_else_has_one_more_of_each():
     assert share_interval([1.0, 0.0, 1.0, 1.0]) == wilson_interval(0.75, 4)
-    # mean 0.5, standard deviation sqrt(0.125 / 3), t quantile of 3 degrees of freedom 3.18245
-    values = [0.25, 0.5, 0.5, 0.75]
-    half = 3.18245 * (0.125 / 3) ** 0.5 / 2
-    assert share_interval(values) == pytest.approx([max(0.0, 0.5 - half), min(1.0, 0.5 + half)], abs=1e-5)
+    # With 0 and 1: mean 0.5, sum of squares 0.625, variance 0.125, t quantile of 5 degrees of freedom 2.570582
+    half = 2.570582 * (0.125 / 6) ** 0.5
+    assert share_interval([0.25, 0.5, 0.5, 0.75]) == pytest.approx([0.5 - half, 0.5 + half], abs=1e-6)
+    low, high = share_interval([0.5] * 50)
+    assert high - low > 0.05
     assert share_interval([]) is None
-    assert share_interval([0.5]) is None
+
+
+def test_the_interval_of_shares_holds_the_true_share_in_about_95_of_100_experiments():
+    luck = np.random.default_rng(2)
+    held = []
+    for _ in range(1000):
+        chances = luck.beta(8, 2, size=60)  # of the problems; on average 0.8
+        low, high = share_interval(luck.binomial(4, chances) / 4)
+        held.append(low <= 0.8 <= high)
+    assert 0.93 < fmean(held) < 0.985
