@@ -42,15 +42,14 @@ def main(arguments: list[str]) -> None:
     if split not in SPLITS:
         raise ConfigError(f"split={split}: must be one of {', '.join(SPLITS)}")
     subject = find_model(rest)
+    names = _sets(subject)
     baseline = own.get("baseline")
-    others = _baseline(baseline, subject, split) if baseline is not None else {}
-    results = _evaluate(subject, split)
+    others = {} if baseline is None else _baseline(baseline, subject, split, names)
+    results = _evaluate(subject, split, names)
     console = Console()
     console.print(f"model: {subject.model}", highlight=False, soft_wrap=True)
     for name, result in results.items():
         other = others.get(name)
-        if baseline is not None and other is None:
-            raise ConfigError(f"baseline={baseline} is of {', '.join(others)}, and this evaluation of {name}")
         if other is not None:
             result["baseline"] = _comparison(other, result, str(baseline))
         shown = {"baseline": other, "model": result} if other is not None else {"model": result}
@@ -62,6 +61,15 @@ def main(arguments: list[str]) -> None:
     _write(subject, results, console)
 
 
+def _sets(subject: ModelUnderTest) -> dict[str, str | None]:
+    """The name of each set to evaluate on, with its file in conf/data/; None: the data of the config."""
+    # Of a run folder only if the command line names them: they are composed, so they could name code.
+    named = subject.folder is None or "eval.sets" in subject.changed
+    if named and subject.config.eval.sets:
+        return {name: name for name in subject.config.eval.sets}
+    return {Path(str(subject.config.data.get("path") or "problems")).name: None}
+
+
 def _why_wrong(result: dict[str, Any]) -> list[str]:
     """The categories of the wrong completions, with their numbers."""
     counts = Counter(category for row in result["problems"] if (category := why_wrong(row)) is not None)
@@ -69,53 +77,64 @@ def _why_wrong(result: dict[str, Any]) -> list[str]:
     return [f"{sum(counts.values())} wrong completions:", *shown] if shown else []
 
 
-def _evaluate(subject: ModelUnderTest, split: str) -> dict[str, dict[str, Any]]:
+def _evaluate(subject: ModelUnderTest, split: str, names: dict[str, str | None]) -> dict[str, dict[str, Any]]:
     """The results of a model by data set."""
     from grpo.training.completion_store import store_for  # imports torch
     from grpo.training.evaluation import evaluate, store_key
     from grpo.training.experiment import build_experiment
 
-    # Of a run folder only if the command line names them: they are composed, so they could name code.
-    named = subject.folder is None or "eval.sets" in subject.changed
-    sets: list[str | None] = [*subject.config.eval.sets] if named and subject.config.eval.sets else [None]
     results = {}
     experiment, engine, sampling, model = load_model_under_test(subject)
     with closing(engine):
         store = store_for(model, subject.config, store_key(experiment, sampling))
-        for name in sets:
+        for name, file in names.items():
             on = experiment
-            if name is not None:
-                on = build_experiment(replace(subject.config, data=compose_data(name, subject.config)))
-            shown = name or Path(str(subject.config.data["path"] or "problems")).name
-            with _progress(shown) as progress:
+            if file is not None:
+                on = build_experiment(replace(subject.config, data=compose_data(file, subject.config)))
+            with _progress(name) as progress:
                 found = evaluate(engine, sampling, on, subject.step, split, store, progress)
-            results[shown] = {"model": subject.model, "set": shown, **found}
+            results[name] = {"model": subject.model, "set": name, **found}
     return results
 
 
-def _baseline(baseline: str, subject: ModelUnderTest, split: str) -> dict[str, dict[str, Any]]:
+def _baseline(
+    baseline: str, subject: ModelUnderTest, split: str, names: dict[str, str | None]
+) -> dict[str, dict[str, Any]]:
     """The evaluation that is compared with, by data set: that of a file, or of another model."""
     file = Path(baseline)
     if file.is_file():
         found = read_evaluation(file)
-        return {str(found.get("set") or Path(str(subject.config.data["path"] or "problems")).name): found}
+        _check_baseline(found, baseline, subject, split, names)
+        return dict.fromkeys(names, found)
     if baseline.endswith(".json"):
         raise ConfigError(f"baseline={baseline}: there is no such file")
     model = replace(subject.config.model, name=baseline, lora=None)
     changed = (*subject.changed, "model.name")
     other = replace(subject, config=replace(subject.config, model=model), weights=None, step=0, changed=changed)
-    return _evaluate(other, split)
+    return _evaluate(other, split, names)
+
+
+def _check_baseline(
+    found: dict[str, Any], baseline: str, subject: ModelUnderTest, split: str, names: dict[str, str | None]
+) -> None:
+    """Raise ConfigError if a file cannot be compared with the evaluation that is asked for."""
+    if len(names) > 1 or ("set" in found and found["set"] not in names):
+        of = found.get("set", "the data of a run")
+        raise ConfigError(f"baseline={baseline} is of {of}, and this evaluation of {', '.join(names)}; use the same")
+    asked = {"split": split, "samples": subject.config.eval.samples}
+    for key, value in asked.items():
+        if found.get(key, 1) != value:
+            raise ConfigError(
+                f"baseline={baseline} has {key}={found.get(key, 1)}, and this evaluation {value}; use the same"
+            )
+    for key in ("completions/mean_length", "rewards"):
+        if found.get(key) is None:
+            raise ConfigError(f"baseline={baseline} has no {key}; evaluate it again")
 
 
 def _comparison(other: dict[str, Any], result: dict[str, Any], name: str) -> dict[str, Any]:
     from grpo.analysis.summary import accuracy_difference, difference_text  # imports pandas
 
-    for key in ("split", "samples"):
-        if other.get(key, 1) != result[key]:
-            theirs = other.get(key, 1)
-            raise ConfigError(
-                f"baseline={name} has {key}={theirs}, and this evaluation {key}={result[key]}; use the same"
-            )
     difference = accuracy_difference(other, result)
     if difference is None:
         raise ConfigError(f"baseline={name} has none of the problems of this evaluation; evaluate it on the same data")

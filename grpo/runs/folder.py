@@ -30,11 +30,16 @@ from grpo.runs.files import (
 )
 
 # The types of the values that are read from the small files.
+Interval = tuple[float, float] | None
 STATUS: dict[str, Any] = {"state": str, "step": int, "iteration": int, "total_steps": int, "saved_step": int}
 STATUS |= {"seconds": float, "best_reward": float | None, "error": str | None, "overrides": list[str]}
 EVALUATION: dict[str, Any] = {"split": str, "step": int, "n": int, "accuracy": float | None, "reward": float | None}
 EVALUATION |= {"rewards": dict[str, float | None] | None, "problems": list[dict], "missing": int}
-EVALUATION |= {"completions/mean_length": float | None}
+EVALUATION |= {"completions/mean_length": float | None, "completions/clipped_ratio": float | None}
+EVALUATION |= {"samples": int, "temperature": float, "accuracy_interval": Interval, "set": str, "model": str}
+EVALUATION |= {"graded": dict[str, dict[str, Any]], "by": dict[str, dict[str, dict[str, Any]]]}
+EVALUATION |= {"pass@k": dict[str, dict[str, Any]], "maj@k": dict[str, dict[str, Any]]}
+MEASURED: dict[str, Any] = {"accuracy": float | None, "share": float | None, "interval": Interval, "n": int}
 PREFLIGHT: dict[str, Any] = {"prompts": int, "completions": int, "frac_reward_zero_std": float | None}
 PREFLIGHT |= {"components": dict[str, dict[str, float | None]], "prompt_lengths": dict[str, float]}
 PREFLIGHT |= {"completions/clipped_ratio": float, "warnings": list[str]}
@@ -348,6 +353,9 @@ def read_evaluation(file: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"split": "test"} | migrate(read_json(file, EVALUATION), file, EVALUATION_STEPS)
     if result["split"] not in ("train", "validation", "test"):
         raise FileError(f"{file}: split {result['split']!r} is not train, validation or test")
+    groups = [result.get(name, {}) for name in ("graded", "pass@k", "maj@k")] + list(result.get("by", {}).values())
+    for name, measured in ((name, each) for group in groups for name, each in group.items()):
+        check_record(measured, MEASURED, f"{file}, {name}")
     for number, row in enumerate(result.get("problems", []), start=1):
         check_record(row, PROBLEM, f"{file}, problem {number}")
     accuracy = result.get("accuracy")

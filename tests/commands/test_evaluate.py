@@ -158,7 +158,7 @@ def test_a_run_with_only_its_best_weights_offers_them(cwd, tmp_path):
         (["split=validation", "data.validation_share=0"], "data has no validation problems to evaluate on"),
         (["baseline=missing.json"], "baseline=missing.json: there is no such file"),
         (["baseline=other.json"], "has none of the problems of this evaluation; evaluate it on the same data"),
-        (["baseline=sampled.json"], "baseline=sampled.json has samples=4, and this evaluation samples=1"),
+        (["baseline=sampled.json"], "baseline=sampled.json has samples=4, and this evaluation 1"),
         (["eval.by=[level]"], "eval.by: the data has no column level; it has none besides question and answer"),
         (["eval.sets=[nothing]"], "nothing"),
         (["+eval.graders.x={}"], "eval.graders.x needs a _target_"),
@@ -166,7 +166,7 @@ def test_a_run_with_only_its_best_weights_offers_them(cwd, tmp_path):
         (["+eval.graders.accuracy._target_=a.b"], "eval.graders.accuracy: this name is that of eval.accuracy"),
         (
             ["eval.sets=[arithmetic]", "baseline=other.json"],
-            "baseline=other.json is of problems, and this evaluation of",
+            "baseline=other.json is of problems, and this evaluation of arithmetic",
         ),
     ],
 )
