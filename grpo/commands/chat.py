@@ -5,8 +5,8 @@ python -m grpo chat run_dir=outputs/... checkpoint=C     the weights of a checkp
 python -m grpo chat model.name=M [data=...]              any hub name or local folder
 
 prompt="What is 27 + 35?" answers this question and exits. history=true keeps the earlier turns of the conversation.
-compare=true answers with the model that the run started from, too. rollout.temperature=0.7 samples; the default is
-greedy. In a pipe, each line of the input is a question, and only the answers are written to the output.
+compare=true answers with the untrained model, too. rollout.temperature=0.7 samples; the default is greedy decoding. In
+a pipe, each line of the input is a question, and only the answers are written to the output.
 """
 
 import inspect
@@ -66,11 +66,10 @@ def _is_true(own: dict[str, str], name: str) -> bool:
 
 
 def _start_of(subject: ModelUnderTest) -> ModelUnderTest:
-    """The model that the subject's run started from."""
+    """The untrained model of the subject's run."""
     if subject.folder is None:
-        raise ConfigError("compare=true shows a run's model beside the one that it started from: give run_dir=...")
-    started = subject.folder.frozen_config().model
-    model = replace(subject.config.model, name=started.name, lora=None)
+        raise ConfigError("compare=true shows a run's model beside the untrained one: give run_dir=...")
+    model = replace(subject.config.model, name=subject.folder.frozen_config().model.name, lora=None)
     return replace(subject, config=replace(subject.config, model=model), weights=None, step=0)
 
 
@@ -115,7 +114,6 @@ def answer(
     on_text: called with each part of the text as it is generated, at the end with a line break.
     """
     import numpy as np
-    import torch
 
     from grpo.counter_rng import group_keys
     from grpo.data.prompts import messages
@@ -125,24 +123,39 @@ def answer(
     *before, last = messages(question, experiment.config.data)
     prompts = experiment.prompts([[*before, *(history or []), last]])
     keys = group_keys(experiment.config.seed, turn, np.arange(1), group_size=1)
-    ids: list[int] = []
-    shown = ""
-
-    def on_tokens(rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        nonlocal shown
-        ids.extend(tokens.tolist())
-        (text,) = experiment.decode([ids], model.sampling.stop_ids)
-        if on_text is not None and not text.endswith("\ufffd"):  # a character whose bytes are not complete yet
-            on_text(text[len(shown) :])
-            shown = text
-
+    shown = TextStream(lambda ids: experiment.decode([ids], model.sampling.stop_ids)[0], on_text or (lambda text: None))
     streams = on_text is not None and "on_tokens" in inspect.signature(model.engine.generate).parameters
-    extra = {"on_tokens": on_tokens} if streams else {}
+    extra = {"on_tokens": lambda rows, tokens: shown.add(tokens.tolist())} if streams else {}
     completions = sample_completions(model.engine, prompts, model.sampling, group_size=1, keys=keys, **extra)
     (text,) = experiment.texts(completions, model.sampling.stop_ids)
-    if on_text is not None:
-        on_text(text[len(shown) :] + "\n")
+    shown.end(text)
     return text
+
+
+class TextStream:
+    """Passes on the text of tokens as they arrive."""
+
+    def __init__(self, decode: Callable[[list[int]], str], on_text: Callable[[str], None]) -> None:
+        self._decode = decode
+        self._on_text = on_text
+        self._ids: list[int] = []
+        self._shown = ""
+
+    def add(self, ids: list[int]) -> None:
+        """Add tokens. A character whose bytes are not complete yet is held back."""
+        self._ids += ids
+        text = self._decode(self._ids)
+        if not text.endswith("\ufffd"):
+            self._pass_on(text)
+
+    def end(self, text: str) -> None:
+        """Pass on what is left of the whole text, and a line break."""
+        self._pass_on(text)
+        self._on_text("\n")
+
+    def _pass_on(self, text: str) -> None:
+        self._on_text(text[len(self._shown) :])
+        self._shown = text
 
 
 def _read_line() -> str:

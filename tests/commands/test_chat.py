@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.commands._common import find_model, load_model_under_test
-from grpo.commands.chat import answer
+from grpo.commands.chat import TextStream, answer
 from grpo.data import arithmetic
 from tests.launches import ROOT, grpo
 
@@ -31,13 +31,18 @@ def test_the_text_is_shown_while_it_is_generated(loaded):
     assert len(parts) > 10
 
 
-def test_a_character_of_several_tokens_is_shown_at_once(loaded, monkeypatch):
+def test_a_character_of_several_tokens_is_shown_at_once(loaded):
     """The embedded model has a token for each byte of such a character."""
-    ids = loaded.experiment.tokenizer("\u00e9\u20ac", add_special_tokens=False).input_ids
-    assert len(ids) > 2
-    texts = [loaded.experiment.decode([ids[:count]], ())[0] for count in range(1, len(ids) + 1)]
-    assert texts[-1] == "\u00e9\u20ac"
-    assert texts[0].endswith("\ufffd")
+    text = "a\u00e9\u20acb"
+    ids = loaded.experiment.tokenizer(text, add_special_tokens=False).input_ids
+    assert len(ids) == 7
+    parts = []
+    stream = TextStream(lambda row: loaded.experiment.decode([row], ())[0], parts.append)
+    for token in ids:
+        stream.add([token])
+    assert parts == ["a", "\u00e9", "\u20ac", "b"]
+    stream.end(text)
+    assert "".join(parts) == f"{text}\n"
 
 
 def test_history_keeps_the_turns_until_a_new_conversation_begins(loaded):
@@ -70,7 +75,7 @@ def test_compare_shows_the_model_before_training_beside_it(finished_run, tmp_pat
     assert "tiny (0 steps)" in done.stdout
     assert "(2 steps)" in done.stdout
     for arguments, said in (
-        (["compare=true", *TINY], "compare=true shows a run's model beside the one that it started from"),
+        (["compare=true", *TINY], "compare=true shows a run's model beside the untrained one"),
         (["history=yes", *TINY], "history=yes: must be true or false"),
     ):
         refused = grpo("chat", *arguments, f"prompt={QUESTION}", cwd=tmp_path)
