@@ -8,6 +8,7 @@ is downloaded: the command says what is missing.
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,9 @@ def _model(name: str) -> str:
                 f"model.name={name} is not in the cache {constants.HF_HUB_CACHE}, or only a part of it, and "
                 "HF_HUB_OFFLINE is set: run the same command once without it, with a network"
             ) from error
-    try:
+    with suppress(Exception):  # without a network the cache may still have everything
         print(f"model {name}: {_size(HfApi().model_info(name, files_metadata=True).siblings)}", flush=True)
+    try:
         return snapshot_download(name, allow_patterns=MODEL_FILES)
     except Exception as error:  # the hub, the network and the cache each have their own exceptions
         raise model_not_found(name, error) from error
