@@ -10,6 +10,7 @@ import yaml
 from grpo.analysis.accuracy import wilson_interval
 from grpo.analysis.load import read_config
 from grpo.analysis.summary import accuracy_difference, difference_text
+from grpo.config.command_line import override
 from grpo.config.overrides import Overrides
 from grpo.config.schema import LAUNCH_KEYS
 from grpo.runs.folder import RunFolder
@@ -35,7 +36,9 @@ def model_card(run: RunFolder) -> str:
     digest = hashlib.sha256(run.config_file.read_bytes()).hexdigest()
     rewards = [f"{name} (`{each['_target_']}`, weight {each.get('weight', 1.0):g})" for name, each in _rewards(config)]
     steps = grpo["num_iterations"] * grpo["num_steps"]
+    parent = config.get("parent")
     rows = {
+        **({"forked from": f"step {parent['step']} of another run, whose settings it keeps"} if parent else {}),
         "base model": f"`{model['name']}`{', with LoRA' if adapter else ''}",
         "data": f"`{data.get('path') or data['_target_']}` {data.get('name') or ''}".strip(),
         "rewards": "; ".join(rewards),
@@ -67,7 +70,7 @@ def model_card(run: RunFolder) -> str:
         *(f"| {name} | {value} |" for name, value in rows.items()),
         "",
         "```bash",
-        _command(first.get("overrides", [])),
+        _command(first.get("overrides", []), run.changes()),
         "```",
     ]
     if data.get("system_prompt"):
@@ -75,10 +78,10 @@ def model_card(run: RunFolder) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _command(overrides: list[str]) -> str:
-    """The command that trains the model again, without what concerns one launch or this machine's folders."""
-    kept = Overrides(overrides).without(LAUNCH_KEYS)
-    return shlex.join(["python", "launch.py", *kept])
+def _command(overrides: list[str], changes: dict[str, Any]) -> str:
+    """The command that trains the model again, with later changes, and without what concerns one launch."""
+    kept = Overrides(overrides).without(LAUNCH_KEYS | changes.keys())
+    return shlex.join(["python", "launch.py", *kept, *(override(key, value) for key, value in changes.items())])
 
 
 def _rewards(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
