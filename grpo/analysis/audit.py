@@ -6,14 +6,13 @@ from typing import Any
 
 import pandas as pd
 
-from grpo.rewards.math_xml import TAGS, extract_answer, parse_number, same_number
+from grpo.rewards.lenient import is_answer, last_number
+from grpo.rewards.math_xml import TAGS, extract_answer, same_number
 from grpo.runs.files import check_record, read_lines, step_of
 
 # The types of the values that are read from a line in samples/.
 SAMPLE: dict[str, Any] = {"step": int, "problem_id": str, "completion": str, "answer": str | None, "length": int}
 SAMPLE |= {"reward": float | None, "advantage": float | list[float] | None}
-
-_LAST_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 def load_samples(run_dir: str | Path, most_steps: int | None = None) -> pd.DataFrame:
@@ -64,21 +63,22 @@ def distribution(samples: pd.DataFrame, component: str) -> pd.DataFrame:
 
 
 def agreement(samples: pd.DataFrame) -> pd.DataFrame:
-    """Strict against lenient correctness, by sampled step: shares of completions, which add up to 1.
+    """The answer block against the last number, by sampled step: shares of completions, which add up to 1.
 
-    Strict: the answer block is equal to the reference, as text or as a number. Lenient: the last number anywhere in
-    the completion is. `lenient only`: a right answer that earned nothing because of its format. `strict only`: a right
-    answer block with other numbers after it.
+    A completion is right by its answer block if that is equal to the reference, as text or as a number, and by its last
+    number if that is, wherever it stands. `last number only`: a right answer that earned nothing because of its format.
+    `answer block only`: a right answer block with other numbers after it.
     """
-    strict = [_is(extract_answer(c), a) for c, a in zip(samples["completion"], samples["answer"], strict=True)]
-    lenient = [_is(_last_number(c), a) for c, a in zip(samples["completion"], samples["answer"], strict=True)]
+    pairs = list(zip(samples["completion"], samples["answer"], strict=True))
+    tagged = [_is(extract_answer(completion), answer) for completion, answer in pairs]
+    last = [is_answer(last_number(completion), answer) for completion, answer in pairs]
     names = {
         (True, True): "both",
-        (True, False): "strict only",
-        (False, True): "lenient only",
+        (True, False): "answer block only",
+        (False, True): "last number only",
         (False, False): "neither",
     }
-    kind = pd.Series([names[pair] for pair in zip(strict, lenient, strict=True)], index=samples.index)
+    kind = pd.Series([names[pair] for pair in zip(tagged, last, strict=True)], index=samples.index)
     return pd.crosstab(kind, samples["step"], normalize="columns").reindex(list(names.values()), fill_value=0.0)
 
 
@@ -105,11 +105,6 @@ def extremes(samples: pd.DataFrame, count: int = 3) -> tuple[pd.DataFrame, pd.Da
 
 def _is(answer: str | None, reference: str) -> bool:
     return answer is not None and (answer == reference.strip() or same_number(answer, reference))
-
-
-def _last_number(text: str) -> str | None:
-    found = _LAST_NUMBER.findall(text)
-    return found[-1] if found and parse_number(found[-1]) is not None else None
 
 
 def _after_answer(text: str) -> str:

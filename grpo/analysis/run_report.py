@@ -132,7 +132,7 @@ def _audit_tables(samples: pd.DataFrame) -> dict[str, pd.DataFrame]:
         for name in audit.components(samples)
     }
     if {"answer", "completion"} <= set(samples) and samples["answer"].notna().all():
-        tables["Strict against lenient correctness, share of completions"] = audit.agreement(samples)
+        tables["Right by the answer block or the last number, share of completions"] = audit.agreement(samples)
     return tables | {"Signs of gaming": audit.signs_of_gaming(samples)}
 
 

@@ -41,16 +41,16 @@ def test_completions_that_are_numbers_stay_text(tmp_path):
     ("completion", "kind"),
     [
         (RIGHT, "both"),
-        ("The answer is 2.", "lenient only"),
-        ("<answer>2</answer> or was it 3", "strict only"),
+        ("The answer is 2.", "last number only"),
+        ("<answer>2</answer> or was it 3", "answer block only"),
         ("<answer>5</answer>", "neither"),
         ("I do not know", "neither"),
-        ("1 and 1 make $2.00", "lenient only"),
+        ("1 and 1 make $2.00", "last number only"),
     ],
 )
-def test_strict_and_lenient_correctness(completion, kind):
+def test_the_answer_block_against_the_last_number(completion, kind):
     table = audit.agreement(pd.DataFrame([sample(completion)]))
-    assert table[10].to_dict() == {"both": 0, "strict only": 0, "lenient only": 0, "neither": 0} | {kind: 1}
+    assert table[10].to_dict() == {"both": 0, "answer block only": 0, "last number only": 0, "neither": 0} | {kind: 1}
 
 
 def test_signs_of_gaming_are_given_as_shares_for_each_step():

@@ -109,7 +109,7 @@ def test_the_report_shows_completions_as_escaped_text_with_their_rewards(finishe
     assert list(content(run.path, run.path / "plots" / SHEET)["tables"]) == [
         "Values of correctness, share of completions",
         "Values of format, share of completions",
-        "Strict against lenient correctness, share of completions",
+        "Right by the answer block or the last number, share of completions",
         "Signs of gaming",
     ]
 
