@@ -248,7 +248,7 @@ def stop_token_ids(
 def save_model(model: PreTrainedModel, stop_ids: Sequence[int], folder: str | Path) -> None:
     """Write a model, with a generation config that ends a completion where training did.
 
-    Without it generate() would go on after an answer of a base model that was trained with a chat template.
+    Without it generate() would continue after the answer of a base model that was trained with a chat template.
     """
     model.save_pretrained(folder)
     known = model.generation_config.eos_token_id

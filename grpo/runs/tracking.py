@@ -90,8 +90,8 @@ class Tracker:
         """Log an evaluation after `step` steps, with `values` such as {"test/accuracy": 0.7, "test/reward": 1.9}.
 
         The values are logged to the history, in the row of that step, and to the summary as eval/<name>/accuracy, ...,
-        for comparing runs. If W&B has already closed the step (after a crash it
-        may be ahead of the checkpoint), it would drop the values, so they are logged at the first step that is open.
+        for comparing runs. If W&B has already closed the step (after a crash it may be ahead of the checkpoint), it
+        would drop the values, so they are logged at the first step that is open.
         """
         self.log({**values, "step": max(step, self._open_step)})
         self.set_summary({f"eval/{name}/{key.partition('/')[2]}": value for key, value in values.items()})
