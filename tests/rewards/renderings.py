@@ -293,6 +293,13 @@ def refused(name: str) -> Iterator[str]:
             yield text
 
 
+def hard_cases(name: str) -> Iterator[str]:
+    """The texts of a file beside this one, one per line; <U+000A> stands for a character that is not visible."""
+    for line in Path(__file__).with_name(name).read_text("utf-8").splitlines():
+        if not line.startswith("----"):
+            yield re.sub(r"<U\+([0-9A-F]{4})>", lambda match: chr(int(match[1], 16)), line)
+
+
 def _visible(text: str) -> str:
     """The text with white space other than the ordinary space as escape sequences."""
     return re.sub(r"[^\S ]", lambda match: ascii(match[0])[1:-1], text)

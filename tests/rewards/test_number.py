@@ -4,7 +4,6 @@ import random
 import re
 import time
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -14,7 +13,7 @@ from grpo.rewards.math_xml import same_number
 from grpo.rewards.number import MAX_LENGTH, parse_number
 from grpo.rewards.words import NUMBER_WORDS, spell, spelled_number
 from tests.launches import ROOT
-from tests.rewards.renderings import ANSWERS, TEMPLATES, refused, render, rewarded, table
+from tests.rewards.renderings import ANSWERS, TEMPLATES, hard_cases, refused, render, rewarded, table
 
 
 @pytest.mark.parametrize(
@@ -243,22 +242,15 @@ def test_a_text_that_does_not_state_one_clear_number_gives_none(text):
     assert parse_number(text) is None
 
 
-def lines(name):
-    """The texts of a file, one per line; <U+000A> stands for a character that is not visible."""
-    for line in Path(__file__).with_name(name).read_text("utf-8").splitlines():
-        if not line.startswith("----"):
-            yield re.sub(r"<U\+([0-9A-F]{4})>", lambda match: chr(int(match[1], 16)), line)
-
-
 def test_texts_that_state_18_in_many_ways_are_read_as_18():
-    texts = list(lines("states_18.txt"))
+    texts = list(hard_cases("states_18.txt"))
     assert len(texts) > 500
     assert [text for text in texts if parse_number(text) != 18] == []
 
 
 @pytest.mark.parametrize("around", ["{}", "The answer is {}.", "**{}**", r"\boxed{{{}}}", "{} dollars"])
 def test_texts_that_contain_18_but_state_something_else_are_never_rewarded_for_18(around):
-    texts = [around.format(text) for text in lines("not_18.txt")]
+    texts = [around.format(text) for text in hard_cases("not_18.txt")]
     assert len(texts) > 1300
     assert [text for text in texts if same_number(text, "18")] == []
 
