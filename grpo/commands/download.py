@@ -3,11 +3,13 @@
 python -m grpo download                                  the default: Qwen2.5-1.5B-Instruct and GSM8K
 python -m grpo download model=qwen2_5_0_5b_instruct      any other config; HF_HOME says where the cache is
 
-The sizes are printed first. A download that was interrupted continues where it stopped. With HF_HUB_OFFLINE=1 nothing
-is downloaded: the command says what is missing.
+The sizes are printed first. Files that are complete are not downloaded again, and a file whose connection breaks is
+continued; if the command is stopped, the file that it was downloading starts again. With HF_HUB_OFFLINE=1 nothing is
+downloaded: the command says what is missing.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,6 +19,7 @@ from grpo.commands._common import own_arguments
 from grpo.config.checks import typed
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
+from grpo.config.hub import why_offline
 from grpo.config.schema import Config, known_keys
 
 # Without the copies of the weights in other formats.
@@ -41,37 +44,54 @@ def main(arguments: list[str]) -> None:
 
 def _model(name: str) -> str:
     """Download a model; the folder of the cache that contains it."""
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     from grpo.model.loading import model_not_found
 
-    if constants.HF_HUB_OFFLINE:
-        try:
-            return snapshot_download(name, allow_patterns=MODEL_FILES, local_files_only=True)
-        except Exception as error:  # the cache has exceptions of its own
-            raise ConfigError(
-                f"model.name={name} is not in the cache {constants.HF_HUB_CACHE}, or only a part of it, and "
-                "HF_HUB_OFFLINE is set: run the same command once without it, with a network"
-            ) from error
-    with suppress(Exception):  # without a network the cache may still have everything
-        print(f"model {name}: {_size(HfApi().model_info(name, files_metadata=True).siblings)}", flush=True)
+    local = why_offline() is not None
+    patterns = MODEL_FILES
+    with suppress(Exception):  # the cache may have everything
+        files = HfApi().model_info(name, files_metadata=True).siblings or []
+        if not any(file.rfilename.endswith(".safetensors") for file in files):
+            patterns = [*MODEL_FILES, "*.bin"]
+        print(f"model {name}: {_size(files, patterns)}", flush=True)
     try:
-        return snapshot_download(name, allow_patterns=MODEL_FILES)
+        folder = snapshot_download(name, allow_patterns=patterns, local_files_only=local)
+        _check_weights(Path(folder))
     except Exception as error:  # the hub, the network and the cache each have their own exceptions
         raise model_not_found(name, error) from error
+    return folder
 
 
-def _size(files: Iterable[Any] | None) -> str:
-    """The number and size of a model's files that are needed, as the hub lists them."""
-    needed = [file for file in files or () if any(fnmatch(file.rfilename, pattern) for pattern in MODEL_FILES)]
-    return f"{sum(file.size or 0 for file in needed) / 1e9:.2f} GB in {len(needed)} files"
+def _check_weights(folder: Path) -> None:
+    """Raise OSError if weights are missing, as in the cache after a download that was stopped."""
+    index = folder / "model.safetensors.index.json"
+    shards = json.loads(index.read_text())["weight_map"].values() if index.exists() else ()
+    missing = [name for name in shards if not (folder / name).exists()]
+    if missing or not (shards or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):
+        raise FileNotFoundError(f"{folder} lacks {missing[0] if missing else 'the weights'}")
+
+
+def _size(files: Iterable[Any], patterns: Sequence[str]) -> str:
+    """The number and size of the files that match a pattern, of those that the hub lists."""
+    needed = [file for file in files if any(fnmatch(file.rfilename, pattern) for pattern in patterns)]
+    size = sum(file.size or 0 for file in needed)
+    shown = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+    return f"{shown} in {len(needed)} files"
 
 
 def _data(config: Config) -> None:
     """Load the problems, which downloads them if they are on the hub, and print their numbers."""
+    from huggingface_hub import HfApi
+
     from grpo.config.instantiate import bind
     from grpo.data.problems import with_validation
 
+    path = config.data.get("path")
+    if path and not Path(path).exists() and why_offline() is None:
+        with suppress(Exception):  # as for the model
+            files = HfApi().dataset_info(path, files_metadata=True).siblings or []
+            print(f"data {path}: at most {_size(files, ['*'])}", flush=True)
     problems = bind("data", config.data, without=known_keys("data"))()
     problems = with_validation(problems, config.data["validation_share"])
     print(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config.errors import ConfigError
+from grpo.config.hub import why_offline
 from grpo.data import arithmetic
 from grpo.rewards.math_xml import gsm8k_answer
 
@@ -84,11 +85,18 @@ def load_gsm8k(path: str | None, name: str | None) -> Problems:
     if Path(path).exists():
         return load_jsonl(path)
     # Imported here because it takes seconds, and a local folder does not need it.
+    reason = why_offline()
     from datasets import load_dataset
 
     try:
         splits = load_dataset(path, name)
     except Exception as error:  # the hub, the network and the cache each raise their own exceptions
+        if reason is not None:
+            raise ConfigError(
+                f"data.path={path} is neither a local folder nor in the cache, and {reason}: give a folder that holds "
+                "train.jsonl and test.jsonl with data.path=DIR, or run once with a network: python -m grpo download "
+                f"data.path={path}"
+            ) from error
         raise ConfigError(
             f"data.path={path} is neither a local folder nor a data set that the hub gave "
             f"({type(error).__name__}: wrong name, or no network?); give a folder that holds train.jsonl and "

@@ -201,7 +201,7 @@ def test_gsm8k_can_be_read_from_a_folder_without_the_hub(folder):
 def test_a_data_set_that_does_not_exist_is_refused_with_a_suggested_fix():
     with pytest.raises(ConfigError) as refused:
         load_gsm8k("/no/such/data", "main")
-    assert str(refused.value).startswith("data.path=/no/such/data is neither a local folder nor a data set")
+    assert str(refused.value).startswith("data.path=/no/such/data is neither a local folder nor ")
     assert "data.path=DIR" in str(refused.value)
 
 
