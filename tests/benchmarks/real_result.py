@@ -2,8 +2,8 @@
 
 python tests/benchmarks/real_result.py FOLDER
 
-writes FOLDER/<task>/{train,test}.jsonl: gcd and lcm of reasoning-gym (pip install reasoning-gym). No pair of numbers is
-in both splits. The plan and the commands of the runs are in tests/benchmarks/NOTES.md, "A real result".
+writes FOLDER/<task>/{train,test}.jsonl: chain_sum, gcd and lcm of reasoning-gym (pip install reasoning-gym). No pair of
+numbers is in both splits. The plan and the commands of the runs are in tests/benchmarks/NOTES.md, "A real result".
 """
 
 import argparse
@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 SETTINGS = {
+    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
     "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 90},
     "lcm": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 40},
 }

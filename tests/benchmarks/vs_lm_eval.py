@@ -129,13 +129,12 @@ def main() -> None:
     theirs, their_scores, until = by_lm_eval(arguments)
     own, own_scores = by_grpo(arguments, until)
     flexible = extractor("flexible-extract")
-    references = [
-        each["answer"].rpartition("####")[2].strip().replace(",", "") for each in problems_of(arguments.data, "test")
-    ]
+    problems = problems_of(arguments.data, "test")[: arguments.problems]
+    references = [each["answer"].rpartition("####")[2].strip().replace(",", "") for each in problems]
     print("lm-eval:", ", ".join(f"{name.partition(',')[2]} {value:.1%}" for name, value in their_scores.items()))
     print("grpo:   ", ", ".join(f"{name} {value:.1%}" for name, value in own_scores.items()))
     n = len(own)
-    pairs = list(zip(theirs, own, references[:n], strict=True))
+    pairs = list(zip(theirs, own, references, strict=True))
     print(f"of {n} problems: {sum(a.prompt == b.prompt for a, b, _ in pairs)} with the same prompt,", end=" ")
     print(f"{sum(a.text == b.text for a, b, _ in pairs)} with the same text,", end=" ")
     print(f"{sum(a.grade == b.grade for a, b, _ in pairs)} with the same grade")
