@@ -1,9 +1,12 @@
 """`grpo chat`: text while it is generated, history, comparison with the model before training, and use in a pipe."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -83,17 +86,57 @@ def test_compare_shows_the_model_before_training_beside_it(finished_run, tmp_pat
         assert said in refused.stderr.splitlines()[-1]
 
 
+def greedy_chat(run, questions):
+    """The answers of `grpo chat` to questions, and its number of new tokens."""
+    loaded = load_model_under_test(find_model([f"run_dir={run}"]), with_problems=False)
+    sampling = replace(loaded.sampling, temperature=0.0, min_new_tokens=0)
+    loaded = loaded._replace(sampling=sampling)
+    return [answer(loaded, question, turn=1) for question in questions], sampling.max_new_tokens
+
+
 def test_plain_transformers_gives_the_same_text_as_chat(finished_run):
     folder = finished_run / "final_model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    loaded = load_model_under_test(find_model([f"run_dir={finished_run}"]), with_problems=False)
-    sampling = replace(loaded.sampling, temperature=0.0, min_new_tokens=0)
-    loaded = loaded._replace(sampling=sampling)
-    for problem in arithmetic.problems("test")[:10]:
-        conversation = [{"role": "user", "content": problem["question"]}]
+    questions = [problem["question"] for problem in arithmetic.problems("test")[:10]]
+    texts, most = greedy_chat(finished_run, questions)
+    for question, expected in zip(questions, texts, strict=True):
+        conversation = [{"role": "user", "content": question}]
         inputs = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_tensors="pt")
         ids = inputs["input_ids"] if not torch.is_tensor(inputs) else inputs
-        out = model.generate(ids, do_sample=False, max_new_tokens=sampling.max_new_tokens)
-        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        assert answer(loaded, problem["question"], turn=1) == text
+        out = model.generate(ids, do_sample=False, max_new_tokens=most)
+        assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == expected
+
+
+VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    folder, most, questions = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+    llm = LLM(folder, dtype="float32", max_model_len=512, enforce_eager=True)
+    asked = [[{"role": "user", "content": question}] for question in questions]
+    found = llm.chat(asked, SamplingParams(temperature=0, max_tokens=most), use_tqdm=False)
+    with open("texts.json", "w") as file:
+        json.dump([each.outputs[0].text for each in found], file)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_gives_the_same_text_as_chat(finished_run, tmp_path):
+    questions = [problem["question"] for problem in arithmetic.problems("test")[:50]]
+    texts, most = greedy_chat(finished_run, questions)
+    (tmp_path / "ask.py").write_text(VLLM)
+    arguments = [finished_run / "final_model", str(most), json.dumps(questions)]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}  # GB
+    done = subprocess.run(
+        [sys.executable, "ask.py", *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "texts.json").read_text()) == texts
