@@ -1,6 +1,7 @@
 """Completions of evaluations on disk, so that none is sampled twice: after a kill, or by the next arm of a sweep."""
 
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+import grpo
 from grpo.config.schema import Config
 from grpo.model.lora import is_adapter_output
 from grpo.runs.environment import environment
@@ -18,6 +20,8 @@ from grpo.runs.files import disk_errors_are_warnings
 from grpo.runs.locations import outputs
 
 logger = logging.getLogger(__name__)
+PACKAGE = Path(grpo.__file__).parent
+SAMPLING_CODE = ("rollout/*.py", "model/*.py", "batch.py", "counter_rng.py")
 UNRELATED = ("_name_or_path", "transformers_version")  # settings of a model that change no number
 Ids = list[list[int]]  # the tokens of a problem's completions
 
@@ -62,13 +66,15 @@ class CompletionStore:
                 file.write(("\n" + "\n".join(lines) + "\n").encode())
 
 
-def store_for(model: PreTrainedModel, config: Config, sampling: Mapping[str, Any]) -> CompletionStore:
+def store_for(model: PreTrainedModel, config: Config, sampling: Mapping[str, Any]) -> CompletionStore | None:
     """The store for completions of a model with these sampling parameters, computed as the config says.
 
-    Its name is a digest of everything that the completions of a prompt depend on: the model's weights and settings,
-    sampling, the seed if the temperature is not 0, the rollout engine, the settings of the computation, the processor
-    and the libraries.
+    Its name is a digest of everything that the completions of a prompt depend on: the model's weights, settings and
+    code, sampling, the seed if the temperature is not 0, the rollout engine, the settings of the computation, the
+    processor, the libraries and the code of this suite. None for an engine of the user, whose code may change.
     """
+    if not config.rollout["_target_"].startswith("grpo."):
+        return None
     hardware = config.hardware
     settings = {name: value for name, value in model.config.to_dict().items() if name not in UNRELATED}
     facts = {
@@ -79,6 +85,7 @@ def store_for(model: PreTrainedModel, config: Config, sampling: Mapping[str, Any
         "rollout": config.rollout,
         "compute": [hardware.threads, hardware.rollout_tokens, hardware.cuda_graphs, config.deterministic],
         "environment": environment(model.device),
+        "code": _code_digest(type(model)),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     parameters = dict(model.named_parameters())
@@ -89,6 +96,15 @@ def store_for(model: PreTrainedModel, config: Config, sampling: Mapping[str, Any
         digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return CompletionStore(outputs() / "evaluations" / f"{digest.hexdigest()[:32]}.jsonl")
+
+
+def _code_digest(model_class: type) -> str:
+    """A digest of the code that samples: this suite's folders for it, and a model's own code from the hub."""
+    files = [file for folder in SAMPLING_CODE for file in sorted(PACKAGE.glob(folder))]
+    own = inspect.getsourcefile(model_class)
+    if not model_class.__module__.startswith("transformers.") and own is not None:
+        files.append(Path(own))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def prompt_digests(prompts: torch.Tensor, mask: torch.Tensor) -> list[str]:

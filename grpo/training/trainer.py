@@ -288,8 +288,8 @@ class Trainer:
         left = self._step_seconds - (time.perf_counter() - self._step_started)
         return self._step_can_abort and not 0 <= left <= FINISH_STEP_IF_LEFT_S
 
-    def completion_store(self) -> CompletionStore:
-        """The store for evaluations of the current model, such as the one that other runs start from, too."""
+    def completion_store(self) -> CompletionStore | None:
+        """The store for evaluations of the current model, which other runs may start from, too; None: there is none."""
         return store_for(self.policy, self.config, store_key(self.experiment, self.sampling))
 
     def evaluate(self, split: str, store: CompletionStore | None = None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Which completions of an evaluation can be used again."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from grpo.config.checks import typed
 from grpo.config.compose import compose_config
 from grpo.model.loading import load_model
 from grpo.model.lora import add_adapter
+from grpo.training import completion_store
 from grpo.training.completion_store import CompletionStore, store_for
 
 SAMPLING = {"temperature": 0.0, "max_new_tokens": 8, "samples": 1}
@@ -72,6 +74,22 @@ def test_the_store_is_another_one_where_the_completions_may_differ(config):
         own = replace(config, model=replace(config.model, lora=replace(lora, alpha=alpha)))
         found.append(store_for(adapted, own, SAMPLING))
     assert len({store.file.name for store in found}) == len(found)
+
+
+def test_another_version_of_the_code_that_samples_has_another_store(config, tmp_path, monkeypatch):
+    package = shutil.copytree(completion_store.PACKAGE, tmp_path / "grpo", ignore=shutil.ignore_patterns("*.json"))
+    model = loaded(config)
+    before = store_for(model, config, SAMPLING)
+    monkeypatch.setattr(completion_store, "PACKAGE", package)
+    assert store_for(model, config, SAMPLING) == before
+    with (package / "rollout" / "native.py").open("a") as file:
+        file.write("# changed\n")
+    assert store_for(model, config, SAMPLING) != before
+
+
+def test_the_completions_of_an_engine_of_the_user_are_not_stored(config):
+    own = replace(config, rollout={**config.rollout, "_target_": "my_engine.Engine"})
+    assert store_for(loaded(config), own, SAMPLING) is None
 
 
 def test_a_line_that_was_torn_or_damaged_is_skipped(tmp_path):
