@@ -84,8 +84,13 @@ def lenient(
 
 
 def _is_right(text: str, reference: str) -> bool:
-    stated = (extract_answer(text), last_boxed(text))
-    return reference.strip() in stated or is_answer(final_answer(text), reference)
+    block = extract_answer(text)
+    if reference.strip() == block:
+        return True
+    decides = block is not None and parse_number(block) is not None
+    if not decides and reference.strip() == last_boxed(text):
+        return True
+    return is_answer(final_answer(text), reference)
 
 
 def is_answer(found: str | Fraction | None, reference: str) -> bool:

@@ -72,6 +72,12 @@ def test_a_box_can_have_nested_braces_and_must_be_complete():
     assert last_boxed("no box") is None
 
 
+def test_a_box_counts_only_if_the_answer_block_states_no_number():
+    assert lenient([], [r"First \boxed{18}, no: <answer>17</answer>"], ["18"]) == [0.0]
+    assert lenient([], [r"\boxed{x^{2}} <answer></answer>"], ["x^{2}"]) == [1.0]
+    assert lenient([], [r"\boxed{x^{2}} for x = 3"], ["x^{2}"]) == [1.0]
+
+
 def test_the_graders_are_ordered_from_strict_to_lenient():
     texts = {
         "<reasoning>9 * 2</reasoning>\n<answer>18</answer>": (1, 1, 1, 1),
