@@ -34,7 +34,7 @@ def why_wrong(row: Mapping[str, Any]) -> str | None:
     text = row["completion"]
     reference = parse_number(row["answer"])
     results = list(equations(text))
-    computed = reference is not None and any(stated == reference for _, stated in results)
+    computed = reference is not None and any(stated == reference == value for value, stated in results)
     if computed or is_answer(final_answer(text), row["answer"]):
         return "right elsewhere"
     if row.get("truncated"):
@@ -64,5 +64,7 @@ def _unit(number: str) -> int:
 
 
 def _is_rounded(value: Fraction, stated: Fraction) -> bool:
-    """Whether the stated result is the value, up to one hundredth or, of large values, half a per cent."""
+    """Whether the stated result is the value; if it is no whole number, up to one hundredth or half a per cent."""
+    if value.denominator == 1:
+        return value == stated
     return abs(value - stated) <= max(Fraction(1, 100), abs(value) / 200)

@@ -22,6 +22,9 @@ from grpo.rewards.lenient import final_answer
         ("<reasoning>9 x $2 = $17</reasoning><answer>17</answer>", False, "arithmetic slip"),
         ("<reasoning>16 - 3 = 13</reasoning><answer>13</answer>", False, "other"),
         ("<reasoning>10 / 3 = 3.33</reasoning><answer>3</answer>", False, "other"),  # rounded
+        ("<reasoning>1000 * 3 = 3010</reasoning><answer>3010</answer>", False, "arithmetic slip"),  # no rounding
+        ("<reasoning>2000 / 3 = 667</reasoning><answer>667</answer>", False, "other"),
+        ("<reasoning>9 + 8 = 18, 18 - 1 = 17</reasoning><answer>17</answer>", False, "arithmetic slip"),
         ("<answer></answer>", False, "other"),
         ("<reasoning>-3 + 5 = 2, (5+3) / 2 + 1 = 5, 2^3 + 1 = 9</reasoning><answer>9</answer>", False, "other"),
         ("<reasoning>200 / 50% = 400, x + 2 + 3 = 10</reasoning><answer>9</answer>", False, "other"),
