@@ -2,8 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit  # the t distribution's quantile; scipy.stats takes a second to import
@@ -21,6 +22,11 @@ def wilson_interval(accuracy: float | None, n: int | None) -> list[float] | None
     center = (accuracy + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(accuracy * (1 - accuracy) / n + z**2 / (4 * n**2))
     return [max(0.0, center - half), min(1.0, center + half)]
+
+
+def accuracy_interval(record: Mapping[str, Any]) -> list[float] | None:
+    """The 95 % interval of the accuracy of an evaluation (content of eval/*.json); of earlier versions Wilson's."""
+    return record.get("accuracy_interval") or wilson_interval(record.get("accuracy"), record.get("n"))
 
 
 def share_interval(shares: Sequence[float]) -> list[float] | None:

@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from grpo.analysis.accuracy import wilson_interval
 from grpo.analysis.load import (
     component_columns,
     finite_values,
@@ -308,8 +307,8 @@ def accuracy(ax: Axes, run: RunData) -> None:
     """Draw the accuracy on validation and on test problems with its 95 % intervals."""
     for split, points in run.evaluations.dropna(subset=["accuracy"]).groupby("split"):
         values = points["accuracy"].to_numpy()
-        intervals = [wilson_interval(a, int(n)) for a, n in zip(values, points["n"].fillna(0), strict=True)]
-        bounds = np.array([interval or (a, a) for a, interval in zip(values, intervals, strict=True)]).T
+        bounds = points[["accuracy_low", "accuracy_high"]].astype(float).to_numpy().T
+        bounds = np.where(np.isnan(bounds), values, bounds)
         counts = " or ".join(str(n) for n in sorted({int(n) for n in points["n"].dropna()}))
         marks: dict[str, Any] = {"color": COLORS[split], "marker": MARKERS[split], "markersize": 6, "linewidth": 1.5}
         marks |= {"ecolor": MUTED, "elinewidth": 1, "capsize": 4, "label": f"{split} ({counts} problems)"}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from grpo.analysis.accuracy import accuracy_interval
 from grpo.runs.folder import RunFolder
 
 METRICS_FILE = Path("metrics", "metrics.jsonl")
@@ -50,8 +51,9 @@ def load_evaluations(run_dir: str | Path, of_training: bool = False) -> pd.DataF
     """The evaluations of a run, one row per file in `eval/`; empty if there are none.
 
     Columns: `name` (the file's name without its ending: before, step_000050, after), `split`, `step`, `n` (problems),
-    `accuracy` (0 to 1), `reward`, `rewards/<component>` and any other single value of the file. Sorted by step,
-    `before` first and `after` last. of_training: without those of `grpo evaluate`, which may be of other problems.
+    `accuracy` (0 to 1), `accuracy_low` and `accuracy_high` (its 95 % interval), `reward`, `rewards/<component>` and any
+    other single value of the file. Sorted by step, `before` first and `after` last. of_training: without those of
+    `grpo evaluate`, which may be of other problems.
     Raises ValueError if a file is damaged.
     """
     rows = []
@@ -59,6 +61,7 @@ def load_evaluations(run_dir: str | Path, of_training: bool = False) -> pd.DataF
         if of_training and not re.fullmatch(r"before|step_\d+|after", name):
             continue
         row = {"name": name} | {key: value for key, value in record.items() if not isinstance(value, (dict, list))}
+        row["accuracy_low"], row["accuracy_high"] = accuracy_interval(record) or (None, None)
         row |= {f"rewards/{component}": value for component, value in (record.get("rewards") or {}).items()}
         rows.append(row)
     return _frame(rows, ["name", "split", "step", "n", "accuracy", "reward"])

@@ -1,13 +1,14 @@
 """The model card of a trained model: README.md of final_model/, in the form of the Hugging Face hub."""
 
 import hashlib
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from grpo.analysis.accuracy import wilson_interval
+from grpo.analysis.accuracy import accuracy_interval
 from grpo.analysis.load import read_config
 from grpo.analysis.summary import accuracy_difference, difference_text
 from grpo.config.command_line import override
@@ -27,7 +28,7 @@ def model_card(run: RunFolder) -> str:
     model, data, grpo = config["model"], config["data"], config["grpo"]
     adapter = model.get("lora") is not None
     front = {
-        "base_model": model["name"],
+        **({"base_model": model["name"]} if _is_hub_name(model["name"]) else {}),
         "library_name": "peft" if adapter else "transformers",
         "tags": ["grpo", "reinforcement-learning"],
     }
@@ -39,8 +40,8 @@ def model_card(run: RunFolder) -> str:
     parent = config.get("parent")
     rows = {
         **({"forked from": f"step {parent['step']} of another run, whose settings it keeps"} if parent else {}),
-        "base model": f"`{model['name']}`{', with LoRA' if adapter else ''}",
-        "data": f"`{data.get('path') or data['_target_']}` {data.get('name') or ''}".strip(),
+        "base model": f"`{_without_folder(model['name'])}`{', with LoRA' if adapter else ''}",
+        "data": f"`{_without_folder(data.get('path') or data['_target_'])}` {data.get('name') or ''}".strip(),
         "rewards": "; ".join(rewards),
         "steps": f"{steps}, of {grpo['batch_size']} prompts with {grpo['num_generations']} completions of at most "
         f"{grpo['max_completion_length']} tokens",
@@ -67,15 +68,25 @@ def model_card(run: RunFolder) -> str:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in rows.items()),
+        *(f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows.items()),
         "",
         "```bash",
         _command(first.get("overrides", []), run.changes()),
         "```",
     ]
     if data.get("system_prompt"):
-        lines += ["", "System prompt of training:", "", "```", data["system_prompt"].strip(), "```"]
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", data["system_prompt"])), default=0))
+        lines += ["", "System prompt of training:", "", fence, data["system_prompt"].strip(), fence]
     return "\n".join(lines) + "\n"
+
+
+def _is_hub_name(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+
+
+def _without_folder(name: str) -> str:
+    """A hub name as it is; of a path only its last part, since the folders of a machine concern nobody else."""
+    return name if _is_hub_name(name) or "/" not in name else Path(name).name
 
 
 def _command(overrides: list[str], changes: dict[str, Any]) -> str:
@@ -101,7 +112,7 @@ def _evaluation(run: RunFolder) -> list[str]:
         return ["Not evaluated."]
     lines = ["| problems | accuracy | 95 % interval | number |", "|---|---|---|---|"]
     for name, each in shown.items():
-        low, high = each.get("accuracy_interval") or wilson_interval(each["accuracy"], each["n"]) or (0.0, 1.0)
+        low, high = accuracy_interval(each) or (0.0, 1.0)
         lines.append(f"| {name} | {each['accuracy']:.1%} | {low:.1%} to {high:.1%} | {each['n']} |")
     difference = accuracy_difference(found["test, before training"], found["test, after training"])
     decoding = "greedy decoding" if not next(iter(shown.values())).get("temperature") else "sampling"

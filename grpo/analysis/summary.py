@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from grpo.analysis.accuracy import mcnemar_p, wilson_interval
+from grpo.analysis.accuracy import accuracy_interval, mcnemar_p
 from grpo.analysis.effects import paired_difference
 from grpo.analysis.load import component_columns, correct_by_problem, finite_values, is_metric, load_metrics
 from grpo.runs.files import write_atomic
@@ -27,7 +27,7 @@ def summarize(run_dir: str | Path) -> dict:
       the loss does not, since the GRPO loss does not measure progress.
     - `totals`: `tokens` seen, `seconds` spent in steps.
     - `eval`: `before` and `after`, each only if that evaluation exists, with `accuracy`, `n`, `reward`, `rewards` by
-      component and `accuracy_interval`, the 95 % Wilson interval.
+      component and `accuracy_interval` (95 %).
     - `accuracy_difference`: that of the two evaluations, see `accuracy_difference`; None without one of them.
 
     Raises FileNotFoundError if `run_dir` is not a run folder, ValueError if one of its files is damaged.
@@ -76,7 +76,8 @@ def accuracy_difference(before: dict[str, Any] | None, after: dict[str, Any] | N
     estimate = paired_difference(difference.to_frame().T)
     low, high = estimate.interval or (-1.0, 1.0)
     found = {"mean": estimate.mean, "interval": [max(-1.0, low), min(1.0, high)], "n": len(difference)}
-    if difference.isin((-1.0, 0.0, 1.0)).all():
+    one_sample = all(each is not None and each.get("samples", 1) == 1 for each in (before, after))
+    if one_sample and difference.isin((-1.0, 0.0, 1.0)).all():
         gained = int((difference == 1.0).sum())
         lost = int((difference == -1.0).sum())
         found |= {"gained": gained, "lost": lost, "p": mcnemar_p(gained, lost)}
@@ -84,13 +85,17 @@ def accuracy_difference(before: dict[str, Any] | None, after: dict[str, Any] | N
 
 
 def difference_text(difference: dict[str, Any]) -> str:
-    """An `accuracy_difference` with its interval, and whether it shows a difference, as text."""
+    """An `accuracy_difference` with its interval, as text, and whether it shows a difference.
+
+    With one sample per problem McNemar's test decides, which is exact, else the interval.
+    """
     low, high = difference["interval"]
     mean, *bounds = (f"{100 * value:+.1f}" for value in (difference["mean"], low, high))
     text = f"{mean} points, 95 % interval {bounds[0]} to {bounds[1]}, paired over {difference['n']} problems"
     if "p" in difference:
         text += f" ({difference['gained']} gained, {difference['lost']} lost; McNemar's p = {difference['p']:.2g})"
-    return text if low > 0 or high < 0 else f"{text}; no difference shown"
+    is_shown = difference["p"] < 0.05 if "p" in difference else low > 0 or high < 0
+    return text if is_shown else f"{text}; no difference shown"
 
 
 def _statistics(metrics: pd.DataFrame, name: str, with_best: bool) -> dict:
@@ -120,7 +125,7 @@ def _evaluation(record: dict) -> dict:
         "n": n,
         "reward": _number(record.get("reward")),
         "rewards": {component: _number(value) for component, value in (record.get("rewards") or {}).items()},
-        "accuracy_interval": record.get("accuracy_interval") or wilson_interval(accuracy, n),
+        "accuracy_interval": accuracy_interval(record),
     }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from grpo.analysis.accuracy import wilson_interval
+from grpo.analysis.accuracy import accuracy_interval, share_interval, wilson_interval
 from grpo.analysis.effects import Estimate, crossed_mean, paired_difference
 from grpo.analysis.load import (
     component_columns,
@@ -212,18 +212,17 @@ def _accuracy(rows: list[pd.Series]) -> Estimate:
     """The accuracy of jobs: rows of 1 (right) and 0 (wrong) by problem.
 
     If all jobs solve nearly the same problems, usually all of them, the interval from their variation is too narrow. So
-    it is extended to Wilson's; for one job it is Wilson's.
+    it is extended to Wilson's; for one job it is that of `share_interval`.
     """
     estimate = crossed_mean(_table(rows))
+    if len(rows) == 1 and (interval := share_interval(rows[0].to_list())) is not None:
+        return replace(estimate, interval=(interval[0], interval[1]))
     wilson = wilson_interval(estimate.mean, max(len(row) for row in rows))
     if wilson is None or estimate.interval is None:
         return estimate
     (low, high) = wilson
     (seen_low, seen_high) = estimate.interval
-    if len(rows) > 1:
-        low = max(0.0, min(low, seen_low))
-        high = min(1.0, max(high, seen_high))
-    return replace(estimate, interval=(low, high))
+    return replace(estimate, interval=(max(0.0, min(low, seen_low)), min(1.0, max(high, seen_high))))
 
 
 def _read_jobs(
@@ -277,7 +276,7 @@ def _results(run_dir: Path) -> dict[str, float | None]:
     last = run.evaluation_at(int(metrics["step"].iloc[-1])) if len(metrics) else None
     tenth = metrics.tail(-(-len(metrics) // 10))
     scores = [each["accuracy"] for each in run.choosing_evaluations() if each["step"] and each["accuracy"] is not None]
-    low, high = (last and wilson_interval(last["accuracy"], last["n"])) or (None, None)
+    low, high = (last and accuracy_interval(last)) or (None, None)
     names = {f"rewards/{name}": column for name, column in component_columns(metrics).items()}
     names = {"mean_reward": "reward", **names, "completions/mean_length": "completions/mean_length", "kl": "kl"}
     return {

@@ -12,6 +12,7 @@ from markupsafe import escape
 from matplotlib.image import imread
 
 from grpo.analysis.charts import SHEET, write_charts
+from grpo.analysis.model_card import model_card
 from grpo.analysis.page import mean_advantage, readable
 from grpo.analysis.run_report import content, write_run_report
 from grpo.analysis.summary import difference_text
@@ -63,8 +64,9 @@ def test_the_model_card_has_the_data_the_evaluations_and_a_command_that_trains_t
     text = (finished_run / "final_model" / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front) == {
-        "base_model": "tiny", "library_name": "transformers", "tags": ["grpo", "reinforcement-learning"],
-    }  # fmt: skip
+        "library_name": "transformers",  # no base_model, since the embedded model is not on the hub
+        "tags": ["grpo", "reinforcement-learning"],
+    }
     run = RunFolder(finished_run)
     for split, name in (("test", "before"), ("validation", "step_000002"), ("test", "after")):
         each = run.evaluation(name)
@@ -77,6 +79,21 @@ def test_the_model_card_has_the_data_the_evaluations_and_a_command_that_trains_t
     again = shlex.split(command)
     assert again[:2] == ["python", "launch.py"]
     assert again[2:] == run.launches()[0]["overrides"]  # none of them concerns one launch
+
+
+def test_the_model_card_names_a_hub_model_and_no_folder_of_this_machine(finished_run, tmp_path):
+    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+    config = run.config_file.read_text()
+    changed = re.sub(r"(?m)^  name: tiny$", "  name: Qwen/Qwen2.5-0.5B-Instruct", config)
+    changed = re.sub(r"(?m)^  path: null$", "  path: /home/me/my|sums", changed)
+    changed = re.sub(r"(?m)^  system_prompt: null$", "  system_prompt: 'Write ```'", changed)
+    assert len(set(changed.splitlines()) - set(config.splitlines())) == 3
+    run.config_file.write_text(changed)
+    text = model_card(run)
+    assert "base_model: Qwen/Qwen2.5-0.5B-Instruct" in text
+    assert "/home/me" not in text
+    assert "| data | `my&#124;sums`" in text
+    assert text.endswith("\n````\nWrite ```\n````\n")
 
 
 def test_the_report_contains_the_findings_before_training(finished_run, tmp_path):

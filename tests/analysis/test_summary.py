@@ -177,6 +177,17 @@ def test_a_difference_within_its_interval_is_called_so():
     assert single == {"mean": 1.0, "interval": [-1.0, 1.0], "n": 1, "gained": 1, "lost": 0, "p": 1.0}
 
 
+def test_mcnemars_test_decides_whether_a_difference_is_shown():
+    """Its p of 5 gained and none lost is 0.06, although the interval of the difference is above 0."""
+    difference = accuracy_difference(evaluation(*[0] * 20), evaluation(*[1] * 5, *[0] * 15))
+    assert difference["interval"][0] > 0
+    assert difference_text(difference).endswith("p = 0.062); no difference shown")
+    assert "no difference" not in difference_text({**difference, "p": 0.04})
+    several = accuracy_difference(evaluation(0, 1) | {"samples": 2}, evaluation(1, 1) | {"samples": 2})
+    assert several["mean"] == 0.5
+    assert "p" not in several  # two samples of a problem are not independent problems
+
+
 def test_a_run_without_a_completed_step_has_a_summary(tmp_path):
     (tmp_path / "status.json").write_text('{"state": "failed"}')
     summary = read_strictly(write_summary(tmp_path))
