@@ -24,9 +24,9 @@ def why_offline() -> str | None:
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    if getproxies():
-        return None
     address = urlsplit(constants.ENDPOINT)
+    if {address.scheme, "all"} & getproxies().keys():
+        return None
     port = address.port or (80 if address.scheme == "http" else 443)
     try:
         socket.create_connection((address.hostname or "", port), timeout=CONNECT_S).close()
