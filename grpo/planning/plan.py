@@ -277,13 +277,15 @@ def _rest_seconds(config: Config, model: Any, work: estimate.Work, compute: torc
         sampled = estimate.Work(groups, work.group_size, work.prompt_tokens, lengths)
         seconds += _sampling_seconds(config, model, sampled, compute)
     steps = config.grpo.num_iterations * config.grpo.num_steps
-    during = (steps - 1) // config.eval.every + config.eval.before if config.eval.every else 0
+    curve = config.eval.every and problems.validation
+    during = steps // config.eval.every + bool(config.eval.before and curve) if config.eval.every else 0
+    at_end = bool(config.eval.after and problems.validation and (not config.eval.every or steps % config.eval.every))
     length = config.eval.max_completion_length or max(work.lengths)
     for split, evaluations in (
         (problems.test, config.eval.before + config.eval.after),
-        (getattr(problems, problems.split_to_choose_by), during + (config.eval.after and bool(problems.validation))),
+        (getattr(problems, problems.split_to_choose_by), during + at_end),
     ):
-        count = len(split[: config.eval.max_problems])
+        count = len(split[: config.eval.max_problems]) * config.eval.samples
         if count and evaluations:
             at_once = min(count, max(1, (config.hardware.rollout_tokens or length) // length))
             batch = estimate.Work(at_once, 1, work.prompt_tokens, [length] * at_once)

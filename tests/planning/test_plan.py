@@ -69,10 +69,14 @@ def test_the_time_of_a_run_includes_its_start_pre_flight_and_evaluations():
     assert alone.hours == pytest.approx((alone.seconds * alone.steps + planning.START_S) / 3600)
     own = ["eval.before=false", "preflight=false", "grpo.num_steps=10", "eval.max_problems=50"]
     after = plan(*own).rest_seconds - planning.START_S  # on 50 validation and 50 test problems
-    often = plan(*own, "eval.every=2").rest_seconds - planning.START_S  # and 4 times in between
+    often = plan(*own, "eval.every=2").rest_seconds - planning.START_S  # and on validation problems 4 times in between
     assert often == pytest.approx(3 * after)
     alone = plan(*own, "eval.after=false", "eval.before=true", "eval.every=2").rest_seconds - planning.START_S
-    assert alone == pytest.approx(3 * after)  # before on both, and 4 times in between
+    assert alone == pytest.approx(3.5 * after)  # before on both, and on validation problems at steps 2, 4, ..., 10
+    none = plan(*own, "data.validation_share=0", "eval.before=true", "eval.every=2").rest_seconds - planning.START_S
+    assert none == pytest.approx(3.5 * after)  # all on test problems: before, after, and at steps 2, 4, ..., 10
+    samples = plan(*own, "eval.samples=4", "eval.temperature=1").rest_seconds - planning.START_S
+    assert after < samples <= 4 * after
     assert plan("preflight=true").rest_seconds > plan("preflight=false").rest_seconds
 
 
