@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
         _say_hello(subject, keeps_history)
         histories: list[Messages] = [[] for _ in models]
         turn = 0
-        while line := _read_line():
+        while (line := _read_line()) is not None:
             if line == START_OVER:
                 histories = [[] for _ in models]
                 continue
@@ -69,8 +69,14 @@ def _start_of(subject: ModelUnderTest) -> ModelUnderTest:
     """The untrained model of the subject's run."""
     if subject.folder is None:
         raise ConfigError("compare=true shows a run's model beside the untrained one: give run_dir=...")
-    model = replace(subject.config.model, name=subject.folder.frozen_config().model.name, lora=None)
-    return replace(subject, config=replace(subject.config, model=model), weights=None, step=0)
+    frozen = subject.folder.frozen_config().model
+    lora = subject.config.model.lora
+    if lora is not None:  # an adapter that training started from is part of the untrained model
+        started_from = frozen.lora.init_from if frozen.get("lora") else None
+        lora = replace(lora, init_from=started_from) if started_from else None
+    model = replace(subject.config.model, name=frozen.name, lora=lora)
+    changed = tuple(key for key in subject.changed if key != "model.name")
+    return replace(subject, config=replace(subject.config, model=model), weights=None, step=0, changed=changed)
 
 
 def _load(subject: ModelUnderTest, greedy: bool) -> LoadedModel:
@@ -81,7 +87,9 @@ def _load(subject: ModelUnderTest, greedy: bool) -> LoadedModel:
 
 def _say_hello(subject: ModelUnderTest, keeps_history: bool) -> None:
     new = f"{START_OVER} starts a new conversation" if keeps_history else "each line is a new problem"
-    Console(stderr=not sys.stdin.isatty()).print(f"{subject.model}: {new}; an empty line exits", highlight=False)
+    Console(stderr=not sys.stdin.isatty(), markup=False).print(
+        f"{subject.model}: {new}; an empty line exits", highlight=False
+    )
 
 
 def _answer(
@@ -91,7 +99,9 @@ def _answer(
     if len(models) == 1:
         return [answer(models[0], question, turn, histories[0], on_text=_write)]
     answers = [answer(each, question, turn, history) for each, history in zip(models, histories, strict=True)]
-    table = Table(*(f"{subject.model} ({subject.step} steps)" for subject in subjects), show_lines=True)
+    table = Table(show_lines=True)
+    for each in subjects:
+        table.add_column(Text(f"{each.model} ({each.step} steps)"))
     table.add_row(*map(Text, answers))  # as it is, without rich's markup
     Console().print(table)
     return answers
@@ -158,8 +168,14 @@ class TextStream:
         self._shown = text
 
 
-def _read_line() -> str:
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except (EOFError, KeyboardInterrupt):
-        return ""
+def _read_line() -> str | None:
+    """The next line that is not empty. None at the end of the input, and on a terminal after an empty line."""
+    line = ""
+    while not line:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return None
+        if sys.stdin.isatty():
+            return line or None
+    return line

@@ -54,13 +54,14 @@ def test_history_keeps_the_turns_until_a_new_conversation_begins(loaded):
 
 
 def test_a_pipe_gets_only_the_answers(tmp_path):
-    lines = f"{QUESTION}\n{QUESTION}\nWhat is 10 + 11?\n"
+    lines = f"{QUESTION}\n\n{QUESTION}\nWhat is 10 + 11?\n"  # an empty line is no question
     command = [sys.executable, "-m", "grpo", "chat", *TINY]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(command, input=lines, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     single = grpo("chat", *TINY, f"prompt={QUESTION}", cwd=tmp_path).stdout
     assert done.stdout.startswith(single * 2)
+    assert len(done.stdout) > len(single * 2)
     assert "each line is a new problem" in done.stderr
     other = subprocess.run(
         [*command, "history=true"], input=f"{QUESTION}\n{QUESTION}\n/new\n{QUESTION}\n", capture_output=True, text=True,
