@@ -29,8 +29,9 @@ from rich.progress import Progress
 from grpo.analysis.wrong_answers import CATEGORIES, why_wrong
 from grpo.commands._common import ModelUnderTest, compose_data, find_model, load_model_under_test, own_arguments
 from grpo.config.errors import ConfigError
+from grpo.data.problems import is_same_data
 from grpo.runs.console import evaluation_table
-from grpo.runs.folder import read_evaluation
+from grpo.runs.folder import RunFolder, read_evaluation
 
 SPLITS = ("test", "validation", "train")
 
@@ -42,11 +43,12 @@ def main(arguments: list[str]) -> None:
     if split not in SPLITS:
         raise ConfigError(f"split={split}: must be one of {', '.join(SPLITS)}")
     subject = find_model(rest)
+    _check_share(subject)
     names = _sets(subject)
     baseline = own.get("baseline")
     others = {} if baseline is None else _baseline(baseline, subject, split, names)
     results = _evaluate(subject, split, names)
-    console = Console()
+    console = Console(markup=False)
     console.print(f"model: {subject.model}", highlight=False, soft_wrap=True)
     for name, result in results.items():
         other = others.get(name)
@@ -59,6 +61,19 @@ def main(arguments: list[str]) -> None:
         if other is not None:
             console.print(f"accuracy {result['baseline']['text']}", highlight=False, soft_wrap=True)
     _write(subject, results, console)
+
+
+def _check_share(subject: ModelUnderTest) -> None:
+    """Raise ConfigError if another data.validation_share would count problems as validation that a run trained on."""
+    if subject.folder is None:
+        return
+    frozen = subject.folder.frozen_config().data
+    share = subject.config.data["validation_share"]
+    if is_same_data(frozen, subject.config.data) and share != frozen.validation_share:
+        raise ConfigError(
+            f"data.validation_share={share}: the run was trained with {frozen.validation_share} on the same data, so "
+            "the splits must stay; remove it"
+        )
 
 
 def _sets(subject: ModelUnderTest) -> dict[str, str | None]:
@@ -80,17 +95,22 @@ def _why_wrong(result: dict[str, Any]) -> list[str]:
 def _evaluate(subject: ModelUnderTest, split: str, names: dict[str, str | None]) -> dict[str, dict[str, Any]]:
     """The results of a model by data set."""
     from grpo.training.completion_store import store_for  # imports torch
-    from grpo.training.evaluation import evaluate, store_key
+    from grpo.training.evaluation import evaluate, evaluated_problems, store_key
     from grpo.training.experiment import build_experiment
 
     results = {}
-    experiment, engine, sampling, model = load_model_under_test(subject)
+    sets = {
+        name: build_experiment(replace(subject.config, data=compose_data(file, subject.config)))
+        for name, file in names.items()
+        if file is not None
+    }
+    for on in sets.values():  # before anything is sampled
+        evaluated_problems(on, split)
+    experiment, engine, sampling, model = load_model_under_test(subject, with_problems=not sets)
     with closing(engine):
         store = store_for(model, subject.config, store_key(experiment, sampling))
-        for name, file in names.items():
-            on = experiment
-            if file is not None:
-                on = build_experiment(replace(subject.config, data=compose_data(file, subject.config)))
+        for name in names:
+            on = sets.get(name, experiment)
             with _progress(name) as progress:
                 found = evaluate(engine, sampling, on, subject.step, split, store, progress)
             results[name] = {"model": subject.model, "set": name, **found}
@@ -108,6 +128,12 @@ def _baseline(
         return dict.fromkeys(names, found)
     if baseline.endswith(".json"):
         raise ConfigError(f"baseline={baseline}: there is no such file")
+    if not baseline or RunFolder(baseline).started():
+        run = baseline or "RUN"
+        raise ConfigError(
+            f"baseline={baseline}: give an evaluation, such as {run}/eval/after.json, or a model, such as "
+            f"{run}/final_model"
+        )
     model = replace(subject.config.model, name=baseline, lora=None)
     changed = (*subject.changed, "model.name")
     other = replace(subject, config=replace(subject.config, model=model), weights=None, step=0, changed=changed)
@@ -121,12 +147,13 @@ def _check_baseline(
     if len(names) > 1 or ("set" in found and found["set"] not in names):
         of = found.get("set", "the data of a run")
         raise ConfigError(f"baseline={baseline} is of {of}, and this evaluation of {', '.join(names)}; use the same")
-    asked = {"split": split, "samples": subject.config.eval.samples}
+    config = subject.config
+    length = config.eval.max_completion_length or config.grpo.max_completion_length
+    asked = {"split": split, "samples": config.eval.samples, "temperature": config.eval.temperature}
+    asked["max_completion_length"] = length
     for key, value in asked.items():
-        if found.get(key, 1) != value:
-            raise ConfigError(
-                f"baseline={baseline} has {key}={found.get(key, 1)}, and this evaluation {value}; use the same"
-            )
+        if found.get(key, value) != value:
+            raise ConfigError(f"baseline={baseline} has {key}={found[key]}, and this evaluation {value}; use the same")
     for key in ("completions/mean_length", "rewards"):
         if found.get(key) is None:
             raise ConfigError(f"baseline={baseline} has no {key}; evaluate it again")

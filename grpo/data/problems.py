@@ -4,7 +4,8 @@ import codecs
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ class Problems:
 def with_validation(problems: Problems, share: float) -> Problems:
     """Move a share of the training problems, about that many, to the validation problems.
 
-    A problem is chosen by a hash of its family or id, so it does not depend on other problems, a seed or the config.
+    A problem is chosen by a hash of its family, or else of its question, so it does not depend on other problems, on a
+    seed or on the config, and equal questions stay in one split.
     A data set with validation problems of its own stays as it is. With a share of 0 there are none. Raises ConfigError
     if no training problem is left.
     """
@@ -59,7 +61,7 @@ def with_validation(problems: Problems, share: float) -> Problems:
         return replace(problems, validation=[])
     if problems.validation:
         return problems
-    chosen = [_uniform(problem.family or problem.id) < share for problem in problems.train]
+    chosen = [_uniform(problem.family or problem.question) < share for problem in problems.train]
     train = [problem for problem, is_chosen in zip(problems.train, chosen, strict=True) if not is_chosen]
     validation = [problem for problem, is_chosen in zip(problems.train, chosen, strict=True) if is_chosen]
     if not train:
@@ -68,6 +70,16 @@ def with_validation(problems: Problems, share: float) -> Problems:
             f"data.validation_share={share} leaves none of {count} training problems to train on; lower it"
         )
     return Problems(train, problems.test, validation)
+
+
+def is_same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two values of the config's group data name the same data set, in whatever way."""
+    first, second = (each.get("path") for each in (one, other))
+    if first is None or second is None:
+        return first is second and one["_target_"] == other["_target_"]
+    if os.path.exists(first) and os.path.exists(second):
+        return os.path.samefile(first, second)
+    return first == second and one.get("name") == other.get("name")
 
 
 def _uniform(name: str) -> float:

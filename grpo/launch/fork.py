@@ -18,6 +18,7 @@ from grpo.config.paths import CONF_DIR
 from grpo.config.schema import Config
 from grpo.config.trust import check_trusted
 from grpo.config.values import copy_value, escape, to_dict
+from grpo.data.problems import is_same_data
 from grpo.data.sampler import problems_before
 from grpo.launch.freeze import freeze
 from grpo.runs.checkpoint import (
@@ -99,8 +100,7 @@ def _keep_validation(frozen: DictConfig, before: DictConfig, overrides: Override
 
     Raises ConfigError if the command line asks for another share.
     """
-    same_data = all(frozen.data.get(name) == before.data.get(name) for name in ("_target_", "path", "name"))
-    if not same_data or frozen.data.validation_share == before.data.validation_share:
+    if not is_same_data(frozen.data, before.data) or frozen.data.validation_share == before.data.validation_share:
         return
     if overrides.names("data.validation_share"):
         raise ConfigError(

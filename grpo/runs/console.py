@@ -144,14 +144,15 @@ def evaluation_table(title: str, evaluations: Mapping[str, Mapping[str, Any] | N
     """A table of evaluations (contents of eval/*.json), one column for each, with 95 % intervals."""
     shown = {name: result for name, result in evaluations.items() if result}
     results = list(shown.values())
-    table = Table(title=title)
+    # Names of graders and values of columns can contain square brackets, which Rich would read as markup.
+    table = Table(title=Text(title))
     table.add_column("")
     for name, result in shown.items():
-        table.add_column(f"{name} (n={result['n']})", justify="right")
+        table.add_column(Text(f"{name} (n={result['n']})"), justify="right")
 
     def add(label: str, cells: list[str]) -> None:
         if any(cell != "-" for cell in cells):
-            table.add_row(label, *cells)
+            table.add_row(Text(label), *cells)
 
     add("accuracy", [_share(r["accuracy"], r.get("accuracy_interval")) for r in results])
     for part, key in (("graded", "accuracy"), ("pass@k", "share"), ("maj@k", "share")):
@@ -163,7 +164,7 @@ def evaluation_table(title: str, evaluations: Mapping[str, Mapping[str, Any] | N
         add("no value", [str(r.get("missing", 0)) for r in results])
     add("reward", [_two_digits(r["reward"]) for r in results])
     for component in dict.fromkeys(name for r in results for name in r["rewards"]):  # a fork may have other components
-        table.add_row(f"  {component}", *(_two_digits(r["rewards"].get(component)) for r in results))
+        table.add_row(Text(f"  {component}"), *(_two_digits(r["rewards"].get(component)) for r in results))
     add("mean length", [f"{r['completions/mean_length']:.1f}" for r in results])
     add("truncated", [_share(r.get("completions/clipped_ratio"), None) for r in results])
     for column in dict.fromkeys(column for r in results for column in r.get("by") or {}):

@@ -43,19 +43,18 @@ def evaluate(
     was trained for, stored in the result. store: where completions are taken from and kept. progress: called after
     each part of the problems.
 
-    Returns the content of eval/*.json. Of single values: split; step; samples (per problem); temperature; n (number of
-    problems with a value of accuracy) and missing (number of those without); accuracy (0 to 1, the mean over the n
-    problems; None if n is 0) and accuracy_interval ([low, high], 95 %); reward; completions/mean_length (tokens);
-    completions/clipped_ratio (share truncated at the limit). rewards: mean of each component. graded: for each of
-    eval.graders the mean and its interval. pass@k, maj@k: by k, for several samples. by: column -> value -> accuracy.
+    Returns the content of eval/*.json. Of single values: split; step; samples (per problem); temperature;
+    max_completion_length (tokens); n (number of problems with a value of accuracy) and missing (number of those
+    without); accuracy (0 to 1, the mean over the n problems; None if n is 0) and accuracy_interval ([low, high], 95 %);
+    reward; completions/mean_length (tokens); completions/clipped_ratio (share truncated at the limit). rewards: mean of
+    each component. graded: for each of eval.graders the mean and its interval. pass@k, maj@k: by k, for several
+    samples. by: column -> value -> accuracy.
     problems: a row for each completion, those of `completion_rows` with `sample` (its number), `correct` (None where
     eval.accuracy gave no value), `graded` (by grader), `length` in tokens and `truncated`.
     """
     config = experiment.config.eval
     used = evaluation_sampling(experiment, sampling)
-    problems = getattr(experiment.problems, split)[: config.max_problems]
-    if not problems:
-        raise ConfigError(f"data has no {split} problems to evaluate on; give data.path a folder with a {split}.jsonl")
+    problems = evaluated_problems(experiment, split)
     rows: list[list[dict[str, Any]]] = [[] for _ in problems]
     done = 0
     for places, completions in _completions(engine, used, experiment, problems, store):
@@ -66,6 +65,18 @@ def evaluate(
         if progress is not None:
             progress(done, len(problems))
     return {"split": split, "step": step, **_summary(experiment, problems, rows)}
+
+
+def evaluated_problems(experiment: Experiment, split: str) -> Sequence[Problem]:
+    """The problems of a split that are evaluated, at most eval.max_problems. Raises ConfigError if there are none."""
+    problems: list[Problem] = getattr(experiment.problems, split)[: experiment.config.eval.max_problems]
+    if not problems:
+        remedy = f"give data.path a folder with a {split}.jsonl"
+        if split == "validation":
+            share = experiment.config.data["validation_share"]
+            remedy = f"with data.validation_share={share} it keeps none; choose a larger share"
+        raise ConfigError(f"data has no {split} problems to evaluate on: {remedy}")
+    return problems
 
 
 def evaluation_sampling(experiment: Experiment, sampling: Sampling) -> Sampling:
@@ -170,6 +181,7 @@ def _summary(experiment: Experiment, problems: Sequence[Problem], rows: list[lis
     result = {
         "samples": config.samples,
         "temperature": config.temperature,
+        "max_completion_length": config.max_completion_length or experiment.sizes.max_completion_length,
         "n": len(known),
         "missing": len(shares) - len(known),
         "accuracy": _mean(known),
@@ -193,7 +205,8 @@ def _of_several(rows: list[list[dict[str, Any]]], samples: int) -> dict[str, Any
     ks = sorted({*(2**power for power in range(samples.bit_length()) if 2**power <= samples), samples})
     passed = {k: [pass_at_k(sum(r["correct"] for r in each), samples, k) for each in graded] for k in ks}
     majority = [
-        majority_share([_vote(row["completion"]) for row in each], [row["correct"] for row in each]) for each in graded
+        majority_share([_vote(row["completion"], row["correct"]) for row in each], [row["correct"] for row in each])
+        for each in graded
     ]
     return {
         "pass@k": {
@@ -203,13 +216,17 @@ def _of_several(rows: list[list[dict[str, Any]]], samples: int) -> dict[str, Any
     }
 
 
-def _vote(completion: str) -> str | Fraction | None:
-    """The answer of a completion for maj@k: that of its answer block; without any tags, what it ends with."""
+def _vote(completion: str, is_right: bool) -> str | Fraction | None:
+    """The answer of a completion for maj@k: that of its answer block.
+
+    Without a block it is what the completion ends with, if it has no tags at all or `eval.accuracy` accepts it.
+    """
     block = extract_answer(completion)
-    if block is not None:
+    if block:
         value = parse_number(block)
         return block if value is None else value
-    return None if any(tag in completion for tag in TAGS) else final_answer(completion)
+    answers_without_block = is_right or not any(tag in completion for tag in TAGS)
+    return final_answer(completion) if block is None and answers_without_block else None
 
 
 def _by_value(problems: Sequence[Problem], shares: list[float | None], column: str) -> dict[str, Any]:

@@ -244,6 +244,13 @@ def _check_splits(problems: Problems, config: Config) -> None:
             f"eval.every={config.eval.every} needs validation problems, and data.validation_share={share} gives none "
             f"of {count} training problems; raise it, or set eval.every=0"
         )
+    if config.eval.after and share > 0 and not problems.validation:
+        logger.warning(
+            "data.validation_share=%s gives no validation problems of %d training problems, so a sweep would choose by "
+            "the test problems; raise it",
+            share,
+            len(problems.train),
+        )
 
 
 def _bind_rewards(

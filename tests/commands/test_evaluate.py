@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from grpo.training.evaluation import _vote
 from tests.launches import SHORT, grpo, launch, resume
 
 APPEND = "grpo.training.completion_store.CompletionStore.append"
@@ -107,6 +108,39 @@ def test_several_sets_are_evaluated_with_the_prompts_of_the_run(cwd):
     assert "arithmetic, test problems" in said
 
 
+def test_sets_do_not_need_the_data_of_the_config(tmp_path):
+    """The default data is on the hub, which cannot be reached here."""
+    own = ["model=tiny", "tuning=full", "hardware=cpu", "eval.max_problems=3", "data=jsonl", "data.path=/no/such"]
+    done = grpo("evaluate", *own, "data.system_prompt=null", "eval.sets=[arithmetic]", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "(n=3)" in done.stdout
+
+
+def test_square_brackets_in_names_and_values_are_printed_as_they_are(tmp_path):
+    for split in ("train", "test"):
+        rows = [{"question": f"What is 1{i} + 12?", "answer": "7", "level": "[/INST]"} for i in range(30)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ["experiment=quickstart", "data=jsonl", f"data.path={tmp_path}", "eval.max_problems=3", "eval.by=[level]"]
+    own += ["data.system_prompt=null"]
+    done = grpo("evaluate", *own, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "level=[/INST]" in done.stdout
+
+
+def test_the_validation_problems_of_a_run_cannot_be_others(cwd, tmp_path):
+    refused = grpo("evaluate", "run_dir=run", "split=validation", "data.validation_share=0.5", cwd=cwd)
+    assert refused.returncode == 2
+    assert "data.validation_share=0.5: the run was trained with" in refused.stderr
+
+
+def test_votes_are_what_the_completions_answer():
+    block, text = "<answer>17</answer>", "<reasoning>9 * 2</reasoning> The answer is 18."
+    assert [_vote(each, is_right=False) for each in (block, text, "It is 18.")] == [17, None, 18]
+    assert _vote(text, is_right=True) == 18  # with a grader that accepts it
+    assert _vote("<answer></answer>", is_right=False) is None
+    assert _vote("<answer>a cat</answer>", is_right=False) == "a cat"
+
+
 def test_completions_are_sampled_once_also_after_a_kill(tmp_path):
     own = [*SMALL, "grpo.num_steps=1", "grpo.batch_size=2", "grpo.num_generations=2", "tracking=disabled"]
     own += ["preflight=false", "hardware.rollout_tokens=100"]  # four completions at once
@@ -159,6 +193,11 @@ def test_a_run_with_only_its_best_weights_offers_them(cwd, tmp_path):
         (["baseline=missing.json"], "baseline=missing.json: there is no such file"),
         (["baseline=other.json"], "has none of the problems of this evaluation; evaluate it on the same data"),
         (["baseline=sampled.json"], "baseline=sampled.json has samples=4, and this evaluation 1"),
+        (["baseline=hot.json"], "baseline=hot.json has temperature=1.0, and this evaluation 0"),
+        (["baseline=short.json"], "baseline=short.json has max_completion_length=7, and this evaluation 40"),
+        (["baseline=run"], "baseline=run: give an evaluation, such as run/eval/after.json, or a model, such as run/"),
+        (["baseline="], "baseline=: give an evaluation, such as RUN/eval/after.json"),
+        (["eval.sets=[arithmetic,gsm8k]"], "data.path=openai/gsm8k is neither a local folder nor"),
         (["eval.by=[level]"], "eval.by: the data has no column level; it has none besides question and answer"),
         (["eval.sets=[nothing]"], "nothing"),
         (["+eval.graders.x={}"], "eval.graders.x needs a _target_"),
@@ -176,7 +215,12 @@ def test_an_impossible_evaluation_is_refused_in_one_line(tmp_path, arguments, sa
     record |= {"rewards": {}, "completions/mean_length": 1.0, "set": "problems"}
     (tmp_path / "other.json").write_text(json.dumps({"version": 2, **record}))
     (tmp_path / "sampled.json").write_text(json.dumps({"version": 2, **record, "samples": 4}))
-    small = [each for each in SMALL if not each.startswith("eval.samples")]
-    refused = grpo("evaluate", *small, *arguments, cwd=tmp_path)
+    (tmp_path / "hot.json").write_text(json.dumps({"version": 2, **record, "temperature": 1.0}))
+    (tmp_path / "short.json").write_text(json.dumps({"version": 2, **record, "max_completion_length": 7}))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("version: 1\n")
+    refused = grpo("evaluate", *SMALL, *arguments, cwd=tmp_path)
     assert refused.returncode == 2
+    if "has none of the problems" not in said:
+        assert not (tmp_path / "outputs").exists()  # nothing was sampled
     assert said in refused.stderr.splitlines()[-1]

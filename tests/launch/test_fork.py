@@ -255,6 +255,8 @@ def test_a_fork_keeps_the_validation_problems_of_its_parent(tmp_path):
     refused = launch(*run, "data.validation_share=0.1", cwd=tmp_path)
     assert refused.returncode == 2
     assert "the parent was trained with 0.0 on the same data" in refused.stderr
+    refused = launch(*run, "data=arithmetic", "data.validation_share=0.2", cwd=tmp_path)
+    assert refused.returncode == 2
     done = launch(*run, "data=arithmetic", cwd=tmp_path)  # whose share is 0.1
     assert done.returncode == 0, done.stderr
     assert load_frozen(tmp_path / "fork" / "config.yaml").data.validation_share == 0
