@@ -50,7 +50,8 @@ def style(ax: Axes, title: str, ylabel: str = "", xlabel: str = "step", percent:
 
 def legend(ax: Axes, title: str | None = None, beside: bool = True) -> None:
     """Add a legend next to the panel, where it covers no curve, or inside it; none if no curve has a label."""
-    if ax.get_legend_handles_labels()[0]:
+    if handles := ax.get_legend_handles_labels()[0]:
         outside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.0}
-        place = outside if beside else {"loc": "best"}
+        inside: dict[str, Any] = {"loc": "best", "ncols": 1 if len(handles) <= 3 else 2}  # flat: it fits between curves
+        place = outside if beside else inside
         ax.legend(**place, fontsize=8, frameon=False, labelcolor=TEXT, title=title, title_fontsize=8, alignment="left")
