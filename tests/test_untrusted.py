@@ -283,6 +283,12 @@ ATTACKS = {
     "the grader": code("asks to run payload.run (eval.accuracy._target_)", eval__accuracy=CONDITIONS),
     "another grader": code("asks to run payload.run (eval.graders.x._target_)", eval__graders={"x": CONDITIONS}),
     "a data set with a path": Attack(both(put("evil.yaml", EVIL_DATA), with_own_set)),
+    "markup in a grader's name": Attack(
+        both(
+            config(eval__graders={"[/x]": {"_target_": "grpo.rewards.math_xml.strict"}}),
+            lambda run: (run / "digests.json").unlink(missing_ok=True),
+        )
+    ),
     "a nested function": code("asks to run payload.run", optimizer__betas=[{"a": [CONDITIONS]}]),
     "a function of the suite for another key": code(
         "asks to run grpo.algorithm.objective.Objective",
