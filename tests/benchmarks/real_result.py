@@ -1,15 +1,27 @@
-"""Does training help real weights? Tasks that SmolLM2-135M-Instruct can begin to solve, as data sets.
+"""Does training help real weights? Tasks that SmolLM2-135M-Instruct can begin to solve, and the table of the results.
 
-python tests/benchmarks/real_result.py FOLDER
+python tests/benchmarks/real_result.py data FOLDER
 
 writes FOLDER/<task>/{train,test}.jsonl: chain_sum, gcd and lcm of reasoning-gym (pip install reasoning-gym). No pair of
-numbers is in both splits. The plan and the commands of the runs are in tests/benchmarks/NOTES.md, "A real result".
+numbers is in both splits.
+
+python tests/benchmarks/real_result.py report RUN_FOLDER ...
+
+prints a table of the runs: lenient and tagged accuracy on the test problems before and after training. The plan and the
+commands of the runs are in tests/benchmarks/NOTES.md, "A real result".
 """
 
 import argparse
 import json
 import re
+import statistics
+from collections import Counter
 from pathlib import Path
+from typing import Any
+
+from grpo.analysis.summary import accuracy_difference, difference_text
+from grpo.rewards.lenient import final_answer
+from grpo.runs.folder import RunFolder
 
 SETTINGS = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
@@ -33,18 +45,61 @@ def of_reasoning_gym(task: str) -> tuple[list[dict], list[dict]]:
     return found[TEST:], found[:TEST]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    arguments = parser.parse_args()
+def write_data(folder: Path) -> None:
     for task in SETTINGS:
         train, test = of_reasoning_gym(task)
-        folder = arguments.folder / task
-        folder.mkdir(parents=True, exist_ok=True)
+        of_task = folder / task
+        of_task.mkdir(parents=True, exist_ok=True)
         for split, rows in (("train", train), ("test", test)):
             text = "".join(json.dumps(row) + "\n" for row in rows)
-            (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
-        print(f"{folder}: {len(train)} problems to train on, {len(test)} to test")
+            (of_task / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        print(f"{of_task}: {len(train)} problems to train on, {len(test)} to test")
+
+
+def by(grader: str, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation whose problems are right where a grader says so."""
+    problems = [{**row, "correct": bool(row["graded"][grader])} for row in evaluation["problems"]]
+    return {**evaluation, "problems": problems}
+
+
+def report(folders: list[Path]) -> None:
+    gains = []
+    print(
+        "| run | step | lenient before | after | difference | tagged before | after | well formed | commonest answer |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for folder in folders:
+        run = RunFolder(folder)
+        before, after = run.evaluation("before"), run.evaluation("after")
+        if before is None or after is None:
+            raise SystemExit(f"{folder} is not evaluated before and after training")
+        difference = accuracy_difference(by("lenient", before), by("lenient", after))
+        assert difference is not None  # the problems are the same
+        gains.append(difference["mean"])
+        shares = [
+            f"{each['graded'][name]['accuracy']:.1%}" for name in ("lenient", "tagged") for each in (before, after)
+        ]
+        formed = " to ".join(f"{each['graded']['well_formed']['accuracy']:.0%}" for each in (before, after))
+        answers = Counter(str(final_answer(row["completion"])) for row in after["problems"])
+        answer, count = answers.most_common(1)[0]
+        cells = [str(folder), str(after["step"]), *shares[:2], difference_text(difference), *shares[2:], formed]
+        print(f"| {' | '.join(cells)} | {answer}: {count / after['n']:.0%} |")
+    spread = f", standard deviation {100 * statistics.stdev(gains):.1f}" if len(gains) > 1 else ""
+    print(
+        f"\nmean difference in lenient accuracy {100 * statistics.fmean(gains):+.1f} points{spread}, {len(gains)} runs"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("data").add_argument("folder", type=Path)
+    actions.add_parser("report").add_argument("runs", type=Path, nargs="+")
+    arguments = parser.parse_args()
+    if arguments.action == "data":
+        write_data(arguments.folder)
+    else:
+        report(arguments.runs)
 
 
 if __name__ == "__main__":
