@@ -32,6 +32,7 @@ class ModelUnderTest:
     weights: Path | None  # checkpoint whose weights replace those of the model; None: they are as loaded
     step: int  # number of steps for which the model was trained
     changed: tuple[str, ...] = ()  # keys and groups of the run's config that are replaced
+    searched: tuple[str, ...] = ()  # the override hydra.searchpath of the command line, if it has one
 
     @property
     def model(self) -> str:
@@ -81,7 +82,7 @@ def composed_config(overrides: Overrides) -> DictConfig:
 def changed_config(folder: RunFolder, overrides: Overrides) -> DictConfig:
     """The frozen config of a run with the given keys replaced. Raises ConfigError if it names untrusted code."""
     composed = composed_config(overrides)
-    changed = apply_overrides(folder.frozen_config(), composed, overrides)
+    changed = apply_overrides(folder.frozen_config(), composed, overrides.without({"hydra.searchpath"}))
     check_trusted(changed, composed, folder.path)
     changed.accept_changes = composed.accept_changes
     return changed
@@ -97,17 +98,18 @@ def find_model(arguments: Sequence[str]) -> ModelUnderTest:
     folder = run_folder_of(arguments)
     own, rest = own_arguments(arguments, ["run_dir", "checkpoint"])
     overrides = Overrides(rest)
+    searched = tuple(overrides.select({"hydra.searchpath"}).lines)
     asked = own.get("checkpoint")
     other_model = bool({"model", "model.name"} & set(overrides.keys))
     if asked is not None and (folder is None or other_model):
         raise ConfigError(f"checkpoint={asked} is for the model of a run: give run_dir=..., and no model.name=...")
     if folder is None:
-        return ModelUnderTest(resolved(composed_config(overrides)), None, None, 0)
+        return ModelUnderTest(resolved(composed_config(overrides)), None, None, 0, searched=searched)
     changed = changed_config(folder, overrides)
     if other_model:
         if not overrides.names("model.lora"):
             changed.model.lora = None
-        return ModelUnderTest(resolved(changed), folder, None, 0, tuple(overrides.keys))
+        return ModelUnderTest(resolved(changed), folder, None, 0, tuple(overrides.keys), searched)
     # Only of a finished run: if steps were added to a run and are not completed yet, its final_model is older than its
     # checkpoints.
     if asked is None and folder.finished() and folder.final_model.exists():
@@ -117,14 +119,16 @@ def find_model(arguments: Sequence[str]) -> ModelUnderTest:
             replaced.append("model.name")
         else:
             changed.model.lora.init_from = escape(str(folder.final_model))
-        return ModelUnderTest(resolved(changed), folder, None, folder.status().get("step", 0), tuple(replaced))
+        return ModelUnderTest(
+            resolved(changed), folder, None, folder.status().get("step", 0), tuple(replaced), searched
+        )
     from grpo.runs.checkpoint import latest_checkpoint, load_state, named_checkpoint  # imports torch
 
     weights = latest_checkpoint(folder.checkpoints) if asked is None else named_checkpoint(folder.checkpoints, asked)
     if weights is None:
         best = ", for its best weights checkpoint=best" if (folder.checkpoints / "best").is_dir() else ""
         raise ConfigError(f"{folder.path} holds no trained model yet; for the untrained one add model.name=...{best}")
-    return ModelUnderTest(resolved(changed), folder, weights, load_state(weights).step, tuple(overrides.keys))
+    return ModelUnderTest(resolved(changed), folder, weights, load_state(weights).step, tuple(overrides.keys), searched)
 
 
 def resolved(cfg: DictConfig) -> Config:
@@ -138,12 +142,13 @@ def resolved(cfg: DictConfig) -> Config:
 PROMPT_KEYS = ("system_prompt", "examples", "template_arguments", "max_prompt_length")
 
 
-def compose_data(name: str, config: Config) -> dict[str, Any]:
-    """The group data with the problems of conf/data/<name>.yaml and the prompts of a config."""
+def compose_data(name: str, subject: ModelUnderTest) -> dict[str, Any]:
+    """The group data with the problems of conf/data/<name>.yaml and the prompts of the subject's config."""
     if not re.fullmatch(r"[\w-]+", name):
         raise ConfigError(f"eval.sets: {name} is not the name of a file in conf/data/")
-    composed: Any = OmegaConf.to_container(composed_config(Overrides([f"data={name}"])).data, resolve=True)
-    return {"validation_share": 0.0} | composed | {key: config.data[key] for key in PROMPT_KEYS}
+    overrides = Overrides([*subject.searched, f"data={name}"])
+    composed: Any = OmegaConf.to_container(composed_config(overrides).data, resolve=True)
+    return {"validation_share": 0.0} | composed | {key: subject.config.data[key] for key in PROMPT_KEYS}
 
 
 class LoadedModel(NamedTuple):

@@ -100,7 +100,7 @@ def _evaluate(subject: ModelUnderTest, split: str, names: dict[str, str | None])
 
     results = {}
     sets = {
-        name: build_experiment(replace(subject.config, data=compose_data(file, subject.config)))
+        name: build_experiment(replace(subject.config, data=compose_data(file, subject)))
         for name, file in names.items()
         if file is not None
     }

@@ -116,6 +116,15 @@ def test_sets_do_not_need_the_data_of_the_config(tmp_path):
     assert "(n=3)" in done.stdout
 
 
+def test_sets_can_be_in_a_folder_of_the_user(cwd, tmp_path):
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    (tmp_path / "conf" / "data" / "mine.yaml").write_text("defaults:\n  - arithmetic\n")
+    search = f"hydra.searchpath=[file://{tmp_path}/conf]"
+    _, found = evaluated(cwd, search, "eval.sets=[mine]", "eval.max_problems=3")
+    (result,) = found.values()
+    assert (result["set"], result["n"]) == ("mine", 3)
+
+
 def test_square_brackets_in_names_and_values_are_printed_as_they_are(tmp_path):
     for split in ("train", "test"):
         rows = [{"question": f"What is 1{i} + 12?", "answer": "7", "level": "[/INST]"} for i in range(30)]
