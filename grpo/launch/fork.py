@@ -1,5 +1,6 @@
 """Forks: new runs that continue from a checkpoint of another run, with any changes of the settings."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +25,7 @@ from grpo.launch.freeze import freeze
 from grpo.runs.checkpoint import (
     MANIFEST,
     OPTIMIZER,
+    STATE,
     TrainerState,
     commit_checkpoint,
     find_damage,
@@ -74,14 +76,15 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
 
     history = parent.metrics_of_steps(state.step)
     best = parent.checkpoints / "best"
-    has_best = find_damage(best) is None and load_state(best).step <= state.step
+    fresh_best = _chooses_otherwise(config, values)
+    has_best = not fresh_best and find_damage(best) is None and load_state(best).step <= state.step
     shutil.rmtree(folder.checkpoints, ignore_errors=True)  # left by a killed attempt to fork
     copied = [reference_of(source), *((best, reference_of(best)) if has_best else ())]
     for part in dict.fromkeys(each for each in copied if each is not None):
         _link_or_copy(part, folder.checkpoints / part.name)
     start = step_folder(folder.checkpoints, state.step)
-    if fresh_optimizer:
-        _copy_without_optimizer(source, start)
+    if fresh_optimizer or fresh_best:
+        _copy_without(source, start, optimizer=fresh_optimizer, best=fresh_best)
     else:
         _link_or_copy(source, start)
     folder.write_metrics(history)
@@ -108,6 +111,15 @@ def _keep_validation(frozen: DictConfig, before: DictConfig, overrides: Override
             f"{before.data.validation_share} on the same data, so the splits must stay; start a new run for others"
         )
     frozen.data.validation_share = before.data.validation_share
+
+
+def _chooses_otherwise(config: Config, before: dict[str, Any]) -> bool:
+    """Whether the fork chooses its best weights by other problems or another accuracy than its parent (`before`)."""
+    data = before["data"]
+    if not is_same_data(config.data, data) or config.data["validation_share"] != data["validation_share"]:
+        return True
+    keys = ("accuracy", "max_problems", "max_completion_length", "samples", "temperature")
+    return any(getattr(config.eval, key) != before["eval"][key] for key in keys)
 
 
 def _config_folders() -> list[Path]:
@@ -178,13 +190,18 @@ def _check_steps(config: Config, state: TrainerState, reference: Path | None) ->
         )
 
 
-def _copy_without_optimizer(source: Path, target: Path) -> None:
-    """Copy a checkpoint, or best/, as the checkpoint of a step at which the optimizer has no state yet."""
+def _copy_without(source: Path, target: Path, *, optimizer: bool, best: bool) -> None:
+    """Copy a checkpoint, or best/, as one whose optimizer has no state yet, or which has no best accuracy yet."""
     temporary = target.with_name(f"{target.name}.tmp")
     _link_or_copy(source, temporary)
     (temporary / MANIFEST).unlink()
-    (temporary / OPTIMIZER).unlink(missing_ok=True)
-    save_file({}, temporary / OPTIMIZER)
+    if optimizer:
+        (temporary / OPTIMIZER).unlink(missing_ok=True)
+        save_file({}, temporary / OPTIMIZER)
+    if best:
+        values = read_json(temporary / STATE)
+        (temporary / STATE).unlink()  # it may be a link to the parent's
+        (temporary / STATE).write_text(json.dumps(values | {"best_accuracy": None}), encoding="utf-8")
     reference = reference_of(source)
     commit_checkpoint(temporary, target, None if reference is None else reference.name)
 

@@ -30,6 +30,7 @@ from grpo.runs.files import commit_folder, discard, read_dataclass, read_json, r
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
+STATE = "trainer_state.json"
 NAME = r"(step_\d{6,}|reference_\d{6,}|best)"  # folders that a run writes to checkpoints/
 
 
@@ -82,7 +83,7 @@ def write_checkpoint(
         for name, group in tensors.items():
             save_file(group, temporary / f"{name}.safetensors")
         if text is not None:
-            (temporary / "trainer_state.json").write_text(text, encoding="utf-8")
+            (temporary / STATE).write_text(text, encoding="utf-8")
         commit_checkpoint(temporary, target, None if reference is None else reference.name)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)  # it may be what filled the disk
@@ -165,7 +166,7 @@ def find_damage(checkpoint: Path) -> str | None:
         manifest = read_json(checkpoint / MANIFEST)
         needed = ["model.safetensors"]
         if checkpoint.name.startswith("step_"):
-            needed += [OPTIMIZER, "trainer_state.json"]
+            needed += [OPTIMIZER, STATE]
         if missing := [name for name in needed if name not in manifest["files"]]:
             return f"{MANIFEST} does not name {missing[0]}"
         for name, expected in manifest["files"].items():
@@ -190,7 +191,7 @@ def load_state(checkpoint: Path) -> TrainerState:
 
     Raises FileError if its file is damaged, of a newer version, or of another step than the folder's name says.
     """
-    file = checkpoint / "trainer_state.json"
+    file = checkpoint / STATE
     state = read_dataclass(TrainerState, file, STATE_STEPS)
     counts = (state.step, state.iteration, state.num_tokens, state.evaluated_step, state.skipped_in_a_row)
     if min(counts) < 0 or (checkpoint.name.startswith("step_") and state.step != step_of(checkpoint)):

@@ -246,6 +246,34 @@ def test_a_fork_takes_the_keys_of_the_experiments_that_an_experiment_builds_on(p
     assert (ours.grpo.epsilon, ours.grpo.mu, ours.rollout.temperature) == (0.3, 1, 0.8)
 
 
+def test_a_fork_that_validates_on_other_problems_has_a_best_of_its_own(tmp_path):
+    own = ["experiment=quickstart", "grpo.num_steps=1", "grpo.batch_size=2", "grpo.num_generations=2", "eval.every=1"]
+    own += ["eval.before=false", "eval.after=false", "preflight=false", "tracking=disabled", "eval.max_problems=1"]
+    own += ["checkpoint.keep_last=2"]
+    first = launch(*own, "optimizer.lr=0", "run_dir=run", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    parent = tmp_path / "run" / "checkpoints" / "step_000001" / "trainer_state.json"
+    best = json.loads(parent.read_text())["best_accuracy"]
+    for name, problems in (("same", 1), ("other", 40)):
+        more = [
+            "fork=true",
+            "run_dir=run",
+            f"hydra.run.dir={name}",
+            "grpo.num_steps=2",
+            f"eval.max_problems={problems}",
+        ]
+        done = launch(*more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        start, end = (
+            json.loads((tmp_path / name / "checkpoints" / f"step_00000{step}" / "trainer_state.json").read_text())
+            for step in (1, 2)
+        )
+        assert start["best_accuracy"] == (best if name == "same" else None)
+        assert end["best_accuracy"] is not None
+        assert (tmp_path / name / "checkpoints" / "best").is_dir()
+    assert json.loads(parent.read_text())["best_accuracy"] == best
+
+
 def test_a_fork_keeps_the_validation_problems_of_its_parent(tmp_path):
     own = ["experiment=quickstart", "grpo.num_steps=1", "grpo.batch_size=2", "grpo.num_generations=2"]
     own += ["eval.before=false", "eval.after=false", "preflight=false", "tracking=disabled", "run_dir=run"]
