@@ -12,6 +12,7 @@ from grpo.analysis.accuracy import accuracy_interval
 from grpo.analysis.load import read_config
 from grpo.analysis.summary import accuracy_difference, difference_text
 from grpo.config.command_line import override
+from grpo.config.hub import is_hub_name
 from grpo.config.overrides import Overrides
 from grpo.config.schema import LAUNCH_KEYS
 from grpo.runs.folder import RunFolder
@@ -28,7 +29,7 @@ def model_card(run: RunFolder) -> str:
     model, data, grpo = config["model"], config["data"], config["grpo"]
     adapter = model.get("lora") is not None
     front = {
-        **({"base_model": model["name"]} if _is_hub_name(model["name"]) else {}),
+        **({"base_model": model["name"]} if "/" in model["name"] and is_hub_name(model["name"]) else {}),
         "library_name": "peft" if adapter else "transformers",
         "tags": ["grpo", "reinforcement-learning"],
     }
@@ -80,13 +81,9 @@ def model_card(run: RunFolder) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _is_hub_name(name: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
-
-
 def _without_folder(name: str) -> str:
     """A hub name as it is; of a path only its last part, since the folders of a machine concern nobody else."""
-    return name if _is_hub_name(name) or "/" not in name else Path(name).name
+    return name if is_hub_name(name) or "/" not in name else Path(name).name
 
 
 def _command(overrides: list[str], changes: dict[str, Any]) -> str:

@@ -87,9 +87,8 @@ def _load(subject: ModelUnderTest, greedy: bool) -> LoadedModel:
 
 def _say_hello(subject: ModelUnderTest, keeps_history: bool) -> None:
     new = f"{START_OVER} starts a new conversation" if keeps_history else "each line is a new problem"
-    Console(stderr=not sys.stdin.isatty(), markup=False).print(
-        f"{subject.model}: {new}; an empty line exits", highlight=False
-    )
+    leave = "; an empty line exits" if sys.stdin.isatty() else ""
+    Console(stderr=not sys.stdin.isatty(), markup=False).print(f"{subject.model}: {new}{leave}", highlight=False)
 
 
 def _answer(

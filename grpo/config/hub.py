@@ -2,14 +2,21 @@
 
 import logging
 import os
+import re
 import socket
 import sys
 from functools import cache
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 logger = logging.getLogger(__name__)
 CONNECT_S = 5
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name can be that of a model or data set on the hub, and not only that of a folder."""
+    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name)) and not Path(name).exists()
 
 
 @cache

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.config.errors import ConfigError
-from grpo.config.hub import why_offline
+from grpo.config.hub import is_hub_name, why_offline
 from grpo.data import arithmetic
 from grpo.rewards.math_xml import gsm8k_answer
 
@@ -97,7 +97,7 @@ def load_gsm8k(path: str | None, name: str | None) -> Problems:
     if Path(path).exists():
         return load_jsonl(path)
     # Imported here because it takes seconds, and a local folder does not need it.
-    reason = why_offline()
+    reason = why_offline() if is_hub_name(path) else None
     from datasets import load_dataset
 
     try:

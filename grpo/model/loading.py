@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from grpo.architectures import ARCHITECTURES_DIR
 from grpo.config.command_line import arguments_in_shell, override, path_override
 from grpo.config.errors import ConfigError, first_line
-from grpo.config.hub import why_offline
+from grpo.config.hub import is_hub_name, why_offline
 from grpo.config.schema import ModelConfig
 from grpo.data.prompts import turn_tokens
 from grpo.model.linear import use_onednn
@@ -45,7 +45,7 @@ RANDOM_MODELS = {"qwen2_5_1_5b_random": ARCHITECTURES_DIR / "qwen2_5_1_5b.json"}
 def model_source(name: str) -> str:
     """What transformers loads a model from: the folder of an embedded model, otherwise `name` unchanged."""
     source = str(EMBEDDED_MODELS.get(name, name))
-    if not Path(source).is_dir():
+    if is_hub_name(source):
         why_offline()
     return source
 
@@ -268,7 +268,7 @@ def model_not_found(name: str, cause: Exception) -> ConfigError:
         return ConfigError(
             f"model.name={name} is not a folder that transformers can load a model from: {first_line(cause)}"
         )
-    if (reason := why_offline()) is not None:
+    if is_hub_name(name) and (reason := why_offline()) is not None:
         return ConfigError(
             f"model.name={name} is neither a local folder nor complete in the cache, and {reason}: give a folder with "
             f"model.name=DIR, or run once with a network: python -m grpo download model.name={name}"

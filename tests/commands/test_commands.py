@@ -232,10 +232,10 @@ def test_chat_answers_a_prompt_as_the_evaluation_did(command, run):
     assert out == problem["completion"] + "\n"
 
 
-def test_chat_answers_line_by_line_until_an_empty_line(command, run, monkeypatch):
+def test_chat_answers_each_line_of_its_input(command, run, monkeypatch):
     problems = evaluation(run, "after")["problems"][:3]
     lines = [question(problem) for problem in problems]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n\nWhat is 1 + 1?\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n".join(lines) + "\n"))  # empty lines are no problems
     code, out, err = command("chat", f"run_dir={run}")
     assert code == 0
     assert out == "".join(problem["completion"] + "\n" for problem in problems)
