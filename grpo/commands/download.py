@@ -85,7 +85,7 @@ def _data(config: Config) -> None:
     from huggingface_hub import HfApi
 
     from grpo.config.instantiate import bind
-    from grpo.data.problems import with_validation
+    from grpo.data.splits import with_validation
 
     path = config.data.get("path")
     if path and not Path(path).exists() and why_offline() is None:

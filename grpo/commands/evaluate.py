@@ -29,7 +29,7 @@ from rich.progress import Progress
 from grpo.analysis.wrong_answers import CATEGORIES, why_wrong
 from grpo.commands._common import ModelUnderTest, compose_data, find_model, load_model_under_test, own_arguments
 from grpo.config.errors import ConfigError
-from grpo.data.problems import is_same_data
+from grpo.data.splits import is_same_data
 from grpo.runs.console import evaluation_table
 from grpo.runs.folder import RunFolder, read_evaluation
 

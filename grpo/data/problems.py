@@ -1,11 +1,9 @@
 """The problems of a data set, in three splits: from the Hugging Face hub, from JSON Lines files, or generated."""
 
 import codecs
-import hashlib
 import json
 import math
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,44 +45,6 @@ class Problems:
     def split_to_choose_by(self) -> str:
         """The split by which checkpoints and arms are chosen: test if there are no validation problems."""
         return "validation" if self.validation else "test"
-
-
-def with_validation(problems: Problems, share: float) -> Problems:
-    """Move a share of the training problems, about that many, to the validation problems.
-
-    A problem is chosen by a hash of its family, or else of its question, so it does not depend on other problems, on a
-    seed or on the config, and equal questions stay in one split.
-    A data set with validation problems of its own stays as it is. With a share of 0 there are none. Raises ConfigError
-    if no training problem is left.
-    """
-    if share == 0:
-        return replace(problems, validation=[])
-    if problems.validation:
-        return problems
-    chosen = [_uniform(problem.family or problem.question) < share for problem in problems.train]
-    train = [problem for problem, is_chosen in zip(problems.train, chosen, strict=True) if not is_chosen]
-    validation = [problem for problem, is_chosen in zip(problems.train, chosen, strict=True) if is_chosen]
-    if not train:
-        count = len(validation)
-        raise ConfigError(
-            f"data.validation_share={share} leaves none of {count} training problems to train on; lower it"
-        )
-    return Problems(train, problems.test, validation)
-
-
-def is_same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two values of the config's group data name the same data set, in whatever way."""
-    first, second = (each.get("path") for each in (one, other))
-    if first is None or second is None:
-        return first is second and one["_target_"] == other["_target_"]
-    if os.path.exists(first) and os.path.exists(second):
-        return os.path.samefile(first, second)
-    return first == second and one.get("name") == other.get("name")
-
-
-def _uniform(name: str) -> float:
-    """A number in [0, 1) that depends only on the name, evenly distributed over names."""
-    return int.from_bytes(hashlib.sha256(f"validation {name}".encode()).digest()[:6], "big") / 2**48
 
 
 def load_gsm8k(path: str | None, name: str | None) -> Problems:

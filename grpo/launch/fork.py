@@ -19,8 +19,8 @@ from grpo.config.paths import CONF_DIR
 from grpo.config.schema import Config
 from grpo.config.trust import check_trusted
 from grpo.config.values import copy_value, escape, to_dict
-from grpo.data.problems import is_same_data
 from grpo.data.sampler import problems_before
+from grpo.data.splits import is_same_data
 from grpo.launch.freeze import freeze
 from grpo.runs.checkpoint import (
     MANIFEST,

@@ -21,7 +21,7 @@ from grpo.config.errors import ConfigError
 from grpo.config.instantiate import bind, bind_reward, build, check_call, find_function
 from grpo.config.migrations import NATIVE_ENGINE
 from grpo.config.schema import Config, known_keys
-from grpo.data.problems import Problem, Problems, with_validation
+from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import (
     Messages,
     check_template_arguments,
@@ -31,6 +31,7 @@ from grpo.data.prompts import (
     template_arguments,
     turn_tokens,
 )
+from grpo.data.splits import check_splits, with_validation
 from grpo.model.hardware import use_hardware
 from grpo.model.loading import (
     architecture,
@@ -188,7 +189,7 @@ def build_experiment(
     problems = Problems([], [])
     if with_problems:
         problems = with_validation(load_problems(), config.data["validation_share"])
-        _check_splits(problems, config)
+        check_splits(problems, config)
     check_model(config.model)
     if config.model.lora is not None:
         check_adapter(config.model.lora)
@@ -223,34 +224,6 @@ def build_experiment(
     if with_problems:
         _check_arguments(experiment)
     return experiment
-
-
-def _check_splits(problems: Problems, config: Config) -> None:
-    """Raise ConfigError if a split that is evaluated has no problems."""
-    chooses_by_test = config.eval.every and not problems.validation
-    if not problems.test and (config.eval.before or config.eval.after or chooses_by_test):
-        raise ConfigError(
-            "data has no test problems: set eval.before=false eval.after=false eval.every=0, or add a test.jsonl"
-        )
-    known = {name for problem in problems.test + problems.validation for name in problem.columns}
-    for column in config.eval.by:
-        if column not in known:
-            has = f"it has {', '.join(sorted(known))}" if known else "it has none besides question and answer"
-            raise ConfigError(f"eval.by: the data has no column {column}; {has}")
-    share = config.data["validation_share"]
-    if config.eval.every and share > 0 and not problems.validation:
-        count = len(problems.train)
-        raise ConfigError(
-            f"eval.every={config.eval.every} needs validation problems, and data.validation_share={share} gives none "
-            f"of {count} training problems; raise it, or set eval.every=0"
-        )
-    if config.eval.after and share > 0 and not problems.validation:
-        logger.warning(
-            "data.validation_share=%s gives no validation problems of %d training problems, so a sweep would choose by "
-            "the test problems; raise it",
-            share,
-            len(problems.train),
-        )
 
 
 def _bind_rewards(

@@ -17,7 +17,8 @@ from grpo.config.compose import compose_config
 from grpo.config.overrides import Overrides
 from grpo.config.values import flatten, to_dict
 from grpo.data import arithmetic
-from grpo.data.problems import load_arithmetic, with_validation
+from grpo.data.problems import load_arithmetic
+from grpo.data.splits import with_validation
 from grpo.launch.fork import fork
 from grpo.launch.resume import resumed_config
 from grpo.runs.folder import RunFolder

@@ -3,13 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from grpo.config.errors import ConfigError
 from grpo.data import arithmetic
-from grpo.data.problems import Problem, Problems, is_same_data, load_arithmetic, load_gsm8k, load_jsonl, with_validation
+from grpo.data.problems import Problem, Problems, load_arithmetic, load_gsm8k, load_jsonl
 
 GOOD = '{"question": "1 + 1?", "answer": "2"}\n'
 
@@ -233,57 +232,3 @@ def test_the_embedded_sums_have_no_other_splits():
 def test_problems_are_the_same_each_time_they_are_loaded():
     assert load_arithmetic() == load_arithmetic()
     assert isinstance(load_arithmetic(), Problems)
-
-
-def test_validation_problems_are_chosen_by_their_question_alone():
-    problems = Problems([Problem(f"p{i}", f"{i} + 1?", str(i + 1)) for i in range(4000)], [])
-    split = with_validation(problems, 0.05)
-    assert len(split.validation) == pytest.approx(200, abs=45)  # three standard deviations
-    assert sorted(each.id for each in split.train + split.validation) == sorted(each.id for each in problems.train)
-    chosen = {each.id for each in split.validation}
-    some = with_validation(Problems(problems.train[::3], []), 0.05)
-    assert {each.id for each in some.validation} == {each.id for each in problems.train[::3]} & chosen
-    assert chosen < {each.id for each in with_validation(problems, 0.1).validation}
-    assert with_validation(problems, 0.0) == problems
-    twice = [Problem(f"again {each.id}", each.question, each.answer) for each in problems.train]
-    both = with_validation(Problems(problems.train + twice, []), 0.05)
-    assert not {each.question for each in both.train} & {each.question for each in both.validation}
-
-
-def test_a_sum_and_its_reverse_are_in_the_same_split():
-    split = with_validation(load_arithmetic(), 0.1)
-    pairs = [{frozenset(each.id.split("+")) for each in some} for some in (split.train, split.validation, split.test)]
-    assert not pairs[0] & pairs[1]
-    assert not pairs[1] & pairs[2]
-    assert len(split.validation) > 100
-
-
-def test_a_data_set_can_have_validation_problems_of_its_own(folder):
-    path = folder()
-    Path(path, "validation.jsonl").write_text('{"question": "c?", "answer": "3"}', encoding="utf-8")
-    loaded = with_validation(load_jsonl(path), 0.9)
-    assert [each.question for each in loaded.train] == ["1 + 1?"]
-    assert [each.question for each in loaded.validation] == ["c?"]
-    assert with_validation(load_jsonl(path), 0.0).validation == []  # as runs of earlier versions
-
-
-def test_a_share_that_leaves_nothing_to_train_on_is_refused():
-    with pytest.raises(ConfigError, match="leaves none of 1 training problems to train on; lower it"):
-        with_validation(Problems([Problem("a", "1?", "1")], []), 1.0)
-
-
-def test_a_data_set_is_the_same_however_it_is_named(folder, tmp_path, monkeypatch):
-    path = folder()
-    monkeypatch.chdir(Path(path).parent)
-    (tmp_path / "link").symlink_to(path)
-    gsm8k = {"_target_": "grpo.data.problems.load_gsm8k", "path": path, "name": "main"}
-    jsonl = {"_target_": "grpo.data.problems.load_jsonl", "name": None}
-    for name in (path, Path(path).name, f"{path}/.", str(tmp_path / "link")):
-        assert is_same_data(gsm8k, jsonl | {"path": name})
-    assert not is_same_data(gsm8k, jsonl | {"path": str(tmp_path.parent)})
-    on_hub = gsm8k | {"path": "openai/gsm8k"}
-    assert is_same_data(on_hub, {**on_hub})
-    assert not is_same_data(on_hub, on_hub | {"name": "socratic"})
-    sums = {"_target_": "grpo.data.problems.load_arithmetic", "path": None, "name": None}
-    assert is_same_data(sums, {**sums})
-    assert not is_same_data(sums, gsm8k)
