@@ -20,10 +20,12 @@ CATEGORIES = {
     "other": "none of these",
 }
 
-_NUMBER = r"\$?(?:\d{1,3}(?:,\d{3})+|\d{1,30})(?:\.\d{1,30})?%?"
+_NUMBER = r"\$?(?:\d{1,3}(?:,\d{3}){1,9}|\d{1,30})(?:\.\d{1,30})?%?"
+_LIST_MARKER = re.compile(r"\s*(?:[-*+\u2022]|\(?\w{1,2}[.)])\s+")
 _EQUATION = re.compile(
     rf"(?<![\w.,])({_NUMBER}(?:\s*[-+*/x\u00d7\u00f7]\s*{_NUMBER}){{1,12}})\s*=\s*(?=\$?(-?{_NUMBER}))"
 )
+_CONTINUES = re.compile(r"(?:[-+*/\u00d7\u00f7^)\d]|[\d)]\s*x)\s*$")
 _SIGNS = str.maketrans({"x": "*", "\u00d7": "*", "\u00f7": "/", "$": "", ",": ""})
 
 
@@ -47,10 +49,18 @@ def why_wrong(row: Mapping[str, Any]) -> str | None:
 
 
 def equations(text: str) -> Iterator[tuple[Fraction, Fraction]]:
-    """The value of each calculation with + - * / in a text that is followed by ``=``, and the result that is stated."""
-    for match in _EQUATION.finditer(text):
-        before = text[max(0, match.start() - 20) : match.start()].rstrip()
-        if before[-1:] and (before[-1] in "+-*/x\u00d7\u00f7^)" or before[-1].isdigit()):
+    """The value of each calculation with + - * / that is followed by ``=``, and the result that is stated.
+
+    Each line is read by itself, without the marker of a list in front of it.
+    """
+    for line in text.splitlines():
+        marker = _LIST_MARKER.match(line)
+        yield from _equations_of(line[marker.end() :] if marker else line)
+
+
+def _equations_of(line: str) -> Iterator[tuple[Fraction, Fraction]]:
+    for match in _EQUATION.finditer(line):
+        if _CONTINUES.search(line[max(0, match.start() - 20) : match.start()]):
             continue  # the end of a longer calculation
         try:
             tokens = read_tokens(re.sub(r"([\d.]+)%", r"(\1 / 100)", match[1].translate(_SIGNS)))

@@ -44,6 +44,7 @@ def test_a_completion_that_was_not_graded_has_no_category():
 def test_long_texts_take_no_noticeable_time():
     started = time.perf_counter()
     assert [*equations("1+" * 20_000)] == []
+    assert [*equations("1" + ",000" * 20_000)] == []
     assert final_answer("\\boxed{" * 5000) is None
     assert time.perf_counter() - started < 5
 
@@ -52,3 +53,19 @@ def test_equations_are_read_with_currency_commas_and_per_cent():
     text = "3 + 4 = 7 and 7 * 2 = 14; $1,000 - $250 = $750; 50% * 36 = 18; 1/0 = 5; x + 2 = 4; 2 + 2 = 5."
     assert [*equations(text)] == [(7, 7), (14, 14), (750, 750), (18, 18), (4, 5)]
     assert [*equations("1/4 = 25%")] == [(Fraction(1, 4), Fraction(1, 4))]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("She has 12\n- 3 + 4 = 7", [(7, 7)]),
+        ("* 3 + 4 = 7\n2) 2 + 2 = 5\n(3) 1 + 1 = 2\n4. 5 - 1 = 4", [(7, 7), (4, 5), (2, 2), (4, 4)]),
+        ("-3 + 4 = 1, then 2 + 2 = 4", [(4, 4)]),
+        ("The max 3 + 4 = 7", [(7, 7)]),
+        ("5 x 3 + 4 = 19", [(19, 19)]),
+        ("(2 + 3) x 3 + 4 = 19", []),
+        ("3 + 4\n= 7", []),
+    ],
+)
+def test_equations_are_read_line_by_line_and_only_whole(text, found):
+    assert [*equations(text)] == found
