@@ -3,6 +3,7 @@
 The columns have the metric names of `metrics/metrics.jsonl`.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,12 @@ def load_evaluations(run_dir: str | Path, of_training: bool = False) -> pd.DataF
 def correct_by_problem(evaluation: dict[str, Any] | None) -> pd.Series:
     """1 (right) or 0 (wrong) for each graded problem of an evaluation, or the share of right samples; may be empty.
 
-    The index contains the problem's id and its answer: ids may be line numbers, which stand for other problems in
-    another data file.
+    The index contains the problem's id, question and answer: ids may be line numbers, which stand for other problems
+    in another data file.
     """
     problems = (evaluation or {}).get("problems") or []
     graded = [each for each in problems if each.get("correct") is not None]
-    names = [f"{each.get('problem_id')} {each.get('answer')}" for each in graded]
+    names = [json.dumps([each.get(key) for key in ("problem_id", "prompt", "answer")]) for each in graded]
     samples = pd.Series([float(each["correct"]) for each in graded], index=names, dtype=float)
     return samples.groupby(level=0, sort=False).mean()
 

@@ -15,6 +15,7 @@ from grpo.config.overrides import Overrides
 from grpo.config.schema import Config
 from grpo.config.trust import check_trusted
 from grpo.config.values import escape
+from grpo.data.splits import is_same_data
 from grpo.runs.files import check_contents
 from grpo.runs.folder import RunFolder
 
@@ -142,13 +143,21 @@ def resolved(cfg: DictConfig) -> Config:
 PROMPT_KEYS = ("system_prompt", "examples", "template_arguments", "max_prompt_length")
 
 
-def compose_data(name: str, subject: ModelUnderTest) -> dict[str, Any]:
-    """The group data with the problems of conf/data/<name>.yaml and the prompts of the subject's config."""
+def data_of_set(name: str, subject: ModelUnderTest, split: str) -> dict[str, Any]:
+    """The group data with the problems of conf/data/<name>.yaml and the prompts of the subject's config.
+
+    Of the data that the subject was trained on, its validation problems are kept. The test problems need none.
+    """
     if not re.fullmatch(r"[\w-]+", name):
         raise ConfigError(f"eval.sets: {name} is not the name of a file in conf/data/")
     overrides = Overrides([*subject.searched, f"data={name}"])
     composed: Any = OmegaConf.to_container(composed_config(overrides).data, resolve=True)
-    return {"validation_share": 0.0} | composed | {key: subject.config.data[key] for key in PROMPT_KEYS}
+    found = {"validation_share": 0.0} | composed | {key: subject.config.data[key] for key in PROMPT_KEYS}
+    if split == "test":
+        found["validation_share"] = 0.0
+    elif is_same_data(found, subject.config.data):
+        found["validation_share"] = subject.config.data["validation_share"]
+    return found
 
 
 class LoadedModel(NamedTuple):

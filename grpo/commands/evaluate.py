@@ -27,13 +27,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from grpo.analysis.wrong_answers import CATEGORIES, why_wrong
-from grpo.commands._common import ModelUnderTest, compose_data, find_model, load_model_under_test, own_arguments
+from grpo.commands._common import ModelUnderTest, data_of_set, find_model, load_model_under_test, own_arguments
+from grpo.config.checks import complete_sizes
 from grpo.config.errors import ConfigError
 from grpo.data.splits import is_same_data
 from grpo.runs.console import evaluation_table
 from grpo.runs.folder import RunFolder, read_evaluation
 
 SPLITS = ("test", "validation", "train")
+Sets = dict[str, dict[str, Any] | None]  # name -> the group data of its config; None: that of the model's config
 
 
 def main(arguments: list[str]) -> None:
@@ -44,10 +46,10 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"split={split}: must be one of {', '.join(SPLITS)}")
     subject = find_model(rest)
     _check_share(subject)
-    names = _sets(subject)
+    sets = _sets(subject, split)
     baseline = own.get("baseline")
-    others = {} if baseline is None else _baseline(baseline, subject, split, names)
-    results = _evaluate(subject, split, names)
+    others = {} if baseline is None else _baseline(baseline, subject, split, sets)
+    results = _evaluate(subject, split, sets)
     console = Console(markup=False)
     console.print(f"model: {subject.model}", highlight=False, soft_wrap=True)
     for name, result in results.items():
@@ -76,12 +78,12 @@ def _check_share(subject: ModelUnderTest) -> None:
         )
 
 
-def _sets(subject: ModelUnderTest) -> dict[str, str | None]:
-    """The name of each set to evaluate on, with its file in conf/data/; None: the data of the config."""
+def _sets(subject: ModelUnderTest, split: str) -> Sets:
+    """The sets to evaluate on: those of eval.sets, or else the data of the config."""
     # Of a run folder only if the command line names them: they are composed, so they could name code.
     named = subject.folder is None or "eval.sets" in subject.changed
     if named and subject.config.eval.sets:
-        return {name: name for name in subject.config.eval.sets}
+        return {name: data_of_set(name, subject, split) for name in subject.config.eval.sets}
     return {Path(str(subject.config.data.get("path") or "problems")).name: None}
 
 
@@ -92,40 +94,39 @@ def _why_wrong(result: dict[str, Any]) -> list[str]:
     return [f"{sum(counts.values())} wrong completions:", *shown] if shown else []
 
 
-def _evaluate(subject: ModelUnderTest, split: str, names: dict[str, str | None]) -> dict[str, dict[str, Any]]:
+def _evaluate(subject: ModelUnderTest, split: str, sets: Sets) -> dict[str, dict[str, Any]]:
     """The results of a model by data set."""
     from grpo.training.completion_store import store_for  # imports torch
     from grpo.training.evaluation import evaluate, evaluated_problems, store_key
     from grpo.training.experiment import build_experiment
 
     results = {}
-    sets = {
-        name: build_experiment(replace(subject.config, data=compose_data(file, subject)))
-        for name, file in names.items()
-        if file is not None
+    only_this = replace(subject.config.eval, before=False, after=False, every=0)  # a set needs no other split
+    experiments = {
+        name: build_experiment(replace(subject.config, data=data, eval=only_this))
+        for name, data in sets.items()
+        if data is not None
     }
-    for on in sets.values():  # before anything is sampled
+    for on in experiments.values():  # before anything is sampled
         evaluated_problems(on, split)
-    experiment, engine, sampling, model = load_model_under_test(subject, with_problems=not sets)
+    experiment, engine, sampling, model = load_model_under_test(subject, with_problems=not experiments)
     with closing(engine):
         store = store_for(model, subject.config, store_key(experiment, sampling))
-        for name in names:
-            on = sets.get(name, experiment)
+        for name in sets:
+            on = experiments.get(name, experiment)
             with _progress(name) as progress:
                 found = evaluate(engine, sampling, on, subject.step, split, store, progress)
             results[name] = {"model": subject.model, "set": name, **found}
     return results
 
 
-def _baseline(
-    baseline: str, subject: ModelUnderTest, split: str, names: dict[str, str | None]
-) -> dict[str, dict[str, Any]]:
+def _baseline(baseline: str, subject: ModelUnderTest, split: str, sets: Sets) -> dict[str, dict[str, Any]]:
     """The evaluation that is compared with, by data set: that of a file, or of another model."""
     file = Path(baseline)
     if file.is_file():
         found = read_evaluation(file)
-        _check_baseline(found, baseline, subject, split, names)
-        return dict.fromkeys(names, found)
+        _check_baseline(found, baseline, subject, split, sets)
+        return dict.fromkeys(sets, found)
     if baseline.endswith(".json"):
         raise ConfigError(f"baseline={baseline}: there is no such file")
     if not baseline or RunFolder(baseline).started():
@@ -137,24 +138,23 @@ def _baseline(
     model = replace(subject.config.model, name=baseline, lora=None)
     changed = (*subject.changed, "model.name")
     other = replace(subject, config=replace(subject.config, model=model), weights=None, step=0, changed=changed)
-    return _evaluate(other, split, names)
+    return _evaluate(other, split, sets)
 
 
-def _check_baseline(
-    found: dict[str, Any], baseline: str, subject: ModelUnderTest, split: str, names: dict[str, str | None]
-) -> None:
+def _check_baseline(found: dict[str, Any], baseline: str, subject: ModelUnderTest, split: str, sets: Sets) -> None:
     """Raise ConfigError if a file cannot be compared with the evaluation that is asked for."""
-    if len(names) > 1 or ("set" in found and found["set"] not in names):
-        of = found.get("set", "the data of a run")
-        raise ConfigError(f"baseline={baseline} is of {of}, and this evaluation of {', '.join(names)}; use the same")
-    config = subject.config
-    length = config.eval.max_completion_length or config.grpo.max_completion_length
-    asked = {"split": split, "samples": config.eval.samples, "temperature": config.eval.temperature}
+    if len(sets) > 1:
+        raise ConfigError(
+            f"baseline={baseline} is of one set, and this evaluation of {', '.join(sets)}; give a model, or one set"
+        )
+    config = subject.config.eval
+    asked = {"split": split, "samples": config.samples, "temperature": config.temperature, "grader": config.accuracy}
+    length = config.max_completion_length or complete_sizes(subject.config).max_completion_length
     asked["max_completion_length"] = length
     for key, value in asked.items():
         if found.get(key, value) != value:
             raise ConfigError(f"baseline={baseline} has {key}={found[key]}, and this evaluation {value}; use the same")
-    for key in ("completions/mean_length", "rewards"):
+    for key in ("accuracy", "n", "problems", "completions/mean_length", "completions/clipped_ratio", "rewards"):
         if found.get(key) is None:
             raise ConfigError(f"baseline={baseline} has no {key}; evaluate it again")
 
@@ -163,8 +163,12 @@ def _comparison(other: dict[str, Any], result: dict[str, Any], name: str) -> dic
     from grpo.analysis.summary import accuracy_difference, difference_text  # imports pandas
 
     difference = accuracy_difference(other, result)
-    if difference is None:
-        raise ConfigError(f"baseline={name} has none of the problems of this evaluation; evaluate it on the same data")
+    shared = 0 if difference is None else difference["n"]
+    if difference is None or 2 * shared < result["n"]:
+        raise ConfigError(
+            f"baseline={name} has {shared or 'none'} of the {result['n']} problems of this evaluation; evaluate it on "
+            "the same data"
+        )
     return {"name": name, "accuracy": other["accuracy"], **difference, "text": difference_text(difference)}
 
 

@@ -16,7 +16,7 @@ from grpo.config.errors import ConfigError
 from grpo.counter_rng import group_keys
 from grpo.data.problems import Problem
 from grpo.rewards.lenient import final_answer
-from grpo.rewards.math_xml import TAGS, extract_answer
+from grpo.rewards.math_xml import extract_answer
 from grpo.rewards.number import parse_number
 from grpo.rewards.scoring import score
 from grpo.rollout.engine import RolloutEngine, Sampling, sample_completions
@@ -25,6 +25,7 @@ from grpo.training.experiment import Experiment
 from grpo.training.metrics import completion_rows, ended
 from grpo.training.scored_completions import score_completions
 
+TAGGED = "grpo.rewards.math_xml."  # functions that read only the answer block
 Progress = Callable[[int, int], None]  # called with the number of problems that are done and that of all
 
 
@@ -43,11 +44,11 @@ def evaluate(
     was trained for, stored in the result. store: where completions are taken from and kept. progress: called after
     each part of the problems.
 
-    Returns the content of eval/*.json. Of single values: split; step; samples (per problem); temperature;
-    max_completion_length (tokens); n (number of problems with a value of accuracy) and missing (number of those
-    without); accuracy (0 to 1, the mean over the n problems; None if n is 0) and accuracy_interval ([low, high], 95 %);
-    reward; completions/mean_length (tokens); completions/clipped_ratio (share truncated at the limit). rewards: mean of
-    each component. graded: for each of eval.graders the mean and its interval. pass@k, maj@k: by k, for several
+    Returns the content of eval/*.json. Of single values: split; step; grader (eval.accuracy); samples (per problem);
+    temperature; max_completion_length (tokens); n (number of problems with a value of accuracy) and missing (number of
+    those without); accuracy (0 to 1, the mean over the n problems; None if n is 0) and accuracy_interval ([low, high],
+    95 %); reward; completions/mean_length (tokens); completions/clipped_ratio (share truncated at the limit). rewards:
+    mean of each component. graded: for each of eval.graders the mean and its interval. pass@k, maj@k: by k, for several
     samples. by: column -> value -> accuracy.
     problems: a row for each completion, those of `completion_rows` with `sample` (its number), `correct` (None where
     eval.accuracy gave no value), `graded` (by grader), `length` in tokens and `truncated`.
@@ -179,6 +180,7 @@ def _summary(experiment: Experiment, problems: Sequence[Problem], rows: list[lis
         present = [value for value in values if value is not None]
         graded[name] = {"accuracy": _mean(present), "interval": share_interval(present)}
     result = {
+        "grader": config.accuracy,
         "samples": config.samples,
         "temperature": config.temperature,
         "max_completion_length": config.max_completion_length or experiment.sizes.max_completion_length,
@@ -193,20 +195,25 @@ def _summary(experiment: Experiment, problems: Sequence[Problem], rows: list[lis
         "completions/clipped_ratio": _mean([row["truncated"] for row in flat]),
     }
     if config.samples > 1:
-        result |= _of_several(rows, config.samples)
+        vote = _tagged_answer if config.accuracy["_target_"].startswith(TAGGED) else final_answer
+        result |= _of_several(rows, config.samples, vote)
     if config.by:
         result["by"] = {column: _by_value(problems, shares, column) for column in config.by}
     return result | {"problems": flat}
 
 
-def _of_several(rows: list[list[dict[str, Any]]], samples: int) -> dict[str, Any]:
-    """pass@k for k = 1, 2, 4, ... and the number of samples, and maj@k of all samples; over the graded problems."""
+def _of_several(
+    rows: list[list[dict[str, Any]]], samples: int, vote: Callable[[str], str | Fraction | None]
+) -> dict[str, Any]:
+    """pass@k for k = 1, 2, 4, ... and the number of samples, and maj@k of all samples; over the graded problems.
+
+    vote: the answer of a completion, None if it has none.
+    """
     graded = [of_problem for of_problem in rows if all(row["correct"] is not None for row in of_problem)]
     ks = sorted({*(2**power for power in range(samples.bit_length()) if 2**power <= samples), samples})
     passed = {k: [pass_at_k(sum(r["correct"] for r in each), samples, k) for each in graded] for k in ks}
     majority = [
-        majority_share([_vote(row["completion"], row["correct"]) for row in each], [row["correct"] for row in each])
-        for each in graded
+        majority_share([vote(row["completion"]) for row in each], [row["correct"] for row in each]) for each in graded
     ]
     return {
         "pass@k": {
@@ -216,17 +223,13 @@ def _of_several(rows: list[list[dict[str, Any]]], samples: int) -> dict[str, Any
     }
 
 
-def _vote(completion: str, is_right: bool) -> str | Fraction | None:
-    """The answer of a completion for maj@k: that of its answer block.
-
-    Without a block it is what the completion ends with, if it has no tags at all or `eval.accuracy` accepts it.
-    """
+def _tagged_answer(completion: str) -> str | Fraction | None:
+    """What the answer block of a completion states: a number, or else its text; None without a block."""
     block = extract_answer(completion)
-    if block:
-        value = parse_number(block)
-        return block if value is None else value
-    answers_without_block = is_right or not any(tag in completion for tag in TAGS)
-    return final_answer(completion) if block is None and answers_without_block else None
+    if not block:
+        return None
+    value = parse_number(block)
+    return block if value is None else value
 
 
 def _by_value(problems: Sequence[Problem], shares: list[float | None], column: str) -> dict[str, Any]:

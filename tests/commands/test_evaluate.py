@@ -4,8 +4,11 @@ import json
 import shutil
 
 import pytest
+import yaml
 
-from grpo.training.evaluation import _vote
+from grpo.analysis.accuracy import majority_share
+from grpo.rewards.lenient import final_answer
+from grpo.training.evaluation import _tagged_answer
 from tests.launches import SHORT, grpo, launch, resume
 
 APPEND = "grpo.training.completion_store.CompletionStore.append"
@@ -144,10 +147,37 @@ def test_the_validation_problems_of_a_run_cannot_be_others(cwd, tmp_path):
 
 def test_votes_are_what_the_completions_answer():
     block, text = "<answer>17</answer>", "<reasoning>9 * 2</reasoning> The answer is 18."
-    assert [_vote(each, is_right=False) for each in (block, text, "It is 18.")] == [17, None, 18]
-    assert _vote(text, is_right=True) == 18  # with a grader that accepts it
-    assert _vote("<answer></answer>", is_right=False) is None
-    assert _vote("<answer>a cat</answer>", is_right=False) == "a cat"
+    assert [_tagged_answer(each) for each in (block, text, "It is 18.")] == [17, None, None]
+    assert _tagged_answer("<answer></answer>") is None
+    assert _tagged_answer("<answer>a cat</answer>") == "a cat"
+
+
+def test_votes_are_read_as_the_accuracy_reads_answers(cwd):
+    """The run's completions have tags, so that both readings of them agree where a block has a number."""
+    several = ["eval.samples=3", "eval.temperature=1"]
+    lenient = "++eval.accuracy={_target_: grpo.rewards.lenient.lenient}"
+    _, found = evaluated(cwd, *several, lenient)
+    (result,) = found.values()
+    assert result["grader"] == {"_target_": "grpo.rewards.lenient.lenient"}
+    for_one = {}
+    for row in result["problems"]:
+        for_one.setdefault(row["problem_id"], []).append((final_answer(row["completion"]), row["correct"]))
+    shares = [majority_share(*zip(*each, strict=True)) for each in for_one.values()]
+    assert result["maj@k"]["3"]["share"] == pytest.approx(sum(shares) / len(shares))
+
+
+def test_a_set_with_the_data_of_the_run_keeps_its_validation_problems(cwd, tmp_path):
+    _, found = evaluated(cwd, "split=validation")
+    (own,) = found.values()
+    path = yaml.safe_load((cwd / "run" / "config.yaml").read_text())["data"]["path"]
+    (tmp_path / "conf" / "data").mkdir(parents=True)
+    (tmp_path / "conf" / "data" / "same.yaml").write_text(
+        f"defaults:\n  - jsonl\npath: {path}\nvalidation_share: 0.5\n"
+    )
+    search = f"hydra.searchpath=[file://{tmp_path}/conf]"
+    _, found = evaluated(cwd, "split=validation", search, "eval.sets=[same]")
+    (as_set,) = found.values()
+    assert as_set["problems"] == own["problems"]
 
 
 def test_completions_are_sampled_once_also_after_a_kill(tmp_path):
@@ -200,28 +230,39 @@ def test_a_run_with_only_its_best_weights_offers_them(cwd, tmp_path):
         (["split=dev"], "split=dev: must be one of test, validation, train"),
         (["split=validation", "data.validation_share=0"], "data has no validation problems to evaluate on"),
         (["baseline=missing.json"], "baseline=missing.json: there is no such file"),
-        (["baseline=other.json"], "has none of the problems of this evaluation; evaluate it on the same data"),
+        (["baseline=other.json"], "has none of the 12 problems of this evaluation; evaluate it on the same data"),
+        (
+            ["baseline=graded.json"],
+            "baseline=graded.json has grader={'_target_': 'a.b'}, and this evaluation {",
+        ),
+        (["baseline=empty.json"], "baseline=empty.json has no rewards; evaluate it again"),
         (["baseline=sampled.json"], "baseline=sampled.json has samples=4, and this evaluation 1"),
         (["baseline=hot.json"], "baseline=hot.json has temperature=1.0, and this evaluation 0"),
         (["baseline=short.json"], "baseline=short.json has max_completion_length=7, and this evaluation 40"),
         (["baseline=run"], "baseline=run: give an evaluation, such as run/eval/after.json, or a model, such as run/"),
         (["baseline="], "baseline=: give an evaluation, such as RUN/eval/after.json"),
-        (["eval.sets=[arithmetic,gsm8k]"], "data.path=openai/gsm8k is neither a local folder nor"),
+        (["eval.sets=[arithmetic,missing]", "hydra.searchpath=[file://conf]"], "data.path=/no/such folder"),
         (["eval.by=[level]"], "eval.by: the data has no column level; it has none besides question and answer"),
         (["eval.sets=[nothing]"], "nothing"),
         (["+eval.graders.x={}"], "eval.graders.x needs a _target_"),
         (["eval.sets=[../x]"], "eval.sets: ../x is not the name of a file in conf/data/"),
         (["+eval.graders.accuracy._target_=a.b"], "eval.graders.accuracy: this name is that of eval.accuracy"),
         (
-            ["eval.sets=[arithmetic]", "baseline=other.json"],
-            "baseline=other.json is of problems, and this evaluation of arithmetic",
+            ["eval.sets=[arithmetic,mine]", "hydra.searchpath=[file://conf]", "baseline=other.json"],
+            "baseline=other.json is of one set, and this evaluation of arithmetic, mine; give a model, or one set",
         ),
     ],
 )
 def test_an_impossible_evaluation_is_refused_in_one_line(tmp_path, arguments, said):
     problems = [{"problem_id": "a", "answer": "1", "correct": True}]
     record = {"split": "test", "step": 0, "n": 1, "accuracy": 1.0, "reward": 1.0, "problems": problems}
-    record |= {"rewards": {}, "completions/mean_length": 1.0, "set": "problems"}
+    record |= {"rewards": {}, "completions/mean_length": 1.0, "completions/clipped_ratio": 0.0}
+    (tmp_path / "graded.json").write_text(json.dumps({"version": 2, **record, "grader": {"_target_": "a.b"}}))
+    (tmp_path / "empty.json").write_text(json.dumps({"version": 2, **record, "rewards": None}))
+    conf = tmp_path / "conf" / "data"
+    conf.mkdir(parents=True)
+    (conf / "mine.yaml").write_text("defaults:\n  - arithmetic\n")
+    (conf / "missing.yaml").write_text("defaults:\n  - jsonl\npath: /no/such folder\n")
     (tmp_path / "other.json").write_text(json.dumps({"version": 2, **record}))
     (tmp_path / "sampled.json").write_text(json.dumps({"version": 2, **record, "samples": 4}))
     (tmp_path / "hot.json").write_text(json.dumps({"version": 2, **record, "temperature": 1.0}))
@@ -230,6 +271,6 @@ def test_an_impossible_evaluation_is_refused_in_one_line(tmp_path, arguments, sa
     (tmp_path / "run" / "config.yaml").write_text("version: 1\n")
     refused = grpo("evaluate", *SMALL, *arguments, cwd=tmp_path)
     assert refused.returncode == 2
-    if "has none of the problems" not in said:
+    if "has none of the" not in said:
         assert not (tmp_path / "outputs").exists()  # nothing was sampled
     assert said in refused.stderr.splitlines()[-1]
