@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 import grpo
-from grpo.config.schema import Config
+from grpo.config.schema import Config, known_keys
 from grpo.model.lora import is_adapter_output
 from grpo.runs.environment import environment
 from grpo.runs.files import disk_errors_are_warnings
@@ -21,7 +21,6 @@ from grpo.runs.locations import outputs
 
 logger = logging.getLogger(__name__)
 PACKAGE = Path(grpo.__file__).parent
-SAMPLING_CODE = ("rollout/*.py", "model/*.py", "batch.py", "counter_rng.py")
 UNRELATED = ("_name_or_path", "transformers_version")  # settings of a model that change no number
 Ids = list[list[int]]  # the tokens of a problem's completions
 
@@ -76,31 +75,34 @@ def store_for(model: PreTrainedModel, config: Config, sampling: Mapping[str, Any
     if not config.rollout["_target_"].startswith("grpo."):
         return None
     hardware = config.hardware
+    engine = {name: value for name, value in config.rollout.items() if name not in known_keys("rollout")}
     settings = {name: value for name, value in model.config.to_dict().items() if name not in UNRELATED}
+    parameters = dict(model.named_parameters())
+    # A new adapter is drawn from the seed and changes nothing, so that the model is the one without it.
+    has_adapter = any(bool(each.any()) for name, each in parameters.items() if is_adapter_output(name))
     facts = {
         "model": [type(model).__name__, settings, config.model.attn_implementation],
-        "adapter": None if config.model.lora is None else asdict(config.model.lora),
+        "adapter": asdict(config.model.lora) if config.model.lora is not None and has_adapter else None,
         "sampling": dict(sampling),
         "seed": config.seed if sampling["temperature"] > 0 else None,
-        "rollout": config.rollout,
+        "engine": engine,
         "compute": [hardware.threads, hardware.rollout_tokens, hardware.cuda_graphs, config.deterministic],
         "environment": environment(model.device),
         "code": _code_digest(type(model)),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    parameters = dict(model.named_parameters())
-    has_adapter = any(bool(each.any()) for name, each in parameters.items() if is_adapter_output(name))
     for name, parameter in parameters.items():
-        if ".lora_" in name and not has_adapter:  # drawn from the seed, and changes nothing
+        if ".lora_" in name and not has_adapter:
             continue
-        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
+        shown = [name.replace(".base_layer", ""), list(parameter.shape), str(parameter.dtype)]
+        digest.update(json.dumps(shown).encode())
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return CompletionStore(outputs() / "evaluations" / f"{digest.hexdigest()[:32]}.jsonl")
 
 
 def _code_digest(model_class: type) -> str:
-    """A digest of the code that samples: this suite's folders for it, and a model's own code from the hub."""
-    files = [file for folder in SAMPLING_CODE for file in sorted(PACKAGE.glob(folder))]
+    """A digest of this suite's code, and of a model's own code from the hub."""
+    files = sorted(PACKAGE.rglob("*.py"))
     own = inspect.getsourcefile(model_class)
     if not model_class.__module__.startswith("transformers.") and own is not None:
         files.append(Path(own))
