@@ -12,7 +12,7 @@ from grpo.config.checks import typed
 from grpo.config.compose import apply_overrides, compose_config
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
-from grpo.config.schema import Config
+from grpo.config.schema import PROMPT_KEYS, Config
 from grpo.config.trust import check_trusted
 from grpo.config.values import escape
 from grpo.data.splits import is_same_data
@@ -140,9 +140,6 @@ def resolved(cfg: DictConfig) -> Config:
     return typed(cfg)
 
 
-PROMPT_KEYS = ("system_prompt", "examples", "template_arguments", "max_prompt_length")
-
-
 def data_of_set(name: str, subject: ModelUnderTest, split: str) -> dict[str, Any]:
     """The group data with the problems of conf/data/<name>.yaml and the prompts of the subject's config.
 
@@ -152,7 +149,11 @@ def data_of_set(name: str, subject: ModelUnderTest, split: str) -> dict[str, Any
         raise ConfigError(f"eval.sets: {name} is not the name of a file in conf/data/")
     overrides = Overrides([*subject.searched, f"data={name}"])
     composed: Any = OmegaConf.to_container(composed_config(overrides).data, resolve=True)
-    found = {"validation_share": 0.0} | composed | {key: subject.config.data[key] for key in PROMPT_KEYS}
+    found = (
+        {"validation_share": 0.0}
+        | composed
+        | {key: subject.config.data[key] for key in (*PROMPT_KEYS, "max_prompt_length")}
+    )
     if split == "test":
         found["validation_share"] = 0.0
     elif is_same_data(found, subject.config.data):

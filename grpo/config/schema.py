@@ -289,6 +289,7 @@ FACTS = dict(_facts(Config, Facts(on_resume="refused"), ""))
 LAUNCH_KEYS = frozenset(name for name, facts in FACTS.items() if facts.launch_only)
 FUNCTION_KEYS = frozenset(name for name, facts in FACTS.items() if facts.names_function)
 MORE_STEPS = frozenset(name for name, facts in FACTS.items() if facts.on_resume == "longer")
+PROMPT_KEYS = ("system_prompt", "examples", "template_arguments")  # those of the group data that change prompts
 PASSING_KEYS = frozenset(name for name in LAUNCH_KEYS if not FACTS[name].of_sweep)
 
 

@@ -16,7 +16,7 @@ from grpo.config.compose import apply_overrides
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
 from grpo.config.paths import CONF_DIR
-from grpo.config.schema import Config
+from grpo.config.schema import PROMPT_KEYS, Config
 from grpo.config.trust import check_trusted
 from grpo.config.values import copy_value, escape, to_dict
 from grpo.data.sampler import problems_before
@@ -43,9 +43,9 @@ from grpo.training.digests import check_digests, config_digest, kept_by_fork
 def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     """Create in `folder` a run that continues from a checkpoint of the run in `cfg.run_dir`. Returns its config.
 
-    The fork gets the checkpoint, the metrics and evaluations up to its step, and the parent's settings with the
-    overrides of the command line. `parent` in its config.yaml records its origin. Raises ConfigError if the fork is not
-    possible.
+    The fork gets the checkpoint, the metrics up to its step, the evaluations if its own are comparable, and the
+    parent's settings with the overrides of the command line. `parent` in its config.yaml records its origin. Raises
+    ConfigError if the fork is not possible.
     """
     parent = RunFolder(cfg.run_dir)
     source = _checkpoint(parent, cfg.fork_step)
@@ -76,19 +76,20 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
 
     history = parent.metrics_of_steps(state.step)
     best = parent.checkpoints / "best"
-    fresh_best = _chooses_otherwise(config, values)
-    has_best = not fresh_best and find_damage(best) is None and load_state(best).step <= state.step
+    new_evaluation = _evaluates_otherwise(config, values)
+    has_best = not new_evaluation and find_damage(best) is None and load_state(best).step <= state.step
     shutil.rmtree(folder.checkpoints, ignore_errors=True)  # left by a killed attempt to fork
     copied = [reference_of(source), *((best, reference_of(best)) if has_best else ())]
     for part in dict.fromkeys(each for each in copied if each is not None):
         _link_or_copy(part, folder.checkpoints / part.name)
     start = step_folder(folder.checkpoints, state.step)
-    if fresh_optimizer or fresh_best:
-        _copy_without(source, start, optimizer=fresh_optimizer, best=fresh_best)
+    if fresh_optimizer or new_evaluation:
+        _copy_with_fresh(source, start, optimizer=fresh_optimizer, evaluation=new_evaluation)
     else:
         _link_or_copy(source, start)
     folder.write_metrics(history)
-    for name, result in parent.training_evaluations(state.step).items():
+    evaluations = {} if new_evaluation else parent.training_evaluations(state.step)
+    for name, result in evaluations.items():
         folder.write_evaluation(name, result)
     folder.update_digests(kept_by_fork(parent.digests(), overrides.keys))
     folder.write_config(config)  # last, since with this file the folder is a run
@@ -113,13 +114,19 @@ def _keep_validation(frozen: DictConfig, before: DictConfig, overrides: Override
     frozen.data.validation_share = before.data.validation_share
 
 
-def _chooses_otherwise(config: Config, before: dict[str, Any]) -> bool:
-    """Whether the fork chooses its best weights by other problems or another accuracy than its parent (`before`)."""
+def _evaluates_otherwise(config: Config, before: dict[str, Any]) -> bool:
+    """Whether accuracies of the fork and its parent (`before`) differ in problems, prompts, decoding or grader."""
     data = before["data"]
-    if not is_same_data(config.data, data) or config.data["validation_share"] != data["validation_share"]:
+    if not is_same_data(config.data, data):
         return True
-    keys = ("accuracy", "max_problems", "max_completion_length", "samples", "temperature")
-    return any(getattr(config.eval, key) != before["eval"][key] for key in keys)
+    if any(config.data[key] != data[key] for key in ("validation_share", *PROMPT_KEYS)):
+        return True
+    own = to_dict(config)
+    length, length_before = (
+        each["eval"]["max_completion_length"] or each["grpo"]["max_completion_length"] for each in (own, before)
+    )
+    keys = ("accuracy", "max_problems", "samples", "temperature")
+    return length != length_before or any(own["eval"][key] != before["eval"][key] for key in keys)
 
 
 def _config_folders() -> list[Path]:
@@ -190,18 +197,18 @@ def _check_steps(config: Config, state: TrainerState, reference: Path | None) ->
         )
 
 
-def _copy_without(source: Path, target: Path, *, optimizer: bool, best: bool) -> None:
-    """Copy a checkpoint, or best/, as one whose optimizer has no state yet, or which has no best accuracy yet."""
+def _copy_with_fresh(source: Path, target: Path, *, optimizer: bool, evaluation: bool) -> None:
+    """Copy a checkpoint, or best/, as one whose optimizer has no state yet, or which was not evaluated yet."""
     temporary = target.with_name(f"{target.name}.tmp")
     _link_or_copy(source, temporary)
     (temporary / MANIFEST).unlink()
     if optimizer:
         (temporary / OPTIMIZER).unlink(missing_ok=True)
         save_file({}, temporary / OPTIMIZER)
-    if best:
-        values = read_json(temporary / STATE)
+    if evaluation:
+        values = read_json(temporary / STATE) | {"best_accuracy": None, "evaluated_step": 0}
         (temporary / STATE).unlink()  # it may be a link to the parent's
-        (temporary / STATE).write_text(json.dumps(values | {"best_accuracy": None}), encoding="utf-8")
+        (temporary / STATE).write_text(json.dumps(values), encoding="utf-8")
     reference = reference_of(source)
     commit_checkpoint(temporary, target, None if reference is None else reference.name)
 
