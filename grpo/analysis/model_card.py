@@ -71,9 +71,7 @@ def model_card(run: RunFolder) -> str:
         "|---|---|",
         *(f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows.items()),
         "",
-        "```bash",
-        _command(first.get("overrides", []), run.changes()),
-        "```",
+        *_how_to_repeat(first.get("overrides", []), run.changes(), is_fork=bool(parent)),
     ]
     if data.get("system_prompt"):
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", data["system_prompt"])), default=0))
@@ -82,14 +80,24 @@ def model_card(run: RunFolder) -> str:
 
 
 def _without_folder(name: str) -> str:
-    """A hub name as it is; of a path only its last part, since the folders of a machine concern nobody else."""
-    return name if is_hub_name(name) or "/" not in name else Path(name).name
+    """Of an absolute path only its last part, since the folders of a machine concern nobody else."""
+    return Path(name).name if name.startswith(("/", "~")) else name
 
 
-def _command(overrides: list[str], changes: dict[str, Any]) -> str:
-    """The command that trains the model again, with later changes, and without what concerns one launch."""
-    kept = Overrides(overrides).without(LAUNCH_KEYS | changes.keys())
-    return shlex.join(["python", "launch.py", *kept, *(override(key, value) for key, value in changes.items())])
+def _how_to_repeat(overrides: list[str], changes: dict[str, Any], is_fork: bool) -> list[str]:
+    """The command that trains the model again, with later changes, and without what concerns one launch or machine."""
+    if is_fork:
+        return ["A fork continues from a checkpoint of another run, so no command repeats all of its training."]
+    given = Overrides(overrides).of_experiment.without(LAUNCH_KEYS | changes.keys())
+    shortened = {}
+    for key in dict.fromkeys(given.keys):
+        value = given.value(key)
+        if isinstance(value, str) and (short := _without_folder(value)) != value:
+            shortened[key] = short
+    later = {key: _without_folder(value) if isinstance(value, str) else value for key, value in changes.items()}
+    command = [*given.without(shortened), *(override(key, value) for key, value in (shortened | later).items())]
+    note = ["Folders are named without their path.", ""] if shortened or later != changes else []
+    return [*note, "```bash", shlex.join(["python", "launch.py", *command]), "```"]
 
 
 def _rewards(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -81,6 +81,36 @@ def test_the_model_card_has_the_data_the_evaluations_and_a_command_that_trains_t
     assert again[2:] == run.launches()[0]["overrides"]  # none of them concerns one launch
 
 
+def test_the_command_of_the_model_card_concerns_no_machine(finished_run, tmp_path):
+    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+    given = ["experiment=quickstart", "data.path='/home/me/my sums'", "grpo.mu=1", "model.name=Qwen/Qwen2.5-0.5B"]
+    given += ["hydra/launcher=ray", "hydra.sweep.dir=/home/me/out", "run_dir=/home/me/run"]
+    launch = {**run.launches()[0], "overrides": given}
+    (run.path / "launches.jsonl").write_text(json.dumps(launch) + "\n")
+    (run.path / "changes.yaml").write_text("grpo.mu: 2\nmodel.lora.init_from: ~/adapter\n")
+    text = model_card(run)
+    assert "Folders are named without their path.\n" in text
+    (command,) = re.findall(r"```bash\n(.*)\n```", text)
+    assert shlex.split(command)[2:] == [
+        "experiment=quickstart",
+        "model.name=Qwen/Qwen2.5-0.5B",
+        "data.path='my sums'",
+        "grpo.mu=2",
+        "model.lora.init_from=adapter",
+    ]
+
+
+def test_the_model_card_of_a_fork_has_no_command(finished_run, tmp_path):
+    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+    config = run.config_file.read_text()
+    lineage = {"run_dir": "/home/me/parent", "step": 1, "num_problems": 3, "weights_sha256": "0", "parent": None}
+    run.config_file.write_text(config.replace("parent: null", f"parent: {json.dumps(lineage)}"))
+    text = model_card(run)
+    assert "no command repeats all of its training" in text
+    assert "```bash" not in text
+    assert "/home/me" not in text
+
+
 def test_the_model_card_names_a_hub_model_and_no_folder_of_this_machine(finished_run, tmp_path):
     run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
     config = run.config_file.read_text()
