@@ -32,9 +32,10 @@ def main(arguments: list[str]) -> None:
     if own:
         raise ConfigError("download takes a config, not a run folder: remove run_dir")
     config = typed(compose_config(overrides))
-    from grpo.model.loading import EMBEDDED_MODELS, RANDOM_MODELS
+    from grpo.model.loading import EMBEDDED_MODELS, RANDOM_MODELS, prepare_hub
 
     name = config.model.name
+    prepare_hub(name, config.data.get("path"))
     if name in EMBEDDED_MODELS | RANDOM_MODELS or Path(name).is_dir():
         print(f"model: {name} is already on this machine")
     else:
@@ -65,11 +66,17 @@ def _model(name: str) -> str:
 
 def _check_weights(folder: Path) -> None:
     """Raise OSError if weights are missing, as in the cache after a download that was stopped."""
-    index = folder / "model.safetensors.index.json"
-    shards = json.loads(index.read_text())["weight_map"].values() if index.exists() else ()
-    missing = [name for name in shards if not (folder / name).exists()]
-    if missing or not (shards or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))):
-        raise FileNotFoundError(f"{folder} lacks {missing[0] if missing else 'the weights'}")
+    for kind in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{kind}.index.json"
+        if index.exists():
+            shards = sorted({*json.loads(index.read_text())["weight_map"].values()})
+            missing = [name for name in shards if not (folder / name).exists()]
+            if missing:
+                raise FileNotFoundError(f"{missing[0]} is missing, one of {len(shards)} files of weights")
+            return
+        if (folder / kind).exists():
+            return
+    raise FileNotFoundError("the files of the weights are missing")
 
 
 def _size(files: Iterable[Any], patterns: Sequence[str]) -> str:

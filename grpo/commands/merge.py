@@ -33,8 +33,9 @@ def main(arguments: list[str]) -> None:
     else:
         raise ConfigError("merge needs output_dir=DIR where no run folder is named")
     from grpo.data.prompts import template_arguments
-    from grpo.model.loading import check_model, load_tokenizer, save_model, stop_token_ids
+    from grpo.model.loading import check_model, load_tokenizer, prepare_hub, save_model, stop_token_ids
 
+    prepare_hub(model.name)
     check_model(model)
     if target.exists():
         raise ConfigError(f"{target} exists already; remove it, or give another output_dir=DIR")

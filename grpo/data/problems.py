@@ -57,13 +57,12 @@ def load_gsm8k(path: str | None, name: str | None) -> Problems:
     if Path(path).exists():
         return load_jsonl(path)
     # Imported here because it takes seconds, and a local folder does not need it.
-    reason = why_offline() if is_hub_name(path) else None
     from datasets import load_dataset
 
     try:
         splits = load_dataset(path, name)
     except Exception as error:  # the hub, the network and the cache each raise their own exceptions
-        if reason is not None:
+        if is_hub_name(path) and (reason := why_offline()) is not None:
             raise ConfigError(
                 f"data.path={path} is neither a local folder nor in the cache, and {reason}: give a folder that holds "
                 "train.jsonl and test.jsonl with data.path=DIR, or run once with a network: python -m grpo download "

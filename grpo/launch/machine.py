@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from grpo.config.hub import use_cache_if_hub_is_unreachable
 from grpo.config.instantiate import bind
 from grpo.config.overrides import Overrides
 from grpo.config.schema import Config, known_keys
@@ -23,11 +24,13 @@ def check_machine(configs: Sequence[Config], unknown: Overrides) -> None:
 
             requested_device(config)
     for config in [] if unknown.names("data") else _different(configs, lambda config: config.data):
+        use_cache_if_hub_is_unreachable(config.data.get("path") or "")
         bind("data", config.data, without=known_keys("data"))()
     for config in [] if unknown.names("model") else _different(configs, lambda config: config.model):
         if config.model.name != EMBEDDED_MODEL:
-            from grpo.model.loading import check_model  # imports transformers
+            from grpo.model.loading import check_model, prepare_hub  # imports transformers
 
+            prepare_hub(config.model.name)
             check_model(config.model)
 
 

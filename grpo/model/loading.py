@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from grpo.architectures import ARCHITECTURES_DIR
 from grpo.config.command_line import arguments_in_shell, override, path_override
 from grpo.config.errors import ConfigError, first_line
-from grpo.config.hub import is_hub_name, why_offline
+from grpo.config.hub import is_hub_name, use_cache_if_hub_is_unreachable, why_offline
 from grpo.config.schema import ModelConfig
 from grpo.data.prompts import turn_tokens
 from grpo.model.linear import use_onednn
@@ -44,10 +44,13 @@ RANDOM_MODELS = {"qwen2_5_1_5b_random": ARCHITECTURES_DIR / "qwen2_5_1_5b.json"}
 
 def model_source(name: str) -> str:
     """What transformers loads a model from: the folder of an embedded model, otherwise `name` unchanged."""
-    source = str(EMBEDDED_MODELS.get(name, name))
-    if is_hub_name(source):
-        why_offline()
-    return source
+    return str(EMBEDDED_MODELS.get(name, name))
+
+
+def prepare_hub(model: str, data: str | None = None) -> None:
+    """Before a model and a data set are loaded: use the cache alone if they need the hub and it cannot be reached."""
+    names = [] if model in RANDOM_MODELS else [model_source(model)]
+    use_cache_if_hub_is_unreachable(*names, *([data] if data else []))
 
 
 def architecture(name: str, trust_remote_code: bool) -> PretrainedConfig:
@@ -270,8 +273,9 @@ def model_not_found(name: str, cause: Exception) -> ConfigError:
         )
     if is_hub_name(name) and (reason := why_offline()) is not None:
         return ConfigError(
-            f"model.name={name} is neither a local folder nor complete in the cache, and {reason}: give a folder with "
-            f"model.name=DIR, or run once with a network: python -m grpo download model.name={name}"
+            f"model.name={name} is neither a local folder nor complete in the cache, and {reason}: "
+            f"{first_line(cause).rstrip('.')}; give a folder with model.name=DIR, or run once with a network: "
+            f"python -m grpo download model.name={name}"
         )
     return ConfigError(
         f"model.name={name} is neither a local folder nor a model that the hub gave (wrong name, no access, or no "

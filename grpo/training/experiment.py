@@ -39,6 +39,7 @@ from grpo.model.loading import (
     copy_in_dtype,
     load_model,
     load_tokenizer,
+    prepare_hub,
     save_model,
     stop_token_ids,
     vocabulary_size,
@@ -179,6 +180,7 @@ def build_experiment(
     be interrupted. status_file: status.json of the run, for the error if the process has to be killed for that.
     """
     sizes = complete_sizes(config)
+    prepare_hub(config.model.name, config.data.get("path") if with_problems else None)
     components, accuracy, graders = _bind_rewards(config, on_hang, status_file)
     advantage = choose("advantage", config.objective["advantage"])
     objective = build_objective(config)
