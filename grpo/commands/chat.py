@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     own, overrides = own_arguments(arguments, ["prompt", "history", "compare"])
     keeps_history = _is_true(own, "history")
     subject = find_model(overrides)
-    subjects = [_start_of(subject), subject] if _is_true(own, "compare") else [subject]
+    subjects = [_untrained(subject), subject] if _is_true(own, "compare") else [subject]
     greedy = not Overrides(overrides).names("rollout.temperature")
     with ExitStack() as stack:
         models = [_load(each, greedy) for each in subjects]
@@ -65,7 +65,7 @@ def _is_true(own: dict[str, str], name: str) -> bool:
     return value == "true"
 
 
-def _start_of(subject: ModelUnderTest) -> ModelUnderTest:
+def _untrained(subject: ModelUnderTest) -> ModelUnderTest:
     """The untrained model of the subject's run."""
     if subject.folder is None:
         raise ConfigError("compare=true shows a run's model beside the untrained one: give run_dir=...")

@@ -1,6 +1,6 @@
 """Score a model with EleutherAI's lm-eval, by its own task gsm8k, and with this suite, item by item.
 
-python tests/benchmarks/vs_lm_eval.py MODEL DATA [--problems 100] [--shots 3] [--tokens 256]
+python -m tests.benchmarks.vs_lm_eval MODEL DATA [--problems 100] [--shots 3] [--tokens 256]
 
 MODEL is a folder or hub name, DATA a folder with train.jsonl and test.jsonl in the form of GSM8K. Both programs get the
 same prompt strings (the first training problems, solved, as earlier turns), decode greedily and read the last number:
@@ -26,7 +26,7 @@ from grpo.data.problems import Problem
 from grpo.data.prompts import messages, render
 from grpo.rewards.lenient import lenient
 from grpo.training.evaluation import evaluate
-from tests.rewards.judges import lm_eval as extractor
+from tests.rewards.judges import by_lm_eval as extractor
 
 MOST_SHOWN = 20
 
@@ -42,12 +42,12 @@ def problems_of(folder: Path, split: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def as_asked(problem: dict[str, str]) -> str:
+def question_of(problem: dict[str, str]) -> str:
     """The question as lm-eval's task asks it."""
     return f"Question: {problem['question']}\nAnswer:"
 
 
-def by_lm_eval(arguments: argparse.Namespace) -> tuple[list[Answer], dict[str, float], list[str]]:
+def answers_of_lm_eval(arguments: argparse.Namespace) -> tuple[list[Answer], dict[str, float], list[str]]:
     """The answers by lm-eval, its accuracies by extractor, and the texts at which it ends an answer."""
     task: dict[str, Any] = yaml.safe_load((files("lm_eval") / "tasks" / "gsm8k" / "gsm8k.yaml").read_text())
     splits = {split: str(arguments.data / f"{split}.jsonl") for split in ("train", "test")}
@@ -70,13 +70,13 @@ def by_lm_eval(arguments: argparse.Namespace) -> tuple[list[Answer], dict[str, f
     return answers, scores, task["generation_kwargs"]["until"]
 
 
-def by_grpo(arguments: argparse.Namespace, until: list[str]) -> tuple[list[Answer], dict[str, float]]:
+def answers_of_grpo(arguments: argparse.Namespace, until: list[str]) -> tuple[list[Answer], dict[str, float]]:
     """The answers by this suite, and its accuracies by grader."""
     shots = problems_of(arguments.data, "train")[: arguments.shots]
-    examples = [{"question": as_asked(shot), "completion": shot["answer"]} for shot in shots]
+    examples = [{"question": question_of(shot), "completion": shot["answer"]} for shot in shots]
     with tempfile.TemporaryDirectory() as folder:
         for split in ("train", "test"):
-            rows = [{**each, "question": as_asked(each)} for each in problems_of(arguments.data, split)]
+            rows = [{**each, "question": question_of(each)} for each in problems_of(arguments.data, split)]
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (Path(folder) / f"{split}.jsonl").write_text(text, encoding="utf-8")
         subject = find_model(
@@ -126,8 +126,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="of lm-eval")
     parser.add_argument("overrides", nargs="*", help="of this suite's config")
     arguments = parser.parse_args()
-    theirs, their_scores, until = by_lm_eval(arguments)
-    own, own_scores = by_grpo(arguments, until)
+    theirs, their_scores, until = answers_of_lm_eval(arguments)
+    own, own_scores = answers_of_grpo(arguments, until)
     flexible = extractor("flexible-extract")
     problems = problems_of(arguments.data, "test")[: arguments.problems]
     references = [each["answer"].rpartition("####")[2].strip().replace(",", "") for each in problems]

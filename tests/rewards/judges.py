@@ -20,11 +20,11 @@ from tests.rewards.renderings import ANSWERS, TEMPLATES, hard_cases, render, rew
 Judge = Callable[[str, str], bool]  # (answer, reference) -> whether it is right
 
 
-def tagged(text: str, reference: str) -> bool:
+def by_tag(text: str, reference: str) -> bool:
     return rewarded(text, reference)
 
 
-def last_number(text: str, reference: str) -> bool:
+def by_last_number(text: str, reference: str) -> bool:
     return lenient([], [text], [reference]) == [1.0]
 
 
@@ -37,9 +37,8 @@ def _reference(text: str) -> list[Any]:
     return parse(text)
 
 
-def lm_eval(name: str) -> Judge:
+def by_lm_eval(name: str) -> Judge:
     """The extractor of lm-eval's own task gsm8k with this name. For strict-match the text follows `#### `."""
-
     task = yaml.safe_load((files("lm_eval") / "tasks" / "gsm8k" / "gsm8k.yaml").read_text())
     (entry,) = (each for each in task["filter_list"] if each["name"] == name)
     options = {key: value for key, value in entry["filter"][0].items() if key != "function"}
@@ -56,11 +55,11 @@ def lm_eval(name: str) -> Judge:
 
 
 JUDGES: dict[str, Judge] = {
-    "tagged": tagged,
-    "lenient": last_number,
+    "tagged": by_tag,
+    "lenient": by_last_number,
     "Math-Verify": by_math_verify,
-    "lm-eval strict-match": lm_eval("strict-match"),
-    "lm-eval flexible-extract": lm_eval("flexible-extract"),
+    "lm-eval strict-match": by_lm_eval("strict-match"),
+    "lm-eval flexible-extract": by_lm_eval("flexible-extract"),
 }
 
 

@@ -26,9 +26,9 @@ def test_lm_eval_and_this_suite_get_the_same_texts_and_grades_from_a_trained_mod
     for split in ("train", "test"):
         rows = [{"question": each.question, "answer": f"#### {each.answer}"} for each in getattr(problems, split)]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    script = ROOT / "tests" / "benchmarks" / "vs_lm_eval.py"
+    command = [sys.executable, "-m", "tests.benchmarks.vs_lm_eval", str(finished_run / "final_model"), str(tmp_path)]
     done = subprocess.run(
-        [sys.executable, script, finished_run / "final_model", tmp_path, "--problems=200", "--shots=0", "--tokens=40"],
+        [*command, "--problems=200", "--shots=0", "--tokens=40"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         cwd=tmp_path,
         capture_output=True,
