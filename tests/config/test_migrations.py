@@ -79,10 +79,12 @@ def test_an_old_run_is_resumed_and_equals_the_run_that_was_never_stopped(old, ki
 @pytest.mark.parametrize(("kind", "version"), [("full", 0), ("lora", 1)])
 def test_an_old_run_is_evaluated_verified_and_reported(old, kind, version):
     run = old(version, f"{kind}_finished")
-    evaluated = grpo("evaluate", f"run_dir={run}", cwd=run.parent)
+    grader = "++eval.graders.lenient._target_=grpo.rewards.lenient.lenient"  # as docs/evaluation.md says
+    evaluated = grpo("evaluate", f"run_dir={run}", grader, cwd=run.parent)
     assert evaluated.returncode == 0, evaluated.stderr
     (result,) = run.glob("eval/evaluate_*.json")
     now, then = json.loads(result.read_text()), json.loads((run / "eval" / "after.json").read_text())
+    assert now["graded"]["lenient"]["accuracy"] >= now["accuracy"]
     verified = grpo("verify", f"run_dir={run}", cwd=run.parent)
     assert "checksums: 1 of 1 checkpoint folders are intact" in verified.stdout, verified.stderr
     if written_here(run):
