@@ -7,18 +7,21 @@ numbers is in both splits.
 
 python tests/benchmarks/real_result.py report RUN_FOLDER ...
 
-prints a table of the runs: lenient and tagged accuracy on the test problems before and after training. The plan and the
-commands of the runs are in tests/benchmarks/NOTES.md, "A real result".
+prints a table of the runs: lenient and tagged accuracy on the test problems before and after training, and the mean
+differences. The plan and the commands of the runs are in tests/benchmarks/NOTES.md, "A real result".
 """
 
 import argparse
 import json
 import re
-import statistics
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from grpo.analysis.effects import paired_difference
+from grpo.analysis.load import correct_by_problem
 from grpo.analysis.summary import accuracy_difference, difference_text
 from grpo.rewards.lenient import final_answer
 from grpo.runs.folder import RunFolder
@@ -63,7 +66,7 @@ def by(grader: str, evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def report(folders: list[Path]) -> None:
-    gains = []
+    differences = {"lenient": [], "tagged": []}
     print(
         "| run | step | lenient before | after | difference | tagged before | after | well formed | commonest answer |"
     )
@@ -75,7 +78,8 @@ def report(folders: list[Path]) -> None:
             raise SystemExit(f"{folder} is not evaluated before and after training")
         difference = accuracy_difference(by("lenient", before), by("lenient", after))
         assert difference is not None  # the problems are the same
-        gains.append(difference["mean"])
+        for name, each in differences.items():
+            each.append(correct_by_problem(by(name, after)) - correct_by_problem(by(name, before)))
         shares = [
             f"{each['graded'][name]['accuracy']:.1%}" for name in ("lenient", "tagged") for each in (before, after)
         ]
@@ -84,10 +88,18 @@ def report(folders: list[Path]) -> None:
         answer, count = answers.most_common(1)[0]
         cells = [str(folder), str(after["step"]), *shares[:2], difference_text(difference), *shares[2:], formed]
         print(f"| {' | '.join(cells)} | {answer}: {count / after['n']:.0%} |")
-    spread = f", standard deviation {100 * statistics.stdev(gains):.1f}" if len(gains) > 1 else ""
-    print(
-        f"\nmean difference in lenient accuracy {100 * statistics.fmean(gains):+.1f} points{spread}, {len(gains)} runs"
-    )
+    print()
+    for name, each in differences.items():
+        table = pd.DataFrame(each)  # a row for each run, a column for each problem
+        estimate = paired_difference(table)
+        assert estimate.interval is not None
+        low, high = (f"{100 * bound:+.1f}" for bound in estimate.interval)
+        gains = table.mean(axis=1)
+        spread = f"; standard deviation over runs {100 * gains.std():.1f}" if len(gains) > 1 else ""
+        print(
+            f"mean difference in {name} accuracy {100 * estimate.mean:+.1f} points, 95 % interval over problems and "
+            f"seeds {low} to {high}{spread}"
+        )
 
 
 def main() -> None:
