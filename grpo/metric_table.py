@@ -67,6 +67,8 @@ clip_ratio/high_mean | share of tokens | ratio above 1 + epsilon_high, positive 
     mean over counted tokens and updates | Loss and KL | Clipped tokens | high | objective
 clip_ratio/region_mean | share of tokens | one or the other
     mean over counted tokens and updates | | | | objective
+cispo_clip_ratio | share of tokens | ratio above cap, positive advantage: its weight is the cap
+    mean over counted tokens and updates | Loss and KL | Clipped tokens | cap | objective
 learning_rate | | of the step
     the step | Loss and KL | Learning rate
 sampling/logp_difference/mean | nats per token | absolute difference of log-probabilities in sampling and training

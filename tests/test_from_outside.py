@@ -142,7 +142,7 @@ def test_an_optimizer_of_the_user_is_called_through_at_most_six_functions(folder
         ("objective.surrogate=clipped", "objective.surrogate=clipped: must be clip, or the dotted path of a function"),
         (
             "objective.surrogate=toy_advantage.centered",
-            "objective.surrogate=toy_advantage.centered: it must have the form f(ratio, logps, advantages, limits):",
+            "objective.surrogate=toy_advantage.centered: it must have the form f(ratio, logps, advantages, numbers):",
         ),
         (
             "objective.advantage=toy_surrogate.unclipped",

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+EPSILON = 1e-4  # added to a standard deviation or mean before a division, as in TRL
+
 
 def group_advantage(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
     """The total reward standardised within each prompt's group.
@@ -19,6 +21,59 @@ def group_advantage(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
     Source: DeepSeekMath (arXiv 2402.03300), section 4.1.2, outcome supervision.
     """
     return standardize(comparable_reward(rewards, weights, valid))
+
+
+def batch_advantage(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
+    """The total reward minus the mean of its group, divided by the standard deviation over the whole batch.
+
+    Shapes: as for `group_advantage`. Source: Lite PPO (arXiv 2508.08221).
+    """
+    total = comparable_reward(rewards, weights, valid)
+    return _centered(total) / (_std(total) + EPSILON)
+
+
+def centered_advantage(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
+    """The total reward minus the mean of its group. Shapes: as for `group_advantage`.
+
+    Source: Dr. GRPO (arXiv 2503.20783).
+    """
+    return _centered(comparable_reward(rewards, weights, valid))
+
+
+def leave_one_out_advantage(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
+    """The total reward minus the mean of the others of its group. Shapes: as for `group_advantage`.
+
+    Source: RLOO (arXiv 2402.14740).
+    """
+    total = comparable_reward(rewards, weights, valid)
+    present = (~total.isnan()).sum(dim=1, keepdim=True)  # (P, 1)
+    # r - (sum - r) / (n - 1) = (r - mean) n / (n - 1); groups of one are 0 already.
+    return _centered(total) * present / (present - 1).clamp(min=1)
+
+
+def normalize_then_sum_advantage(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
+    """Each component standardised in its group, their weighted sum standardised over the batch.
+
+    Components of different ranges then have the influence that their weights say. A component without a value for a
+    completion adds nothing to it. Shapes: as for `group_advantage`. Source: GDPO (arXiv 2601.05242).
+    """
+    present = rewards.where(valid, float("nan"))
+    by_component = [standardize(present[..., c]) for c in range(rewards.shape[-1])]  # each (P, G)
+    total = sum(weight * each for weight, each in zip(weights, by_component, strict=True))
+    total = total.where((valid & (weights != 0)).any(dim=-1), float("nan"))
+    with_signal = total.nan_to_num(0.0).any(dim=1, keepdim=True)  # (P, 1)
+    return ((total - total.nanmean()) / (_std(total) + EPSILON)).where(~total.isnan() & with_signal, 0.0)
+
+
+def mean_scaled_advantage(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
+    """The total reward minus the mean of its group, divided by this mean; 0 where the mean is 0.
+
+    For rewards from 0 to 1: then it weights problems by how rarely they are solved, as maximum likelihood does. Shapes:
+    as for `group_advantage`. Source: MaxRL (arXiv 2602.02710).
+    """
+    total = comparable_reward(rewards, weights, valid)
+    mean = total.nanmean(dim=1, keepdim=True).nan_to_num(0.0)
+    return (_centered(total) / (mean + EPSILON)).where(mean != 0, 0.0)
 
 
 def total_reward(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:
@@ -45,16 +100,26 @@ def comparable_reward(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor
     return total_reward(rewards, weights, weighted).where(complete, float("nan"))
 
 
-def standardize(rewards: Tensor, epsilon: float = 1e-4) -> Tensor:
-    """`(r - mean) / (std + epsilon)` within each group, std with ddof=1: (P, G) -> (P, G).
+def standardize(rewards: Tensor) -> Tensor:
+    """`(r - mean) / (std + 1e-4)` within each group, std with ddof=1: (P, G) -> (P, G).
 
     A reward that is NaN is missing: it is not part of mean and std, and its advantage is 0, as in TRL 1.16. The
     advantages of a group with fewer than two rewards, or with equal ones, are 0: there is nothing to compare.
     """
-    mean = rewards.nanmean(dim=1, keepdim=True)
-    std = group_std(rewards)[:, None]
+    std = group_std(rewards)[:, None].nan_to_num(0.0)
+    return _centered(rewards) / (std + EPSILON)
+
+
+def _centered(rewards: Tensor) -> Tensor:
+    """`r - mean` within each group, (P, G) -> (P, G); 0 where a reward is NaN, and in groups without a signal."""
     with_signal = ~rewards.isnan() & ~equal_groups(rewards)[:, None]
-    return ((rewards - mean) / (std + epsilon)).where(with_signal, 0.0)
+    return (rewards - rewards.nanmean(dim=1, keepdim=True)).where(with_signal, 0.0)
+
+
+def _std(rewards: Tensor) -> Tensor:
+    """Standard deviation (ddof=1) of all rewards that are not NaN, a scalar; 0 if there are fewer than two."""
+    known = rewards[~rewards.isnan()]
+    return known.std() if len(known) > 1 else known.new_zeros(())
 
 
 def group_std(rewards: Tensor) -> Tensor:

@@ -14,7 +14,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from grpo.algorithm.advantage import group_advantage
+from grpo.algorithm.advantage import (
+    batch_advantage,
+    centered_advantage,
+    group_advantage,
+    leave_one_out_advantage,
+    mean_scaled_advantage,
+    normalize_then_sum_advantage,
+)
 from grpo.config.errors import ConfigError
 from grpo.config.instantiate import check_call, find_function
 
@@ -63,11 +70,15 @@ ObjectiveFunction = Callable[[LossInputs, Counts], LossOutput]
 
 
 @dataclass(frozen=True)
-class Limits:
-    """The clip range that the surrogate gets."""
+class Numbers:
+    """The numbers that a surrogate gets."""
 
-    epsilon_low: float  # the ratio is clipped below 1 - epsilon_low
-    epsilon_high: float  # the ratio is clipped above 1 + epsilon_high
+    epsilon_low: float  # `clip`: the ratio is clipped below 1 - epsilon_low
+    epsilon_high: float  # `clip`: the ratio is clipped above 1 + epsilon_high
+    delta: float | None  # `clip`: upper limit of the ratio where it is not clipped; None: no limit
+    cap: float  # `cispo`: upper limit of the ratio
+    tau_positive: float  # `sapo`: temperature for positive advantages
+    tau_negative: float  # `sapo`: and for the others
 
 
 class Objective:
@@ -83,14 +94,24 @@ class Objective:
         beta: float,
         epsilon_low: float,
         epsilon_high: float,
+        kl_correction: bool = False,
+        delta: float | None = None,
+        cap: float = 5.0,
+        tau_positive: float = 1.0,
+        tau_negative: float = 1.05,
     ) -> None:
-        """The choices by name (see `choose`); beta: weight of the KL term. Raises ConfigError for an unknown choice."""
+        """The choices by name (see `choose`). Raises ConfigError for an unknown choice.
+
+        beta: weight of the KL term. kl_correction: whether that is multiplied by the ratio, with gradient, so that its
+        gradient is that of the KL divergence on average (DeepSeek-V3.2, arXiv 2512.02556). The others: see `Numbers`.
+        """
         self._ratio = choose("ratio", ratio)
         self._surrogate = choose("surrogate", surrogate)
         self._reduction = choose("reduction", reduction)
         self._kl = choose("kl", kl)
         self.beta = beta
-        self.limits = Limits(epsilon_low, epsilon_high)
+        self._kl_correction = kl_correction
+        self.numbers = Numbers(epsilon_low, epsilon_high, delta, cap, tau_positive, tau_negative)
 
     def __call__(self, inputs: LossInputs, counts: Counts) -> LossOutput:
         """Loss and metrics of some rows of the batch that `counts` describes; metrics: the surrogate's, and kl."""
@@ -101,12 +122,14 @@ class Objective:
         old_logps = logps.detach() if inputs.old_logps is None else inputs.old_logps.where(counted, 0.0)
         advantages = inputs.advantages if inputs.advantages.dim() == 2 else inputs.advantages[:, None]
         ratio = self._ratio(log_ratio(logps, old_logps, mask), mask)  # (m, t) or (m, 1)
-        per_token, shares = self._surrogate(ratio, logps, advantages, self.limits)  # (m, t)
+        per_token, shares = self._surrogate(ratio, logps, advantages, self.numbers)  # (m, t)
         tokens = inputs.mask.sum()
         metrics = {name: ((share * mask).sum(), tokens) for name, share in shares.items()}
         if self.beta > 0:
             assert inputs.ref_logps is not None  # always given if beta > 0
             kl = self._kl(logps, inputs.ref_logps.where(counted, 0.0))
+            if self._kl_correction:
+                kl = kl * ratio
             per_token = per_token + self.beta * kl
             metrics["kl"] = ((kl.detach() * mask).sum(), tokens)
         return LossOutput(self._reduction(per_token, mask, counts), metrics)
@@ -122,19 +145,48 @@ def token_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
     return log_ratio.exp()
 
 
-def clip(ratio: Tensor, logps: Tensor, advantages: Tensor, limits: Limits) -> tuple[Tensor, dict[str, Tensor]]:
+def sequence_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """The geometric mean of the ratios of each row's tokens, (m, 1). Source: GSPO (arXiv 2507.18071)."""
+    lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (m, 1)
+    return ((log_ratio * mask).sum(dim=1, keepdim=True) / lengths).exp()
+
+
+def clip(ratio: Tensor, logps: Tensor, advantages: Tensor, numbers: Numbers) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate, to be minimised: `-min(ratio A, clip(ratio, 1 - low, 1 + high) A)`.
 
-    ratio: (m, t) or (m, 1); advantages: (m, 1) or (m, t). Returns the surrogate (m, t), and for each metric which
-    tokens were clipped, so that they have no gradient, (m, t) bool.
-    Source: DeepSeekMath (arXiv 2402.03300), equation 3.
+    With `delta` the first ratio is at most delta: it bounds the loss of a bad completion that became likelier.
+    ratio: (m, t) or (m, 1); advantages: (m, 1) or (m, t). Returns the surrogate, of the shape of ratio * advantages,
+    and for each metric which tokens were clipped, so that they have no gradient, bool of this shape.
+    Source: DeepSeekMath (arXiv 2402.03300), equation 3; delta: INTELLECT-2 (arXiv 2505.07291).
     """
-    lowest = 1 - limits.epsilon_low
-    highest = 1 + limits.epsilon_high
+    lowest = 1 - numbers.epsilon_low
+    highest = 1 + numbers.epsilon_high
     low = (ratio < lowest) & (advantages < 0)
     high = (ratio > highest) & (advantages > 0)
     shares = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
-    return -(ratio * advantages).minimum(ratio.clamp(lowest, highest) * advantages), shares
+    bounded = ratio if numbers.delta is None else ratio.clamp(max=numbers.delta)
+    return -(bounded * advantages).minimum(ratio.clamp(lowest, highest) * advantages), shares
+
+
+def cispo(ratio: Tensor, logps: Tensor, advantages: Tensor, numbers: Numbers) -> tuple[Tensor, dict[str, Tensor]]:
+    """REINFORCE with the ratio, at most `cap`, as a weight without gradient: `-min(ratio, cap) A logp`.
+
+    No token loses its gradient. Shapes: as for `clip`; the metric says which ratios were above the cap.
+    Source: MiniMax-M1 (arXiv 2506.13585).
+    """
+    weight = ratio.clamp(max=numbers.cap).detach()
+    return -weight * advantages * logps, {"cispo_clip_ratio": (ratio > numbers.cap) & (advantages > 0)}
+
+
+def sapo(ratio: Tensor, logps: Tensor, advantages: Tensor, numbers: Numbers) -> tuple[Tensor, dict[str, Tensor]]:
+    """A soft clip: `-(4 / tau) sigmoid(tau (ratio - 1)) A`, with `tau_positive` or `tau_negative` by the sign of A.
+
+    Its gradient decreases smoothly as the ratio moves away from 1. Shapes: as for `clip`; it has no metrics.
+    Source: SAPO (arXiv 2511.20347).
+    """
+    is_positive = (advantages > 0).to(advantages.dtype)
+    tau = numbers.tau_negative + (numbers.tau_positive - numbers.tau_negative) * is_positive
+    return -(4 / tau) * (tau * (ratio - 1)).sigmoid() * advantages, {}
 
 
 def row_mean(values: Tensor, mask: Tensor, counts: Counts) -> Tensor:
@@ -144,6 +196,47 @@ def row_mean(values: Tensor, mask: Tensor, counts: Counts) -> Tensor:
     """
     lengths = mask.sum(dim=1).clamp(min=1)
     return ((values * mask).sum(dim=1) / lengths).sum() / counts.rows
+
+
+def token_mean(values: Tensor, mask: Tensor, counts: Counts) -> Tensor:
+    """The mean over all tokens of the batch, so that each token counts the same, (m, t) -> scalar.
+
+    Source: DAPO (arXiv 2503.14476), section 3.3.
+    """
+    return (values * mask).sum() / max(counts.tokens, 1)
+
+
+def constant_mean(values: Tensor, mask: Tensor, counts: Counts) -> Tensor:
+    """The sum over tokens, divided by rows and the maximum length, so that no length changes the weight of a token.
+
+    Source: Dr. GRPO (arXiv 2503.20783).
+    """
+    return (values * mask).sum() / (counts.rows * counts.max_length)
+
+
+def row_sum(values: Tensor, mask: Tensor, counts: Counts) -> Tensor:
+    """The mean over rows of the sum over each row's tokens, (m, t) -> scalar: long completions count for more.
+
+    Source: RLOO (arXiv 2402.14740), where a completion is one action; LUSPO (arXiv 2602.05261).
+    """
+    return (values * mask).sum() / counts.rows
+
+
+def k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """Estimate per token (m, t) of KL(policy || reference): `logps - ref_logps`. Unbiased, of either sign.
+
+    As a loss on samples of the policy its gradient is 0 on average. Source: Schulman, "Approximating KL divergence".
+    """
+    return logps - ref_logps
+
+
+def k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """Estimate per token (m, t) of KL(policy || reference): `(logps - ref_logps)^2 / 2`. Biased, never negative.
+
+    As a loss on samples of the policy its gradient is that of the KL divergence on average.
+    Source: Schulman, "Approximating KL divergence".
+    """
+    return (logps - ref_logps).square() / 2
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -160,18 +253,25 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
 ARGUMENTS = {
     "advantage": ("rewards", "weights", "valid"),  # (P, G, C), (C,), (P, G, C) -> (P, G) or (P, G, T)
     "ratio": ("log_ratio", "mask"),  # (m, t), (m, t) -> (m, t) or (m, 1)
-    # ratio (m, t) or (m, 1), logps (m, t), advantages (m, 1) or (m, t), Limits -> (m, t), {metric: (m, t)}
-    "surrogate": ("ratio", "logps", "advantages", "limits"),
+    # ratio (m, t) or (m, 1), logps (m, t), advantages (m, 1) or (m, t), Numbers -> (m, t), {metric: (m, t)}
+    "surrogate": ("ratio", "logps", "advantages", "numbers"),
     "reduction": ("values", "mask", "counts"),  # (m, t), (m, t), Counts -> scalar
     "kl": ("logps", "ref_logps"),  # (m, t), (m, t) -> (m, t)
 }
 # The functions that a config in conf/objective/ can select by name, for each choice.
 CHOICES: dict[str, dict[str, Callable[..., Any]]] = {
-    "advantage": {"group": group_advantage},
-    "ratio": {"token": token_ratio},
-    "surrogate": {"clip": clip},
-    "reduction": {"row": row_mean},
-    "kl": {"k3": k3},
+    "advantage": {
+        "group": group_advantage,
+        "batch": batch_advantage,
+        "none": centered_advantage,
+        "leave_one_out": leave_one_out_advantage,
+        "normalize_then_sum": normalize_then_sum_advantage,
+        "mean": mean_scaled_advantage,
+    },
+    "ratio": {"token": token_ratio, "sequence": sequence_ratio},
+    "surrogate": {"clip": clip, "cispo": cispo, "sapo": sapo},
+    "reduction": {"row": row_mean, "token": token_mean, "constant": constant_mean, "length": row_sum},
+    "kl": {"k1": k1, "k2": k2, "k3": k3},
 }
 
 

@@ -1,6 +1,8 @@
 """Checks of a whole config: the constraints on each key from the schema, and constraints across keys."""
 
 import dataclasses
+import functools
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +17,8 @@ from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
 from grpo.config.schema import FACTS, OPEN_GROUPS, Config, EvalConfig, Facts, LoraSettings
 from grpo.config.values import escape, flatten
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,25 @@ def check(config: Config) -> None:
         _number(f"{place}.weight", component.get("weight", 1.0))
         if component.get("range") is not None:
             _check_range(f"{place}.range", component["range"])
+    if config.objective["advantage"] == "mean":
+        _check_not_negative(config.reward.components)
+
+
+def _check_not_negative(components: dict[str, Any]) -> None:
+    """Raise ConfigError unless the total reward is known to be 0 or more."""
+    for name, component in components.items():
+        weight = component.get("weight", 1.0)
+        ends = component.get("range")
+        if ends is None and weight != 0:
+            raise ConfigError(
+                f"objective.advantage=mean needs reward.components.{name}.range: its lowest and highest value, such as "
+                "[0, 1], since it divides by the mean reward of a group"
+            )
+        if weight != 0 and min(weight * end for end in ends) < 0:
+            raise ConfigError(
+                f"objective.advantage=mean divides by the mean reward of a group, which must not be negative, but "
+                f"reward.components.{name} can be; choose another advantage, or shift the reward"
+            )
 
 
 def _check_evaluation(settings: EvalConfig) -> None:
@@ -188,6 +211,40 @@ def check_unused_overrides(config: Config, overrides: Overrides) -> None:
                 f"grpo.{followed}: the objective has its own, objective.{name}={own:g}; set that one, or "
                 f"objective.{name}=null to follow grpo.{followed}"
             )
+
+
+def say_unused(config: Config, overrides: Overrides) -> None:
+    """Log once for each number or choice of the objective on the command line that has no effect."""
+    for key, reason in _without_effect(config).items():
+        if key in overrides.keys:
+            _warn_once(f"{key} has no effect: {reason}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _without_effect(config: Config) -> dict[str, str]:
+    """The keys of the suite's objective that have no effect, with the reason."""
+    objective = config.objective
+    if objective["_target_"] != "grpo.algorithm.objective.Objective":
+        return {}
+    surrogate = objective["surrogate"]
+    numbers = {
+        "clip": ["grpo.epsilon", "objective.epsilon_low", "objective.epsilon_high", "objective.delta"],
+        "cispo": ["objective.cap"],
+        "sapo": ["objective.tau_positive", "objective.tau_negative"],
+    }
+    found: dict[str, str] = {}
+    for name, keys in numbers.items():
+        if config.grpo.mu == 1:
+            found |= dict.fromkeys(keys, "with grpo.mu=1 the ratio is 1 at every update")
+        elif surrogate in numbers and name != surrogate:
+            found |= dict.fromkeys(keys, f"it is a number of objective.surrogate={name}, and this is {surrogate}")
+    if kl_weight(config) == 0:
+        found |= dict.fromkeys(["objective.kl", "objective.kl_correction"], "there is no KL penalty, since beta is 0")
+    return found
 
 
 def check_device_map(device_map: object) -> None:

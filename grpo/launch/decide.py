@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from grpo.algorithm.objective import check_choices
-from grpo.config.checks import check_name, check_unused_overrides, typed
+from grpo.config.checks import check_name, check_unused_overrides, say_unused, typed
 from grpo.config.errors import ConfigError
 from grpo.config.hydra_app import Application, without_hydra
 from grpo.config.instantiate import check_importable
@@ -82,6 +82,7 @@ def check_runnable(config: DictConfig, overrides: Overrides) -> Config:
     """Convert the config of one run to dataclasses. Raises ConfigError if it cannot run on any machine."""
     checked = typed(config)
     check_unused_overrides(checked, overrides)
+    say_unused(checked, overrides)
     check_importable(checked)
     check_choices(checked.objective)
     if checked.fork:

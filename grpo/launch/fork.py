@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
-from grpo.config.checks import check_lineage, check_unused_overrides, kl_weight
+from grpo.config.checks import check_lineage, check_unused_overrides, kl_weight, say_unused
 from grpo.config.command_line import arguments_in_shell, grpo_command, path_argument, path_override
 from grpo.config.compose import apply_overrides
 from grpo.config.errors import ConfigError
@@ -71,6 +71,7 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     frozen.accept_changes = cfg.accept_changes
     config = freeze(frozen)
     check_unused_overrides(config, overrides)
+    say_unused(config, overrides)
     _check_steps(config, state, reference_of(source))
     _check_weights(config, values["model"], overrides, parent)
 

@@ -4,13 +4,19 @@ import pytest
 import torch
 
 from grpo.algorithm.advantage import (
+    batch_advantage,
+    centered_advantage,
     comparable_reward,
     equal_groups,
     group_advantage,
     group_std,
+    leave_one_out_advantage,
+    mean_scaled_advantage,
+    normalize_then_sum_advantage,
     standardize,
     total_reward,
 )
+from grpo.algorithm.objective import CHOICES
 
 NAN = math.nan
 
@@ -120,3 +126,53 @@ def test_the_rounding_of_a_sum_is_no_signal():
     for scale in (1.0, 1e6, 1e-6):
         assert equal_groups(scale * sums[None]).tolist() == [True]
     assert equal_groups((sums - 0.6)[None]).tolist() == [True]  # 1e-16 and 0
+
+
+def of_one_component(function, rewards):
+    """The advantages of rewards (P, G) of one component of weight 1; NaN is missing."""
+    rewards = torch.tensor(rewards)[..., None]
+    return function(rewards.nan_to_num(0.0), torch.ones(1), ~rewards.isnan())
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        # The means are 2 and 0; the standard deviation of all six rewards is sqrt(16.8 / 5), as their mean is 1.2.
+        (centered_advantage, [[-2.0, 0.0, 2.0], [0.0, 0.0, NAN]]),
+        (leave_one_out_advantage, [[-3.0, 0.0, 3.0], [0.0, 0.0, NAN]]),
+        (batch_advantage, [[-2 / 1.7889544, 0.0, 2 / 1.7889544], [0.0, 0.0, NAN]]),
+        (mean_scaled_advantage, [[-2 / 2.0001, 0.0, 2 / 2.0001], [0.0, 0.0, NAN]]),
+    ],
+)
+def test_advantages_by_hand(function, expected):
+    found = of_one_component(function, [[0.0, 2.0, 4.0], [0.0, 0.0, NAN]])
+    torch.testing.assert_close(found, torch.tensor(expected).nan_to_num(0.0), rtol=1e-5, atol=1e-6)
+
+
+def test_gdpo_gives_components_of_different_ranges_the_influence_of_their_weights():
+    rewards = torch.tensor([[[100.0, 0.0], [0.0, 1.0]], [[100.0, 1.0], [0.0, 0.0]]])
+    valid = torch.ones_like(rewards, dtype=torch.bool)
+    found = normalize_then_sum_advantage(rewards, torch.tensor([1.0, 1.0]), valid)
+    # In group 1 the components contradict each other and cancel, although one is a hundred times as large.
+    torch.testing.assert_close(found[0], torch.zeros(2), rtol=0, atol=2e-3)
+    # The sums of group 2 are +-2 / sqrt(2), so that the standard deviation over the four is sqrt(4 / 3).
+    torch.testing.assert_close(found[1], torch.tensor([1.0, -1.0]) * 2**0.5 / (4 / 3) ** 0.5, rtol=1e-3, atol=0)
+    assert group_advantage(rewards, torch.tensor([1.0, 1.0]), valid)[0].abs().min() > 0.7
+
+
+def test_in_gdpo_a_missing_component_adds_nothing():
+    rewards = torch.tensor([[[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]])
+    valid = torch.tensor([[[True, False], [True, False], [False, False]]])
+    found = normalize_then_sum_advantage(rewards, torch.ones(2), valid)
+    assert found[0, 0] == -found[0, 1] > 0
+    assert found[0, 2] == 0
+
+
+@pytest.mark.parametrize("name", CHOICES["advantage"])
+def test_every_advantage_is_0_without_a_signal_and_finite(name):
+    function = CHOICES["advantage"][name]
+    for rewards in ([[0.3, 0.3], [NAN, 0.2]], [[NAN, NAN]], [[1.0]]):
+        assert of_one_component(function, rewards).abs().max() == 0, rewards
+    mixed = of_one_component(function, [[0.0, 1.0], [0.5, 0.5], [NAN, NAN]])
+    assert mixed[0, 1] > 0 > mixed[0, 0]
+    assert mixed[1:].abs().max() == 0

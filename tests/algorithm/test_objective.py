@@ -7,9 +7,30 @@ import sys
 import pytest
 import torch
 
-from grpo.algorithm.objective import CHOICES, Counts, Limits, LossInputs, Objective, check_choices, clip, k3, log_ratio
+from grpo.algorithm.objective import (
+    CHOICES,
+    Counts,
+    LossInputs,
+    Numbers,
+    Objective,
+    check_choices,
+    cispo,
+    clip,
+    k1,
+    k2,
+    k3,
+    log_ratio,
+    sapo,
+    sequence_ratio,
+)
 from grpo.config.errors import ConfigError
 from grpo.config.schema import FUNCTION_KEYS
+
+
+def numbers(**changes):
+    """The numbers of a surrogate."""
+    given = {"epsilon_low": 0.1, "epsilon_high": 0.1, "delta": None, "cap": 5.0, "tau_positive": 1.0} | changes
+    return Numbers(**{"tau_negative": 1.05, **given})
 
 
 def counts(mask):
@@ -70,7 +91,7 @@ def test_the_mean_of_k3_over_samples_of_the_policy_is_the_kl_divergence():
     ],
 )
 def test_clipping_takes_the_larger_of_the_clipped_and_the_unclipped_loss(ratio, advantage, expected):
-    loss, _ = clip(torch.tensor([[ratio]]), torch.zeros(1, 1), torch.tensor([[advantage]]), Limits(0.1, 0.1))
+    loss, _ = clip(torch.tensor([[ratio]]), torch.zeros(1, 1), torch.tensor([[advantage]]), numbers())
     assert loss.item() == pytest.approx(expected)
 
 
@@ -148,10 +169,10 @@ def test_a_very_large_log_ratio_is_clamped_so_that_the_loss_stays_finite():
 
 def test_the_clip_has_separate_lower_and_upper_limits():
     ratio, advantage = torch.tensor([[1.25, 0.75]]), torch.tensor([[2.0]])
-    loss, shares = clip(ratio, torch.zeros(1, 2), advantage, Limits(epsilon_low=0.1, epsilon_high=0.2))
+    loss, shares = clip(ratio, torch.zeros(1, 2), advantage, numbers(epsilon_high=0.2))
     assert loss.tolist() == [[pytest.approx(-2.4), pytest.approx(-1.5)]]
     assert shares["clip_ratio/high_mean"].tolist() == [[True, False]]
-    loss, shares = clip(ratio, torch.zeros(1, 2), -advantage, Limits(epsilon_low=0.1, epsilon_high=0.2))
+    loss, shares = clip(ratio, torch.zeros(1, 2), -advantage, numbers(epsilon_high=0.2))
     assert loss.tolist() == [[pytest.approx(2.5), pytest.approx(1.8)]]
     assert shares["clip_ratio/low_mean"].tolist() == [[False, True]]
 
@@ -184,3 +205,80 @@ def test_every_choice_is_listed_as_a_config_key_whose_value_is_a_function():
 def test_importing_the_objective_module_does_not_import_torch():
     code = "import sys, grpo.algorithm.objective; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_those_of_its_tokens():
+    ratios = torch.tensor([[2.0, 8.0, 99.0], [3.0, 99.0, 99.0], [9.0, 9.0, 9.0]])
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(sequence_ratio(ratios.log(), mask), torch.tensor([[4.0], [3.0], [1.0]]))
+
+
+def test_delta_limits_the_loss_of_a_bad_completion_that_became_likelier():
+    ratio = torch.tensor([[6.0]], requires_grad=True)
+    loss, _ = clip(ratio, torch.zeros(1, 1), torch.tensor([[-1.0]]), numbers(delta=4.0))
+    loss.sum().backward()
+    assert (loss.item(), ratio.grad.item()) == (4.0, 0.0)
+    loss, _ = clip(torch.tensor([[6.0]]), torch.zeros(1, 1), torch.tensor([[1.0]]), numbers(delta=4.0))
+    assert loss.item() == pytest.approx(-1.1)
+
+
+def test_cispo_keeps_the_gradient_of_every_token_with_a_limited_weight():
+    logps = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    ratio = torch.tensor([[2.0, 9.0]])
+    loss, shares = cispo(ratio, logps, torch.tensor([[3.0]]), numbers(cap=5.0))
+    loss.sum().backward()
+    assert logps.grad.tolist() == [[-6.0, -15.0]]
+    assert shares["cispo_clip_ratio"].tolist() == [[False, True]]
+
+
+def test_sapo_weighs_tokens_less_the_further_the_ratio_is_from_1():
+    """The gradient for the ratio is -4 sigmoid'(tau (ratio - 1)) A, which is -A at ratio 1."""
+    ratio = torch.tensor([[1.0, 3.0]], requires_grad=True)
+    loss, _ = sapo(ratio, torch.zeros(1, 2), torch.tensor([[2.0]]), numbers())
+    loss.sum().backward()
+    sigmoid = 1 / (1 + math.exp(-2.0))
+    torch.testing.assert_close(ratio.grad, torch.tensor([[-2.0, -8.0 * sigmoid * (1 - sigmoid)]]))
+    loss, _ = sapo(torch.tensor([[2.0]]), torch.zeros(1, 1), torch.tensor([[-1.0]]), numbers(tau_negative=2.0))
+    assert loss.item() == pytest.approx(2.0 / (1 + math.exp(-2.0)))
+
+
+def test_the_other_kl_estimates():
+    logps, ref_logps = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
+    torch.testing.assert_close(k1(logps, ref_logps), torch.tensor([0.5, -1.0]))
+    torch.testing.assert_close(k2(logps, ref_logps), torch.tensor([0.125, 0.5]))
+    policy, reference = torch.tensor([0.7, 0.2, 0.1]).log(), torch.tensor([0.3, 0.3, 0.4]).log()
+    exact = (policy.exp() * (policy - reference)).sum()
+    torch.testing.assert_close((policy.exp() * k1(policy, reference)).sum(), exact)
+
+
+def test_the_reductions_by_hand():
+    values = torch.tensor([[1.0, 3.0, 99.0], [5.0, 99.0, 99.0]])
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    whole = Counts(rows=2, tokens=3, groups=1, max_length=10)
+    found = {name: reduce(values, mask, whole).item() for name, reduce in CHOICES["reduction"].items()}
+    assert found == {"row": 3.5, "token": 3.0, "constant": pytest.approx(0.45), "length": 4.5}
+
+
+def test_the_corrected_kl_has_the_gradient_of_the_kl_divergence_on_average():
+    """The mean over samples of the gradient of ratio * k3, at ratio 1, is the gradient of the exact divergence."""
+    logits = torch.tensor([0.7, 0.2, 0.1]).log().requires_grad_()
+    reference = torch.tensor([0.3, 0.3, 0.4]).log()
+    policy = logits.log_softmax(0)
+    (exact,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits, retain_graph=True)
+    probabilities = policy.exp().detach()
+    for correction in (True, False):
+        choices = {"ratio": "token", "surrogate": "clip", "reduction": "token", "kl": "k3"}
+        objective = Objective(**choices, beta=1.0, epsilon_low=0.1, epsilon_high=0.1, kl_correction=correction)
+        total = torch.zeros(3)
+        for token in range(3):
+            inputs = LossInputs(
+                policy[token].view(1, 1),
+                torch.ones(1, 1, dtype=torch.long),
+                torch.zeros(1),
+                torch.zeros(1, dtype=torch.long),
+                ref_logps=reference[token].view(1, 1),
+            )
+            loss = objective(inputs, Counts(rows=1, tokens=1, groups=1, max_length=1)).loss
+            (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+            total += probabilities[token] * gradient
+        assert torch.allclose(total, exact, atol=1e-6) == correction

@@ -4,10 +4,11 @@ import dataclasses
 import re
 
 import pytest
+import yaml
 from omegaconf.errors import InterpolationResolutionError
 
-from grpo.algorithm.objective import Limits
-from grpo.config.checks import check_lineage, check_training, kl_weight, typed
+from grpo.algorithm import objective as objectives
+from grpo.config.checks import check_lineage, check_training, kl_weight, say_unused, typed
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
 from grpo.config.explain import NAMED_BY_USER, explain
@@ -176,10 +177,10 @@ def test_training_that_would_hardly_change_the_weights_is_refused(optimizer):
 def test_the_objective_uses_beta_and_epsilon_of_grpo_unless_it_sets_its_own():
     config = compose_typed("grpo.beta=0.5", "grpo.epsilon=0.3")
     objective = build_objective(config)
-    assert (objective.beta, objective.limits) == (0.5, Limits(epsilon_low=0.3, epsilon_high=0.3))
+    assert (objective.beta, objective.numbers.epsilon_low, objective.numbers.epsilon_high) == (0.5, 0.3, 0.3)
     own = compose_typed("objective.beta=0", "objective.epsilon_high=3e-4")
     objective = build_objective(own)
-    assert (objective.beta, objective.limits) == (0.0, Limits(epsilon_low=0.1, epsilon_high=3e-4))
+    assert (objective.beta, objective.numbers.epsilon_low, objective.numbers.epsilon_high) == (0.0, 0.1, 3e-4)
     assert (kl_weight(config), kl_weight(own)) == (0.5, 0.0)
 
 
@@ -561,3 +562,48 @@ def test_the_record_of_a_forks_parent_must_hold_counts(value):
     for name in ("step", "num_problems"):
         with pytest.raises(ConfigError, match=f"parent.{name}={value}: must be a whole number"):
             check_lineage({"step": 2, name: value})
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (CONF_DIR / "objective").glob("*.yaml")))
+def test_every_named_objective_can_be_built_and_keeps_its_own_numbers(name):
+    config = compose_typed(f"objective={name}", "grpo.beta=0.5", "grpo.epsilon=0.15")
+    objective = build_objective(config)
+    own = yaml.safe_load((CONF_DIR / "objective" / f"{name}.yaml").read_text())
+    assert objective.beta == (0.5 if own.get("beta") is None else own["beta"])
+    assert objective.numbers.epsilon_low == (own.get("epsilon_low") or 0.15)
+    assert objective.numbers.epsilon_high == (own.get("epsilon_high") or 0.15)
+    assert {choice: config.objective[choice] for choice in objectives.CHOICES}.items() >= {
+        key: value for key, value in own.items() if key in objectives.CHOICES
+    }.items()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["grpo.mu=1", "grpo.epsilon=0.2"],
+            "grpo.epsilon has no effect: with grpo.mu=1 the ratio is 1 at",
+        ),
+        (["grpo.mu=2", "objective=cispo", "objective.delta=4"], "objective.delta has no effect: it is a number of"),
+        (["grpo.beta=0", "objective.kl=k1"], "objective.kl has no effect: there is no KL penalty, since beta is 0"),
+        (["grpo.mu=2", "objective.delta=4"], None),
+        (["grpo.mu=2", "objective.surrogate=my.own", "objective.cap=4"], None),
+        (["objective._target_=my.own", "grpo.mu=1", "objective.cap=4"], None),
+    ],
+)
+def test_a_number_on_the_command_line_without_effect_is_said(overrides, said, caplog):
+    config = compose_typed(*overrides)
+    for _ in range(2):
+        say_unused(config, Overrides(overrides))
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (said is not None)
+    assert all(said in message for message in messages)
+
+
+def test_an_advantage_that_divides_by_the_mean_reward_needs_rewards_that_are_not_negative():
+    component = "+reward.components.x={{_target_: a.b, {}}}"
+    for settings, said in (("weight: 1", "range: its lowest and"), ("range: [-1,1]", "must not be negative")):
+        with pytest.raises(ConfigError, match=said):
+            compose_typed("objective=maxrl", component.format(settings))
+    for settings in ("range: [0,1]", "weight: 0", "range: [-1,0], weight: -1"):
+        compose_typed("objective=maxrl", component.format(settings))
