@@ -68,15 +68,16 @@ def load_evaluations(run_dir: str | Path, of_training: bool = False) -> pd.DataF
     return _frame(rows, ["name", "split", "step", "n", "accuracy", "reward"])
 
 
-def correct_by_problem(evaluation: dict[str, Any] | None) -> pd.Series:
+def correct_by_problem(evaluation: dict[str, Any] | None, with_prompt: bool = False) -> pd.Series:
     """1 (right) or 0 (wrong) for each graded problem of an evaluation, or the share of right samples; may be empty.
 
-    The index contains the problem's id, question and answer: ids may be line numbers, which stand for other problems
-    in another data file.
+    The index contains the problem's id and answer: ids may be line numbers, which stand for other problems in another
+    data file. with_prompt: the question, too, which evaluations of version 0 and 1 do not have.
     """
     problems = (evaluation or {}).get("problems") or []
     graded = [each for each in problems if each.get("correct") is not None]
-    names = [json.dumps([each.get(key) for key in ("problem_id", "prompt", "answer")]) for each in graded]
+    keys = ("problem_id", "answer", *(("prompt",) if with_prompt else ()))
+    names = [json.dumps([each.get(key) for key in keys]) for each in graded]
     samples = pd.Series([float(each["correct"]) for each in graded], index=names, dtype=float)
     return samples.groupby(level=0, sort=False).mean()
 

@@ -70,7 +70,9 @@ def accuracy_difference(before: dict[str, Any] | None, after: dict[str, Any] | N
     after training as before, so it is narrower than those of the two accuracies suggest. With one sample per problem
     also `gained` and `lost`, the numbers of problems that only one of them solves, and `p`, of McNemar's exact test.
     """
-    difference = (correct_by_problem(after) - correct_by_problem(before)).dropna()
+    rows = [row for each in (before, after) if each is not None for row in each.get("problems") or []]
+    with_prompt = all(row.get("prompt") is not None for row in rows)
+    difference = (correct_by_problem(after, with_prompt) - correct_by_problem(before, with_prompt)).dropna()
     if difference.empty:
         return None
     estimate = paired_difference(difference.to_frame().T)

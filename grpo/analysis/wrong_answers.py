@@ -21,11 +21,11 @@ CATEGORIES = {
 }
 
 _NUMBER = r"\$?(?:\d{1,3}(?:,\d{3}){1,9}|\d{1,30})(?:\.\d{1,30})?%?"
-_LIST_MARKER = re.compile(r"\s*(?:[-*+\u2022]|\(?\w{1,2}[.)])\s+")
+_LIST_MARKER = re.compile(r"\s*(?:[-*\u2022]|\(?\w{1,2}[.)])\s+")
 _EQUATION = re.compile(
     rf"(?<![\w.,])({_NUMBER}(?:\s*[-+*/x\u00d7\u00f7]\s*{_NUMBER}){{1,12}})\s*=\s*(?=\$?(-?{_NUMBER}))"
 )
-_CONTINUES = re.compile(r"(?:[-+*/\u00d7\u00f7^)\d]|[\d)]\s*x)\s*$")
+_CONTINUES = re.compile(r"(?:[-+*/\u00d7\u00f7^)\d]|(?<![A-Za-z])x)\s*$")
 _SIGNS = str.maketrans({"x": "*", "\u00d7": "*", "\u00f7": "/", "$": "", ",": ""})
 
 
@@ -51,11 +51,16 @@ def why_wrong(row: Mapping[str, Any]) -> str | None:
 def equations(text: str) -> Iterator[tuple[Fraction, Fraction]]:
     """The value of each calculation with + - * / that is followed by ``=``, and the result that is stated.
 
-    Each line is read by itself, without the marker of a list in front of it.
+    Each line is read by itself, without the marker of a list in front of it. A dash is a minus sign if the equation is
+    true then.
     """
     for line in text.splitlines():
         marker = _LIST_MARKER.match(line)
-        yield from _equations_of(line[marker.end() :] if marker else line)
+        found = [*_equations_of(line[marker.end() :] if marker else line)]
+        if marker and "-" in marker[0]:
+            negative = [*_equations_of(f"0 - {line[marker.end() :]}")]
+            found = negative if negative and negative[0][0] == negative[0][1] else found
+        yield from found
 
 
 def _equations_of(line: str) -> Iterator[tuple[Fraction, Fraction]]:

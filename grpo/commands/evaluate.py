@@ -16,12 +16,13 @@ Completions are kept in outputs/evaluations/, so the command can be stopped and 
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -34,7 +35,11 @@ from grpo.data.splits import is_same_data
 from grpo.runs.console import evaluation_table
 from grpo.runs.folder import RunFolder, read_evaluation
 
+if TYPE_CHECKING:
+    from grpo.data.problems import Problem
+
 SPLITS = ("test", "validation", "train")
+Results = Mapping[str, dict[str, Any]]  # by data set, the content of eval/*.json
 Sets = dict[str, dict[str, Any] | None]  # name -> the group data of its config; None: that of the model's config
 
 
@@ -49,7 +54,7 @@ def main(arguments: list[str]) -> None:
     sets = _sets(subject, split)
     baseline = own.get("baseline")
     others = {} if baseline is None else _baseline(baseline, subject, split, sets)
-    results = _evaluate(subject, split, sets)
+    results = _evaluate(subject, split, sets, others, str(baseline))
     console = Console(markup=False)
     console.print(f"model: {subject.model}", highlight=False, soft_wrap=True)
     for name, result in results.items():
@@ -94,8 +99,10 @@ def _why_wrong(result: dict[str, Any]) -> list[str]:
     return [f"{sum(counts.values())} wrong completions:", *shown] if shown else []
 
 
-def _evaluate(subject: ModelUnderTest, split: str, sets: Sets) -> dict[str, dict[str, Any]]:
-    """The results of a model by data set."""
+def _evaluate(
+    subject: ModelUnderTest, split: str, sets: Sets, others: Results = MappingProxyType({}), baseline: str = ""
+) -> Results:
+    """The results of a model by data set. others: those of the baseline, which must have the same problems."""
     from grpo.training.completion_store import store_for  # imports torch
     from grpo.training.evaluation import evaluate, evaluated_problems, store_key
     from grpo.training.experiment import build_experiment
@@ -107,10 +114,12 @@ def _evaluate(subject: ModelUnderTest, split: str, sets: Sets) -> dict[str, dict
         for name, data in sets.items()
         if data is not None
     }
-    for on in experiments.values():  # before anything is sampled
+    for on in experiments.values():  # before a model is loaded
         evaluated_problems(on, split)
     experiment, engine, sampling, model = load_model_under_test(subject, with_problems=not experiments)
     with closing(engine):
+        for name, other in others.items():  # before anything is sampled
+            _check_problems(other, evaluated_problems(experiments.get(name, experiment), split), baseline)
         store = store_for(model, subject.config, store_key(experiment, sampling))
         for name in sets:
             on = experiments.get(name, experiment)
@@ -120,7 +129,7 @@ def _evaluate(subject: ModelUnderTest, split: str, sets: Sets) -> dict[str, dict
     return results
 
 
-def _baseline(baseline: str, subject: ModelUnderTest, split: str, sets: Sets) -> dict[str, dict[str, Any]]:
+def _baseline(baseline: str, subject: ModelUnderTest, split: str, sets: Sets) -> Results:
     """The evaluation that is compared with, by data set: that of a file, or of another model."""
     file = Path(baseline)
     if file.is_file():
@@ -154,21 +163,31 @@ def _check_baseline(found: dict[str, Any], baseline: str, subject: ModelUnderTes
     for key, value in asked.items():
         if found.get(key, value) != value:
             raise ConfigError(f"baseline={baseline} has {key}={found[key]}, and this evaluation {value}; use the same")
-    for key in ("accuracy", "n", "problems", "completions/mean_length", "completions/clipped_ratio", "rewards"):
+    for key in ("accuracy", "n", "problems", "completions/mean_length", "rewards"):
         if found.get(key) is None:
             raise ConfigError(f"baseline={baseline} has no {key}; evaluate it again")
+
+
+def _check_problems(found: dict[str, Any], problems: "Sequence[Problem]", baseline: str) -> None:
+    """Raise ConfigError if a baseline and this evaluation share fewer than half of the problems of the smaller one."""
+    rows = found["problems"]
+    with_question = all(row.get("prompt") is not None for row in rows)  # not in files of version 0 and 1
+    known = {(row["problem_id"], row.get("answer"), row["prompt"] if with_question else "") for row in rows}
+    asked = {(each.id, each.answer, each.question if with_question else "") for each in problems}
+    shared = len(known & asked)
+    if shared == 0 or 2 * shared < min(len(known), len(asked)):
+        raise ConfigError(
+            f"baseline={baseline} has {shared or 'none'} of the {len(asked)} problems of this evaluation; evaluate it "
+            "on the same data"
+        )
 
 
 def _comparison(other: dict[str, Any], result: dict[str, Any], name: str) -> dict[str, Any]:
     from grpo.analysis.summary import accuracy_difference, difference_text  # imports pandas
 
     difference = accuracy_difference(other, result)
-    shared = 0 if difference is None else difference["n"]
-    if difference is None or 2 * shared < result["n"]:
-        raise ConfigError(
-            f"baseline={name} has {shared or 'none'} of the {result['n']} problems of this evaluation; evaluate it on "
-            "the same data"
-        )
+    if difference is None:
+        return {"name": name, "text": "is not compared: no problem is graded in both evaluations"}
     return {"name": name, "accuracy": other["accuracy"], **difference, "text": difference_text(difference)}
 
 
@@ -180,7 +199,7 @@ def _progress(name: str) -> Iterator[Any]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _write(subject: ModelUnderTest, results: dict[str, dict[str, Any]], console: Console) -> None:
+def _write(subject: ModelUnderTest, results: Results, console: Console) -> None:
     if subject.folder is None:
         return
     now = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"

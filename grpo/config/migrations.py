@@ -46,6 +46,11 @@ ADDED_WITHIN_2: Values = {
     "eval.sets": [],
     "eval.graders": {},
     "grpo.decay_biases_and_norms": True,
+    "objective.kl_correction": False,
+    "objective.delta": None,
+    "objective.cap": 5.0,
+    "objective.tau_positive": 1.0,
+    "objective.tau_negative": 1.05,
 }
 # `grpo_loss`, the only objective up to version 1, as the set of choices that replaced it in version 2.
 GRPO_LOSS = {

@@ -25,7 +25,6 @@ from grpo.training.experiment import Experiment
 from grpo.training.metrics import completion_rows, ended
 from grpo.training.scored_completions import score_completions
 
-TAGGED = "grpo.rewards.math_xml."  # functions that read only the answer block
 Progress = Callable[[int, int], None]  # called with the number of problems that are done and that of all
 
 
@@ -195,8 +194,7 @@ def _summary(experiment: Experiment, problems: Sequence[Problem], rows: list[lis
         "completions/clipped_ratio": _mean([row["truncated"] for row in flat]),
     }
     if config.samples > 1:
-        vote = _tagged_answer if config.accuracy["_target_"].startswith(TAGGED) else final_answer
-        result |= _of_several(rows, config.samples, vote)
+        result |= _of_several(rows, config.samples, VOTES.get(config.accuracy["_target_"], _any_answer))
     if config.by:
         result["by"] = {column: _by_value(problems, shares, column) for column in config.by}
     return result | {"problems": flat}
@@ -230,6 +228,20 @@ def _tagged_answer(completion: str) -> str | Fraction | None:
         return None
     value = parse_number(block)
     return block if value is None else value
+
+
+def _any_answer(completion: str) -> str | Fraction | None:
+    """What the answer block states, or without a block what the completion ends with, for a grader of the user."""
+    tagged = _tagged_answer(completion)
+    return tagged if tagged is not None else final_answer(completion)
+
+
+# How the graders of the suite read an answer.
+VOTES: dict[str, Callable[[str], str | Fraction | None]] = {
+    "grpo.rewards.math_xml.accuracy": _tagged_answer,
+    "grpo.rewards.math_xml.strict": _tagged_answer,
+    "grpo.rewards.lenient.lenient": final_answer,
+}
 
 
 def _by_value(problems: Sequence[Problem], shares: list[float | None], column: str) -> dict[str, Any]:

@@ -65,6 +65,10 @@ def test_equations_are_read_with_currency_commas_and_per_cent():
         ("5 x 3 + 4 = 19", [(19, 19)]),
         ("(2 + 3) x 3 + 4 = 19", []),
         ("3 + 4\n= 7", []),
+        ("5 apples x 2 + 3 = 13 and n x 2 + 3 = 13", []),
+        ("12\n+ 3 + 4 = 19", []),
+        ("- 5 + 3 = -2", [(-2, -2)]),
+        ("- 5 + 3 = 9", [(8, 9)]),
     ],
 )
 def test_equations_are_read_line_by_line_and_only_whole(text, found):

@@ -64,6 +64,7 @@ def test_an_old_run_is_resumed_and_equals_the_run_that_was_never_stopped(old, ki
     done = launch("resume=true", f"run_dir={run}", cwd=run.parent)
     assert done.returncode == 0, done.stderr
     assert RunFolder(run).finished()
+    assert json.loads((run / "summary.json").read_text())["accuracy_difference"]["n"] > 0
     if written_here(straight):
         assert with_present_names(run) == with_present_names(straight)
         assert tensors(run) == tensors(straight)
@@ -79,11 +80,13 @@ def test_an_old_run_is_resumed_and_equals_the_run_that_was_never_stopped(old, ki
 @pytest.mark.parametrize(("kind", "version"), [("full", 0), ("lora", 1)])
 def test_an_old_run_is_evaluated_verified_and_reported(old, kind, version):
     run = old(version, f"{kind}_finished")
+    own = f"baseline={run}/eval/before.json"
     grader = "++eval.graders.lenient._target_=grpo.rewards.lenient.lenient"  # as docs/evaluation.md says
-    evaluated = grpo("evaluate", f"run_dir={run}", grader, cwd=run.parent)
+    evaluated = grpo("evaluate", f"run_dir={run}", grader, own, cwd=run.parent)
     assert evaluated.returncode == 0, evaluated.stderr
     (result,) = run.glob("eval/evaluate_*.json")
     now, then = json.loads(result.read_text()), json.loads((run / "eval" / "after.json").read_text())
+    assert now["baseline"]["n"] == now["n"]
     assert now["graded"]["lenient"]["accuracy"] >= now["accuracy"]
     verified = grpo("verify", f"run_dir={run}", cwd=run.parent)
     assert "checksums: 1 of 1 checkpoint folders are intact" in verified.stdout, verified.stderr
