@@ -17,6 +17,8 @@ from grpo.config.overrides import Overrides
 from grpo.config.schema import LAUNCH_KEYS
 from grpo.runs.folder import RunFolder
 
+_ABSOLUTE_PATH = re.compile(r"(?:file://|(?<![\w.<:/]))(?:~|/[\w.-]+)(?:/[\w.-]+)+")
+
 
 def write_model_card(run: RunFolder, folder: Path) -> None:
     """Write README.md into the folder of a run's trained model."""
@@ -79,25 +81,21 @@ def model_card(run: RunFolder) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _without_folder(name: str) -> str:
-    """Of an absolute path only its last part, since the folders of a machine concern nobody else."""
-    return Path(name).name if name.startswith(("/", "~")) else name
+def _without_folder(text: str) -> str:
+    """The text with only the last part of each absolute path, since the folders of a machine concern nobody else."""
+    return _ABSOLUTE_PATH.sub(lambda match: Path(match[0]).name, text)
 
 
 def _how_to_repeat(overrides: list[str], changes: dict[str, Any], is_fork: bool) -> list[str]:
     """The command that trains the model again, with later changes, and without what concerns one launch or machine."""
     if is_fork:
         return ["A fork continues from a checkpoint of another run, so no command repeats all of its training."]
-    given = Overrides(overrides).of_experiment.without(LAUNCH_KEYS | changes.keys())
-    shortened = {}
-    for key in dict.fromkeys(given.keys):
-        value = given.value(key)
-        if isinstance(value, str) and (short := _without_folder(value)) != value:
-            shortened[key] = short
-    later = {key: _without_folder(value) if isinstance(value, str) else value for key, value in changes.items()}
-    command = [*given.without(shortened), *(override(key, value) for key, value in (shortened | later).items())]
-    note = ["Folders are named without their path.", ""] if shortened or later != changes else []
-    return [*note, "```bash", shlex.join(["python", "launch.py", *command]), "```"]
+    given = Overrides(overrides)
+    kept = [*given.select({"hydra.searchpath"}), *given.of_experiment.without(LAUNCH_KEYS | changes.keys())]
+    arguments = [*kept, *(override(key, value) for key, value in changes.items())]
+    shown = [_without_folder(argument) for argument in arguments]
+    note = ["Folders are named without their path.", ""] if shown != arguments else []
+    return [*note, "```bash", shlex.join(["python", "launch.py", *shown]), "```"]
 
 
 def _rewards(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -143,7 +143,7 @@ def resolved(cfg: DictConfig) -> Config:
 def data_of_set(name: str, subject: ModelUnderTest, split: str) -> dict[str, Any]:
     """The group data with the problems of conf/data/<name>.yaml and the prompts of the subject's config.
 
-    Of the data that the subject was trained on, its validation problems are kept. The test problems need none.
+    If it is the data of the subject's run, the same problems are validation problems. For split=test there are none.
     """
     if not re.fullmatch(r"[\w-]+", name):
         raise ConfigError(f"eval.sets: {name} is not the name of a file in conf/data/")
@@ -156,8 +156,10 @@ def data_of_set(name: str, subject: ModelUnderTest, split: str) -> dict[str, Any
     )
     if split == "test":
         found["validation_share"] = 0.0
-    elif is_same_data(found, subject.config.data):
-        found["validation_share"] = subject.config.data["validation_share"]
+        return found
+    trained_on = subject.config.data if subject.folder is None else subject.folder.frozen_config().data
+    if is_same_data(found, trained_on):
+        found["validation_share"] = trained_on["validation_share"]
     return found
 
 

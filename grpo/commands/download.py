@@ -68,13 +68,13 @@ def _check_weights(folder: Path) -> None:
     """Raise OSError if weights are missing, as in the cache after a download that was stopped."""
     for kind in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{kind}.index.json"
+        if (folder / kind).exists():
+            return
         if index.exists():
             shards = sorted({*json.loads(index.read_text())["weight_map"].values()})
             missing = [name for name in shards if not (folder / name).exists()]
             if missing:
                 raise FileNotFoundError(f"{missing[0]} is missing, one of {len(shards)} files of weights")
-            return
-        if (folder / kind).exists():
             return
     raise FileNotFoundError("the files of the weights are missing")
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from grpo.config.errors import ConfigError
-from grpo.config.schema import Config
+from grpo.config.schema import Config, known_keys
 from grpo.data.problems import Problems
 
 logger = logging.getLogger(__name__)
@@ -38,13 +38,15 @@ def with_validation(problems: Problems, share: float) -> Problems:
 
 
 def is_same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two values of the config's group data name the same data set, in whatever way."""
+    """Whether two values of the config's group data name the same data set, in whatever way.
+
+    A folder is the same data for every loader of the suite. For another loader all of its settings count.
+    """
     first, second = (each.get("path") for each in (one, other))
-    if first is None or second is None:
-        return first is second and one["_target_"] == other["_target_"]
-    if os.path.exists(first) and os.path.exists(second):
+    of_suite = all(each["_target_"].startswith("grpo.data.") for each in (one, other))
+    if of_suite and first and second and os.path.exists(first) and os.path.exists(second):
         return os.path.samefile(first, second)
-    return first == second and one.get("name") == other.get("name")
+    return _settings(one) == _settings(other)
 
 
 def check_splits(problems: Problems, config: Config) -> None:
@@ -73,6 +75,11 @@ def check_splits(problems: Problems, config: Config) -> None:
             share,
             len(problems.train),
         )
+
+
+def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The loader and its settings."""
+    return {key: value for key, value in data.items() if key not in known_keys("data")}
 
 
 def _uniform(name: str) -> float:

@@ -43,9 +43,9 @@ from grpo.training.digests import check_digests, config_digest, kept_by_fork
 def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     """Create in `folder` a run that continues from a checkpoint of the run in `cfg.run_dir`. Returns its config.
 
-    The fork gets the checkpoint, the metrics up to its step, the evaluations if its own are comparable, and the
-    parent's settings with the overrides of the command line. `parent` in its config.yaml records its origin. Raises
-    ConfigError if the fork is not possible.
+    The fork gets the checkpoint, the metrics up to its step and, unless it evaluates in another way, the evaluations up
+    to it, and the parent's settings with the overrides of the command line. `parent` in its config.yaml records its
+    origin. Raises ConfigError if the fork is not possible.
     """
     parent = RunFolder(cfg.run_dir)
     source = _checkpoint(parent, cfg.fork_step)

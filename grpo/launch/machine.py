@@ -24,7 +24,7 @@ def check_machine(configs: Sequence[Config], unknown: Overrides) -> None:
 
             requested_device(config)
     for config in [] if unknown.names("data") else _different(configs, lambda config: config.data):
-        use_cache_if_hub_is_unreachable(config.data.get("path") or "")
+        use_cache_if_hub_is_unreachable(config.data.get("path"))
         bind("data", config.data, without=known_keys("data"))()
     for config in [] if unknown.names("model") else _different(configs, lambda config: config.model):
         if config.model.name != EMBEDDED_MODEL:

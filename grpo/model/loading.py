@@ -47,10 +47,9 @@ def model_source(name: str) -> str:
     return str(EMBEDDED_MODELS.get(name, name))
 
 
-def prepare_hub(model: str, data: str | None = None) -> None:
-    """Before a model and a data set are loaded: use the cache alone if they need the hub and it cannot be reached."""
-    names = [] if model in RANDOM_MODELS else [model_source(model)]
-    use_cache_if_hub_is_unreachable(*names, *([data] if data else []))
+def prepare_hub(model: str, data: object = None) -> None:
+    """Before a model and data.path are loaded: use the cache alone if they need the hub and it cannot be reached."""
+    use_cache_if_hub_is_unreachable(None if model in RANDOM_MODELS else model_source(model), data)
 
 
 def architecture(name: str, trust_remote_code: bool) -> PretrainedConfig:

@@ -5,7 +5,8 @@ import inspect
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,13 @@ def store_for(model: PreTrainedModel, config: Config, sampling: Mapping[str, Any
     has_adapter = any(bool(each.any()) for name, each in parameters.items() if is_adapter_output(name))
     facts = {
         "model": [type(model).__name__, settings, config.model.attn_implementation],
-        "adapter": asdict(config.model.lora) if config.model.lora is not None and has_adapter else None,
+        "adapter": [config.model.lora.rank, config.model.lora.alpha] if config.model.lora and has_adapter else None,
+        "peft": version("peft") if has_adapter else None,
         "sampling": dict(sampling),
         "seed": config.seed if sampling["temperature"] > 0 else None,
         "engine": engine,
         "compute": [hardware.threads, hardware.rollout_tokens, hardware.cuda_graphs, config.deterministic],
-        "environment": environment(model.device),
+        "environment": [model.device.type, environment(model.device)],
         "code": _code_digest(type(model)),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())

@@ -85,6 +85,11 @@ def test_the_command_of_the_model_card_concerns_no_machine(finished_run, tmp_pat
     run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
     given = ["experiment=quickstart", "data.path='/home/me/my sums'", "grpo.mu=1", "model.name=Qwen/Qwen2.5-0.5B"]
     given += ["hydra/launcher=ray", "hydra.sweep.dir=/home/me/out", "run_dir=/home/me/run"]
+    given += [
+        "hydra.searchpath=[file:///home/me/conf]",
+        "+reward.components.x={_target_: a.b, file: /home/me/keys}",
+    ]
+    given += ["data.system_prompt='/no_think </answer>'"]
     launch = {**run.launches()[0], "overrides": given}
     (run.path / "launches.jsonl").write_text(json.dumps(launch) + "\n")
     (run.path / "changes.yaml").write_text("grpo.mu: 2\nmodel.lora.init_from: ~/adapter\n")
@@ -92,11 +97,14 @@ def test_the_command_of_the_model_card_concerns_no_machine(finished_run, tmp_pat
     assert "Folders are named without their path.\n" in text
     (command,) = re.findall(r"```bash\n(.*)\n```", text)
     assert shlex.split(command)[2:] == [
+        "hydra.searchpath=[conf]",
         "experiment=quickstart",
-        "model.name=Qwen/Qwen2.5-0.5B",
         "data.path='my sums'",
+        "model.name=Qwen/Qwen2.5-0.5B",
+        "+reward.components.x={_target_: a.b, file: keys}",
+        "data.system_prompt='/no_think </answer>'",
         "grpo.mu=2",
-        "model.lora.init_from=adapter",
+        "model.lora.init_from='adapter'",
     ]
 
 

@@ -47,11 +47,21 @@ def test_the_libraries_see_that_the_hub_is_not_used(monkeypatch):
 
 
 def test_no_connection_is_tried_for_folders(tmp_path):
-    hub.use_cache_if_hub_is_unreachable(str(tmp_path), "", "a/b/c", "./model")
+    hub.use_cache_if_hub_is_unreachable(str(tmp_path), "", "a/b/c", "./model", None, ["a", "b"])
     assert hub.why_offline() is None
 
 
-def test_what_the_user_set_stays(monkeypatch):
+def test_what_the_user_set_stays(monkeypatch, endpoint):
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    hub.use_cache_if_hub_is_unreachable("me/model")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint(server.getsockname()[1])
+        hub.use_cache_if_hub_is_unreachable("me/model")
+    assert not constants.is_offline_mode()
+    assert config.HF_HUB_OFFLINE
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.use_cache_if_hub_is_unreachable("me/model")
     assert hub.why_offline() == "HF_HUB_OFFLINE is set"

@@ -254,7 +254,9 @@ def test_a_fork_that_validates_on_other_problems_has_a_best_of_its_own(tmp_path)
     assert first.returncode == 0, first.stderr
     parent = tmp_path / "run" / "checkpoints" / "step_000001" / "trainer_state.json"
     best = json.loads(parent.read_text())["best_accuracy"]
-    for name, problems, length in (("same", 1, 40), ("other", 40, 40), ("shorter", 1, 30)):
+    prompt = "data.system_prompt=Add."
+    cases = (("same", 1, 40, []), ("other", 40, 40, []), ("shorter", 1, 30, []), ("asked", 1, 40, [prompt]))
+    for name, problems, length, prompts in cases:
         more = [
             "fork=true",
             "run_dir=run",
@@ -262,6 +264,7 @@ def test_a_fork_that_validates_on_other_problems_has_a_best_of_its_own(tmp_path)
             "grpo.num_steps=2",
             f"eval.max_problems={problems}",
             f"grpo.max_completion_length={length}",
+            *prompts,
         ]
         done = launch(*more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -274,6 +277,8 @@ def test_a_fork_that_validates_on_other_problems_has_a_best_of_its_own(tmp_path)
         evaluated = json.loads((tmp_path / name / "eval" / "step_000001.json").read_text())
         assert evaluated["n"] == problems  # by the fork itself where the parent's evaluation is not its own
         assert evaluated["max_completion_length"] == length
+        of_parent = json.loads((tmp_path / "run" / "eval" / "step_000001.json").read_text())
+        assert (evaluated == of_parent) == (name == "same")
         assert (tmp_path / name / "checkpoints" / "best").is_dir()
     assert json.loads(parent.read_text())["best_accuracy"] == best
 
