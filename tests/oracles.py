@@ -19,5 +19,5 @@ def completion_logps_unshared(
     logits = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
     logps = torch.log_softmax(logits[:, prompts.ids.shape[1] - 1 : -1].float() / temperature, dim=-1)
     token_logps = logps.gather(2, completions.ids[:, :, None]).squeeze(2)
-    entropy = -(logps.exp() * logps).sum(dim=2).detach()
+    entropy = -(logps.exp() * logps).sum(dim=2)
     return TokenLogps(token_logps * completions.attention_mask, entropy * completions.attention_mask)

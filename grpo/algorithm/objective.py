@@ -33,7 +33,10 @@ MAX_LOG_RATIO = 20.0  # exp(20) is finite in float32 and bfloat16
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Inputs of the loss of m completions. Only `logps` carries a gradient."""
+    """Inputs of the loss of m completions. Only `logps` carries a gradient, and `entropy` if the objective asks for it.
+
+    An objective asks for it by an attribute `needs_entropy_gradient` that is true.
+    """
 
     logps: Tensor  # (m, t) float32, of the policy
     mask: Tensor  # (m, t) int64, 1 for tokens that count in the loss
@@ -42,7 +45,7 @@ class LossInputs:
     old_logps: Tensor | None = None  # (m, t), of the policy that sampled; None: the policy has not changed since
     ref_logps: Tensor | None = None  # (m, t), of the reference model; None if beta is 0
     sampling_logps: Tensor | None = None  # (m, t), from the rollout engine; None if it computes none
-    entropy: Tensor | None = None  # (m, t), of the policy's distribution at each token, without gradient
+    entropy: Tensor | None = None  # (m, t), of the policy's distribution at each token
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Objective:
         epsilon_low: float,
         epsilon_high: float,
         kl_correction: bool = False,
+        entropy_weight: float = 0.0,
         delta: float | None = None,
         cap: float = 5.0,
         tau_positive: float = 1.0,
@@ -103,13 +107,16 @@ class Objective:
         """The choices by name (see `choose`). Raises ConfigError for an unknown choice.
 
         beta: weight of the KL term. kl_correction: whether that is multiplied by the ratio, with gradient, so that its
-        gradient is that of the KL divergence on average (DeepSeek-V3.2, arXiv 2512.02556). The others: see `Numbers`.
+        gradient is that of the KL divergence on average (DeepSeek-V3.2, arXiv 2512.02556). entropy_weight: weight of
+        the policy's mean entropy per token, which is subtracted from the loss. The others: see `Numbers`.
         """
         self._ratio = choose("ratio", ratio)
         self._surrogate = choose("surrogate", surrogate)
         self._reduction = choose("reduction", reduction)
         self._kl = choose("kl", kl)
         self.beta = beta
+        self.entropy_weight = entropy_weight
+        self.needs_entropy_gradient = entropy_weight > 0
         self._kl_correction = kl_correction
         self.numbers = Numbers(epsilon_low, epsilon_high, delta, cap, tau_positive, tau_negative)
 
@@ -132,7 +139,11 @@ class Objective:
                 kl = kl * ratio
             per_token = per_token + self.beta * kl
             metrics["kl"] = ((kl.detach() * mask).sum(), tokens)
-        return LossOutput(self._reduction(per_token, mask, counts), metrics)
+        loss = self._reduction(per_token, mask, counts)
+        if self.entropy_weight > 0:
+            assert inputs.entropy is not None  # always given if needs_entropy_gradient
+            loss = loss - self.entropy_weight * token_mean(inputs.entropy, mask, counts)
+        return LossOutput(loss, metrics)
 
 
 def log_ratio(logps: Tensor, old_logps: Tensor, mask: Tensor) -> Tensor:

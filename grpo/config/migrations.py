@@ -47,6 +47,7 @@ ADDED_WITHIN_2: Values = {
     "eval.graders": {},
     "grpo.decay_biases_and_norms": True,
     "objective.kl_correction": False,
+    "objective.entropy_weight": 0.0,
     "objective.delta": None,
     "objective.cap": 5.0,
     "objective.tau_positive": 1.0,

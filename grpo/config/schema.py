@@ -154,6 +154,7 @@ class ObjectiveConfig:
     epsilon_low: float | None = key(default=None, between=(0, 1), hint="usually 0.1 or 0.2")
     epsilon_high: float | None = key(default=None, between=(0, 1), hint="usually 0.1 to 0.3")
     kl_correction: bool = False
+    entropy_weight: float = key(default=0.0, least=0)
     delta: float | None = key(default=None, above=1, hint="else also a ratio of 1 would be clipped; usually 4")
     cap: float = key(default=5.0, least=1, hint="else also a ratio of 1 would be limited")
     tau_positive: float = key(default=1.0, above=0)

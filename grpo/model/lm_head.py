@@ -1,7 +1,7 @@
 """Log-probabilities from hidden states, computed from the logits of a few tokens at a time."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,11 +12,12 @@ from grpo.model.implementation import implementation_of
 from grpo.model.linear import onednn_linear
 
 LOGITS_PER_CHUNK = 2**23  # 32 MB of float32: about the size of a processor's cache, since a chunk is read many times
+Entropy = Literal["none", "value", "gradient"]  # not computed, without gradient, or with gradient
 NARROW_CHUNKS = 4  # per product with 16-bit weights, where each product also reads and writes a float32 gradient sum
 
 
 class HeadLogps(torch.autograd.Function):
-    """`log_softmax(hidden @ weight.T / temperature)` at the targets; on request its entropy, which has no gradient.
+    """`log_softmax(hidden @ weight.T / temperature)` at the targets, and on request its entropy.
 
     hidden (A, H), weight (V, H), targets (A,) -> logps (A,) and entropy (A,), float32. The backward pass computes the
     logits again in chunks, so that all (A, V) of them never exist at once.
@@ -24,34 +25,38 @@ class HeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: Entropy
     ) -> tuple[Tensor, Tensor]:
         """See the class."""
-        logps, entropy, normalizers = (hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(3))
+        logps, entropies, normalizers = (hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(3))
         for part in _chunks(len(hidden), weight):
             logits = _logits(hidden[part], weight, temperature)  # (chunk, V)
             normalizers[part] = logits.logsumexp(dim=1)
             logits -= normalizers[part, None]
             logps[part] = logits.gather(1, targets[part, None])[:, 0]
-            if with_entropy:
-                entropy[part] = -torch.linalg.vecdot(logits.exp(), logits)
-        ctx.save_for_backward(hidden, weight, targets, normalizers)
+            if entropy != "none":
+                entropies[part] = -torch.linalg.vecdot(logits.exp(), logits)
+        ctx.save_for_backward(hidden, weight, targets, normalizers, entropies)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)
-        return logps, entropy
+        ctx.entropy_has_gradient = entropy == "gradient"
+        if entropy != "gradient":
+            ctx.mark_non_differentiable(entropies)
+        return logps, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of hidden and weight, given that of the log-probabilities, (A,)."""
-        hidden, weight, targets, normalizers = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of hidden and weight, given those of the log-probabilities and of the entropies, (A,)."""
+        hidden, weight, targets, normalizers, entropies = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         narrow = weight.itemsize < 4
         summed = torch.float32 if narrow else weight.dtype
         grad_weight = torch.zeros_like(weight, dtype=summed) if ctx.needs_input_grad[1] else None
         grad = grad / ctx.temperature
+        grad_entropy = grad_entropy / ctx.temperature
         for block in _chunks(len(hidden), weight, NARROW_CHUNKS if narrow else 1):
-            grad_logits = _grad_logits(hidden[block], weight, targets[block], normalizers[block], grad[block], ctx)
+            of_block = [each[block] for each in (hidden, targets, normalizers, entropies, grad, grad_entropy)]
+            grad_logits = _grad_logits(ctx, weight, *of_block)
             grad_hidden[block] = onednn_linear(grad_logits, weight.t())
             if grad_weight is None:
                 continue
@@ -63,13 +68,29 @@ class HeadLogps(torch.autograd.Function):
 
 
 def _grad_logits(
-    hidden: Tensor, weight: Tensor, targets: Tensor, normalizers: Tensor, grad: Tensor, ctx: Any
+    ctx: Any,
+    weight: Tensor,
+    hidden: Tensor,
+    targets: Tensor,
+    normalizers: Tensor,
+    entropies: Tensor,
+    grad: Tensor,
+    grad_entropy: Tensor,
 ) -> Tensor:
-    """The gradient (a, V) of some tokens' logits before the division by the temperature, in the weights' dtype."""
+    """The gradient (a, V) of some tokens' logits before the division by the temperature, in the weights' dtype.
+
+    That of a log-probability is 1 at its target, minus the probabilities p; that of an entropy is -p (log p + entropy).
+    """
     parts = []
     for part in _chunks(len(hidden), weight):
         logits = _logits(hidden[part], weight, ctx.temperature)  # (chunk, V)
-        logits.sub_(normalizers[part, None]).exp_().mul_(-grad[part, None])
+        logits.sub_(normalizers[part, None])
+        if ctx.entropy_has_gradient:
+            probabilities = logits.exp()
+            logits.add_(entropies[part, None]).mul_(-grad_entropy[part, None]).sub_(grad[part, None])
+            logits.mul_(probabilities)
+        else:
+            logits.exp_().mul_(-grad[part, None])
         logits.scatter_add_(1, targets[part, None], grad[part, None])
         parts.append(logits.to(hidden.dtype))
     return parts[0] if len(parts) == 1 else torch.cat(parts)

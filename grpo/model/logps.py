@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from grpo.batch import Completions, Prompts, positions
 from grpo.model.implementation import implementation_of
 from grpo.model.kv_cache import extend, prefill, select_cache_rows
-from grpo.model.lm_head import LOGITS_PER_CHUNK, HeadLogps, soft_cap
+from grpo.model.lm_head import LOGITS_PER_CHUNK, Entropy, HeadLogps, soft_cap
 from grpo.model.packed import forward_packed, pack_groups
 
 
@@ -20,7 +20,7 @@ class TokenLogps:
     """Log-probabilities and entropies of B completions at the sampling temperature; 0 outside the attention mask."""
 
     logps: Tensor  # (B, T) float32, log-probability of each token
-    entropy: Tensor  # (B, T) float32, in nats, of the distribution of each token; no gradient; 0 if not requested
+    entropy: Tensor  # (B, T) float32, in nats, of the distribution of each token; 0 if not requested
 
 
 def completion_logps(
@@ -28,7 +28,7 @@ def completion_logps(
     prompts: Prompts,
     completions: Completions,
     temperature: float,
-    entropy: bool = True,
+    entropy: Entropy = "value",
 ) -> TokenLogps:
     """Log-probabilities of B completions' tokens. Each prompt is processed once for all of its completions.
 
@@ -81,7 +81,7 @@ def _hidden_in_full(model: PreTrainedModel, prompts: Prompts, completions: Compl
 
 
 def head_logps(
-    head: Any, hidden: Tensor, targets: Tensor, temperature: float, entropy: bool = True, cap: float | None = None
+    head: Any, hidden: Tensor, targets: Tensor, temperature: float, entropy: Entropy = "value", cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (A,) of the targets (A,), and entropies (A,), from the hidden states (A, H) that predict them.
 
@@ -100,10 +100,13 @@ def head_logps(
 
 
 def _chunk_logps(
-    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool, cap: float | None
+    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, entropy: Entropy, cap: float | None
 ) -> tuple[Tensor, Tensor]:
     logits = head(hidden) if cap is None else soft_cap(head(hidden), cap)  # (chunk, V)
     logps = torch.log_softmax(logits.float() / temperature, dim=-1)
-    with torch.no_grad():
-        entropy = -(logps.exp() * logps).sum(dim=-1) if with_entropy else logps.new_zeros(len(logps))
-    return logps.gather(1, targets[:, None]).squeeze(1), entropy
+    if entropy == "none":
+        entropies = logps.new_zeros(len(logps))
+    else:
+        of_logps = logps if entropy == "gradient" else logps.detach()
+        entropies = -(of_logps.exp() * of_logps).sum(dim=-1)
+    return logps.gather(1, targets[:, None]).squeeze(1), entropies

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from grpo.algorithm.objective import Counts, LossInputs, LossOutput, ObjectiveFunction
 from grpo.batch import Completions, Prompts, split_rows
 from grpo.metric_table import METRICS
+from grpo.model.lm_head import Entropy
 from grpo.model.logps import TokenLogps, completion_logps
 from grpo.model.packed import supports_packing
 from grpo.runs.files import check_record
@@ -70,7 +71,7 @@ class Batch:
             None if self.old_logps is None else self.old_logps[rows, :width],
         )
 
-    def logps(self, model: PreTrainedModel, temperature: float, entropy: bool = True) -> TokenLogps:
+    def logps(self, model: PreTrainedModel, temperature: float, entropy: Entropy = "value") -> TokenLogps:
         """Log-probabilities of these completions, with gradient if it is enabled."""
         return completion_logps(model, self.prompts, self.completions, temperature, entropy)
 
@@ -97,7 +98,7 @@ def all_logps(model: PreTrainedModel, batch: Batch, temperature: float, token_bu
     """Log-probabilities (B, T) of the whole batch without gradient, used for the reference model."""
     result = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)
     for rows in batch.micro_batches(token_budget, supports_packing(model)):
-        logps = batch.select(rows).logps(model, temperature, entropy=False).logps
+        logps = batch.select(rows).logps(model, temperature, entropy="none").logps
         result[rows, : logps.shape[1]] = logps
     return result
 
@@ -129,11 +130,12 @@ def accumulate_gradient(
     """Add the gradient of a batch's loss to the parameters' `grad`, one micro-batch at a time.
 
     counts: of the whole batch, of which `batch` may be a part. loss_scale: a factor of the gradient only.
-    Without a KL term a micro-batch whose advantages are all 0 has a gradient of 0, so only its forward pass is run, for
-    the metrics.
+    Without a KL term and an entropy bonus a micro-batch whose advantages are all 0 has a gradient of 0, so only its
+    forward pass is run, for the metrics.
     """
     all_rows = batch.micro_batches(token_budget, supports_packing(model))
-    has_signal = [batch.ref_logps is not None or bool(batch.advantages[rows].any()) for rows in all_rows]
+    always = batch.ref_logps is not None or needs_entropy_gradient(objective)
+    has_signal = [always or bool(batch.advantages[rows].any()) for rows in all_rows]
     has_signal[-1] |= not any(has_signal)  # so that the optimizer always gets a gradient
     logps = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)  # (B, T)
     loss: Tensor | float = 0.0
@@ -149,7 +151,7 @@ def accumulate_gradient(
         logps[rows, : inputs.logps.shape[1]] = inputs.logps.detach()
         loss += output.loss.detach()
         assert inputs.entropy is not None  # `compute_loss` requests it
-        entropy = inputs.entropy * inputs.mask
+        entropy = inputs.entropy.detach() * inputs.mask
         for name, (value, weight) in {**output.metrics, "entropy": (entropy.sum(), inputs.mask.sum())}.items():
             total, total_weight = sums.get(name, (0.0, 0))
             sums[name] = total + value, total_weight + weight
@@ -158,6 +160,11 @@ def accumulate_gradient(
         metrics={name: (float(total), float(weight)) for name, (total, weight) in sums.items()},
         logps=logps,
     )
+
+
+def needs_entropy_gradient(objective: ObjectiveFunction) -> bool:
+    """Whether an objective says that `LossInputs.entropy` must have a gradient."""
+    return bool(getattr(objective, "needs_entropy_gradient", False))
 
 
 def _has_gradient(loss: Tensor, logps: Tensor) -> bool:
@@ -180,7 +187,7 @@ def compute_loss(
     with_gradient: whether the gradient flows to the parameters instead of only to `LossInputs.logps`.
     """
     with torch.set_grad_enabled(with_gradient):
-        policy = batch.logps(model, temperature)
+        policy = batch.logps(model, temperature, "gradient" if needs_entropy_gradient(objective) else "value")
     policy.logps.requires_grad_()
     inputs = LossInputs(
         logps=policy.logps,

@@ -282,3 +282,16 @@ def test_the_corrected_kl_has_the_gradient_of_the_kl_divergence_on_average():
             (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
             total += probabilities[token] * gradient
         assert torch.allclose(total, exact, atol=1e-6) == correction
+
+
+def test_the_entropy_bonus_is_the_mean_over_the_tokens_of_the_batch():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    entropy = torch.tensor([[2.0, 4.0, 99.0], [3.0, 99.0, 99.0]], requires_grad=True)
+    choices = {"ratio": "token", "surrogate": "clip", "reduction": "row", "kl": "k3"}
+    objective = Objective(**choices, beta=0.0, epsilon_low=0.1, epsilon_high=0.1, entropy_weight=0.5)
+    assert objective.needs_entropy_gradient
+    inputs = LossInputs(torch.zeros(2, 3), mask, torch.zeros(2), torch.zeros(2, dtype=torch.long), entropy=entropy)
+    loss = objective(inputs, counts(mask)).loss
+    loss.backward()
+    assert loss.item() == -1.5
+    torch.testing.assert_close(entropy.grad, -0.5 / 3 * mask)

@@ -86,7 +86,8 @@ def test_activation_checkpointing_changes_no_bit(prompts, completions):
         assert torch.equal(once, again)
 
 
-def test_the_head_gives_the_values_and_gradients_of_log_softmax(monkeypatch):
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.3])
+def test_the_head_gives_the_values_and_gradients_of_log_softmax(monkeypatch, entropy_weight):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(7, 5, generator=generator), torch.randn(11, 5, generator=generator)
     targets, factors = torch.tensor([0, 10, 3, 3, 5, 9, 1]), torch.randn(7, generator=generator)
@@ -99,9 +100,9 @@ def test_the_head_gives_the_values_and_gradients_of_log_softmax(monkeypatch):
             logps = distribution.gather(1, targets[:, None])[:, 0]
             entropy = -(distribution.exp() * distribution).sum(dim=1)
         else:
-            logps, entropy = HeadLogps.apply(h, w, targets, 0.7, True)
-            assert not entropy.requires_grad
-        (logps * factors).sum().backward()
+            logps, entropy = HeadLogps.apply(h, w, targets, 0.7, "gradient" if entropy_weight else "value")
+            assert entropy.requires_grad == bool(entropy_weight)
+        (logps * factors + entropy_weight * factors.flip(0) * entropy).sum().backward()
         results.append((logps.detach(), entropy.detach(), h.grad, w.grad))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -113,7 +114,7 @@ def test_in_bfloat16_the_error_of_the_heads_gradient_is_about_that_of_one_roundi
     hidden, weight = torch.randn(4000, 16, generator=generator) + 0.5, torch.randn(64, 16, generator=generator) / 4
     targets, factors = torch.randint(64, (4000,), generator=generator), torch.randn(4000, generator=generator)
     h, w = (each.bfloat16().requires_grad_() for each in (hidden, weight))
-    (HeadLogps.apply(h, w, targets, 1.0, False)[0] * factors).sum().backward()
+    (HeadLogps.apply(h, w, targets, 1.0, "none")[0] * factors).sum().backward()
     exact_h, exact_w = (each.detach().double().requires_grad_() for each in (h, w))
     logps = torch.log_softmax(exact_h @ exact_w.T, dim=1).gather(1, targets[:, None])[:, 0]
     (logps * factors).sum().backward()
@@ -124,9 +125,11 @@ def test_in_bfloat16_the_error_of_the_heads_gradient_is_about_that_of_one_roundi
 def test_a_head_with_a_bias_gives_the_values_and_gradients_of_log_softmax():
     torch.manual_seed(0)
     layer, hidden, targets = nn.Linear(5, 11), torch.randn(4, 5), torch.tensor([0, 10, 3, 3])
-    ours, _ = head_logps(layer, hidden, targets, 0.7)
-    plain = torch.log_softmax(layer(hidden) / 0.7, dim=1).gather(1, targets[:, None])[:, 0]
+    ours = sum(head_logps(layer, hidden, targets, 0.7, "gradient"))  # log-probability and entropy
+    distribution = torch.log_softmax(layer(hidden) / 0.7, dim=1)
+    plain = distribution.gather(1, targets[:, None])[:, 0] - (distribution.exp() * distribution).sum(dim=1)
     torch.testing.assert_close(ours, plain)
+    assert not torch.autograd.grad(head_logps(layer, hidden, targets, 0.7)[0].sum(), layer.weight)[0].isnan().any()
     gradients = [torch.autograd.grad((x * x).sum(), list(layer.parameters())) for x in (ours, plain)]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo.algorithm.objective import LossOutput, Objective
+from grpo.algorithm.objective import CHOICES, LossOutput, Objective
 from grpo.batch import Prompts
 from grpo.model.linear import use_onednn
 from grpo.model.packed import supports_packing
@@ -114,6 +114,38 @@ def test_without_kl_a_group_of_equal_rewards_needs_no_backward_pass_and_changes_
     assert torch.equal(found.logps, expected_logps)  # a second update on the batch uses them as old_logps
     assert torch.equal(gradient, expected)
     assert found.metrics["entropy"] == (pytest.approx(entropy), batch.completions.lengths.sum())
+
+
+@pytest.mark.parametrize("choices", [{"reduction": name} for name in CHOICES["reduction"]] + [{"entropy_weight": 0.1}])
+def test_no_reduction_and_no_entropy_bonus_depends_on_the_split(model, batch, choices):
+    settings = {"ratio": "token", "surrogate": "clip", "reduction": "row", "kl": "k3", "beta": 0.0, **choices}
+    objective = Objective(**settings, epsilon_low=0.1, epsilon_high=0.1)
+    without_kl = replace(batch, ref_logps=None, advantages=batch.advantages * (torch.arange(8) < 4))
+    whole, expected = accumulate(model, without_kl, WHOLE, objective=objective)
+    parts, gradient = accumulate(model, without_kl, 20, objective=objective)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-4, abs=1e-5)
+    assert (gradient - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_the_gradient_of_the_entropy_bonus_is_that_of_the_mean_entropy(model, batch):
+    objective = Objective(
+        ratio="token",
+        surrogate="clip",
+        reduction="row",
+        kl="k3",
+        beta=0.0,
+        epsilon_low=0.1,
+        epsilon_high=0.1,
+        entropy_weight=2.0,
+    )
+    no_advantage = replace(batch, ref_logps=None, advantages=torch.zeros(8))
+    _, ours = accumulate(model, no_advantage, WHOLE, objective=objective)
+    mask = batch.completions.completion_mask
+    model.zero_grad()
+    entropy = completion_logps_unshared(model, batch.prompts, batch.completions, 1.0).entropy
+    (-2.0 * (entropy * mask).sum() / mask.sum()).backward()
+    theirs = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
 
 
 def test_an_objective_that_does_not_depend_on_advantages_gets_its_gradient(model, batch):
