@@ -99,6 +99,8 @@ class Objective:
         epsilon_high: float,
         kl_correction: bool = False,
         entropy_weight: float = 0.0,
+        sampling_correction: str | None = None,
+        sampling_cap: float = 3.0,
         delta: float | None = None,
         cap: float = 5.0,
         tau_positive: float = 1.0,
@@ -108,7 +110,8 @@ class Objective:
 
         beta: weight of the KL term. kl_correction: whether that is multiplied by the ratio, with gradient, so that its
         gradient is that of the KL divergence on average (DeepSeek-V3.2, arXiv 2512.02556). entropy_weight: weight of
-        the policy's mean entropy per token, which is subtracted from the loss. The others: see `Numbers`.
+        the policy's mean entropy per token, which is subtracted from the loss. sampling_correction, sampling_cap: see
+        `sampling_weight`; None: no correction. The others: see `Numbers`.
         """
         self._ratio = choose("ratio", ratio)
         self._surrogate = choose("surrogate", surrogate)
@@ -118,6 +121,8 @@ class Objective:
         self.entropy_weight = entropy_weight
         self.needs_entropy_gradient = entropy_weight > 0
         self._kl_correction = kl_correction
+        self._sampling_correction = sampling_correction
+        self._sampling_cap = sampling_cap
         self.numbers = Numbers(epsilon_low, epsilon_high, delta, cap, tau_positive, tau_negative)
 
     def __call__(self, inputs: LossInputs, counts: Counts) -> LossOutput:
@@ -132,6 +137,13 @@ class Objective:
         per_token, shares = self._surrogate(ratio, logps, advantages, self.numbers)  # (m, t)
         tokens = inputs.mask.sum()
         metrics = {name: ((share * mask).sum(), tokens) for name, share in shares.items()}
+        if self._sampling_correction is not None:
+            if inputs.sampling_logps is None:
+                raise RuntimeError("objective.sampling_correction: the rollout engine returns no log-probabilities")
+            difference = log_ratio(old_logps.detach(), inputs.sampling_logps.where(counted, 0.0), mask)
+            weight = sampling_weight(difference, mask, self._sampling_correction, self._sampling_cap)
+            per_token = per_token * weight
+            metrics["sampling/importance_sampling_ratio/mean"] = ((weight * mask).sum(), tokens)
         if self.beta > 0:
             assert inputs.ref_logps is not None  # always given if beta > 0
             kl = self._kl(logps, inputs.ref_logps.where(counted, 0.0))
@@ -160,6 +172,21 @@ def sequence_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
     """The geometric mean of the ratios of each row's tokens, (m, 1). Source: GSPO (arXiv 2507.18071)."""
     lengths = mask.sum(dim=1, keepdim=True).clamp(min=1)  # (m, 1)
     return ((log_ratio * mask).sum(dim=1, keepdim=True) / lengths).exp()
+
+
+def sampling_weight(log_ratio: Tensor, mask: Tensor, correction: str, cap: float) -> Tensor:
+    """Importance weights (m, t) or (m, 1) for tokens that were sampled from another distribution than the trainer's.
+
+    log_ratio: (m, t), log-probabilities by the trainer minus those at sampling; cap: the largest weight. correction:
+    token_truncate or sequence_truncate (larger weights become the cap), token_mask or sequence_mask (they become 0);
+    the ratio of a sequence is the product of those of its tokens.
+    Source: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025, and TRL.
+    """
+    level, _, limit = correction.partition("_")
+    if level == "sequence":
+        log_ratio = (log_ratio * mask).sum(dim=1, keepdim=True).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # (m, 1)
+    ratio = log_ratio.exp()
+    return ratio.clamp(max=cap) if limit == "truncate" else ratio.where(ratio <= cap, 0.0)
 
 
 def clip(ratio: Tensor, logps: Tensor, advantages: Tensor, numbers: Numbers) -> tuple[Tensor, dict[str, Tensor]]:

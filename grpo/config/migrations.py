@@ -48,6 +48,8 @@ ADDED_WITHIN_2: Values = {
     "grpo.decay_biases_and_norms": True,
     "objective.kl_correction": False,
     "objective.entropy_weight": 0.0,
+    "objective.sampling_correction": None,
+    "objective.sampling_cap": 3.0,
     "objective.delta": None,
     "objective.cap": 5.0,
     "objective.tau_positive": 1.0,

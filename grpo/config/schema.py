@@ -141,6 +141,9 @@ class DataConfig:
     template_arguments: Any = None  # variables of the model's chat template, such as {enable_thinking: false}
 
 
+SAMPLING_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+
 @dataclass
 class ObjectiveConfig:
     """The choices (see grpo/algorithm/objective.py) and their numbers; a number that is null follows grpo.*."""
@@ -155,6 +158,8 @@ class ObjectiveConfig:
     epsilon_high: float | None = key(default=None, between=(0, 1), hint="usually 0.1 to 0.3")
     kl_correction: bool = False
     entropy_weight: float = key(default=0.0, least=0)
+    sampling_correction: str | None = key(default=None, choices=(None, *SAMPLING_CORRECTIONS))
+    sampling_cap: float = key(default=3.0, least=1, hint="else also a ratio of 1 would be limited")
     delta: float | None = key(default=None, above=1, hint="else also a ratio of 1 would be clipped; usually 4")
     cap: float = key(default=5.0, least=1, hint="else also a ratio of 1 would be limited")
     tau_positive: float = key(default=1.0, above=0)

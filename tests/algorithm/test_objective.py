@@ -1,5 +1,6 @@
 """Tests of the objective against values computed by hand; test_trl_parity.py compares it with TRL."""
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from grpo.algorithm.objective import (
     k2,
     k3,
     log_ratio,
+    sampling_weight,
     sapo,
     sequence_ratio,
 )
@@ -295,3 +297,39 @@ def test_the_entropy_bonus_is_the_mean_over_the_tokens_of_the_batch():
     loss.backward()
     assert loss.item() == -1.5
     torch.testing.assert_close(entropy.grad, -0.5 / 3 * mask)
+
+
+@pytest.mark.parametrize(
+    ("correction", "expected"),
+    [
+        ("token_truncate", [[2.0, 3.0, 1.0], [0.5, 1.0, 1.0]]),
+        ("token_mask", [[2.0, 0.0, 1.0], [0.5, 1.0, 1.0]]),
+        ("sequence_truncate", [[3.0], [0.5]]),
+        ("sequence_mask", [[0.0], [0.5]]),
+    ],
+)
+def test_weights_against_a_difference_between_sampling_and_training_by_hand(correction, expected):
+    ratios = torch.tensor([[2.0, 4.0, 1.0], [0.5, 1.0, 1.0]])
+    weight = sampling_weight(ratios.log(), torch.ones(2, 3), correction, cap=3.0)
+    torch.testing.assert_close(weight, torch.tensor(expected))
+
+
+def test_the_sampling_correction_multiplies_the_surrogate_and_not_the_kl():
+    choices = {"ratio": "token", "surrogate": "clip", "reduction": "row", "kl": "k2"}
+    numbers_ = {"beta": 1.0, "epsilon_low": 0.1, "epsilon_high": 0.1}
+    objective = Objective(**choices, **numbers_, sampling_correction="token_truncate")
+    mask = torch.ones(1, 1, dtype=torch.long)
+    inputs = LossInputs(
+        torch.tensor([[-1.0]]),
+        mask,
+        torch.tensor([2.0]),
+        torch.zeros(1, dtype=torch.long),
+        ref_logps=torch.tensor([[-3.0]]),
+        sampling_logps=torch.tensor([[-1.0 - math.log(2)]]),
+    )
+    output = objective(inputs, counts(mask))
+    assert output.loss.item() == pytest.approx(-2.0 * 2.0 + 2.0)
+    total, weight = output.metrics["sampling/importance_sampling_ratio/mean"]
+    assert (total.item(), weight.item()) == (pytest.approx(2.0), 1)
+    with pytest.raises(RuntimeError, match="the rollout engine returns no log-probabilities"):
+        objective(dataclasses.replace(inputs, sampling_logps=None), counts(mask))
