@@ -50,12 +50,12 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class Counts:
-    """Sizes of the whole batch, known before its first micro-batch.
+    """Sizes of the whole batch that is trained on, known before its first micro-batch.
 
     Gradients of losses that are divided by them add up to the same total for every split of the batch.
     """
 
-    rows: int  # completions
+    rows: int  # completions with a token that counts in the loss
     tokens: int  # tokens that count in the loss
     groups: int  # prompts
     max_length: int  # maximum tokens of a completion
@@ -233,7 +233,7 @@ def row_mean(values: Tensor, mask: Tensor, counts: Counts) -> Tensor:
     Source: DeepSeekMath (arXiv 2402.03300), equation 3.
     """
     lengths = mask.sum(dim=1).clamp(min=1)
-    return ((values * mask).sum(dim=1) / lengths).sum() / counts.rows
+    return ((values * mask).sum(dim=1) / lengths).sum() / max(counts.rows, 1)
 
 
 def token_mean(values: Tensor, mask: Tensor, counts: Counts) -> Tensor:
@@ -249,7 +249,7 @@ def constant_mean(values: Tensor, mask: Tensor, counts: Counts) -> Tensor:
 
     Source: Dr. GRPO (arXiv 2503.20783).
     """
-    return (values * mask).sum() / (counts.rows * counts.max_length)
+    return (values * mask).sum() / (max(counts.rows, 1) * counts.max_length)
 
 
 def row_sum(values: Tensor, mask: Tensor, counts: Counts) -> Tensor:
@@ -257,7 +257,7 @@ def row_sum(values: Tensor, mask: Tensor, counts: Counts) -> Tensor:
 
     Source: RLOO (arXiv 2402.14740), where a completion is one action; LUSPO (arXiv 2602.05261).
     """
-    return (values * mask).sum() / counts.rows
+    return (values * mask).sum() / max(counts.rows, 1)
 
 
 def k1(logps: Tensor, ref_logps: Tensor) -> Tensor:

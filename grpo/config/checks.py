@@ -175,6 +175,10 @@ def complete_sizes(config: Config) -> Sizes:
     """Return the sizes of a config whose hardware is resolved. Raises ConfigError if one is still null."""
     grpo = config.grpo
     hardware = config.hardware
+    if grpo.train_on is not None and grpo.num_generations is not None and grpo.train_on > grpo.num_generations:
+        raise ConfigError(
+            f"grpo.train_on={grpo.train_on}: a group has only grpo.num_generations={grpo.num_generations} completions"
+        )
     return Sizes(
         batch_size=_not_null("grpo.batch_size", grpo.batch_size),
         num_generations=_not_null("grpo.num_generations", grpo.num_generations),

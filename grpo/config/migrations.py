@@ -46,6 +46,8 @@ ADDED_WITHIN_2: Values = {
     "eval.sets": [],
     "eval.graders": {},
     "grpo.decay_biases_and_norms": True,
+    "grpo.mask_truncated_completions": False,
+    "grpo.train_on": None,
     "objective.kl_correction": False,
     "objective.entropy_weight": 0.0,
     "objective.sampling_correction": None,

@@ -32,8 +32,18 @@ OTHER_NAMES = {
     "temperature": "rollout.temperature",
     "max_new_tokens": "grpo.max_completion_length",
     "epsilon_high": "objective.epsilon_high",
-    "delta": "objective.surrogate, as the path of your own function",
-    "loss_type": "objective.reduction",
+    "delta": "objective.delta",
+    "sapo_temperature_pos": "objective.tau_positive",
+    "sapo_temperature_neg": "objective.tau_negative",
+    "use_bias_correction_kl": "objective.kl_correction",
+    "entropy_coef": "objective.entropy_weight",
+    "entropy_coeff": "objective.entropy_weight",
+    "multi_objective_aggregation": "objective.advantage, as objective.advantage=normalize_then_sum",
+    "vllm_importance_sampling_mode": "objective.sampling_correction",
+    "vllm_importance_sampling_correction": "objective.sampling_correction",
+    "vllm_importance_sampling_clip_max": "objective.sampling_cap",
+    "vllm_importance_sampling_cap": "objective.sampling_cap",
+    "loss_type": "objective, as objective=dapo, or objective.reduction",
     "scale_rewards": "objective.advantage",
     "importance_sampling_level": "objective.ratio",
     "reward_weights": "reward.components.<name>.weight",
@@ -121,8 +131,7 @@ NOT_SUPPORTED = {
         SAMPLED_AS_TRAINED: "top_p top_k min_p repetition_penalty generation_kwargs do_sample",
         OWN_ENGINE: "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex "
         "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port "
-        "vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size vllm_importance_sampling_cap "
-        "vllm_importance_sampling_correction vllm_importance_sampling_mode vllm_importance_sampling_clip_max "
+        "vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size "
         "vllm_importance_sampling_clip_min use_transformers_paged use_transformers_continuous_batching "
         "transformers_continuous_batching_config cache_implementation use_cache max_tool_calling_iterations "
         "tensor_model_parallel_size gpu_memory_utilization",
@@ -139,10 +148,10 @@ NOT_SUPPORTED = {
         "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
         "dataloader_multiprocessing_context",
         FROM_COLUMNS: "remove_unused_columns label_names length_column_name",
-        OWN_FUNCTION: "sapo_temperature_neg sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg "
-        "vespo_lambda_neg mask_truncated_completions top_entropy_quantile entropy_coef use_adaptive_entropy "
-        "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target entropy_coeff off_policy_mask_threshold "
-        "use_bias_correction_kl multi_objective_aggregation label_smoothing_factor router_aux_loss_coef",
+        OWN_FUNCTION: "vespo_k_pos vespo_lambda_pos vespo_k_neg "
+        "vespo_lambda_neg top_entropy_quantile use_adaptive_entropy "
+        "entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target off_policy_mask_threshold "
+        "label_smoothing_factor router_aux_loss_coef",
         WHOLE_PROBLEMS: "eval_delay per_device_eval_batch_size num_generations_eval prediction_loss_only "
         "eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics "
         "metric_for_best_model greater_is_better do_train do_predict bf16_full_eval fp16_full_eval",

@@ -89,6 +89,8 @@ class GrpoConfig:
     warmup_steps: int = key(least=0)
     max_skipped_steps: int = key(least=0, on_resume="free")
     decay_biases_and_norms: bool = key()
+    mask_truncated_completions: bool = key()
+    train_on: int | None = key(least=1)
 
 
 @dataclass

@@ -31,6 +31,7 @@ from grpo.training.experiment import Experiment, compute_dtype
 from grpo.training.metrics import (
     Timer,
     completion_metrics,
+    ended,
     reward_metrics,
     sample_rows,
     sampling_metrics,
@@ -134,7 +135,7 @@ class Trainer:
                 experiment, sampled.problems, completions, self.sampling.stop_ids, self.state.step
             )
             advantages = compute_advantages(experiment, scored, completions.ids.shape[1])  # (B,) or (B, T)
-        batch = Batch(prompts, completions, advantages.float().to(experiment.device))
+        batch = self._trained_on(Batch(prompts, completions, advantages.float().to(experiment.device)))
         with timer("reference"):
             if self.reference is not None:
                 batch = replace(batch, ref_logps=self._reference_logps(batch))
@@ -152,7 +153,7 @@ class Trainer:
             **update_metrics([update.metrics for update in updates]),
             **reward_metrics(scored, sizes.num_generations),
             **completion_metrics(completions, self.sampling.stop_ids),
-            **sampling_metrics(completions, updates[0].logps),
+            **sampling_metrics(batch.completions, updates[0].logps),
             "learning_rate": rate,
             "num_tokens": self.state.num_tokens,
             "step_time": self._step_seconds,
@@ -182,6 +183,13 @@ class Trainer:
         completions = sample_completions(engine, prompts, self.sampling, group_size=group_size, keys=keys)
         engine.release()
         return completions
+
+    def _trained_on(self, batch: Batch) -> Batch:
+        """The part of a step's batch that enters the update."""
+        settings = self.config.grpo
+        if settings.mask_truncated_completions:
+            batch = batch.without(~ended(batch.completions, self.sampling.stop_ids))
+        return batch if settings.train_on is None else batch.pruned(settings.train_on)
 
     def _current_engine(self) -> RolloutEngine:
         """The rollout engine, with the current weights of the policy."""

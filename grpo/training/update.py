@@ -34,11 +34,28 @@ class Batch:
     def counts(self, max_length: int) -> Counts:
         """The counts that the loss of this batch is divided by; max_length: maximum tokens of a completion."""
         return Counts(
-            rows=len(self.completions.ids),
+            rows=int(self.completions.completion_mask.any(dim=1).sum()),
             tokens=int(self.completions.completion_mask.sum()),
             groups=len(self.prompts.ids),
             max_length=max_length,
         )
+
+    def without(self, rows: Tensor) -> "Batch":
+        """The batch where no token of these completions, (B,) bool, counts in the loss."""
+        mask = self.completions.completion_mask * ~rows[:, None]
+        return replace(self, completions=replace(self.completions, completion_mask=mask))
+
+    def pruned(self, per_group: int) -> "Batch":
+        """Of each group the completions with the largest absolute advantages; of equal ones the first.
+
+        Completions that do not count in the loss come last. Source: CPPO (arXiv 2503.22342).
+        """
+        size = self.advantages.abs().view(len(self.advantages), -1).amax(dim=1)  # (B,)
+        size = size.where(self.completions.completion_mask.any(dim=1), -1.0)
+        groups = size.view(len(self.prompts.ids), -1)  # (P, G)
+        best = groups.argsort(dim=1, descending=True, stable=True)[:, :per_group].sort(dim=1).values  # (P, k)
+        first = torch.arange(len(groups), device=best.device)[:, None] * groups.shape[1]  # (P, 1)
+        return self.select((first + best).flatten())
 
     def token_range(self, shared: bool) -> tuple[int, int]:
         """Tokens of the longest completion with its prompt, and of all rows, counted as in `micro_batches`."""

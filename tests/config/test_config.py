@@ -216,7 +216,7 @@ def test_a_reward_component_can_be_dropped_and_one_added():
         ("save_steps=10", "checkpoint.every"),
         ("output_dir=x", "run_dir"),
         ("lr_scheduler_type=cosine", "grpo.lr_schedule"),
-        ("grpo.loss_type=dapo", "objective.reduction"),
+        ("grpo.loss_type=dapo", "objective, as objective=dapo, or objective.reduction"),
         ("grpo.scale_rewards=false", "objective.advantage"),
         ("algorithm.adv_estimator=grpo", "objective.advantage"),
         ("data.train_batch_size=8", "grpo.batch_size, in prompts"),

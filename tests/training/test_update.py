@@ -54,10 +54,13 @@ def batch():
 WHOLE = 1000  # a budget of more tokens than the batch has
 
 
+CHOSEN = {"ratio": "token", "surrogate": "clip", "reduction": "row", "kl": "k3"}
+CHOSEN |= {"beta": 0.04, "epsilon_low": 0.1, "epsilon_high": 0.1}
+
+
 def grpo(beta=0.04):
     """The default objective."""
-    numbers = {"beta": beta, "epsilon_low": 0.1, "epsilon_high": 0.1}
-    return Objective(ratio="token", surrogate="clip", reduction="row", kl="k3", **numbers)
+    return Objective(**{**CHOSEN, "beta": beta})
 
 
 def accumulate(model, batch, token_budget, beta=0.04, objective=None, whole=None):
@@ -118,8 +121,7 @@ def test_without_kl_a_group_of_equal_rewards_needs_no_backward_pass_and_changes_
 
 @pytest.mark.parametrize("choices", [{"reduction": name} for name in CHOICES["reduction"]] + [{"entropy_weight": 0.1}])
 def test_no_reduction_and_no_entropy_bonus_depends_on_the_split(model, batch, choices):
-    settings = {"ratio": "token", "surrogate": "clip", "reduction": "row", "kl": "k3", "beta": 0.0, **choices}
-    objective = Objective(**settings, epsilon_low=0.1, epsilon_high=0.1)
+    objective = Objective(**{**CHOSEN, "beta": 0.0, **choices})
     without_kl = replace(batch, ref_logps=None, advantages=batch.advantages * (torch.arange(8) < 4))
     whole, expected = accumulate(model, without_kl, WHOLE, objective=objective)
     parts, gradient = accumulate(model, without_kl, 20, objective=objective)
@@ -128,16 +130,7 @@ def test_no_reduction_and_no_entropy_bonus_depends_on_the_split(model, batch, ch
 
 
 def test_the_gradient_of_the_entropy_bonus_is_that_of_the_mean_entropy(model, batch):
-    objective = Objective(
-        ratio="token",
-        surrogate="clip",
-        reduction="row",
-        kl="k3",
-        beta=0.0,
-        epsilon_low=0.1,
-        epsilon_high=0.1,
-        entropy_weight=2.0,
-    )
+    objective = Objective(**{**CHOSEN, "beta": 0.0, "entropy_weight": 2.0})
     no_advantage = replace(batch, ref_logps=None, advantages=torch.zeros(8))
     _, ours = accumulate(model, no_advantage, WHOLE, objective=objective)
     mask = batch.completions.completion_mask
@@ -305,3 +298,44 @@ def test_learning_rate_schedules_at_their_start_and_end():
     assert learning_rate(1.0, "cosine", 1, 10, 0) == 1.0
     assert learning_rate(2.0, "cosine", 6, 10, 0) == pytest.approx(1.0)
     assert 0 < learning_rate(1.0, "cosine", 10, 10, 0) < 0.1
+
+
+def test_of_each_group_the_completions_with_the_largest_absolute_advantages_are_trained_on(batch):
+    advantages = torch.tensor([0.1, -2.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0])
+    pruned = replace(batch, advantages=advantages).pruned(2)
+    assert pruned.advantages.tolist() == [-2.0, 1.0, 0.0, 0.0]
+    assert torch.equal(pruned.completions.ids, batch.completions.ids[[1, 2, 4, 5], :7])
+    assert pruned.completions.group.tolist() == [0, 0, 1, 1]
+    assert torch.equal(pruned.ref_logps, batch.ref_logps[[1, 2, 4, 5], :7])
+    counts = pruned.counts(12)
+    assert (counts.rows, counts.tokens, counts.groups) == (4, 1 + 7 + 2 + 5, 2)
+
+
+def test_training_on_all_of_a_group_is_training_without_pruning(model, batch):
+    _, whole = accumulate(model, batch, WHOLE)
+    _, pruned = accumulate(model, batch.pruned(4), WHOLE)
+    assert (whole - pruned).norm() < 1e-5 * whole.norm()
+
+
+def test_completions_that_are_masked_leave_the_loss_and_its_counts(model, batch):
+    masked = torch.tensor([True, False, False, False, False, False, True, False])
+    without = batch.without(masked)
+    counts = without.counts(12)
+    assert (counts.rows, counts.tokens) == (6, 45 - 12 - 11)
+    assert without.completions.lengths.tolist() == batch.completions.lengths.tolist()
+    rest = batch.select((~masked).nonzero().squeeze(1))
+    for objective in (
+        grpo(),
+        Objective(**{**CHOSEN, "reduction": "token"}),
+        Objective(**{**CHOSEN, "reduction": "constant"}),
+    ):
+        found, gradient = accumulate(model, without, WHOLE, objective=objective)
+        expected, of_rest = accumulate(model, rest, WHOLE, objective=objective)
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert (gradient - of_rest).norm() < 1e-5 * of_rest.norm()
+    assert without.pruned(3).completions.completion_mask.any(dim=1).all()
+    everything = batch.without(torch.ones(8, dtype=torch.bool))
+    assert everything.counts(12).rows == 0
+    found, gradient = accumulate(model, everything, WHOLE)
+    assert found.loss == 0
+    assert gradient.abs().max() == 0
