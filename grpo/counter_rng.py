@@ -27,15 +27,21 @@ def hash64(*counters: int | np.ndarray) -> np.ndarray:
     return state
 
 
-def row_keys(seed: int, step: int, slots: np.ndarray, completions: np.ndarray) -> Tensor:
-    """Keys (B, 2) int32 of B completions, from their prompt's slot and their index in the group, (B,) each."""
-    keys = hash64(seed, step, slots, completions)
+def row_keys(seed: int, step: int, slots: np.ndarray, completions: np.ndarray, attempt: int = 0) -> Tensor:
+    """Keys (B, 2) int32 of B completions, from their prompt's slot and their index in the group, (B,) each.
+
+    attempt: how many groups were sampled in the same slots of this step before.
+    """
+    keys = hash64(seed, step, slots, completions, *([attempt] if attempt else []))
     return torch.from_numpy(np.ascontiguousarray(keys).view(np.int32).reshape(-1, 2).copy())
 
 
-def group_keys(seed: int, step: int, slots: np.ndarray, group_size: int) -> Tensor:
-    """Keys (P * group_size, 2) int32 of the completions of P prompts, given the prompts' slots (P,)."""
-    return row_keys(seed, step, slots.repeat(group_size), np.tile(np.arange(group_size), len(slots)))
+def group_keys(seed: int, step: int, slots: np.ndarray, group_size: int, attempt: int = 0) -> Tensor:
+    """Keys (P * group_size, 2) int32 of the completions of P prompts, given the prompts' slots (P,).
+
+    attempt: see `row_keys`.
+    """
+    return row_keys(seed, step, slots.repeat(group_size), np.tile(np.arange(group_size), len(slots)), attempt)
 
 
 def gumbel_noise(keys: Tensor, token: int, vocab_size: int) -> Tensor:

@@ -77,6 +77,8 @@ sampling/logp_difference/max | nats | the largest such difference
     the counted tokens, before the first update | Loss and KL | Difference between sampling and training | largest
 sampling/importance_sampling_ratio/mean | | importance weight; only with objective.sampling_correction
     mean over counted tokens and updates | | | | objective
+sampling/refilled_groups | groups | sampled instead of groups without a signal; only with sampling.refill
+    the step
 loss_scale | | factor of the loss in its backward pass; only in float16
     the step
 num_tokens | tokens | prompt and completion tokens so far, each prompt once per completion

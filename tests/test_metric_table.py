@@ -7,6 +7,7 @@ from grpo.metric_table import METRICS, component_ranges, markdown, of_components
 from tests.launches import ROOT, SETTINGS, launch
 
 OF_SOME_RUNS = {"kl", "loss_scale", "cispo_clip_ratio", "sampling/importance_sampling_ratio/mean"}
+OF_SOME_RUNS |= {"sampling/refilled_groups"}
 
 
 def test_every_column_of_a_run_is_in_the_table_and_has_a_meaning(finished_run):
@@ -22,7 +23,7 @@ def test_every_column_of_a_run_is_in_the_table_and_has_a_meaning(finished_run):
 
 def test_the_columns_that_only_some_runs_have_are_in_the_table(tmp_path):
     half = ["hardware.compute_dtype=float16", "grpo.num_steps=1", "grpo.num_iterations=1", "tuning=lora"]
-    half += ["objective.surrogate=cispo", "objective.sampling_correction=token_mask"]
+    half += ["objective.surrogate=cispo", "objective.sampling_correction=token_mask", "sampling.refill=1"]
     assert launch(*SETTINGS, *half, "run_dir=run", cwd=tmp_path).returncode == 0
     row = json.loads((tmp_path / "run" / "metrics" / "metrics.jsonl").read_text())
     known = {metric.name for metric in of_components(["correctness", "format"])}

@@ -210,6 +210,13 @@ class CheckpointConfig:
 
 
 @dataclass
+class SamplingConfig:
+    """Which groups of completions are trained on."""
+
+    refill: int = key(default=0, least=0)
+
+
+@dataclass
 class SamplesConfig:
     """For which steps the completions are written to a file."""
 
@@ -260,6 +267,7 @@ class Config:
     preflight: bool = key(default=True, on_resume="free")
     deterministic: bool = MISSING
     checkpoint: CheckpointConfig = group(CheckpointConfig, on_resume="free")
+    sampling: SamplingConfig = group(SamplingConfig)
     samples: SamplesConfig = group(SamplesConfig, on_resume="free")
     eval: EvalConfig = group(EvalConfig)
     model: ModelConfig = group(ModelConfig)

@@ -1,5 +1,6 @@
 """Selection of the problems of each step."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,23 @@ class PromptSampler:
         chosen = [self._problems[orders[place // total][place % total]] for place in places]
         return SampledProblems(chosen, np.arange(count))
 
+    def take_instead(
+        self, step: int, count: int, slots: Sequence[int], attempt: int, used: Sequence[Problem]
+    ) -> SampledProblems:
+        """Other problems for some slots of a step; attempt: from 1. count: as for `take`.
+
+        They are the next ones of an order of this attempt that the step has not used, or if there are not enough, the
+        next ones. They do not change which problems other steps take.
+        """
+        total = len(self._problems)
+        epoch, start = divmod(problems_before(step, count, self._parent), total)
+        order = np.roll(epoch_order(total, self._seed, epoch, attempt), -start)
+        known = {problem.id for problem in used}
+        places = [place for place in order if self._problems[place].id not in known]
+        endless = itertools.chain(places, itertools.cycle(order))
+        chosen = [self._problems[place] for place in itertools.islice(endless, len(slots))]
+        return SampledProblems(chosen, np.asarray(slots))
+
 
 def problems_before(step: int, count: int, parent: Mapping[str, Any] | None) -> int:
     """The number of problems that the steps before a step used, `count` each, or for steps of a parent its own count.
@@ -47,6 +65,6 @@ def problems_before(step: int, count: int, parent: Mapping[str, Any] | None) -> 
     return parent["num_problems"] + (step - 1 - parent["step"]) * count
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of range(count), (count,) int64, determined by (seed, epoch)."""
-    return np.argsort(hash64(seed, epoch, np.arange(count)), kind="stable")
+def epoch_order(count: int, seed: int, epoch: int, attempt: int = 0) -> np.ndarray:
+    """A permutation of range(count), (count,) int64, determined by (seed, epoch, attempt)."""
+    return np.argsort(hash64(seed, epoch, np.arange(count), *([attempt] if attempt else [])), kind="stable")

@@ -17,7 +17,7 @@ from grpo.training.scored_completions import ScoredCompletions
 
 
 class Timer:
-    """Seconds spent in the named parts of a step, as `timing_s/<part>`."""
+    """Seconds spent in the named parts of a step, as `timing_s/<part>`; those of equal names add up."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -27,7 +27,8 @@ class Timer:
         """Measure the block."""
         started = time.perf_counter()
         yield
-        self.seconds[f"timing_s/{part}"] = time.perf_counter() - started
+        name = f"timing_s/{part}"
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def reward_metrics(scored: ScoredCompletions, group_size: int) -> dict[str, float | None]:

@@ -16,7 +16,7 @@ from grpo.batch import Completions, Prompts
 from grpo.config.checks import kl_weight
 from grpo.config.errors import FileError
 from grpo.counter_rng import group_keys
-from grpo.data.sampler import PromptSampler
+from grpo.data.sampler import PromptSampler, SampledProblems
 from grpo.model.hardware import peak_memory_gb
 from grpo.model.loading import refresh, working_copy
 from grpo.model.lora import switch_adapter
@@ -28,6 +28,7 @@ from grpo.runs.optimizer_state import check_optimizer, flatten_optimizer, load_o
 from grpo.training.completion_store import CompletionStore, store_for
 from grpo.training.evaluation import evaluate, store_key
 from grpo.training.experiment import Experiment, compute_dtype
+from grpo.training.groups import Groups
 from grpo.training.metrics import (
     Timer,
     completion_metrics,
@@ -125,15 +126,9 @@ class Trainer:
         iteration = (step - 1) // self.config.grpo.num_steps + 1
         if iteration > 1 and (step - 1) % self.config.grpo.num_steps == 0:
             self._renew_reference()
-        sampled = self.sampler.take(step, sizes.batch_size)
-        prompts = experiment.prompts(experiment.conversations(sampled.problems))  # P prompts
-        keys = group_keys(self.config.seed, step, sampled.slots, sizes.num_generations)  # (B, 2)
-        with timer("rollout"):
-            completions = self._sample(prompts, keys)  # B completions of T tokens at most
+        groups, sampled = self._groups(step, timer)
+        prompts, completions, scored = groups.prompts, groups.completions, groups.scored
         with timer("reward"):
-            scored = score_completions(
-                experiment, sampled.problems, completions, self.sampling.stop_ids, self.state.step
-            )
             advantages = compute_advantages(experiment, scored, completions.ids.shape[1])  # (B,) or (B, T)
         batch = self._trained_on(Batch(prompts, completions, advantages.float().to(experiment.device)))
         with timer("reference"):
@@ -145,8 +140,8 @@ class Trainer:
 
         self._step_seconds = time.perf_counter() - self._step_started
         skipped = not updates[-1].finite
-        tokens = int(completions.lengths.sum())
-        self._count(step, iteration, tokens + int(prompts.mask.sum(dim=1)[completions.group].sum()), skipped)
+        tokens = sum(int(each.completions.lengths.sum()) for each in sampled)
+        self._count(step, iteration, sum(each.num_tokens for each in sampled), skipped)
         row = {
             "step": step,
             "iteration": iteration,
@@ -161,12 +156,14 @@ class Trainer:
             "perf/tokens_per_s": tokens / self._step_seconds,
             "perf/peak_memory_gb": peak_memory_gb(experiment.device),
         }
+        if self.config.sampling.refill:
+            row["sampling/refilled_groups"] = sum(len(each.problems) for each in sampled[1:])
         if self.loss_scale is not None:
             row["loss_scale"] = self.loss_scale.value
         rewards = [each for each in (self.state.best_reward, row["reward"]) if each is not None]
         self.state.best_reward = max(rewards, default=None)
         self._snapshot_states()
-        samples = sample_rows(step, sampled.problems, scored, completions, advantages)
+        samples = sample_rows(step, groups.problems, scored, completions, advantages)
         self._is_updating = False
         return Step(
             row,
@@ -175,6 +172,40 @@ class Trainer:
             skipped_in_a_row=self.state.skipped_in_a_row,
             skipped=batch if skipped else None,
         )
+
+    def _groups(self, step: int, timer: Timer) -> tuple[Groups, list[Groups]]:
+        """The groups of a step, and all that were sampled for it, at each attempt instead of those without a signal.
+
+        Source: DAPO (arXiv 2503.14476), section 3.2, there without a limit.
+        """
+        size = self.experiment.sizes.batch_size
+        groups = self._sampled(step, self.sampler.take(step, size), timer)
+        used = list(groups.problems)
+        sampled = [groups]
+        for attempt in range(1, self.config.sampling.refill + 1):
+            advantages = compute_advantages(self.experiment, groups.scored, groups.completions.ids.shape[1])
+            places = [place for place, has_signal in enumerate(groups.with_signal(advantages)) if not has_signal]
+            if not places:
+                break
+            instead = self.sampler.take_instead(step, size, groups.slots[places].tolist(), attempt, used)
+            used += instead.problems
+            others = self._sampled(step, instead, timer, attempt)
+            sampled.append(others)
+            groups = groups.replaced(places, others, self.sampling.pad_id)
+        return groups, sampled
+
+    def _sampled(self, step: int, sampled: SampledProblems, timer: Timer, attempt: int = 0) -> Groups:
+        """Sample and score a group of completions for each problem."""
+        experiment = self.experiment
+        prompts = experiment.prompts(experiment.conversations(sampled.problems))  # P prompts
+        keys = group_keys(self.config.seed, step, sampled.slots, experiment.sizes.num_generations, attempt)  # (B, 2)
+        with timer("rollout"):
+            completions = self._sample(prompts, keys)  # B completions of T tokens at most
+        with timer("reward"):
+            scored = score_completions(
+                experiment, sampled.problems, completions, self.sampling.stop_ids, self.state.step
+            )
+        return Groups(sampled.problems, sampled.slots, prompts, completions, scored)
 
     def _sample(self, prompts: Prompts, keys: Tensor) -> Completions:
         """Sample B completions of P prompts; keys: (B, 2)."""
