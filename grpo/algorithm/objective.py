@@ -108,10 +108,10 @@ class Objective:
     ) -> None:
         """The choices by name (see `choose`). Raises ConfigError for an unknown choice.
 
-        beta: weight of the KL term. kl_correction: whether that is multiplied by the ratio, with gradient, so that its
-        gradient is that of the KL divergence on average (DeepSeek-V3.2, arXiv 2512.02556). entropy_weight: weight of
-        the policy's mean entropy per token, which is subtracted from the loss. sampling_correction, sampling_cap: see
-        `sampling_weight`; None: no correction. The others: see `Numbers`.
+        beta: weight of the KL term. kl_correction: whether that is multiplied by the ratio, with gradient, so that with
+        the ratio of tokens its gradient is that of the KL divergence on average (DeepSeek-V3.2, arXiv 2512.02556).
+        entropy_weight: weight of the policy's mean entropy per token, which is subtracted from the loss.
+        sampling_correction, sampling_cap: see `sampling_weight`; None: no correction. The others: see `Numbers`.
         """
         self._ratio = choose("ratio", ratio)
         self._surrogate = choose("surrogate", surrogate)
@@ -180,7 +180,8 @@ def sampling_weight(log_ratio: Tensor, mask: Tensor, correction: str, cap: float
     log_ratio: (m, t), log-probabilities by the trainer minus those at sampling; cap: the largest weight. correction:
     token_truncate or sequence_truncate (larger weights become the cap), token_mask or sequence_mask (they become 0);
     the ratio of a sequence is the product of those of its tokens.
-    Source: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025, and TRL.
+    Source: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025, for truncation;
+    the others are those of TRL's vllm_importance_sampling_mode.
     """
     level, _, limit = correction.partition("_")
     if level == "sequence":
@@ -194,7 +195,7 @@ def clip(ratio: Tensor, logps: Tensor, advantages: Tensor, numbers: Numbers) -> 
 
     With `delta` the first ratio is at most delta: it bounds the loss of a bad completion that became likelier.
     ratio: (m, t) or (m, 1); advantages: (m, 1) or (m, t). Returns the surrogate, of the shape of ratio * advantages,
-    and for each metric which tokens were clipped, so that they have no gradient, bool of this shape.
+    and for each metric which tokens were clipped to the range, so that they have no gradient, bool of this shape.
     Source: DeepSeekMath (arXiv 2402.03300), equation 3; delta: INTELLECT-2 (arXiv 2505.07291).
     """
     lowest = 1 - numbers.epsilon_low
@@ -263,7 +264,8 @@ def row_sum(values: Tensor, mask: Tensor, counts: Counts) -> Tensor:
 def k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """Estimate per token (m, t) of KL(policy || reference): `logps - ref_logps`. Unbiased, of either sign.
 
-    As a loss on samples of the policy its gradient is 0 on average. Source: Schulman, "Approximating KL divergence".
+    As a loss on samples of the policy its gradient is 0 on average if all tokens have the same weight, and with
+    `row_mean` it only rewards length: use it with kl_correction. Source: Schulman, "Approximating KL divergence".
     """
     return logps - ref_logps
 

@@ -15,10 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
-from grpo.config.schema import FACTS, OPEN_GROUPS, Config, EvalConfig, Facts, LoraSettings
+from grpo.config.schema import FACTS, OBJECTIVE, OPEN_GROUPS, Config, EvalConfig, Facts, LoraSettings
 from grpo.config.values import escape, flatten
 
 logger = logging.getLogger(__name__)
+NO_RATIO = "with grpo.mu=1 the ratio is 1 at every update"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def _typed_group(group: str, schema: type, values: Any) -> dict[str, Any]:
             if each.default is MISSING:
                 raise ConfigError(f"{group}.{each.name} is missing")
             result[each.name] = each.default
-        elif get_type_hints(schema)[each.name] is not Any:
+        elif get_type_hints(schema)[each.name] is not Any and _applies(each.metadata.get("facts", Facts()), values):
             try:
                 typed_keys[each.name] = values[each.name]
             except OmegaConfBaseException as error:
@@ -81,6 +82,11 @@ def check(config: Config) -> None:
             f"hardware.compute_dtype={compute} is more precise than model.dtype=bfloat16: what it gains is rounded "
             "away from the weights; set model.dtype=float32, or hardware.compute_dtype=null"
         )
+    grpo = config.grpo
+    if grpo.train_on is not None and grpo.num_generations is not None and grpo.train_on > grpo.num_generations:
+        raise ConfigError(
+            f"grpo.train_on={grpo.train_on}: a group has only grpo.num_generations={grpo.num_generations} completions"
+        )
     _check_prompts(config.data)
     _check_evaluation(config.eval)
     if not config.reward.components:
@@ -96,8 +102,22 @@ def check(config: Config) -> None:
         _number(f"{place}.weight", component.get("weight", 1.0))
         if component.get("range") is not None:
             _check_range(f"{place}.range", component["range"])
+    _check_delta(config)
     if config.objective["advantage"] == "mean":
         _check_not_negative(config.reward.components)
+
+
+def _check_delta(config: Config) -> None:
+    objective = config.objective
+    if objective["_target_"] != OBJECTIVE or objective["delta"] is None or objective["surrogate"] != "clip":
+        return
+    own = objective["epsilon_high"]
+    highest = 1 + (config.grpo.epsilon if own is None else own)
+    if objective["delta"] <= highest:
+        raise ConfigError(
+            f"objective.delta={objective['delta']:g}: must be above {highest:g}, the upper clip limit, since it would "
+            "replace that for positive advantages"
+        )
 
 
 def _check_not_negative(components: dict[str, Any]) -> None:
@@ -175,10 +195,6 @@ def complete_sizes(config: Config) -> Sizes:
     """Return the sizes of a config whose hardware is resolved. Raises ConfigError if one is still null."""
     grpo = config.grpo
     hardware = config.hardware
-    if grpo.train_on is not None and grpo.num_generations is not None and grpo.train_on > grpo.num_generations:
-        raise ConfigError(
-            f"grpo.train_on={grpo.train_on}: a group has only grpo.num_generations={grpo.num_generations} completions"
-        )
     return Sizes(
         batch_size=_not_null("grpo.batch_size", grpo.batch_size),
         num_generations=_not_null("grpo.num_generations", grpo.num_generations),
@@ -222,6 +238,15 @@ def say_unused(config: Config, overrides: Overrides) -> None:
     for key, reason in _without_effect(config).items():
         if key in overrides.keys:
             _warn_once(f"{key} has no effect: {reason}")
+    named = {key: config.objective[key] for key in ("ratio", "surrogate")}
+    if (
+        "objective" in overrides.keys
+        and not _ratio_matters(config)
+        and named != {"ratio": "token", "surrogate": "clip"}
+    ):
+        _warn_once(
+            f"objective.ratio={named['ratio']} and objective.surrogate={named['surrogate']} have no effect: {NO_RATIO}"
+        )
 
 
 @functools.cache
@@ -232,7 +257,7 @@ def _warn_once(message: str) -> None:
 def _without_effect(config: Config) -> dict[str, str]:
     """The keys of the suite's objective that have no effect, with the reason."""
     objective = config.objective
-    if objective["_target_"] != "grpo.algorithm.objective.Objective":
+    if objective["_target_"] != OBJECTIVE:
         return {}
     surrogate = objective["surrogate"]
     numbers = {
@@ -241,14 +266,30 @@ def _without_effect(config: Config) -> dict[str, str]:
         "sapo": ["objective.tau_positive", "objective.tau_negative"],
     }
     found: dict[str, str] = {}
-    for name, keys in numbers.items():
+    if not _ratio_matters(config):
+        found |= dict.fromkeys(("objective.ratio", "objective.surrogate"), NO_RATIO)
+    for name, keys in numbers.items() if surrogate in numbers else ():
         if config.grpo.mu == 1:
-            found |= dict.fromkeys(keys, "with grpo.mu=1 the ratio is 1 at every update")
-        elif surrogate in numbers and name != surrogate:
+            found |= dict.fromkeys(keys, NO_RATIO)
+        elif name != surrogate:
             found |= dict.fromkeys(keys, f"it is a number of objective.surrogate={name}, and this is {surrogate}")
+    if objective["sampling_correction"] is None:
+        found["objective.sampling_cap"] = "objective.sampling_correction is null"
     if kl_weight(config) == 0:
         found |= dict.fromkeys(["objective.kl", "objective.kl_correction"], "there is no KL penalty, since beta is 0")
     return found
+
+
+def _ratio_matters(config: Config) -> bool:
+    """Whether the choices of the ratio and the surrogate change a gradient; those of the user may always do."""
+    objective = config.objective
+    own = "." in str(objective["ratio"]) or "." in str(objective["surrogate"]) or "." in str(objective["advantage"])
+    return (
+        objective["_target_"] != OBJECTIVE
+        or config.grpo.mu > 1
+        or own
+        or (kl_weight(config) > 0 and objective["kl_correction"])
+    )
 
 
 def check_device_map(device_map: object) -> None:
@@ -267,11 +308,18 @@ def _check_facts(config: Config) -> None:
         if name not in flat:  # its group is null
             continue
         value = flat[name]
+        if not _applies(facts, {"_target_": flat.get(f"{name.rpartition('.')[0]}._target_")}):
+            continue
         if facts.choices:
             if not any(value is each or (value == each and type(value) is type(each)) for each in facts.choices):
                 raise ConfigError(f"{name}={_yaml(value)}: must be one of {', '.join(map(_yaml, facts.choices))}")
         elif value is not None:
             _check_number(name, value, facts)
+
+
+def _applies(facts: Facts, group: Mapping[str, Any]) -> bool:
+    """Whether the facts of a key hold in its group: another function may give the key another meaning."""
+    return facts.of_target is None or group.get("_target_") == facts.of_target
 
 
 def _check_number(name: str, value: float, facts: Facts) -> None:

@@ -86,6 +86,7 @@ OTHER_NAMES = {
     "clip_range": "grpo.epsilon",
     "clip_eps": "grpo.epsilon",
     "clip_ratio": "grpo.epsilon",
+    "clip_ratio_c": "objective.delta",
     "clip_ratio_low": "objective.epsilon_low",
     "clip_ratio_high": "objective.epsilon_high",
     "adv_estimator": "objective.advantage",

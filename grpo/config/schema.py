@@ -28,6 +28,7 @@ class Facts:
     # Whether a resumed run keeps the value when another choice of the group is given, unless the key itself is set.
     kept_by_group: bool = False
     launch_only: bool = False  # concerns a single launch, and is never written to config.yaml; a group: all its keys
+    of_target: str | None = None  # the other facts hold if the `_target_` of the key's group is this one; None: always
     names_function: bool = False  # a value with a dot is the path of a function, like the value of `_target_`
     of_sweep: bool = False  # for a launch_only key: the jobs of a sweep depend on it, so sweep.json keeps it
 
@@ -143,6 +144,7 @@ class DataConfig:
     template_arguments: Any = None  # variables of the model's chat template, such as {enable_thinking: false}
 
 
+OBJECTIVE = "grpo.algorithm.objective.Objective"  # the objective of the suite
 SAMPLING_CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
@@ -158,14 +160,14 @@ class ObjectiveConfig:
     beta: float | None = key(default=None, least=0)
     epsilon_low: float | None = key(default=None, between=(0, 1), hint="usually 0.1 or 0.2")
     epsilon_high: float | None = key(default=None, between=(0, 1), hint="usually 0.1 to 0.3")
-    kl_correction: bool = False
-    entropy_weight: float = key(default=0.0, least=0)
-    sampling_correction: str | None = key(default=None, choices=(None, *SAMPLING_CORRECTIONS))
-    sampling_cap: float = key(default=3.0, least=1, hint="else also a ratio of 1 would be limited")
-    delta: float | None = key(default=None, above=1, hint="else also a ratio of 1 would be clipped; usually 4")
-    cap: float = key(default=5.0, least=1, hint="else also a ratio of 1 would be limited")
-    tau_positive: float = key(default=1.0, above=0)
-    tau_negative: float = key(default=1.05, above=0)
+    kl_correction: bool = key(default=False, of_target=OBJECTIVE)
+    entropy_weight: float = key(default=0.0, least=0, of_target=OBJECTIVE)
+    sampling_correction: str | None = key(default=None, choices=(None, *SAMPLING_CORRECTIONS), of_target=OBJECTIVE)
+    sampling_cap: float = key(default=3.0, least=1, hint="else also a ratio of 1 would be limited", of_target=OBJECTIVE)
+    delta: float | None = key(default=None, above=1, hint="usually 4", of_target=OBJECTIVE)
+    cap: float = key(default=5.0, least=1, hint="else also a ratio of 1 would be limited", of_target=OBJECTIVE)
+    tau_positive: float = key(default=1.0, above=0, of_target=OBJECTIVE)
+    tau_negative: float = key(default=1.05, above=0, of_target=OBJECTIVE)
 
 
 @dataclass

@@ -4,7 +4,7 @@ import functools
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -250,7 +250,12 @@ def _measured_rates(compute: torch.dtype, device: torch.device, threads: int) ->
 def _seconds(config: Config, model: Any, work: estimate.Work, compute: torch.dtype) -> float:
     """Seconds of a step, NaN if the rates of the device are unknown: of sampling, and of the other matrix products."""
     (flops, _) = _rates(config, compute)
-    rest = estimate.step_flops(model, work, kl_weight(config) > 0, config.grpo.mu) - estimate.forward_flops(model, work)
+    trained = work
+    if config.grpo.train_on is not None:
+        rows = work.prompts * config.grpo.train_on
+        trained = replace(work, group_size=config.grpo.train_on, lengths=work.lengths[:rows])
+    with_updates = estimate.step_flops(model, trained, kl_weight(config) > 0, config.grpo.mu)
+    rest = with_updates - estimate.forward_flops(model, trained)
     return _sampling_seconds(config, model, work, compute) + _overhead(config, compute) * rest / flops
 
 

@@ -220,7 +220,9 @@ class Trainer:
         settings = self.config.grpo
         if settings.mask_truncated_completions:
             batch = batch.without(~ended(batch.completions, self.sampling.stop_ids))
-        return batch if settings.train_on is None else batch.pruned(settings.train_on)
+        if settings.train_on is not None:
+            batch = batch.pruned(settings.train_on)
+        return batch.counted() if settings.mask_truncated_completions else batch
 
     def _current_engine(self) -> RolloutEngine:
         """The rollout engine, with the current weights of the policy."""

@@ -48,14 +48,21 @@ class Batch:
     def pruned(self, per_group: int) -> "Batch":
         """Of each group the completions with the largest absolute advantages; of equal ones the first.
 
-        Completions that do not count in the loss come last. Source: CPPO (arXiv 2503.22342).
+        Of advantages by token, the largest of a completion counts. Completions without a token that counts in the loss
+        come last. Source: CPPO (arXiv 2503.22342).
         """
-        size = self.advantages.abs().view(len(self.advantages), -1).amax(dim=1)  # (B,)
-        size = size.where(self.completions.completion_mask.any(dim=1), -1.0)
+        mask = self.completions.completion_mask
+        by_token = self.advantages if self.advantages.dim() == 2 else self.advantages[:, None].expand_as(mask)
+        size = by_token.abs().where(mask.bool(), -1.0).amax(dim=1)  # (B,)
         groups = size.view(len(self.prompts.ids), -1)  # (P, G)
         best = groups.argsort(dim=1, descending=True, stable=True)[:, :per_group].sort(dim=1).values  # (P, k)
         first = torch.arange(len(groups), device=best.device)[:, None] * groups.shape[1]  # (P, 1)
         return self.select((first + best).flatten())
+
+    def counted(self) -> "Batch":
+        """The completions that have a token that counts in the loss, or the first one if none has."""
+        rows = self.completions.completion_mask.any(dim=1).nonzero().squeeze(1)
+        return self.select(rows if len(rows) else torch.zeros(1, dtype=torch.int64, device=rows.device))
 
     def token_range(self, shared: bool) -> tuple[int, int]:
         """Tokens of the longest completion with its prompt, and of all rows, counted as in `micro_batches`."""
@@ -181,7 +188,8 @@ def accumulate_gradient(
 
 def needs_entropy_gradient(objective: ObjectiveFunction) -> bool:
     """Whether an objective says that `LossInputs.entropy` must have a gradient."""
-    return bool(getattr(objective, "needs_entropy_gradient", False))
+    function = getattr(objective, "func", objective)  # of a partial, which the settings of a function make
+    return bool(getattr(function, "needs_entropy_gradient", False))
 
 
 def _has_gradient(loss: Tensor, logps: Tensor) -> bool:

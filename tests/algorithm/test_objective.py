@@ -331,5 +331,15 @@ def test_the_sampling_correction_multiplies_the_surrogate_and_not_the_kl():
     assert output.loss.item() == pytest.approx(-2.0 * 2.0 + 2.0)
     total, weight = output.metrics["sampling/importance_sampling_ratio/mean"]
     assert (total.item(), weight.item()) == (pytest.approx(2.0), 1)
+    old = dataclasses.replace(inputs, old_logps=torch.tensor([[-1.0 + math.log(1.5)]]))  # the ratio is 1 / 1.5
+    assert objective(old, counts(mask)).loss.item() == pytest.approx(-2.0 / 1.5 * 3.0 + 2.0)
+    outside = dataclasses.replace(
+        inputs,
+        logps=torch.tensor([[-1.0, 0.0]]),
+        mask=torch.tensor([[1, 0]]),
+        ref_logps=torch.tensor([[-3.0, 0.0]]),
+        sampling_logps=torch.tensor([[-1.0 - math.log(2), -math.inf]]),
+    )
+    assert objective(outside, counts(outside.mask)).loss.item() == pytest.approx(-2.0 * 2.0 + 2.0)
     with pytest.raises(RuntimeError, match="the rollout engine returns no log-probabilities"):
         objective(dataclasses.replace(inputs, sampling_logps=None), counts(mask))

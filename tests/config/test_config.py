@@ -8,6 +8,7 @@ import yaml
 from omegaconf.errors import InterpolationResolutionError
 
 from grpo.algorithm import objective as objectives
+from grpo.config import checks
 from grpo.config.checks import check_lineage, check_training, kl_weight, say_unused, typed
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
@@ -569,6 +570,8 @@ def test_every_named_objective_can_be_built_and_keeps_its_own_numbers(name):
     config = compose_typed(f"objective={name}", "grpo.beta=0.5", "grpo.epsilon=0.15")
     objective = build_objective(config)
     own = yaml.safe_load((CONF_DIR / "objective" / f"{name}.yaml").read_text())
+    if name == "luspo":  # it builds on gspo
+        own = yaml.safe_load((CONF_DIR / "objective" / "gspo.yaml").read_text()) | own
     assert objective.beta == (0.5 if own.get("beta") is None else own["beta"])
     assert objective.numbers.epsilon_low == (own.get("epsilon_low") or 0.15)
     assert objective.numbers.epsilon_high == (own.get("epsilon_high") or 0.15)
@@ -588,16 +591,40 @@ def test_every_named_objective_can_be_built_and_keeps_its_own_numbers(name):
         (["grpo.beta=0", "objective.kl=k1"], "objective.kl has no effect: there is no KL penalty, since beta is 0"),
         (["grpo.mu=2", "objective.delta=4"], None),
         (["grpo.mu=2", "objective.surrogate=my.own", "objective.cap=4"], None),
-        (["objective._target_=my.own", "grpo.mu=1", "objective.cap=4"], None),
+        (["objective._target_=my.own", "grpo.mu=1", "objective.cap=0.5"], None),
+        (["objective.surrogate=my.own", "grpo.mu=1", "objective.cap=4"], None),
+        (["objective=gspo", "grpo.mu=1"], "objective.ratio=sequence and objective.surrogate=clip have no effect: with"),
+        (["objective=gspo", "grpo.mu=2"], None),
+        (["objective.ratio=sequence", "grpo.mu=1"], "objective.ratio has no effect: with grpo.mu=1 the ratio is 1"),
+        (["objective.ratio=sequence", "grpo.mu=1", "objective.kl_correction=true"], None),
+        (["objective.sampling_cap=2"], "objective.sampling_cap has no effect: objective.sampling_correction is null"),
     ],
 )
 def test_a_number_on_the_command_line_without_effect_is_said(overrides, said, caplog):
     config = compose_typed(*overrides)
+    checks._warn_once.cache_clear()
     for _ in range(2):
         say_unused(config, Overrides(overrides))
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == (said is not None)
     assert all(said in message for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["objective.delta=0.5"], "objective.delta=0.5: must be above 1"),
+        (["objective=dapo", "objective.delta=1.2"], "objective.delta=1.2: must be above 1.28, the upper clip limit"),
+        (["objective.cap=0.5"], "objective.cap=0.5: must be 1 or more"),
+        (["objective.sampling_correction=x"], "must be one of null, token_truncate"),
+        (["grpo.train_on=5", "grpo.num_generations=4"], "grpo.train_on=5: a group has only grpo.num_generations=4"),
+        (["grpo.train_on=0"], "grpo.train_on=0: must be 1 or more"),
+        (["sampling.refill=-1"], "sampling.refill=-1: must be 0 or more"),
+    ],
+)
+def test_numbers_of_the_objective_that_make_no_sense_are_refused(overrides, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        compose_typed(*overrides)
 
 
 def test_an_advantage_that_divides_by_the_mean_reward_needs_rewards_that_are_not_negative():

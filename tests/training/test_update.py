@@ -1,4 +1,5 @@
 import copy
+import functools
 import math
 from dataclasses import replace
 
@@ -311,6 +312,14 @@ def test_of_each_group_the_completions_with_the_largest_absolute_advantages_are_
     assert (counts.rows, counts.tokens, counts.groups) == (4, 1 + 7 + 2 + 5, 2)
 
 
+def test_of_advantages_by_token_only_those_that_count_decide(batch):
+    advantages = torch.zeros(8, 12)
+    advantages[1, 5] = 9.0  # after the end of this completion
+    advantages[2, 3] = -1.0
+    pruned = replace(batch, advantages=advantages).pruned(1)
+    assert torch.equal(pruned.completions.ids[0], batch.completions.ids[2, : pruned.completions.ids.shape[1]])
+
+
 def test_training_on_all_of_a_group_is_training_without_pruning(model, batch):
     _, whole = accumulate(model, batch, WHOLE)
     _, pruned = accumulate(model, batch.pruned(4), WHOLE)
@@ -333,9 +342,24 @@ def test_completions_that_are_masked_leave_the_loss_and_its_counts(model, batch)
         expected, of_rest = accumulate(model, rest, WHOLE, objective=objective)
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
         assert (gradient - of_rest).norm() < 1e-5 * of_rest.norm()
+    _, of_counted = accumulate(model, without.counted(), WHOLE)
+    assert len(without.counted().completions.ids) == 6
+    assert (of_counted - accumulate(model, without, WHOLE)[1]).norm() < 1e-5 * of_counted.norm()
     assert without.pruned(3).completions.completion_mask.any(dim=1).all()
-    everything = batch.without(torch.ones(8, dtype=torch.bool))
+    everything = batch.without(torch.ones(8, dtype=torch.bool)).counted()
+    assert len(everything.completions.ids) == 1
     assert everything.counts(12).rows == 0
     found, gradient = accumulate(model, everything, WHOLE)
     assert found.loss == 0
     assert gradient.abs().max() == 0
+
+
+def test_a_function_can_ask_for_the_gradient_of_the_entropy(model, batch):
+    def objective(inputs, counts, weight):
+        assert inputs.entropy.requires_grad
+        return LossOutput(-weight * (inputs.entropy * inputs.mask).sum() / counts.tokens, {})
+
+    objective.needs_entropy_gradient = True
+    no_advantage = replace(batch, ref_logps=None, advantages=torch.zeros(8))
+    _, gradient = accumulate(model, no_advantage, WHOLE, objective=functools.partial(objective, weight=1.0))
+    assert gradient.abs().max() > 0
