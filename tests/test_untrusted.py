@@ -69,6 +69,7 @@ COMMANDS = {
     "chat": Command("full_interrupted", ["chat", "run_dir=run", "prompt=1 + 1"]),
     "verify": Command("full_interrupted", ["verify", "run_dir=run"]),
     "merge": Command("lora_finished", ["merge", "run_dir=run"]),
+    "replay": Command("full_finished", ["replay", "run_dir=run"]),
     "plot": Command("full_finished", ["plot", "run_dir=run"]),
     "report": Command("full_finished", ["report", "run_dir=run"]),
     "dashboard": Command("full_finished", ["dashboard", "run_dir=run", "entity=me"]),
@@ -78,7 +79,17 @@ COMMANDS = {
     "report a sweep": Command("sweep", ["report", "sweep_dir=run"]),
     "dashboard of a sweep": Command("sweep", ["dashboard", "sweep_dir=run", "entity=me"]),
 }
-RUN = ("resume", "evaluate", "evaluate a checkpoint", "evaluate an adapter", "chat", "verify", "merge", "fork")
+RUN = (
+    "resume",
+    "evaluate",
+    "evaluate a checkpoint",
+    "evaluate an adapter",
+    "chat",
+    "verify",
+    "merge",
+    "fork",
+    "replay",
+)
 DISPLAY = ("plot", "report", "dashboard")
 ON_SWEEP = tuple(name for name in COMMANDS if "sweep" in name)
 ON_RUN = (*RUN, *DISPLAY)

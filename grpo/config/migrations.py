@@ -46,7 +46,7 @@ ADDED_WITHIN_2: Values = {
     "eval.sets": [],
     "eval.graders": {},
     "grpo.decay_biases_and_norms": True,
-    "sampling.refill": 0,
+    "sampling": {"refill": 0},
     "grpo.mask_truncated_completions": False,
     "grpo.train_on": None,
     "objective.kl_correction": False,

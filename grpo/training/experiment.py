@@ -181,7 +181,7 @@ def build_experiment(
     """
     sizes = complete_sizes(config)
     prepare_hub(config.model.name, config.data.get("path") if with_problems else None)
-    components, accuracy, graders = _bind_rewards(config, on_hang, status_file)
+    components, accuracy, graders = bind_rewards(config, on_hang, status_file)
     advantage = choose("advantage", config.objective["advantage"])
     objective = build_objective(config)
     optimizer = bind("optimizer", config.optimizer)
@@ -228,8 +228,8 @@ def build_experiment(
     return experiment
 
 
-def _bind_rewards(
-    config: Config, on_hang: Callable[[str], None], status_file: Path | None
+def bind_rewards(
+    config: Config, on_hang: Callable[[str], None] = end_process, status_file: Path | None = None
 ) -> tuple[list[RewardComponent], RewardComponent, list[RewardComponent]]:
     """The reward components, and the accuracy and the graders of the evaluation."""
     component = functools.partial(
