@@ -1,8 +1,6 @@
 """Checks of a whole config: the constraints on each key from the schema, and constraints across keys."""
 
 import dataclasses
-import functools
-import logging
 import math
 import re
 from collections.abc import Mapping
@@ -14,12 +12,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config.errors import ConfigError
-from grpo.config.overrides import Overrides
-from grpo.config.schema import FACTS, OBJECTIVE, OPEN_GROUPS, Config, EvalConfig, Facts, LoraSettings
+from grpo.config.objective_checks import check_objective
+from grpo.config.schema import FACTS, OPEN_GROUPS, Config, EvalConfig, Facts, LoraSettings
 from grpo.config.values import escape, flatten
-
-logger = logging.getLogger(__name__)
-NO_RATIO = "with grpo.mu=1 the ratio is 1 at every update"
 
 
 @dataclass(frozen=True)
@@ -102,39 +97,7 @@ def check(config: Config) -> None:
         _number(f"{place}.weight", component.get("weight", 1.0))
         if component.get("range") is not None:
             _check_range(f"{place}.range", component["range"])
-    _check_delta(config)
-    if config.objective["advantage"] == "mean":
-        _check_not_negative(config.reward.components)
-
-
-def _check_delta(config: Config) -> None:
-    objective = config.objective
-    if objective["_target_"] != OBJECTIVE or objective["delta"] is None or objective["surrogate"] != "clip":
-        return
-    own = objective["epsilon_high"]
-    highest = 1 + (config.grpo.epsilon if own is None else own)
-    if objective["delta"] <= highest:
-        raise ConfigError(
-            f"objective.delta={objective['delta']:g}: must be above {highest:g}, the upper clip limit, since it would "
-            "replace that for positive advantages"
-        )
-
-
-def _check_not_negative(components: dict[str, Any]) -> None:
-    """Raise ConfigError unless the total reward is known to be 0 or more."""
-    for name, component in components.items():
-        weight = component.get("weight", 1.0)
-        ends = component.get("range")
-        if ends is None and weight != 0:
-            raise ConfigError(
-                f"objective.advantage=mean needs reward.components.{name}.range: its lowest and highest value, such as "
-                "[0, 1], since it divides by the mean reward of a group"
-            )
-        if weight != 0 and min(weight * end for end in ends) < 0:
-            raise ConfigError(
-                f"objective.advantage=mean divides by the mean reward of a group, which must not be negative, but "
-                f"reward.components.{name} can be; choose another advantage, or shift the reward"
-            )
+    check_objective(config)
 
 
 def _check_evaluation(settings: EvalConfig) -> None:
@@ -222,76 +185,6 @@ def check_training(config: Config) -> None:
         )
 
 
-def check_unused_overrides(config: Config, overrides: Overrides) -> None:
-    """Raise ConfigError if the command line sets a grpo.* number that the objective replaces by its own."""
-    for name, followed in (("beta", "beta"), ("epsilon_low", "epsilon"), ("epsilon_high", "epsilon")):
-        own = config.objective[name]
-        if own is not None and own != getattr(config.grpo, followed) and overrides.names(f"grpo.{followed}"):
-            raise ConfigError(
-                f"grpo.{followed}: the objective has its own, objective.{name}={own:g}; set that one, or "
-                f"objective.{name}=null to follow grpo.{followed}"
-            )
-
-
-def say_unused(config: Config, overrides: Overrides) -> None:
-    """Log once for each number or choice of the objective on the command line that has no effect."""
-    for key, reason in _without_effect(config).items():
-        if key in overrides.keys:
-            _warn_once(f"{key} has no effect: {reason}")
-    named = {key: config.objective[key] for key in ("ratio", "surrogate")}
-    if (
-        "objective" in overrides.keys
-        and not _ratio_matters(config)
-        and named != {"ratio": "token", "surrogate": "clip"}
-    ):
-        _warn_once(
-            f"objective.ratio={named['ratio']} and objective.surrogate={named['surrogate']} have no effect: {NO_RATIO}"
-        )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
-
-
-def _without_effect(config: Config) -> dict[str, str]:
-    """The keys of the suite's objective that have no effect, with the reason."""
-    objective = config.objective
-    if objective["_target_"] != OBJECTIVE:
-        return {}
-    surrogate = objective["surrogate"]
-    numbers = {
-        "clip": ["grpo.epsilon", "objective.epsilon_low", "objective.epsilon_high", "objective.delta"],
-        "cispo": ["objective.cap"],
-        "sapo": ["objective.tau_positive", "objective.tau_negative"],
-    }
-    found: dict[str, str] = {}
-    if not _ratio_matters(config):
-        found |= dict.fromkeys(("objective.ratio", "objective.surrogate"), NO_RATIO)
-    for name, keys in numbers.items() if surrogate in numbers else ():
-        if config.grpo.mu == 1:
-            found |= dict.fromkeys(keys, NO_RATIO)
-        elif name != surrogate:
-            found |= dict.fromkeys(keys, f"it is a number of objective.surrogate={name}, and this is {surrogate}")
-    if objective["sampling_correction"] is None:
-        found["objective.sampling_cap"] = "objective.sampling_correction is null"
-    if kl_weight(config) == 0:
-        found |= dict.fromkeys(["objective.kl", "objective.kl_correction"], "there is no KL penalty, since beta is 0")
-    return found
-
-
-def _ratio_matters(config: Config) -> bool:
-    """Whether the choices of the ratio and the surrogate change a gradient; those of the user may always do."""
-    objective = config.objective
-    own = "." in str(objective["ratio"]) or "." in str(objective["surrogate"]) or "." in str(objective["advantage"])
-    return (
-        objective["_target_"] != OBJECTIVE
-        or config.grpo.mu > 1
-        or own
-        or (kl_weight(config) > 0 and objective["kl_correction"])
-    )
-
-
 def check_device_map(device_map: object) -> None:
     """Raise ConfigError if the device map is not a single device."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", str(device_map)):
@@ -355,9 +248,3 @@ def _number(key: str, value: object) -> None:
 
 def _yaml(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def kl_weight(config: Config) -> float:
-    """The weight of the KL penalty: objective.beta, or grpo.beta if that is null. 0 needs no reference model."""
-    own = config.objective["beta"]
-    return config.grpo.beta if own is None else own

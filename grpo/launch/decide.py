@@ -11,10 +11,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from grpo.algorithm.objective import check_choices
-from grpo.config.checks import check_name, check_unused_overrides, say_unused, typed
+from grpo.config.checks import check_name, typed
 from grpo.config.errors import ConfigError
 from grpo.config.hydra_app import Application, without_hydra
 from grpo.config.instantiate import check_importable
+from grpo.config.objective_checks import check_unused_overrides, say_unused
 from grpo.config.overrides import Overrides, quoted, text_of
 from grpo.config.schema import Config
 from grpo.launch.machine import check_machine

@@ -10,10 +10,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
-from grpo.config.checks import check_lineage, check_unused_overrides, kl_weight, say_unused
+from grpo.config.checks import check_lineage
 from grpo.config.command_line import arguments_in_shell, grpo_command, path_argument, path_override
 from grpo.config.compose import apply_overrides
 from grpo.config.errors import ConfigError
+from grpo.config.objective_checks import check_unused_overrides, kl_weight, say_unused
 from grpo.config.overrides import Overrides
 from grpo.config.paths import CONF_DIR
 from grpo.config.schema import PROMPT_KEYS, Config

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from grpo.batch import Completions, Prompts
-from grpo.config.checks import Sizes, check_training, kl_weight, typed
+from grpo.config.checks import Sizes, check_training, typed
 from grpo.config.instantiate import bind
+from grpo.config.objective_checks import kl_weight
 from grpo.config.schema import Config
 from grpo.data.problems import Problems
 from grpo.model.hardware import device_of, peak_memory_gb, resolve_hardware

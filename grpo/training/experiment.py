@@ -16,10 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo.algorithm.objective import ObjectiveFunction, choose
 from grpo.algorithm.optimizer import exempt_vectors
 from grpo.batch import Completions, Prompts, tokenize_prompts
-from grpo.config.checks import Sizes, complete_sizes, kl_weight
+from grpo.config.checks import Sizes, complete_sizes
 from grpo.config.errors import ConfigError
 from grpo.config.instantiate import bind, bind_reward, build, check_call, find_function
 from grpo.config.migrations import NATIVE_ENGINE
+from grpo.config.objective_checks import kl_weight
 from grpo.config.schema import Config, known_keys
 from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import (

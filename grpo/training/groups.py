@@ -10,9 +10,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from grpo.batch import Completions, Prompts
+from grpo.counter_rng import group_keys
 from grpo.data.problems import Problem
+from grpo.data.sampler import PromptSampler, SampledProblems
 from grpo.rewards.scoring import Rewards
-from grpo.training.scored_completions import ScoredCompletions
+from grpo.rollout.engine import Sampling
+from grpo.training.experiment import Experiment
+from grpo.training.metrics import Timer
+from grpo.training.scored_completions import ScoredCompletions, compute_advantages, score_completions
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,46 @@ class Groups:
             completions=_join_completions(self.completions, others.completions, join, pad_id),
             scored=_join_scored(self.scored, others.scored, join, rows),
         )
+
+
+def sample_groups(
+    experiment: Experiment,
+    sampler: PromptSampler,
+    sampling: Sampling,
+    sample: Callable[[Prompts, Tensor], Completions],
+    step: int,
+    timer: Timer,
+) -> tuple[Groups, list[Groups]]:
+    """The groups of a step, and all that were sampled for it: `sampling.refill` replaces those without a signal.
+
+    sample: samples B completions of P prompts with these keys (B, 2). step: from 1.
+    Source: DAPO (arXiv 2503.14476), section 3.2, there without a limit.
+    """
+    size = experiment.sizes.batch_size
+    pad_id = sampling.pad_id
+
+    def sampled_for(chosen: SampledProblems, attempt: int = 0) -> Groups:
+        prompts = experiment.prompts(experiment.conversations(chosen.problems))  # P prompts
+        keys = group_keys(experiment.config.seed, step, chosen.slots, experiment.sizes.num_generations, attempt)
+        with timer("rollout"):
+            completions = sample(prompts, keys)  # B completions of T tokens at most
+        with timer("reward"):
+            scored = score_completions(experiment, chosen.problems, completions, sampling.stop_ids, step - 1)
+        return Groups(chosen.problems, chosen.slots, prompts, completions, scored)
+
+    groups = sampled_for(sampler.take(step, size))
+    sampled = [groups]
+    used = list(groups.problems)
+    for attempt in range(1, experiment.config.sampling.refill + 1):
+        advantages = compute_advantages(experiment, groups.scored, groups.completions.ids.shape[1])
+        places = [place for place, has_signal in enumerate(groups.with_signal(advantages)) if not has_signal]
+        if not places:
+            break
+        instead = sampler.take_instead(step, size, groups.slots[places].tolist(), attempt, used)
+        used += instead.problems
+        sampled.append(sampled_for(instead, attempt))
+        groups = groups.replaced(places, sampled[-1], pad_id)
+    return groups, sampled
 
 
 def _chosen(values: Sequence[Any], places: Sequence[int]) -> list[Any]:

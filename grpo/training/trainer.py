@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from grpo.batch import Completions, Prompts
-from grpo.config.checks import kl_weight
 from grpo.config.errors import FileError
-from grpo.counter_rng import group_keys
-from grpo.data.sampler import PromptSampler, SampledProblems
+from grpo.config.objective_checks import kl_weight
+from grpo.data.sampler import PromptSampler
 from grpo.model.hardware import peak_memory_gb
 from grpo.model.loading import refresh, working_copy
 from grpo.model.lora import switch_adapter
@@ -28,7 +27,7 @@ from grpo.runs.optimizer_state import check_optimizer, flatten_optimizer, load_o
 from grpo.training.completion_store import CompletionStore, store_for
 from grpo.training.evaluation import evaluate, store_key
 from grpo.training.experiment import Experiment, compute_dtype
-from grpo.training.groups import Groups
+from grpo.training.groups import sample_groups
 from grpo.training.metrics import (
     Timer,
     completion_metrics,
@@ -39,7 +38,7 @@ from grpo.training.metrics import (
     update_metrics,
 )
 from grpo.training.preflight import preflight
-from grpo.training.scored_completions import compute_advantages, score_completions
+from grpo.training.scored_completions import compute_advantages
 from grpo.training.update import (
     Batch,
     Counts,
@@ -126,7 +125,7 @@ class Trainer:
         iteration = (step - 1) // self.config.grpo.num_steps + 1
         if iteration > 1 and (step - 1) % self.config.grpo.num_steps == 0:
             self._renew_reference()
-        groups, sampled = self._groups(step, timer)
+        groups, sampled = sample_groups(experiment, self.sampler, self.sampling, self._sample, step, timer)
         prompts, completions, scored = groups.prompts, groups.completions, groups.scored
         with timer("reward"):
             advantages = compute_advantages(experiment, scored, completions.ids.shape[1])  # (B,) or (B, T)
@@ -172,40 +171,6 @@ class Trainer:
             skipped_in_a_row=self.state.skipped_in_a_row,
             skipped=batch if skipped else None,
         )
-
-    def _groups(self, step: int, timer: Timer) -> tuple[Groups, list[Groups]]:
-        """The groups of a step, and all that were sampled for it, at each attempt instead of those without a signal.
-
-        Source: DAPO (arXiv 2503.14476), section 3.2, there without a limit.
-        """
-        size = self.experiment.sizes.batch_size
-        groups = self._sampled(step, self.sampler.take(step, size), timer)
-        used = list(groups.problems)
-        sampled = [groups]
-        for attempt in range(1, self.config.sampling.refill + 1):
-            advantages = compute_advantages(self.experiment, groups.scored, groups.completions.ids.shape[1])
-            places = [place for place, has_signal in enumerate(groups.with_signal(advantages)) if not has_signal]
-            if not places:
-                break
-            instead = self.sampler.take_instead(step, size, groups.slots[places].tolist(), attempt, used)
-            used += instead.problems
-            others = self._sampled(step, instead, timer, attempt)
-            sampled.append(others)
-            groups = groups.replaced(places, others, self.sampling.pad_id)
-        return groups, sampled
-
-    def _sampled(self, step: int, sampled: SampledProblems, timer: Timer, attempt: int = 0) -> Groups:
-        """Sample and score a group of completions for each problem."""
-        experiment = self.experiment
-        prompts = experiment.prompts(experiment.conversations(sampled.problems))  # P prompts
-        keys = group_keys(self.config.seed, step, sampled.slots, experiment.sizes.num_generations, attempt)  # (B, 2)
-        with timer("rollout"):
-            completions = self._sample(prompts, keys)  # B completions of T tokens at most
-        with timer("reward"):
-            scored = score_completions(
-                experiment, sampled.problems, completions, self.sampling.stop_ids, self.state.step
-            )
-        return Groups(sampled.problems, sampled.slots, prompts, completions, scored)
 
     def _sample(self, prompts: Prompts, keys: Tensor) -> Completions:
         """Sample B completions of P prompts; keys: (B, 2)."""

@@ -8,12 +8,13 @@ import yaml
 from omegaconf.errors import InterpolationResolutionError
 
 from grpo.algorithm import objective as objectives
-from grpo.config import checks
-from grpo.config.checks import check_lineage, check_training, kl_weight, say_unused, typed
+from grpo.config import objective_checks
+from grpo.config.checks import check_lineage, check_training, typed
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
 from grpo.config.explain import NAMED_BY_USER, explain
 from grpo.config.migrations import load_frozen
+from grpo.config.objective_checks import kl_weight, say_unused
 from grpo.config.other_names import NOT_SUPPORTED, OTHER_NAMES
 from grpo.config.overrides import Overrides
 from grpo.config.paths import CONF_DIR
@@ -602,7 +603,7 @@ def test_every_named_objective_can_be_built_and_keeps_its_own_numbers(name):
 )
 def test_a_number_on_the_command_line_without_effect_is_said(overrides, said, caplog):
     config = compose_typed(*overrides)
-    checks._warn_once.cache_clear()
+    objective_checks._warn_once.cache_clear()
     for _ in range(2):
         say_unused(config, Overrides(overrides))
     messages = [record.getMessage() for record in caplog.records]
