@@ -2,7 +2,7 @@
 
 python tests/benchmarks/real_result.py data FOLDER
 
-writes FOLDER/<task>/{train,test}.jsonl: chain_sum, gcd and lcm of reasoning-gym (pip install reasoning-gym). No pair of
+writes FOLDER/<task>/{train,test}.jsonl: chain_sum and gcd of reasoning-gym (pip install reasoning-gym). No pair of
 numbers is in both splits.
 
 python tests/benchmarks/real_result.py report RUN_FOLDER ...
@@ -29,7 +29,6 @@ from grpo.runs.folder import RunFolder
 SETTINGS = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
     "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 90},
-    "lcm": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 40},
 }
 TRAIN = 2000
 TEST = 300
