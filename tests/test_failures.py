@@ -28,6 +28,7 @@ from tests.launches import (
 
 SLOW = pytest.mark.slow  # rows of large tables, of which a plain test run takes only a sample
 TRAINER = "grpo.training.trainer"
+GROUPS = "grpo.training.groups"
 
 # Out of memory.
 
@@ -162,7 +163,7 @@ def test_after_too_many_skipped_steps_in_a_row_the_run_fails_with_an_intact_chec
 
 def test_a_second_process_on_a_run_folder_is_refused(tmp_path, straight):
     run_dir = tmp_path / "run"
-    first = start(run_dir, fault=(f"{TRAINER}.group_keys", "2x", "sleep:60"))
+    first = start(run_dir, fault=(f"{GROUPS}.group_keys", "2x", "sleep:60"))
     wait_for_step(run_dir, 1)
     second = resume(run_dir)
     assert second.returncode == 2
@@ -258,7 +259,7 @@ def test_a_failed_job_of_a_sweep_leaves_no_model_in_memory_and_is_run_again_on_r
 def test_a_killed_sweep_resumes_where_it_stopped(tmp_path):
     command = ["-m", *SHORT, "hydra/launcher=basic", "grpo.num_steps=3", "grpo.beta=0.01,0.04", "checkpoint.every=1"]
     assert launch(*command, "sweep_dir=whole", cwd=tmp_path).returncode == 0
-    fault = (f"{TRAINER}.group_keys", "5", "kill")  # the second step of the second job
+    fault = (f"{GROUPS}.group_keys", "5", "kill")  # the second step of the second job
     assert launch(*command, "sweep_dir=sweep", cwd=tmp_path, fault=fault).returncode == -9
     again = launch(*command, "sweep_dir=sweep", "resume=true", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -354,7 +355,7 @@ def test_resuming_needs_no_more_memory_than_training_did(tmp_path):
     run_dir = tmp_path / "run"
     assert launch(*settings, f"run_dir={run_dir}", cwd=tmp_path).returncode == 0
     stopped = tmp_path / "stopped"
-    fault = (f"{TRAINER}.group_keys", "3", "kill")
+    fault = (f"{GROUPS}.group_keys", "3", "kill")
     assert launch(*settings, f"run_dir={stopped}", cwd=tmp_path, fault=fault).returncode == -9
     assert resume(stopped).returncode == 0
     assert peaks(stopped)[2] < 1.02 * peaks(run_dir)[2]

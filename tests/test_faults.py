@@ -30,6 +30,7 @@ from tests.launches import (
 )
 
 TRAINER = "grpo.training.trainer"
+GROUPS = "grpo.training.groups"
 RECORDER = "grpo.training.recorder.Recorder"
 
 
@@ -45,13 +46,13 @@ SLOW = pytest.mark.slow  # rows of large tables, of which a plain test run takes
 @pytest.mark.parametrize(
     ("place", "call", "arguments"),
     [
-        pytest.param(f"{TRAINER}.group_keys", "1", [], id="before the first step", marks=SLOW),
+        pytest.param(f"{GROUPS}.group_keys", "1", [], id="before the first step", marks=SLOW),
         pytest.param(f"{RECORDER}.step", "1", [], id="before the first step is written down", marks=SLOW),
         pytest.param(f"{TRAINER}.apply_gradient", "6", [], id="between the updates of a batch"),
-        pytest.param(f"{TRAINER}.group_keys", "7", ["checkpoint.every=3"], id="at the end of an epoch", marks=SLOW),
-        pytest.param(f"{TRAINER}.group_keys", "6", ["checkpoint.every=5"], id="in the middle of an epoch", marks=SLOW),
-        pytest.param(f"{TRAINER}.group_keys", "5", [], id="at the end of an iteration", marks=SLOW),
-        pytest.param(f"{TRAINER}.group_keys", "8", ["checkpoint.every=7"], id="before the last step", marks=SLOW),
+        pytest.param(f"{GROUPS}.group_keys", "7", ["checkpoint.every=3"], id="at the end of an epoch", marks=SLOW),
+        pytest.param(f"{GROUPS}.group_keys", "6", ["checkpoint.every=5"], id="in the middle of an epoch", marks=SLOW),
+        pytest.param(f"{GROUPS}.group_keys", "5", [], id="at the end of an iteration", marks=SLOW),
+        pytest.param(f"{GROUPS}.group_keys", "8", ["checkpoint.every=7"], id="before the last step", marks=SLOW),
         pytest.param("grpo.runs.folder.RunFolder.save_final_model", "1", [], id="after the last step", marks=SLOW),
         pytest.param("grpo.analysis.charts.write_summary", "1", [], id="while the charts are drawn", marks=SLOW),
     ],
@@ -107,10 +108,10 @@ def test_a_run_killed_many_times_at_random_moments_is_bitwise_equal(tmp_path, st
 @pytest.mark.parametrize(
     ("place", "call", "saved"),
     [
-        ("grpo.training.trainer.score_completions", "6x", 5),
+        ("grpo.training.groups.score_completions", "6x", 5),
         pytest.param("grpo.training.trainer.sample_completions", "6x", 5, marks=SLOW),
-        pytest.param("grpo.training.trainer.group_keys", "6x", 5, marks=SLOW),
-        pytest.param("grpo.training.trainer.group_keys", "5x", 4, marks=SLOW),
+        pytest.param("grpo.training.groups.group_keys", "6x", 5, marks=SLOW),
+        pytest.param("grpo.training.groups.group_keys", "5x", 4, marks=SLOW),
         pytest.param("grpo.training.trainer.all_logps", "6x", 5, marks=SLOW),
         ("grpo.training.trainer.accumulate_gradient", "11x", 5),
         ("grpo.training.trainer.accumulate_gradient", "12x", 3),
@@ -191,7 +192,7 @@ def fails(completions, **columns):
 )
 def test_a_damaged_checkpoint_is_skipped_and_the_result_is_the_same(tmp_path, straight, damage):
     run_dir = tmp_path / "run"
-    fault = (f"{TRAINER}.group_keys", "6", "kill")
+    fault = (f"{GROUPS}.group_keys", "6", "kill")
     start(run_dir, "checkpoint.every=1", "checkpoint.keep_last=3", fault=fault).wait()
     file = run_dir / "checkpoints" / "step_000005" / "optimizer.safetensors"
     if damage == "truncated":
@@ -211,7 +212,7 @@ def test_a_damaged_checkpoint_is_skipped_and_the_result_is_the_same(tmp_path, st
 
 def test_without_an_intact_checkpoint_a_resume_fails_and_nothing_is_deleted(tmp_path):
     run_dir = tmp_path / "run"
-    start(run_dir, fault=(f"{TRAINER}.group_keys", "4", "kill")).wait()
+    start(run_dir, fault=(f"{GROUPS}.group_keys", "4", "kill")).wait()
     os.truncate(run_dir / "checkpoints" / "step_000002" / "model.safetensors", 10)
     before = sorted(run_dir.joinpath("checkpoints").rglob("*"))
     resumed = resume(run_dir)
@@ -224,7 +225,7 @@ def test_without_an_intact_checkpoint_a_resume_fails_and_nothing_is_deleted(tmp_
 @pytest.mark.slow
 def test_a_run_whose_checkpoints_are_missing_is_not_started_again(tmp_path):
     run_dir = tmp_path / "run"
-    start(run_dir, fault=(f"{TRAINER}.group_keys", "4", "kill")).wait()
+    start(run_dir, fault=(f"{GROUPS}.group_keys", "4", "kill")).wait()
     (run_dir / "checkpoints").rename(run_dir / "moved")
     refused = resume(run_dir)
     assert refused.returncode == 2
@@ -394,7 +395,7 @@ def test_a_status_that_cannot_be_written_does_not_end_training(tmp_path):
         pytest.param("grpo.training.update.completion_logps", "8", "int", 130, marks=SLOW),
         pytest.param("torch.Tensor.backward", "5", "term", 143, marks=SLOW),
         ("torch.Tensor.backward", "6", "usr1", 138),
-        ("grpo.training.trainer.score_completions", "6", "hup", 129),
+        ("grpo.training.groups.score_completions", "6", "hup", 129),
         pytest.param("grpo.runs.checkpoint_writer.write_checkpoint", "1", "int", 130, marks=SLOW),
     ],
     ids=["in sampling", "in the reference pass", "in backward", "in the second update", "in scoring", "in a save"],
@@ -431,7 +432,7 @@ def test_under_nohup_sighup_does_not_stop_a_run(tmp_path, straight):
     run_dir = tmp_path / "run"
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the processes of this test inherit it
     try:
-        command = [sys.executable, "-m", "tests.inject", "grpo.training.trainer.group_keys", "3x", "hup"]
+        command = [sys.executable, "-m", "tests.inject", "grpo.training.groups.group_keys", "3x", "hup"]
         command += [*SETTINGS, f"run_dir={run_dir}"]
         subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
     finally:
@@ -447,7 +448,7 @@ def test_a_signal_drops_a_step_that_would_take_long(tmp_path, straight):
     assert stopped.returncode == 143
     assert rows(run_dir) == []
     assert checkpoint_steps(run_dir) == []
-    start(run_dir, "resume=true", fault=(f"{TRAINER}.group_keys", "4x", "term")).wait()
+    start(run_dir, "resume=true", fault=(f"{GROUPS}.group_keys", "4x", "term")).wait()
     assert checkpoint_steps(run_dir) == [4]
     again = resume(run_dir, fault=("torch.Tensor.backward", "1x", "term"))
     assert again.returncode == 143
@@ -563,7 +564,7 @@ def test_repeating_the_same_command_with_resume_auto_finishes_the_run(tmp_path, 
     run_dir = tmp_path / "run"
     codes = []
     for call in ("2x", "2x", "2x", "99x"):
-        fault = (f"{TRAINER}.group_keys", call, "usr1")
+        fault = (f"{GROUPS}.group_keys", call, "usr1")
         codes.append(start(run_dir, "resume=auto", fault=fault).wait().returncode)
     assert codes == [138, 138, 138, 0]
     again = start(run_dir, "resume=auto").wait()

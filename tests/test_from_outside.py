@@ -139,7 +139,7 @@ def test_an_optimizer_of_the_user_is_called_through_at_most_six_functions(folder
     [
         ("objective.advantage=toy_reward.Brevity", "objective.advantage=toy_reward.Brevity: must be a function, not a"),
         ("objective.surrogate=no_such.file", "objective.surrogate=no_such.file: No module named 'no_such'"),
-        ("objective.surrogate=clipped", "objective.surrogate=clipped: must be clip, or the dotted path of a function"),
+        ("objective.surrogate=clipped", "objective.surrogate=clipped: must be clip or cispo or sapo, or the dotted"),
         (
             "objective.surrogate=toy_advantage.centered",
             "objective.surrogate=toy_advantage.centered: it must have the form f(ratio, logps, advantages, numbers):",
@@ -158,7 +158,7 @@ def test_an_optimizer_of_the_user_is_called_through_at_most_six_functions(folder
             "rollout._target_=builtins.dict",
             "rollout._target_=builtins.dict: it must be a class of the form RolloutEngine",
         ),
-        ("objective.ratio=[a]", "objective.ratio=['a']: must be token, or the dotted path of a function"),
+        ("objective.ratio=[a]", "objective.ratio=['a']: must be token or sequence, or the dotted path of"),
         ("optimizer.lr=[1]", "optimizer.lr=[1]: must be a number"),
         ("rollout.temperature={a: 1}", "rollout.temperature={'a': 1}: must be a number"),
     ],

@@ -53,11 +53,12 @@ def decide(flags: argparse.Namespace) -> Iterator[Launch | int]:
     overrides = with_fork_step(Overrides(flags.overrides))
     composed, is_sweep = app.compose(overrides.lines, flags.multirun)
     if not is_sweep:
-        check_runnable(without_hydra(composed), overrides)
+        checked = check_runnable(without_hydra(composed), overrides)
         if composed.fork and composed.resume:
             raise ConfigError("fork=true starts a new run: leave resume out; to resume a fork, name its own run_dir")
         if overrides.names("sweep_dir", "hydra.sweep.dir"):
             raise ConfigError("sweep_dir names the folder of a sweep: add -m, or name that of a run with run_dir=...")
+        say_unused(checked, overrides)
     if composed.plan:
         yield 0 if print_plan(composed, overrides, is_sweep, check_runnable) else 1
     elif is_sweep:
@@ -83,7 +84,6 @@ def check_runnable(config: DictConfig, overrides: Overrides) -> Config:
     """Convert the config of one run to dataclasses. Raises ConfigError if it cannot run on any machine."""
     checked = typed(config)
     check_unused_overrides(checked, overrides)
-    say_unused(checked, overrides)
     check_importable(checked)
     check_choices(checked.objective)
     if checked.fork:
@@ -187,7 +187,15 @@ def hold_sweep(app: Application, composed: DictConfig, overrides: Overrides) -> 
     If Hydra rejects a new sweep before a launcher has received a job, the folder and sweep.json are removed again.
     """
     named = composed.sweep_dir or named_folder(composed.hydra.sweep, "${sweep_dir}")
-    opening = prepare_sweep(composed, overrides, named, check_runnable)
+    points: list[tuple[Config, Overrides]] = []
+
+    def check(config: DictConfig, of_point: Overrides) -> Config:
+        points.append((check_runnable(config, of_point), of_point))
+        return points[-1][0]
+
+    opening = prepare_sweep(composed, overrides, named, check)
+    for point in points:
+        say_unused(*point)
     check_no_interpolation(opening.folder.path)
     if composed.hydra.launcher._target_ in LOCAL_LAUNCHERS:
         check_machine(opening.configs, opening.unknown)

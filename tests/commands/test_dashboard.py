@@ -29,7 +29,8 @@ def test_every_panel_shows_a_metric_that_a_run_logs(finished_run):
         "validation/accuracy",
         "test/accuracy",
         "kl",
-    }  # logged with evaluations, and with beta > 0
+        "cispo_clip_ratio",
+    }  # logged with evaluations, with beta > 0, and with objective=cispo
     assert {"reward", "rewards/correctness/mean", "rewards/format/mean", "completions/mean_length", "loss"} <= shown
 
 

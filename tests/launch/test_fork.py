@@ -61,7 +61,7 @@ def test_a_fork_with_another_learning_rate_starts_from_the_same_weights_and_nois
 @pytest.mark.slow
 def test_a_fork_killed_at_its_start_can_be_resumed_without_its_parent(parent, tmp_path):
     copy = shutil.copytree(parent, tmp_path / "copy")
-    killed, run = fork(copy, tmp_path, "fork_step=4", fault=("grpo.training.trainer.group_keys", "1", "kill"))
+    killed, run = fork(copy, tmp_path, "fork_step=4", fault=("grpo.training.groups.group_keys", "1", "kill"))
     assert killed.returncode == -9
     shutil.rmtree(copy)
     resumed = launch("resume=true", f"run_dir={run}", cwd=tmp_path)
@@ -105,7 +105,7 @@ def test_a_fork_can_add_a_kl_penalty_only_where_the_reference_model_is_known(tmp
         "grpo.beta=0.04",
         "checkpoint.every=1",
         "checkpoint.keep_last=1",
-        fault=("grpo.training.trainer.group_keys", "3", "kill"),
+        fault=("grpo.training.groups.group_keys", "3", "kill"),
     )
     assert killed.returncode == -9
     assert launch("resume=true", f"run_dir={run}", cwd=tmp_path).returncode == 0
@@ -114,7 +114,7 @@ def test_a_fork_can_add_a_kl_penalty_only_where_the_reference_model_is_known(tmp
 
 
 def test_a_fork_that_lost_its_checkpoints_does_not_start_from_another_model(parent, tmp_path):
-    _, run = fork(parent, tmp_path, "fork_step=4", fault=("grpo.training.trainer.group_keys", "1", "kill"))
+    _, run = fork(parent, tmp_path, "fork_step=4", fault=("grpo.training.groups.group_keys", "1", "kill"))
     shutil.rmtree(run / "checkpoints")
     resumed = launch("resume=true", f"run_dir={run}", cwd=tmp_path)
     assert resumed.returncode == 1
@@ -126,7 +126,7 @@ def test_a_fork_that_lost_its_checkpoints_does_not_start_from_another_model(pare
 def test_a_killed_sweep_of_forks_can_be_resumed(parent, tmp_path):
     sweep = ["-m", "fork=true", f"run_dir={parent}", "fork_step=6", "optimizer.lr=0.0002,0.01", "sweep_dir=sweep"]
     sweep.append("hydra/launcher=basic")
-    killed = launch(*sweep, cwd=tmp_path, fault=("grpo.training.trainer.group_keys", "2", "kill"))
+    killed = launch(*sweep, cwd=tmp_path, fault=("grpo.training.groups.group_keys", "2", "kill"))
     assert killed.returncode == -9
     again = launch(*sweep, "resume=true", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
@@ -166,7 +166,7 @@ def test_a_fork_with_another_optimizer_starts_it_with_a_new_state_and_is_resumed
     shutil.copytree(run, tmp_path / "copy")
     shutil.rmtree(run)
 
-    killed, run = fork(parent, tmp_path, *arguments, fault=("grpo.training.trainer.group_keys", "1", "kill"))
+    killed, run = fork(parent, tmp_path, *arguments, fault=("grpo.training.groups.group_keys", "1", "kill"))
     assert killed.returncode == -9
     resumed = launch("resume=true", f"run_dir={run}", cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stderr

@@ -125,7 +125,7 @@ def test_arms_stop_early_and_the_best_arm_equals_the_same_run_without_a_sweep(st
 @pytest.mark.slow
 def test_a_killed_halving_sweep_resumes_to_the_same_decisions(straight):
     cwd, _ = straight
-    fault = ("grpo.training.trainer.group_keys", "6", "kill")  # of 8 steps in all: in the second rung
+    fault = ("grpo.training.groups.group_keys", "6", "kill")  # of 8 steps in all: in the second rung
     assert launch("-m", *HALVING, "sweep_dir=killed", cwd=cwd, fault=fault).returncode == -9
     made = [RunFolder(cwd / "killed" / job["folder"]) for job in SweepFolder(cwd / "killed").jobs()]
     assert all(run.status()["seconds"] > sum(row["step_time"] for row in run.metrics()) for run in made)

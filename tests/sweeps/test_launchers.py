@@ -82,7 +82,7 @@ def test_optuna_maximizes_the_outcome_and_a_resumed_sweep_has_the_same_trials(tm
     best = yaml.safe_load((tmp_path / "whole" / "optimization_results.yaml").read_text())
     assert best["best_value"] == max(job["accuracy"] for job in jobs)
 
-    fault = ("grpo.training.trainer.group_keys", "5", "kill")  # the third trial
+    fault = ("grpo.training.groups.group_keys", "5", "kill")  # the third trial
     assert launch(*command, "sweep_dir=killed", cwd=tmp_path, fault=fault).returncode == -9
     again = launch(*command, "sweep_dir=killed", "resume=true", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
