@@ -10,6 +10,17 @@ import numpy as np
 from scipy.special import stdtrit  # the t distribution's quantile; scipy.stats takes a second to import
 
 
+def pairing_keys(*evaluations: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The keys of a row of eval/*.json that identify its problem in all of these evaluations.
+
+    The id alone does not, since ids may be line numbers, which stand for other problems in another data file.
+    Evaluations of version 0 and 1 do not have the question.
+    """
+    rows = [row for each in evaluations for row in (each or {}).get("problems") or []]
+    has_prompts = all(row.get("prompt") is not None for row in rows)
+    return ("problem_id", "answer", "prompt") if has_prompts else ("problem_id", "answer")
+
+
 def wilson_interval(accuracy: float | None, n: int | None) -> list[float] | None:
     """The 95 % Wilson score interval [low, high] of an accuracy (0 to 1) measured on `n` problems; None without `n`.
 

@@ -5,6 +5,7 @@ The columns have the metric names of `metrics/metrics.jsonl`.
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +69,13 @@ def load_evaluations(run_dir: str | Path, of_training: bool = False) -> pd.DataF
     return _frame(rows, ["name", "split", "step", "n", "accuracy", "reward"])
 
 
-def correct_by_problem(evaluation: dict[str, Any] | None, with_prompt: bool = False) -> pd.Series:
+def correct_by_problem(evaluation: dict[str, Any] | None, keys: Sequence[str] = ("problem_id", "answer")) -> pd.Series:
     """1 (right) or 0 (wrong) for each graded problem of an evaluation, or the share of right samples; may be empty.
 
-    The index contains the problem's id and answer: ids may be line numbers, which stand for other problems in another
-    data file. with_prompt: the question, too, which evaluations of version 0 and 1 do not have.
+    keys: those that identify a problem (`accuracy.pairing_keys`); the index contains their values.
     """
     problems = (evaluation or {}).get("problems") or []
     graded = [each for each in problems if each.get("correct") is not None]
-    keys = ("problem_id", "answer", *(("prompt",) if with_prompt else ()))
     names = [json.dumps([each.get(key) for key in keys]) for each in graded]
     samples = pd.Series([float(each["correct"]) for each in graded], index=names, dtype=float)
     return samples.groupby(level=0, sort=False).mean()

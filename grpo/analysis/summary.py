@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from grpo.analysis.accuracy import accuracy_interval, mcnemar_p
+from grpo.analysis.accuracy import accuracy_interval, mcnemar_p, pairing_keys
 from grpo.analysis.effects import paired_difference
 from grpo.analysis.load import component_columns, correct_by_problem, finite_values, is_metric, load_metrics
 from grpo.runs.files import write_atomic
@@ -70,9 +70,8 @@ def accuracy_difference(before: dict[str, Any] | None, after: dict[str, Any] | N
     after training as before, so it is narrower than those of the two accuracies suggest. With one sample per problem
     also `gained` and `lost`, the numbers of problems that only one of them solves, and `p`, of McNemar's exact test.
     """
-    rows = [row for each in (before, after) if each is not None for row in each.get("problems") or []]
-    with_prompt = all(row.get("prompt") is not None for row in rows)
-    difference = (correct_by_problem(after, with_prompt) - correct_by_problem(before, with_prompt)).dropna()
+    keys = pairing_keys(before, after)
+    difference = (correct_by_problem(after, keys) - correct_by_problem(before, keys)).dropna()
     if difference.empty:
         return None
     estimate = paired_difference(difference.to_frame().T)

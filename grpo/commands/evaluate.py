@@ -170,10 +170,11 @@ def _check_baseline(found: dict[str, Any], baseline: str, subject: ModelUnderTes
 
 def _check_problems(found: dict[str, Any], problems: "Sequence[Problem]", baseline: str) -> None:
     """Raise ConfigError if a baseline and this evaluation share fewer than half of the problems of the smaller one."""
-    rows = found["problems"]
-    with_question = all(row.get("prompt") is not None for row in rows)  # not in files of version 0 and 1
-    known = {(row["problem_id"], row.get("answer"), row["prompt"] if with_question else "") for row in rows}
-    asked = {(each.id, each.answer, each.question if with_question else "") for each in problems}
+    from grpo.analysis.accuracy import pairing_keys  # imports numpy
+
+    keys = pairing_keys(found)
+    rows = [{"problem_id": each.id, "answer": each.answer, "prompt": each.question} for each in problems]
+    known, asked = ({tuple(row.get(key) for key in keys) for row in part} for part in (found["problems"], rows))
     shared = len(known & asked)
     if shared == 0 or 2 * shared < min(len(known), len(asked)):
         raise ConfigError(

@@ -1,14 +1,11 @@
 """Checks of the objective's choices and numbers, and notes about those that have no effect."""
 
-import functools
-import logging
 from typing import Any
 
 from grpo.config.errors import ConfigError
 from grpo.config.overrides import Overrides
 from grpo.config.schema import OBJECTIVE, Config
 
-logger = logging.getLogger(__name__)
 NO_RATIO = "with grpo.mu=1 the ratio is 1 at every update"
 
 
@@ -66,25 +63,14 @@ def check_unused_overrides(config: Config, overrides: Overrides) -> None:
             )
 
 
-def say_unused(config: Config, overrides: Overrides) -> None:
-    """Log once for each number or choice of the objective on the command line that has no effect."""
-    for key, reason in _without_effect(config).items():
-        if key in overrides.keys:
-            _warn_once(f"{key} has no effect: {reason}")
-    named = {key: config.objective[key] for key in ("ratio", "surrogate")}
-    if (
-        "objective" in overrides.keys
-        and not _ratio_matters(config)
-        and named != {"ratio": "token", "surrogate": "clip"}
-    ):
-        _warn_once(
-            f"objective.ratio={named['ratio']} and objective.surrogate={named['surrogate']} have no effect: {NO_RATIO}"
-        )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
+def unused_overrides(config: Config, overrides: Overrides) -> list[str]:
+    """A note for each number or choice of the objective on the command line that has no effect."""
+    notes = [f"{key} has no effect: {why}" for key, why in _without_effect(config).items() if key in overrides.keys]
+    ratio, surrogate = config.objective["ratio"], config.objective["surrogate"]
+    is_named = "objective" in overrides.keys and (ratio, surrogate) != ("token", "clip")
+    if is_named and not _ratio_matters(config):
+        notes.append(f"objective.ratio={ratio} and objective.surrogate={surrogate} have no effect: {NO_RATIO}")
+    return notes
 
 
 def _without_effect(config: Config) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Decide and check what a command line asks for, before Hydra starts and before anything is written to disk."""
 
 import argparse
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,7 +16,7 @@ from grpo.config.checks import check_name, typed
 from grpo.config.errors import ConfigError
 from grpo.config.hydra_app import Application, without_hydra
 from grpo.config.instantiate import check_importable
-from grpo.config.objective_checks import check_unused_overrides, say_unused
+from grpo.config.objective_checks import check_unused_overrides, unused_overrides
 from grpo.config.overrides import Overrides, quoted, text_of
 from grpo.config.schema import Config
 from grpo.launch.machine import check_machine
@@ -28,6 +29,8 @@ from grpo.runs.locations import has_interpolation, newest_unfinished, outputs, r
 from grpo.runs.lock import locked
 from grpo.runs.sweep_folder import SweepFolder
 from grpo.sweeps.opening import prepare_sweep
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def decide(flags: argparse.Namespace) -> Iterator[Launch | int]:
             raise ConfigError("fork=true starts a new run: leave resume out; to resume a fork, name its own run_dir")
         if overrides.names("sweep_dir", "hydra.sweep.dir"):
             raise ConfigError("sweep_dir names the folder of a sweep: add -m, or name that of a run with run_dir=...")
-        say_unused(checked, overrides)
+        _log_unused([(checked, overrides)])
     if composed.plan:
         yield 0 if print_plan(composed, overrides, is_sweep, check_runnable) else 1
     elif is_sweep:
@@ -89,6 +92,13 @@ def check_runnable(config: DictConfig, overrides: Overrides) -> Config:
     if checked.fork:
         check_parent(checked.run_dir)
     return checked
+
+
+def _log_unused(points: Sequence[tuple[Config, Overrides]]) -> None:
+    """Log each note about overrides without effect once; a fork logs those of its own config."""
+    notes = [note for config, overrides in points if not config.fork for note in unused_overrides(config, overrides)]
+    for note in dict.fromkeys(notes):
+        logger.warning(note)
 
 
 @contextmanager
@@ -194,8 +204,7 @@ def hold_sweep(app: Application, composed: DictConfig, overrides: Overrides) -> 
         return points[-1][0]
 
     opening = prepare_sweep(composed, overrides, named, check)
-    for point in points:
-        say_unused(*point)
+    _log_unused(points)
     check_no_interpolation(opening.folder.path)
     if composed.hydra.launcher._target_ in LOCAL_LAUNCHERS:
         check_machine(opening.configs, opening.unknown)

@@ -1,6 +1,7 @@
 """Forks: new runs that continue from a checkpoint of another run, with any changes of the settings."""
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from grpo.config.checks import check_lineage
 from grpo.config.command_line import arguments_in_shell, grpo_command, path_argument, path_override
 from grpo.config.compose import apply_overrides
 from grpo.config.errors import ConfigError
-from grpo.config.objective_checks import check_unused_overrides, kl_weight, say_unused
+from grpo.config.objective_checks import check_unused_overrides, kl_weight, unused_overrides
 from grpo.config.overrides import Overrides
 from grpo.config.paths import CONF_DIR
 from grpo.config.schema import PROMPT_KEYS, Config
@@ -39,6 +40,8 @@ from grpo.runs.checkpoint import (
 from grpo.runs.files import read_json, sync
 from grpo.runs.folder import RunFolder
 from grpo.training.digests import check_digests, config_digest, kept_by_fork
+
+logger = logging.getLogger(__name__)
 
 
 def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
@@ -72,7 +75,8 @@ def fork(folder: RunFolder, cfg: DictConfig, overrides: Overrides) -> Config:
     frozen.accept_changes = cfg.accept_changes
     config = freeze(frozen)
     check_unused_overrides(config, overrides)
-    say_unused(config, overrides)
+    for note in unused_overrides(config, overrides):
+        logger.warning(note)
     _check_steps(config, state, reference_of(source))
     _check_weights(config, values["model"], overrides, parent)
 
