@@ -22,6 +22,12 @@ from grpo.runs.folder import RunFolder
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy of a finished run, for tests that change it."""
+    return RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+
+
 def test_a_finished_run_has_a_report_that_needs_no_other_file(finished_run):
     text = (finished_run / "report.html").read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!data:)|@import|url\(""", text)
@@ -81,8 +87,7 @@ def test_the_model_card_has_the_data_the_evaluations_and_a_command_that_trains_t
     assert again[2:] == run.launches()[0]["overrides"]  # none of them concerns one launch
 
 
-def test_the_command_of_the_model_card_concerns_no_machine(finished_run, tmp_path):
-    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+def test_the_command_of_the_model_card_concerns_no_machine(run):
     given = ["experiment=quickstart", "data.path='/home/me/my sums'", "grpo.mu=1", "model.name=Qwen/Qwen2.5-0.5B"]
     given += ["hydra/launcher=ray", "hydra.sweep.dir=/home/me/out", "run_dir=/home/me/run"]
     given += [
@@ -108,8 +113,7 @@ def test_the_command_of_the_model_card_concerns_no_machine(finished_run, tmp_pat
     ]
 
 
-def test_the_model_card_of_a_fork_has_no_command(finished_run, tmp_path):
-    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+def test_the_model_card_of_a_fork_has_no_command(run):
     config = run.config_file.read_text()
     lineage = {"run_dir": "/home/me/parent", "step": 1, "num_problems": 3, "weights_sha256": "0", "parent": None}
     run.config_file.write_text(config.replace("parent: null", f"parent: {json.dumps(lineage)}"))
@@ -119,8 +123,7 @@ def test_the_model_card_of_a_fork_has_no_command(finished_run, tmp_path):
     assert "/home/me" not in text
 
 
-def test_the_model_card_names_a_hub_model_and_no_folder_of_this_machine(finished_run, tmp_path):
-    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+def test_the_model_card_names_a_hub_model_and_no_folder_of_this_machine(run):
     config = run.config_file.read_text()
     changed = re.sub(r"(?m)^  name: tiny$", "  name: Qwen/Qwen2.5-0.5B-Instruct", config)
     changed = re.sub(r"(?m)^  path: null$", "  path: /home/me/my|sums", changed)
@@ -134,8 +137,7 @@ def test_the_model_card_names_a_hub_model_and_no_folder_of_this_machine(finished
     assert text.endswith("\n````\nWrite ```\n````\n")
 
 
-def test_the_report_contains_the_findings_before_training(finished_run, tmp_path):
-    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+def test_the_report_contains_the_findings_before_training(run):
     found = {"completions": 128, "prompts": 8, "frac_reward_zero_std": 0.0, "completions/clipped_ratio": 0.94}
     found |= {"components": {"format": {"mean": 0.1, "nonzero": 0.2, "missing": 0.0}}}
     found |= {"prompt_lengths": {"min": 3, "median": 4, "max": 9}, "warnings": ["94% of the completions are truncated"]}
@@ -153,8 +155,7 @@ def test_numbers_are_written_without_an_exponent():
     ]  # fmt: skip
 
 
-def test_the_report_shows_completions_as_escaped_text_with_their_rewards(finished_run, tmp_path):
-    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+def test_the_report_shows_completions_as_escaped_text_with_their_rewards(run):
     row = {"step": 1, "problem_id": "p", "prompt": "1+1?", "completion": "<answer>2</answer>", "answer": "2"}
     row |= {"rewards/correctness": 2.0, "rewards/format": 0.4, "reward": 2.4, "advantage": 0.5, "length": 7}
     run.write_samples(1, [row, row | {"completion": "<script>alert(1)</script>", "reward": 0.0, "advantage": -0.5}])
@@ -169,16 +170,14 @@ def test_the_report_shows_completions_as_escaped_text_with_their_rewards(finishe
     ]
 
 
-def test_the_config_in_the_report_contains_the_changes_of_later_launches(finished_run, tmp_path):
-    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+def test_the_config_in_the_report_contains_the_changes_of_later_launches(run):
     run.record_changes({"grpo.num_steps": 777, "tracking.name": "${oc.env:HOME}"})
     config = yaml.safe_load(content(run.path, run.path / "plots" / SHEET)["config"])
     assert config["grpo"]["num_steps"] == 777
     assert config["tracking"]["name"] == "${oc.env:HOME}"
 
 
-def test_the_steps_shown_of_a_long_run_are_spread_from_the_first_to_the_last(finished_run, tmp_path):
-    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+def test_the_steps_shown_of_a_long_run_are_spread_from_the_first_to_the_last(run):
     (sample, *_) = read_lines(run.path / "samples" / "step_000001.jsonl")
     for step in range(1, 1001):
         run.write_samples(step, [sample | {"step": step}])
@@ -209,8 +208,7 @@ def test_a_browser_shows_the_report_without_a_network(finished_run, tmp_path):
     assert (pixels[:, :, :3].min(axis=2) < 0.5).mean() > 0.01  # the page shows text
 
 
-def test_a_component_without_any_value_is_omitted(finished_run, tmp_path):
-    run = RunFolder(shutil.copytree(finished_run, tmp_path / "run"))
+def test_a_component_without_any_value_is_omitted(run):
     row = {"step": 1, "problem_id": "p", "prompt": "1+1?", "completion": "2", "answer": "2", "advantage": 0.5}
     row |= {"rewards/correctness": 2.0, "rewards/none": None, "rewards/some": None, "reward": 2.4, "length": 7}
     run.write_samples(1, [row, row | {"rewards/some": 1.0}])
