@@ -11,6 +11,8 @@ and the completions whose advantage changes most. output=FILE writes every compl
 
 import inspect
 import json
+import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,10 @@ def main(arguments: list[str]) -> None:
     if not rows:
         raise ConfigError(f"{folder.path} stores no completions: set samples.every in a run, such as samples.every=1")
     size = int(folder.frozen_config().grpo.num_generations)
+    _check_groups(rows, size, folder.path)
+    output = Path(own["output"]) if "output" in own else None
+    if output is not None and os.path.lexists(output):
+        raise ConfigError(f"output={output} exists already; remove it, or give another file")
     stored, replayed = _stored(rows), _replayed(config, rows, size)
     console = Console(markup=False)
     steps = sorted({row["step"] for row in rows})
@@ -60,8 +66,18 @@ def main(arguments: list[str]) -> None:
     console.print(f"pairs of completions of a group in the same order: {same:.1%}", highlight=False)
     for line in _largest_changes(rows, stored, replayed):
         console.print(line, highlight=False, soft_wrap=True)
-    if "output" in own:
-        _write(Path(own["output"]), rows, replayed)
+    if output is not None:
+        _write(output, rows, replayed)
+
+
+def _check_groups(rows: list[dict[str, Any]], size: int, run: Path) -> None:
+    """Raise ConfigError for a step whose completions are not whole groups, such as in a file that was cut."""
+    for step, count in Counter(row["step"] for row in rows).items():
+        if count % size:
+            raise ConfigError(
+                f"{run}/samples: step {step} has {count} completions, which are not whole groups of {size}; restore or "
+                "remove its file"
+            )
 
 
 def _stored(rows: list[dict[str, Any]]) -> Scores:
@@ -92,13 +108,14 @@ def _replayed(config: Config, rows: list[dict[str, Any]], size: int) -> Scores:
         if "completion_ids" in inspect.signature(component.function).parameters:
             raise ConfigError(f"reward.components.{component.name} takes completion_ids, which samples/ do not have")
     problems = bind("data", config.data, without=known_keys("data"))()
-    columns_of = {each.id: each.columns for each in [*problems.train, *problems.validation, *problems.test]}
+    everything = [*problems.train, *problems.validation, *problems.test]
+    columns_of = {(each.id, each.question, each.answer): each.columns for each in everything}
     by_step: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
         by_step.setdefault(row["step"], []).append(row)
     parts: list[Scores] = []
     for step, of_step in by_step.items():
-        others = [columns_of.get(row["problem_id"], {}) for row in of_step]
+        others = [columns_of.get((row["problem_id"], row["prompt"], row["answer"]), {}) for row in of_step]
         names = sorted({name for each in others for name in each})
         columns = {name: [each.get(name) for each in others] for name in names}
         columns |= {"id": [row["problem_id"] for row in of_step], "question": [row["prompt"] for row in of_step]}

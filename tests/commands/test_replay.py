@@ -19,6 +19,7 @@ def run(finished_run, tmp_path):
 def replayed(run, *arguments):
     """What was printed, and the completions with their new scores."""
     file = run.parent / "replayed.jsonl"
+    file.unlink(missing_ok=True)
     done = grpo("replay", f"run_dir={run}", f"output={file}", *arguments, cwd=run.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout, [json.loads(line) for line in file.read_text().splitlines()]
@@ -74,6 +75,8 @@ def test_pairs_are_compared_within_groups_and_with_ties():
             ["run_dir=run", "+reward.components.x._target_=mine.ids"],
             "x takes completion_ids, which samples/",
         ),
+        (["run_dir=run", "output=mine.py"], "output=mine.py exists already; remove it, or give another file"),
+        (["run_dir=torn"], "which are not whole groups of"),
         (["run_dir=empty"], "stores no completions: set samples.every in a run, such as samples.every=1"),
     ],
 )
@@ -83,6 +86,8 @@ def test_an_impossible_replay_is_refused_in_one_line(run, arguments, said):
     )
     shutil.copytree(run, run.parent / "empty")
     shutil.rmtree(run.parent / "empty" / "samples")
+    torn = next(shutil.copytree(run, run.parent / "torn").glob("samples/*.jsonl"))
+    torn.write_text("".join(torn.read_text().splitlines(keepends=True)[:-1]))
     refused = grpo("replay", *arguments, cwd=run.parent)
     assert refused.returncode == 2
     assert said in refused.stderr.splitlines()[-1]
