@@ -5,7 +5,7 @@ python tests/benchmarks/real_result.py data FOLDER
 writes FOLDER/<task>/{train,test}.jsonl: chain_sum and gcd of reasoning-gym (pip install reasoning-gym). No pair of
 numbers is in both splits.
 
-python tests/benchmarks/real_result.py report RUN_FOLDER ...
+python tests/benchmarks/real_result.py report RUN_FOLDER ... [--curve FILE.png]
 
 prints a table of the runs: lenient and tagged accuracy on the test problems before and after training, and the mean
 differences. The plan and the commands of the runs are in tests/benchmarks/NOTES.md, "A real result".
@@ -21,8 +21,9 @@ from typing import Any
 import pandas as pd
 
 from grpo.analysis.effects import paired_difference
-from grpo.analysis.load import correct_by_problem
+from grpo.analysis.load import correct_by_problem, load_metrics
 from grpo.analysis.summary import accuracy_difference, difference_text
+from grpo.analysis.theme import PALETTE, legend, new_figure, style
 from grpo.rewards.lenient import final_answer
 from grpo.runs.folder import RunFolder
 
@@ -101,16 +102,39 @@ def report(folders: list[Path]) -> None:
         )
 
 
+def draw(folders: list[Path], file: Path) -> None:
+    """The share of right completions in training and the accuracy on the validation problems, by step."""
+    figure = new_figure(width=10, height=4)
+    sampled, validation = figure.subplots(1, 2, sharey=True)
+    style(sampled, "Right completions in training, mean of ten steps", percent=True)
+    style(validation, "Validation problems, greedy: lenient (solid), tagged (dotted)", percent=True)
+    for folder, colour in zip(folders, PALETTE, strict=False):
+        correct = load_metrics(folder)["rewards/correctness/mean"] / 2  # the reward of a right answer is 2
+        means = correct.groupby(correct.index // 10).mean()
+        sampled.plot([10 * place + 5.5 for place in means.index], means, color=colour, label=folder.name)
+        found = [each for each in RunFolder(folder).choosing_evaluations() if each["split"] == "validation"]
+        for grader, line in (("lenient", "-"), ("tagged", ":")):
+            shares = [each["graded"][grader]["accuracy"] for each in found]
+            validation.plot([each["step"] for each in found], shares, line, color=colour, marker="o", markersize=4)
+    sampled.set_ylim(0, 0.5)
+    legend(sampled, title="seed", beside=False)
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("data").add_argument("folder", type=Path)
-    actions.add_parser("report").add_argument("runs", type=Path, nargs="+")
+    reported = actions.add_parser("report")
+    reported.add_argument("runs", type=Path, nargs="+")
+    reported.add_argument("--curve", type=Path, help="a picture of the runs' curves")
     arguments = parser.parse_args()
     if arguments.action == "data":
         write_data(arguments.folder)
     else:
         report(arguments.runs)
+        if arguments.curve is not None:
+            draw(arguments.runs, arguments.curve)
 
 
 if __name__ == "__main__":
