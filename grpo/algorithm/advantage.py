@@ -61,8 +61,8 @@ def normalize_then_sum_advantage(rewards: Tensor, weights: Tensor, valid: Tensor
     by_component = [standardize(present[..., c]) for c in range(rewards.shape[-1])]  # each (P, G)
     total = sum(weight * each for weight, each in zip(weights, by_component, strict=True))
     total = total.where((valid & (weights != 0)).any(dim=-1), float("nan"))
-    with_signal = total.nan_to_num(0.0).any(dim=1, keepdim=True)  # (P, 1)
-    return ((total - total.nanmean()) / (_std(total) + EPSILON)).where(~total.isnan() & with_signal, 0.0)
+    with_signal = ~total.isnan() & ~equal_groups(total)[:, None]
+    return ((total - total.nanmean()) / (_std(total) + EPSILON)).where(with_signal, 0.0)
 
 
 def mean_scaled_advantage(rewards: Tensor, weights: Tensor, valid: Tensor) -> Tensor:

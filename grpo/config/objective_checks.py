@@ -88,7 +88,7 @@ def _without_effect(config: Config) -> dict[str, str]:
     if not _ratio_matters(config):
         found |= dict.fromkeys(("objective.ratio", "objective.surrogate"), NO_RATIO)
     for name, keys in numbers.items() if surrogate in numbers else ():
-        if config.grpo.mu == 1:
+        if config.grpo.mu == 1 and "." not in str(objective["ratio"]):
             found |= dict.fromkeys(keys, NO_RATIO)
         elif name != surrogate:
             found |= dict.fromkeys(keys, f"it is a number of objective.surrogate={name}, and this is {surrogate}")
@@ -108,4 +108,5 @@ def _ratio_matters(config: Config) -> bool:
         or config.grpo.mu > 1
         or own
         or (kl_weight(config) > 0 and objective["kl_correction"])
+        or str(objective["sampling_correction"]).startswith("token")  # weights that differ within a sequence
     )

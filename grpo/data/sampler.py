@@ -10,6 +10,8 @@ import numpy as np
 from grpo.counter_rng import hash64
 from grpo.data.problems import Problem
 
+INSTEAD = 0x696E7374656164  # begins the counters of the orders of later attempts, so that none is that of a noise
+
 
 @dataclass(frozen=True)
 class SampledProblems:
@@ -67,4 +69,5 @@ def problems_before(step: int, count: int, parent: Mapping[str, Any] | None) -> 
 
 def epoch_order(count: int, seed: int, epoch: int, attempt: int = 0) -> np.ndarray:
     """A permutation of range(count), (count,) int64, determined by (seed, epoch, attempt)."""
-    return np.argsort(hash64(seed, epoch, np.arange(count), *([attempt] if attempt else [])), kind="stable")
+    counters = (INSTEAD, attempt, seed, epoch) if attempt else (seed, epoch)
+    return np.argsort(hash64(*counters, np.arange(count)), kind="stable")

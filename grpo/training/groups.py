@@ -16,7 +16,7 @@ from grpo.data.sampler import PromptSampler, SampledProblems
 from grpo.rewards.scoring import Rewards
 from grpo.rollout.engine import Sampling
 from grpo.training.experiment import Experiment
-from grpo.training.metrics import Timer
+from grpo.training.metrics import Timer, ended
 from grpo.training.scored_completions import ScoredCompletions, compute_advantages, score_completions
 
 
@@ -94,6 +94,9 @@ def sample_groups(
     used = list(groups.problems)
     for attempt in range(1, experiment.config.sampling.refill + 1):
         advantages = compute_advantages(experiment, groups.scored, groups.completions.ids.shape[1])
+        if experiment.config.grpo.mask_truncated_completions:
+            finished = ended(groups.completions, sampling.stop_ids).to(advantages.device)  # (B,)
+            advantages = (advantages.T * finished).T
         places = [place for place, has_signal in enumerate(groups.with_signal(advantages)) if not has_signal]
         if not places:
             break

@@ -160,6 +160,17 @@ def test_gdpo_gives_components_of_different_ranges_the_influence_of_their_weight
     assert group_advantage(rewards, torch.tensor([1.0, 1.0]), valid)[0].abs().min() > 0.7
 
 
+def test_in_gdpo_components_that_cancel_give_no_signal():
+    rewards = torch.tensor(
+        [[[1.0, 0.0, 0.2], [0.0, 1.0, 0.2], [0.3, 0.7, 0.2]], [[1.0, 0.0, 0.2], [0.0, 0.0, 0.1], [0.3, 0.7, 0.2]]]
+    )
+    found = normalize_then_sum_advantage(
+        rewards.double(), torch.ones(3).double(), torch.ones(2, 3, 3, dtype=torch.bool)
+    )
+    assert found[0].abs().max() == 0
+    assert found[1].abs().min() > 0
+
+
 def test_in_gdpo_a_missing_component_adds_nothing():
     rewards = torch.tensor([[[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]])
     valid = torch.tensor([[[True, False], [True, False], [False, False]]])

@@ -595,6 +595,8 @@ def test_every_named_objective_can_be_built_and_keeps_its_own_numbers(name):
         (["objective.surrogate=my.own", "grpo.mu=1", "objective.cap=4"], None),
         (["objective=gspo", "grpo.mu=1"], "objective.ratio=sequence and objective.surrogate=clip have no effect: with"),
         (["objective=gspo", "grpo.mu=2"], None),
+        (["objective=gspo", "grpo.mu=1", "objective.sampling_correction=token_mask"], None),
+        (["objective.ratio=my.own", "grpo.mu=1", "grpo.epsilon=0.2"], None),
         (["objective.ratio=sequence", "grpo.mu=1"], "objective.ratio has no effect: with grpo.mu=1 the ratio is 1"),
         (["objective.ratio=sequence", "grpo.mu=1", "objective.kl_correction=true"], None),
         (["objective.sampling_cap=2"], "objective.sampling_cap has no effect: objective.sampling_correction is null"),
