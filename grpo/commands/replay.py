@@ -10,10 +10,12 @@ and the completions whose advantage changes most. output=FILE writes every compl
 """
 
 import inspect
+import itertools
 import json
+import logging
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,14 @@ from grpo.analysis.audit import load_samples
 from grpo.commands._common import changed_config, own_arguments, run_folder_of
 from grpo.config.checks import typed
 from grpo.config.errors import ConfigError
+from grpo.config.hub import use_cache_if_hub_is_unreachable
 from grpo.config.instantiate import bind
 from grpo.config.overrides import Overrides
 from grpo.config.schema import Config, known_keys
+from grpo.data.problems import Problem, Problems
+from grpo.data.splits import with_validation
 
+logger = logging.getLogger(__name__)
 MOST_SHOWN = 5
 SHOWN_CHARACTERS = 160
 
@@ -49,14 +55,14 @@ def main(arguments: list[str]) -> None:
     if folder is None:
         raise ConfigError("replay needs a run folder: python -m grpo replay run_dir=outputs/...")
     config = typed(changed_config(folder, Overrides(rest)))
-    rows = load_samples(folder.path).to_dict("records")
+    rows = sorted(load_samples(folder.path).to_dict("records"), key=lambda row: row["step"])
     if not rows:
         raise ConfigError(f"{folder.path} stores no completions: set samples.every in a run, such as samples.every=1")
     size = int(folder.frozen_config().grpo.num_generations)
-    _check_groups(rows, size, folder.path)
+    _check_rows(rows, size, folder.path)
     output = Path(own["output"]) if "output" in own else None
-    if output is not None and os.path.lexists(output):
-        raise ConfigError(f"output={output} exists already; remove it, or give another file")
+    if output is not None:
+        _check_output(output, folder.path)
     stored, replayed = _stored(rows), _replayed(config, rows, size)
     console = Console(markup=False)
     steps = sorted({row["step"] for row in rows})
@@ -70,14 +76,24 @@ def main(arguments: list[str]) -> None:
         _write(output, rows, replayed)
 
 
-def _check_groups(rows: list[dict[str, Any]], size: int, run: Path) -> None:
-    """Raise ConfigError for a step whose completions are not whole groups, such as in a file that was cut."""
+def _check_rows(rows: list[dict[str, Any]], size: int, run: Path) -> None:
+    """Raise ConfigError for completions without their problem, or a step whose completions are not whole groups."""
+    for row in rows:
+        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("answer"), str):
+            raise ConfigError(f"{run}/samples: completions of step {row['step']} have no prompt or no answer")
     for step, count in Counter(row["step"] for row in rows).items():
         if count % size:
             raise ConfigError(
                 f"{run}/samples: step {step} has {count} completions, which are not whole groups of {size}; restore or "
                 "remove its file"
             )
+
+
+def _check_output(file: Path, run: Path) -> None:
+    if os.path.lexists(file):
+        raise ConfigError(f"output={file} exists already; remove it, or give another file")
+    if file.resolve().is_relative_to((run / "samples").resolve()):
+        raise ConfigError(f"output={file}: this folder is for the completions of training; give another one")
 
 
 def _stored(rows: list[dict[str, Any]]) -> Scores:
@@ -93,50 +109,59 @@ def _column(rows: list[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def _replayed(config: Config, rows: list[dict[str, Any]], size: int) -> Scores:
-    """Score the completions as in training, a step at a time."""
+    """Score the completions with the functions of training, a step at a time; rows: in the order of the steps."""
     import torch
-    from transformers import TrainerState
 
     from grpo.algorithm.objective import choose
-    from grpo.data.prompts import messages
-    from grpo.rewards.scoring import RewardError, score
+    from grpo.rewards.scoring import RewardError
     from grpo.training.experiment import bind_rewards
+    from grpo.training.scored_completions import group_advantages, score_texts, trainer_state
 
     components, _, _ = bind_rewards(config)
     advantage = choose("advantage", config.objective["advantage"])
     for component in components:
         if "completion_ids" in inspect.signature(component.function).parameters:
             raise ConfigError(f"reward.components.{component.name} takes completion_ids, which samples/ do not have")
-    problems = bind("data", config.data, without=known_keys("data"))()
-    everything = [*problems.train, *problems.validation, *problems.test]
-    columns_of = {(each.id, each.question, each.answer): each.columns for each in everything}
-    by_step: dict[int, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_step.setdefault(row["step"], []).append(row)
+    problems = _problems(config)
+    known = {(each.id, each.question, each.answer): each for each in [*problems.train, *problems.test]}
     parts: list[Scores] = []
-    for step, of_step in by_step.items():
-        others = [columns_of.get((row["problem_id"], row["prompt"], row["answer"]), {}) for row in of_step]
-        names = sorted({name for each in others for name in each})
-        columns = {name: [each.get(name) for each in others] for name in names}
-        columns |= {"id": [row["problem_id"] for row in of_step], "question": [row["prompt"] for row in of_step]}
-        columns["answer"] = [row["answer"] for row in of_step]
-        prompts = [messages(row["prompt"], config.data) for row in of_step]
-        replies = [[{"role": "assistant", "content": row["completion"]}] for row in of_step]
+    for step, of_step in itertools.groupby(rows, key=lambda row: row["step"]):
+        part = list(of_step)
+        names = [(row["problem_id"], row["prompt"], row["answer"]) for row in part]
+        asked = [known.get(name, Problem(*name)) for name in names]
+        texts = [row["completion"] for row in part]
+        lengths = torch.tensor([row["length"] for row in part])
+        state = trainer_state(config, len(problems.train), step - 1)
         try:
-            rewards = score(components, prompts, replies, columns, TrainerState(global_step=step - 1))
+            scored = score_texts(components, config, problems.column_names, asked, texts, lengths, state)
         except RewardError as error:
             raise ConfigError(str(error)) from error
-        values = rewards.groups(size)  # (P, G, C)
-        valid = ~values.isnan()
-        advantages = advantage(values.where(valid, 0.0), rewards.weights, valid)
-        by_row = advantages.reshape(len(of_step), -1).float().mean(dim=1)  # of advantages by token the mean
-        each_component = {name: values.numpy() for name, values in rewards.components.items()}
-        parts.append(Scores(each_component, rewards.total.numpy(), by_row.to(torch.float64).numpy()))
+        advantages = group_advantages(advantage, scored.rewards, size).reshape(len(part), -1)
+        parts.append(
+            Scores(
+                {name: values.numpy() for name, values in scored.rewards.components.items()},
+                scored.rewards.total.numpy(),
+                advantages.float().mean(dim=1).double().numpy(),  # of advantages by token the mean
+            )
+        )
     return Scores(
         {name: np.concatenate([part.rewards[name] for part in parts]) for name in parts[0].rewards},
         np.concatenate([part.total for part in parts]),
         np.concatenate([part.advantages for part in parts]),
     )
+
+
+def _problems(config: Config) -> Problems:
+    """The problems of the config, for their columns; none, with a warning, if they cannot be loaded."""
+    use_cache_if_hub_is_unreachable(config.data.get("path"))
+    try:
+        loaded = bind("data", config.data, without=known_keys("data"))()
+    except ConfigError as error:
+        logger.warning("the columns of the data are missing: %s", error)
+        return Problems([], [])
+    # The share stays, since the trainer's state has the number of training problems.
+    split = with_validation(loaded, config.data["validation_share"])
+    return replace(split, test=[*split.test, *split.validation], validation=[])
 
 
 def same_order(one: np.ndarray, other: np.ndarray, size: int) -> float:
@@ -153,14 +178,18 @@ def _table(stored: Scores, replayed: Scores, size: int) -> Table:
     table = Table()
     for title in ("", "stored", "replayed"):
         table.add_column(title, justify="left" if not title else "right")
-    table.add_row("reward", *(f"{np.nanmean(each.total):.3f}" for each in (stored, replayed)))
+    table.add_row("reward", *(_mean(each.total) for each in (stored, replayed)))
     for name in dict.fromkeys([*stored.rewards, *replayed.rewards]):
-        means = (each.rewards.get(name) for each in (stored, replayed))
-        table.add_row(f"  {name}", *("" if values is None else f"{np.nanmean(values):.3f}" for values in means))
+        table.add_row(f"  {name}", *(_mean(each.rewards.get(name)) for each in (stored, replayed)))
     groups = [each.advantages.reshape(-1, size) for each in (stored, replayed)]
     table.add_row("groups without a signal", *(f"{(~each.any(axis=1)).mean():.1%}" for each in groups))
     table.add_row("mean |advantage|", *(f"{np.abs(each).mean():.3f}" for each in groups))
     return table
+
+
+def _mean(values: np.ndarray | None) -> str:
+    """The mean of the values that are not NaN, as text; empty if there are none."""
+    return "" if values is None or np.isnan(values).all() else f"{np.nanmean(values):.3f}"
 
 
 def _largest_changes(rows: list[dict[str, Any]], stored: Scores, replayed: Scores) -> list[str]:
@@ -186,7 +215,8 @@ def _write(file: Path, rows: list[dict[str, Any]], replayed: Scores) -> None:
     for place, row in enumerate(rows):
         new = {f"rewards/{name}": _number(values[place]) for name, values in replayed.rewards.items()}
         new |= {"reward": _number(replayed.total[place]), "advantage": _number(replayed.advantages[place])}
-        lines.append(json.dumps({**row, "replayed": new}))
+        stored = {key: _number(value) if isinstance(value, float) else value for key, value in row.items()}
+        lines.append(json.dumps({**stored, "replayed": new}, allow_nan=False))
     try:
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:

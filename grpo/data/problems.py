@@ -42,6 +42,11 @@ class Problems:
     validation: list[Problem] = field(default_factory=list)
 
     @property
+    def column_names(self) -> list[str]:
+        """The names of the problems' other columns; a problem need not have all of them."""
+        return sorted({name for each in [*self.train, *self.validation, *self.test] for name in each.columns})
+
+    @property
     def split_to_choose_by(self) -> str:
         """The split by which checkpoints and arms are chosen: test if there are no validation problems."""
         return "validation" if self.validation else "test"

@@ -77,9 +77,8 @@ class Experiment:
 
     @functools.cached_property
     def column_names(self) -> list[str]:
-        """The names of the data's other columns; a problem need not have all of them."""
-        problems = self.problems.train + self.problems.validation + self.problems.test
-        return sorted({name for problem in problems for name in problem.columns})
+        """`Problems.column_names`, computed once."""
+        return self.problems.column_names
 
     def conversations(self, problems: Sequence[Problem]) -> list[Messages]:
         """The chat messages of each problem."""

@@ -1,15 +1,18 @@
 """Completions as text, with their rewards and advantages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor
 from transformers import TrainerState
 
 from grpo.batch import Completions
+from grpo.config.checks import complete_sizes
+from grpo.config.schema import Config
 from grpo.data.problems import Problem
-from grpo.data.prompts import Messages
-from grpo.rewards.scoring import Rewards, score
+from grpo.data.prompts import Messages, messages
+from grpo.rewards.scoring import RewardComponent, Rewards, score
 from grpo.training.experiment import PROBLEM_FIELDS, Experiment
 
 
@@ -35,36 +38,63 @@ def score_completions(
     """
     lengths = completions.lengths.cpu()
     ids = completions.ids.cpu()
-    texts = experiment.texts(completions, stop_ids)
     of_row = [problems[group] for group in completions.group.tolist()]
-    prompts = experiment.conversations(of_row)
+    extra = dict(completions.columns)
+    extra["completion_ids"] = [row[:length].tolist() for row, length in zip(ids, lengths.tolist(), strict=True)]
+    texts = experiment.texts(completions, stop_ids)
+    state = trainer_state(experiment.config, len(experiment.problems.train), step)
+    return score_texts(
+        experiment.components, experiment.config, experiment.column_names, of_row, texts, lengths, state, extra
+    )
+
+
+def score_texts(
+    components: Sequence[RewardComponent],
+    config: Config,
+    column_names: Sequence[str],
+    problems: Sequence[Problem],
+    texts: list[str],
+    lengths: Tensor,
+    state: TrainerState,
+    extra: Mapping[str, list] = MappingProxyType({}),
+) -> ScoredCompletions:
+    """Score B completions of B problems, given as texts. extra: further columns; the others: see ScoredCompletions."""
+    prompts = [messages(problem.question, config.data) for problem in problems]
     replies = [[{"role": "assistant", "content": text}] for text in texts]
-    columns = {name: [problem.columns.get(name) for problem in of_row] for name in experiment.column_names}
+    columns = {name: [problem.columns.get(name) for problem in problems] for name in column_names}
     for name in PROBLEM_FIELDS:
-        columns[name] = [getattr(problem, name) for problem in of_row]
-    columns |= completions.columns
-    columns["completion_ids"] = [row[:length].tolist() for row, length in zip(ids, lengths.tolist(), strict=True)]
-    state = _trainer_state(experiment, step)
-    rewards = score(experiment.components, prompts, replies, columns, state)
+        columns[name] = [getattr(problem, name) for problem in problems]
+    columns |= extra
+    rewards = score(components, prompts, replies, columns, state)
     return ScoredCompletions(texts, rewards, columns, state, prompts, replies, lengths)
 
 
-def _trainer_state(experiment: Experiment, step: int) -> TrainerState:
-    """The progress of training in the form that TRL passes to reward functions."""
-    grpo = experiment.config.grpo
-    epoch = step * experiment.sizes.batch_size / max(1, len(experiment.problems.train))
+def trainer_state(config: Config, num_problems: int, step: int) -> TrainerState:
+    """The progress of training in the form that TRL passes to reward functions.
+
+    num_problems: training problems; step: number of completed steps.
+    """
+    grpo = config.grpo
+    epoch = step * complete_sizes(config).batch_size / max(1, num_problems)
     return TrainerState(global_step=step, max_steps=grpo.num_iterations * grpo.num_steps, epoch=epoch)
 
 
 def compute_advantages(experiment: Experiment, scored: ScoredCompletions, width: int) -> Tensor:
     """The advantages of a whole batch, (B,) or (B, T); width: T. Raises RuntimeError for another shape."""
-    values = scored.rewards.groups(experiment.sizes.num_generations)  # (P, G, C)
-    valid = ~values.isnan()
-    advantages = experiment.advantage(values.where(valid, 0.0), scored.rewards.weights, valid)
-    if advantages.shape not in (values.shape[:2], (*values.shape[:2], width)):
+    size = experiment.sizes.num_generations
+    advantages = group_advantages(experiment.advantage, scored.rewards, size)
+    groups = (len(scored.texts) // size, size)
+    if advantages.shape not in (groups, (*groups, width)):
         name = experiment.config.objective["advantage"]
         raise RuntimeError(
             f"objective.advantage={name} returned the shape {tuple(advantages.shape)}; it must be "
-            f"{tuple(values.shape[:2])}, or have the {width} tokens of the longest completion as a third dimension"
+            f"{groups}, or have the {width} tokens of the longest completion as a third dimension"
         )
     return advantages.flatten(0, 1)
+
+
+def group_advantages(advantage: Callable[[Tensor, Tensor, Tensor], Tensor], rewards: Rewards, size: int) -> Tensor:
+    """The advantages of groups of `size` completions, (P, G) or (P, G, T), as the function returns them."""
+    values = rewards.groups(size)  # (P, G, C)
+    valid = ~values.isnan()
+    return advantage(values.where(valid, 0.0), rewards.weights, valid)

@@ -59,6 +59,37 @@ def test_a_reward_of_the_user_can_be_added(run):
     assert "brief" in said
 
 
+def test_rewards_get_the_progress_of_training_and_missing_values_stay_missing(run):
+    code = """
+def progress(completions, trainer_state, **_):
+    return [trainer_state.global_step / trainer_state.max_steps for _ in completions]
+
+
+def none(completions, **_):
+    return [None for _ in completions]
+"""
+    (run.parent / "mine.py").write_text(code)
+    more = ["+reward.components.progress={_target_: mine.progress}", "+reward.components.none={_target_: mine.none}"]
+    _, rows = replayed(run, *more)
+    steps = max(row["step"] for row in rows)
+    for row in rows:
+        assert row["replayed"]["rewards/progress"] == pytest.approx((row["step"] - 1) / steps)
+        assert row["replayed"]["rewards/none"] is None
+
+
+def test_a_run_whose_data_has_moved_is_replayed_with_rewards_that_need_no_column(run):
+    _, rows = replayed(run, "data=jsonl", "data.path=/no/such", "data.system_prompt=null", "data.max_prompt_length=9")
+    assert all(row["replayed"]["reward"] == pytest.approx(row["reward"], abs=1e-6) for row in rows)
+
+
+def test_the_order_of_the_files_does_not_matter(run):
+    last = sorted(run.glob("samples/*.jsonl"))[-1]
+    last.rename(last.with_name("step_000000.jsonl"))
+    said, _ = replayed(run)
+    assert "same order: 100.0%" in said
+    assert "->" not in said
+
+
 def test_pairs_are_compared_within_groups_and_with_ties():
     one = np.array([1.0, 2.0, 0.0, 0.0])
     assert same_order(one, one * 3, 2) == 1.0
@@ -76,6 +107,7 @@ def test_pairs_are_compared_within_groups_and_with_ties():
             "x takes completion_ids, which samples/",
         ),
         (["run_dir=run", "output=mine.py"], "output=mine.py exists already; remove it, or give another file"),
+        (["run_dir=run", "output=run/samples/step_000099.jsonl"], "this folder is for the completions of training"),
         (["run_dir=torn"], "which are not whole groups of"),
         (["run_dir=empty"], "stores no completions: set samples.every in a run, such as samples.every=1"),
     ],
