@@ -17,7 +17,9 @@ from grpo.config.overrides import Overrides
 from grpo.config.schema import LAUNCH_KEYS
 from grpo.runs.folder import RunFolder
 
-_ABSOLUTE_PATH = re.compile(r"(?:file://|(?<![\w.<:/]))(?:~|/[\w.-]+)(?:/[\w.-]+)+")
+# In quotes, where it can have spaces, or without them; not a closing tag, and not the end of another path.
+_QUOTED_PATH = re.compile(r"""(?<=['"])(?:file://)?[~/][^'"<\n]*/(?=[^'"<\n/]+['"])""")
+_PATH = re.compile(r"(?:file://|(?<![\w.<:/~]))[~/][\w.@+-]*/(?:[\w.@+-]+/)*(?=[\w.@+-])")
 
 
 def write_model_card(run: RunFolder, folder: Path) -> None:
@@ -73,7 +75,7 @@ def model_card(run: RunFolder) -> str:
         "|---|---|",
         *(f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows.items()),
         "",
-        *_how_to_repeat(first.get("overrides", []), run.changes(), is_fork=bool(parent)),
+        *_how_to_repeat(first, run.changes(), is_fork=bool(parent)),
     ]
     if data.get("system_prompt"):
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", data["system_prompt"])), default=0))
@@ -83,16 +85,19 @@ def model_card(run: RunFolder) -> str:
 
 def _without_folder(text: str) -> str:
     """The text with only the last part of each absolute path, since the folders of a machine concern nobody else."""
-    return _ABSOLUTE_PATH.sub(lambda match: Path(match[0]).name, text)
+    return _PATH.sub("", _QUOTED_PATH.sub("", text))
 
 
-def _how_to_repeat(overrides: list[str], changes: dict[str, Any], is_fork: bool) -> list[str]:
-    """The command that trains the model again, with later changes, and without what concerns one launch or machine."""
+def _how_to_repeat(first: dict[str, Any], changes: dict[str, Any], is_fork: bool) -> list[str]:
+    """The command that trains the model again: that of the first launch, without what concerns one launch or machine.
+
+    changes: later ones, by key.
+    """
     if is_fork:
         return ["A fork continues from a checkpoint of another run, so no command repeats all of its training."]
-    given = Overrides(overrides)
+    given = Overrides(first.get("overrides", []))
     kept = [*given.select({"hydra.searchpath"}), *given.of_experiment.without(LAUNCH_KEYS | changes.keys())]
-    arguments = [*kept, *(override(key, value) for key, value in changes.items())]
+    arguments = [*first.get("flags", []), *kept, *(override(key, value) for key, value in changes.items())]
     shown = [_without_folder(argument) for argument in arguments]
     note = ["Folders are named without their path.", ""] if shown != arguments else []
     return [*note, "```bash", shlex.join(["python", "launch.py", *shown]), "```"]

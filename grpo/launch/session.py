@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config.command_line import override
 from grpo.config.errors import ConfigError, FileError
-from grpo.config.hydra_app import compose_again
+from grpo.config.hydra_app import compose_again, config_flags
 from grpo.config.overrides import Overrides
 from grpo.config.schema import MORE_STEPS, Config
 from grpo.config.trust import foreign_targets
@@ -154,6 +154,7 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
         done=done,
         stop=stop,
         overrides=overrides.lines,
+        flags=config_flags(hydra_cfg),
         changes=changes,
         until_step=cfg.until_step,
         started=started,

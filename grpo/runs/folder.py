@@ -46,6 +46,7 @@ PREFLIGHT |= {"components": dict[str, dict[str, float | None]], "prompt_lengths"
 PREFLIGHT |= {"completions/clipped_ratio": float, "warnings": list[str]}
 PROBLEM: dict[str, Any] = {"correct": bool | None, "problem_id": str}
 LAUNCH: dict[str, Any] = {"time": str, "from_step": int, "overrides": list[str], "changes": dict, "environment": dict}
+LAUNCH |= {"flags": list[str]}
 METRICS: dict[str, Any] = {"step": int, "iteration": int, "reward": float | None, "step_time": float | None}
 
 

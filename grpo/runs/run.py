@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Run:
     until_step: int | None  # step at which this launch stops; None: at the end
     started: float  # by time.monotonic
     seconds_before: float  # total time of all earlier launches
+    flags: list[str] = field(default_factory=list)  # of this launch, with which Hydra found its config
     recorded: bool = False  # this launch is in launches.jsonl, and has begun
 
     @property

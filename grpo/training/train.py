@@ -105,6 +105,7 @@ def record_launch(trainer: Trainer, run: Run, accepted: list[str]) -> None:
             "time": datetime.now().isoformat(timespec="seconds"),
             "from_step": trainer.state.step,
             "overrides": run.overrides,
+            **({"flags": run.flags} if run.flags else {}),
             "changes": run.changes,
             **({"accepted": accepted} if accepted else {}),
             "environment": environment(trainer.experiment.device),

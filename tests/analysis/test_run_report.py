@@ -95,13 +95,15 @@ def test_the_command_of_the_model_card_concerns_no_machine(run):
         "+reward.components.x={_target_: a.b, file: /home/me/keys}",
     ]
     given += ["data.system_prompt='/no_think </answer>'"]
-    launch = {**run.launches()[0], "overrides": given}
+    launch = {**run.launches()[0], "overrides": given, "flags": ["--config-dir", "/home/me/my conf"]}
     (run.path / "launches.jsonl").write_text(json.dumps(launch) + "\n")
     (run.path / "changes.yaml").write_text("grpo.mu: 2\nmodel.lora.init_from: ~/adapter\n")
     text = model_card(run)
     assert "Folders are named without their path.\n" in text
     (command,) = re.findall(r"```bash\n(.*)\n```", text)
     assert shlex.split(command)[2:] == [
+        "--config-dir",
+        "my conf",
         "hydra.searchpath=[conf]",
         "experiment=quickstart",
         "data.path='my sums'",

@@ -157,6 +157,9 @@ def test_a_config_of_the_user_is_found_by_searchpath_or_config_dir_and_works_wit
     for arguments in (searched, named, [*sweep, *searched, "hydra/launcher=basic"], [*sweep, *named]):
         done = launch(*arguments, "tracking=disabled", cwd=tmp_path)
         assert done.returncode == 0, done.stderr + done.stdout
+    begun = [json.loads(file.read_text().splitlines()[0]) for file in tmp_path.rglob("launches.jsonl")]
+    flags = ["--config-dir", str(tmp_path / own), "--config-name", "my"]
+    assert sorted(each.get("flags", []) for each in begun) == [[], [], [], flags, flags, flags]
     found = configs(tmp_path)
     seeds = sorted((each["seed"], each["grpo"]["mu"]) for each in found)
     assert seeds == [(1, 1), (1, 1), (1, 2), (7, 1), (7, 1), (7, 2)]
