@@ -108,11 +108,8 @@ def _evaluate(
     from grpo.training.experiment import build_experiment
 
     results = {}
-    only_this = replace(subject.config.eval, before=False, after=False, every=0)  # a set needs no other split
     experiments = {
-        name: build_experiment(replace(subject.config, data=data, eval=only_this))
-        for name, data in sets.items()
-        if data is not None
+        name: build_experiment(replace(subject.config, data=data)) for name, data in sets.items() if data is not None
     }
     for on in experiments.values():  # before a model is loaded
         evaluated_problems(on, split)

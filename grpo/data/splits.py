@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,7 +38,7 @@ def with_validation(problems: Problems, share: float) -> Problems:
 
 
 def is_same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two values of the config's group data name the same data set, in whatever way.
+    """Whether two values of the config's group data name the same data set, even if they name it differently.
 
     A folder is the same data for every loader of the suite. For another loader all of its settings count.
     """
@@ -49,18 +49,22 @@ def is_same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return _settings(one) == _settings(other)
 
 
+def check_columns(problems: Problems, columns: Sequence[str]) -> None:
+    """Raise ConfigError if an evaluated problem has none of the columns of eval.by."""
+    known = {name for problem in problems.test + problems.validation for name in problem.columns}
+    for column in columns:
+        if column not in known:
+            has = f"it has {', '.join(sorted(known))}" if known else "it has none besides question and answer"
+            raise ConfigError(f"eval.by: the data has no column {column}; {has}")
+
+
 def check_splits(problems: Problems, config: Config) -> None:
-    """Raise ConfigError if a split that is evaluated has no problems."""
+    """Raise ConfigError if a split that is evaluated in training has no problems."""
     chooses_by_test = config.eval.every and not problems.validation
     if not problems.test and (config.eval.before or config.eval.after or chooses_by_test):
         raise ConfigError(
             "data has no test problems: set eval.before=false eval.after=false eval.every=0, or add a test.jsonl"
         )
-    known = {name for problem in problems.test + problems.validation for name in problem.columns}
-    for column in config.eval.by:
-        if column not in known:
-            has = f"it has {', '.join(sorted(known))}" if known else "it has none besides question and answer"
-            raise ConfigError(f"eval.by: the data has no column {column}; {has}")
     share = config.data["validation_share"]
     if config.eval.every and share > 0 and not problems.validation:
         count = len(problems.train)

@@ -19,6 +19,7 @@ from grpo.config.instantiate import bind
 from grpo.config.objective_checks import kl_weight
 from grpo.config.schema import Config
 from grpo.data.problems import Problems
+from grpo.data.splits import check_splits
 from grpo.model.hardware import device_of, peak_memory_gb, resolve_hardware
 from grpo.model.packed import checkpoint_layers, supports_packing
 from grpo.planning import estimate
@@ -78,6 +79,7 @@ def plan(config: Config) -> Plan:
     """Estimate the resources that a run of this config needs. Raises ConfigError if the run could not start."""
     check_training(config)
     experiment = build_experiment(config, use=False)
+    check_splits(experiment.problems, config)
     _process_bytes()  # measured and cached here, since the code below allocates memory
     grpo = config.grpo
     sizes = experiment.sizes

@@ -231,7 +231,7 @@ def _tagged_answer(completion: str) -> str | Fraction | None:
 
 
 def _any_answer(completion: str) -> str | Fraction | None:
-    """What the answer block states, or without a block what the completion ends with, for a grader of the user."""
+    """What the answer block states, or without an answer in one what the completion ends with: for other graders."""
     tagged = _tagged_answer(completion)
     return tagged if tagged is not None else final_answer(completion)
 

@@ -32,7 +32,7 @@ from grpo.data.prompts import (
     template_arguments,
     turn_tokens,
 )
-from grpo.data.splits import check_splits, with_validation
+from grpo.data.splits import check_columns, with_validation
 from grpo.model.hardware import use_hardware
 from grpo.model.loading import (
     architecture,
@@ -191,7 +191,7 @@ def build_experiment(
     problems = Problems([], [])
     if with_problems:
         problems = with_validation(load_problems(), config.data["validation_share"])
-        check_splits(problems, config)
+        check_columns(problems, config.eval.by)
     check_model(config.model)
     if config.model.lora is not None:
         check_adapter(config.model.lora)

@@ -10,6 +10,7 @@ from grpo.config.command_line import grpo_command, path_argument
 from grpo.config.errors import ConfigError, first_line
 from grpo.config.trust import foreign_targets
 from grpo.config.values import to_dict
+from grpo.data.splits import check_splits
 from grpo.runs.checkpoint import latest_checkpoint, read_checkpoint
 from grpo.runs.console import next_commands, resume_command
 from grpo.runs.environment import environment
@@ -49,9 +50,9 @@ def train(run: Run) -> None:
 @contextmanager
 def started(run: Run) -> Iterator[Trainer]:
     """The trainer of a run, with its latest checkpoint; its rollout engine is closed at the end of the block."""
-    trainer = Trainer(
-        build_experiment(run.config, on_hang=run.end_process, status_file=run.folder.path / "status.json")
-    )
+    experiment = build_experiment(run.config, on_hang=run.end_process, status_file=run.folder.path / "status.json")
+    check_splits(experiment.problems, run.config)
+    trainer = Trainer(experiment)
     with closing(trainer.engine):
         found = digests_of(trainer.experiment, run.folder, trainer.master)
         accepted = check_digests(run.folder, found, (), run.config.accept_changes)

@@ -10,8 +10,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 from grpo.algorithm.objective import Counts, LossInputs, Objective
 from grpo.batch import Prompts
+from grpo.config.checks import typed
+from grpo.config.command_line import override
+from grpo.config.compose import compose_config
 from grpo.model.logps import completion_logps
 from grpo.tiny import MODEL_DIR
+from grpo.training.experiment import build_objective
 from tests.tiny_model import plain_completions
 
 BETA, EPSILON, TEMPERATURE = 0.04, 0.1, 0.7
@@ -96,15 +100,10 @@ def test_loss_and_gradient_equal_those_of_trl(trl_trainer, seed, on_policy):
     assert (our_gradient - their_gradient).norm() / their_gradient.norm() < 1e-5
 
 
-# Each objective that TRL has: its loss_type, and our choices.
+# The named objectives that TRL has: its loss_type.
 OBJECTIVES = {
-    "grpo": ("grpo", {}),
-    "bnpo": ("bnpo", {"reduction": "token"}),
-    "dr_grpo": ("dr_grpo", {"reduction": "constant"}),
-    "dapo": ("dapo", {"reduction": "token"}),
-    "luspo": ("luspo", {"reduction": "length"}),
-    "cispo": ("cispo", {"surrogate": "cispo", "reduction": "token"}),
-    "sapo": ("sapo", {"surrogate": "sapo"}),
+    name: name if name != "gspo" else "grpo"
+    for name in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "gspo")
 }
 LOW, HIGH, CAP = 0.2, 0.28, 1.4
 ROWS, TOKENS, LONGEST = 8, 6, 9
@@ -130,12 +129,15 @@ def loss_and_gradient(loss_of_rows, accumulation):
     return sum(losses).detach(), logps.grad
 
 
-def ours(choices, level, beta, delta, correction):
-    settings = {"ratio": level, "surrogate": "clip", "reduction": "row", "kl": "k3", **choices}
-    numbers = {"beta": beta, "epsilon_low": LOW, "epsilon_high": HIGH, "delta": delta, "cap": CAP}
-    objective = Objective(**settings, **numbers, kl_correction=correction)
+def ours(name, level, beta, delta, correction, rows=ROWS):
+    """The loss of a named objective of conf/ with other numbers; rows: see `Counts`."""
+    numbers = {"ratio": level, "beta": beta, "epsilon_low": LOW, "epsilon_high": HIGH, "delta": delta, "cap": CAP}
+    settings = {f"objective.{key}": value for key, value in {**numbers, "kl_correction": correction}.items()}
+    objective = build_objective(
+        typed(compose_config([f"objective={name}", *(override(key, value) for key, value in settings.items())]))
+    )
     _, old, ref, mask, advantages = random_tensors()
-    counts = Counts(rows=ROWS, tokens=int(mask.sum()), groups=2, max_length=LONGEST)
+    counts = Counts(rows=rows, tokens=int(mask.sum()), groups=2, max_length=LONGEST)
 
     def loss(logps, rows):
         inputs = LossInputs(logps, mask[rows], advantages[rows], rows // 4, old_logps=old[rows], ref_logps=ref[rows])
@@ -182,30 +184,36 @@ CASES = [*itertools.product(("token", "sequence"), (0.0, 0.04), (None, 1.5), (Fa
 
 @pytest.fixture
 def trainer(trl_trainer):
-    """The trainer, which computes no log-probabilities of its own, as it was before afterwards."""
-    names = ("loss_type", "importance_sampling_level", "beta", "epsilon_low", "epsilon_high", "max_completion_length")
-    before = {name: getattr(trl_trainer, name) for name in names}
-    settings = {name: getattr(trl_trainer.args, name) for name in ("delta", "use_bias_correction_kl")}
+    """The trainer, which computes no log-probabilities of its own. Its settings are restored after the test."""
+    own, args, was_training = {**vars(trl_trainer)}, {**vars(trl_trainer.args)}, trl_trainer.model.training
     yield trl_trainer
-    vars(trl_trainer).pop("_get_per_token_logps_and_entropies", None)
-    for name, value in before.items():
-        setattr(trl_trainer, name, value)
-    for name, value in settings.items():
-        setattr(trl_trainer.args, name, value)
+    for target, before in ((trl_trainer, own), (trl_trainer.args, args)):
+        vars(target).clear()
+        vars(target).update(before)
+    trl_trainer.model.train(was_training)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_of_trl_has_the_same_loss_and_gradient(trainer, name):
-    loss_type, choices = OBJECTIVES[name]
+    loss_type = OBJECTIVES[name]
     for level, beta, delta, correction, accumulation in CASES:
         expected = loss_and_gradient(
             theirs(trainer, loss_type, level, beta, delta, correction, accumulation), accumulation
         )
-        found = loss_and_gradient(ours(choices, level, beta, delta, correction), accumulation)
+        found = loss_and_gradient(ours(name, level, beta, delta, correction), accumulation)
         case = (level, beta, delta, correction, accumulation)
         if name == "bnpo" and accumulation > 1:
             # TRL divides by the tokens of each micro-batch, so its gradient depends on the split. Ours does not.
             assert not torch.allclose(found[1], expected[1], atol=1e-3), case
-            assert torch.allclose(found[1], loss_and_gradient(ours(choices, *case[:-1]), 1)[1], atol=1e-6), case
+            assert torch.allclose(found[1], loss_and_gradient(ours(name, *case[:-1]), 1)[1], atol=1e-6), case
             continue
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=lambda text, case=case: f"{case}: {text}")
+
+
+def test_completions_without_a_counted_token_are_in_the_mean_of_trl_and_not_in_ours(trainer):
+    case = ("token", 0.0, None, False)
+    expected = loss_and_gradient(theirs(trainer, "grpo", *case, 1), 1)
+    counted = int(random_tensors()[3].any(dim=1).sum())
+    assert counted == ROWS - 1
+    found = loss_and_gradient(ours("grpo", *case, rows=counted), 1)
+    torch.testing.assert_close(found, tuple(each * ROWS / counted for each in expected))

@@ -20,7 +20,7 @@ def test_a_run_on_a_part_of_its_completions_is_resumed_bit_for_bit(tmp_path):
     assert everything["grad_norm"] != straight[0]["grad_norm"]
 
 
-def test_a_step_whose_completions_are_all_truncated_changes_nothing_but_is_completed(tmp_path):
+def test_a_step_whose_completions_are_all_truncated_has_a_gradient_of_0(tmp_path):
     settings = ["grpo.mask_truncated_completions=true", "grpo.max_completion_length=2", "run_dir=run"]
     done = launch(*OWN, *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
