@@ -8,7 +8,7 @@ numbers is in both splits.
 python tests/benchmarks/real_result.py report RUN_FOLDER ... [--curve FILE.png]
 
 prints a table of the runs: lenient and tagged accuracy on the test problems before and after training, and the mean
-differences. The plan and the commands of the runs are in tests/benchmarks/NOTES.md, "A real result".
+differences. The plan is in tests/benchmarks/NOTES.md ("A real result"), the commands of the runs in docs/measured.md.
 """
 
 import argparse
@@ -102,6 +102,22 @@ def report(folders: list[Path]) -> None:
         )
 
 
+def report_training(folders: list[Path]) -> None:
+    """Of each run the format reward of the first ten steps, groups with equal rewards, entropy, and seconds."""
+    print(
+        "\n| run | format reward, steps 1 to 10 | groups with equal rewards | entropy, first and last ten | seconds |"
+    )
+    print("|---|---|---|---|---|")
+    for folder in folders:
+        metrics = load_metrics(folder)
+        first, last = metrics.head(10), metrics.tail(10)
+        entropy = f"{first['entropy'].mean():.3f}, {last['entropy'].mean():.3f}"
+        formed = f"{first['rewards/format/mean'].mean():.2f}"
+        equal = f"{metrics['frac_reward_zero_std'].mean():.0%}"
+        seconds = f"{RunFolder(folder).status()['seconds']:.0f}"
+        print(f"| {' | '.join([str(folder), formed, equal, entropy, seconds])} |")
+
+
 def draw(folders: list[Path], file: Path) -> None:
     """The share of right completions in training and the accuracy on the validation problems, by step."""
     figure = new_figure(width=10, height=4)
@@ -133,6 +149,7 @@ def main() -> None:
         write_data(arguments.folder)
     else:
         report(arguments.runs)
+        report_training(arguments.runs)
         if arguments.curve is not None:
             draw(arguments.runs, arguments.curve)
 

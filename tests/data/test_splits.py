@@ -12,11 +12,11 @@ from grpo.data.splits import is_same_data, with_validation
 @pytest.fixture
 def folder(tmp_path):
     """A folder with one problem to train on and one to test."""
-    made = tmp_path / "data"
-    made.mkdir()
+    path = tmp_path / "data"
+    path.mkdir()
     for split in ("train", "test"):
-        (made / f"{split}.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n', encoding="utf-8")
-    return made
+        (path / f"{split}.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n', encoding="utf-8")
+    return path
 
 
 def test_validation_problems_are_chosen_by_their_question_alone():
