@@ -228,7 +228,7 @@ def test_a_failed_job_of_a_sweep_leaves_no_model_in_memory_and_is_run_again_on_r
         "grpo.beta=0.01,0.02,0.04",
         "tracking=offline",
         "sweep_dir=sweep",
-        "+reward.components.count={_target_: my_rewards.count_models, weight: 0}",
+        "+reward.components.count={_target_: my_rewards.count_models, weight: 0, isolate: false}",
         "+reward.components.fail={_target_: my_rewards.fail_without_a_file, weight: 0}",
     ]
     (my_rewards / "fail").write_text("2")  # the second job
@@ -284,7 +284,8 @@ def test_a_sweep_that_does_not_exist_cannot_be_resumed(tmp_path):
     ("how", "said"),
     [
         ("exit", "RewardError: reward component 'leave' raised SystemExit: 0"),
-        ("interrupt", "RuntimeError: KeyboardInterrupt() was raised by code of the run"),
+        ("interrupt", "RewardError: reward component 'leave' raised KeyboardInterrupt"),
+        ("interrupt, isolate: false", "RuntimeError: KeyboardInterrupt() was raised by code of the run"),
     ],
 )
 def test_an_exit_without_a_signal_counts_as_a_failure(my_rewards, how, said):
@@ -325,7 +326,7 @@ def test_a_reward_function_that_hangs_fails_the_run_after_its_timeout_or_is_skip
 
 
 def test_a_reward_function_that_cannot_be_interrupted_ends_the_run_as_failed(my_rewards):
-    hanging = "+reward.components.hang={_target_: my_rewards.hang_in_c}"
+    hanging = "+reward.components.hang={_target_: my_rewards.hang_in_c, isolate: false}"
     failed = launch(*SHORT, "reward.timeout_s=0.5", "run_dir=run", hanging, cwd=my_rewards)
     assert failed.returncode == 1
     error = "RewardError: reward component 'hang' took longer than 0.5 s, and could not be ended"

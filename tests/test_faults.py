@@ -154,7 +154,7 @@ def test_an_error_outside_an_update_saves_the_last_step_and_resume_is_bitwise_eq
 def test_an_error_of_the_save_does_not_hide_the_error_that_ended_the_run(tmp_path):
     run_dir = tmp_path / "run"
     (tmp_path / "fails.py").write_text(FAILS_AND_BREAKS_SAVES)
-    failing = "+reward.components.fails={_target_: fails.fails}"
+    failing = "+reward.components.fails={_target_: fails.fails, isolate: false}"
     failed = launch(*SHORT, "checkpoint.overlap=true", failing, "run_dir=run", cwd=tmp_path)
     assert failed.returncode == 1
     last = failed.stderr.splitlines()[-1]
@@ -365,7 +365,7 @@ def block_status(completions, **columns):
 def test_a_full_disk_does_not_hide_why_the_run_ended(tmp_path, mount, then, code):
     (tmp_path / "full.py").write_text(FULL)
     mount(tmp_path / "run", "-t", "tmpfs", "-o", "size=4m", "tmpfs")
-    filling = f"+reward.components.fill={{_target_: full.fill_disk, then: {then}}}"
+    filling = f"+reward.components.fill={{_target_: full.fill_disk, isolate: false, then: {then}}}"
     ended = launch(*SHORT, "run_dir=run", "resume=auto", "checkpoint.every=0", filling, cwd=tmp_path)
     assert ended.returncode == code, ended.stderr[-3000:] + ended.stdout[-2000:]
     if then == "raise":

@@ -92,6 +92,8 @@ def check(config: Config) -> None:
     ):
         if not isinstance(function, dict) or not function.get("_target_"):
             raise ConfigError(f"{place} needs a _target_: the dotted path of its function")
+        if function.get("isolate") not in (None, True, False):
+            raise ConfigError(f"{place}.isolate={function['isolate']}: must be true or false")
     for name, component in config.reward.components.items():
         place = f"reward.components.{name}"
         _number(f"{place}.weight", component.get("weight", 1.0))

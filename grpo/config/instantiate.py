@@ -3,7 +3,7 @@
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -15,7 +15,11 @@ from grpo.config.schema import Config
 from grpo.config.trust import targets_in
 from grpo.config.values import escape, to_dict
 
-EXTRAS = {"bitsandbytes": "8bit"}  # optional package -> extra of pyproject.toml that installs it
+EXTRAS = {
+    "bitsandbytes": "8bit",
+    "math_verify": "math",
+    "reasoning_gym": "reasoning-gym",
+}  # optional package -> extra of pyproject.toml that installs it
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_", "_method_")  # special in `instantiate`
 
 
@@ -64,13 +68,15 @@ def find_function(key: str, path: object) -> Callable[..., Any]:
         raise ConfigError(f"{key}={path}: its module calls sys.exit() when it is imported") from error
 
 
-def check_importable(config: Config) -> None:
+def check_importable(config: Config, without: Container[str]) -> None:
     """Raise ConfigError if a target outside the suite and torch.optim cannot be imported.
 
-    The others are not checked this early, since importing them imports torch.
+    The others are not checked this early, since importing them imports torch. without: places in the config whose
+    targets are not checked either.
     """
     for key, path in targets_in(to_dict(config)):
-        if not str(path).startswith(("grpo.", "torch.optim.")):
+        is_checked = key.removesuffix("._target_") not in without
+        if is_checked and not str(path).startswith(("grpo.", "torch.optim.")):
             find_function(key, path)
 
 
@@ -95,7 +101,7 @@ def bind_reward(key: str, node: Mapping[str, Any]) -> Callable[..., list[float |
 
     Raises ConfigError for any other form.
     """
-    function = build(key, node, without=("weight", "range"))
+    function = build(key, node, without=("weight", "range", "isolate"))
     parameters: Mapping[str, inspect.Parameter] = {}
     with suppress(TypeError, ValueError):  # a builtin without a signature, or not callable
         parameters = inspect.signature(function).parameters

@@ -47,6 +47,7 @@ ADDED_WITHIN_2: Values = {
     "eval.graders": {},
     "grpo.decay_biases_and_norms": True,
     "sampling": {"refill": 0},
+    "reward.isolate": False,
     "grpo.mask_truncated_completions": False,
     "grpo.train_on": None,
     "objective.kl_correction": False,

@@ -131,6 +131,7 @@ class RewardConfig:
     components: dict[str, Any] = MISSING
     timeout_s: float | None = key(above=0, hint="null sets no limit", on_resume="free")
     on_error: str = key(choices=("fail", "skip"), on_resume="free")
+    isolate: bool = key(default=True, on_resume="free")
 
 
 @dataclass

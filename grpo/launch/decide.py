@@ -21,6 +21,7 @@ from grpo.config.overrides import Overrides, quoted, text_of
 from grpo.config.schema import Config
 from grpo.launch.machine import check_machine
 from grpo.launch.plan import print_plan
+from grpo.rewards.isolated import check_isolated, isolated_functions
 from grpo.runs.choice import check_empty, check_parent, choose_run
 from grpo.runs.files import short_path
 from grpo.runs.folder import RunFolder
@@ -87,7 +88,9 @@ def check_runnable(config: DictConfig, overrides: Overrides) -> Config:
     """Convert the config of one run to dataclasses. Raises ConfigError if it cannot run on any machine."""
     checked = typed(config)
     check_unused_overrides(checked, overrides)
-    check_importable(checked)
+    isolated = isolated_functions(checked)
+    check_importable(checked, without=isolated)
+    check_isolated(isolated)
     check_choices(checked.objective)
     if checked.fork:
         check_parent(checked.run_dir)

@@ -1,14 +1,10 @@
 """Rewards: named components with weights, each a function in TRL's form; scored separately and summed."""
 
-import asyncio
-import copy
 import functools
 import inspect
 import logging
 import math
-import sysconfig
-import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +14,8 @@ import torch
 from torch import Tensor
 
 from grpo.algorithm.advantage import total_reward
-from grpo.config.instantiate import directory_restored
+from grpo.rewards.functions import RewardError, call
+from grpo.rewards.isolated import IsolatedFunction
 from grpo.rewards.time_limit import TimeLimitExceeded, end_process, time_limit
 
 logger = logging.getLogger(__name__)
@@ -53,10 +50,6 @@ class Rewards:
         return torch.stack([*self.components.values()], dim=-1).view(-1, size, len(self.components))
 
 
-class RewardError(RuntimeError):
-    """A reward function failed or returned invalid values; the message names the component."""
-
-
 def score(
     components: Sequence[RewardComponent],
     prompts: list,
@@ -81,10 +74,17 @@ def score(
     return Rewards(scores, weights, total_reward(values, weights, ~values.isnan()))
 
 
+def settings_of(function: Callable[..., Any]) -> Mapping[str, Any]:
+    """The settings from the config with which a reward function is called; none for an object, which has its own."""
+    if isinstance(function, IsolatedFunction):
+        return function.settings
+    return function.keywords if isinstance(function, functools.partial) else {}
+
+
 def accepted(function: Callable[..., Any], names: Iterable[str]) -> list[str]:
     """Those of the arguments that a reward function accepts; a setting from the config is not replaced."""
     parameters = inspect.signature(function).parameters.values()
-    settings = function.keywords if isinstance(function, functools.partial) else {}
+    settings = settings_of(function)
     known = {p.name for p in parameters}
     all_of_them = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return [name for name in names if name not in settings and (all_of_them or name in known)]
@@ -96,12 +96,9 @@ def _score(component: RewardComponent, arguments: Mapping[str, Any]) -> Tensor:
         values = _call(component, arguments)
     except RewardError as error:
         return torch.tensor(_skipped(component, error, count), dtype=torch.float64)
-    numbers = []
+    numbers: list[float] = []
     for value in values:
-        try:
-            numbers.append(_number(component.name, value))
-        except RewardError as error:
-            numbers += _skipped(component, error, 1)
+        numbers += _skipped(component, RewardError(value), 1) if isinstance(value, str) else [value]
     return torch.tensor(numbers, dtype=torch.float64)
 
 
@@ -112,68 +109,16 @@ def _skipped(component: RewardComponent, error: RewardError, count: int) -> list
     return [math.nan] * count
 
 
-def _call(component: RewardComponent, arguments: Mapping[str, Any]) -> list:
-    given = {name: arguments[name] for name in accepted(component.function, arguments)}
+def _call(component: RewardComponent, arguments: Mapping[str, Any]) -> list[float | str]:
+    function = component.function
     count = len(arguments["completions"])
+    given = {name: arguments[name] for name in accepted(function, arguments)}
     try:
-        with directory_restored(), _time_limit(component):
-            values = component.function(**_copied(given))
-            if inspect.isawaitable(values):
-                values = asyncio.run(_result_of(values))
-            values = _as_list(values)
+        if isinstance(function, IsolatedFunction):
+            return function.call(component.name, given, count, component.timeout_s)
+        return call(component.name, function, given, count, lambda: _time_limit(component))
     except TimeLimitExceeded:
         raise RewardError(_too_slow(component)) from None
-    except (Exception, SystemExit, asyncio.CancelledError) as error:
-        if isinstance(error, SystemExit) and type(error) is not SystemExit:  # the suite's own, after a stop signal
-            raise
-        raised = f"{type(error).__name__}: {error}{_place(error)}"
-        raise RewardError(f"reward component '{component.name}' raised {raised}") from error
-    if not isinstance(values, list) or len(values) != count:
-        got = f"{len(values)} values" if isinstance(values, list) else type(values).__name__
-        raise RewardError(
-            f"reward component '{component.name}' returned {got} for {count} completions; "
-            "it must return a list with one number, or None, for each"
-        )
-    return values
-
-
-async def _result_of(awaitable: Awaitable[Any]) -> Any:
-    return await awaitable
-
-
-def _as_list(values: Any) -> Any:
-    """An array, a tensor, a tuple, a generator and the like as a list; anything else unchanged."""
-    if hasattr(values, "tolist"):
-        return values.tolist()
-    has_order = isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping | Set)
-    return list(values) if has_order else values
-
-
-def _place(error: BaseException) -> str:
-    """Where an error was raised: the last line that is not part of a library."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    own = [frame for frame in frames if not frame.filename.startswith(LIBRARIES)]
-    return "".join(f" ({frame.filename}, line {frame.lineno})" for frame in (own or frames)[-1:])
-
-
-LIBRARIES = ("<", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
-
-
-def _copied(value: Any) -> Any:
-    """A deep copy, so that a function that changes its arguments affects no other code; fast for lists and dicts."""
-    if type(value) in _UNCHANGEABLE:
-        return value
-    if type(value) is list:
-        return [each if type(each) in _UNCHANGEABLE else _copied(each) for each in value]
-    if type(value) is dict:
-        return {key: _copied(each) for key, each in value.items()}
-    try:
-        return copy.deepcopy(value)
-    except Exception:  # such as an open file, in a column of the user's own loader
-        return value
-
-
-_UNCHANGEABLE = {str, int, float, bool, type(None)}
 
 
 def _too_slow(component: RewardComponent) -> str:
@@ -183,17 +128,3 @@ def _too_slow(component: RewardComponent) -> str:
 def _time_limit(component: RewardComponent) -> AbstractContextManager[None]:
     error = f"RewardError: {_too_slow(component)}, and could not be ended"
     return time_limit(component.timeout_s, error, component.on_hang, component.status_file)
-
-
-def _number(name: str, value: Any) -> float:
-    if value is None:
-        return math.nan
-    try:
-        number = math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        too_long = isinstance(value, int) and value.bit_length() > 1024  # to be a float, and perhaps to be printed
-        shown = "int too large for a float" if too_long else repr(value)[:80]
-        raise RewardError(f"reward component '{name}' returned {shown}; it must be a finite number or None")
-    return number

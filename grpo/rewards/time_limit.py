@@ -28,7 +28,7 @@ class TimeLimitExceeded(BaseException):
     """Not an Exception, so that a reward function that catches Exception does not catch it."""
 
 
-class _RunningTime:
+class RunningTime:
     """Seconds for which this process has run, not counting the time while it is stopped (SIGSTOP, Ctrl-Z).
 
     Between two ticks at most the time of two ticks counts, or the processor time used if that is more: a call into C
@@ -40,6 +40,7 @@ class _RunningTime:
         self._mark = (0.0, time.monotonic(), time.process_time())
 
     def seconds(self) -> float:
+        """Seconds so far."""
         counted, when, used = self._mark
         most = max(2 * self._tick_s, time.process_time() - used)
         return counted + min(time.monotonic() - when, most)
@@ -68,7 +69,7 @@ def time_limit(
         return
     limit = seconds + max(2.0, seconds)
     tick_s = min(0.5, seconds / 10)
-    clock = _RunningTime(tick_s)
+    clock = RunningTime(tick_s)
     over = threading.Event()
     by_signal = threading.current_thread() is threading.main_thread()
 

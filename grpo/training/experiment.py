@@ -46,7 +46,8 @@ from grpo.model.loading import (
     vocabulary_size,
 )
 from grpo.model.lora import add_adapter, check_adapter, save_adapter, switch_adapter
-from grpo.rewards.scoring import RewardComponent, accepted
+from grpo.rewards.isolated import RewardProcess, isolated_functions
+from grpo.rewards.scoring import RewardComponent, accepted, settings_of
 from grpo.rewards.time_limit import end_process
 from grpo.rollout.engine import Compute, RolloutEngine, Sampling
 from grpo.rollout.load_check import choose_implementation
@@ -239,12 +240,18 @@ def bind_rewards(
         on_hang=on_hang,
         status_file=status_file,
     )
+    isolated = isolated_functions(config)
+    process = RewardProcess()
+
+    def function(key: str, node: Mapping[str, Any]) -> Callable[..., Any]:
+        return process.bind(key, node) if key in isolated else bind_reward(key, node)
+
     components = [
-        component(name, bind_reward(f"reward.components.{name}", node), float(node.get("weight", 1.0)))
+        component(name, function(f"reward.components.{name}", node), float(node.get("weight", 1.0)))
         for name, node in config.reward.components.items()
     ]
-    graders = [component(name, bind_reward(f"eval.graders.{name}", node)) for name, node in config.eval.graders.items()]
-    return components, component("accuracy", bind_reward("eval.accuracy", config.eval.accuracy)), graders
+    graders = [component(name, function(f"eval.graders.{name}", node)) for name, node in config.eval.graders.items()]
+    return components, component("accuracy", function("eval.accuracy", config.eval.accuracy)), graders
 
 
 def _check_arguments(experiment: Experiment) -> None:
@@ -261,8 +268,7 @@ def _check_arguments(experiment: Experiment) -> None:
         if experiment.config.rollout["_target_"] == NATIVE_ENGINE:
             form = f"it gets only {', '.join(names)}"
             check_call(key, component.function, form, **dict.fromkeys(given, ""))
-        settings = component.function.keywords if isinstance(component.function, functools.partial) else {}
-        for name in settings.keys() & set(names):
+        for name in settings_of(component.function).keys() & set(names):
             logger.warning("%s.%s is a setting, so the function does not get the data's column of this name", key, name)
 
 

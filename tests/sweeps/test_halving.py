@@ -197,7 +197,7 @@ def test_a_rung_is_decided_only_when_all_its_jobs_have_reached_it(tmp_path):
     (tmp_path / "armed").write_text("fail")
     command = ["-m", *(each for each in HALVING if not each.startswith(("optimizer.lr", "hydra/launcher")))]
     command.append("optimizer.lr=0,0.0001")
-    command += ["+reward.components.t={_target_: mine.trouble, weight: 0}", "sweep_dir=sweep"]
+    command += ["+reward.components.t={_target_: mine.trouble, weight: 0, isolate: false}", "sweep_dir=sweep"]
     command += ["grpo.batch_size=2", "grpo.num_generations=4"]
     failed = launch(*command, "hydra/launcher=basic", cwd=tmp_path)
     assert failed.returncode == 1

@@ -76,7 +76,7 @@ def sweep_of(cwd):
 
 def test_a_killed_job_does_not_stop_the_others_and_resume_runs_only_that_job_again(cwd):
     (cwd / "armed").write_text("1")
-    component = "+reward.components.die={_target_: mine.die, weight: 0}"
+    component = "+reward.components.die={_target_: mine.die, weight: 0, isolate: false}"
     command = ["-m", *QUICK, component, "grpo.num_steps=2", "+reward.components.die.at=1,2"]
     failed = launch(*command, cwd=cwd)
     assert failed.returncode == 1
@@ -169,7 +169,7 @@ def threads_of(run_dir):
 @pytest.mark.slow
 def test_a_signal_for_one_job_stops_only_that_job(cwd):
     (cwd / "mine.py").write_text(REWARDS + "\n\ndef stop(completions, at, **columns):\n    os.kill(os.getpid(), at)\n")
-    component = f"+reward.components.stop={{_target_: mine.stop, weight: 0, at: {int(signal.SIGTERM)}}}"
+    component = f"+reward.components.stop={{_target_: mine.stop, weight: 0, isolate: false, at: {int(signal.SIGTERM)}}}"
     done = launch("-m", *QUICK, component, "grpo.num_steps=2", "seed=1,2", cwd=cwd)
     assert done.returncode == 1
     assert [job["state"] for job in sweep_of(cwd).jobs()] == ["interrupted", "interrupted"]  # the second started too

@@ -9,6 +9,7 @@ import pytest
 from tests.launches import SHORT, launch, rows, status
 
 ONE_STEP = [*SHORT, "grpo.num_steps=1"]
+HERE = ["reward.isolate=false"]
 MINE = """
 import json
 import os
@@ -87,7 +88,7 @@ def test_an_async_function_is_a_component(folder):
 
 
 def test_a_run_whose_process_has_to_be_killed_is_recorded_as_failed(folder):
-    killed = launch(*ONE_STEP, component("computes"), "reward.timeout_s=0.5", "run_dir=run", cwd=folder)
+    killed = launch(*ONE_STEP, component("computes"), "reward.timeout_s=0.5", *HERE, "run_dir=run", cwd=folder)
     assert killed.returncode == -signal.SIGKILL
     reason = "RewardError: reward component 'mine' took longer than 0.5 s, and could not be ended"
     assert killed.stderr.splitlines()[-1] == f"failed: {reason}"

@@ -1,0 +1,356 @@
+"""Runs reward functions in another process, so that nothing that they do can disturb the run.
+
+A function that hangs in C, crashes, exits, prints, or changes the working directory, signal handlers or global random
+state affects only that process, which is killed and started again. It does not import torch, unless a function does.
+"""
+
+import ctypes
+import functools
+import inspect
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+import types
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, Pipe
+from typing import IO, Any
+
+from grpo.config.errors import ConfigError
+from grpo.config.instantiate import bind_reward, find_function
+from grpo.config.schema import Config
+from grpo.rewards.functions import RewardError, call
+from grpo.rewards.time_limit import RunningTime, TimeLimitExceeded
+
+logger = logging.getLogger(__name__)
+
+_START = """
+import sys
+sys.path[:] = sys.argv[3:]
+from grpo.rewards.isolated import main
+main(int(sys.argv[1]), int(sys.argv[2]))
+"""
+_EXIT_SECONDS = 2.0  # for the process to exit by itself, so that its exit handlers run
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def isolated_functions(config: Config) -> dict[str, Mapping[str, Any]]:
+    """The configs of the reward functions and graders that run in the reward process, by their place in the config.
+
+    These are by default the ones outside the suite. Code of `__main__`, as of a notebook, exists only in its process.
+    """
+    nodes = {f"reward.components.{name}": node for name, node in config.reward.components.items()}
+    nodes |= {"eval.accuracy": config.eval.accuracy}
+    nodes |= {f"eval.graders.{name}": node for name, node in config.eval.graders.items()}
+
+    def is_isolated(node: Mapping[str, Any]) -> bool:
+        of_node = node.get("isolate")
+        if of_node is not None:
+            return bool(of_node)
+        return config.reward.isolate and not str(node.get("_target_")).startswith(("grpo.", "__main__."))
+
+    return {key: node for key, node in nodes.items() if is_isolated(node)}
+
+
+def check_isolated(functions: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ConfigError if one of these functions cannot be imported; this process does not import them."""
+    process = RewardProcess()
+    for key, node in functions.items():
+        process.check_importable(f"{key}._target_", node.get("_target_"))
+
+
+class IsolatedFunction:
+    """A reward function in a reward process. Its signature is that of the function, without annotations."""
+
+    def __init__(self, process: "RewardProcess", key: str, signature: inspect.Signature, settings: Mapping[str, Any]):
+        """key: the place of the function in the config. settings: the keys there that it is called with."""
+        self.settings = settings
+        self.__signature__ = signature
+        self._process = process
+        self._key = key
+
+    def __call__(self, **arguments: Any) -> list[float | str]:
+        """As `call`, without a time limit."""
+        return self.call(self._key, arguments, len(arguments["completions"]))
+
+    def call(
+        self, name: str, arguments: Mapping[str, Any], count: int, timeout_s: float | None = None
+    ) -> list[float | str]:
+        """Call the function in the process: `grpo.rewards.functions.call`.
+
+        Raises RewardError also if the process ends. After `timeout_s`, it is killed, and TimeLimitExceeded is raised.
+        """
+        return self._process.call(self._key, name, arguments, count, timeout_s)
+
+
+class RewardProcess:
+    """One process for all isolated functions of an experiment, started when it is first needed, and again if it ended.
+
+    It ends with this object.
+    """
+
+    def __init__(self) -> None:
+        self._bound: dict[str, Mapping[str, Any]] = {}  # the place of each function in the config -> its config
+        self._objects: list[str] = []  # the places of the functions that are objects, and so may have a state
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._end: Callable[[], Any] = _nothing
+
+    def check_importable(self, key: str, path: object) -> None:
+        """Import a function in the process: `grpo.config.instantiate.find_function`. Raises ConfigError."""
+        self._ask_config(key, path, ("find", key, path))
+
+    def bind(self, key: str, node: Mapping[str, Any]) -> IsolatedFunction:
+        """Build the function of a config in the process: `grpo.config.instantiate.bind_reward`. Raises ConfigError."""
+        parameters, settings, is_object = self._ask_config(f"{key}._target_", node["_target_"], ("bind", key, node))
+        self._bound[key] = node
+        if is_object:
+            self._objects.append(key)
+        return IsolatedFunction(self, key, inspect.Signature([_parameter(*each) for each in parameters]), settings)
+
+    def call(
+        self, key: str, name: str, arguments: Mapping[str, Any], count: int, timeout_s: float | None
+    ) -> list[float | str]:
+        """Call the function that was bound as `key`; see `IsolatedFunction.call`."""
+        given = dict(arguments)
+        if "trainer_state" in given:  # without its class, whose module imports torch
+            given["trainer_state"] = types.SimpleNamespace(**vars(given["trainer_state"]))
+        try:
+            kind, *answer = self._ask(("call", key, name, given, count), timeout_s)
+        except EOFError as error:
+            raise RewardError(f"reward component '{name}' {error}") from None
+        except pickle.PicklingError as error:
+            raise RewardError(f"reward component '{name}': {error}; or set reward.isolate=false") from error
+        if kind == "failed":
+            message, trace = answer
+            failure = RewardError(message)
+            failure.add_note(trace)
+            raise failure
+        return answer[0]
+
+    def close(self) -> None:
+        """End the process; a later call starts it again."""
+        self._end()
+
+    def _ask_config(self, key: str, path: object, request: tuple) -> list:
+        try:
+            kind, *answer = self._ask(request)
+        except EOFError as error:
+            raise ConfigError(f"{key}={path}: the import {error}") from None
+        if kind == "refused":
+            raise ConfigError(answer[0])
+        return answer
+
+    def _ask(self, request: tuple, timeout_s: float | None = None) -> tuple:
+        """The answer to a request. Raises EOFError with how the process ended, TimeLimitExceeded, or PicklingError."""
+        data = _pickled(request)
+        self._ensure_running()
+        process = self._process
+        connection = self._connection
+        assert process is not None
+        assert connection is not None
+        try:
+            with _killed_after(process, timeout_s):
+                connection.send_bytes(data)
+                return pickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            raise EOFError(f"ended its process ({_how_ended(process)})") from None
+        except BaseException:  # also an interrupt: the next request must not read the answer of this one
+            _kill(process)
+            self._end()
+            raise
+
+    def _ensure_running(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return
+        restarts = self._process is not None
+        self._end()
+        self._start()
+        if not restarts:
+            return
+        lost = f"; {', '.join(self._objects)} begins without its state" if self._objects else ""
+        logger.warning("the process of the reward functions was started again%s", lost)
+        for key, node in self._bound.items():
+            kind, *answer = self._ask(("bind", key, node))
+            if kind == "refused":
+                raise RewardError(answer[0])
+
+    def _start(self) -> None:
+        ours, theirs = Pipe()
+        # With one seed for the hashes of strings, the order of a set is the same in a resumed run.
+        environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-c", _START, str(theirs.fileno()), str(os.getpid()), *sys.path]
+        # In a session of its own, so that it gets no signals of the terminal.
+        self._process = subprocess.Popen(
+            command,
+            pass_fds=(theirs.fileno(),),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        theirs.close()
+        self._connection = ours
+        assert self._process.stdout is not None
+        reader = threading.Thread(target=_show, args=(self._process.stdout,), name="reward output", daemon=True)
+        reader.start()
+        self._end = weakref.finalize(self, _end, self._process, ours, reader)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _end(process: subprocess.Popen[bytes], connection: Connection, reader: threading.Thread) -> None:
+    """End a reward process with all processes that it has started."""
+    connection.close()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=_EXIT_SECONDS)
+    _kill(process)
+    process.wait()
+    reader.join(timeout=_EXIT_SECONDS)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and those in its session, which may outlive it."""
+    with suppress(ProcessLookupError, PermissionError):  # PermissionError: on macOS, if all of them have ended
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _show(stream: IO[bytes]) -> None:
+    """Print what the process prints, through this process, so that progress bars and notebooks handle it."""
+    for line in stream:
+        with suppress(OSError, ValueError):  # nobody reads it
+            print(line.decode(errors="replace"), end="", flush=True)
+
+
+@contextmanager
+def _killed_after(process: subprocess.Popen[bytes], seconds: float | None) -> Iterator[None]:
+    """Kill the process if the block takes longer; raises TimeLimitExceeded then. None: no limit.
+
+    The time for which this process is stopped (Ctrl-Z) does not count.
+    """
+    if seconds is None:
+        yield
+        return
+    tick_s = min(0.5, seconds / 10)
+    clock = RunningTime(tick_s)
+    over = threading.Event()
+    late = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(tick_s):
+            if clock.tick() > seconds:
+                late.set()
+                _kill(process)
+                return
+
+    thread = threading.Thread(target=watch, name="reward time limit", daemon=True)
+    thread.start()
+    try:
+        yield
+    except (EOFError, OSError):
+        if not late.is_set():
+            raise
+    finally:
+        over.set()
+        thread.join()
+    if late.is_set():
+        process.wait()
+        raise TimeLimitExceeded
+
+
+def _how_ended(process: subprocess.Popen[bytes]) -> str:
+    try:
+        code = process.wait(timeout=_EXIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return "it closed its connection"
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def _pickled(request: tuple) -> bytes:
+    """The request as bytes. Raises PicklingError, which names the argument that cannot be sent."""
+    try:
+        return pickle.dumps(request)
+    except Exception as error:  # each type raises its own
+        arguments = request[3] if request[0] == "call" else {}
+        for name, value in arguments.items():
+            try:
+                pickle.dumps(value)
+            except Exception:
+                text = f"'{name}' cannot be sent to another process ({type(error).__name__}: {error})"
+                raise pickle.PicklingError(f"{text}; leave it out of the function's arguments") from None
+        raise
+
+
+def _parameter(name: str, kind: Any, is_optional: bool) -> inspect.Parameter:
+    return inspect.Parameter(name, kind, default=None if is_optional else inspect.Parameter.empty)
+
+
+def main(descriptor: int, parent: int) -> None:
+    """The reward process: answer requests until the connection is closed. parent: the process that started this one."""
+    _end_with(parent)
+    os.set_inheritable(descriptor, False)
+    functions: dict[str, Callable[..., Any]] = {}
+    with Connection(descriptor) as connection:
+        while True:
+            try:
+                request = connection.recv_bytes()
+            except EOFError:
+                return
+            connection.send_bytes(pickle.dumps(_answer(functions, request)))
+
+
+def _end_with(parent: int) -> None:
+    """Let the kernel kill this process when its parent ends, even if it hangs in C then; only on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _answer(functions: dict[str, Callable[..., Any]], request: bytes) -> tuple:
+    try:
+        kind, key, *rest = pickle.loads(request)
+    except Exception as error:  # an object of a class that is defined in the __main__ of the run
+        message = f"the arguments of a reward function cannot be read in its process ({type(error).__name__}: {error})"
+        return "failed", f"{message}; set reward.isolate=false", traceback.format_exc()
+    if kind == "find":
+        return _find(key, *rest)
+    if kind == "bind":
+        return _bind(functions, key, *rest)
+    name, arguments, count = rest
+    try:
+        return "values", call(name, functions[key], arguments, count)
+    except RewardError as error:
+        return "failed", str(error), traceback.format_exc()
+    except BaseException as error:  # such as a KeyboardInterrupt of the function's own
+        message = f"reward component '{name}' raised {type(error).__name__}: {error}"
+        return "failed", message, traceback.format_exc()
+
+
+def _find(key: str, path: object) -> tuple:
+    try:
+        find_function(key, path)
+    except ConfigError as error:
+        return "refused", str(error)
+    return ("found",)
+
+
+def _bind(functions: dict[str, Callable[..., Any]], key: str, node: Mapping[str, Any]) -> tuple:
+    try:
+        function = functions[key] = bind_reward(key, node)
+    except ConfigError as error:
+        return "refused", str(error)
+    parameters = inspect.signature(function).parameters.values()
+    described = [(each.name, each.kind, each.default is not each.empty) for each in parameters]
+    if isinstance(function, functools.partial):
+        return "bound", described, function.keywords, False
+    return "bound", described, {}, True
