@@ -3,7 +3,7 @@
 import codecs
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,17 @@ from grpo.config.hub import is_hub_name, why_offline
 from grpo.data import arithmetic
 from grpo.rewards.math_xml import gsm8k_answer
 
+SPLITS = ("train", "test", "validation")
+ROLES = ("system", "user", "assistant")  # of the messages of a question that is a chat
+
 
 @dataclass(frozen=True)
 class Problem:
     """A question with its final answer.
 
     `columns`: the data set's other fields, passed to reward functions. `family`: problems with the same family are
-    nearly the same, and stay in one split; empty: the problem is alone in its family.
+    nearly the same, and stay in one split; empty: the problem is alone in its family. `turns`: the chat messages before
+    the question, for a problem that is given as a chat.
     """
 
     id: str
@@ -27,6 +31,7 @@ class Problem:
     answer: str
     columns: dict[str, Any] = field(default_factory=dict)
     family: str = ""
+    turns: tuple[dict[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,23 @@ def load_gsm8k(path: str | None, name: str | None) -> Problems:
         raise ConfigError("data.path=null: give a data set's hub name, or a folder with train.jsonl and test.jsonl")
     if Path(path).exists():
         return load_jsonl(path)
+    splits = load_from_hub(path, name, {split: split for split in SPLITS}, "data=jsonl data.path=DIR")
+    return Problems(*(parse_rows(rows, f"{path} {split}", split) for split, rows in splits.items()))
+
+
+def load_from_hub(
+    path: str, name: str | None, splits: Mapping[str, str], instead: str
+) -> dict[str, Iterable[tuple[int, Any]]]:
+    """The rows of a data set on the hub with their numbers, for each of `SPLITS` that it has.
+
+    splits: the name of each split there. instead: overrides with which a folder is used, for error messages. Raises
+    ConfigError if the data set cannot be reached, or has no such split for train or test.
+    """
     # Imported here because it takes seconds, and a local folder does not need it.
     from datasets import load_dataset
 
     try:
-        splits = load_dataset(path, name)
+        found = load_dataset(path, name)
     except Exception as error:  # the hub, the network and the cache each raise their own exceptions
         if is_hub_name(path) and (reason := why_offline()) is not None:
             raise ConfigError(
@@ -78,19 +95,13 @@ def load_gsm8k(path: str | None, name: str | None) -> Problems:
             f"({type(error).__name__}: wrong name, or no network?); give a folder that holds train.jsonl and "
             "test.jsonl with data.path=DIR"
         ) from error
-    missing = [split for split in ("train", "test") if split not in splits]
+    missing = [splits[split] for split in ("train", "test") if splits[split] not in found]
     if missing:
         raise ConfigError(
-            f"data.path={path} has no split '{missing[0]}' (it has {', '.join(splits)}); give a folder that holds "
-            "train.jsonl and test.jsonl with data=jsonl data.path=DIR"
+            f"data.path={path} has no split '{missing[0]}' (it has {', '.join(found)}); give a folder that holds "
+            f"train.jsonl and test.jsonl with {instead}"
         )
-    return Problems(
-        *(
-            _parse(enumerate(splits[split], start=1), f"{path} {split}", split)
-            for split in ("train", "test", "validation")
-            if split in splits
-        )
-    )
+    return {split: enumerate(found[splits[split]], start=1) for split in SPLITS if splits[split] in found}
 
 
 def load_jsonl(path: str | None, name: str | None = None) -> Problems:
@@ -114,7 +125,7 @@ def load_jsonl(path: str | None, name: str | None = None) -> Problems:
             raise ConfigError(f"data.path={path}: there is no {file.name} in it; {NEEDED}{hint}")
     if (validation := folder / "validation.jsonl").is_file():
         files["validation"] = validation
-    return Problems(*(_parse(_read_lines(file), str(file), split) for split, file in files.items()))
+    return Problems(*(parse_rows(read_lines(file), str(file), split) for split, file in files.items()))
 
 
 NEEDED = "it must be a folder with train.jsonl and test.jsonl, one object per line with question and answer"
@@ -139,11 +150,12 @@ def load_arithmetic(path: None = None, name: None = None) -> Problems:
 
 def _with_families(rows: list[dict[str, str]], split: str) -> list[Problem]:
     """The sums as problems; a + b and b + a are of one family."""
-    problems = _parse(enumerate(rows, start=1), "arithmetic", split)
+    problems = parse_rows(enumerate(rows, start=1), "arithmetic", split)
     return [replace(problem, family="+".join(sorted(problem.id.split("+")))) for problem in problems]
 
 
-def _read_lines(file: Path) -> Iterable[tuple[int, Any]]:
+def read_lines(file: Path) -> Iterable[tuple[int, Any]]:
+    """The objects of a file in JSON Lines with the numbers of their lines. Raises ConfigError for a malformed line."""
     try:
         stream = file.open("rb")
     except OSError as error:
@@ -168,7 +180,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _parse(rows: Iterable[tuple[int, Any]], source: str, split: str) -> list[Problem]:
+def parse_rows(rows: Iterable[tuple[int, Any]], source: str, split: str) -> list[Problem]:
+    """Rows with `question`, `answer` and possibly `id`, with their numbers, as problems.
+
+    source: the name of the table, for error messages. Raises ConfigError with the number and the reason for a row that
+    is not a problem, and for a table without rows.
+    """
     problems: dict[str, Problem] = {}
     for number, row in rows:
         where = f"{source}, line {number}"
@@ -185,7 +202,7 @@ def _parse(rows: Iterable[tuple[int, Any]], source: str, split: str) -> list[Pro
 
 def _problem(row: dict[str, Any], default_id: str, where: str) -> Problem:
     columns = {key: value for key, value in row.items() if key not in ("id", "question", "answer")}
-    question = _text(row.get("question"), "question", where)
+    question, turns = _conversation(row.get("question"), where)
     answer = _text(row.get("answer"), "answer", where)
     given = row.get("id")  # null means that there is none, as in exports of tables
     problem_id = default_id if given is None else _text(given, "id", where)
@@ -195,7 +212,22 @@ def _problem(row: dict[str, Any], default_id: str, where: str) -> Problem:
             answer = gsm8k_answer(answer)
         except ValueError as error:
             raise ConfigError(f"{where}: {error}") from None
-    return Problem(problem_id, question, answer, columns)
+    return Problem(problem_id, question, answer, columns, turns=turns)
+
+
+def _conversation(value: Any, where: str) -> tuple[str, tuple[dict[str, str], ...]]:
+    """A question and the chat messages before it. value: the question, or a list of messages that ends with it."""
+    if not isinstance(value, list):
+        return _text(value, "question", where), ()
+    turns = []
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ConfigError(f"{where}: 'question' has a message {number} without a role of {', '.join(ROLES)}")
+        content = _text(message.get("content"), f"question, message {number}, content", where)
+        turns.append({"role": message["role"], "content": content})
+    if not turns or turns[-1]["role"] != "user":
+        raise ConfigError(f"{where}: 'question' must end with a message of the user")
+    return turns[-1]["content"], tuple(turns[:-1])
 
 
 def _text(value: Any, key: str, where: str) -> str:

@@ -15,15 +15,22 @@ from grpo.data.problems import Problem
 Messages = list[dict[str, str]]
 
 
-def messages(question: str, data: Mapping[str, Any]) -> Messages:
-    """The conversation for a question: data.system_prompt, data.examples as earlier turns, then the question."""
-    system = [{"role": "system", "content": data["system_prompt"].strip()}] if data["system_prompt"] else []
-    turns = [
+def messages(question: str, data: Mapping[str, Any], turns: Sequence[dict[str, str]] = ()) -> Messages:
+    """The conversation for a question: data.system_prompt, data.examples as earlier turns, `turns`, then the question.
+
+    turns: the messages before the question in a data set of chats. If they begin with a system message, it takes the
+    place of data.system_prompt.
+    """
+    system = [message for message in turns[:1] if message["role"] == "system"]
+    rest = turns[len(system) :]
+    if not system and data["system_prompt"]:
+        system = [{"role": "system", "content": data["system_prompt"].strip()}]
+    examples = [
         {"role": role, "content": example[key].strip()}
         for example in data["examples"]
         for role, key in (("user", "question"), ("assistant", "completion"))
     ]
-    return [*system, *turns, {"role": "user", "content": question}]
+    return [*system, *examples, *rest, {"role": "user", "content": question}]
 
 
 def render(
@@ -125,7 +132,7 @@ def prompt_lengths(
     """
     limit = data["max_prompt_length"]
     arguments = template_arguments(data)
-    texts = [render(tokenizer, messages(problem.question, data), arguments) for problem in problems]
+    texts = [render(tokenizer, messages(problem.question, data, problem.turns), arguments) for problem in problems]
     rows = tokenize(tokenizer, texts)
     lengths = [len(ids) for ids in rows]
     unknown = {token for ids in rows for token in ids if token >= vocabulary}

@@ -62,7 +62,8 @@ def digests_of(experiment: Experiment, folder: RunFolder, policy: nn.Module | No
 
 def _fields(problem: Problem) -> dict[str, Any]:
     """Everything of a problem that a run sees."""
-    return {name: getattr(problem, name) for name in ("id", "question", "answer", "columns")}
+    fields = {name: getattr(problem, name) for name in ("id", "question", "answer", "columns")}
+    return fields | ({"turns": problem.turns} if problem.turns else {})
 
 
 def config_digest(folder: RunFolder) -> str:

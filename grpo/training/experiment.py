@@ -55,6 +55,7 @@ from grpo.rollout.mps_check import check_device
 
 logger = logging.getLogger(__name__)
 PROBLEM_FIELDS = ("id", "question", "answer")  # fields of a problem that are passed to reward functions
+RUN_ARGUMENTS = ("completion_ids", "trainer_state", "prompts", "completions")  # beside them and the columns
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Experiment:
 
     def conversations(self, problems: Sequence[Problem]) -> list[Messages]:
         """The chat messages of each problem."""
-        return [messages(problem.question, self.config.data) for problem in problems]
+        return [messages(problem.question, self.config.data, problem.turns) for problem in problems]
 
     def prompts(self, conversations: Sequence[Messages]) -> Prompts:
         """The conversations as one batch of tokens."""
@@ -259,7 +260,11 @@ def _check_arguments(experiment: Experiment) -> None:
 
     An engine other than the suite's may add columns, so that the arguments are not known here.
     """
-    names = [*experiment.column_names, *PROBLEM_FIELDS, "completion_ids", "trainer_state", "prompts", "completions"]
+    for name in experiment.column_names:
+        if name in RUN_ARGUMENTS:
+            has = "has the name of an argument that reward functions get from the run"
+            raise ConfigError(f"data: the column '{name}' {has}; rename it")
+    names = [*experiment.column_names, *PROBLEM_FIELDS, *RUN_ARGUMENTS]
     keys = {f"reward.components.{each.name}": each for each in experiment.components}
     keys |= {"eval.accuracy": experiment.accuracy}
     keys |= {f"eval.graders.{each.name}": each for each in experiment.graders}

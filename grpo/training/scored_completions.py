@@ -59,7 +59,7 @@ def score_texts(
     extra: Mapping[str, list] = MappingProxyType({}),
 ) -> ScoredCompletions:
     """Score B completions of B problems, given as texts. extra: further columns; the others: see ScoredCompletions."""
-    prompts = [messages(problem.question, config.data) for problem in problems]
+    prompts = [messages(problem.question, config.data, problem.turns) for problem in problems]
     replies = [[{"role": "assistant", "content": text}] for text in texts]
     columns = {name: [problem.columns.get(name) for problem in problems] for name in column_names}
     for name in PROBLEM_FIELDS:
