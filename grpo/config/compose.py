@@ -15,6 +15,7 @@ from grpo.config.schema import LAUNCH_KEYS
 from grpo.config.values import copy_value, flatten
 
 GLOBAL_GROUPS = ("experiment", "tuning")  # their files set keys of other groups
+GROUPS_WITH_OTHER_KEYS = ("reward",)  # their files set keys of their own group, and perhaps of others
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
@@ -31,8 +32,8 @@ def apply_overrides(
 
     An override of a group (hardware=cpu) replaces the whole group. Raises ConfigError for an override that is not a key
     or group of the config, such as experiment=..., which would silently change many keys. sources: the folders in which
-    the files of experiment= and tuning= are found; with them, all keys and groups that such a file names are replaced,
-    except for the name.
+    the files of experiment=, tuning= and reward= are found; with them, all keys and groups that such a file names are
+    replaced, except for the name.
     """
     result = frozen.copy()
     for key, line in zip(overrides.dotted_keys, overrides, strict=True):
@@ -45,7 +46,25 @@ def apply_overrides(
         if OmegaConf.select(composed, key, default=None) is None and key not in flatten(composed):
             raise ConfigError(f"{line}: cannot be applied to an existing run folder; name the keys themselves")
         copy_value(composed, key, result)
+        if sources and key in GROUPS_WITH_OTHER_KEYS and _is_global(key, text_of(line), sources):
+            for each in _named_in_file(key, text_of(line), sources):
+                if not each.startswith(f"{key}."):
+                    copy_value(composed, each, result)
     return result
+
+
+def _is_global(group: str, choice: str, sources: Sequence[Path]) -> bool:
+    """Whether the file of a group also sets keys of other groups."""
+    lines = _file(group, choice, sources).read_text(encoding="utf-8").splitlines()
+    return ["#", "@package", "_global_"] in [line.split() for line in lines]
+
+
+def _file(group: str, choice: str, sources: Sequence[Path]) -> Path:
+    files = [source / group / f"{choice}.yaml" for source in sources]
+    file = next((each for each in files if each.is_file()), None)
+    if file is None:
+        raise ConfigError(f"{group}={choice}: there is no file {group}/{choice}.yaml in the config folders")
+    return file
 
 
 def _named_in_file(group: str, choice: str, sources: Sequence[Path]) -> list[str]:
@@ -55,10 +74,7 @@ def _named_in_file(group: str, choice: str, sources: Sequence[Path]) -> list[str
     """
     if choice == "null":
         return []
-    files = [source / group / f"{choice}.yaml" for source in sources]
-    file = next((each for each in files if each.is_file()), None)
-    if file is None:
-        raise ConfigError(f"{group}={choice}: there is no file {group}/{choice}.yaml in the config folders")
+    file = _file(group, choice, sources)
     values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     named: list[str] = []
     for default in values.pop("defaults", []):

@@ -106,6 +106,8 @@ def kept_by_fork(digests: Mapping[str, str], changed: Collection[str]) -> dict[s
 def _decided_by(changed: Collection[str], name: str) -> bool:
     """Whether one of the changed keys and groups can decide what a digest stands for."""
     keys = [key.replace("/", ".") for key in changed]
+    if name == "prompts" and "reward" in keys:  # whose file may set the system prompt
+        return True
     # Keys that a resumed run may change, such as model.device_map, decide none.
     groups = {key.partition(".")[0] for key in keys if on_resume(key) not in ("free", "rounding")}
     return not groups.isdisjoint(NAMES[name][1])

@@ -232,6 +232,17 @@ def test_a_fork_takes_all_keys_of_an_experiment_and_keeps_the_others(parent, tmp
     assert (ours.data, ours.grpo.num_steps, ours.model) == (theirs.data, theirs.grpo.num_steps, theirs.model)
 
 
+def test_a_fork_with_another_reward_takes_its_prompt_and_accuracy_too(parent, tmp_path):
+    result, run = fork(parent, tmp_path, "fork_step=8", "reward=math_boxed", "grpo.num_iterations=3")
+    assert result.returncode == 0, result.stderr
+    config = load_frozen(run / "config.yaml")
+    assert config.reward.components.correctness._target_ == "grpo.rewards.math_boxed.correctness"
+    assert config.reward.components.keys() == {"correctness", "format"}
+    assert config.eval.accuracy == {"_target_": "grpo.rewards.math_boxed.accuracy"}
+    assert "boxed" in config.data.system_prompt
+    assert config.data._target_ == load_frozen(parent / "config.yaml").data._target_
+
+
 def test_a_fork_takes_the_keys_of_the_experiments_that_an_experiment_builds_on(parent, tmp_path):
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
     for name, text in {
