@@ -21,7 +21,7 @@ TRUSTED = {
     "objective._target_": ("grpo.algorithm.objective.Objective",),
     "rollout._target_": ("grpo.rollout.native.NativeEngine",),
     "optimizer._target_": ("torch.optim.", "grpo.algorithm.optimizer."),
-    "data._target_": ("grpo.data.problems.", "grpo.data.tables."),
+    "data._target_": ("grpo.data.problems.", "grpo.data.tables.", "grpo.data.reasoning_gym."),
     "reward.components.*._target_": ("grpo.rewards.math_xml.",),
     "eval.accuracy._target_": ("grpo.rewards.math_xml.", "grpo.rewards.lenient.lenient"),
     "eval.graders.*._target_": ("grpo.rewards.math_xml.", "grpo.rewards.lenient.lenient"),

@@ -9,6 +9,7 @@ from reasoning_gym.factory import get_score_answer_fn
 from grpo.rewards.lenient import last_boxed
 from grpo.rewards.math_xml import Completion, completion_text, extract_answer
 
+NO_REFERENCE = "(any answer that the task accepts)"  # the answer of a problem that has several, and no reference
 _scorer: Callable[[str], Callable[..., float]] = functools.cache(get_score_answer_fn)
 
 
@@ -20,14 +21,14 @@ def score(
     metadata: Sequence[Mapping[str, Any] | None],
     *,
     scale: float = 2.0,
-    least: float = 0.05,
+    partial: bool = False,
     **columns: object,
 ) -> list[float | None]:
-    r"""`scale` times the score, from 0 to 1, that the task of each problem gives to the answer of its completion.
+    r"""`scale` for each completion whose answer gets the full score of its task, else 0.0.
 
-    The answer is the text of the last ``<answer>`` block, or else of the last ``\boxed{...}``. Without an answer the
-    reward is 0.0, and also for a score up to `least`: many tasks give 0.01 to any wrong answer. None for a problem
-    without the metadata of reasoning-gym.
+    The answer is the text of the last ``<answer>`` block, or else of the last ``\boxed{...}``. partial: whether a lower
+    score s pays `scale` * s. Many tasks give one to wrong answers, for example to a text that contains the right one
+    among others. None for a problem without the metadata of reasoning-gym.
     """
     rows = zip(completions, question, answer, metadata, strict=True)
     rewards: list[float | None] = []
@@ -36,11 +37,19 @@ def score(
             rewards.append(None)
             continue
         text = completion_text(completion)
-        found = extract_answer(text) or last_boxed(text)
-        entry = {"question": asked, "answer": reference, "metadata": about}
-        value = _scorer(about["source_dataset"])(answer=found, entry=entry) if found else 0.0
-        rewards.append(scale * value if value > least else 0.0)
+        entry = {"question": asked, "answer": None if reference == NO_REFERENCE else reference, "metadata": about}
+        value = _score(extract_answer(text) or last_boxed(text), entry)
+        rewards.append(scale * value if partial or value >= 1 else 0.0)
     return rewards
+
+
+def _score(answer: str | None, entry: dict[str, Any]) -> float:
+    if not answer:
+        return 0.0
+    try:
+        return _scorer(entry["metadata"]["source_dataset"])(answer=answer, entry=entry)
+    except Exception:  # of several tasks, for an answer that is not of their form
+        return 0.0
 
 
 def accuracy(
@@ -52,5 +61,4 @@ def accuracy(
     **columns: object,
 ) -> list[float | None]:
     """1.0 for each completion with the full score of its task, else 0.0; its mean is the accuracy."""
-    scores = score(prompts, completions, question, answer, metadata, scale=1.0)
-    return [None if each is None else float(each >= 1.0) for each in scores]
+    return score(prompts, completions, question, answer, metadata, scale=1.0)
