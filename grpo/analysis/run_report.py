@@ -15,6 +15,7 @@ from grpo.analysis.doctor import Finding, dtype_of, find_problems
 from grpo.analysis.load import component_columns, read_config
 from grpo.analysis.page import render
 from grpo.analysis.summary import difference_text, summarize
+from grpo.analysis.target import target_text
 from grpo.analysis.wrong_answers import CATEGORIES, why_wrong
 from grpo.metric_table import component_ranges, of_components
 from grpo.runs.files import write_atomic
@@ -57,6 +58,7 @@ def content(run_dir: Path, sheet: Path) -> dict[str, Any]:
         "charts": ", ".join(panel.title for panel in drawn_panels(data)),
         "picture": base64.b64encode(sheet.read_bytes()).decode(),
         "headline": headline(summary),
+        "target": summary["target"] and target_text(summary["target"]["accuracy"], summary["target"]["reached"]),
         "evaluations": summary["eval"],
         "wrong": _wrong(run),
         "histories": _histories(run),

@@ -9,7 +9,15 @@ import pandas as pd
 
 from grpo.analysis.accuracy import accuracy_interval, mcnemar_p, pairing_keys
 from grpo.analysis.effects import paired_difference
-from grpo.analysis.load import component_columns, correct_by_problem, finite_values, is_metric, load_metrics
+from grpo.analysis.load import (
+    component_columns,
+    correct_by_problem,
+    finite_values,
+    is_metric,
+    load_metrics,
+    read_config,
+)
+from grpo.analysis.target import time_to_target
 from grpo.runs.files import write_atomic
 from grpo.runs.folder import RunFolder
 
@@ -29,6 +37,7 @@ def summarize(run_dir: str | Path) -> dict:
     - `eval`: `before` and `after`, each only if that evaluation exists, with `accuracy`, `n`, `reward`, `rewards` by
       component and `accuracy_interval` (95 %).
     - `accuracy_difference`: that of the two evaluations, see `accuracy_difference`; None without one of them.
+    - `target`: None if the run has none; else `accuracy`, and `reached`, see `time_to_target`, None if it was not.
 
     Raises FileNotFoundError if `run_dir` is not a run folder, ValueError if one of its files is damaged.
     """
@@ -50,7 +59,13 @@ def summarize(run_dir: str | Path) -> dict:
         },
         "eval": {name: _evaluation(evaluations[name]) for name in ("before", "after") if name in evaluations},
         "accuracy_difference": accuracy_difference(evaluations.get("before"), evaluations.get("after")),
+        "target": _target(run),
     }
+
+
+def _target(run: RunFolder) -> dict[str, Any] | None:
+    accuracy = (read_config(run.path).get("target") or {}).get("accuracy")
+    return None if accuracy is None else {"accuracy": accuracy, "reached": time_to_target(run, accuracy)}
 
 
 def write_summary(run_dir: str | Path, output_dir: str | Path | None = None) -> Path:

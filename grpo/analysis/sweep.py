@@ -17,6 +17,7 @@ from grpo.analysis.load import (
     load_metrics,
     read_config,
 )
+from grpo.analysis.target import time_to_target
 from grpo.config.command_line import launch_command
 from grpo.config.overrides import Overrides
 from grpo.runs.folder import RunFolder
@@ -233,7 +234,8 @@ def _read_jobs(
     jobs: one row per job, indexed by its number: values of the swept keys, state, step, and results. accuracy and
     best_accuracy: on the problems of `split`, 0 to 1, after training and at its best, with the 95 % Wilson interval of
     the former; test_accuracy: on the test problems after training; mean_reward, rewards/<component>,
-    completions/mean_length, kl: means over the last tenth of the steps; num_tokens; seconds in steps. seeds: job number
+    completions/mean_length, kl: means over the last tenth of the steps; num_tokens; seconds in steps; steps_to_target
+    and minutes_to_target, if the job has a target.accuracy and reached it. seeds: job number
     -> seed, for jobs that have started. correct: job number -> 1 (right) or 0 (wrong) for each problem of `split` after
     training; correct_on_test: the same for the test problems.
     """
@@ -251,8 +253,9 @@ def _read_jobs(
         if job["folder"] is not None and (folder.path / job["folder"] / "config.yaml").exists():
             run = folder.path / job["folder"]
             try:
-                seeds[number] = int(read_config(run).get("seed") or 0)
-                row |= _results(run)
+                config = read_config(run)
+                seeds[number] = int(config.get("seed") or 0)
+                row |= _results(run) | _time_to_target(run, (config.get("target") or {}).get("accuracy"))
                 correct[number] = correct_by_problem(RunFolder(run).evaluation_at(job["step"]))
                 on_test[number] = correct_by_problem(RunFolder(run).evaluation("after"))
             except (ValueError, KeyError, TypeError, AttributeError) as broken:  # the other jobs can still be compared
@@ -268,6 +271,15 @@ def _read_jobs(
         correct,
         on_test,
     )
+
+
+def _time_to_target(run_dir: Path, accuracy: float | None) -> dict[str, float | None]:
+    if accuracy is None:
+        return {}
+    reached = time_to_target(RunFolder(run_dir), accuracy)
+    if reached is None:
+        return {"steps_to_target": None, "minutes_to_target": None}
+    return {"steps_to_target": reached["step"], "minutes_to_target": reached["seconds"] / 60}
 
 
 def _results(run_dir: Path) -> dict[str, float | None]:

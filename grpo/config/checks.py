@@ -100,6 +100,10 @@ def check(config: Config) -> None:
         if component.get("range") is not None:
             _check_range(f"{place}.range", component["range"])
     check_objective(config)
+    if config.target.accuracy is not None and not config.eval.every:
+        raise ConfigError(
+            f"target.accuracy={config.target.accuracy} needs evaluations during training: set eval.every, such as 10"
+        )
 
 
 def _check_evaluation(settings: EvalConfig) -> None:
@@ -231,6 +235,8 @@ def _outside(value: float, facts: Facts) -> str | None:
         return f"be above {facts.above:g}"
     if facts.least is not None and not value >= facts.least:
         return f"be {facts.least:g} or more"
+    if facts.most is not None and not value <= facts.most:
+        return f"be {facts.most:g} or less"
     return None
 
 

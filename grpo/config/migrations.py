@@ -48,6 +48,7 @@ ADDED_WITHIN_2: Values = {
     "grpo.decay_biases_and_norms": True,
     "sampling": {"refill": 0},
     "reward.isolate": False,
+    "target": {"accuracy": None, "stop": True},
     "grpo.mask_truncated_completions": False,
     "grpo.train_on": None,
     "objective.kl_correction": False,

@@ -19,6 +19,7 @@ class Facts:
 
     least: float | None = None  # the smallest valid value
     above: float | None = None  # valid values are larger than this
+    most: float | None = None  # the largest valid value
     between: tuple[float, float] | None = None  # valid values are between these, exclusively
     choices: tuple[Any, ...] = ()  # the valid values; empty: any value
     hint: str = ""  # added to an error about the value
@@ -244,6 +245,14 @@ class EvalConfig:
 
 
 @dataclass
+class TargetConfig:
+    """An accuracy to reach on the validation problems."""
+
+    accuracy: float | None = key(default=None, above=0, most=1, hint="a share, such as 0.9")
+    stop: bool = True
+
+
+@dataclass
 class SweepConfig:
     """Settings of successive halving."""
 
@@ -273,6 +282,7 @@ class Config:
     sampling: SamplingConfig = group(SamplingConfig)
     samples: SamplesConfig = group(SamplesConfig, on_resume="free")
     eval: EvalConfig = group(EvalConfig)
+    target: TargetConfig = group(TargetConfig, on_resume="free")
     model: ModelConfig = group(ModelConfig)
     data: Any = open_group(DataConfig)
     reward: RewardConfig = group(RewardConfig)

@@ -20,12 +20,12 @@ from grpo.config.command_line import override
 from grpo.config.errors import ConfigError, FileError
 from grpo.config.hydra_app import compose_again, config_flags
 from grpo.config.overrides import Overrides
-from grpo.config.schema import MORE_STEPS, Config
+from grpo.config.schema import Config
 from grpo.config.trust import foreign_targets
 from grpo.config.values import escape, to_dict
 from grpo.launch.freeze import freeze
 from grpo.launch.resume import resumed_config
-from grpo.runs.choice import check_empty, check_parent, choose_run, has_finished
+from grpo.runs.choice import TRAIN_FURTHER, check_empty, check_parent, choose_run, has_finished
 from grpo.runs.console import resume_command
 from grpo.runs.files import discard, disk_errors_are_warnings, short_path
 from grpo.runs.folder import COPIED_BY_FORK, RunFolder
@@ -135,7 +135,7 @@ def _open(folder: RunFolder, cfg: DictConfig, resume: bool | str, stop: StopSign
         else:
             _discard(folder, cfg.fork)
         raise
-    done = folder.finished() and not changes.keys() & MORE_STEPS
+    done = folder.finished() and not changes.keys() & TRAIN_FURTHER
     if done and resume is True:
         _discard_record(hydra_cfg)
         raise ConfigError(has_finished(folder))

@@ -10,6 +10,8 @@ from grpo.runs.files import check_contents
 from grpo.runs.folder import BEFORE_START, COPIED_BY_FORK, RunFolder
 from grpo.runs.lock import left_by_us
 
+# With one of these keys changed, a run that has finished can be trained further.
+TRAIN_FURTHER = MORE_STEPS | {"target.accuracy", "target.stop"}
 OF_JOB = ("console.log", "status.json")  # further files of a job of a sweep before its run starts
 
 
@@ -40,7 +42,7 @@ def choose_run(run: RunFolder, resume: bool | str, overrides: Overrides) -> str:
         raise ConfigError(f"resume=true: {path} is empty; start a run there without resume=true")
     if not run.started():
         raise ConfigError(f"resume=true: {path} is not a run folder (it has no config.yaml)")
-    if run.finished() and not overrides.names(*MORE_STEPS):
+    if run.finished() and not overrides.names(*TRAIN_FURTHER):
         if resume is True:
             raise ConfigError(has_finished(run))
         return "done"

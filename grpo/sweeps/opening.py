@@ -198,6 +198,8 @@ def check_equal_steps(configs: Sequence[Config], sweeper: DictConfig) -> None:
     steps = {each.grpo.num_iterations * each.grpo.num_steps for each in configs}
     if is_halving(sweeper) and len(steps) > 1:
         raise ConfigError("hydra/sweeper=halving compares arms after equal steps: leave grpo.num_steps out")
+    if is_halving(sweeper) and any(each.target.accuracy is not None and each.target.stop for each in configs):
+        raise ConfigError("hydra/sweeper=halving compares arms after equal steps: set target.stop=false")
 
 
 def with_params(overrides: Overrides, sweeper: DictConfig) -> Overrides:

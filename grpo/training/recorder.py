@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from grpo.analysis.doctor import Doctor, Finding, dtype_of
+from grpo.analysis.target import target_text, time_to_target
 from grpo.config.values import to_dict
 from grpo.metric_table import component_ranges
 from grpo.runs.checkpoint import TrainerState
@@ -177,7 +178,17 @@ class Recorder:
         if difference is not None:
             self._console.print(f"accuracy {difference_text(difference)}", highlight=False, soft_wrap=True)
         self._show_best()
+        self._show_target()
         self._tracker.set_summary({f"{k}_accuracy": v["accuracy"] for k, v in evaluations.items() if v})
+
+    def _show_target(self) -> None:
+        """Show when the run reached its target, if it has one."""
+        target = self._config.target.accuracy
+        if target is None:
+            return
+        reached = time_to_target(self._folder, target)
+        self._console.print(target_text(target, reached), highlight=False)
+        self._tracker.set_summary({f"target/{name}": value for name, value in (reached or {}).items()})
 
     def _show_best(self) -> None:
         """Show the best evaluation during training, if it is better than the one after training."""

@@ -6,6 +6,7 @@ from contextlib import closing, contextmanager
 from datetime import datetime
 from pathlib import Path
 
+from grpo.analysis.target import time_to_target
 from grpo.config.command_line import grpo_command, path_argument
 from grpo.config.errors import ConfigError, first_line
 from grpo.config.trust import foreign_targets
@@ -31,20 +32,23 @@ def train(run: Run) -> None:
         stops = run.stop.deferred(trainer.should_abort_step)
         with recorder.progress_display(), saved_at_early_end(trainer, run, recorder), stops:
             evaluate_if_due(trainer, recorder)  # an earlier stop signal may have interrupted it
-            for step in trainer.steps(until):
+            steps = () if ends_at_target(trainer, run) else trainer.steps(until)
+            for step in steps:
                 recorder.step(step)
                 evaluate_if_due(trainer, recorder)
                 save_if_due(trainer, recorder)
                 recorder.show(step)
                 run.stop.exit_if_requested()
-            if until < trainer.total_steps:
+                if is_due(trainer.state.step, run.config.eval.every) and ends_at_target(trainer, run):
+                    break
+            if trainer.state.step < trainer.total_steps:
                 recorder.save(trainer.state_dict())
             recorder.wait_for_saves()
             run.stop.exit_if_requested()
-        if until < trainer.total_steps:
-            pause(trainer, run, recorder)
-        else:
+        if trainer.state.step == trainer.total_steps or ends_at_target(trainer, run):
             finish(trainer, run, recorder)
+        else:
+            pause(trainer, run, recorder)
 
 
 @contextmanager
@@ -173,6 +177,14 @@ def saved_at_early_end(trainer: Trainer, run: Run, recorder: Recorder) -> Iterat
         raise
 
 
+def ends_at_target(trainer: Trainer, run: Run) -> bool:
+    """Whether the run has reached target.accuracy by its current step, and is to end there."""
+    target = run.config.target
+    if target.accuracy is None or not target.stop:
+        return False
+    return time_to_target(run.folder, target.accuracy, trainer.state.step) is not None
+
+
 def save_if_due(trainer: Trainer, recorder: Recorder) -> None:
     """Save a checkpoint after the current step if it is the last one or `checkpoint.every` requires it."""
     step = trainer.state.step
@@ -235,5 +247,7 @@ def finish(trainer: Trainer, run: Run, recorder: Recorder) -> None:
         logger.warning("no summary of the run (%s: %s)", type(error).__name__, first_line(error))
     grpo = run.config.grpo
     can_be_longer = grpo.lr_schedule == "constant" and grpo.num_iterations == 1
-    foreign = foreign_targets(to_dict(run.config))
-    print(next_commands(run.shown_path, foreign, f"grpo.num_steps={2 * grpo.num_steps}" if can_be_longer else None))
+    further = f"grpo.num_steps={2 * grpo.num_steps}" if can_be_longer else None
+    if trainer.state.step < trainer.total_steps:
+        further = "target.stop=false"
+    print(next_commands(run.shown_path, foreign_targets(to_dict(run.config)), further))
