@@ -20,7 +20,8 @@ from grpo.config.checks import typed
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
 from grpo.config.hub import why_offline
-from grpo.config.schema import Config, known_keys
+from grpo.config.schema import Config
+from grpo.data.mixture import bind_data, paths_of
 
 # Without the copies of the weights in other formats.
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> None:
     from grpo.model.loading import EMBEDDED_MODELS, RANDOM_MODELS, prepare_hub
 
     name = config.model.name
-    prepare_hub(name, config.data.get("path"))
+    prepare_hub(name, *paths_of(config.data))
     if name in EMBEDDED_MODELS | RANDOM_MODELS or Path(name).is_dir():
         print(f"model: {name} is already on this machine")
     else:
@@ -91,15 +92,14 @@ def _data(config: Config) -> None:
     """Load the problems, which downloads them if they are on the hub, and print their numbers."""
     from huggingface_hub import HfApi
 
-    from grpo.config.instantiate import bind
     from grpo.data.splits import with_validation
 
-    path = config.data.get("path")
-    if path and not Path(path).exists() and why_offline() is None:
-        with suppress(Exception):  # as for the model
-            files = HfApi().dataset_info(path, files_metadata=True).siblings or []
-            print(f"data {path}: at most {_size(files, ['*'])}", flush=True)
-    problems = bind("data", config.data, without=known_keys("data"))()
+    for path in map(str, filter(None, paths_of(config.data))):
+        if not Path(path).exists() and why_offline() is None:
+            with suppress(Exception):  # as for the model
+                files = HfApi().dataset_info(path, files_metadata=True).siblings or []
+                print(f"data {path}: at most {_size(files, ['*'])}", flush=True)
+    problems = bind_data(config.data)()
     problems = with_validation(problems, config.data["validation_share"])
     print(
         f"data: {len(problems.train)} problems to train on, {len(problems.validation)} to validate, "

@@ -28,9 +28,9 @@ from grpo.commands._common import changed_config, own_arguments, run_folder_of
 from grpo.config.checks import typed
 from grpo.config.errors import ConfigError
 from grpo.config.hub import use_cache_if_hub_is_unreachable
-from grpo.config.instantiate import bind
 from grpo.config.overrides import Overrides
-from grpo.config.schema import Config, known_keys
+from grpo.config.schema import Config
+from grpo.data.mixture import bind_data, paths_of
 from grpo.data.problems import Problem, Problems
 from grpo.data.splits import with_validation
 
@@ -153,9 +153,9 @@ def _replayed(config: Config, rows: list[dict[str, Any]], size: int) -> Scores:
 
 def _problems(config: Config) -> Problems:
     """The problems of the config, for their columns; none, with a warning, if they cannot be loaded."""
-    use_cache_if_hub_is_unreachable(config.data.get("path"))
+    use_cache_if_hub_is_unreachable(*paths_of(config.data))
     try:
-        loaded = bind("data", config.data, without=known_keys("data"))()
+        loaded = bind_data(config.data)()
     except ConfigError as error:
         logger.warning("the columns of the data are missing: %s", error)
         return Problems([], [])

@@ -138,11 +138,30 @@ def _check_prompts(data: dict[str, Any]) -> None:
         for each in examples
     ):
         raise ConfigError("data.examples must be a list of {question: text, completion: text}, [] for none")
+    if data.get("parts") is not None:
+        _check_parts(data["parts"])
     arguments = data.get("template_arguments")
     if arguments is not None and (not isinstance(arguments, dict) or not all(isinstance(n, str) for n in arguments)):
         raise ConfigError("data.template_arguments must be variables of the chat template by name, {} for none")
     if system_prompt is not None and not isinstance(system_prompt, str):
         raise ConfigError(f"data.system_prompt={system_prompt}: must be text, or null for none")
+
+
+def _check_parts(parts: object) -> None:
+    """The parts of a mixture: for each name a group data with a weight."""
+    if not isinstance(parts, dict) or not parts:
+        raise ConfigError("data.parts must be a group data by the name of each part: see conf/data/gsm8k_math.yaml")
+    for name, part in parts.items():
+        if not isinstance(part, dict) or not part.get("_target_"):
+            raise ConfigError(f"data.parts.{name} needs a _target_: add a file of data to the defaults of your mixture")
+        weight = part.get("weight", 1.0)
+        _number(f"data.parts.{name}.weight", weight)
+        if weight < 0:
+            raise ConfigError(f"data.parts.{name}.weight={weight}: must be 0 or more")
+    if not any(part.get("weight", 1.0) for part in parts.values()):
+        raise ConfigError(
+            f"data.parts: the weights of {', '.join(parts)} sum to 0; give the parts to train on a weight above 0"
+        )
 
 
 def check_lineage(parent: Mapping[str, Any] | None) -> None:

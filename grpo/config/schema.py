@@ -143,6 +143,8 @@ class DataConfig:
     examples: Any = MISSING
     max_prompt_length: int = key(least=1)
     validation_share: float = key(default=0.05, least=0, hint="0 keeps no validation problems")
+    # The parts of a mixture, each a group data with a weight, by name: grpo/data/mixture.py.
+    parts: Any = None
     template_arguments: Any = None  # variables of the model's chat template, such as {enable_thinking: false}
 
 
@@ -218,6 +220,7 @@ class SamplingConfig:
     """Which groups of completions are trained on."""
 
     refill: int = key(default=0, least=0)
+    curriculum: float = key(default=0.0, least=0, most=0.99, hint="with 1 a solved problem would never come again")
 
 
 @dataclass

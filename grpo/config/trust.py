@@ -15,13 +15,15 @@ from grpo.config.paths import CONF_DIR
 from grpo.config.schema import FUNCTION_KEYS
 from grpo.config.values import flatten
 
+LOADERS = ("grpo.data.problems.", "grpo.data.tables.", "grpo.data.reasoning_gym.")
 # The targets that a run folder may name for each key: all functions of a module (written with a dot at the end), or a
 # single object. They were chosen because none of them runs a further function that its settings name.
 TRUSTED = {
     "objective._target_": ("grpo.algorithm.objective.Objective",),
     "rollout._target_": ("grpo.rollout.native.NativeEngine",),
     "optimizer._target_": ("torch.optim.", "grpo.algorithm.optimizer."),
-    "data._target_": ("grpo.data.problems.", "grpo.data.tables.", "grpo.data.reasoning_gym."),
+    "data._target_": LOADERS,
+    "data.parts.*._target_": LOADERS,
     "reward.components.*._target_": ("grpo.rewards.math_xml.",),
     "eval.accuracy._target_": ("grpo.rewards.math_xml.", "grpo.rewards.lenient.lenient"),
     "eval.graders.*._target_": ("grpo.rewards.math_xml.", "grpo.rewards.lenient.lenient"),
@@ -71,8 +73,8 @@ def foreign_targets(config: Any, named: Collection[tuple[str, str]] = ()) -> dic
 
 
 def _place(key: str) -> str:
-    """The key, with the name of a reward component or grader replaced by `*`."""
-    return re.sub(r"^(reward\.components|eval\.graders)\.[^.]+\.", r"\1.*.", key)
+    """The key, with the name of a reward component, grader or part of the data replaced by `*`."""
+    return re.sub(r"^(reward\.components|eval\.graders|data\.parts)\.[^.]+\.", r"\1.*.", key)
 
 
 def _named_in(config: Any, key: str = "") -> set[tuple[str, str]]:

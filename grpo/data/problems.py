@@ -23,7 +23,7 @@ class Problem:
 
     `columns`: the data set's other fields, passed to reward functions. `family`: problems with the same family are
     nearly the same, and stay in one split; empty: the problem is alone in its family. `turns`: the chat messages before
-    the question, for a problem that is given as a chat.
+    the question, for a problem that is given as a chat. `weight`: how often it is drawn, relative to other problems.
     """
 
     id: str
@@ -32,6 +32,7 @@ class Problem:
     columns: dict[str, Any] = field(default_factory=dict)
     family: str = ""
     turns: tuple[dict[str, str], ...] = ()
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,16 @@ def _conversion(file: Path) -> str:
     return f'; to convert it: python -c "import pandas; {call}"'
 
 
-def load_arithmetic(path: None = None, name: None = None) -> Problems:
-    """Load the problems of `grpo.data.arithmetic`. Raises ConfigError if `path` or `name` is given."""
+def load_arithmetic(path: None = None, name: None = None, digits: int = 2) -> Problems:
+    """Load the problems of `grpo.data.arithmetic`. Raises ConfigError if `path` or `name` is given.
+
+    digits: of the numbers that are added, from 1 to 18.
+    """
     if path is not None or name is not None:
         raise ConfigError(f"data.path={path}: data=arithmetic generates its own problems; for a folder add data=jsonl")
-    return Problems(*(_with_families(arithmetic.problems(split), split) for split in ("train", "test")))
+    if isinstance(digits, bool) or not isinstance(digits, int) or not 1 <= digits <= 18:
+        raise ConfigError(f"data.digits={digits}: must be an integer from 1 to 18")
+    return Problems(*(_with_families(arithmetic.problems(split, digits), split) for split in ("train", "test")))
 
 
 def _with_families(rows: list[dict[str, str]], split: str) -> list[Problem]:

@@ -83,7 +83,7 @@ def check_splits(problems: Problems, config: Config) -> None:
 
 def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
     """The loader and its settings."""
-    return {key: value for key, value in data.items() if key not in known_keys("data")}
+    return {key: value for key, value in data.items() if key == "parts" or key not in known_keys("data")}
 
 
 def _uniform(name: str) -> float:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from grpo.config.hub import use_cache_if_hub_is_unreachable
-from grpo.config.instantiate import bind
 from grpo.config.overrides import Overrides
-from grpo.config.schema import Config, known_keys
+from grpo.config.schema import Config
+from grpo.data.mixture import bind_data, paths_of
 from grpo.tiny import MODEL_NAME as EMBEDDED_MODEL
 
 
@@ -24,8 +24,8 @@ def check_machine(configs: Sequence[Config], unknown: Overrides) -> None:
 
             requested_device(config)
     for config in [] if unknown.names("data") else _different(configs, lambda config: config.data):
-        use_cache_if_hub_is_unreachable(config.data.get("path"))
-        bind("data", config.data, without=known_keys("data"))()
+        use_cache_if_hub_is_unreachable(*paths_of(config.data))
+        bind_data(config.data)()
     for config in [] if unknown.names("model") else _different(configs, lambda config: config.model):
         if config.model.name != EMBEDDED_MODEL:
             from grpo.model.loading import check_model, prepare_hub  # imports transformers

@@ -47,9 +47,12 @@ def model_source(name: str) -> str:
     return str(EMBEDDED_MODELS.get(name, name))
 
 
-def prepare_hub(model: str, data: object = None) -> None:
-    """Before a model and data.path are loaded: use the cache alone if they need the hub and it cannot be reached."""
-    use_cache_if_hub_is_unreachable(None if model in RANDOM_MODELS else model_source(model), data)
+def prepare_hub(model: str, *data: object) -> None:
+    """Before a model and data sets are loaded: use the cache alone if they need the hub and it cannot be reached.
+
+    data: paths, as in data.path.
+    """
+    use_cache_if_hub_is_unreachable(None if model in RANDOM_MODELS else model_source(model), *data)
 
 
 def architecture(name: str, trust_remote_code: bool) -> PretrainedConfig:

@@ -22,6 +22,7 @@ from grpo.config.instantiate import bind, bind_reward, build, check_call, find_f
 from grpo.config.migrations import NATIVE_ENGINE
 from grpo.config.objective_checks import kl_weight
 from grpo.config.schema import Config, known_keys
+from grpo.data.mixture import bind_data, paths_of
 from grpo.data.problems import Problem, Problems
 from grpo.data.prompts import (
     Messages,
@@ -182,14 +183,14 @@ def build_experiment(
     be interrupted. status_file: status.json of the run, for the error if the process has to be killed for that.
     """
     sizes = complete_sizes(config)
-    prepare_hub(config.model.name, config.data.get("path") if with_problems else None)
+    prepare_hub(config.model.name, *(paths_of(config.data) if with_problems else ()))
     components, accuracy, graders = bind_rewards(config, on_hang, status_file)
     advantage = choose("advantage", config.objective["advantage"])
     objective = build_objective(config)
     optimizer = bind("optimizer", config.optimizer)
     _check_optimizer(optimizer)
     engine = bind_engine(config.rollout)
-    load_problems = bind("data", config.data, without=known_keys("data"))
+    load_problems = bind_data(config.data)
     problems = Problems([], [])
     if with_problems:
         problems = with_validation(load_problems(), config.data["validation_share"])

@@ -93,6 +93,13 @@ def compute_advantages(experiment: Experiment, scored: ScoredCompletions, width:
     return advantages.flatten(0, 1)
 
 
+def pass_rates(experiment: Experiment, scored: ScoredCompletions) -> list[float]:
+    """For each group the share of its completions that eval.accuracy counts as right; NaN if it can grade none."""
+    graded = score([experiment.accuracy], scored.prompts, scored.messages, scored.columns, scored.trainer_state).total
+    right = graded.ne(0).to(graded.dtype).where(~graded.isnan(), graded)
+    return right.view(-1, experiment.sizes.num_generations).nanmean(dim=1).tolist()
+
+
 def group_advantages(advantage: Callable[[Tensor, Tensor, Tensor], Tensor], rewards: Rewards, size: int) -> Tensor:
     """The advantages of groups of `size` completions, (P, G) or (P, G, T), as the function returns them."""
     values = rewards.groups(size)  # (P, G, C)

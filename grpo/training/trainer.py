@@ -38,7 +38,7 @@ from grpo.training.metrics import (
     update_metrics,
 )
 from grpo.training.preflight import preflight
-from grpo.training.scored_completions import compute_advantages
+from grpo.training.scored_completions import compute_advantages, pass_rates
 from grpo.training.update import (
     Batch,
     Counts,
@@ -94,7 +94,8 @@ class Trainer:
         if config.hardware.activation_checkpointing:
             checkpoint_layers(self.policy)
         self.optimizer = experiment.build_optimizer(self.master)
-        self.sampler = PromptSampler(experiment.problems.train, config.seed, config.parent)
+        curriculum = config.sampling.curriculum
+        self.sampler = PromptSampler(experiment.problems.train, config.seed, config.parent, curriculum)
         self.engine = experiment.build_engine(self.policy)
         self._engine_is_current = True  # False if the policy's weights have changed since the last sync
         self.sampling = experiment.sampling(self.master)
@@ -127,6 +128,10 @@ class Trainer:
             self._renew_reference()
         groups, sampled = sample_groups(experiment, self.sampler, self.sampling, self._sample, step, timer)
         prompts, completions, scored = groups.prompts, groups.completions, groups.scored
+        if self.config.sampling.curriculum:
+            with timer("reward"):
+                for each in sampled:
+                    self.sampler.observe(each.problems, pass_rates(experiment, each.scored))
         with timer("reward"):
             advantages = compute_advantages(experiment, scored, completions.ids.shape[1])  # (B,) or (B, T)
         batch = self._trained_on(Batch(prompts, completions, advantages.float().to(experiment.device)))
@@ -389,6 +394,7 @@ class Trainer:
         """The parts that may have a state, by their name in a checkpoint."""
         return {
             "rollout": self.engine,
+            "sampler": self.sampler,
             "reference": self._reference_budget,
             "update": self._update_budget,
         }

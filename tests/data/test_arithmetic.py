@@ -4,7 +4,9 @@ import sys
 
 import pytest
 
+from grpo.config.errors import ConfigError
 from grpo.data.arithmetic import PHRASINGS, SPLITS, problems
+from grpo.data.problems import load_arithmetic
 
 
 def operands(problem):
@@ -65,3 +67,23 @@ def test_the_problems_do_not_change_between_versions():
 def test_an_unknown_split_is_refused_with_a_list_of_the_known_ones():
     with pytest.raises(ValueError, match=r"'dev'.*demonstrations, train, test"):
         problems("dev")
+
+
+@pytest.mark.parametrize("digits", [1, 3, 8])
+def test_more_digits_are_more_difficult_and_the_splits_stay_apart(digits):
+    loaded = load_arithmetic(digits=digits)
+    families = [{each.family for each in split} for split in (loaded.train, loaded.test)]
+    assert not families[0] & families[1]
+    for each in loaded.train[:50] + loaded.test[:50]:
+        a, b = each.id.split("+")
+        assert len(a) == len(b) == digits
+        assert int(each.answer) == int(a) + int(b)
+    sizes = {1: (14, 3), 3: (2000, 500), 8: (2000, 500)}
+    assert (len(loaded.train), len(loaded.test)) == sizes[digits]
+    assert load_arithmetic(digits=digits) == loaded
+
+
+@pytest.mark.parametrize("digits", [0, 19, 2.0, True, "2"])
+def test_a_number_of_digits_that_is_none_is_refused(digits):
+    with pytest.raises(ConfigError, match=f"data.digits={digits}: must be an integer from 1 to 18"):
+        load_arithmetic(digits=digits)
