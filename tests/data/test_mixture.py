@@ -84,7 +84,6 @@ def test_a_mixture_with_a_curriculum_continues_bit_for_bit(arguments, tmp_path):
         ("data.parts.hard.weight=-1", "data.parts.hard.weight=-1: must be 0 or more"),
         ("data.parts.hard.weight=many", "data.parts.hard.weight=many: must be a number"),
         ("data.parts.hard.question=question", "there is no column 'question' (data.question); it has problem, result"),
-        ("data.parts=[1]", "data.parts must be a group data by the name of each part: see conf/data/gsm8k_math.yaml"),
         ("~data.parts.hard._target_", "data.parts.hard needs a _target_: add a file of data to the defaults of your"),
     ],
 )
