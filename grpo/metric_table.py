@@ -61,6 +61,8 @@ entropy | nats per token | entropy of the policy's distribution at the sampling 
     mean over counted tokens and updates | Loss and KL | Entropy of the policy
 grad_norm | L2 norm | gradient before clipping
     mean over the mu updates | Loss and KL | Gradient norm
+weights_changed | share of weights | weights that the updates of the step changed; 0: the learning rate is rounded away
+    at most 64 of each trained tensor
 clip_ratio/low_mean | share of tokens | ratio below 1 - epsilon_low, negative advantage: no gradient
     mean over counted tokens and updates | Loss and KL | Clipped tokens | low | objective
 clip_ratio/high_mean | share of tokens | ratio above 1 + epsilon_high, positive advantage: no gradient

@@ -286,6 +286,55 @@ def sampling_differs(doctor: Doctor) -> str | None:
     )
 
 
+def weights_did_not_move(doctor: Doctor) -> str | None:
+    """In five updates in a row with a gradient and a learning rate above 0, none of the looked-at weights changed."""
+    updates = [row for row in doctor.rows if (row.get("grad_norm") or 0) > 0 and (row.get("learning_rate") or 0) > 0]
+    changed = [row.get("weights_changed") for row in updates[-5:]]
+    if len(changed) < 5 or any(each != 0 for each in changed):
+        return None
+    return (
+        "the last 5 updates had a gradient and changed no weight: raise optimizer.lr, whose steps are rounded away, or "
+        "set model.dtype=float32"
+    )
+
+
+def memory_grows(doctor: Doctor) -> str | None:
+    """The peak of memory grew in each quarter of the last 100 steps, not more slowly in the last, and lengths did not.
+
+    At least 1 % in each quarter. Longer completions than before need more memory in any case.
+    """
+    peaks = doctor.last("perf/peak_memory_gb", 101)
+    longest = doctor.last("completions/max_length", 100)
+    if len(peaks) < 101 or len(longest) < 100:
+        return None
+    quarters = [after - before for before, after in pairwise(peaks[::25])]
+    if min(quarters) < 0.01 * peaks[0] or quarters[-1] < 0.5 * fmean(quarters):
+        return None
+    if max(longest[25:]) > max(longest[:25]):
+        return None
+    return (
+        f"memory grew from {peaks[0]:.3g} to {peaks[-1]:.3g} GB in 100 steps and still grows, though completions are "
+        "not longer: something keeps what it should release; look at functions of your own (reward.isolate=true gives "
+        "those of the reward a process of their own), and resume the run in a new process before memory runs out"
+    )
+
+
+def component_without_values(doctor: Doctor) -> str | None:
+    """A reward component gave no value for any completion of the first ten steps or more."""
+    if len(doctor.rows) < 10:
+        return None
+    names = [name.split("/")[1] for name in doctor.rows[-1] if name.startswith("rewards/") and name.endswith("/mean")]
+    silent = [name for name in names if all(row.get(f"rewards/{name}/mean") is None for row in doctor.rows)]
+    if not silent:
+        return None
+    are = "component gives" if len(silent) == 1 else "components give"
+    return (
+        f"the reward {are} no value for any completion in {len(doctor.rows)} steps: {', '.join(silent)}; the function "
+        "returns None, or fails and is skipped (reward.on_error=skip): correct it, or remove the component from "
+        "reward.components"
+    )
+
+
 RULES: tuple[Callable[[Doctor], str | None], ...] = (
     reward_falls,
     equal_groups,
@@ -297,6 +346,9 @@ RULES: tuple[Callable[[Doctor], str | None], ...] = (
     held_out_falls,
     skipped_updates,
     sampling_differs,
+    weights_did_not_move,
+    memory_grows,
+    component_without_values,
 )
 
 

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grpo.algorithm.advantage import comparable_reward, equal_groups, group_std
 from grpo.batch import Completions
 from grpo.data.problems import Problem
 from grpo.training.scored_completions import ScoredCompletions
+
+WEIGHTS = 64  # values of each trained tensor in `some_weights`
 
 
 class Timer:
@@ -130,6 +132,16 @@ def completion_rows(problems: list[Problem], scored: ScoredCompletions, group: T
             }
         )
     return rows
+
+
+def some_weights(model: nn.Module) -> Tensor:
+    """A copy of at most `WEIGHTS` evenly spaced values of each trained tensor of a model, (n,) float32."""
+    parts = []
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.numel():
+            values = parameter.detach().flatten()
+            parts.append(values[:: -(-len(values) // WEIGHTS)].float())
+    return torch.cat(parts)
 
 
 def sample_rows(

@@ -35,6 +35,7 @@ from grpo.training.metrics import (
     reward_metrics,
     sample_rows,
     sampling_metrics,
+    some_weights,
     update_metrics,
 )
 from grpo.training.preflight import preflight
@@ -140,7 +141,9 @@ class Trainer:
                 batch = replace(batch, ref_logps=self._reference_logps(batch))
         with timer("update"):
             rate = self._set_learning_rate(step)
+            before = some_weights(self.master)
             updates = self._update_policy(batch)
+            changed = some_weights(self.master).ne(before).float().mean().item()
 
         self._step_seconds = time.perf_counter() - self._step_started
         skipped = not updates[-1].finite
@@ -153,6 +156,7 @@ class Trainer:
             **reward_metrics(scored, sizes.num_generations),
             **completion_metrics(completions, self.sampling.stop_ids),
             **sampling_metrics(batch.completions, updates[0].logps),
+            "weights_changed": changed,
             "learning_rate": rate,
             "num_tokens": self.state.num_tokens,
             "step_time": self._step_seconds,

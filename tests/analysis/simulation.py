@@ -57,6 +57,10 @@ def simulated_run(
                 "grad_norm": norm,
                 "entropy": (_entropy(right).mean() + _entropy(form)) / TOKENS,
                 "kl": (_divergence(right, start).mean() + _divergence(form, _sigmoid(format_logit))) / TOKENS,
+                "learning_rate": rate,
+                "weights_changed": 1.0,
+                "perf/peak_memory_gb": 4.0 + 0.2 * (1 - 1 / step),
+                "completions/max_length": float(luck.integers(50, 100)),
                 "sampling/logp_difference/mean": luck.lognormal(np.log(1e-6), 0.5),
             }
         )

@@ -35,6 +35,10 @@ def course(steps=60, **metrics):
         "grad_norm": lambda step: luck.uniform(0.1, 0.3),
         "loss": 0.0,
         "sampling/logp_difference/mean": 1e-6,
+        "learning_rate": 1e-5,
+        "weights_changed": 0.9,
+        "perf/peak_memory_gb": 4.0,
+        "completions/max_length": 100.0,
     }
     return [
         {"step": step} | {k.replace("__", "/"): v(step) if callable(v) else v for k, v in (healthy | metrics).items()}
@@ -168,6 +172,36 @@ CASES = {
             course(**{"sampling/logp_difference/mean": None}),  # an engine that returns no log-probabilities
         ],
     ),
+    "weights_did_not_move": (
+        course(weights_changed=lambda step: 0.0 if step > 10 else 0.5),
+        15,
+        [
+            course(weights_changed=lambda step: 0.0 if step % 4 else 1e-4),
+            course(weights_changed=0.0, learning_rate=0.0),
+            course(weights_changed=0.0, grad_norm=0.0),
+            course(weights_changed=0.0, grad_norm=None),
+            course(weights_changed=None),  # of an earlier version
+        ],
+    ),
+    "memory_grows": (
+        course(200, perf__peak_memory_gb=lambda step: 4 + 0.01 * step),
+        101,
+        [
+            course(400, perf__peak_memory_gb=lambda step: 4 + 0.01 * step, completions__max_length=lambda step: step),
+            course(400, perf__peak_memory_gb=lambda step: 8 - 4 / step**0.5),
+            course(400, perf__peak_memory_gb=lambda step: 4 + step // 100),
+            course(400, perf__peak_memory_gb=lambda step: 4 + 1e-4 * step),
+        ],
+    ),
+    "component_without_values": (
+        course(rewards__mine__mean=None),
+        10,
+        [
+            course(rewards__mine__mean=lambda step: 0.0 if step == 3 else None),
+            course(rewards__mine__mean=0.0),
+            course(9, rewards__mine__mean=None),
+        ],
+    ),
     "skipped_updates": (
         course(loss=lambda step: None if step in (12, 20) else 0.0),
         20,
@@ -181,7 +215,8 @@ def test_a_rule_reports_once_where_it_should_and_not_for_similar_metrics(rule):
     ill, step, well = CASES[rule]
     (found,) = [finding for finding in doctor_says(ill) if finding.rule == rule]
     assert step is None or found.step == step
-    assert any(key in found.text for key in ("grpo.", "optimizer.", "data.", "model."))  # the setting to change
+    keys = ("grpo.", "optimizer.", "data.", "model.", "reward.")
+    assert any(key in found.text for key in keys)  # the setting to change
     for each in well:
         assert rule not in [finding.rule for finding in doctor_says(each)]
 

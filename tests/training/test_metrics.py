@@ -95,3 +95,14 @@ def test_a_row_of_an_earlier_version_has_its_spread_under_the_present_name(tmp_p
     run.write_metrics(written)
     assert run.metrics() == [{"step": 1, "reward_group_std": 0.5}, written[1]]
     assert run.truncate_metrics(2) == written  # what is in the file stays as it is
+
+
+@pytest.mark.parametrize(("rate", "moves"), [("1e-6", True), ("1e-20", False)])
+def test_weights_that_did_not_move_are_seen_and_reported(tmp_path, rate, moves):
+    """A step of 1e-20 is far below the spacing of float32 numbers of the size of weights."""
+    settings = ["grpo.warmup_steps=0", f"optimizer.lr={rate}", "grpo.num_steps=6"]
+    done = launch(*SHORT, *settings, "run_dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    changed = [row["weights_changed"] for row in rows(tmp_path / "run")]
+    assert all(each > 0.5 for each in changed) if moves else changed == [0.0] * 6
+    assert ("doctor: the last 5 updates had a gradient and changed no weight" in done.stdout) is not moves
