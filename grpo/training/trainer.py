@@ -73,6 +73,7 @@ class Update:
 
     metrics: dict[str, float]
     logps: Tensor  # (B, T), log-probabilities before the update
+    passed: Tensor  # (B,) bool, whether the policy computed a completion; else its log-probabilities are 0
     finite: bool  # whether loss and gradient were finite; else no weight was changed
 
 
@@ -155,7 +156,7 @@ class Trainer:
             **update_metrics([update.metrics for update in updates]),
             **reward_metrics(scored, sizes.num_generations),
             **completion_metrics(completions, self.sampling.stop_ids),
-            **sampling_metrics(batch.completions, updates[0].logps),
+            **sampling_metrics(batch.without(~updates[0].passed).completions, updates[0].logps),
             "weights_changed": changed,
             "learning_rate": rate,
             "num_tokens": self.state.num_tokens,
@@ -257,7 +258,7 @@ class Trainer:
                 self.config.grpo.max_grad_norm,
                 1.0 if scale is None else scale.value,
             )
-            update = Update({**gradient.means(), "grad_norm": norm}, gradient.logps, finite)
+            update = Update({**gradient.means(), "grad_norm": norm}, gradient.logps, gradient.passed, finite)
             if finite and self.policy is not self.master:
                 refresh(self.policy, self.master)
             if finite and scale is not None:

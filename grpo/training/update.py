@@ -133,7 +133,8 @@ class Gradient:
 
     loss: float
     metrics: dict[str, tuple[float, float]]  # name -> (sum, weight); the metric is their quotient
-    logps: Tensor  # (B, T) float32, log-probabilities before the update
+    logps: Tensor  # (B, T) float32, log-probabilities before the update; 0 for completions without a pass
+    passed: Tensor  # (B,) bool, whether the policy computed a completion
 
     def means(self) -> dict[str, float]:
         """The loss and the mean of each metric; NaN for a metric whose weight is 0."""
@@ -154,14 +155,20 @@ def accumulate_gradient(
     """Add the gradient of a batch's loss to the parameters' `grad`, one micro-batch at a time.
 
     counts: of the whole batch, of which `batch` may be a part. loss_scale: a factor of the gradient only.
-    Without a KL term and an entropy bonus a micro-batch whose advantages are all 0 has a gradient of 0, so only its
-    forward pass is run, for the metrics.
+    If the objective says that completions with an advantage of 0 have no part in the loss (`needs_advantage`), the
+    policy does not compute them, and they have no part in the metrics. Of another objective without a KL term and an
+    entropy bonus, a micro-batch whose advantages are all 0 has a forward pass only, unless its loss has a gradient.
     """
+    computed = _computed_rows(objective, batch)  # (n,)
+    whole = batch
+    batch = batch.select(computed) if len(computed) < len(batch.advantages) else batch
     all_rows = batch.micro_batches(token_budget, supports_packing(model))
     always = batch.ref_logps is not None or needs_entropy_gradient(objective)
     has_signal = [always or bool(batch.advantages[rows].any()) for rows in all_rows]
     has_signal[-1] |= not any(has_signal)  # so that the optimizer always gets a gradient
-    logps = torch.zeros(batch.completions.ids.shape, device=batch.completions.ids.device)  # (B, T)
+    logps = torch.zeros(whole.completions.ids.shape, device=whole.completions.ids.device)  # (B, T)
+    passed = torch.zeros(len(logps), dtype=torch.bool, device=logps.device)
+    passed[computed] = True
     loss: Tensor | float = 0.0
     sums: dict[str, tuple[Tensor | float, Tensor | int]] = {}
     for rows, with_gradient in zip(all_rows, has_signal, strict=True):
@@ -172,7 +179,7 @@ def accumulate_gradient(
             inputs, output = compute_loss(model, objective, micro_batch, counts, temperature, with_gradient)
         if with_gradient and output.loss.requires_grad:
             (output.loss * loss_scale).backward()
-        logps[rows, : inputs.logps.shape[1]] = inputs.logps.detach()
+        logps[computed[rows], : inputs.logps.shape[1]] = inputs.logps.detach()
         loss += output.loss.detach()
         assert inputs.entropy is not None  # `compute_loss` requests it
         entropy = inputs.entropy.detach() * inputs.mask
@@ -183,7 +190,17 @@ def accumulate_gradient(
         loss=float(loss),
         metrics={name: (float(total), float(weight)) for name, (total, weight) in sums.items()},
         logps=logps,
+        passed=passed,
     )
+
+
+def _computed_rows(objective: ObjectiveFunction, batch: Batch) -> Tensor:
+    """The completions (n,) int64 that the policy computes, at least one, so that the optimizer gets a gradient."""
+    everything = torch.arange(len(batch.advantages), device=batch.advantages.device)
+    if not getattr(objective, "needs_advantage", False):
+        return everything
+    rows = batch.advantages.reshape(len(everything), -1).any(dim=1).nonzero().squeeze(1)
+    return rows if len(rows) else everything[:1]
 
 
 def needs_entropy_gradient(objective: ObjectiveFunction) -> bool:

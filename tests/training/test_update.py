@@ -363,3 +363,39 @@ def test_a_function_can_ask_for_the_gradient_of_the_entropy(model, batch):
     no_advantage = replace(batch, ref_logps=None, advantages=torch.zeros(8))
     _, gradient = accumulate(model, no_advantage, WHOLE, objective=functools.partial(objective, weight=1.0))
     assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("surrogate", CHOICES["surrogate"])
+@pytest.mark.parametrize("advantages", [[0.0, 1.0, 0.0, -0.5, 0.0, 0.0, 0.3, 0.0], [0.0] * 8])
+def test_without_kl_the_policy_computes_only_completions_with_an_advantage(model, batch, surrogate, advantages):
+    """The counts are those of the whole batch, so loss and gradient are those of computing everything."""
+    batch = replace(batch, ref_logps=None, advantages=torch.tensor(advantages))
+    objective = Objective(**{**CHOSEN, "beta": 0.0, "surrogate": surrogate})
+    found, gradient = accumulate(model, batch, 25, objective=objective)
+    objective.needs_advantage = False
+    everything, expected = accumulate(model, batch, 25, objective=objective)
+    assert torch.allclose(gradient, expected, atol=1e-6)
+    assert found.loss == pytest.approx(everything.loss, abs=1e-6)
+    with_advantage = batch.advantages != 0
+    computed = with_advantage if with_advantage.any() else torch.arange(8) == 0
+    assert found.passed.equal(computed)
+    assert everything.passed.all()
+    assert torch.allclose(found.logps[computed], everything.logps[computed], atol=1e-5)
+    assert not found.logps[~computed].any()
+    entropy_tokens = found.metrics["entropy"][1]
+    assert entropy_tokens == batch.completions.completion_mask[computed].sum()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"beta": 0.04}, {"beta": 0.0, "entropy_weight": 0.1}, {"surrogate": f"{__name__}.pays_everything"}]
+)
+def test_where_completions_without_an_advantage_have_a_gradient_all_are_computed(model, batch, settings):
+    batch = replace(batch, advantages=torch.zeros(8), ref_logps=batch.ref_logps if settings.get("beta") else None)
+    objective = Objective(**{**CHOSEN, "beta": 0.0, **settings})
+    found, gradient = accumulate(model, batch, 25, objective=objective)
+    assert found.passed.all()
+    assert gradient.any()
+
+
+def pays_everything(ratio, logps, advantages, numbers):
+    return -ratio * (advantages + 1), {}
