@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from grpo.algorithm.objective import Counts, LossInputs, Objective
+from grpo.algorithm.objective import Counts, LossInputs, Objective, choose
 from grpo.batch import Prompts
 from grpo.config.checks import typed
 from grpo.config.command_line import override
@@ -217,3 +218,80 @@ def test_completions_without_a_counted_token_are_in_the_mean_of_trl_and_not_in_o
     assert counted == ROWS - 1
     found = loss_and_gradient(ours("grpo", *case, rows=counted), 1)
     torch.testing.assert_close(found, tuple(each * ROWS / counted for each in expected))
+
+
+ADVANTAGES = {
+    "group": ("group", "sum_then_normalize"),
+    "batch": ("batch", "sum_then_normalize"),
+    "none": ("none", "sum_then_normalize"),
+    "normalize_then_sum": ("group", "normalize_then_sum"),
+}
+GROUPS, SIZE = 3, 4
+WEIGHTS = [1.0, 0.5]
+
+
+def random_rewards():
+    """Two components (P, G, C); the rewards of the second group are equal."""
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randint(0, 4, (GROUPS, SIZE, 2), generator=generator).double() / 2
+    rewards[1] = 1.5
+    return rewards
+
+
+@pytest.fixture(scope="module")
+def scoring_trainer(tmp_path_factory):
+    """A trainer whose reward functions return `random_rewards`, whatever it samples."""
+
+    def component(number):
+        return lambda completions, **_: random_rewards()[..., number].flatten().tolist()
+
+    return GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32),
+        reward_funcs=[component(0), component(1)],
+        args=GRPOConfig(
+            output_dir=str(tmp_path_factory.mktemp("scoring")),
+            reward_weights=WEIGHTS,
+            num_generations=SIZE,
+            per_device_train_batch_size=GROUPS * SIZE,
+            max_completion_length=2,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "1"}] * 12),
+        processing_class=AutoTokenizer.from_pretrained(MODEL_DIR),
+    )
+
+
+@pytest.mark.parametrize("name", ADVANTAGES)
+def test_advantages_equal_those_that_trl_computes_from_the_same_rewards(scoring_trainer, name):
+    scoring_trainer.scale_rewards, scoring_trainer.multi_objective_aggregation = ADVANTAGES[name]
+    prompts = [{"prompt": str(group)} for group in range(GROUPS) for _ in range(SIZE)]
+    expected = scoring_trainer._generate_and_score_completions(prompts)["advantages"].view(GROUPS, SIZE)
+    rewards = random_rewards()
+    found = choose("advantage", name)(rewards, torch.tensor(WEIGHTS).double(), torch.ones_like(rewards).bool())
+    torch.testing.assert_close(found.float(), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+def parity_table(trainer):
+    """For each objective the largest differences from TRL's loss and gradient over `CASES`, as Markdown."""
+    lines = ["| objective | `loss_type` of TRL | cases | loss | gradient |", "|---|---|---|---|---|"]
+    for name, loss_type in OBJECTIVES.items():
+        losses, slopes = [], []
+        for *case, accumulation in CASES:
+            if name == "bnpo" and accumulation > 1:  # differs on purpose, see above
+                continue
+            expected = loss_and_gradient(theirs(trainer, loss_type, *case, accumulation), accumulation)
+            found = loss_and_gradient(ours(name, *case), accumulation)
+            losses.append(abs(float(found[0] - expected[0])) / max(1.0, abs(float(expected[0]))))
+            slopes.append(float((found[1] - expected[1]).abs().max() / expected[1].abs().max()))
+        lines.append(f"| `{name}` | `{loss_type}` | {len(losses)} | {max(losses):.0e} | {max(slopes):.0e} |")
+        assert max(losses) < 1e-5
+        assert max(slopes) < 1e-5
+    return "\n".join(lines)
+
+
+@pytest.mark.slow
+def test_the_table_of_differences(trainer):
+    """Printed with `-s`, for docs/objectives.md."""
+    print(f"\nTRL {trl.__version__}, torch {torch.__version__}\n{parity_table(trainer)}")
