@@ -474,3 +474,16 @@ def test_the_status_of_a_sweep_is_json_that_a_script_can_read(cwd):
         (0, "0_seed_4", 1),
         (1, "1_seed_5", 1),
     ]
+
+
+def test_a_sweep_over_the_files_of_a_group_and_over_a_range(cwd):
+    """Hydra's glob, exclude and range."""
+    keys = ["objective=glob([c*,d*],exclude=d?_*)", "seed=range(1,3)"]
+    done = launch("-m", *QUICK, *keys, "grpo.num_steps=1", "hydra/launcher=basic", "sweep_dir=own", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    jobs = SweepFolder(cwd / "own").jobs()
+    assert [job["overrides"] for job in jobs] == [
+        [f"objective={name}", f"seed={seed}"] for name in ("cispo", "dapo") for seed in (1, 2)
+    ]
+    objectives = [RunFolder(cwd / "own" / job["folder"]).frozen_config().objective for job in jobs]
+    assert [each["surrogate"] for each in objectives] == ["cispo", "cispo", "clip", "clip"]
