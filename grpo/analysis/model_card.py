@@ -27,6 +27,10 @@ def write_model_card(run: RunFolder, folder: Path) -> None:
     (folder / "README.md").write_text(model_card(run), encoding="utf-8")
 
 
+def _data_name(data: dict[str, Any]) -> str:
+    return f"`{_without_folder(data.get('path') or data['_target_'])}` {data.get('name') or ''}".strip()
+
+
 def model_card(run: RunFolder) -> str:
     """What the model was trained on and how, with its evaluations and the command that trains it again."""
     config = read_config(run.path)
@@ -41,12 +45,13 @@ def model_card(run: RunFolder) -> str:
     environment = first.get("environment", {})
     digest = hashlib.sha256(run.config_file.read_bytes()).hexdigest()
     rewards = [f"{name} (`{each['_target_']}`, weight {each.get('weight', 1.0):g})" for name, each in _rewards(config)]
-    steps = grpo["num_iterations"] * grpo["num_steps"]
+    planned = grpo["num_iterations"] * grpo["num_steps"]
+    steps = run.status().get("step") or planned  # fewer if the run ended at its target
     parent = config.get("parent")
     rows = {
         **({"forked from": f"step {parent['step']} of another run, whose settings it keeps"} if parent else {}),
         "base model": f"`{_without_folder(model['name'])}`{', with LoRA' if adapter else ''}",
-        "data": f"`{_without_folder(data.get('path') or data['_target_'])}` {data.get('name') or ''}".strip(),
+        "data": ", ".join(_data_name(each) for each in (data.get("parts") or {"": data}).values()),
         "rewards": "; ".join(rewards),
         "steps": f"{steps}, of {grpo['batch_size']} prompts with {grpo['num_generations']} completions of at most "
         f"{grpo['max_completion_length']} tokens",

@@ -52,6 +52,7 @@ def test_a_run_ends_at_its_target_as_the_run_without_one_was_there(whole, reacha
     assert f"target of {accuracy:.1%} reached after step {step}" in done.stdout
     assert f"Target of {accuracy:.1%} reached after step {step}" in (run / "report.html").read_text()
     assert "target.stop=false" in done.stdout
+    assert f"| steps | {step}, of 3 prompts" in (run / "final_model" / "README.md").read_text()
 
     further = launch("resume=true", "run_dir=run", "target.stop=false", cwd=tmp_path)
     assert further.returncode == 0, further.stderr
