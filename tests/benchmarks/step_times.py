@@ -2,8 +2,8 @@
 
 python tests/benchmarks/step_times.py [--rounds 3] [--steps 20] ARM ARM ...
 
-An arm is a text with overrides, such as "experiment=quickstart grpo.train_on=4". With @DIR as its first word it uses the
-launch.py of another checkout. The arms run in turns, each time in a new process; the first two steps are not counted.
+An arm is a text with overrides, such as "experiment=quickstart grpo.train_on=4". With @DIR as its first word it uses
+the launch.py of another checkout. The arms run in turns, each time in a new process, without the first two steps.
 Printed are medians in seconds, and the time of a step as a share of that of the first arm in the same round.
 """
 
