@@ -20,6 +20,8 @@ from grpo.config.migrations import metrics_row
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_COMPARED = ("step_time", "timing_s/", "perf/")
+# Not in rows of earlier checkouts; in versions 0 and 1 another number had the first name.
+NEW = ("reward_std", "weights_changed")
 EVERYWHERE = ["seed=1", "tracking=disabled"]
 
 
@@ -61,8 +63,7 @@ def contents(folder: Path) -> dict[str, str]:
     found = {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     for line in (folder / "metrics" / "metrics.jsonl").read_text().splitlines():
         row = metrics_row(json.loads(line))  # with the names of this version
-        row.pop("reward_std", None)  # not in rows of versions 0 and 1, where another number had this name
-        kept = {key: value for key, value in row.items() if not key.startswith(NOT_COMPARED)}
+        kept = {key: value for key, value in row.items() if not key.startswith((*NOT_COMPARED, *NEW))}
         found[f"metrics row {row['step']}"] = json.dumps(kept, sort_keys=True)
     return found
 
