@@ -120,9 +120,10 @@ class Objective:
         self.beta = beta
         self.entropy_weight = entropy_weight
         self.needs_entropy_gradient = entropy_weight > 0
-        # Whether completions with an advantage of 0 have no part in the loss and its gradient. A surrogate of the user
-        # may give them one.
-        self.needs_advantage = beta == 0 and entropy_weight == 0 and surrogate in CHOICES["surrogate"]
+        # Whether completions with an advantage of 0 have no part in the loss and its gradient. A surrogate or reduction
+        # of the user may give them one.
+        of_suite = surrogate in CHOICES["surrogate"] and reduction in CHOICES["reduction"]
+        self.needs_advantage = beta == 0 and entropy_weight == 0 and of_suite
         self._kl_correction = kl_correction
         self._sampling_correction = sampling_correction
         self._sampling_cap = sampling_cap

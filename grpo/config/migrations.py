@@ -85,6 +85,8 @@ def load_frozen(file: Path, complete: bool = True) -> DictConfig:
     values = migrate(read_yaml(file, dict), file, CONFIG_STEPS)
     for name, value in ADDED_WITHIN_2.items():
         _set_default(values, name, value)
+    if (values.get("data") or {}).get("_target_") == "grpo.data.problems.load_arithmetic":
+        _set_default(values, "data.digits", 2)  # the only ones in earlier folders
     if complete:
         _check_keys(flatten(values), file)
     try:

@@ -7,13 +7,15 @@ from typing import Any
 from grpo.config.instantiate import bind
 from grpo.config.schema import known_keys
 from grpo.data.problems import SPLITS, Problem, Problems
+from grpo.data.splits import with_validation
 
 
 def mix(parts: Mapping[str, Problems], weights: Mapping[str, float]) -> Problems:
     """Join data sets. parts, weights: the problems and the weight of each part by its name.
 
-    A training problem of a part with weight w and n training problems is drawn with the weight w / n; a part with the
-    weight 0 is only evaluated. Each problem has the name of its part in front of its id, and in the column `part`.
+    A training problem of a part with weight w and n training problems, without those to validate on, is drawn with the
+    weight w / n; a part with the weight 0 is only evaluated. Each problem has the name of its part in front of its id,
+    and in the column `part`.
     """
     joined: dict[str, list[Problem]] = {split: [] for split in SPLITS}
     for name, problems in parts.items():
@@ -34,7 +36,8 @@ def bind_data(data: Mapping[str, Any]) -> Callable[[], Problems]:
         return bind("data", data, without)
     loaders = {name: bind(f"data.parts.{name}", part, (*without, "weight")) for name, part in data["parts"].items()}
     weights = {name: float(part.get("weight", 1.0)) for name, part in data["parts"].items()}
-    return lambda: mix({name: load() for name, load in loaders.items()}, weights)
+    share = data["validation_share"]
+    return lambda: mix({name: with_validation(load(), share) for name, load in loaders.items()}, weights)
 
 
 def paths_of(data: Mapping[str, Any]) -> list[object]:

@@ -102,7 +102,7 @@ def load_from_hub(
             f"data.path={path} has no split '{missing[0]}' (it has {', '.join(found)}); give a folder that holds "
             f"train.jsonl and test.jsonl with {instead}"
         )
-    return {split: enumerate(found[splits[split]], start=1) for split in SPLITS if splits[split] in found}
+    return {split: enumerate(found[name], start=1) for split, name in splits.items() if name in found}
 
 
 def load_jsonl(path: str | None, name: str | None = None) -> Problems:

@@ -3,19 +3,34 @@
 Source: Stojanovski et al., arXiv 2505.24760.
 """
 
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import reasoning_gym
-
-from grpo.config.errors import ConfigError, first_line
+from grpo.config.errors import ConfigError
 from grpo.data.problems import Problems, parse_rows
-from grpo.rewards.reasoning_gym import NO_REFERENCE
 
+NO_REFERENCE = "(any answer that the task accepts)"  # as in grpo.rewards.reasoning_gym
 UNUSABLE = {
     "composite": "it needs a list of other tasks",
     "game_of_life_halting": "its scorer counts any text as the answer True (reasoning-gym 0.1.25)",
 }
+# Some tasks choose from sets of texts, whose order differs between processes with different seeds of Python's hashes.
+_GENERATE = """
+import pickle, sys
+sys.path[:] = sys.argv[1:]
+task, seed, size, settings = pickle.load(sys.stdin.buffer)
+try:
+    import reasoning_gym
+    found = list(reasoning_gym.create_dataset(task, seed=seed, size=size, **settings))
+except Exception as error:
+    found = f"{type(error).__name__}: {error}".splitlines()[0]
+pickle.dump(found, sys.stdout.buffer)
+"""
 
 
 def load(
@@ -40,8 +55,11 @@ def load(
         raise ConfigError(f"data.path={path}: data=reasoning_gym generates its own problems; set data.path=null")
     if task in UNUSABLE:
         raise ConfigError(f"data.task={task}: {UNUSABLE[task]}; choose another task")
-    if train_size < 1 or test_size < 0:
-        raise ConfigError(f"data.train_size={train_size}, data.test_size={test_size}: at least 1 problem to train on")
+    for key, value, least in (("train_size", train_size, 1), ("test_size", test_size, 0), ("task_seed", task_seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"data.{key}={value}: must be an integer of {least} or more")
+    if settings is not None and not isinstance(settings, Mapping):
+        raise ConfigError(f"data.settings={settings}: must be arguments of the task by name, such as {{max_terms: 3}}")
     rows = _rows(task, task_seed, dict(settings or {}), train_size + test_size)
     problems = parse_rows(enumerate(rows, start=1), f"reasoning-gym {task}", task)
     return Problems(problems[test_size:], problems[:test_size])
@@ -52,13 +70,7 @@ def _rows(task: str, seed: int, settings: dict[str, Any], count: int) -> Iterato
     found = 0
     questions = set()
     size = 2 * count  # enough unless many questions are equal
-    try:
-        entries = reasoning_gym.create_dataset(task, seed=seed, size=size, **settings)
-    except (ValueError, TypeError, AssertionError) as error:
-        raise ConfigError(
-            f"data.task={task}: {first_line(error)}; data.settings has the arguments of the task"
-        ) from error
-    for entry in entries:
+    for entry in _generated(task, seed, size, settings):
         if entry["question"] in questions:
             continue
         questions.add(entry["question"])
@@ -71,3 +83,23 @@ def _rows(task: str, seed: int, settings: dict[str, Any], count: int) -> Iterato
         f"data.task={task}: only {found} of {size} questions are different; lower data.train_size, or make the "
         "problems more various with data.settings"
     )
+
+
+def _generated(task: str, seed: int, size: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a task, generated in a process in which the hashes of texts have a fixed seed."""
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise ConfigError('data=reasoning_gym: reasoning_gym is not installed; pip install -e ".[reasoning-gym]"')
+    done = subprocess.run(
+        [sys.executable, "-c", _GENERATE, *sys.path],
+        input=pickle.dumps((task, seed, size, settings)),
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONHASHSEED": "0"},
+        check=False,
+    )
+    if done.returncode != 0:
+        raise ConfigError(f"data.task={task}: generating its problems failed with exit code {done.returncode}")
+    found = pickle.loads(done.stdout)
+    if isinstance(found, str):
+        given = f" with data.settings={settings}" if settings else ""
+        raise ConfigError(f"data.task={task}{given}: {found}")
+    return found

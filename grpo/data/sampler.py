@@ -1,5 +1,6 @@
 """Selection of the problems of each step."""
 
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from grpo.config.errors import ConfigError
 from grpo.counter_rng import hash64
 from grpo.data.problems import Problem
 
@@ -40,15 +42,18 @@ class PromptSampler:
     ) -> None:
         """parent: for a fork, the `parent` of its config, which continues after the parent's problems.
 
-        curriculum: `sampling.curriculum`.
+        curriculum: `sampling.curriculum`. Raises ConfigError for weights that are no probabilities.
         """
+        if not all(0 <= problem.weight < float("inf") for problem in problems) or not any(p.weight for p in problems):
+            raise ConfigError("data: the weights of the training problems must be 0 or more, and not all 0")
         self._problems = problems
         self._seed = seed
         self._parent = parent
         self._curriculum = curriculum
         weights = np.array([problem.weight for problem in problems])
         self._weights = weights if curriculum or len(set(weights.tolist())) > 1 else None  # (number of problems,)
-        self._observed: dict[str, tuple[float, int]] = {}  # id -> sum of the pass rates, number of groups
+        self._names = [_name(problem) for problem in problems] if curriculum else []
+        self._observed: dict[str, tuple[float, int]] = {}  # `_name` -> sum of the pass rates, number of groups
 
     def take(self, step: int, count: int) -> SampledProblems:
         """The `count` problems of a step (counted from 1). All earlier steps of the run must have the same `count`."""
@@ -89,16 +94,17 @@ class PromptSampler:
         """
         for problem, rate in zip(problems, pass_rates, strict=True):
             if rate == rate:
-                total, groups = self._observed.get(problem.id, (0.0, 0))
-                self._observed[problem.id] = (total + rate, groups + 1)
+                name = _name(problem)
+                total, groups = self._observed.get(name, (0.0, 0))
+                self._observed[name] = (total + rate, groups + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """What was observed, as JSON values; empty without a curriculum."""
-        return {problem: list(counts) for problem, counts in self._observed.items()}
+        return {name: list(counts) for name, counts in self._observed.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self._observed = {problem: (float(total), int(groups)) for problem, (total, groups) in state.items()}
+        self._observed = {name: (float(total), int(groups)) for name, (total, groups) in state.items()}
 
     def _order_by_weight(self, step: int) -> np.ndarray:
         """The problems with a weight above 0, in the order in which a step draws them, (at most all,) int64.
@@ -109,7 +115,8 @@ class PromptSampler:
         assert self._weights is not None
         weights = self._weights
         if self._curriculum:
-            weights = weights * [self._pass_weight(problem) for problem in self._problems]
+            observed = (self._observed.get(name, (0.0, 0)) for name in self._names)
+            weights = weights * [pass_weight(self._curriculum, total, groups) for total, groups in observed]
         bits = hash64(WEIGHTED, self._seed, step, np.arange(len(weights))) >> np.uint64(11)
         uniform = (bits.astype(np.float64) + 0.5) / 2.0**53
         with np.errstate(divide="ignore"):
@@ -117,13 +124,14 @@ class PromptSampler:
         order = np.argsort(-scores, kind="stable")
         return order[weights[order] > 0]
 
-    def _pass_weight(self, problem: Problem) -> float:
-        total, groups = self._observed.get(problem.id, (0.0, 0))
-        return pass_weight(self._curriculum, total, groups)
+
+def _name(problem: Problem) -> str:
+    """A name of a problem that differs between data sets, whose ids may be equal: a fork can have another one."""
+    return hashlib.sha256(f"{problem.id}\n{problem.question}".encode()).hexdigest()[:16]
 
 
 def pass_weight(curriculum: float, pass_rates: float, groups: int) -> float:
-    """The weight of a problem from the sum of its pass rates in so many groups, in (0, 1].
+    """The weight of a problem from the sum of its pass rates and their number (groups), in (0, 1].
 
     1 - c + c * 4 p (1 - p), where c is `sampling.curriculum` and p = (pass_rates + 0.5) / (groups + 1): 1 for a problem
     that was not seen yet or is solved half of the time, and near 1 - c for one that is always or never solved. The

@@ -40,10 +40,10 @@ def with_validation(problems: Problems, share: float) -> Problems:
 def is_same_data(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether two values of the config's group data name the same data set, even if they name it differently.
 
-    A folder is the same data for every loader of the suite. For another loader all of its settings count.
+    A folder is the same data for the loaders of `grpo.data.problems`. For another loader all of its settings count.
     """
     first, second = (each.get("path") for each in (one, other))
-    of_suite = all(each["_target_"].startswith("grpo.data.") for each in (one, other))
+    of_suite = all(each["_target_"].startswith("grpo.data.problems.") for each in (one, other))
     if of_suite and first and second and os.path.exists(first) and os.path.exists(second):
         return os.path.samefile(first, second)
     return _settings(one) == _settings(other)

@@ -2,7 +2,9 @@
 
 import csv
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from grpo.config.errors import ConfigError, first_line
 from grpo.data.problems import SPLITS, Problems, load_from_hub, parse_rows, read_lines
 from grpo.rewards.lenient import last_boxed
 
+MOST_CHARACTERS = 10_000_000  # of a value in a CSV file
+_BOXED_WORD = re.compile(r"\\(?:boxed|fbox)\s+([^\s${}\\.,]+)")
 Rows = Iterable[tuple[int, Any]]  # each with the number of its line
 
 
@@ -40,6 +44,11 @@ def load_table(
     if path is None:
         raise ConfigError("data.path=null: give a data set's hub name, or a folder with train.csv and test.csv")
     columns = {"question": question, "answer": answer} | ({} if id is None else {"id": id})
+    for role, column in columns.items():
+        if not isinstance(column, str):
+            raise ConfigError(f"data.{role}={column}: must be the name of a column")
+    if not isinstance(boxed, bool):
+        raise ConfigError(f"data.boxed={boxed}: must be true or false")
     if len(set(columns.values())) < len(columns):
         raise ConfigError(f"data: question, answer and id must be different columns, not {', '.join(columns.values())}")
     names = _split_names(splits or {})
@@ -55,7 +64,12 @@ def _split_names(splits: Mapping[str, str]) -> dict[str, str]:
     for split in splits:
         if split not in SPLITS:
             raise ConfigError(f"data.splits.{split}: the splits are {', '.join(SPLITS)}")
-    return {split: splits.get(split, split) for split in SPLITS}
+    names = {split: splits.get(split, split) for split in SPLITS}
+    if "validation" not in splits and names["validation"] in (names["train"], names["test"]):
+        del names["validation"]  # {test: validation}: then there are none
+    if len(set(names.values())) < len(names):
+        raise ConfigError(f"data.splits={dict(splits)}: each split must have a name of its own")
+    return names
 
 
 def _problems(source: str, rows: Rows, split: str, renamed: Callable[..., Any]) -> list:
@@ -83,9 +97,14 @@ def _hub_tables(path: str, name: str | None, names: Mapping[str, str]) -> dict[s
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a CSV file with a header; all values are texts, so that an answer 1.50 stays what it is."""
+    csv.field_size_limit(MOST_CHARACTERS)
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
+            header = reader.fieldnames or []
+            repeated = next((name for name in header if header.count(name) > 1), None)
+            if repeated is not None:
+                raise ConfigError(f"{file}, line 1: the column '{repeated}' occurs twice")
             for row in reader:
                 if None in row or None in row.values():
                     raise ConfigError(f"{file}, line {reader.line_num}: the header has another number of columns")
@@ -103,7 +122,8 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         table = parquet.read_table(file)
     except (OSError, pyarrow.ArrowException) as error:
         raise ConfigError(f"{file} is not a Parquet file ({first_line(error)})") from None
-    yield from enumerate(table.to_pylist(), start=1)
+    for number, row in enumerate(table.to_pylist(), start=1):
+        yield number, {key: str(value) if isinstance(value, Decimal) else value for key, value in row.items()}
 
 
 READERS: dict[str, Callable[[Path], Rows]] = {".jsonl": read_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
@@ -122,7 +142,8 @@ def _renamed(row: Any, where: str, columns: Mapping[str, str], boxed: bool) -> A
     chosen = {role: row[column] for role, column in columns.items()}
     if boxed and isinstance(chosen["answer"], str):
         others["solution"] = chosen["answer"]
-        chosen["answer"] = last_boxed(chosen["answer"])
+        without_braces = _BOXED_WORD.findall(chosen["answer"])[-1:]  # as in a few solutions of MATH
+        chosen["answer"] = last_boxed(chosen["answer"]) or next(iter(without_braces), None)
         if chosen["answer"] is None:
             raise ConfigError(rf"{where}: '{columns['answer']}' has no \boxed{{...}} (data.boxed=true)")
     return others | chosen

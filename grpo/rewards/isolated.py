@@ -4,16 +4,19 @@ A function that hangs in C, crashes, exits, prints, or changes the working direc
 state affects only that process, which is killed and started again. It does not import torch, unless a function does.
 """
 
+import codecs
 import ctypes
 import functools
 import inspect
 import logging
 import os
 import pickle
+import queue
 import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import types
 import weakref
@@ -36,6 +39,7 @@ sys.path[:] = sys.argv[3:]
 from grpo.rewards.isolated import main
 main(int(sys.argv[1]), int(sys.argv[2]))
 """
+_LOOK_SECONDS = 0.5  # between looks whether the process still runs
 _EXIT_SECONDS = 2.0  # for the process to exit by itself, so that its exit handlers run
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
@@ -60,9 +64,15 @@ def isolated_functions(config: Config) -> dict[str, Mapping[str, Any]]:
 
 def check_isolated(functions: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise ConfigError if one of these functions cannot be imported; this process does not import them."""
+    _check_importable(tuple((f"{key}._target_", str(node.get("_target_"))) for key, node in functions.items()))
+
+
+@functools.cache  # the points of a sweep have the same functions
+def _check_importable(targets: tuple[tuple[str, str], ...]) -> None:
     process = RewardProcess()
-    for key, node in functions.items():
-        process.check_importable(f"{key}._target_", node.get("_target_"))
+    for key, path in targets:
+        process.check_importable(key, path)
+    process.close()
 
 
 class IsolatedFunction:
@@ -158,13 +168,19 @@ class RewardProcess:
         try:
             with _killed_after(process, timeout_s):
                 connection.send_bytes(data)
-                return pickle.loads(connection.recv_bytes())
+                return pickle.loads(_answer_of(process, connection))
         except (EOFError, OSError):
-            raise EOFError(f"ended its process ({_how_ended(process)})") from None
+            how = _how_ended(process)
+            self._kill()
+            raise EOFError(f"ended its process ({how})") from None
         except BaseException:  # also an interrupt: the next request must not read the answer of this one
-            _kill(process)
-            self._end()
+            self._kill()
             raise
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            _kill(self._process)
+        self._end()
 
     def _ensure_running(self) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -179,6 +195,7 @@ class RewardProcess:
         for key, node in self._bound.items():
             kind, *answer = self._ask(("bind", key, node))
             if kind == "refused":
+                self._kill()  # so that the next call tries again, instead of finding only some of the functions
                 raise RewardError(answer[0])
 
     def _start(self) -> None:
@@ -186,49 +203,76 @@ class RewardProcess:
         # With one seed for the hashes of strings, the order of a set is the same in a resumed run.
         environment = os.environ | {"PYTHONHASHSEED": "0", "PYTHONUNBUFFERED": "1"}
         command = [sys.executable, "-c", _START, str(theirs.fileno()), str(os.getpid()), *sys.path]
-        # In a session of its own, so that it gets no signals of the terminal.
-        self._process = subprocess.Popen(
-            command,
-            pass_fds=(theirs.fileno(),),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        theirs.close()
-        self._connection = ours
-        assert self._process.stdout is not None
-        reader = threading.Thread(target=_show, args=(self._process.stdout,), name="reward output", daemon=True)
+        started: queue.SimpleQueue[subprocess.Popen[bytes] | OSError] = queue.SimpleQueue()
+
+        def start_and_show() -> None:
+            try:
+                process = subprocess.Popen(
+                    command,
+                    pass_fds=(theirs.fileno(),),
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # so that it gets no signals of the terminal
+                )
+            except OSError as error:
+                started.put(error)
+                return
+            started.put(process)
+            assert process.stdout is not None  # because of PIPE
+            _show(process.stdout)
+
+        # The kernel ends the process with the thread that has started it (`_end_with`), so this thread lives as long.
+        reader = threading.Thread(target=start_and_show, name="reward output", daemon=True)
         reader.start()
-        self._end = weakref.finalize(self, _end, self._process, ours, reader)
+        process = started.get()
+        theirs.close()
+        if isinstance(process, OSError):
+            raise process
+        self._process = process
+        self._connection = ours
+        self._end = weakref.finalize(self, _end, process, ours, reader, os.getpid())
 
 
 def _nothing() -> None:
     return None
 
 
-def _end(process: subprocess.Popen[bytes], connection: Connection, reader: threading.Thread) -> None:
-    """End a reward process with all processes that it has started."""
+def _end(process: subprocess.Popen[bytes], connection: Connection, reader: threading.Thread, owner: int) -> None:
+    """End a reward process; if it has to be killed, with those in its session. owner: the process it belongs to."""
+    if os.getpid() != owner:  # a fork of the run exits
+        return
     connection.close()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=_EXIT_SECONDS)
+    deadline = time.monotonic() + _EXIT_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
     _kill(process)
     process.wait()
     reader.join(timeout=_EXIT_SECONDS)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and those in its session, which may outlive it."""
-    with suppress(ProcessLookupError, PermissionError):  # PermissionError: on macOS, if all of them have ended
-        os.killpg(process.pid, signal.SIGKILL)
+    """Kill a process and those in its session, unless it has ended: then its number may be that of another one."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError, PermissionError):  # it ended meanwhile
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _answer_of(process: subprocess.Popen[bytes], connection: Connection) -> bytes:
+    """The answer of the process. Raises EOFError also if it has ended while a fork of it keeps the connection open."""
+    while not connection.poll(_LOOK_SECONDS):
+        if process.poll() is not None and not connection.poll(0):
+            raise EOFError
+    return connection.recv_bytes()
 
 
 def _show(stream: IO[bytes]) -> None:
     """Print what the process prints, through this process, so that progress bars and notebooks handle it."""
-    for line in stream:
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    while block := os.read(stream.fileno(), 1 << 16):
         with suppress(OSError, ValueError):  # nobody reads it
-            print(line.decode(errors="replace"), end="", flush=True)
+            print(decoder.decode(block), end="", flush=True)
 
 
 @contextmanager
@@ -272,7 +316,11 @@ def _how_ended(process: subprocess.Popen[bytes]) -> str:
         code = process.wait(timeout=_EXIT_SECONDS)
     except subprocess.TimeoutExpired:
         return "it closed its connection"
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    if code >= 0:
+        return f"exit code {code}"
+    with suppress(ValueError):  # a real-time signal has no name
+        return signal.Signals(-code).name
+    return f"signal {-code}"
 
 
 def _pickled(request: tuple) -> bytes:

@@ -11,9 +11,13 @@ from grpo.rewards.lenient import last_boxed
 from grpo.rewards.math_xml import Completion, completion_text, same_number
 
 # What only changes how LaTeX looks
-_SIZES = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!")
+_SIZES = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\!")
 _FRACTION = re.compile(r"\\[dt]frac(?![a-zA-Z])")
-_SPACE = re.compile(r"(?:\\[,;: ]|\\q?quad(?![a-zA-Z])|[\s~])+")
+_SPACE = re.compile(r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|[\s~])+")
+_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\{([^{}]*)\}")
+_ONE_ARGUMENT = re.compile(r"(\\sqrt|\\frac|\^|_|(?<=\\frac[0-9a-zA-Z])|(?<=\}))\{([0-9a-zA-Z])\}")
+_MEMBER = re.compile(r"^[a-zA-Z]\s*(?:\\in(?![a-zA-Z])|=)\s*")
+_CHOICE = re.compile(r"\(([A-Za-z])\)")
 # A space between digits, or after a letter, has a meaning: "1 8" is not 18, and "\sin x" is not "\sinx".
 _IDLE_SPACE = re.compile(r"(?<![0-9A-Za-z])[ ]|[ ](?![0-9A-Za-z])|(?<=[0-9])[ ](?=[A-Za-z])")
 
@@ -26,7 +30,12 @@ def same_latex(a: str, b: str) -> bool:
 def _plain(text: str) -> str:
     text = text.strip().removesuffix(".").strip("$")
     text = _FRACTION.sub(r"\\frac", _SIZES.sub("", text))
-    return _IDLE_SPACE.sub("", _SPACE.sub(" ", text))
+    text = _TEXT.sub(r"\1", text)
+    text = _MEMBER.sub("", text)  # x \in [1, 2], x = 3
+    text = _IDLE_SPACE.sub("", _SPACE.sub(" ", text))
+    text = _ONE_ARGUMENT.sub(r"\1\2", text)
+    choice = _CHOICE.fullmatch(text)
+    return choice[1] if choice else text
 
 
 def correctness(

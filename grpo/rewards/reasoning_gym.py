@@ -9,7 +9,8 @@ from reasoning_gym.factory import get_score_answer_fn
 from grpo.rewards.lenient import last_boxed
 from grpo.rewards.math_xml import Completion, completion_text, extract_answer
 
-NO_REFERENCE = "(any answer that the task accepts)"  # the answer of a problem that has several, and no reference
+# The answer of a problem that has several and no reference, as in grpo.data.reasoning_gym, which is above this module.
+NO_REFERENCE = "(any answer that the task accepts)"
 _scorer: Callable[[str], Callable[..., float]] = functools.cache(get_score_answer_fn)
 
 

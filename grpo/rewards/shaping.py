@@ -43,17 +43,16 @@ def length_penalty(
     answer: Sequence[str],
     *,
     max_length: int,
+    boxed: bool = False,
     **columns: object,
 ) -> list[float]:
     """For right completions minus the share of `max_length` tokens that they use, at least -1.0; for others 0.0.
 
-    Only right completions are compared by length, so that a model is not paid for short wrong ones. A completion is
-    right if the answer in its tags or in its box is.
+    Only right completions are compared by length, so that a model is not paid for short wrong ones. boxed: whether the
+    answer counts that is in a box instead of the answer tags, as in the reward for correctness beside this one.
     """
-    tagged = math_xml.accuracy(prompts, completions, answer)
-    boxed = math_boxed.accuracy(prompts, completions, answer)
-    rows = zip(completion_ids, tagged, boxed, strict=True)
-    return [-min(1.0, len(ids) / max_length) * max(in_tags, in_box) for ids, in_tags, in_box in rows]
+    right = (math_boxed if boxed else math_xml).accuracy(prompts, completions, answer)
+    return [-min(1.0, len(ids) / max_length) * each for ids, each in zip(completion_ids, right, strict=True)]
 
 
 def overlong_penalty(
@@ -70,6 +69,8 @@ def overlong_penalty(
     The soft overlong punishment of DAPO (Yu et al., arXiv 2503.14476, equation 13), where the margin is 4,096 of 20,480
     tokens.
     """
+    if not 0 < margin <= 1:
+        raise ValueError(f"margin={margin}: must be above 0 and at most 1")
     free = (1 - margin) * max_length
     return [-min(1.0, max(0.0, (len(ids) - free) / (max_length - free))) for ids in completion_ids]
 

@@ -1,12 +1,16 @@
 """Generated problems of reasoning-gym, and their scorers."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from reasoning_gym.factory import DATASETS
 
 from grpo.config.errors import ConfigError
 from grpo.data.reasoning_gym import UNUSABLE, load
 from grpo.rewards.reasoning_gym import NO_REFERENCE, accuracy, score
-from tests.launches import SHORT, launch, rows
+from tests.launches import ROOT, SHORT, launch, rows
 
 SOME = ["chain_sum", "countdown", "gcd", "propositional_logic", "prime_factorization", "letter_counting"]
 NO_ANSWERS = ["", "nonsense 12x", "<answer></answer>", "0 1 2 3 4 5 6 7 8 9 10 True False"]
@@ -69,16 +73,35 @@ def test_the_problems_are_always_the_same_and_the_splits_have_none_in_common():
     assert len(set(questions)) == 400
 
 
+@pytest.mark.parametrize("task", ["isomorphic_strings", "ransom_note"])
+def test_the_problems_do_not_depend_on_the_seed_of_hashes(task):
+    """These tasks choose from sets, whose order differs between processes."""
+    code = f"from grpo.data.reasoning_gym import load; print(load(task={task!r}, train_size=5, test_size=0).train)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment | {"PYTHONHASHSEED": seed}, capture_output=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(found) == 1
+    assert task.encode() in found.pop()
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"task": "no_such_task"}, "data.task=no_such_task: .*no_such_task"),
-        ({"task": "gcd", "settings": {"digits": 3}}, "data.task=gcd: .*digits"),
-        ({"task": "gcd", "settings": {"max_value": -1}}, "data.task=gcd: "),
+        ({"task": "gcd", "settings": {"digits": 3}}, "data.task=gcd with .*digits"),
+        ({"task": "gcd", "settings": {"max_value": -1}}, "data.task=gcd with .*max_value must be"),
         ({"task": "composite"}, "it needs a list of other tasks"),
         ({"task": "game_of_life_halting"}, "its scorer counts any text as the answer True"),
         ({"task": "gcd", "path": "x"}, "data.path=x: data=reasoning_gym generates"),
-        ({"task": "gcd", "train_size": 0}, "data.train_size=0"),
+        ({"task": "gcd", "train_size": 0}, "data.train_size=0: must be an integer of 1 or more"),
+        ({"task": "gcd", "train_size": "many"}, "data.train_size=many: must be an integer of 1 or more"),
+        ({"task": "gcd", "task_seed": None}, "data.task_seed=None: must be an integer of 0 or more"),
+        ({"task": "gcd", "settings": ["a"]}, "data.settings=.*: must be arguments of the task by name"),
+        ({"task": "chain_sum", "settings": {"max_terms": 3.5}}, "data.task=chain_sum with "),
         ({"task": "gcd", "settings": {"max_value": 3}}, r"data.task=gcd: only \d+ of 60 questions are different"),
     ],
 )

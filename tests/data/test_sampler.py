@@ -1,10 +1,12 @@
 """Problems drawn with weights and by a curriculum."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from grpo.config.errors import ConfigError
 from grpo.data.problems import Problem
 from grpo.data.sampler import PromptSampler, pass_weight
 
@@ -78,4 +80,13 @@ def test_solved_problems_become_rarer_and_the_state_restores_it():
     restored = PromptSampler(of, 1, curriculum=0.9)
     restored.load_state_dict(sampler.state_dict())
     assert drawn(restored, range(400, 500), 4) == drawn(sampler, range(400, 500), 4)
-    assert sampler.state_dict()["0"] == [10.0, 10]
+    assert next(iter(sampler.state_dict().values())) == [10.0, 10]
+    other = PromptSampler([replace(each, question="another") for each in of], 1, curriculum=0.9)
+    other.load_state_dict(sampler.state_dict())  # the ids are equal, the problems are not
+    assert drawn(other, range(400, 500), 4) == drawn(PromptSampler(of, 1, curriculum=0.9), range(400, 500), 4)
+
+
+@pytest.mark.parametrize("weights", [(0, 0), (1, -1), (1, math.nan), (1, math.inf)])
+def test_weights_that_are_no_probabilities_are_refused(weights):
+    with pytest.raises(ConfigError, match="must be 0 or more, and not all 0"):
+        PromptSampler(problems(*weights), 1)

@@ -1,6 +1,7 @@
 """Problems of JSON Lines, CSV and Parquet files by the names of their columns."""
 
 import json
+from decimal import Decimal
 
 import pandas as pd
 import pytest
@@ -47,11 +48,32 @@ def test_a_split_can_have_another_name_and_validation_problems_are_optional(tmp_
     assert [len(each) for each in (problems.train, problems.test, problems.validation)] == [2, 2, 2]
 
 
+def test_a_data_set_without_a_test_split_is_tested_on_its_validation_split(tmp_path):
+    path = write(tmp_path, splits=("train", "validation"))
+    problems = load_table(path, question="problem", answer="result", splits={"test": "validation"})
+    assert (len(problems.test), problems.validation) == (2, [])
+
+
+def test_decimals_and_long_values_are_read(tmp_path):
+    long = "x" * 200_000
+    for split in ("train", "test"):
+        pd.DataFrame({"question": [long], "answer": [Decimal("1.50")]}).to_parquet(tmp_path / f"{split}.parquet")
+    (problem,) = load_table(str(tmp_path)).train
+    assert (problem.question, problem.answer) == (long, "1.50")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.parquet").unlink()
+        (tmp_path / f"{split}.csv").write_text(f"question,answer\n{long},1.50\n")
+    (problem,) = load_table(str(tmp_path)).train
+    assert (problem.question, problem.answer) == (long, "1.50")
+
+
 def test_the_answer_can_be_in_the_box_of_a_solution(tmp_path):
     solution = r"So $\boxed{\frac{1}{2}}$."
     path = write(tmp_path, "jsonl", [{"problem": "?", "solution": solution, "answer": "left out"}])
     (problem,) = load_table(path, question="problem", answer="solution", boxed=True).train
     assert (problem.answer, problem.columns) == (r"\frac{1}{2}", {"solution": solution})
+    path = write(tmp_path, "jsonl", [{"problem": "?", "solution": r"Hence our answer is $\boxed 2$."}])
+    assert load_table(path, question="problem", answer="solution", boxed=True).train[0].answer == "2"
 
 
 CHAT = [
@@ -121,6 +143,10 @@ def test_a_malformed_chat_is_refused_with_its_line(tmp_path, chat, reason):
         ("question,answer\n1?,1\n", {"boxed": True}, r"line 2: 'answer' has no .boxed"),
         ("question,answer,n\n1?,1,a\n2?,1,a\n", {"id": "n"}, "line 3: the id 'a' was used before"),
         ("question,answer\n1?,1\n", {"question": "answer"}, "must be different columns, not answer, answer"),
+        ("question,answer,answer\n1?,1,2\n", {}, "line 1: the column 'answer' occurs twice"),
+        ("question,answer\n1?,1\n", {"splits": {"test": "train"}}, "each split must have a name of its own"),
+        ("question,answer\n1?,1\n", {"boxed": "no"}, "data.boxed=no: must be true or false"),
+        ("question,answer\n1?,1\n", {"question": ["a"]}, r"data.question=\['a'\]: must be the name of a column"),
         ("question,answer\n1?,1\n", {"splits": {"dev": "x"}}, "data.splits.dev: the splits are train, test, valid"),
         ("question,answer\n1?,1\n", {"splits": {"test": "x"}}, "there is no x.jsonl, x.csv or x.parquet in it"),
     ],
@@ -133,16 +159,17 @@ def test_a_malformed_table_is_refused_with_file_line_and_reason(tmp_path, text, 
 
 
 def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path):
+    write(tmp_path, splits=("test",))
     (tmp_path / "train.parquet").write_text("question,answer")
     with pytest.raises(ConfigError, match=r"train\.parquet is not a Parquet file"):
-        load_table(str(tmp_path), splits={"test": "train"})
-    (tmp_path / "train.parquet").rename(tmp_path / "train.csv")
-    (tmp_path / "train.csv").write_bytes("question,answer\nWieviel ist 1 \xf7 1?,1\n".encode("latin-1"))
+        load_table(str(tmp_path), question="problem", answer="result")
+    (tmp_path / "train.parquet").unlink()
+    (tmp_path / "train.csv").write_bytes("problem,result\nWieviel ist 1 \xf7 1?,1\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"train\.csv is not encoded as UTF-8"):
-        load_table(str(tmp_path), splits={"test": "train"})
+        load_table(str(tmp_path), question="problem", answer="result")
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"has train.jsonl and train.csv; remove one of them"):
-        load_table(str(tmp_path), splits={"test": "train"})
+        load_table(str(tmp_path), question="problem", answer="result")
 
 
 def test_a_run_on_a_table_of_chats(tmp_path):

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,13 +74,20 @@ def test_errors_are_those_of_the_function_in_this_process(name, reason):
         ("leaves_at_once", r"ended its process \(exit code 3\)"),
         ("crashes", r"ended its process \(SIGSEGV\)"),
         ("kills_itself", r"ended its process \(SIGTERM\)"),
+        ("closes_everything", r"ended its process \(it closed its connection\)"),
+        ("forks_and_dies", r"ended its process \(SIGKILL\)"),
+        pytest.param(
+            "ends_with_an_unnamed_signal",
+            r"ended its process \(signal 40\)",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="macOS has no real-time signals"),
+        ),
     ],
 )
 def test_a_function_that_hangs_or_crashes_is_named_and_the_next_call_works(name, reason):
     bad, good = isolated(name, "lengths")
     started = time.monotonic()
     with pytest.raises(RewardError, match=f"^reward component '{name}' {reason}"):
-        run([RewardComponent(name, bad.function, timeout_s=0.3)])
+        run([RewardComponent(name, bad.function, timeout_s=0.3 if "took" in reason else 60)])
     assert time.monotonic() - started < 10
     assert run([good]).total.tolist() == [1.0, 2.0]
 
@@ -111,6 +119,44 @@ def test_an_object_keeps_its_state_until_the_process_has_to_be_started_again(cap
     assert run([counts]).total.tolist()[0] == 1.0
     said = "the process of the reward functions was started again; Counts begins without its state"
     assert [record.getMessage() for record in caplog.records] == [said]
+
+
+def test_a_function_that_cannot_be_built_again_leaves_the_others_working(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good, later, crash = isolated("lengths", "FailsLater", "leaves_at_once")
+    (tmp_path / "spent").touch()
+    with pytest.raises(RewardError, match="ended its process"):
+        run([crash])
+    for _ in range(2):
+        with pytest.raises(RewardError, match=r"FailsLater\(\) raised OSError: the port is taken"):
+            run([good])
+    (tmp_path / "spent").unlink()
+    assert run([good]).total.tolist() == [1.0, 2.0]
+    assert run([later]).total.tolist() == [1.0, 1.0]
+
+
+def test_a_process_that_was_started_in_a_thread_outlives_it():
+    components = []
+    thread = threading.Thread(target=lambda: components.extend(isolated("Counts")))
+    thread.start()
+    thread.join()
+    assert [run(components).total.tolist()[0] for _ in range(2)] == [1.0, 2.0]
+
+
+def test_a_fork_of_the_run_that_exits_does_not_end_the_process(tmp_path):
+    code = """
+import os, sys
+from tests.rewards.test_isolated import *
+counts, = isolated("Counts")
+run([counts])
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+print(run([counts]).total.tolist())
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[2.0, 2.0]\n", done.stderr
 
 
 def test_an_argument_that_cannot_be_sent_is_named(tmp_path):

@@ -26,12 +26,20 @@ def test_equivalent_formulas_are_right_and_others_are_wrong(correctness):
         (r"\boxed{\sqrt{8}}", r"2\sqrt{2}"),
         ("<answer>18</answer>", "18"),
         (r"\boxed{1} then \boxed{18}", "18"),
+        (r"\boxed{10}", r"10\%"),
+        (r"\boxed{18.}", "18"),
+        (r"\boxed{(B)}", r"\text{(B)}"),
     ]
     wrong = [
         (r"\boxed{x^3}", "x^{2}"),
         (r"\boxed{(0, 1)}", "[0,1)"),
         (r"\boxed{18} then \boxed{1}", "18"),
         ("The answer is 18", "18"),  # not in a box or a block
+        (r"\boxed{9+9}", "18"),
+        (r"\boxed{5!}", "120"),
+        (r"\boxed{17=18}", "18"),
+        (r"\boxed{x=1=y}", r"y"),
+        (r"\boxed{2516}", "2516_8"),
         (r"\boxed{}", "18"),
         (r"\boxed{" + "1+" * 400 + "1}", "401"),  # too long to be read
         ("", "18"),
@@ -48,5 +56,5 @@ def test_a_reference_that_is_no_formula_has_no_value(correctness):
 
 def test_a_formula_that_takes_for_ever_is_wrong_after_its_time(correctness):
     started = time.monotonic()
-    assert rewards(correctness, [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{18}"], ["18", "18"]) == [0.0, 2.0]
+    assert rewards(correctness, [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\pi}"], [r"\pi", r"\pi"]) == [0.0, 2.0]
     assert time.monotonic() - started < 30

@@ -30,7 +30,8 @@ def test_tags_count_as_long_as_they_occur_once_and_in_order(text, tags):
 def test_only_right_completions_are_penalized_for_their_length():
     texts = [WHOLE, WHOLE, r"\boxed{2}", WHOLE.replace("2", "3"), "2"]
     ids = [[0] * 10, [0] * 400, [0] * 50, [0] * 50, [0] * 50]
-    assert length_penalty([], texts, ids, ["2"] * 5, max_length=100) == [-0.1, -1.0, -0.5, 0.0, 0.0]
+    assert length_penalty([], texts, ids, ["2"] * 5, max_length=100) == [-0.1, -1.0, 0.0, 0.0, 0.0]
+    assert length_penalty([], texts, ids, ["2"] * 5, max_length=100, boxed=True) == [0.0, 0.0, -0.5, 0.0, 0.0]
 
 
 def test_the_overlong_penalty_grows_linearly_in_the_margin():

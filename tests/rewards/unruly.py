@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -94,3 +95,31 @@ class Counts:
 def says_its_process_and_hangs(completions):
     Path("pid").write_text(str(os.getpid()))
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+
+
+class FailsLater:
+    """An object that can be built only until the file `spent` exists."""
+
+    def __init__(self):
+        if Path("spent").exists():
+            raise OSError("the port is taken")
+
+    def __call__(self, completions):
+        return [1.0] * len(completions)
+
+
+def closes_everything(completions):
+    threading.Thread(target=time.sleep, args=(60,)).start()  # so that the process lives on
+    os.closerange(3, 100)
+    return [0.0] * len(completions)
+
+
+def forks_and_dies(completions):
+    if os.fork() == 0:
+        time.sleep(60)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ends_with_an_unnamed_signal(completions):
+    os.kill(os.getpid(), 40)
+    time.sleep(60)
