@@ -305,17 +305,18 @@ def memory_grows(doctor: Doctor) -> str | None:
     """
     peaks = doctor.last("perf/peak_memory_gb", 101)
     longest = doctor.last("completions/max_length", 100)
-    if len(peaks) < 101 or len(longest) < 100:
+    lengths = doctor.last("completions/mean_length", 100)
+    if len(peaks) < 101 or min(len(longest), len(lengths)) < 100:
         return None
     quarters = [after - before for before, after in pairwise(peaks[::25])]
     if min(quarters) < 0.01 * peaks[0] or quarters[-1] < 0.5 * fmean(quarters):
         return None
-    if max(longest[25:]) > max(longest[:25]):
+    if max(longest[25:]) > max(longest[:25]) or fmean(lengths[-25:]) > 1.05 * fmean(lengths[:25]):
         return None
     return (
         f"memory grew from {peaks[0]:.3g} to {peaks[-1]:.3g} GB in 100 steps and still grows, though completions are "
-        "not longer: something keeps what it should release; look at functions of your own (reward.isolate=true gives "
-        "those of the reward a process of their own), and resume the run in a new process before memory runs out"
+        "not longer: something keeps what it should release; look at functions of your own in objective, rollout and "
+        "reward.components, and resume the run in a new process before memory runs out"
     )
 
 

@@ -64,8 +64,9 @@ def summarize(run_dir: str | Path) -> dict:
 
 
 def _target(run: RunFolder) -> dict[str, Any] | None:
-    accuracy = (read_config(run.path).get("target") or {}).get("accuracy")
-    return None if accuracy is None else {"accuracy": accuracy, "reached": time_to_target(run, accuracy)}
+    config = read_config(run.path)
+    accuracy = (config.get("target") or {}).get("accuracy")
+    return None if accuracy is None else {"accuracy": accuracy, "reached": time_to_target(run, config)}
 
 
 def write_summary(run_dir: str | Path, output_dir: str | Path | None = None) -> Path:

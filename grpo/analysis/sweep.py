@@ -4,6 +4,7 @@ import functools
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -255,7 +256,7 @@ def _read_jobs(
             try:
                 config = read_config(run)
                 seeds[number] = int(config.get("seed") or 0)
-                row |= _results(run) | _time_to_target(run, (config.get("target") or {}).get("accuracy"))
+                row |= _results(run) | _time_to_target(run, config)
                 correct[number] = correct_by_problem(RunFolder(run).evaluation_at(job["step"]))
                 on_test[number] = correct_by_problem(RunFolder(run).evaluation("after"))
             except (ValueError, KeyError, TypeError, AttributeError) as broken:  # the other jobs can still be compared
@@ -273,10 +274,10 @@ def _read_jobs(
     )
 
 
-def _time_to_target(run_dir: Path, accuracy: float | None) -> dict[str, float | None]:
-    if accuracy is None:
+def _time_to_target(run_dir: Path, config: dict[str, Any]) -> dict[str, float | None]:
+    if (config.get("target") or {}).get("accuracy") is None:
         return {}
-    reached = time_to_target(RunFolder(run_dir), accuracy)
+    reached = time_to_target(RunFolder(run_dir), config)
     if reached is None:
         return {"steps_to_target": None, "minutes_to_target": None}
     return {"steps_to_target": reached["step"], "minutes_to_target": reached["seconds"] / 60}

@@ -1,26 +1,27 @@
 """The step and the time at which a run reaches the accuracy that it is to reach, `target.accuracy`."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from grpo.runs.folder import RunFolder
 
 
-def time_to_target(run: RunFolder, accuracy: float, up_to_step: int | None = None) -> dict[str, Any] | None:
-    """When a run first reached an accuracy on the problems by which it is chosen; None if it did not.
+def time_to_target(run: RunFolder, config: Mapping[str, Any], up_to_step: int | None = None) -> dict[str, Any] | None:
+    """When a run first reached target.accuracy on the problems by which it is chosen; None if it did not.
 
-    Returns `step`, the first evaluated step with at least this accuracy, not counting the model before training, with
-    `seconds`, the time of all steps up to it without evaluations and checkpoints, and `accuracy`, that of the
-    evaluation. up_to_step: leave out later evaluations. It depends only on files of the run, so a resumed run has
-    reached it at the same step.
+    config: the run's config as plain dicts. Returns `step`, the first step with an evaluation of eval.every and at
+    least this accuracy, with `seconds`, the time of all steps up to it without evaluations and checkpoints, and
+    `accuracy`, that of the evaluation. Other evaluations, such as that of a pause, do not count, so that a resumed run
+    has reached it at the same step; nor do those that a fork has from its parent. up_to_step: leave out later ones.
     """
-    evaluations = [each for each in run.choosing_evaluations() if each["step"] and each["accuracy"] is not None]
-    for evaluation in sorted(evaluations, key=lambda each: each["step"]):
-        step = evaluation["step"]
-        if up_to_step is not None and step > up_to_step:
-            return None
-        if evaluation["accuracy"] >= accuracy:
+    every = config["eval"]["every"]
+    first = (config.get("parent") or {}).get("step", 0)
+    evaluations = {each["step"]: each["accuracy"] for each in run.choosing_evaluations()}
+    for step, accuracy in sorted(evaluations.items()):
+        counts = step > first and step % every == 0 and (up_to_step is None or step <= up_to_step)
+        if counts and accuracy is not None and accuracy >= config["target"]["accuracy"]:
             seconds = sum(row.get("step_time") or 0.0 for row in run.metrics(step))
-            return {"step": step, "seconds": seconds, "accuracy": evaluation["accuracy"]}
+            return {"step": step, "seconds": seconds, "accuracy": accuracy}
     return None
 
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from grpo.rewards.calculation import calculate
-from grpo.rewards.lenient import final_answer, is_answer
+from grpo.rewards.lenient import final_answer, is_answer, last_boxed
 from grpo.rewards.lexer import Refused, read_tokens
 from grpo.rewards.math_xml import extract_answer
 from grpo.rewards.number import parse_number
@@ -15,7 +15,7 @@ from grpo.rewards.number import parse_number
 CATEGORIES = {
     "right elsewhere": "it ends with the right number, or computes it, but does not answer with it",
     "truncated": "it reached the limit of tokens",
-    "no answer tag": "it has no complete answer block",
+    "no answer tag": "it has no complete answer block and no box",
     "arithmetic slip": "an equation that it wrote is false",
     "other": "none of these",
 }
@@ -41,7 +41,7 @@ def why_wrong(row: Mapping[str, Any]) -> str | None:
         return "right elsewhere"
     if row.get("truncated"):
         return "truncated"
-    if extract_answer(text) is None:
+    if extract_answer(text) is None and last_boxed(text) is None:
         return "no answer tag"
     if any(not _is_rounded(value, stated) for value, stated in results):
         return "arithmetic slip"

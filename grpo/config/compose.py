@@ -1,5 +1,6 @@
 """Compose conf/ outside a launch, and apply the overrides of a command line to a frozen config."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from grpo.config.paths import CONF_DIR
 from grpo.config.schema import LAUNCH_KEYS
 from grpo.config.values import copy_value, flatten
 
+logger = logging.getLogger(__name__)
 GLOBAL_GROUPS = ("experiment", "tuning")  # their files set keys of other groups
-GROUPS_WITH_OTHER_KEYS = ("reward",)  # their files set keys of their own group, and perhaps of others
 
 
 def compose_config(overrides: Sequence[str]) -> DictConfig:
@@ -32,8 +33,8 @@ def apply_overrides(
 
     An override of a group (hardware=cpu) replaces the whole group. Raises ConfigError for an override that is not a key
     or group of the config, such as experiment=..., which would silently change many keys. sources: the folders in which
-    the files of experiment=, tuning= and reward= are found; with them, all keys and groups that such a file names are
-    replaced, except for the name.
+    the files of experiment= and tuning= are found; with them, all keys and groups that such a file names are replaced,
+    except for the name. With reward=..., the accuracy and the prompt of its file are taken over, too.
     """
     result = frozen.copy()
     for key, line in zip(overrides.dotted_keys, overrides, strict=True):
@@ -46,17 +47,33 @@ def apply_overrides(
         if OmegaConf.select(composed, key, default=None) is None and key not in flatten(composed):
             raise ConfigError(f"{line}: cannot be applied to an existing run folder; name the keys themselves")
         copy_value(composed, key, result)
-        if sources and key in GROUPS_WITH_OTHER_KEYS and _is_global(key, text_of(line), sources):
-            for each in _named_in_file(key, text_of(line), sources):
-                if not each.startswith(f"{key}."):
-                    copy_value(composed, each, result)
+        if key == "reward":
+            _copy_keys_of_reward(composed, text_of(line), sources or (CONF_DIR,), result)
     return result
 
 
-def _is_global(group: str, choice: str, sources: Sequence[Path]) -> bool:
-    """Whether the file of a group also sets keys of other groups."""
-    lines = _file(group, choice, sources).read_text(encoding="utf-8").splitlines()
-    return ["#", "@package", "_global_"] in [line.split() for line in lines]
+def _copy_keys_of_reward(composed: DictConfig, choice: str, sources: Sequence[Path], result: DictConfig) -> None:
+    """Copy the accuracy and the prompt that belong to another file of `reward`.
+
+    Of an evaluation only the accuracy follows the reward in any case. The prompt does if the file sets it; otherwise
+    the run keeps its own, with a warning if the accuracy is another one.
+    """
+    before = result.eval.accuracy
+    copy_value(composed, "eval.accuracy", result)
+    if "data.system_prompt" in _set_by_reward(choice, sources):
+        copy_value(composed, "data.system_prompt", result)
+    elif before != result.eval.accuracy:
+        logger.warning("reward=%s: data.system_prompt stays; set it if the new reward is for another form", choice)
+
+
+def _set_by_reward(choice: str, sources: Sequence[Path]) -> set[str]:
+    """The keys that a file of `reward` sets, also those of the files of this group that it builds on."""
+    values = yaml.safe_load(_file("reward", choice, sources).read_text(encoding="utf-8")) or {}
+    named: set[str] = set()
+    for default in values.pop("defaults", []):
+        if isinstance(default, str) and default != "_self_":
+            named |= _set_by_reward(default.partition("@")[0], sources)
+    return named | set(flatten(values))
 
 
 def _file(group: str, choice: str, sources: Sequence[Path]) -> Path:

@@ -83,7 +83,8 @@ def check_splits(problems: Problems, config: Config) -> None:
 
 def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
     """The loader and its settings."""
-    return {key: value for key, value in data.items() if key == "parts" or key not in known_keys("data")}
+    of_loader = {key: value for key, value in data.items() if key not in known_keys("data")}
+    return of_loader | ({"parts": data["parts"]} if data.get("parts") else {})
 
 
 def _uniform(name: str) -> float:

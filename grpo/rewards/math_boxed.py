@@ -24,10 +24,11 @@ _IDLE_SPACE = re.compile(r"(?<![0-9A-Za-z])[ ]|[ ](?![0-9A-Za-z])|(?<=[0-9])[ ](
 
 def same_latex(a: str, b: str) -> bool:
     r"""Whether both texts are the same formula, apart from spacing and the size of brackets and fractions."""
-    return _plain(a) == _plain(b)
+    return plain_latex(a) == plain_latex(b)
 
 
-def _plain(text: str) -> str:
+def plain_latex(text: str) -> str:
+    """A formula without what only changes its looks: spacing, sizes of brackets, braces around one character."""
     text = text.strip().removesuffix(".").strip("$")
     text = _FRACTION.sub(r"\\frac", _SIZES.sub("", text))
     text = _TEXT.sub(r"\1", text)

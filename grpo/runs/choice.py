@@ -51,7 +51,10 @@ def choose_run(run: RunFolder, resume: bool | str, overrides: Overrides) -> str:
 
 def has_finished(run: RunFolder) -> str:
     """The error message for resuming a run that has finished."""
-    return f"resume=true: {run.path} has finished already; to train it further, add a larger grpo.num_steps"
+    status = run.status()
+    at_target = status.get("step", 0) < status.get("total_steps", 0)
+    how = "target.stop=false" if at_target else "a larger grpo.num_steps"
+    return f"resume=true: {run.path} has finished already; to train it further, add {how}"
 
 
 def check_empty(path: Path, fork: bool = False, job: bool = False) -> None:

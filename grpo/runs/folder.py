@@ -91,7 +91,7 @@ class RunFolder:
         return read_json(file, STATUS) if file.exists() else {}
 
     def finished(self) -> bool:
-        """Whether the run has taken all its steps and written its model."""
+        """Whether the run has taken its steps, up to the last one or its target, and written its model."""
         return self.status().get("state") == "finished"
 
     def saved_step(self) -> int:

@@ -15,7 +15,8 @@ from grpo.batch import Completions
 from grpo.config.errors import ConfigError
 from grpo.counter_rng import group_keys
 from grpo.data.problems import Problem
-from grpo.rewards.lenient import final_answer
+from grpo.rewards.lenient import final_answer, last_boxed
+from grpo.rewards.math_boxed import plain_latex
 from grpo.rewards.math_xml import extract_answer
 from grpo.rewards.number import parse_number
 from grpo.rewards.scoring import score
@@ -230,6 +231,15 @@ def _tagged_answer(completion: str) -> str | Fraction | None:
     return block if value is None else value
 
 
+def _boxed_answer(completion: str) -> str | Fraction | None:
+    """What the last box of a completion states: a number, or else its formula; None without a box."""
+    boxed = last_boxed(completion)
+    if not boxed:
+        return None
+    value = parse_number(boxed)
+    return plain_latex(boxed) if value is None else value
+
+
 def _any_answer(completion: str) -> str | Fraction | None:
     """What the answer block states, or without an answer in one what the completion ends with: for other graders."""
     tagged = _tagged_answer(completion)
@@ -241,6 +251,8 @@ VOTES: dict[str, Callable[[str], str | Fraction | None]] = {
     "grpo.rewards.math_xml.accuracy": _tagged_answer,
     "grpo.rewards.math_xml.strict": _tagged_answer,
     "grpo.rewards.lenient.lenient": final_answer,
+    "grpo.rewards.math_boxed.accuracy": _boxed_answer,
+    "grpo.rewards.math_verify.accuracy": _boxed_answer,
 }
 
 

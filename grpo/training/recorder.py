@@ -186,7 +186,7 @@ class Recorder:
         target = self._config.target.accuracy
         if target is None:
             return
-        reached = time_to_target(self._folder, target)
+        reached = time_to_target(self._folder, to_dict(self._config))
         self._console.print(target_text(target, reached), highlight=False)
         self._tracker.set_summary({f"target/{name}": value for name, value in (reached or {}).items()})
 

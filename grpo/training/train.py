@@ -182,7 +182,7 @@ def ends_at_target(trainer: Trainer, run: Run) -> bool:
     target = run.config.target
     if target.accuracy is None or not target.stop:
         return False
-    return time_to_target(run.folder, target.accuracy, trainer.state.step) is not None
+    return time_to_target(run.folder, to_dict(run.config), trainer.state.step) is not None
 
 
 def save_if_due(trainer: Trainer, recorder: Recorder) -> None:

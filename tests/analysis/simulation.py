@@ -61,6 +61,7 @@ def simulated_run(
                 "weights_changed": 1.0,
                 "perf/peak_memory_gb": 4.0 + 0.2 * (1 - 1 / step),
                 "completions/max_length": float(luck.integers(50, 100)),
+                "completions/mean_length": float(luck.integers(30, 50)),
                 "sampling/logp_difference/mean": luck.lognormal(np.log(1e-6), 0.5),
             }
         )

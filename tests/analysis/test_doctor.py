@@ -39,6 +39,7 @@ def course(steps=60, **metrics):
         "weights_changed": 0.9,
         "perf/peak_memory_gb": 4.0,
         "completions/max_length": 100.0,
+        "completions/mean_length": 80.0,
     }
     return [
         {"step": step} | {k.replace("__", "/"): v(step) if callable(v) else v for k, v in (healthy | metrics).items()}
@@ -189,6 +190,11 @@ CASES = {
         [
             course(400, perf__peak_memory_gb=lambda step: 4 + 0.01 * step, completions__max_length=lambda step: step),
             course(400, perf__peak_memory_gb=lambda step: 8 - 4 / step**0.5),
+            course(  # all of them at the limit, and more and more of them long
+                400,
+                perf__peak_memory_gb=lambda step: 4 + 0.01 * step,
+                completions__mean_length=lambda step: 100 + step,
+            ),
             course(400, perf__peak_memory_gb=lambda step: 4 + step // 100),
             course(400, perf__peak_memory_gb=lambda step: 4 + 1e-4 * step),
         ],

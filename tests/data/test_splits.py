@@ -71,3 +71,9 @@ def test_a_data_set_is_the_same_however_it_is_named(folder, monkeypatch):
     sums = {"_target_": "grpo.data.problems.load_arithmetic", "path": None, "name": None}
     assert is_same_data(sums, {**sums})
     assert not is_same_data(sums, gsm8k)
+    assert is_same_data(sums, sums | {"parts": None})
+    mixture = sums | {"_target_": "grpo.data.mixture.mix", "parts": {"a": gsm8k}}
+    assert not is_same_data(mixture, mixture | {"parts": {"a": jsonl}})
+    table = {"_target_": "grpo.data.tables.load_table", "path": str(folder), "name": None, "answer": "x"}
+    assert is_same_data(table, {**table})
+    assert not is_same_data(table, table | {"answer": "y"})

@@ -241,6 +241,13 @@ def test_a_fork_with_another_reward_takes_its_prompt_and_accuracy_too(parent, tm
     assert config.eval.accuracy == {"_target_": "grpo.rewards.math_boxed.accuracy"}
     assert "boxed" in config.data.system_prompt
     assert config.data._target_ == load_frozen(parent / "config.yaml").data._target_
+    back, last = fork(run, tmp_path, "reward=math_xml_strict", "grpo.num_iterations=4")
+    assert back.returncode == 0, back.stderr
+    config = load_frozen(last / "config.yaml")
+    assert config.eval.accuracy._target_ == "grpo.rewards.math_xml.accuracy"
+    assert (
+        "reward=math_xml_strict: data.system_prompt stays; set it if the new reward is for" in back.stdout + back.stderr
+    )
 
 
 def test_a_fork_takes_the_keys_of_the_experiments_that_an_experiment_builds_on(parent, tmp_path):

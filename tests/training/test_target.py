@@ -54,6 +54,8 @@ def test_a_run_ends_at_its_target_as_the_run_without_one_was_there(whole, reacha
     assert "target.stop=false" in done.stdout
     assert f"| steps | {step}, of 3 prompts" in (run / "final_model" / "README.md").read_text()
 
+    refused = launch("resume=true", "run_dir=run", cwd=tmp_path)
+    assert refused.stderr.splitlines()[-1].endswith("has finished already; to train it further, add target.stop=false")
     further = launch("resume=true", "run_dir=run", "target.stop=false", cwd=tmp_path)
     assert further.returncode == 0, further.stderr
     assert rows(run) == rows(whole)
@@ -93,6 +95,16 @@ def new_bests(run, last):
     return bests
 
 
+def test_an_evaluation_of_a_pause_does_not_count(whole, reachable, tmp_path):
+    """Between the evaluations of eval.every, so that the paused run ends where the other one does."""
+    accuracy, step = reachable
+    command = [*SETTINGS, f"eval.every={step}", "eval.after=true", f"target.accuracy={accuracy / 100}"]
+    assert launch(*command, "run_dir=run", "until_step=1", cwd=tmp_path).returncode == 0
+    assert RunFolder(tmp_path / "run").evaluation_at(1) is not None
+    assert launch("resume=true", "run_dir=run", cwd=tmp_path).returncode == 0
+    assert status(tmp_path / "run")["step"] >= step
+
+
 def test_a_target_out_of_reach_is_said_and_all_steps_are_trained(whole, tmp_path):
     assert max(accuracies(whole).values()) < 1
     done = launch(*EVALUATED, "target.accuracy=1", "run_dir=run", cwd=tmp_path)
@@ -117,9 +129,13 @@ def test_a_sweep_has_the_time_to_the_target_in_its_table(reachable, tmp_path):
 def test_the_first_evaluation_that_reaches_it_counts_and_not_the_untrained_model(whole):
     run = RunFolder(whole)
     found = accuracies(whole)
-    first = min(found)
-    assert time_to_target(run, 1e-9)["step"] == min(step for step, each in found.items() if each > 0)
-    assert time_to_target(run, 1e-9, up_to_step=first - 1) is None
+    first = min(step for step, each in found.items() if each > 0)
+    config = {"eval": {"every": 2}, "target": {"accuracy": 1e-9}}
+    assert time_to_target(run, config)["step"] == first
+    assert time_to_target(run, config, up_to_step=first - 1) is None
+    assert time_to_target(run, config | {"parent": {"step": first}})["step"] == first + 2
+    later = time_to_target(run, config | {"eval": {"every": 8}})
+    assert later["step"] == 8  # the others are no evaluations of eval.every then
 
 
 @pytest.mark.parametrize(
