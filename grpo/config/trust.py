@@ -30,6 +30,11 @@ TRUSTED = {
 }
 
 
+# Targets of conf/ that run parts of the data as code, so that a run folder could bring its own: the command line must
+# name them.
+RUNS_DATA = ("grpo.rewards.reasoning_gym.",)
+
+
 def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
     """Raise ConfigError if a run folder's config would run untrusted code. The message has the argument to allow it.
 
@@ -89,7 +94,7 @@ def _named_in_conf() -> frozenset[tuple[str, str]]:
         text = file.read_text(encoding="utf-8")
         group = ".".join(file.relative_to(CONF_DIR).parent.parts)
         named |= _named_in(yaml.safe_load(text), "" if "@package _global_" in text else group)
-    return frozenset(named)
+    return frozenset((key, target) for key, target in named if not target.startswith(RUNS_DATA))
 
 
 def targets_in(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -193,6 +193,14 @@ def test_rewards_of_the_suite_are_trusted_under_any_name(composed):
         check_trusted(OmegaConf.create(theirs), composed, "outputs/theirs")
 
 
+def test_scorers_that_run_data_as_code_are_trusted_only_if_the_command_line_names_them(composed):
+    target = "grpo.rewards.reasoning_gym.score"
+    theirs = OmegaConf.create({"reward": {"components": {"correctness": {"_target_": target}}}})
+    with pytest.raises(ConfigError, match=r"asks to run grpo.rewards.reasoning_gym.score .*if you trust it, add: "):
+        check_trusted(theirs, composed, "outputs/theirs")
+    check_trusted(theirs, compose_config(["reward=reasoning_gym"]), "outputs/theirs")
+
+
 @pytest.mark.parametrize(
     ("key", "target"),
     [

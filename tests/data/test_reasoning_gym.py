@@ -9,7 +9,7 @@ from reasoning_gym.factory import DATASETS
 
 from grpo.config.errors import ConfigError
 from grpo.data.reasoning_gym import UNUSABLE, load
-from grpo.rewards.reasoning_gym import NO_REFERENCE, accuracy, score
+from grpo.rewards.reasoning_gym import NO_REFERENCE, accuracy, is_harmless, score
 from tests.launches import ROOT, SHORT, launch, rows
 
 SOME = ["chain_sum", "countdown", "gcd", "propositional_logic", "prime_factorization", "letter_counting"]
@@ -50,6 +50,35 @@ SLOW_TO_GENERATE = {"futoshiki", "zebra_puzzles"}
 @pytest.mark.parametrize("task", sorted(set(DATASETS) - set(UNUSABLE) - SLOW_TO_GENERATE))
 def test_right_answers_of_every_task_get_the_full_score_and_others_nothing(task):
     check_task(task)
+
+
+RUNS_CODE = [
+    "__import__('os').system('id')", "eval('1')", "().__class__", "open ('x')", "(lambda: 1)()", "a.b(1)",
+    "''.join(['a'])", "[print][0](1)", 'f"{1}"(2)', "x(1)", "eval\\\n(1)", "(eval # +\n(1))", "eval\n(1)", "x.sin(1)",
+    "\uff3f\uff3fimport\uff3f\uff3f('os')", "\uff45val(1)", "ev\u200bal(1)", "{}(1)", "not.x(1)", "x2(1)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", RUNS_CODE)
+def test_an_answer_that_could_call_code_is_not_passed_on(answer):
+    assert not is_harmless(answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["[1, 2]", "3*(4+5)", "sin(x) + C", "not (A or B)", "sqrt (2)", "[(1, 2)]", "3.5(2)", "#A B#", r"\frac{1}{2}"],
+)
+def test_an_ordinary_answer_is_passed_on(answer):
+    assert is_harmless(answer)
+
+
+@pytest.mark.parametrize("task", ["number_sorting", "spiral_matrix", "countdown", "string_insertion"])
+def test_the_answer_of_a_completion_runs_no_code(task, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    problems = load(task=task, train_size=2, test_size=0).train
+    for code in ("open('made', 'w')", "__import__('pathlib').Path('made').touch()", "[open('made', 'w')]"):
+        assert scored(problems, [f"<answer>{code}</answer>"] * 2) == [0.0, 0.0]
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_lower_score_pays_only_with_partial():
