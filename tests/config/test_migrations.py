@@ -46,9 +46,9 @@ def written_here(run_dir):
 
 
 def with_present_names(run_dir):
-    """The rows without `reward_std`, which has another meaning in rows of earlier versions."""
+    """The rows without what rows of earlier versions lack, and `reward_std`, which has another meaning there."""
     present = [metrics_row(row) for row in rows(run_dir)]
-    return [{name: value for name, value in row.items() if name != "reward_std"} for row in present]
+    return [{name: row[name] for name in row.keys() - {"reward_std", "weights_changed"}} for row in present]
 
 
 def tensors(run_dir):
