@@ -21,15 +21,17 @@ UNUSABLE = {
 }
 # Some tasks choose from sets of texts, whose order differs between processes with different seeds of Python's hashes.
 _GENERATE = """
-import pickle, sys
+import os, pickle, sys
 sys.path[:] = sys.argv[1:]
+result = os.fdopen(os.dup(1), "wb")
+os.dup2(2, 1)  # what a task prints
 task, seed, size, settings = pickle.load(sys.stdin.buffer)
 try:
     import reasoning_gym
     found = list(reasoning_gym.create_dataset(task, seed=seed, size=size, **settings))
 except Exception as error:
     found = f"{type(error).__name__}: {error}".splitlines()[0]
-pickle.dump(found, sys.stdout.buffer)
+pickle.dump(found, result)
 """
 
 
