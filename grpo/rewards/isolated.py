@@ -5,7 +5,6 @@ state affects only that process, which is killed and started again. It does not 
 """
 
 import codecs
-import ctypes
 import functools
 import inspect
 import logging
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -26,9 +24,8 @@ from multiprocessing.connection import Connection, Pipe
 from typing import IO, Any
 
 from grpo.config.errors import ConfigError
-from grpo.config.instantiate import bind_reward, find_function
 from grpo.config.schema import Config
-from grpo.rewards.functions import RewardError, call
+from grpo.rewards.functions import RewardError
 from grpo.rewards.time_limit import RunningTime, TimeLimitExceeded
 
 logger = logging.getLogger(__name__)
@@ -36,12 +33,11 @@ logger = logging.getLogger(__name__)
 _START = """
 import sys
 sys.path[:] = sys.argv[3:]
-from grpo.rewards.isolated import main
+from grpo.rewards.reward_process import main
 main(int(sys.argv[1]), int(sys.argv[2]))
 """
 _LOOK_SECONDS = 0.5  # between looks whether the process still runs
 _EXIT_SECONDS = 2.0  # for the process to exit by itself, so that its exit handlers run
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def isolated_functions(config: Config) -> dict[str, Mapping[str, Any]]:
@@ -223,7 +219,7 @@ class RewardProcess:
             assert process.stdout is not None  # because of PIPE
             _show(process.stdout)
 
-        # The kernel ends the process with the thread that has started it (`_end_with`), so this thread lives as long.
+        # The kernel ends the process with the thread that started it (`reward_process`), so this thread lives as long.
         reader = threading.Thread(target=start_and_show, name="reward output", daemon=True)
         reader.start()
         process = started.get()
@@ -340,65 +336,3 @@ def _pickled(request: tuple) -> bytes:
 
 def _parameter(name: str, kind: Any, is_optional: bool) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=None if is_optional else inspect.Parameter.empty)
-
-
-def main(descriptor: int, parent: int) -> None:
-    """The reward process: answer requests until the connection is closed. parent: the process that started this one."""
-    _end_with(parent)
-    os.set_inheritable(descriptor, False)
-    functions: dict[str, Callable[..., Any]] = {}
-    with Connection(descriptor) as connection:
-        while True:
-            try:
-                request = connection.recv_bytes()
-            except EOFError:
-                return
-            connection.send_bytes(pickle.dumps(_answer(functions, request)))
-
-
-def _end_with(parent: int) -> None:
-    """Let the kernel kill this process when its parent ends, even if it hangs in C then; only on Linux."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _answer(functions: dict[str, Callable[..., Any]], request: bytes) -> tuple:
-    try:
-        kind, key, *rest = pickle.loads(request)
-    except Exception as error:  # an object of a class that is defined in the __main__ of the run
-        message = f"the arguments of a reward function cannot be read in its process ({type(error).__name__}: {error})"
-        return "failed", f"{message}; set reward.isolate=false", traceback.format_exc()
-    if kind == "find":
-        return _find(key, *rest)
-    if kind == "bind":
-        return _bind(functions, key, *rest)
-    name, arguments, count = rest
-    try:
-        return "values", call(name, functions[key], arguments, count)
-    except RewardError as error:
-        return "failed", str(error), traceback.format_exc()
-    except BaseException as error:  # such as a KeyboardInterrupt of the function's own
-        message = f"reward component '{name}' raised {type(error).__name__}: {error}"
-        return "failed", message, traceback.format_exc()
-
-
-def _find(key: str, path: object) -> tuple:
-    try:
-        find_function(key, path)
-    except ConfigError as error:
-        return "refused", str(error)
-    return ("found",)
-
-
-def _bind(functions: dict[str, Callable[..., Any]], key: str, node: Mapping[str, Any]) -> tuple:
-    try:
-        function = functions[key] = bind_reward(key, node)
-    except ConfigError as error:
-        return "refused", str(error)
-    parameters = inspect.signature(function).parameters.values()
-    described = [(each.name, each.kind, each.default is not each.empty) for each in parameters]
-    if isinstance(function, functools.partial):
-        return "bound", described, function.keywords, False
-    return "bound", described, {}, True
