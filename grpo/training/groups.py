@@ -17,7 +17,7 @@ from grpo.rewards.scoring import Rewards
 from grpo.rollout.engine import Sampling
 from grpo.training.experiment import Experiment
 from grpo.training.metrics import Timer, ended
-from grpo.training.scored_completions import ScoredCompletions, compute_advantages, score_completions
+from grpo.training.scored_completions import ScoredCompletions, compute_advantages, pass_rates, score_completions
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def sample_groups(
 ) -> tuple[Groups, list[Groups]]:
     """The groups of a step, and all that were sampled for it: `sampling.refill` replaces those without a signal.
 
+    With `sampling.curriculum`, the sampler observes the pass rates of all of them.
     sample: samples B completions of P prompts with these keys (B, 2). step: from 1.
     Source: DAPO (arXiv 2503.14476), section 3.2, there without a limit.
     """
@@ -104,6 +105,10 @@ def sample_groups(
         used += instead.problems
         sampled.append(sampled_for(instead, attempt))
         groups = groups.replaced(places, sampled[-1], pad_id)
+    if experiment.config.sampling.curriculum:
+        with timer("reward"):
+            for each in sampled:
+                sampler.observe(each.problems, pass_rates(experiment, each.scored))
     return groups, sampled
 
 

@@ -39,7 +39,7 @@ from grpo.training.metrics import (
     update_metrics,
 )
 from grpo.training.preflight import preflight
-from grpo.training.scored_completions import compute_advantages, pass_rates
+from grpo.training.scored_completions import compute_advantages
 from grpo.training.update import (
     Batch,
     Counts,
@@ -96,8 +96,7 @@ class Trainer:
         if config.hardware.activation_checkpointing:
             checkpoint_layers(self.policy)
         self.optimizer = experiment.build_optimizer(self.master)
-        curriculum = config.sampling.curriculum
-        self.sampler = PromptSampler(experiment.problems.train, config.seed, config.parent, curriculum)
+        self.sampler = PromptSampler(experiment.problems.train, config.seed, config.parent, config.sampling.curriculum)
         self.engine = experiment.build_engine(self.policy)
         self._engine_is_current = True  # False if the policy's weights have changed since the last sync
         self.sampling = experiment.sampling(self.master)
@@ -130,10 +129,6 @@ class Trainer:
             self._renew_reference()
         groups, sampled = sample_groups(experiment, self.sampler, self.sampling, self._sample, step, timer)
         prompts, completions, scored = groups.prompts, groups.completions, groups.scored
-        if self.config.sampling.curriculum:
-            with timer("reward"):
-                for each in sampled:
-                    self.sampler.observe(each.problems, pass_rates(experiment, each.scored))
         with timer("reward"):
             advantages = compute_advantages(experiment, scored, completions.ids.shape[1])  # (B,) or (B, T)
         batch = self._trained_on(Batch(prompts, completions, advantages.float().to(experiment.device)))
