@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 from grpo.rewards.lenient import last_boxed
-from grpo.rewards.math_xml import Completion, completion_text, same_number
+from grpo.rewards.math_xml import Completion, completion_text, grade
 
 # What only changes how LaTeX looks
 _SIZES = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\\!")
@@ -56,15 +56,7 @@ def correctness(
     """
     rewards = {"exact": exact, "same_number": same_number, "wrong": 0.0}
     pairs = zip(completions, answer, strict=True)
-    return [rewards[_grade(last_boxed(completion_text(each)), reference)] for each, reference in pairs]
-
-
-def _grade(boxed: str | None, reference: str) -> str:
-    if not boxed:
-        return "wrong"
-    if same_latex(boxed, reference):
-        return "exact"
-    return "same_number" if same_number(boxed, reference) else "wrong"
+    return [rewards[grade(last_boxed(completion_text(each)), reference, same_latex)] for each, reference in pairs]
 
 
 def accuracy(

@@ -6,8 +6,9 @@ each of the four tags). A completion is a plain string or a list of chat message
 hang.
 """
 
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from grpo.rewards.number import parse_number
 
@@ -70,11 +71,14 @@ def gsm8k_answer(text: str) -> str:
     return _THOUSANDS_COMMA.sub("", answer)
 
 
-def _grade(answer: str | None, reference: str) -> str:
-    """'exact', 'same_number' or 'wrong'. A missing or empty answer is wrong for any reference."""
+def grade(answer: str | None, reference: str, is_exact: Callable[[str, str], bool] = operator.eq) -> str:
+    """'exact', 'same_number' or 'wrong'. A missing or empty answer is wrong for any reference.
+
+    is_exact: whether two texts are the same.
+    """
     if not answer:
         return "wrong"
-    if answer == reference.strip():
+    if is_exact(answer, reference.strip()):
         return "exact"
     return "same_number" if same_number(answer, reference) else "wrong"
 
@@ -96,7 +100,7 @@ def correctness(
     """
     rewards = {"exact": exact, "same_number": same_number, "wrong": 0.0}
     return [
-        rewards[_grade(extract_answer(completion_text(completion)), reference)]
+        rewards[grade(extract_answer(completion_text(completion)), reference)]
         for completion, reference in zip(completions, answer, strict=True)
     ]
 
