@@ -274,7 +274,8 @@ def test_advantages_equal_those_that_trl_computes_from_the_same_rewards(scoring_
 
 
 def parity_table(trainer):
-    """For each objective the largest differences from TRL's loss and gradient over `CASES`, as Markdown."""
+    """For each objective the largest differences from TRL over `CASES`, as Markdown, and the largest of all."""
+    largest = 0.0
     lines = ["| objective | `loss_type` of TRL | cases | loss | gradient |", "|---|---|---|---|---|"]
     for name, loss_type in OBJECTIVES.items():
         losses, slopes = [], []
@@ -286,12 +287,13 @@ def parity_table(trainer):
             losses.append(abs(float(found[0] - expected[0])) / max(1.0, abs(float(expected[0]))))
             slopes.append(float((found[1] - expected[1]).abs().max() / expected[1].abs().max()))
         lines.append(f"| `{name}` | `{loss_type}` | {len(losses)} | {max(losses):.0e} | {max(slopes):.0e} |")
-        assert max(losses) < 1e-5
-        assert max(slopes) < 1e-5
-    return "\n".join(lines)
+        largest = max(largest, *losses, *slopes)
+    return "\n".join(lines), largest
 
 
 @pytest.mark.slow
 def test_the_table_of_differences(trainer):
     """Printed with `-s`, for docs/objectives.md."""
-    print(f"\nTRL {trl.__version__}, torch {torch.__version__}\n{parity_table(trainer)}")
+    table, largest = parity_table(trainer)
+    print(f"\nTRL {trl.__version__}, torch {torch.__version__}\n{table}")
+    assert largest < 1e-5

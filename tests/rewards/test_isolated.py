@@ -205,7 +205,7 @@ def test_the_process_ends_with_this_one_even_if_it_hangs(tmp_path):
     pid = waited(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     hanging.kill()
     hanging.wait()
-    waited(lambda: not alive(int(pid)))
+    assert waited(lambda: not alive(int(pid)))
 
 
 def waited(condition):
