@@ -15,12 +15,14 @@ def time_to_target(run: RunFolder, config: Mapping[str, Any], up_to_step: int | 
     has reached it at the same step; nor do those that a fork has from its parent. up_to_step: leave out later ones.
     """
     every = config["eval"]["every"]
+    if not every:
+        return None
     first = (config.get("parent") or {}).get("step", 0)
     evaluations = {each["step"]: each["accuracy"] for each in run.choosing_evaluations()}
     for step, accuracy in sorted(evaluations.items()):
         counts = step > first and step % every == 0 and (up_to_step is None or step <= up_to_step)
         if counts and accuracy is not None and accuracy >= config["target"]["accuracy"]:
-            seconds = sum(row.get("step_time") or 0.0 for row in run.metrics(step))
+            seconds = sum(row.get("step_time") or 0.0 for row in run.metrics(step) if row["step"] > first)
             return {"step": step, "seconds": seconds, "accuracy": accuracy}
     return None
 

@@ -68,11 +68,14 @@ def _copy_keys_of_reward(composed: DictConfig, choice: str, sources: Sequence[Pa
 
 def _set_by_reward(choice: str, sources: Sequence[Path]) -> set[str]:
     """The keys that a file of `reward` sets, also those of the files of this group that it builds on."""
-    values = yaml.safe_load(_file("reward", choice, sources).read_text(encoding="utf-8")) or {}
+    files = [file for source in sources if (file := source / "reward" / f"{choice}.yaml").is_file()]
+    if not files:  # in a folder of hydra.searchpath
+        return set()
+    values = yaml.safe_load(files[0].read_text(encoding="utf-8")) or {}
     named: set[str] = set()
     for default in values.pop("defaults", []):
         if isinstance(default, str) and default != "_self_":
-            named |= _set_by_reward(default.partition("@")[0], sources)
+            named |= _set_by_reward(default.partition("@")[0].removeprefix("/reward/"), sources)
     return named | set(flatten(values))
 
 
