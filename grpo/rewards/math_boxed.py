@@ -23,8 +23,12 @@ _IDLE_SPACE = re.compile(r"(?<![0-9A-Za-z])[ ]|[ ](?![0-9A-Za-z])|(?<=[0-9])[ ](
 
 
 def same_latex(a: str, b: str) -> bool:
-    r"""Whether both texts are the same formula, apart from spacing and the size of brackets and fractions."""
-    return plain_latex(a) == plain_latex(b)
+    r"""Whether both texts are the same formula, apart from spacing and the size of brackets and fractions.
+
+    One of them may have a name in front of it, as in ``x = 3`` and ``x \in [1, 2]``.
+    """
+    one, other = plain_latex(a), plain_latex(b)
+    return one == other or _MEMBER.sub("", one) == other or one == _MEMBER.sub("", other)
 
 
 def plain_latex(text: str) -> str:
@@ -32,7 +36,6 @@ def plain_latex(text: str) -> str:
     text = text.strip().removesuffix(".").strip("$")
     text = _FRACTION.sub(r"\\frac", _SIZES.sub("", text))
     text = _TEXT.sub(r"\1", text)
-    text = _MEMBER.sub("", text)  # x \in [1, 2], x = 3
     text = _IDLE_SPACE.sub("", _SPACE.sub(" ", text))
     text = _ONE_ARGUMENT.sub(r"\1\2", text)
     choice = _CHOICE.fullmatch(text)

@@ -54,6 +54,7 @@ def test_spacing_between_digits_and_letters_makes_another_formula():
         ("[1,2]", r"x \in [1,2]", True),
         ("(1,2]", r"x \in [1,2]", False),
         ("3", "x = 3", True),
+        ("y = 3", "x = 3", False),
         (r"\sqrt3", r"\sqrt{3}", True),
         (r"\sqrt{3x}", r"\sqrt3x", False),
         ("2516_8", "2516_{8}", True),
