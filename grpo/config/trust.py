@@ -15,7 +15,7 @@ from grpo.config.paths import CONF_DIR
 from grpo.config.schema import FUNCTION_KEYS
 from grpo.config.values import flatten
 
-LOADERS = ("grpo.data.problems.", "grpo.data.tables.", "grpo.data.reasoning_gym.")
+LOADERS = ("grpo.data.problems.", "grpo.data.tables.")
 # The targets that a run folder may name for each key: all functions of a module (written with a dot at the end), or a
 # single object. They were chosen because none of them runs a further function that its settings name.
 TRUSTED = {
@@ -30,9 +30,9 @@ TRUSTED = {
 }
 
 
-# Targets of conf/ that run parts of the data as code, so that a run folder could bring its own: the command line must
-# name them.
-RUNS_DATA = ("grpo.rewards.reasoning_gym.",)
+# Targets of conf/ that pass data and settings to the code of another package, which was not written for those of a
+# stranger: the command line must name them.
+OF_OTHER_PACKAGES = ("grpo.rewards.reasoning_gym.", "grpo.data.reasoning_gym.")
 
 
 def check_trusted(frozen: Any, composed: Any, folder: object) -> None:
@@ -94,7 +94,7 @@ def _named_in_conf() -> frozenset[tuple[str, str]]:
         text = file.read_text(encoding="utf-8")
         group = ".".join(file.relative_to(CONF_DIR).parent.parts)
         named |= _named_in(yaml.safe_load(text), "" if "@package _global_" in text else group)
-    return frozenset((key, target) for key, target in named if not target.startswith(RUNS_DATA))
+    return frozenset((key, target) for key, target in named if not target.startswith(OF_OTHER_PACKAGES))
 
 
 def targets_in(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,16 +13,17 @@ from typing import Any
 
 from grpo.config.errors import ConfigError
 from grpo.data.problems import Problems, parse_rows
+from grpo.rewards.reasoning_gym import NO_REFERENCE, RUN_CODE
 
-NO_REFERENCE = "(any answer that the task accepts)"  # as in grpo.rewards.reasoning_gym
 UNUSABLE = {
     "composite": "it needs a list of other tasks",
     "game_of_life_halting": "its scorer counts any text as the answer True (reasoning-gym 0.1.25)",
 }
 # Some tasks choose from sets of texts, whose order differs between processes with different seeds of Python's hashes.
 _GENERATE = """
-import os, pickle, sys
-sys.path[:] = sys.argv[1:]
+import sys
+sys.path[:] = sys.argv[1:]  # first, since the current directory may have modules of these names
+import os, pickle
 result = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)  # what a task prints
 task, seed, size, settings = pickle.load(sys.stdin.buffer)
@@ -55,6 +56,8 @@ def load(
     """
     if path is not None or name is not None:
         raise ConfigError(f"data.path={path}: data=reasoning_gym generates its own problems; set data.path=null")
+    if task in RUN_CODE:
+        raise ConfigError(f"data.task={task}: its scorer runs answers or problems as Python code; choose another task")
     if task in UNUSABLE:
         raise ConfigError(f"data.task={task}: {UNUSABLE[task]}; choose another task")
     for key, value, least in (("train_size", train_size, 1), ("test_size", test_size, 0), ("task_seed", task_seed, 0)):
@@ -62,6 +65,8 @@ def load(
             raise ConfigError(f"data.{key}={value}: must be an integer of {least} or more")
     if settings is not None and not isinstance(settings, Mapping):
         raise ConfigError(f"data.settings={settings}: must be arguments of the task by name, such as {{max_terms: 3}}")
+    if settings and "data_file" in settings:
+        raise ConfigError("data.settings.data_file: only the texts of reasoning-gym itself are used")
     rows = _rows(task, task_seed, dict(settings or {}), train_size + test_size)
     problems = parse_rows(enumerate(rows, start=1), f"reasoning-gym {task}", task)
     return Problems(problems[test_size:], problems[:test_size])

@@ -1,19 +1,27 @@
 """The scorers of reasoning-gym (extra reasoning-gym), for the problems of `data=reasoning_gym`."""
 
 import functools
-import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from reasoning_gym.factory import get_score_answer_fn
 
 from grpo.rewards.lenient import last_boxed
 from grpo.rewards.math_xml import Completion, completion_text, extract_answer
 
-# The answer of a problem that has several and no reference, as in grpo.data.reasoning_gym, which is above this module.
-NO_REFERENCE = "(any answer that the task accepts)"
-_scorer: Callable[[str], Callable[..., float]] = functools.cache(get_score_answer_fn)
+NO_REFERENCE = "(any answer that the task accepts)"  # the answer of a problem that has several, and no reference
+# Tasks of reasoning-gym 0.1.25 whose scorers pass the answer, the reference or the metadata to eval, exec or SymPy's
+# parse_expr, which evaluates Python code.
+RUN_CODE = frozenset(
+    {"binary_matrix", "bitwise_arithmetic", "codeio", "countdown", "intermediate_integration", "n_queens"}
+    | {"number_sorting", "polynomial_multiplication", "puzzle24", "simple_integration", "spiral_matrix"}
+    | {"string_insertion"}
+)
+
+
+@functools.cache
+def _scorer(task: str) -> Callable[..., float]:
+    from reasoning_gym.factory import get_score_answer_fn  # here, since grpo.data needs only the constants
+
+    return get_score_answer_fn(task)
 
 
 def score(
@@ -29,10 +37,10 @@ def score(
 ) -> list[float | None]:
     r"""`scale` for each completion whose answer gets the full score of its task, else 0.0.
 
-    The answer is the text of the last ``<answer>`` block, or else of the last ``\boxed{...}``. It is wrong if it is not
-    `is_harmless`, since some scorers run it as code. partial: whether a lower score s pays `scale` * s. Many tasks give
-    one to wrong answers, for example to a text that contains the right one among others. None for a problem without the
-    metadata of reasoning-gym.
+    The answer is the text of the last ``<answer>`` block, or else of the last ``\boxed{...}``. partial: whether a
+    lower score s pays `scale` * s. Many tasks give one to wrong answers, for example to a text that contains the right
+    one among others. None for a problem without the metadata of reasoning-gym. Raises ValueError for the tasks of
+    RUN_CODE.
     """
     rows = zip(completions, question, answer, metadata, strict=True)
     rewards: list[float | None] = []
@@ -47,35 +55,14 @@ def score(
     return rewards
 
 
-# Several scorers run the answer as Python code, so only these words may stand in front of an opening bracket.
-BEFORE_BRACKET = {"sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "exp", "log", "sqrt", "Abs"}
-BEFORE_BRACKET |= {"and", "or", "not"}
-_WORD = re.compile(r"(?<![\w.])[A-Za-z][A-Za-z0-9]*$")
-_NUMBER = re.compile(r"(?<![\w.])[0-9.]+$")
-
-
-def is_harmless(answer: str) -> bool:
-    """Whether an answer, run as Python code, can call nothing but mathematical functions."""
-    text = unicodedata.normalize("NFKC", answer)  # as Python reads names
-    if "__" in text:
-        return False
-    if "(" in text and ("#" in text or "\\" in text):  # comments and continued lines can hide what is before it
-        return False
-    return all(_may_stand_before_bracket(text[: match.start()].rstrip()) for match in re.finditer(r"\(", text))
-
-
-def _may_stand_before_bracket(before: str) -> bool:
-    word = _WORD.search(before)
-    if word is not None:
-        return word[0] in BEFORE_BRACKET
-    return before == "" or before[-1] in "([{,+-*/%^=<>|&~:;!?" or _NUMBER.search(before) is not None
-
-
 def _score(answer: str | None, entry: dict[str, Any]) -> float:
-    if not answer or not is_harmless(answer):
+    task = entry["metadata"]["source_dataset"]
+    if task in RUN_CODE:
+        raise ValueError(f"the scorer of {task} runs the answer or the problem as Python code, so it is not used")
+    if not answer:
         return 0.0
     try:
-        return _scorer(entry["metadata"]["source_dataset"])(answer=answer, entry=entry)
+        return _scorer(task)(answer=answer, entry=entry)
     except Exception:  # of several tasks, for an answer that is not of their form
         return 0.0
 

@@ -1,6 +1,8 @@
 """Generated problems of reasoning-gym, and their scorers."""
 
+import inspect
 import os
+import re
 import subprocess
 import sys
 
@@ -9,10 +11,10 @@ from reasoning_gym.factory import DATASETS
 
 from grpo.config.errors import ConfigError
 from grpo.data.reasoning_gym import UNUSABLE, load
-from grpo.rewards.reasoning_gym import NO_REFERENCE, accuracy, is_harmless, score
+from grpo.rewards.reasoning_gym import NO_REFERENCE, RUN_CODE, accuracy, score
 from tests.launches import ROOT, SHORT, launch, rows
 
-SOME = ["chain_sum", "countdown", "gcd", "propositional_logic", "prime_factorization", "letter_counting"]
+SOME = ["chain_sum", "basic_arithmetic", "gcd", "propositional_logic", "prime_factorization", "letter_counting"]
 NO_ANSWERS = ["", "nonsense 12x", "<answer></answer>", "0 1 2 3 4 5 6 7 8 9 10 True False"]
 
 
@@ -32,9 +34,7 @@ def check_task(task):
             assert scored(problems, [form.format(text)] * 4) == [0.0] * 4
     for form in ("<answer>{}</answer>", r"\boxed{{{}}}"):
         texts = [form.format(each.answer) for each in problems]
-        # A few references of intermediate_integration are the integral itself, as which any answer could be written.
-        unpaid = [each.answer == NO_REFERENCE or "Integral(" in each.answer for each in problems]
-        right = [0.0 if each else 2.0 for each in unpaid]
+        right = [0.0 if each.answer == NO_REFERENCE else 2.0 for each in problems]
         balanced = all(each.answer.count("{") == each.answer.count("}") for each in problems)
         if "answer" in form or balanced:
             assert scored(problems, texts) == right
@@ -49,37 +49,37 @@ SLOW_TO_GENERATE = {"futoshiki", "zebra_puzzles"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", sorted(set(DATASETS) - set(UNUSABLE) - SLOW_TO_GENERATE))
+@pytest.mark.parametrize("task", sorted(set(DATASETS) - set(UNUSABLE) - RUN_CODE - SLOW_TO_GENERATE))
 def test_right_answers_of_every_task_get_the_full_score_and_others_nothing(task):
     check_task(task)
 
 
-RUNS_CODE = [
-    "__import__('os').system('id')", "eval('1')", "().__class__", "open ('x')", "(lambda: 1)()", "a.b(1)",
-    "''.join(['a'])", "[print][0](1)", 'f"{1}"(2)', "x(1)", "eval\\\n(1)", "(eval # +\n(1))", "eval\n(1)", "x.sin(1)",
-    "\uff3f\uff3fimport\uff3f\uff3f('os')", "\uff45val(1)", "ev\u200bal(1)", "{}(1)", "not.x(1)", "x2(1)",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("answer", RUNS_CODE)
-def test_an_answer_that_could_call_code_is_not_passed_on(answer):
-    assert not is_harmless(answer)
-
-
-@pytest.mark.parametrize(
-    "answer",
-    ["[1, 2]", "3*(4+5)", "sin(x) + C", "not (A or B)", "sqrt (2)", "[(1, 2)]", "3.5(2)", "#A B#", r"\frac{1}{2}"],
-)
-def test_an_ordinary_answer_is_passed_on(answer):
-    assert is_harmless(answer)
-
-
-@pytest.mark.parametrize("task", ["number_sorting", "spiral_matrix", "countdown", "string_insertion"])
-def test_the_answer_of_a_completion_runs_no_code(task, tmp_path, monkeypatch):
+@pytest.mark.parametrize("task", sorted(RUN_CODE))
+def test_a_task_whose_scorer_runs_code_is_not_used(task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    problems = load(task=task, train_size=2, test_size=0).train
-    for code in ("open('made', 'w')", "__import__('pathlib').Path('made').touch()", "[open('made', 'w')]"):
-        assert scored(problems, [f"<answer>{code}</answer>"] * 2) == [0.0, 0.0]
+    with pytest.raises(ConfigError, match="its scorer runs answers or problems as Python code"):
+        load(task=task, train_size=1, test_size=0)
+    code = "[__import__('pathlib').Path('made').touch()]"
+    with pytest.raises(ValueError, match="so it is not used"):
+        score([""], [f"<answer>{code}</answer>"], ["?"], [code], [{"source_dataset": task, "problem": code}])
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_list_of_tasks_that_run_code_is_complete():
+    """By the source of the installed package."""
+    runs_code = re.compile(r"(?<![\w.])(?:eval|exec|sympify)\(|parse_expr\(|sp(?:ympy)?\.S\(")
+    for task, (dataset, _) in DATASETS.items():
+        source = inspect.getsource(dataset.score_answer) + inspect.getsource(inspect.getmodule(dataset))
+        own_parser = "def parse_expr(" in source  # of propositional_logic, which evaluates nothing
+        only_generates = task in {"basic_arithmetic", "gsm_symbolic"}
+        if runs_code.search(source) and not own_parser and not only_generates:
+            assert task in RUN_CODE
+
+
+def test_modules_of_the_current_directory_are_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "pickle.py").write_text("import pathlib\npathlib.Path('made').touch()\n")
+    monkeypatch.chdir(tmp_path)
+    assert load(task="gcd", train_size=1, test_size=0).train
     assert not (tmp_path / "made").exists()
 
 
