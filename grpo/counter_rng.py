@@ -50,8 +50,18 @@ def gumbel_noise(keys: Tensor, token: int, vocab_size: int) -> Tensor:
     keys: (B, 2) int32 from `row_keys`. `argmax(logits / temperature + noise)` is a sample from the softmax (the
     Gumbel-max trick). Rounding changes this sample only if two candidates are nearly tied.
     """
-    token_keys = _mix32(_mix32(keys ^ _wrap32(token * _GOLDEN32)) + keys.flip(1))  # (B, 2)
-    vocab = torch.arange(vocab_size, dtype=torch.int32, device=keys.device)
+    return noise_from(token_keys(keys, token + 1)[token], vocab_size)
+
+
+def token_keys(keys: Tensor, tokens: int) -> Tensor:
+    """Keys (tokens, B, 2) int32 of the first tokens of B completions, from their keys (B, 2)."""
+    token = torch.arange(tokens, dtype=torch.int32, device=keys.device) * _GOLDEN32
+    return _mix32(_mix32(keys ^ token[:, None, None]) + keys.flip(1))
+
+
+def noise_from(token_keys: Tensor, vocab_size: int) -> Tensor:
+    """`gumbel_noise` from the keys (B, 2) of one token each, one of `token_keys`."""
+    vocab = torch.arange(vocab_size, dtype=torch.int32, device=token_keys.device)
     bits = _mix32((vocab * _GOLDEN32) ^ token_keys[:, :1], token_keys[:, 1:])  # (B, vocab_size)
     return _gumbel(bits & 0x7FFFFFFF)
 
@@ -60,8 +70,8 @@ def _gumbel(bits: Tensor) -> Tensor:
     """Standard Gumbel noise from 31 random bits per value, int32; always finite."""
     # Uniform in (0, 1). Small values, which become the large noise that decides, keep full resolution. The largest 64
     # would round to 1, whose noise is -inf: even a token with a probability of almost 1 would lose.
-    uniform = bits.to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
-    exponential = uniform.neg_().log1p_().neg_()  # -log(1 - u)
+    negative = bits.to(torch.float32).add_(0.5).mul_(-(2.0**-31)).clamp_(min=2.0**-24 - 1)  # -u
+    exponential = negative.log1p_().neg_()  # -log(1 - u)
     return exponential.log_().neg_()
 
 
@@ -83,7 +93,3 @@ def _mix32(x: Tensor, second_key: Tensor | int = 0) -> Tensor:
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     # torch's >> on signed integers is an arithmetic shift; the mask makes it the logical shift that lowbias32 needs.
     return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
-
-
-def _wrap32(x: int) -> int:
-    return (x + (1 << 31)) % (1 << 32) - (1 << 31)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo.model import linear
 from tests.launches import SETTINGS
 from tests.launches import launch as warm_launch
 from tests.tiny_model import fast_model, model, plain_model, prompts, tokenizer  # noqa: F401  fixtures
@@ -37,6 +38,14 @@ def root_logger():
     for handler in logging.root.handlers[:]:
         if type(handler) is logging.StreamHandler and handler not in before:
             logging.root.removeHandler(handler)
+
+
+@pytest.fixture(scope="module")
+def onednn_for_small_weights():
+    """Multiply with oneDNN whatever the size of the weights, as with the weights of large models."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "LEAST_ELEMENTS", 0)
+        yield
 
 
 def cold_launch(*arguments, cwd):

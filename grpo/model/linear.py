@@ -14,6 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from grpo.model.hardware import cpu_supports_bfloat16
 
+# oneDNN prepares a product for each new number of tokens, which takes half a millisecond or more. With fewer elements
+# than this in the weight, computing it takes less.
+LEAST_ELEMENTS = 2**16
+
 
 class OneDnnLinear(nn.Linear):
     """An `nn.Linear` that multiplies with oneDNN."""
@@ -48,7 +52,7 @@ class _OneDnnFunction(torch.autograd.Function):
 def use_onednn(model: nn.Module) -> None:
     """Make the linear layers of a model multiply with oneDNN where it is available."""
     for module in model.modules():
-        if type(module) is nn.Linear and has_onednn(module.weight):
+        if type(module) is nn.Linear and has_onednn(module.weight) and not is_small(module.weight):
             module.__class__ = OneDnnLinear  # keeps the parameters and their names
 
 
@@ -62,6 +66,11 @@ def has_onednn(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in _onednn_dtypes()
 
 
+def is_small(weight: Tensor) -> bool:
+    """Whether products with this weight are left to torch."""
+    return weight.numel() < LEAST_ELEMENTS
+
+
 @functools.cache
 def _onednn_dtypes() -> tuple[torch.dtype, ...]:
     # These operators are internal to torch's compiler, so a later version may not have them.
@@ -72,6 +81,6 @@ def _onednn_dtypes() -> tuple[torch.dtype, ...]:
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` without gradient, with oneDNN if available; weight may then be from `reorder_weight`."""
-    if not has_onednn(x):
+    if is_small(weight) or not has_onednn(x):
         return nn.functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from grpo.batch import Prompts, positions
 from grpo.model.implementation import implementation_of
-from grpo.model.linear import has_onednn, onednn_linear, reorder_weight
+from grpo.model.linear import has_onednn, is_small, onednn_linear, reorder_weight
 from grpo.model.lora import low_rank
 from grpo.model.packed import PackedPrompts, VarLen, forward_packed, varlen
 from grpo.rollout.cuda_graph import capture_graph
@@ -55,22 +55,23 @@ class FusedLinear:
     def __init__(self, rows: int, *layers: Any) -> None:
         self._added = _fused_lora_factors(layers)
         self._linear: list[nn.Linear] = [getattr(layer, "base_layer", layer) for layer in layers]
-        self._reordered: Tensor | None = None
+        self._weight: Tensor | None = None
         self._bias: Tensor | None = None
-        if has_onednn(self._linear[0].weight):
+        if all(has_onednn(linear.weight) or is_small(linear.weight) for linear in self._linear):
             weight = torch.cat([linear.weight for linear in self._linear])  # (outputs of all layers, inputs)
             if self._added is not None and weight.dtype == self._added[1].dtype:  # else it would lose precision
                 down, up = self._added
                 weight = weight.addmm_(up, down)
                 self._added = None
-            self._reordered = reorder_weight(weight, rows)
+            by_onednn = has_onednn(weight) and not is_small(weight)
+            self._weight = reorder_weight(weight, rows) if by_onednn else weight
             if self._linear[0].bias is not None:
                 self._bias = torch.cat([linear.bias for linear in self._linear])
 
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, inputs) -> (rows, outputs of all layers)."""
-        if self._reordered is not None:
-            y = onednn_linear(x, self._reordered, self._bias)
+        if self._weight is not None:
+            y = onednn_linear(x, self._weight, self._bias)
         else:
             y = torch.cat([F.linear(x, linear.weight, linear.bias) for linear in self._linear], dim=-1)
         if self._added is None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from grpo.batch import Completions, Prompts, positions, split_rows
 from grpo.config.errors import ConfigError
-from grpo.counter_rng import gumbel_noise
+from grpo.counter_rng import noise_from, token_keys
 from grpo.model.implementation import implementation_of
 from grpo.model.kv_cache import cache_argument, extend, new_cache, prefill, select_cache_rows
 from grpo.model.lm_head import output_head
@@ -183,10 +183,11 @@ def _decode(
     logps = torch.zeros(ids.shape, device=device)
     running = torch.arange(rows, device=device)  # the rows of `ids` that are still decoded
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    noise_keys = token_keys(keys, sampling.max_new_tokens)  # (max new tokens, rows, 2)
     decoder = start()
     look_every, compact_below = ON_CPU if device.type == "cpu" else ELSEWHERE
     for t in range(sampling.max_new_tokens):
-        tokens, logps[running, t] = _sample_tokens(decoder.logits.float(), keys, t, sampling, stop_ids)
+        tokens, logps[running, t] = _sample_tokens(decoder.logits.float(), noise_keys[t], t, sampling, stop_ids)
         tokens = torch.where(ended, sampling.pad_id, tokens)
         ids[running, t] = tokens
         if on_tokens is not None:
@@ -202,7 +203,7 @@ def _decode(
                 decoder.keep(alive)
                 running = running[alive]
                 ended = ended[alive]
-                keys = keys[alive]
+                noise_keys = noise_keys[:, alive]
                 tokens = tokens[alive]
         decoder.read(tokens)
     return ids, logps
@@ -277,17 +278,21 @@ class PlainDecoder:
         self._rows = self._rows[rows]
 
 
-def _sample_tokens(logits: Tensor, keys: Tensor, t: int, sampling: Sampling, stop_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample the next token from float32 logits (rows, V): greedy, or Gumbel-max with counter-based noise.
+def _sample_tokens(
+    logits: Tensor, noise_keys: Tensor, t: int, sampling: Sampling, stop_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sample token t from float32 logits (rows, V): greedy, or Gumbel-max with the noise of `noise_keys` (rows, 2).
 
     Returns the tokens (rows,) and their log-probabilities (rows,) over the whole vocabulary, as the training pass
     computes them; 0 for greedy decoding.
     """
     if sampling.temperature == 0:
         return _mask_early_stops(logits, t, sampling, stop_ids).argmax(dim=1), logits.new_zeros(len(logits))
-    logits = logits / sampling.temperature
+    if sampling.temperature != 1.0:
+        logits = logits / sampling.temperature
     allowed = _mask_early_stops(logits, t, sampling, stop_ids)
-    tokens = (allowed + gumbel_noise(keys, t, logits.shape[1])).argmax(dim=1)
+    # The first of equal values, as `argmax` returns, which is slower on a CPU.
+    tokens = (allowed + noise_from(noise_keys, logits.shape[1])).max(dim=1).indices
     return tokens, logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=1)
 
 

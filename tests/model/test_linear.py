@@ -12,6 +12,8 @@ from grpo.model.hardware import cpu_supports_bfloat16
 from grpo.model.linear import OneDnnLinear, onednn_linear, use_onednn
 from tests.launches import ROOT
 
+pytestmark = pytest.mark.usefixtures("onednn_for_small_weights")
+
 
 def test_a_bias_has_a_gradient_even_if_nothing_else_needs_one():
     layer = nn.Linear(6, 4)
@@ -19,6 +21,18 @@ def test_a_bias_has_a_gradient_even_if_nothing_else_needs_one():
     layer.weight.requires_grad_(False)
     layer(torch.randn(3, 6)).sum().backward()
     assert torch.equal(layer.bias.grad, torch.full((4,), 3.0))
+
+
+def test_products_with_a_small_weight_are_computed_by_torch(monkeypatch):
+    """For a new number of rows, oneDNN takes longer to prepare such a product than torch to compute it."""
+    monkeypatch.setattr(linear, "LEAST_ELEMENTS", 64 * 64)
+    small, large = nn.Linear(63, 64), nn.Linear(64, 64)
+    for layer in (small, large):
+        use_onednn(layer)
+    assert type(small) is nn.Linear
+    assert type(large) is OneDnnLinear
+    x = torch.randn(3, 63)
+    assert torch.equal(onednn_linear(x, small.weight, small.bias), F.linear(x, small.weight, small.bias))
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -32,6 +32,8 @@ from tests.architectures import kinds, random_model, tiny_architecture
 from tests.launches import ROOT
 from tests.tiny_model import tiny_config
 
+pytestmark = pytest.mark.usefixtures("onednn_for_small_weights")
+
 DOCUMENT = ROOT / "docs" / "models.md"
 CPU = torch.device("cpu")
 LONGEST = 300  # tokens; the windows of the tiny models are 16

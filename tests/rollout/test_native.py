@@ -20,6 +20,8 @@ from grpo.rollout.load_check import choose_implementation
 from grpo.rollout.native import CachedDecoder, completion_mask, rollout
 from tests.oracles import completion_logps_unshared
 
+pytestmark = pytest.mark.usefixtures("onednn_for_small_weights")
+
 
 @pytest.fixture
 def sampling(tokenizer):

@@ -26,6 +26,8 @@ from tests.launches import processes
 from tests.oracles import completion_logps_unshared
 from tests.tiny_model import plain_completions
 
+pytestmark = pytest.mark.usefixtures("onednn_for_small_weights")
+
 
 @pytest.fixture(scope="module", params=["padded", "packed"])
 def model(request):
