@@ -122,19 +122,16 @@ def turn_tokens(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]
     return TurnTokens(frozenset(written) & special, closing[0] if closes else None, after)
 
 
-def prompt_lengths(
+def count_tokens(
     tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], data: Mapping[str, Any], vocabulary: int
 ) -> list[int]:
     """Number of tokens of each problem's prompt. vocabulary: the number of tokens that the model has embeddings for.
 
-    Raises ConfigError if a prompt is empty, longer than data.max_prompt_length, refused by the chat template, or has a
-    token that the model lacks.
+    Raises ConfigError if a prompt is refused by the chat template, or has a token that the model lacks.
     """
-    limit = data["max_prompt_length"]
     arguments = template_arguments(data)
     texts = [render(tokenizer, messages(problem.question, data, problem.turns), arguments) for problem in problems]
     rows = tokenize(tokenizer, texts)
-    lengths = [len(ids) for ids in rows]
     unknown = {token for ids in rows for token in ids if token >= vocabulary}
     if unknown:
         token = min(unknown)
@@ -143,6 +140,11 @@ def prompt_lengths(
             f"prompts is not one of the {vocabulary} that the model has embeddings for; resize the model's embeddings "
             "(resize_token_embeddings) or use its own tokenizer"
         )
+    return [len(ids) for ids in rows]
+
+
+def check_lengths(lengths: Sequence[int], problems: Sequence[Problem], limit: int) -> None:
+    """Raise ConfigError if a prompt is empty, or longer than data.max_prompt_length, which is `limit`."""
     too_long = [(length, problem.id) for length, problem in zip(lengths, problems, strict=True) if length > limit]
     if 0 in lengths:
         raise ConfigError("a prompt has no tokens: is the model's folder without its tokenizer (tokenizer.json)?")
@@ -152,4 +154,3 @@ def prompt_lengths(
             f"{len(too_long)} of {len(problems)} prompts are longer than data.max_prompt_length={limit} tokens, the "
             f"longest ({name}) {longest}; set data.max_prompt_length={longest} or shorten them"
         )
-    return lengths

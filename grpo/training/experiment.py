@@ -28,7 +28,6 @@ from grpo.data.prompts import (
     Messages,
     check_template_arguments,
     messages,
-    prompt_lengths,
     render,
     template_arguments,
     turn_tokens,
@@ -53,6 +52,7 @@ from grpo.rewards.time_limit import end_process
 from grpo.rollout.engine import Compute, RolloutEngine, Sampling
 from grpo.rollout.load_check import choose_implementation
 from grpo.rollout.mps_check import check_device
+from grpo.training.prompt_lengths import PromptLengths, prompt_lengths
 
 logger = logging.getLogger(__name__)
 PROBLEM_FIELDS = ("id", "question", "answer")  # fields of a problem that are passed to reward functions
@@ -69,6 +69,7 @@ class Experiment:
     tokenizer: PreTrainedTokenizerBase
     problems: Problems
     prompt_lengths: list[int]  # number of tokens of each training problem's prompt
+    all_lengths: PromptLengths  # those of the problems of evaluations, too
     max_length: int | None  # maximum tokens of a prompt with its completion; None without problems
     components: list[RewardComponent]
     accuracy: RewardComponent  # 1.0 or 0.0 for each completion
@@ -201,12 +202,13 @@ def build_experiment(
     tokenizer = load_tokenizer(config.model)
     _check_template(tokenizer, config.data)
     known = vocabulary_size(architecture(config.model.name, config.model.trust_remote_code))
-    lengths: list[int] = []
+    lengths = PromptLengths([], None)
     max_length = config.data["max_prompt_length"] + sizes.max_completion_length
     if with_problems:
         held_out = problems.validation[: config.eval.max_problems] + problems.test[: config.eval.max_problems]
         lengths = prompt_lengths(tokenizer, problems.train + held_out, config.data, known)
-        max_length = _check_window(config, sizes, lengths[: len(problems.train)], lengths[len(problems.train) :])
+        trained = len(problems.train)
+        max_length = _check_window(config, sizes, lengths.tokens[:trained], lengths.tokens[trained:])
     device = use_hardware(config) if use else torch.device("cpu")
     if device.type == "mps":
         check_device(device)
@@ -216,7 +218,8 @@ def build_experiment(
         device=device,
         tokenizer=tokenizer,
         problems=problems,
-        prompt_lengths=lengths[: len(problems.train)],
+        prompt_lengths=lengths.tokens[: len(problems.train)],
+        all_lengths=lengths,
         max_length=max_length,
         components=components,
         accuracy=accuracy,

@@ -104,6 +104,7 @@ def record_launch(trainer: Trainer, run: Run, accepted: list[str]) -> None:
     accepted: the names of the digests that differ from the run's, accepted by accept_changes=true.
     """
     run.recorded = True
+    trainer.experiment.all_lengths.save()
     run.folder.record_changes(run.changes)
     run.folder.record_launch(
         {

@@ -5,9 +5,10 @@ import pytest
 from grpo.config.errors import ConfigError
 from grpo.config.schema import ModelConfig
 from grpo.data.problems import Problem
-from grpo.data.prompts import messages, prompt_lengths, render
+from grpo.data.prompts import messages, render
 from grpo.data.sampler import PromptSampler, epoch_order, problems_before
 from grpo.model.loading import load_tokenizer
+from grpo.training.prompt_lengths import prompt_lengths
 
 SUM = Problem("1", "What is 27 + 35?", "62")
 
