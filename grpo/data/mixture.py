@@ -13,16 +13,16 @@ from grpo.data.splits import with_validation
 def mix(parts: Mapping[str, Problems], weights: Mapping[str, float]) -> Problems:
     """Join data sets. parts, weights: the problems and the weight of each part by its name.
 
-    A training problem of a part with weight w and n training problems, without those to validate on, is drawn with the
-    weight w / n; a part with the weight 0 is only evaluated. Each problem has the name of its part in front of its id,
-    and in the column `part`.
+    A training problem of a part with weight w and n training problems, without those to validate on, has the weight
+    w / n; a part with the weight 0 is only evaluated. Each problem has the name of its part in front of its id, and in
+    the column `part`.
     """
     joined: dict[str, list[Problem]] = {split: [] for split in SPLITS}
     for name, problems in parts.items():
         weight = weights[name] / max(1, len(problems.train))
         for split in SPLITS:
             joined[split] += [
-                replace(each, id=f"{name}/{each.id}", columns={**each.columns, "part": name}, weight=weight)
+                replace(each, id=f"{name}/{each.id}", columns={**each.columns, "part": name}, weight=weight, part=name)
                 for each in getattr(problems, split)
             ]
     joined["train"] = [each for each in joined["train"] if each.weight > 0]

@@ -24,6 +24,7 @@ class Problem:
     `columns`: the data set's other fields, passed to reward functions. `family`: problems with the same family are
     nearly the same, and stay in one split; empty: the problem is alone in its family. `turns`: the chat messages before
     the question, for a problem that is given as a chat. `weight`: how often it is drawn, relative to other problems.
+    `part`: of a mixture, whose parts are drawn with the sums of their problems' weights.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Problem:
     family: str = ""
     turns: tuple[dict[str, str], ...] = ()
     weight: float = 1.0
+    part: str = ""
 
 
 @dataclass(frozen=True)

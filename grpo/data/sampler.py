@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from grpo.data.problems import Problem
 
 INSTEAD = 0x696E7374656164  # begins the counters of the orders of later attempts, so that none is that of a noise
 WEIGHTED = 0x7765696768746564  # likewise, of the orders by weight
+PARTS = 0x7061727473  # likewise, of the parts of a mixture
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class PromptSampler:
     Without weights, each epoch is a permutation of the problems, determined by (seed, epoch). If the problems have
     different weights, or with a curriculum, each step draws its problems without replacement with probabilities
     proportional to their weights, determined by (seed, step). The curriculum multiplies the weight of a problem by
-    `pass_weight` of its pass rate so far, which is the only state.
+    `pass_weight` of its pass rate so far, which is the only state. Of a mixture, each slot draws its part first, so
+    that a small part comes as often as its weight says; its problems then repeat within a step if there are too few.
     """
 
     def __init__(
@@ -51,15 +53,18 @@ class PromptSampler:
         self._parent = parent
         self._curriculum = curriculum
         weights = np.array([problem.weight for problem in problems])
-        self._weights = weights if curriculum or len(set(weights.tolist())) > 1 else None  # (number of problems,)
+        is_weighted = bool(curriculum) or len(set(weights.tolist())) > 1 or len({each.part for each in problems}) > 1
+        self._weights = weights if is_weighted else None  # (number of problems,)
+        # The number of each problem's part, (number of problems,), and the share of each part, (number of parts,).
+        self._part = np.unique([problem.part for problem in problems], return_inverse=True)[1]
+        self._shares = np.bincount(self._part, weights) / weights.sum()
         self._names = [_name(problem) for problem in problems] if curriculum else []
         self._observed: dict[str, tuple[float, int]] = {}  # `_name` -> sum of the pass rates, number of groups
 
     def take(self, step: int, count: int) -> SampledProblems:
         """The `count` problems of a step (counted from 1). All earlier steps of the run must have the same `count`."""
         if self._weights is not None:
-            drawn = np.resize(self._order_by_weight(step), count)
-            return SampledProblems([self._problems[place] for place in drawn], np.arange(count))
+            return self._take_by_weight(step, np.arange(count))
         total = len(self._problems)
         first = problems_before(step, count, self._parent)
         places = range(first, first + count)
@@ -73,19 +78,30 @@ class PromptSampler:
         """Other problems for some slots of a step; attempt: from 1. count: as for `take`.
 
         They are the next ones of an order of this attempt that the step has not used, or if there are not enough, the
-        next ones. They do not change which problems other steps take.
+        next ones; of a mixture they are of the same part. They do not change which problems other steps take.
         """
         if self._weights is not None:
-            order = self._order_by_weight(step)
-        else:
-            total = len(self._problems)
-            epoch, start = divmod(problems_before(step, count, self._parent), total)
-            order = np.roll(epoch_order(total, self._seed, epoch, attempt), -start)
-        known = {problem.id for problem in used}
-        places = [place for place in order if self._problems[place].id not in known]
-        endless = itertools.chain(places, itertools.cycle(order))
+            return self._take_by_weight(step, np.asarray(slots), used)
+        total = len(self._problems)
+        epoch, start = divmod(problems_before(step, count, self._parent), total)
+        order = np.roll(epoch_order(total, self._seed, epoch, attempt), -start)
+        endless = self._unused_first(order, used)
         chosen = [self._problems[place] for place in itertools.islice(endless, len(slots))]
         return SampledProblems(chosen, np.asarray(slots))
+
+    def _take_by_weight(self, step: int, slots: np.ndarray, used: Sequence[Problem] = ()) -> SampledProblems:
+        """Problems for some slots (n,) of a step; those that it has used only if there are not enough others."""
+        order = self._order_by_weight(step)
+        parts = np.searchsorted(self._shares.cumsum(), _uniform(PARTS, self._seed, step, slots), side="right")
+        parts = parts.clip(max=self._shares.nonzero()[0][-1])  # the sum of the shares may be rounded to less than 1
+        endless = {part: self._unused_first(order[self._part[order] == part], used) for part in set(parts.tolist())}
+        return SampledProblems([self._problems[next(endless[part])] for part in parts.tolist()], slots)
+
+    def _unused_first(self, order: np.ndarray, used: Sequence[Problem]) -> Iterator[int]:
+        """The places of an order whose problems are not used, then all of them again and again."""
+        known = {problem.id for problem in used}
+        places = [place for place in order if self._problems[place].id not in known]
+        return itertools.chain(places, itertools.cycle(order))
 
     def observe(self, problems: Sequence[Problem], pass_rates: Sequence[float]) -> None:
         """Count the results of the groups of a step: for each problem the share of its completions that are right.
@@ -117,12 +133,16 @@ class PromptSampler:
         if self._curriculum:
             observed = (self._observed.get(name, (0.0, 0)) for name in self._names)
             weights = weights * [pass_weight(self._curriculum, total, groups) for total, groups in observed]
-        bits = hash64(WEIGHTED, self._seed, step, np.arange(len(weights))) >> np.uint64(11)
-        uniform = (bits.astype(np.float64) + 0.5) / 2.0**53
+        uniform = _uniform(WEIGHTED, self._seed, step, np.arange(len(weights)))
         with np.errstate(divide="ignore"):
             scores = np.log(weights) - np.log(-np.log(uniform))
         order = np.argsort(-scores, kind="stable")
         return order[weights[order] > 0]
+
+
+def _uniform(*counters: int | np.ndarray) -> np.ndarray:
+    """Uniform float64 numbers between 0 and 1, both excluded, determined by the counters, like `hash64`."""
+    return ((hash64(*counters) >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
 
 
 def _name(problem: Problem) -> str:

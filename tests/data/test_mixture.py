@@ -54,8 +54,8 @@ def test_training_draws_with_the_weights_and_the_accuracy_is_listed_by_part(argu
     assert done.returncode == 0, done.stderr
     parts = parts_of(tmp_path / "run")
     assert set(parts) == {"plain", "hard"}
-    # Without replacement within a step, so a little less than 3/4; 80 groups: three standard deviations are 0.15.
-    assert parts.count("hard") / len(parts) == pytest.approx(0.72, abs=0.15)
+    # 80 groups: three standard deviations are 0.15.
+    assert parts.count("hard") / len(parts) == pytest.approx(0.75, abs=0.15)
     after = json.loads((tmp_path / "run" / "eval" / "after.json").read_text())
     assert set(after["by"]["part"]) == {"plain", "hard", "sums"}
 

@@ -56,6 +56,39 @@ def test_replacements_are_problems_that_the_step_has_not_used():
     assert not {each.id for each in instead.problems} & {each.id for each in used}
 
 
+def mixture(**sizes):
+    """Parts with the given numbers of problems and equal weights."""
+    return [
+        Problem(f"{part}/{number}", f"{part} {number}?", "1", weight=1 / size, part=part)
+        for part, size in sizes.items()
+        for number in range(size)
+    ]
+
+
+@pytest.mark.parametrize("curriculum", [0.0, 0.9])
+def test_a_part_of_a_mixture_is_drawn_as_often_as_its_weight_says_however_small_it_is(curriculum):
+    """500 steps of 16 problems, half of each part: three standard deviations are 0.017."""
+    sampler = PromptSampler(mixture(small=3, large=1000), 1, curriculum=curriculum)
+    steps = drawn(sampler, range(1, 501), 16)
+    small = [sum(id.startswith("small/") for id in ids) for ids in steps]
+    assert sum(small) / 8000 == pytest.approx(0.5, abs=0.017)
+    assert np.var(small) == pytest.approx(4, abs=0.8)  # that of 16 independent draws
+    for ids in steps:
+        of_small = [id for id in ids if id.startswith("small/")]
+        of_large = [id for id in ids if id.startswith("large/")]
+        assert max(map(of_small.count, of_small), default=0) <= -(-len(of_small) // 3)
+        assert len(set(of_large)) == len(of_large)
+
+
+def test_replacements_in_a_mixture_are_of_the_same_part():
+    sampler = PromptSampler(mixture(small=9, large=1000), 1)
+    for step in range(1, 50):
+        before = sampler.take(step, 8).problems
+        instead = sampler.take_instead(step, 8, [0, 5, 7], 1, before).problems
+        assert [each.part for each in instead] == [before[slot].part for slot in (0, 5, 7)]
+        assert not {each.id for each in instead} & {each.id for each in before}
+
+
 def test_the_weight_by_pass_rate_in_numbers():
     """c = 0.9: unseen p = 1/2; always right once p = 3/4, 16 times p = 33/34; half right p = 1/2."""
     assert pass_weight(0.9, 0.0, 0) == 1.0
