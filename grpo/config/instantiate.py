@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ EXTRAS = {
     "math_verify": "math",
     "reasoning_gym": "reasoning-gym",
 }  # optional package -> extra of pyproject.toml that installs it
+SETTINGS = {float: "a number", int: "an integer", bool: "true or false"}  # what an annotation asks for
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_", "_method_")  # special in `instantiate`
 
 
@@ -99,9 +101,11 @@ def build(key: str, node: Mapping[str, Any], without: tuple[str, ...] = ()) -> C
 def bind_reward(key: str, node: Mapping[str, Any]) -> Callable[..., list[float | None]]:
     """Build a reward function of TRL's form, `f(prompts, completions, **columns)`, or a callable object of that form.
 
-    Raises ConfigError for any other form.
+    Raises ConfigError for any other form, and for settings that a function of this suite does not take.
     """
     function = build(key, node, without=("weight", "range", "isolate"))
+    if str(node["_target_"]).startswith("grpo."):
+        _check_own_settings(key, function)
     parameters: Mapping[str, inspect.Parameter] = {}
     with suppress(TypeError, ValueError):  # a builtin without a signature, or not callable
         parameters = inspect.signature(function).parameters
@@ -111,6 +115,32 @@ def bind_reward(key: str, node: Mapping[str, Any]) -> Callable[..., list[float |
             "numbers, or be a class whose objects have it"
         )
     return function
+
+
+def _check_own_settings(key: str, function: Callable[..., Any]) -> None:
+    """Check the settings of one of the suite's reward functions, whose annotations say what they must be.
+
+    The function raises ValueError for other limits, also without completions.
+    """
+    parameters = inspect.signature(function).parameters
+    for name, value in getattr(function, "keywords", {}).items():
+        kind = parameters[name].annotation if name in parameters else None
+        if kind in SETTINGS and not _is_of_kind(value, kind):
+            raise ConfigError(f"{key}.{name}={value}: must be {SETTINGS[kind]}")
+    missing = [each for each in parameters.values() if each.default is each.empty and each.kind != each.VAR_KEYWORD]
+    if any(each.kind == each.KEYWORD_ONLY for each in missing):
+        return  # a setting or a column of the data; `check_call` reports it if it stays missing
+    try:
+        function(**{each.name: [] for each in missing})
+    except ValueError as error:
+        raise ConfigError(f"{key}.{error}") from error
+
+
+def _is_of_kind(value: Any, kind: type) -> bool:
+    """Whether a value is a bool, an int, or for float any finite number."""
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, int) or (kind is float and isinstance(value, float) and math.isfinite(value))
 
 
 def check_call(key: str, function: Callable[..., Any], form: str, *args: str, **kwargs: str) -> None:

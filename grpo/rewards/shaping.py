@@ -51,6 +51,7 @@ def length_penalty(
     Only right completions are compared by length, so that a model is not paid for short wrong ones. boxed: whether the
     answer counts that is in a box instead of the answer tags, as in the reward for correctness beside this one.
     """
+    _check_at_least_one(max_length=max_length)
     right = (math_boxed if boxed else math_xml).accuracy(prompts, completions, answer)
     return [-min(1.0, len(ids) / max_length) * each for ids, each in zip(completion_ids, right, strict=True)]
 
@@ -71,6 +72,7 @@ def overlong_penalty(
     """
     if not 0 < margin <= 1:
         raise ValueError(f"margin={margin}: must be above 0 and at most 1")
+    _check_at_least_one(max_length=max_length)
     free = (1 - margin) * max_length
     return [-min(1.0, max(0.0, (len(ids) - free) / (max_length - free))) for ids in completion_ids]
 
@@ -82,7 +84,14 @@ def repetition_penalty(
 
     1 - distinct / all sequences, in lower case. A penalty of repeated n-grams as in Yeo et al., arXiv 2502.03373.
     """
+    _check_at_least_one(words=words)
     return [-_repeated(completion_text(each).lower().split(), words) for each in completions]
+
+
+def _check_at_least_one(**settings: int) -> None:
+    for name, value in settings.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: must be at least 1")
 
 
 def _repeated(words: list[str], length: int) -> float:
