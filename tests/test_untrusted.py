@@ -287,6 +287,7 @@ def code(said, **values):
 INTERPOLATED = "${oc.env:SECRET}"
 CALL = "${oc.create:{_target_: payload.run}}"
 CONDITIONS = {"_target_": "payload.run"}
+SCORER = {"_target_": "grpo.rewards.reasoning_gym.score"}
 ATTACKS = {
     # Code.
     "a function": code("asks to run payload.run (objective._target_)", objective___target_="payload.run"),
@@ -306,6 +307,17 @@ ATTACKS = {
         reward__components__x={"_target_": "grpo.algorithm.objective.Objective"},
     ),
     "a module within a trusted one": code("asks to run", data___target_="grpo.data.problems.json.load"),
+    "a loader of a part of a mixture": code(
+        "asks to run payload.run (data.parts.x._target_)", data__parts={"x": CONDITIONS}
+    ),
+    "a loader of another package": code("asks to run", data___target_="grpo.data.reasoning_gym.load", data__task="bf"),
+    "a scorer of another package": code(
+        "asks to run grpo.rewards.reasoning_gym.score", reward__components__x=SCORER, reward__isolate=False
+    ),
+    "a function to choose as an advantage": code(
+        "asks to run payload.run (objective.advantage)",
+        objective={"_target_": "grpo.algorithm.objective.Objective", "advantage": "payload.run"},
+    ),
     "a module within torch": code("asks to run", optimizer___target_="torch.optim.adamw.torch.load"),
     "code of a model": code("asks to run code that comes with the model", model__trust_remote_code=True),
     "code of a model in other words": code("asks to run code that comes with", model__trust_remote_code="on"),

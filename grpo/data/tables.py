@@ -97,7 +97,7 @@ def _hub_tables(path: str, name: str | None, names: Mapping[str, str]) -> dict[s
 
 def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a CSV file with a header; all values are texts, so that an answer 1.50 stays what it is."""
-    csv.field_size_limit(MOST_CHARACTERS)
+    before = csv.field_size_limit(MOST_CHARACTERS)  # of the process
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.DictReader(stream, strict=True)
@@ -115,6 +115,8 @@ def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise ConfigError(f"{file} is not encoded as UTF-8 ({error.reason}); save it as UTF-8") from None
     except csv.Error as error:
         raise ConfigError(f"{file}, line {reader.reader.line_num}: not CSV ({error})") from None
+    finally:
+        csv.field_size_limit(before)
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
