@@ -179,7 +179,7 @@ def saved_at_early_end(trainer: Trainer, run: Run, recorder: Recorder) -> Iterat
 
 
 def ends_at_target(trainer: Trainer, run: Run) -> bool:
-    """Whether the run has reached target.accuracy by its current step, and is to end there."""
+    """Whether target.stop ends the run here: target.accuracy is reached by the current step."""
     target = run.config.target
     if target.accuracy is None or not target.stop:
         return False
