@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor
 import grpo.rollout.native as engine
 from grpo.batch import Prompts
 from grpo.config.schema import ModelConfig
-from grpo.counter_rng import group_keys
+from grpo.counter_rng import group_keys, token_keys
 from grpo.model.loading import RANDOM_MODELS, model_source
 from grpo.rollout.load_check import load_checked_model
 
@@ -44,11 +44,12 @@ class ForceLengths(LogitsProcessor):
 def force_lengths(ends: torch.Tensor, keys: torch.Tensor) -> None:
     """Make `rollout` end the row of each key at its length in `ends`."""
     choose = engine._sample_tokens
-    end_of = {tuple(key): end for key, end in zip(keys.tolist(), ends.tolist(), strict=True)}
+    of_tokens = token_keys(keys.to(ends.device), int(ends.max()))  # (tokens, rows, 2)
+    last = {tuple(key) for key in of_tokens[ends - 1, torch.arange(len(ends), device=ends.device)].tolist()}
 
-    def forced(logits, keys, t, sampling, stop_ids):  # type: ignore[no-untyped-def]
-        tokens, logps = choose(logits.index_fill(1, stop_ids, -torch.inf), keys, t, sampling, stop_ids)
-        ending = torch.tensor([end_of[tuple(key)] == t + 1 for key in keys.tolist()], device=tokens.device)
+    def forced(logits, noise_keys, t, sampling, stop_ids):  # type: ignore[no-untyped-def]
+        tokens, logps = choose(logits.index_fill(1, stop_ids, -torch.inf), noise_keys, t, sampling, stop_ids)
+        ending = torch.tensor([tuple(key) in last for key in noise_keys.tolist()], device=tokens.device)
         return torch.where(ending, stop_ids[0], tokens), logps
 
     engine._sample_tokens = forced

@@ -88,29 +88,28 @@ def run_ours(args: argparse.Namespace) -> list[float]:
     import torch
 
     import grpo.rollout.native as rollout
-    from grpo.counter_rng import group_keys
+    from grpo.counter_rng import group_keys, token_keys
     from grpo.training.recorder import Recorder
     from grpo.training.trainer import Trainer
 
     lengths = forced_lengths(args)
     slots = np.arange(args.prompts)
-    end_of = {
-        tuple(key): length
-        for step in range(1, WARM_UP + args.steps + 1)
-        for key, length in zip(group_keys(SEED, step, slots, args.group).tolist(), lengths, strict=True)
-    }
-    choose, step, record = rollout._sample_tokens, Trainer.step, Recorder.step
+    last = set()  # the noise keys of each completion's last token
+    for step in range(1, WARM_UP + args.steps + 1):
+        of_tokens = token_keys(group_keys(SEED, step, slots, args.group), args.tokens)  # (tokens, rows, 2)
+        last |= {tuple(of_tokens[length - 1, row].tolist()) for row, length in enumerate(lengths)}
+    choose, run_step, record = rollout._sample_tokens, Trainer.step, Recorder.step
     times = []
 
-    def forced_choose(logits, keys, t, sampling, stop_ids):  # type: ignore[no-untyped-def]
-        tokens, logps = choose(logits.index_fill(1, stop_ids, -torch.inf), keys, t, sampling, stop_ids)
-        ends = torch.tensor([end_of[tuple(key)] == t + 1 for key in keys.tolist()])
+    def forced_choose(logits, noise_keys, t, sampling, stop_ids):  # type: ignore[no-untyped-def]
+        tokens, logps = choose(logits.index_fill(1, stop_ids, -torch.inf), noise_keys, t, sampling, stop_ids)
+        ends = torch.tensor([tuple(key) in last for key in noise_keys.tolist()])
         return torch.where(ends, stop_ids[0], tokens), logps
 
     def timed_step(self, number):  # type: ignore[no-untyped-def]
         if number == 1:
             times.append(time.perf_counter())
-        done = step(self, number)
+        done = run_step(self, number)
         found = [row["length"] for row in done.samples]
         assert found == lengths, f"lengths {found} and not {lengths}"
         return done
