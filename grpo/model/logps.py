@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from grpo.batch import Completions, Prompts, positions
 from grpo.model.implementation import implementation_of
 from grpo.model.kv_cache import extend, prefill, select_cache_rows
-from grpo.model.lm_head import LOGITS_PER_CHUNK, Entropy, HeadLogps, soft_cap
+from grpo.model.lm_head import Entropy, HeadLogps, logits_per_chunk, soft_cap
 from grpo.model.packed import forward_packed, pack_groups
 
 
@@ -90,7 +90,7 @@ def head_logps(
     """
     if isinstance(head, nn.Linear) and head.bias is None and cap is None:
         return HeadLogps.apply(hidden, head.weight, targets, temperature, entropy)
-    chunk = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
+    chunk = max(1, logits_per_chunk(hidden.device.type) // head.weight.shape[0])
     parts = [
         checkpoint(_chunk_logps, head, h, t, temperature, entropy, cap, use_reentrant=False, preserve_rng_state=False)
         for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)

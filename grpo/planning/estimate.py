@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from grpo.config.schema import ModelConfig
 from grpo.model.implementation import Implementation, set_implementation
 from grpo.model.linear import onednn_linear
-from grpo.model.lm_head import LOGITS_PER_CHUNK, NARROW_CHUNKS
+from grpo.model.lm_head import NARROW_CHUNKS, logits_per_chunk
 from grpo.model.loading import architecture, explained
 from grpo.model.logps import head_logps
 from grpo.model.lora import adapted_layers, add_adapter
@@ -185,15 +185,16 @@ def _without_adapted_experts(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def head_bytes(model: PreTrainedModel) -> int:
+def head_bytes(model: PreTrainedModel, device: str) -> int:
     """Bytes that the output head allocates temporarily: three buffers of a chunk of logits, and its weight gradient.
 
+    device: its type, on which the size of a chunk depends.
     If its weights are tied to the embedding, the gradients of both exist before they are added. In dtypes narrower than
     float32 the gradient is accumulated in float32, from products that each take a few chunks together.
     """
     weight = model.get_output_embeddings().weight
     gradients = 0 if not weight.requires_grad else 2 if weight is model.get_input_embeddings().weight else 1
-    chunk = max(LOGITS_PER_CHUNK, len(weight))
+    chunk = max(logits_per_chunk(device), len(weight))
     per_weight = gradients * weight.itemsize
     per_logit = 3 * 4
     if weight.itemsize < 4:

@@ -147,7 +147,7 @@ def _memory(config: Config, sizes: Sizes, model: Any, work: estimate.Work) -> di
         "gradients": weights,
         "activations": activations,
         "fragmentation": FRAGMENTATION * activations if on_cpu and not is_full else 0.0,
-        "output head": max(estimate.head_bytes(model), 4 * 4 * rows * vocabulary),
+        "output head": max(estimate.head_bytes(model, config.hardware.device), 4 * 4 * rows * vocabulary),
         "keys and values": estimate.cache_bytes(
             model, work.prompts * work.prompt_tokens + rows * length, compute.itemsize
         ),

@@ -45,11 +45,11 @@ def force_lengths(ends: torch.Tensor, keys: torch.Tensor) -> None:
     """Make `rollout` end the row of each key at its length in `ends`."""
     choose = engine._sample_tokens
     of_tokens = token_keys(keys.to(ends.device), int(ends.max()))  # (tokens, rows, 2)
-    last = {tuple(key) for key in of_tokens[ends - 1, torch.arange(len(ends), device=ends.device)].tolist()}
+    last = of_tokens[ends - 1, torch.arange(len(ends), device=ends.device)]  # (rows, 2)
 
     def forced(logits, noise_keys, t, sampling, stop_ids):  # type: ignore[no-untyped-def]
         tokens, logps = choose(logits.index_fill(1, stop_ids, -torch.inf), noise_keys, t, sampling, stop_ids)
-        ending = torch.tensor([tuple(key) in last for key in noise_keys.tolist()], device=tokens.device)
+        ending = (noise_keys[:, None] == last).all(dim=2).any(dim=1)
         return torch.where(ending, stop_ids[0], tokens), logps
 
     engine._sample_tokens = forced

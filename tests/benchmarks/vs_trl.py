@@ -1,6 +1,6 @@
 """Compare a training step of this suite with TRL's GRPOTrainer on the same work: time, memory, and computed floor.
 
-python tests/benchmarks/vs_trl.py [--shape 2x4x64] [--third-by N] [--ours-bf16] [OVERRIDE ...]
+python tests/benchmarks/vs_trl.py [--shape 2x4x64] [--third-by N] [--ours-bf16] [--hardware PRESET] [OVERRIDE ...]
 
 Both use the same model, prompts and group size, are forced to end each completion at the same length (all at the limit,
 or a third of them at lengths spread up to --third-by tokens), and use AdamW, the same beta and one update per batch.
@@ -41,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ours-bf16", action="store_true", help="ours computes in bfloat16, TRL in float32")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2, help="that are measured in each process")
+    parser.add_argument("--hardware", default="cpu", help="a preset; on a card TRL computes in bfloat16 as well")
     parser.add_argument("--trl-threads", type=int)
     parser.add_argument("--trl-checkpointing", action="store_true")
     parser.add_argument("--child", choices=["work", "ours", "trl"], help=argparse.SUPPRESS)
@@ -61,11 +62,16 @@ def forced_lengths(args: argparse.Namespace) -> list[int]:
     ]
 
 
+def computes_in_float32(args: argparse.Namespace) -> bool:
+    """Whether this suite does."""
+    return args.hardware == "cpu" and not args.ours_bf16
+
+
 def settings(args: argparse.Namespace) -> list[str]:
     own = [] if args.overrides else ["experiment=quickstart"]
     return [
         *own,
-        "hardware=cpu",
+        f"hardware={args.hardware}",
         f"seed={SEED}",
         "tracking=disabled",
         f"grpo.batch_size={args.prompts}",
@@ -77,7 +83,7 @@ def settings(args: argparse.Namespace) -> list[str]:
         "eval.before=false",
         "eval.after=false",
         "checkpoint.every=0",
-        f"hardware.compute_dtype={'bfloat16' if args.ours_bf16 else 'float32'}",
+        f"hardware.compute_dtype={'float32' if computes_in_float32(args) else 'bfloat16'}",
         *args.overrides,
     ]
 
@@ -94,16 +100,17 @@ def run_ours(args: argparse.Namespace) -> list[float]:
 
     lengths = forced_lengths(args)
     slots = np.arange(args.prompts)
-    last = set()  # the noise keys of each completion's last token
+    of_last = []  # the noise keys (rows, 2) of each completion's last token, by step
     for step in range(1, WARM_UP + args.steps + 1):
         of_tokens = token_keys(group_keys(SEED, step, slots, args.group), args.tokens)  # (tokens, rows, 2)
-        last |= {tuple(of_tokens[length - 1, row].tolist()) for row, length in enumerate(lengths)}
+        of_last.append(of_tokens[torch.tensor(lengths) - 1, torch.arange(args.rows)])
+    last = torch.cat(of_last)
     choose, run_step, record = rollout._sample_tokens, Trainer.step, Recorder.step
     times = []
 
     def forced_choose(logits, noise_keys, t, sampling, stop_ids):  # type: ignore[no-untyped-def]
         tokens, logps = choose(logits.index_fill(1, stop_ids, -torch.inf), noise_keys, t, sampling, stop_ids)
-        ends = torch.tensor([tuple(key) in last for key in noise_keys.tolist()])
+        ends = (noise_keys[:, None] == last.to(tokens.device)).all(dim=2).any(dim=1)
         return torch.where(ends, stop_ids[0], tokens), logps
 
     def timed_step(self, number):  # type: ignore[no-untyped-def]
@@ -157,7 +164,7 @@ def run_trl(args: argparse.Namespace, work: dict) -> list[float]:
             self.prompt_length = prompt_length
 
         def __call__(self, ids, scores):
-            ending = ends == ids.shape[1] - self.prompt_length + 1
+            ending = (ends == ids.shape[1] - self.prompt_length + 1).to(scores.device)
             scores[ending] = -torch.inf
             scores[:, stop] = torch.where(ending, 0.0, -torch.inf)
             return scores
@@ -187,8 +194,8 @@ def run_trl(args: argparse.Namespace, work: dict) -> list[float]:
             learning_rate=work["lr"],
             loss_type="grpo",
             gradient_checkpointing=args.trl_checkpointing,
-            bf16=False,
-            use_cpu=True,
+            bf16=args.hardware != "cpu",
+            use_cpu=args.hardware == "cpu",
             shuffle_dataset=False,
             report_to="none",
             save_strategy="no",
@@ -241,9 +248,9 @@ def describe_work(args: argparse.Namespace, folder: str) -> dict:
     fitting = [n for n in range(least, args.rows + 1) if args.rows % n == 0]
     rows = max((n for n in fitting if n * padded <= config.hardware.micro_batch_tokens), default=fitting[0])
 
-    dtype = torch.bfloat16 if args.ours_bf16 else torch.float32
+    dtype = torch.float32 if computes_in_float32(args) else torch.bfloat16
     model = cost.meta_model(config.model, dtype, 0)
-    flop_rate, read_rate = cost.machine_rates(dtype, torch.device("cpu"))
+    flop_rate, read_rate = cost.machine_rates(dtype, experiment.device)
     step = cost.Work(args.prompts, args.group, round(statistics.mean(prompt_tokens)), forced_lengths(args))
     forward, flops = cost.forward_flops(model, step), cost.step_flops(model, step, reference=True, updates=1)
     read = cost.decode_bytes(model, step, dtype.itemsize)
@@ -261,7 +268,11 @@ def describe_work(args: argparse.Namespace, folder: str) -> dict:
 
 
 def peak_gb() -> float:
-    """Peak memory of this process in GB; works on Linux only."""
+    """Peak memory in GB, of the tensors on the card or of this process; works on Linux only."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
