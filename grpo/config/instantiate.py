@@ -104,8 +104,6 @@ def bind_reward(key: str, node: Mapping[str, Any]) -> Callable[..., list[float |
     Raises ConfigError for any other form, and for settings that a function of this suite does not take.
     """
     function = build(key, node, without=("weight", "range", "isolate"))
-    if str(node["_target_"]).startswith("grpo."):
-        _check_own_settings(key, function)
     parameters: Mapping[str, inspect.Parameter] = {}
     with suppress(TypeError, ValueError):  # a builtin without a signature, or not callable
         parameters = inspect.signature(function).parameters
@@ -114,16 +112,18 @@ def bind_reward(key: str, node: Mapping[str, Any]) -> Callable[..., list[float |
             f"{key}._target_={node['_target_']}: it must have the form f(prompts, completions, **columns) -> list of "
             "numbers, or be a class whose objects have it"
         )
+    if str(node["_target_"]).startswith("grpo.") and "completions" in parameters:
+        _check_own_settings(key, function, parameters)
     return function
 
 
-def _check_own_settings(key: str, function: Callable[..., Any]) -> None:
+def _check_own_settings(key: str, function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> None:
     """Check the settings of one of the suite's reward functions, whose annotations say what they must be.
 
-    The function raises ValueError for other limits, also without completions.
+    The function raises a ValueError that begins with `name=value` for other limits, also without completions.
     """
-    parameters = inspect.signature(function).parameters
-    for name, value in getattr(function, "keywords", {}).items():
+    settings = getattr(function, "keywords", {})
+    for name, value in settings.items():
         kind = parameters[name].annotation if name in parameters else None
         if kind in SETTINGS and not _is_of_kind(value, kind):
             raise ConfigError(f"{key}.{name}={value}: must be {SETTINGS[kind]}")
@@ -133,7 +133,8 @@ def _check_own_settings(key: str, function: Callable[..., Any]) -> None:
     try:
         function(**{each.name: [] for each in missing})
     except ValueError as error:
-        raise ConfigError(f"{key}.{error}") from error
+        if str(error).startswith(tuple(f"{name}=" for name in settings)):
+            raise ConfigError(f"{key}.{error}") from error
 
 
 def _is_of_kind(value: Any, kind: type) -> bool:

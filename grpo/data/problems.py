@@ -24,7 +24,7 @@ class Problem:
     `columns`: the data set's other fields, passed to reward functions. `family`: problems with the same family are
     nearly the same, and stay in one split; empty: the problem is alone in its family. `turns`: the chat messages before
     the question, for a problem that is given as a chat. `weight`: how often it is drawn, relative to other problems.
-    `part`: of a mixture, whose parts are drawn with the sums of their problems' weights.
+    `part`: the name of the part of a mixture. A part is drawn with the sum of its problems' weights.
     """
 
     id: str

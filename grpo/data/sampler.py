@@ -53,6 +53,7 @@ class PromptSampler:
         self._parent = parent
         self._curriculum = curriculum
         weights = np.array([problem.weight for problem in problems])
+        weights = weights / weights.max()  # so that their sum cannot overflow
         is_weighted = bool(curriculum) or len(set(weights.tolist())) > 1 or len({each.part for each in problems}) > 1
         self._weights = weights if is_weighted else None  # (number of problems,)
         # The number of each problem's part, (number of problems,), and the share of each part, (number of parts,).
@@ -77,8 +78,9 @@ class PromptSampler:
     ) -> SampledProblems:
         """Other problems for some slots of a step; attempt: from 1. count: as for `take`.
 
-        They are the next ones of an order of this attempt that the step has not used, or if there are not enough, the
-        next ones; of a mixture they are of the same part. They do not change which problems other steps take.
+        They are the next ones of an order that the step has not used, or if there are not enough, the next ones. The
+        order is one of this attempt; by weight it is that of the step, and in a mixture that of the slot's part. Other
+        steps take the same problems as without this.
         """
         if self._weights is not None:
             return self._take_by_weight(step, np.asarray(slots), used)
@@ -99,6 +101,8 @@ class PromptSampler:
 
     def _unused_first(self, order: np.ndarray, used: Sequence[Problem]) -> Iterator[int]:
         """The places of an order whose problems are not used, then all of them again and again."""
+        if not used:
+            return itertools.cycle(order)
         known = {problem.id for problem in used}
         places = [place for place in order if self._problems[place].id not in known]
         return itertools.chain(places, itertools.cycle(order))

@@ -12,8 +12,8 @@ from grpo.model.implementation import implementation_of
 from grpo.model.linear import onednn_linear
 
 LOGITS_PER_CHUNK = 2**23  # 32 MB of float32: about the size of a processor's cache, since a chunk is read many times
-# On a card a chunk of 55 tokens, as these are with the vocabulary of Qwen2.5, would take less time to compute than to
-# read the head, 466 MB; 220 tokens take longer. Not measured yet.
+# On a card a chunk of 55 tokens, as these are with the vocabulary of Qwen2.5, takes a fraction of the time to compute
+# that it takes to read the head, 466 MB; with 220 tokens both take about as long. Not measured yet.
 LOGITS_PER_CHUNK_ON_CUDA = 2**25
 Entropy = Literal["none", "value", "gradient"]  # not computed, without gradient, or with gradient
 NARROW_CHUNKS = 4  # per product with 16-bit weights, where each product also reads and writes a float32 gradient sum

@@ -74,7 +74,7 @@ def overlong_penalty(
         raise ValueError(f"margin={margin}: must be above 0 and at most 1")
     _check_at_least_one(max_length=max_length)
     free = (1 - margin) * max_length
-    return [-min(1.0, max(0.0, (len(ids) - free) / (max_length - free))) for ids in completion_ids]
+    return [-min(1.0, max(0.0, (len(ids) - free) / (margin * max_length))) for ids in completion_ids]
 
 
 def repetition_penalty(

@@ -21,6 +21,7 @@ from grpo.model.implementation import implementation_of
 from grpo.model.linear import has_onednn, is_small, onednn_linear, reorder_weight
 from grpo.model.lora import low_rank
 from grpo.model.packed import PackedPrompts, VarLen, forward_packed, varlen
+from grpo.model.threads import threads_for, use_threads
 from grpo.rollout.cuda_graph import capture_graph
 
 # Their layers are: norm, attention with rotary positions, norm, gated SiLU. Biases and norms of heads are optional.
@@ -57,6 +58,7 @@ class FusedLinear:
         self._linear: list[nn.Linear] = [getattr(layer, "base_layer", layer) for layer in layers]
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
+        self._threads: int | None = None  # of a product, if not as many as the operations around it
         if all(has_onednn(linear.weight) or is_small(linear.weight) for linear in self._linear):
             weight = torch.cat([linear.weight for linear in self._linear])  # (outputs of all layers, inputs)
             if self._added is not None and weight.dtype == self._added[1].dtype:  # else it would lose precision
@@ -65,13 +67,17 @@ class FusedLinear:
                 self._added = None
             by_onednn = has_onednn(weight) and not is_small(weight)
             self._weight = reorder_weight(weight, rows) if by_onednn else weight
+            self._threads = torch.get_num_threads() if by_onednn else None
             if self._linear[0].bias is not None:
                 self._bias = torch.cat([linear.bias for linear in self._linear])
 
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, inputs) -> (rows, outputs of all layers)."""
         if self._weight is not None:
+            before = torch.get_num_threads()
+            torch.set_num_threads(self._threads or before)
             y = onednn_linear(x, self._weight, self._bias)
+            torch.set_num_threads(before)
         else:
             y = torch.cat([F.linear(x, linear.weight, linear.bias) for linear in self._linear], dim=-1)
         if self._added is None:
@@ -150,6 +156,7 @@ class FastDecoder:
         self._place = torch.zeros(1, dtype=torch.long, device=real.device)  # index of the new token
         self._tokens = torch.zeros_like(prompt_of_row)
         self._replay: Callable[[], Tensor] | None = None
+        self._threads = torch.get_num_threads()
         self.logits = self._head(hidden)
 
     def read(self, tokens: Tensor) -> None:
@@ -166,7 +173,17 @@ class FastDecoder:
                 self._cuda_graphs = self._replay is not None
             if not self._cuda_graphs:
                 self._width = self._length
-        self.logits = self._read() if self._replay is None else self._replay()
+        if self._replay is None:
+            with use_threads(self._threads_for_attention()):
+                self.logits = self._read()
+        else:
+            self.logits = self._replay()
+
+    def _threads_for_attention(self) -> int:
+        """The number of threads for attention and the small operations of a layer."""
+        prompt = self._layers[0].prompt_keys
+        row = self._heads * prompt.shape[2] * (prompt.shape[1] + self._length)
+        return threads_for(len(self._tokens) * row, self._threads)
 
     def _read(self) -> Tensor:
         """The logits (R, V) after `_tokens` at `_place`. Only the values of these two change from token to token."""

@@ -187,7 +187,8 @@ def _decode(
     decoder = start()
     look_every, compact_below = ON_CPU if device.type == "cpu" else ELSEWHERE
     for t in range(sampling.max_new_tokens):
-        tokens, logps[running, t] = _sample_tokens(decoder.logits.float(), noise_keys[t], t, sampling, stop_ids)
+        logits = decoder.logits.float()
+        tokens, logps[running, t] = _sample_tokens(logits, noise_keys[t, running], t, sampling, stop_ids)
         tokens = torch.where(ended, sampling.pad_id, tokens)
         ids[running, t] = tokens
         if on_tokens is not None:
@@ -203,7 +204,6 @@ def _decode(
                 decoder.keep(alive)
                 running = running[alive]
                 ended = ended[alive]
-                noise_keys = noise_keys[:, alive]
                 tokens = tokens[alive]
         decoder.read(tokens)
     return ids, logps

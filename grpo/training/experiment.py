@@ -202,7 +202,7 @@ def build_experiment(
     tokenizer = load_tokenizer(config.model)
     _check_template(tokenizer, config.data)
     known = vocabulary_size(architecture(config.model.name, config.model.trust_remote_code))
-    lengths = PromptLengths([], None)
+    lengths = PromptLengths([])
     max_length = config.data["max_prompt_length"] + sizes.max_completion_length
     if with_problems:
         held_out = problems.validation[: config.eval.max_problems] + problems.test[: config.eval.max_problems]

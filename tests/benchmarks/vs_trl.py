@@ -63,7 +63,7 @@ def forced_lengths(args: argparse.Namespace) -> list[int]:
 
 
 def computes_in_float32(args: argparse.Namespace) -> bool:
-    """Whether this suite does."""
+    """Whether this suite computes in float32."""
     return args.hardware == "cpu" and not args.ours_bf16
 
 
@@ -267,11 +267,11 @@ def describe_work(args: argparse.Namespace, folder: str) -> dict:
     }
 
 
-def peak_gb() -> float:
+def peak_gb(on_card: bool) -> float:
     """Peak memory in GB, of the tensors on the card or of this process; works on Linux only."""
-    import torch
+    if on_card:
+        import torch
 
-    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
@@ -284,7 +284,8 @@ def child(args: argparse.Namespace, folder: str) -> None:
     work = json.loads(Path(folder, "work.json").read_text())
     times = run_ours(args) if args.child == "ours" else run_trl(args, work)
     assert len(times) == WARM_UP + args.steps
-    Path(folder, "result.json").write_text(json.dumps({"seconds": times[WARM_UP:], "peak_gb": peak_gb()}))
+    result = {"seconds": times[WARM_UP:], "peak_gb": peak_gb(on_card=args.hardware != "cpu")}
+    Path(folder, "result.json").write_text(json.dumps(result))
 
 
 def start_child(name: str, folder: str) -> None:

@@ -43,6 +43,25 @@ def test_the_rewards_of_the_suite_pass(reward):
     assert bind_rewards(config)[0]
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        "math_xml.extract_answer",
+        "math_xml.same_number",
+        "math_xml.gsm8k_answer",
+        "number.parse_number",
+        "isolated.RewardProcess",
+    ],
+)
+def test_another_function_of_the_suite_is_refused_for_its_form(target):
+    with pytest.raises(ConfigError, match="it must have the form"):
+        bind_reward("reward.components.mine", {"_target_": f"grpo.rewards.{target}"})
+
+
+def test_a_column_given_as_a_setting_is_not_mistaken_for_a_wrong_value():
+    bind_reward("reward.components.mine", {"_target_": "grpo.rewards.math_xml.correctness", "answer": "5"})
+
+
 def test_a_function_of_the_user_may_take_any_settings():
     bind_reward("reward.components.mine", {"_target_": "tests.rewards.test_settings.any_settings", "number": "seven"})
 

@@ -10,6 +10,7 @@ from grpo.data.prompts import messages, render
 from grpo.model.loading import load_tokenizer
 from grpo.training import prompt_lengths as module
 from grpo.training.prompt_lengths import LEAST_PROMPTS, prompt_lengths
+from tests.launches import launch
 
 DATA = {"system_prompt": "Add.", "examples": [], "max_prompt_length": 100, "template_arguments": None}
 PROBLEMS = [Problem(str(number), f"{number} + 1?", str(number + 1)) for number in range(LEAST_PROMPTS)]
@@ -73,6 +74,7 @@ def test_lengths_are_kept_for_the_next_launch_once_they_are_saved(tokenizer, out
         {"problems": [Problem("0", "0 + 1?", "1", turns=({"role": "user", "content": "Hi"},)), *PROBLEMS[1:]]},
         {"vocabulary": 400},
         {"template_arguments": {"chat_template": "{{ messages[-1].content }}"}},
+        {"template_arguments": {"tools": [{1: "a", "b": "c"}]}},
     ],
 )
 def test_other_prompts_are_counted_anew(tokenizer, counted, changes):
@@ -83,13 +85,18 @@ def test_other_prompts_are_counted_anew(tokenizer, counted, changes):
     assert counted == [LEAST_PROMPTS] * 2
 
 
-def test_another_tokenizer_or_chat_template_counts_anew(tokenizer, counted):
+def test_another_tokenizer_or_chat_template_counts_anew(tokenizer, outputs, counted):
     lengths(tokenizer, vocabulary=400).save()
     tokenizer.chat_template += " "
     lengths(tokenizer, vocabulary=400).save()
     tokenizer.add_tokens(["1?"])
-    lengths(tokenizer, vocabulary=400)
-    assert counted == [LEAST_PROMPTS] * 3
+    lengths(tokenizer, vocabulary=400).save()
+    tokenizer.bos_token = "="
+    lengths(tokenizer, vocabulary=400).save()
+    tokenizer.split_special_tokens = True
+    lengths(tokenizer, vocabulary=400).save()
+    assert counted == [LEAST_PROMPTS] * 5
+    assert len(list(outputs.rglob("*.json"))) == 5
 
 
 def test_kept_lengths_are_checked_against_the_limit(tokenizer, counted):
@@ -101,17 +108,22 @@ def test_kept_lengths_are_checked_against_the_limit(tokenizer, counted):
 
 
 @pytest.mark.parametrize("content", [b"", b"[1, 2", b"[1, 2]", b"{}", b"\xff", json.dumps(["1"] * 2000).encode()])
-def test_a_damaged_file_is_not_used(tokenizer, counted, content):
+def test_a_damaged_file_is_not_used_and_replaced(tokenizer, counted, content):
     kept = lengths(tokenizer)
     kept.save()
     kept.file.write_bytes(content)
+    again = lengths(tokenizer)
+    assert again.tokens == kept.tokens
+    again.save()
     assert lengths(tokenizer).tokens == kept.tokens
     assert counted == [LEAST_PROMPTS] * 2
 
 
 def test_few_prompts_and_those_with_a_date_are_not_kept(tokenizer, outputs):
     lengths(tokenizer, PROBLEMS[:-1]).save()
-    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    dated = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    lengths(tokenizer, template_arguments={"chat_template": dated}).save()
+    tokenizer.chat_template = dated
     lengths(tokenizer).save()
     assert not outputs.exists()
 
@@ -121,3 +133,20 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tokenizer, outputs, caplog
     with caplog.at_level(logging.WARNING):
         lengths(tokenizer).save()
     assert "the lengths of the prompts could not be written" in caplog.text
+
+
+def test_a_launch_keeps_the_lengths_and_a_plan_or_a_refused_launch_does_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRPO_OUTPUTS", "outputs")
+    (tmp_path / "sums").mkdir()
+    rows = [json.dumps({"question": each.question, "answer": each.answer}) + "\n" for each in PROBLEMS]
+    (tmp_path / "sums" / "train.jsonl").write_text("".join(rows))
+    (tmp_path / "sums" / "test.jsonl").write_text("".join(rows[:5]))
+    data = ["experiment=quickstart", "data=jsonl", "data.path=sums", "data.validation_share=0", "tracking=disabled"]
+    small = ["grpo.num_steps=1", "grpo.batch_size=1", "grpo.num_generations=2", "grpo.max_completion_length=4"]
+    short = ["eval.before=false", "eval.after=false", "preflight=false", "run_dir=run"]
+    assert launch(*data, *small, "data.max_prompt_length=2", cwd=tmp_path).returncode == 2
+    assert launch(*data, *small, "plan=true", cwd=tmp_path).returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sums"]
+    assert launch(*data, *small, *short, cwd=tmp_path).returncode == 0
+    (file,) = (tmp_path / "outputs" / "prompt_lengths").iterdir()
+    assert len(json.loads(file.read_text())) == LEAST_PROMPTS + 5
