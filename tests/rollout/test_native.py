@@ -8,9 +8,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.batch import Prompts, split_rows
+from grpo.config.schema import LoraSettings
 from grpo.counter_rng import group_keys
+from grpo.model import linear, threads
 from grpo.model.implementation import implementation_of
 from grpo.model.linear import use_onednn
+from grpo.model.lora import add_adapter
+from grpo.model.threads import use_threads
 from grpo.rollout import llama_decoder as decoder_module
 from grpo.rollout import native as engine
 from grpo.rollout.cuda_graph import capture_graph
@@ -186,11 +190,61 @@ def check_fast_decoding(model, prompts, prompt_of_row=None, **how):
             torch.testing.assert_close(fast.logits, plain.logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("least", [0, 2**62], ids=["oneDNN", "torch"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
-def test_fast_decoding_equals_plain_decoding_for_each_model_of_the_family(kind, tied, prompts):
-    """With biases (Qwen2), with norms of heads (Qwen3), and without either (Llama, Mistral)."""
+def test_fast_decoding_equals_plain_decoding_for_each_model_of_the_family(kind, tied, least, prompts, monkeypatch):
+    """With biases (Qwen2), with norms of heads (Qwen3), and without either (Llama, Mistral).
+
+    least: the elements from which on a weight is large. Small weights are fused, and multiplied by torch.
+    """
+    monkeypatch.setattr(linear, "LEAST_ELEMENTS", least)
     check_fast_decoding(model_of_the_family(kind, tied), prompts)
+
+
+@pytest.mark.parametrize("least", [0, 2**62], ids=["oneDNN", "torch"])
+def test_fast_decoding_adds_a_trained_adapter(least, prompts, monkeypatch):
+    monkeypatch.setattr(linear, "LEAST_ELEMENTS", least)
+    model = model_of_the_family("qwen2", True)
+    add_adapter(model, LoraSettings(rank=4, alpha=4, target_modules="all-linear", init_from=None), torch.float32, 1)
+    adapters = [each for name, each in model.named_parameters() if ".lora_" in name]
+    assert adapters
+    for parameter in adapters:
+        torch.nn.init.normal_(parameter, std=0.2)
+    choose_implementation(model)
+    check_fast_decoding(model, prompts)
+
+
+@pytest.mark.parametrize("least", [0, 2**62], ids=["all", "one"])
+def test_decoding_gives_the_same_tokens_with_other_threads_and_restores_their_number(
+    fast_model, prompts, sampling, monkeypatch, least
+):
+    expected = sample(fast_model, prompts, sampling)
+    monkeypatch.setattr(threads, "LEAST_MULTIPLICATIONS", least)
+    used = set()
+    attend = FastDecoder._attend
+
+    def counted(*arguments):
+        used.add(torch.get_num_threads())
+        return attend(*arguments)
+
+    monkeypatch.setattr(FastDecoder, "_attend", counted)
+    with use_threads(2):
+        found = sample(fast_model, prompts, sampling)
+        assert torch.get_num_threads() == 2
+    assert used == {1 if least else 2}
+    assert torch.equal(found.ids, expected.ids)
+
+
+def test_the_number_of_threads_is_restored_if_decoding_fails(fast_model, prompts, sampling, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("failed")
+
+    monkeypatch.setattr(FastDecoder, "_attend", fail)
+    with use_threads(2):
+        with pytest.raises(RuntimeError, match="failed"):
+            sample(fast_model, prompts, sampling)
+        assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize(("width", "needed"), [(1, 8), (2, 5), (3, 5), (100, 4)])
