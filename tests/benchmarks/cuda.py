@@ -23,9 +23,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = ROOT / "tests" / "benchmarks"
@@ -45,14 +48,60 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def python(*command: object, limit: float) -> str:
-    """Run Python with these arguments and return its output, which is also shown. Raises RuntimeError if it fails."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=limit
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
-    return done.stdout
+class Phase:
+    """Runs the commands of a phase, which must end by its deadline; their output is printed and kept in a file."""
+
+    def __init__(self, name: str, limit: float, out: Path) -> None:
+        self._ends = time.monotonic() + limit
+        self._file = (out / f"{name}.txt").open("w")
+
+    def left(self) -> float:
+        """Seconds until the deadline. Raises TimeoutError after it."""
+        left = self._ends - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the phase has reached its limit")
+        return left
+
+    def say(self, text: str) -> None:
+        """Print a text and write it to the file."""
+        print(text, flush=True)
+        self._file.write(f"{text}\n")
+        self._file.flush()
+
+    def start(self, *command: object, **how: Any) -> subprocess.Popen[str]:
+        """Start a command in a process group of its own."""
+        return subprocess.Popen(
+            [*map(str, command)], cwd=ROOT, env=environment(), text=True, start_new_session=True, **how
+        )
+
+    def run(self, *command: object, quiet: bool = False) -> None:
+        """Run a command. Raises RuntimeError if it fails, and TimeoutError at the deadline, at which it is killed."""
+        with tempfile.TemporaryFile("w+") as errors:
+            process = self.start(*command, stdout=subprocess.PIPE, stderr=errors)
+            timer = threading.Timer(self.left(), kill, [process])
+            timer.start()
+            try:
+                for line in process.stdout or ():
+                    if not quiet:
+                        self.say(line.rstrip())
+                code = process.wait()
+            finally:
+                timer.cancel()
+                kill(process)  # what it has left running
+            self.left()
+            if code != 0:
+                errors.seek(0)
+                raise RuntimeError(f"exit code {code}: {errors.read()[-2000:]}")
+
+    def python(self, *command: object, quiet: bool = False) -> None:
+        """Run Python with these arguments, as `run` does."""
+        self.run(sys.executable, *command, quiet=quiet)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a process and all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def environment() -> dict[str, str]:
@@ -68,19 +117,19 @@ def settings(args: argparse.Namespace) -> list[str]:
     return [RANDOM, "hardware=a100_80gb", *data]
 
 
-def show_environment(args: argparse.Namespace, limit: float) -> str:
+def show_environment(args: argparse.Namespace, phase: Phase) -> None:
+    if not args.dry_run:
+        phase.run("nvidia-smi")
     code = "import torch, transformers; print(torch.__version__, transformers.__version__, torch.cuda.is_available())"
-    card = "" if args.dry_run else subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=True).stdout
-    return card + python("-c", code, limit=limit)
+    phase.python("-c", code)
 
 
-def run_tests(args: argparse.Namespace, limit: float) -> str:
-    if args.dry_run:
-        return python("-m", "pytest", "--collect-only", "-q", "-m", "gpu", "tests/rollout", limit=limit)
-    return python("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests", limit=limit)
+def run_tests(args: argparse.Namespace, phase: Phase) -> None:
+    more = ["--collect-only", "tests/rollout"] if args.dry_run else ["-p", "no:cacheprovider", "tests"]
+    phase.python("-m", "pytest", "-q", "-m", "gpu", *more)
 
 
-def check_exactness(args: argparse.Namespace, limit: float) -> str:
+def check_exactness(args: argparse.Namespace, phase: Phase) -> None:
     """Compare the weights, optimizer states, samples and metrics of a killed and resumed run with an unbroken one."""
     sys.path[:0] = [str(ROOT), str(HERE)]
     from same_bytes import contents
@@ -88,46 +137,49 @@ def check_exactness(args: argparse.Namespace, limit: float) -> str:
     shape = ["grpo.num_steps=6", "grpo.mu=2", "checkpoint.every=2", "samples.every=1", "deterministic=true"]
     launch = ["launch.py", "experiment=quickstart", "hardware=" + ("cpu" if args.dry_run else "auto"), *shape]
     with tempfile.TemporaryDirectory() as folder:
-        python(*launch, *UNTRACKED, f"run_dir={folder}/whole", limit=limit)
-        command = [sys.executable, *launch, *UNTRACKED, f"run_dir={folder}/killed"]
+        phase.python(*launch, *UNTRACKED, f"run_dir={folder}/whole", quiet=True)
         metrics = Path(folder, "killed", "metrics", "metrics.jsonl")
-        with open(os.devnull, "w") as quiet:
-            process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=quiet, stderr=quiet)
-        ends = time.monotonic() + limit
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < KILL_AFTER:
-            if process.poll() is not None or time.monotonic() > ends:
-                raise RuntimeError("the run that was to be killed ended before")
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        python("launch.py", "resume=true", f"run_dir={folder}/killed", limit=limit)
+        with open(os.devnull, "w") as nowhere:
+            command = [sys.executable, *launch, *UNTRACKED, f"run_dir={folder}/killed"]
+            process = phase.start(*command, stdout=nowhere, stderr=nowhere)
+        try:
+            while not metrics.exists() or len(metrics.read_text().splitlines()) < KILL_AFTER:
+                phase.left()
+                if process.poll() is not None:
+                    raise RuntimeError("the run that was to be killed ended before")
+                time.sleep(0.01)
+        finally:
+            kill(process)
+        if process.wait() != -signal.SIGKILL:
+            raise RuntimeError("the run that was to be killed ended before")
+        phase.python("launch.py", "resume=true", f"run_dir={folder}/killed", quiet=True)
         whole, resumed = (contents(Path(folder, name)) for name in ("whole", "killed"))
     different = sorted(key for key in whole.keys() | resumed.keys() if whole.get(key) != resumed.get(key))
-    return f"{len(whole)} files and rows; " + (f"DIFFERENT: {', '.join(different)}" if different else "all equal")
+    if different:
+        raise RuntimeError(f"different after the resume: {', '.join(different)}")
+    phase.say(f"{len(whole)} files and rows are equal")
 
 
-def run_preset(args: argparse.Namespace, limit: float) -> str:
+def run_preset(args: argparse.Namespace, phase: Phase) -> None:
     steps = ["grpo.num_steps=3", "checkpoint.every=0", "preflight=false", *UNTRACKED]
     length = [] if args.dry_run else ["rollout.min_new_tokens=512"]
     with tempfile.TemporaryDirectory() as folder:
-        planned = python("launch.py", *settings(args), *steps, "plan=true", limit=limit)
-        python("launch.py", *settings(args), *steps, *length, f"run_dir={folder}/run", limit=limit)
+        phase.python("launch.py", *settings(args), *steps, "plan=true")
+        phase.python("launch.py", *settings(args), *steps, *length, f"run_dir={folder}/run", quiet=True)
         rows = Path(folder, "run", "metrics", "metrics.jsonl").read_text().splitlines()
-    measured = [
-        {key: value for key, value in json.loads(row).items() if key.startswith(("step", "timing", "perf"))}
-        for row in rows
-    ]
-    return "\n".join([planned, *(json.dumps(row) for row in measured)])
+    for row in rows:
+        shown = {key: value for key, value in json.loads(row).items() if key.startswith(("step", "timing", "perf"))}
+        phase.say(json.dumps(shown))
 
 
-def measure_decoding(args: argparse.Namespace, limit: float) -> str:
+def measure_decoding(args: argparse.Namespace, phase: Phase) -> None:
     model, shape = ("tiny", "2x4x16") if args.dry_run else ("qwen2_5_1_5b_random", "8x16x512")
-    command = [HERE / "rollout.py", model, "--shape", shape, "--dtype", "bfloat16", "--rounds", "1"]
-    return "".join(python(*command, *more, limit=limit) for more in ([], ["--cuda-graphs"]))
+    for more in ([], ["--cuda-graphs"]):
+        phase.python(HERE / "rollout.py", model, "--shape", shape, "--dtype", "bfloat16", "--rounds", "1", *more)
 
 
-def measure_head(args: argparse.Namespace, limit: float) -> str:
-    return python(__file__, "--head", *(["--dry-run"] if args.dry_run else []), limit=limit)
+def measure_head(args: argparse.Namespace, phase: Phase) -> None:
+    phase.python(__file__, "--head", *(["--dry-run"] if args.dry_run else []))
 
 
 def head(args: argparse.Namespace) -> None:
@@ -142,7 +194,9 @@ def head(args: argparse.Namespace) -> None:
     weight = torch.randn(vocabulary, hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(vocabulary, (tokens,), device=device)
     for power in (22, 23, 24, 25, 26, 27, 28):
-        lm_head.LOGITS_PER_CHUNK_ON_CUDA = 2**power
+        lm_head.LOGITS_PER_CHUNK = lm_head.LOGITS_PER_CHUNK_ON_CUDA = 2**power
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         seconds = []
         for _ in range(4):
             started = time.perf_counter()
@@ -155,18 +209,17 @@ def head(args: argparse.Namespace) -> None:
         print(f"{tokens} tokens, 2^{power} logits in a chunk: {min(seconds) * 1e3:.1f} ms, peak {peak:.2f} GB")
 
 
-def compare_with_trl(args: argparse.Namespace, limit: float) -> str:
-    own = settings(args)
-    if args.dry_run:
-        return python(HERE / "vs_trl.py", "--shape", "2x4x16", "--rounds", 1, "--steps", 1, *own[:1], limit=limit)
-    shape = ["--shape", "8x16x512", "--hardware", "a100_80gb", "--rounds", 1, "--steps", 2]
-    return python(HERE / "vs_trl.py", *shape, *own, limit=limit)
+def compare_with_trl(args: argparse.Namespace, phase: Phase) -> None:
+    shape = ["--shape", "2x4x16", "--steps", 1] if args.dry_run else ["--shape", "8x16x512", "--steps", 2]
+    hardware = "cpu" if args.dry_run else "a100_80gb"
+    own = ["experiment=quickstart"] if args.dry_run else settings(args)
+    phase.python(HERE / "vs_trl.py", *shape, "--hardware", hardware, "--rounds", 1, *own)
 
 
-PHASES: dict[str, tuple[float, Callable[[argparse.Namespace, float], str]]] = {
+PHASES: dict[str, tuple[float, Callable[[argparse.Namespace, Phase], None]]] = {
     "environment": (30, show_environment),
     "tests": (90, run_tests),
-    "exact": (90, check_exactness),
+    "exact": (110, check_exactness),
     "preset": (150, run_preset),
     "decode": (150, measure_decoding),
     "head": (40, measure_head),
@@ -182,22 +235,24 @@ def main() -> int:
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    failed = False
+    failed = []
     for name in args.phases.split(",") if args.phases else PHASES:
-        limit, phase = PHASES[name]
+        limit, measure = PHASES[name]
         left = args.budget - (time.monotonic() - started)
+        print(f"== {name}", flush=True)
         if limit > left:
-            print(f"== {name}: left out, since {left:.0f} s are left", flush=True)
+            print(f"left out, since {left:.0f} s are left", flush=True)
             continue
         before = time.monotonic()
+        phase = Phase(name, limit, args.out)
         try:
-            text = phase(args, limit)
-        except (RuntimeError, subprocess.SubprocessError, OSError) as error:
-            text = f"FAILED: {error}"
-            failed = True
-        (args.out / f"{name}.txt").write_text(text)
-        print(f"== {name}, {time.monotonic() - before:.0f} s\n{text}", flush=True)
-    return int(failed)
+            measure(args, phase)
+        except Exception as error:  # the next phases must still run
+            phase.say(f"FAILED: {type(error).__name__}: {error}")
+            failed.append(name)
+        phase.say(f"({time.monotonic() - before:.0f} s)")
+    print(f"failed: {', '.join(failed) or 'none'}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
