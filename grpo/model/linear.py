@@ -14,9 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from grpo.model.hardware import cpu_supports_bfloat16
 
-# oneDNN prepares a product for each new number of tokens, which takes half a millisecond or more. With fewer elements
-# than this in the weight, oneDNN also computes no faster.
+# oneDNN prepares a product for each new number of rows, which takes half a millisecond or more, and computes it no faster
+# if the weight has fewer elements than this. Products of a few rows are left to it nevertheless: only these are rounded
+# in another way on Intel's processors, and a run of an earlier version must continue bit for bit.
 LEAST_ELEMENTS = 2**16
+FEW_ROWS = 8
 
 
 class OneDnnLinear(nn.Linear):
@@ -52,7 +54,7 @@ class _OneDnnFunction(torch.autograd.Function):
 def use_onednn(model: nn.Module) -> None:
     """Make the linear layers of a model multiply with oneDNN where it is available."""
     for module in model.modules():
-        if type(module) is nn.Linear and has_onednn(module.weight) and not is_small(module.weight):
+        if type(module) is nn.Linear and has_onednn(module.weight):
             module.__class__ = OneDnnLinear  # keeps the parameters and their names
 
 
@@ -67,8 +69,13 @@ def has_onednn(tensor: Tensor) -> bool:
 
 
 def is_small(weight: Tensor) -> bool:
-    """Whether products with this weight are left to torch."""
+    """Whether products of more than FEW_ROWS rows with this weight are left to torch."""
     return weight.numel() < LEAST_ELEMENTS
+
+
+def is_left_to_torch(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch multiplies x (..., inputs) and the weight, even if oneDNN could."""
+    return is_small(weight) and x.numel() > FEW_ROWS * x.shape[-1]
 
 
 @functools.cache
@@ -81,6 +88,6 @@ def _onednn_dtypes() -> tuple[torch.dtype, ...]:
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` without gradient, with oneDNN if available; weight may then be from `reorder_weight`."""
-    if is_small(weight) or not has_onednn(x):
+    if is_left_to_torch(x, weight) or not has_onednn(x):
         return nn.functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from grpo.batch import Prompts, positions
 from grpo.model.implementation import implementation_of
-from grpo.model.linear import has_onednn, is_small, onednn_linear, reorder_weight
+from grpo.model.linear import has_onednn, is_left_to_torch, is_small, onednn_linear, reorder_weight
 from grpo.model.lora import low_rank
 from grpo.model.packed import PackedPrompts, VarLen, forward_packed, varlen
 from grpo.model.threads import threads_for, use_threads
@@ -57,26 +57,28 @@ class FusedLinear:
         self._added = _fused_lora_factors(layers)
         self._linear: list[nn.Linear] = [getattr(layer, "base_layer", layer) for layer in layers]
         self._weight: Tensor | None = None
+        self._reordered: Tensor | None = None
         self._bias: Tensor | None = None
-        self._threads: int | None = None  # of a product, if not as many as the operations around it
-        if all(has_onednn(linear.weight) or is_small(linear.weight) for linear in self._linear):
+        self._threads = torch.get_num_threads()
+        if has_onednn(self._linear[0].weight):
             weight = torch.cat([linear.weight for linear in self._linear])  # (outputs of all layers, inputs)
             if self._added is not None and weight.dtype == self._added[1].dtype:  # else it would lose precision
                 down, up = self._added
                 weight = weight.addmm_(up, down)
                 self._added = None
-            by_onednn = has_onednn(weight) and not is_small(weight)
-            self._weight = reorder_weight(weight, rows) if by_onednn else weight
-            self._threads = torch.get_num_threads() if by_onednn else None
+            self._reordered = reorder_weight(weight, rows)
+            self._weight = weight if is_small(weight) else None
             if self._linear[0].bias is not None:
                 self._bias = torch.cat([linear.bias for linear in self._linear])
 
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, inputs) -> (rows, outputs of all layers)."""
-        if self._weight is not None:
+        if self._weight is not None and is_left_to_torch(x, self._weight):
+            y = F.linear(x, self._weight, self._bias)
+        elif self._reordered is not None:
             before = torch.get_num_threads()
-            torch.set_num_threads(self._threads or before)
-            y = onednn_linear(x, self._weight, self._bias)
+            torch.set_num_threads(self._threads)
+            y = onednn_linear(x, self._reordered, self._bias)
             torch.set_num_threads(before)
         else:
             y = torch.cat([F.linear(x, linear.weight, linear.bias) for linear in self._linear], dim=-1)

@@ -23,16 +23,17 @@ def test_a_bias_has_a_gradient_even_if_nothing_else_needs_one():
     assert torch.equal(layer.bias.grad, torch.full((4,), 3.0))
 
 
-def test_products_with_a_small_weight_are_computed_by_torch(monkeypatch):
+@pytest.mark.parametrize("rows", [linear.FEW_ROWS, linear.FEW_ROWS + 1])
+@pytest.mark.parametrize("least", [64 * 63, 64 * 63 + 1])
+def test_products_of_many_rows_with_a_small_weight_are_computed_by_torch(monkeypatch, least, rows):
     """For a new number of rows, oneDNN takes longer to prepare such a product than torch to compute it."""
-    monkeypatch.setattr(linear, "LEAST_ELEMENTS", 64 * 64)
-    small, large = nn.Linear(63, 64), nn.Linear(64, 64)
-    for layer in (small, large):
-        use_onednn(layer)
-    assert type(small) is nn.Linear
-    assert type(large) is OneDnnLinear
-    x = torch.randn(3, 63)
-    assert torch.equal(onednn_linear(x, small.weight, small.bias), F.linear(x, small.weight, small.bias))
+    monkeypatch.setattr(linear, "LEAST_ELEMENTS", least)
+    layer = nn.Linear(63, 64)
+    use_onednn(layer)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, torch.no_grad():
+        layer(torch.randn(rows, 63))
+    by_onednn = any("mkldnn" in event.name for event in profile.events())
+    assert by_onednn == (least == 64 * 63 or rows == linear.FEW_ROWS)
 
 
 @pytest.mark.parametrize("bias", [True, False])
