@@ -5,14 +5,17 @@ python tests/benchmarks/rollout.py [MODEL] [--shape 2x8x64] [--prompt-tokens 80]
 MODEL is a hub name or local folder; default: the embedded one. All read the same prompts of random tokens, sample at
 temperature 1 and end each completion at the same length: all at the limit, or with --third a third of them within a
 quarter of it (without vLLM then, for which only one length can be set). They run in turns in one process, and the
-median times count. Only tokens up to the end of each completion are counted.
+median times count. Only tokens up to the end of each completion are counted. The time of a decoded token, without that
+of the prompts, is compared with the time of reading the weights.
 """
 
 import argparse
 import functools
+import json
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,9 +26,11 @@ from grpo.batch import Prompts
 from grpo.config.schema import ModelConfig
 from grpo.counter_rng import group_keys, token_keys
 from grpo.model.loading import RANDOM_MODELS, model_source
+from grpo.planning import estimate as cost
 from grpo.rollout.load_check import load_checked_model
 
 STOP, PAD = 2, 0
+START = "start"  # a rollout of one token each, to be subtracted
 
 
 class ForceLengths(LogitsProcessor):
@@ -64,6 +69,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--cuda-graphs", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="a file for the ratios")
     args = parser.parse_args()
     prompts, group, tokens = map(int, args.shape.split("x"))
     rows, device = prompts * group, torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -81,20 +87,19 @@ def main() -> None:
         ends[::3] = torch.linspace(tokens / 8, tokens / 4, len(ends[::3]), device=device).long()
     keys = group_keys(1, 1, np.arange(prompts), group)
     force_lengths(ends, keys)
-    sampling = engine.Sampling(tokens, 1.0, (STOP,), PAD)
     repeated = ids.repeat_interleave(group, dim=0)
 
-    def ours() -> None:
+    def ours(most: int = tokens) -> None:
         completions = engine.rollout(
             model,
             batch,
-            sampling,
+            engine.Sampling(most, 1.0, (STOP,), PAD),
             group_size=group,
             keys=keys,
             token_budget=2**40,
             cuda_graphs=args.cuda_graphs,
         )
-        assert completions.lengths.tolist() == ends.tolist()
+        assert completions.lengths.tolist() == ends.clamp(max=most).tolist()
 
     def generate() -> None:
         result = plain.generate(
@@ -112,7 +117,7 @@ def main() -> None:
         )
         assert result.shape == (rows, args.prompt_tokens + tokens)
 
-    contestants = {"ours": ours, "generate": generate}
+    contestants = {"ours": ours, "generate": generate, START: lambda: ours(1)}
     if not args.third and (vllm := vllm_contestant(args, source, ids, group, tokens)):
         contestants["vLLM"] = vllm
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
@@ -123,10 +128,21 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - started)
-    rates = {name: int(ends.sum()) / statistics.median(times[1:]) for name, times in seconds.items()}
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    token = (medians["ours"] - medians.pop(START)) / (int(ends.max()) - 1)
+    read_rate = cost.machine_rates(model.dtype, device)[1]
+    reading = sum(cost.products(model)) * model.dtype.itemsize / read_rate
+    rates = {name: int(ends.sum()) / median for name, median in medians.items()}
     print(f"{args.model} {args.dtype} on {device}, {args.shape}{', a third early' if args.third else ''}")
     for name, rate in rates.items():
         print(f"{name:>9} {rate:8.1f} tokens/s; ours is {rates['ours'] / rate:.2f} times as fast")
+    print(
+        f"a token of all rows takes {token * 1e3:.1f} ms, {token / reading:.2f} times reading the weights at "
+        f"{read_rate / 1e9:.1f} GB/s"
+    )
+    if args.json:
+        ratios = {f"times_as_fast_as_{name}": rates["ours"] / rate for name, rate in rates.items() if name != "ours"}
+        args.json.write_text(json.dumps(ratios | {"times_reading_the_weights": token / reading}))
 
 
 def vllm_contestant(args, source, ids, group, tokens):  # type: ignore[no-untyped-def]

@@ -44,6 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hardware", default="cpu", help="a preset; on a card TRL computes in bfloat16 as well")
     parser.add_argument("--trl-threads", type=int)
     parser.add_argument("--trl-checkpointing", action="store_true")
+    parser.add_argument("--json", type=Path, help="a file for the ratios")
     parser.add_argument("--child", choices=["work", "ours", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="such as model.name=DIR data.path=DIR; default: the tiny model")
@@ -316,6 +317,9 @@ def main() -> None:
         f"step: ours {ours:.2f} s, TRL {trl:.2f} s: {trl / ours:.2f} times faster, {ours / work['floor']:.2f} of the "
         f"floor; peak memory {memory['ours']:.2f} / {memory['trl']:.2f} GB = {memory['ours'] / memory['trl']:.2f}"
     )
+    if args.json:
+        ratios = {"times_as_fast_as_trl": trl / ours, "times_the_floor": ours / work["floor"]}
+        args.json.write_text(json.dumps(ratios | {"memory_of_trl": memory["ours"] / memory["trl"]}))
 
 
 if __name__ == "__main__":
