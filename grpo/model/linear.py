@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from grpo.model.hardware import cpu_supports_bfloat16
 
-# oneDNN prepares a product for each new number of rows, which takes half a millisecond or more, and it computes no faster
-# than torch if the weight has fewer elements than this. Products of a few rows are left to it nevertheless: only these
-# are rounded in another way on Intel's processors, and a run of an earlier version must continue bit for bit.
+# oneDNN prepares a product for each new number of rows, which takes half a millisecond or more, and computes it no
+# faster than torch if the weight has fewer elements than this. Products of a few rows are left to it nevertheless: only
+# these are rounded in another way on Intel's processors, and a run of an earlier version must continue bit for bit.
 LEAST_ELEMENTS = 2**16
 FEW_ROWS = 8
 
