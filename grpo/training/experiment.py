@@ -68,8 +68,7 @@ class Experiment:
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     problems: Problems
-    prompt_lengths: list[int]  # number of tokens of each training problem's prompt
-    all_lengths: PromptLengths  # those of the problems of evaluations, too
+    all_lengths: PromptLengths  # of the training problems, then of those that are evaluated
     max_length: int | None  # maximum tokens of a prompt with its completion; None without problems
     components: list[RewardComponent]
     accuracy: RewardComponent  # 1.0 or 0.0 for each completion
@@ -83,6 +82,11 @@ class Experiment:
     def column_names(self) -> list[str]:
         """`Problems.column_names`, computed once."""
         return self.problems.column_names
+
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """The number of tokens of each training problem's prompt."""
+        return self.all_lengths.tokens[: len(self.problems.train)]
 
     def conversations(self, problems: Sequence[Problem]) -> list[Messages]:
         """The chat messages of each problem."""
@@ -207,8 +211,7 @@ def build_experiment(
     if with_problems:
         held_out = problems.validation[: config.eval.max_problems] + problems.test[: config.eval.max_problems]
         lengths = prompt_lengths(tokenizer, problems.train + held_out, config.data, known)
-        trained = len(problems.train)
-        max_length = _check_window(config, sizes, lengths.tokens[:trained], lengths.tokens[trained:])
+        max_length = _check_window(config, sizes, lengths.tokens, len(problems.train))
     device = use_hardware(config) if use else torch.device("cpu")
     if device.type == "mps":
         check_device(device)
@@ -218,7 +221,6 @@ def build_experiment(
         device=device,
         tokenizer=tokenizer,
         problems=problems,
-        prompt_lengths=lengths.tokens[: len(problems.train)],
         all_lengths=lengths,
         max_length=max_length,
         components=components,
@@ -308,16 +310,18 @@ def build_objective(config: Config) -> ObjectiveFunction:
     return objective
 
 
-def _check_window(config: Config, sizes: Sizes, train: list[int], held_out: list[int]) -> int:
+def _check_window(config: Config, sizes: Sizes, lengths: list[int], num_train: int) -> int:
     """Check that the longest prompts, in tokens, and their completions fit into the positions that the model declares.
 
-    Returns the maximum tokens of a prompt with its completion. Raises ConfigError for learned positions, which end
-    there, and for rotary positions (RoPE) whose frequencies change there for all tokens. Other rotary positions can go
-    further, which transformers' generate() allows, but the answers may be poor: only a warning is logged.
+    lengths: of the prompts to train on, `num_train`, then of those to evaluate. Returns the maximum tokens of a prompt
+    with its completion. Raises ConfigError for learned positions, which end there, and for rotary positions (RoPE)
+    whose frequencies change there for all tokens. Other rotary positions can go further, which transformers' generate()
+    allows, but the answers may be poor: only a warning is logged.
     """
     text = architecture(config.model.name, config.model.trust_remote_code).get_text_config(decoder=True)
     window = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None)
+    train, held_out = lengths[:num_train], lengths[num_train:]
     evaluated = config.eval.max_completion_length
     cases = [("grpo.max_completion_length", sizes.max_completion_length, train if evaluated else train + held_out)]
     if evaluated:
