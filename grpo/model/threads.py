@@ -22,5 +22,5 @@ def use_threads(count: int) -> Iterator[None]:
 
 
 def threads_for(multiplications: int, most: int) -> int:
-    """The number of threads for an operation with so many multiplications: 1 or `most`."""
+    """The number of threads for an operation, 1 or `most`, by the number of its multiplications."""
     return most if multiplications >= LEAST_MULTIPLICATIONS else 1

@@ -37,7 +37,7 @@ BETA = 0.04
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="2x4x64", help="prompts x completions of each x tokens of each")
-    parser.add_argument("--third-by", type=int, help="a third of the completions end by so many tokens")
+    parser.add_argument("--third-by", type=int, help="tokens by which a third of the completions end")
     parser.add_argument("--ours-bf16", action="store_true", help="ours computes in bfloat16, TRL in float32")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2, help="that are measured in each process")

@@ -6,6 +6,7 @@ from grpo.config.checks import typed
 from grpo.config.compose import compose_config
 from grpo.config.errors import ConfigError
 from grpo.config.instantiate import bind_reward
+from grpo.rewards.scoring import settings_of
 from grpo.training.experiment import bind_rewards
 from tests.launches import launch
 
@@ -59,15 +60,17 @@ def test_another_function_of_the_suite_is_refused_for_its_form(target):
 
 
 def test_a_column_given_as_a_setting_is_not_mistaken_for_a_wrong_value():
-    bind_reward("reward.components.mine", {"_target_": "grpo.rewards.math_xml.correctness", "answer": "5"})
+    function = bind_reward("reward.components.mine", {"_target_": "grpo.rewards.math_xml.correctness", "answer": "5"})
+    assert settings_of(function) == {"answer": "5"}
 
 
 def test_a_function_of_the_user_may_take_any_settings():
-    bind_reward("reward.components.mine", {"_target_": "tests.rewards.test_settings.any_settings", "number": "seven"})
+    node = {"_target_": "tests.rewards.test_settings.any_settings", "number": "seven"}
+    assert bind_reward("reward.components.mine", node)(completions=["x", "y"]) == ["seven", "seven"]
 
 
 def any_settings(completions, *, number: float, **columns):
-    return [0.0 for _ in completions]
+    return [number for _ in completions]
 
 
 def test_a_launch_is_refused_before_it_leaves_anything(tmp_path):
