@@ -28,7 +28,9 @@ class PromptLengths:
     """The number of tokens of each prompt."""
 
     tokens: list[int]
-    file: Path | None = None  # in which they are to be kept for later launches; None: they are kept already, or not
+    file: Path | None = (
+        None  # in which they are to be kept for later launches; None: they are stored already, or not stored
+    )
 
     def save(self) -> None:
         """Keep the lengths. Called when a launch has been accepted, since one that is refused leaves no file."""
@@ -37,8 +39,11 @@ class PromptLengths:
         with disk_errors_are_warnings("the lengths of the prompts"):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.file.with_suffix(f".{os.getpid()}.tmp")  # a name of its own, since jobs may run at once
-            temporary.write_text(json.dumps(self.tokens))
-            temporary.replace(self.file)
+            try:
+                temporary.write_text(json.dumps(self.tokens))
+                temporary.replace(self.file)
+            finally:
+                temporary.unlink(missing_ok=True)  # what a full disk has left
 
 
 def prompt_lengths(
@@ -89,8 +94,8 @@ def _read(file: Path, count: int) -> list[int] | None:
         tokens = json.loads(file.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         logger.warning("the lengths of the prompts are counted again: %s: %s", file, error)
         return None
-    valid = isinstance(tokens, list) and len(tokens) == count and all(type(each) is int for each in tokens)
+    valid = isinstance(tokens, list) and len(tokens) == count and all(type(each) is int and each > 0 for each in tokens)
     return tokens if valid else None

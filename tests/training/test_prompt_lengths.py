@@ -107,7 +107,19 @@ def test_kept_lengths_are_checked_against_the_limit(tokenizer, counted):
     assert counted == [LEAST_PROMPTS]
 
 
-@pytest.mark.parametrize("content", [b"", b"[1, 2", b"[1, 2]", b"{}", b"\xff", json.dumps(["1"] * 2000).encode()])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[1, 2",
+        b"[1, 2]",
+        b"{}",
+        b"\xff",
+        b"[" * 99999,
+        json.dumps(["1"] * 2000).encode(),
+        json.dumps([0] * 2000).encode(),
+    ],
+)
 def test_a_damaged_file_is_not_used_and_replaced(tokenizer, counted, content):
     kept = lengths(tokenizer)
     kept.save()
