@@ -123,6 +123,8 @@ def _check_own_settings(key: str, function: Callable[..., Any], parameters: Mapp
     The function raises a ValueError that begins with `name=value` for other limits, also without completions.
     """
     settings = getattr(function, "keywords", {})
+    if settings.keys() & {"prompts", "completions", "completion_ids"}:
+        raise ConfigError(f"{key}: prompts, completions and completion_ids are given by the run; remove the setting")
     for name, value in settings.items():
         kind = parameters[name].annotation if name in parameters else None
         if kind in SETTINGS and not _is_of_kind(value, kind):

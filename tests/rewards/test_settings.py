@@ -59,6 +59,12 @@ def test_another_function_of_the_suite_is_refused_for_its_form(target):
         bind_reward("reward.components.mine", {"_target_": f"grpo.rewards.{target}"})
 
 
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids"])
+def test_what_the_run_gives_cannot_be_a_setting(name):
+    with pytest.raises(ConfigError, match="are given by the run; remove the setting"):
+        bind_reward("reward.components.mine", {"_target_": SHAPING + "overlong_penalty", "max_length": 9, name: 5})
+
+
 def test_a_column_given_as_a_setting_is_not_mistaken_for_a_wrong_value():
     function = bind_reward("reward.components.mine", {"_target_": "grpo.rewards.math_xml.correctness", "answer": "5"})
     assert settings_of(function) == {"answer": "5"}
