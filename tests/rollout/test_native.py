@@ -199,12 +199,14 @@ def test_fast_decoding_equals_plain_decoding_for_each_model_of_the_family(kind, 
     least: the elements from which on a weight is large. Small weights are fused, and multiplied by torch.
     """
     monkeypatch.setattr(linear, "LEAST_ELEMENTS", least)
+    monkeypatch.setattr(linear, "FEW_ROWS", 0)
     check_fast_decoding(model_of_the_family(kind, tied), prompts)
 
 
 @pytest.mark.parametrize("least", [0, 2**62], ids=["oneDNN", "torch"])
 def test_fast_decoding_adds_a_trained_adapter(least, prompts, monkeypatch):
     monkeypatch.setattr(linear, "LEAST_ELEMENTS", least)
+    monkeypatch.setattr(linear, "FEW_ROWS", 0)
     model = model_of_the_family("qwen2", True)
     add_adapter(model, LoraSettings(rank=4, alpha=4, target_modules="all-linear", init_from=None), torch.float32, 1)
     adapters = [each for name, each in model.named_parameters() if ".lora_" in name]
