@@ -11,7 +11,7 @@ import pytest
 from grpo.model import linear
 from tests.launches import SETTINGS
 from tests.launches import launch as warm_launch
-from tests.tiny_model import fast_model, model, plain_model, prompts, tokenizer  # noqa: F401  fixtures
+from tests.tiny_model import compiled_model, fast_model, model, plain_model, prompts, tokenizer  # noqa: F401  fixtures
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["GRPO_OUTPUTS"] = "outputs"  # below the working directory of each launch

@@ -4,9 +4,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.batch import Completions, tokenize_prompts
 from grpo.config.schema import ModelConfig
+from grpo.model.implementation import implementation_of
+from grpo.model.loading import load_model
 from grpo.model.packed import supports_packing
 from grpo.rollout.llama_decoder import supports_fast_decoding
-from grpo.rollout.load_check import load_checked_model
+from grpo.rollout.load_check import choose_implementation, load_checked_model
 from grpo.tiny import MODEL_DIR
 
 
@@ -30,10 +32,19 @@ def fast_model():
     return model
 
 
-@pytest.fixture(scope="session", params=["plain", "fast"])
-def model(request, plain_model, fast_model):
-    """Each of the two models in turn: a test must hold for both."""
-    return {"plain": plain_model, "fast": fast_model}[request.param]
+@pytest.fixture(scope="session")
+def compiled_model():
+    """The same, with decoding by `CompiledDecoder`."""
+    model = load_model(tiny_config(), torch.device("cpu"))
+    choose_implementation(model, compiled_decoding=True)
+    assert implementation_of(model).sampling == "compiled"
+    return model
+
+
+@pytest.fixture(scope="session", params=["plain", "fast", "compiled"])
+def model(request, plain_model, fast_model, compiled_model):
+    """Each of the three models in turn: a test must hold for all."""
+    return {"plain": plain_model, "fast": fast_model, "compiled": compiled_model}[request.param]
 
 
 def tiny_config(**changes):

@@ -51,6 +51,7 @@ ADDED_WITHIN_2: Values = {
     "sampling.curriculum": 0.0,
     "reward.isolate": False,
     "target": {"accuracy": None, "stop": True},
+    "hardware.compiled_decoding": False,
     "grpo.mask_truncated_completions": False,
     "grpo.train_on": None,
     "objective.kl_correction": False,

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
+from grpo.c_library import CompilerError, load_library
 from grpo.config.checks import check_device_map
 from grpo.config.errors import ConfigError
 from grpo.config.schema import Config
@@ -35,6 +36,23 @@ def resolve_hardware(cfg: DictConfig) -> None:
     cfg.hardware.device = escape(device.split(":")[0])
     if cfg.hardware.threads is None:
         cfg.hardware.threads = THREADS
+    cfg.hardware.compiled_decoding = _can_compile(cfg)
+
+
+def _can_compile(cfg: DictConfig) -> bool:
+    """Whether sampling may use compiled code. Raises ConfigError if this is requested and impossible."""
+    wanted = cfg.hardware.compiled_decoding
+    if wanted is False or cfg.hardware.device != "cpu":
+        return False
+    try:
+        load_library()
+    except CompilerError as error:
+        if wanted:
+            raise ConfigError(
+                f"hardware.compiled_decoding=true: {error}; install a C compiler, or set it to false"
+            ) from error
+        return False
+    return True
 
 
 def requested_device(cfg: DictConfig | Config) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 # From the fastest, which few architectures support, to the one that every causal model supports.
 TRAINING = ("packed", "cached", "plain")
-SAMPLING = ("fast", "cached", "plain")
+SAMPLING = ("compiled", "fast", "cached", "plain")
 
 
 @dataclass(frozen=True)
@@ -13,14 +13,20 @@ class Implementation:
     """The implementations that give the numbers of a plain forward pass for a model.
 
     Training: `packed` computes all sequences in one row without padding, `cached` reads the prompt of a group once
-    through transformers' cache, `plain` reads it once per completion. Sampling: `fast` is `FastDecoder`, `cached` reads
-    the prompt of a group once and pads the prompts, `plain` reads it once per completion and pads nothing.
+    through transformers' cache, `plain` reads it once per completion. Sampling: `compiled` is `CompiledDecoder`, `fast`
+    is `FastDecoder`, `cached` reads the prompt of a group once and pads the prompts, `plain` reads it once per
+    completion and pads nothing.
     """
 
     training: str = "cached"
     sampling: str = "cached"
     logit_scale: float = 1.0  # the model multiplies the output head's logits by this
     logit_cap: float | None = None  # its soft cap of the logits; None: no cap
+
+    @property
+    def samples_packed(self) -> bool:
+        """Whether sampling reads the prompts in one row without padding, each once for its group."""
+        return self.sampling in ("compiled", "fast")
 
 
 def implementation_of(model: Any) -> Implementation:

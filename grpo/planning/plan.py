@@ -23,6 +23,7 @@ from grpo.data.splits import check_splits
 from grpo.model.hardware import device_of, peak_memory_gb, resolve_hardware
 from grpo.model.packed import checkpoint_layers, supports_packing
 from grpo.planning import estimate
+from grpo.rollout.compiled_decoder import supports_compiled_decoding
 from grpo.training.experiment import build_experiment, compute_dtype
 from grpo.training.preflight import MOST_GROUPS
 from grpo.training.recorder import is_sampled
@@ -137,6 +138,7 @@ def _memory(config: Config, sizes: Sizes, model: Any, work: estimate.Work) -> di
     weights = trained * dtype.itemsize
     optimizer = _optimizer_bytes(config, model, dtype)
     copied = trained * (compute if is_full else dtype).itemsize  # of a second model, which shares the frozen weights
+    compiled = _decoding_is_compiled(config, model, compute)
     activations = _activations(config, model, prompts, work.prompt_tokens, len(largest), length)
     return {
         "process": _process_bytes() if on_cpu else 0.0,
@@ -149,9 +151,9 @@ def _memory(config: Config, sizes: Sizes, model: Any, work: estimate.Work) -> di
         "fragmentation": FRAGMENTATION * activations if on_cpu and not is_full else 0.0,
         "output head": max(estimate.head_bytes(model, config.hardware.device), 4 * 4 * rows * vocabulary),
         "keys and values": estimate.cache_bytes(
-            model, work.prompts * work.prompt_tokens + rows * length, compute.itemsize
+            model, work.prompts * work.prompt_tokens + rows * length, 4 if compiled else compute.itemsize
         ),
-        "reordered weights": sum(estimate.products(model)) * compute.itemsize if on_cpu else 0.0,
+        "reordered weights": sum(estimate.products(model)) * compute.itemsize if on_cpu and not compiled else 0.0,
         "checkpoint copy": weights + optimizer if config.checkpoint.overlap and on_cpu else 0.0,
     }
 
@@ -268,8 +270,15 @@ def _sampling_seconds(config: Config, model: Any, work: estimate.Work, compute: 
     decoding = max(
         estimate.forward_flops(model, work) / flops, estimate.decode_bytes(model, work, compute.itemsize) / read
     )
-    starting = LAUNCH_S_PER_LAYER * model.config.get_text_config(decoder=True).num_hidden_layers * max(work.lengths)
+    starting = 0.0
+    if not _decoding_is_compiled(config, model, compute):
+        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        starting = LAUNCH_S_PER_LAYER * layers * max(work.lengths)
     return _overhead(config, compute) * decoding + starting
+
+
+def _decoding_is_compiled(config: Config, model: Any, compute: torch.dtype) -> bool:
+    return bool(config.hardware.compiled_decoding) and supports_compiled_decoding(model, compute)
 
 
 def _overhead(config: Config, compute: torch.dtype) -> float:

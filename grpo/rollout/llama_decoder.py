@@ -98,6 +98,15 @@ def _fused_lora_factors(layers: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
     return torch.cat([factor[0] for factor in factors if factor]), torch.block_diag(*ups)
 
 
+def read_prompts(model: PreTrainedModel, prompts: Prompts) -> tuple[Tensor, PackedPrompts]:
+    """The hidden states of the last tokens of P prompts, (P, H), and the prompts' keys and values."""
+    lengths = prompts.mask.sum(dim=1)  # (P,)
+    real = prompts.mask.bool()
+    packing = PackedPrompts(varlen(torch.arange(int(lengths.max()), device=real.device) < lengths[:, None]))
+    hidden = forward_packed(model, prompts.ids[real], positions(prompts.mask)[real], packing)  # (tokens, H)
+    return hidden[lengths.cumsum(dim=0) - 1], packing
+
+
 @dataclass
 class Layer:
     """A layer of the model, its fused weights, and the keys and values so far."""
@@ -125,11 +134,9 @@ class FastDecoder:
         *,
         cuda_graphs: bool = False,
     ) -> None:
+        hidden, packing = read_prompts(model, prompts)
+        hidden = hidden[prompt_of_row]  # (R, H)
         lengths = prompts.mask.sum(dim=1)  # (P,)
-        real = prompts.mask.bool()
-        packing = PackedPrompts(varlen(torch.arange(int(lengths.max()), device=real.device) < lengths[:, None]))
-        hidden = forward_packed(model, prompts.ids[real], positions(prompts.mask)[real], packing)  # (tokens, H)
-        hidden = hidden[lengths.cumsum(dim=0) - 1][prompt_of_row]  # (R, H), of the last token of each prompt
         rows = len(prompt_of_row)
         self._decoder = model.get_decoder()
         config = model.config
@@ -151,11 +158,11 @@ class FastDecoder:
         ]
         self._bias = hidden.new_zeros(1, 1, 1)
         if packing.prompts.slots is not None:  # masks the padding of the shorter prompts
-            beyond = torch.arange(packing.prompts.width, device=real.device) >= lengths[:, None]
+            beyond = torch.arange(packing.prompts.width, device=lengths.device) >= lengths[:, None]
             bias = hidden.new_zeros(beyond.shape).masked_fill(beyond, -torch.inf)
             self._bias = bias.repeat_interleave(self._key_heads, dim=0)[:, None]  # (P * key heads, 1, W)
         self._own_bias = hidden.new_full((1, 1, max_tokens), -torch.inf)  # masks unfilled positions
-        self._place = torch.zeros(1, dtype=torch.long, device=real.device)  # index of the new token
+        self._place = torch.zeros(1, dtype=torch.long, device=lengths.device)  # index of the new token
         self._tokens = torch.zeros_like(prompt_of_row)
         self._replay: Callable[[], Tensor] | None = None
         self._threads = torch.get_num_threads()

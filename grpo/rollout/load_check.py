@@ -27,6 +27,7 @@ from grpo.model.logps import completion_logps
 from grpo.model.lora import is_adapter_output
 from grpo.model.oom import out_of_memory
 from grpo.model.packed import attention_windows, may_pack
+from grpo.rollout.compiled_decoder import supports_compiled_decoding
 from grpo.rollout.head_check import Disagreement, scale_and_cap
 from grpo.rollout.llama_decoder import supports_fast_decoding
 from grpo.rollout.native import build_decoder, rows_decoded_together
@@ -67,12 +68,16 @@ def load_checked_model(config: ModelConfig, device: torch.device, max_length: in
 
 
 def choose_implementation(
-    model: PreTrainedModel, max_length: int | None = None, compute_dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    max_length: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+    compiled_decoding: bool = False,
 ) -> dict[str, float]:
     """Choose the fastest implementations that give the model's numbers, and record them on the model.
 
     max_length: the largest number of tokens of a prompt with its completion; None if it is not known. compute_dtype:
-    that of forward and backward passes; None: the model's. Returns for `sampling` and `training` the largest difference
+    that of forward and backward passes; None: the model's. compiled_decoding: whether sampling may use
+    `CompiledDecoder`. Returns for `sampling` and `training` the largest difference
     of a logit or log-probability, where the largest logit is `LARGEST_LOGIT`. Raises ConfigError if no implementation
     gives the model's numbers.
     """
@@ -86,7 +91,8 @@ def choose_implementation(
         _probed_parameters(model) as parameters,
         _float32_weights(model),
     ):
-        differences = _choose(model, parameters, longest)
+        compiled = compiled_decoding and model.device.type == "cpu" and supports_compiled_decoding(model, dtype)
+        differences = _choose(model, parameters, longest, compiled)
     if dtype != torch.float32:  # some architectures fail only in other dtypes
         used = model if model.dtype == dtype else copy_in_dtype(model, dtype)
         with torch.enable_grad(), _probed_parameters(used):
@@ -98,12 +104,13 @@ def choose_implementation(
     return differences
 
 
-def _choose(model: PreTrainedModel, parameters: list[nn.Parameter], longest: int) -> dict[str, float]:
+def _choose(model: PreTrainedModel, parameters: list[nn.Parameter], longest: int, compiled: bool) -> dict[str, float]:
     prompts, completions = _rows(model, longest)
     scale, cap = _attempt(model, lambda: scale_and_cap(model, prompts.ids[:1, :PROMPT_TOKENS]))
     expected = _attempt(model, lambda: _plain_passes(model, prompts, completions, parameters))
     packs = may_pack(model, longest)
-    skipped = {"packed": not packs, "fast": not (packs and supports_fast_decoding(model))}
+    fast = packs and supports_fast_decoding(model)
+    skipped = {"packed": not packs, "fast": not fast, "compiled": not (fast and compiled)}
     plain = Implementation("plain", "plain", scale, cap)
     sampling, sampling_difference = _first_that_agrees(
         model,
@@ -303,7 +310,7 @@ def _compare_sampling(model: PreTrainedModel, expected: Expected) -> float:
     completions = expected.completions
     differences = []
     # Of two prompts, with a group and as in evaluation, for which transformers' code may take another way.
-    for rows in [[0, 1, 2]] if implementation_of(model).sampling == "fast" else [[0, 1, 2], [0, 2]]:
+    for rows in [[0, 1, 2]] if implementation_of(model).samples_packed else [[0, 1, 2], [0, 2]]:
         chosen = torch.tensor(rows, device=model.device)
         for part in rows_decoded_together(model, expected.prompts, completions.group, chosen):
             decoder = build_decoder(model, expected.prompts, completions.group[part], NEW_TOKENS)

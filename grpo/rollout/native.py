@@ -15,6 +15,8 @@ from grpo.model.implementation import implementation_of
 from grpo.model.kv_cache import cache_argument, extend, new_cache, prefill, select_cache_rows
 from grpo.model.lm_head import output_head
 from grpo.model.oom import TokenBudget
+from grpo.rollout import compiled_decoder
+from grpo.rollout.compiled_decoder import CompiledDecoder
 from grpo.rollout.engine import Compute, OnTokens, Sampling
 from grpo.rollout.llama_decoder import FAMILY, FastDecoder
 
@@ -53,7 +55,7 @@ class NativeEngine:
             )
 
         lengths = prompts.mask.sum(dim=1)
-        times_read = 1 if implementation_of(self._policy).sampling == "fast" else group_size
+        times_read = 1 if implementation_of(self._policy).samples_packed else group_size
         least = int(lengths.max()) + sampling.max_new_tokens
         most = int(lengths.sum()) * times_read + len(lengths) * group_size * sampling.max_new_tokens
         return self._budget.run(sample, least, most)
@@ -79,7 +81,7 @@ class NativeEngine:
 
 def check_decoding(model: PreTrainedModel) -> None:
     """Raise ConfigError if sampling from the model would need transformers' growing cache."""
-    if implementation_of(model).sampling != "fast":
+    if not implementation_of(model).samples_packed:
         families = ", ".join(sorted(name.rpartition(".")[2].removesuffix("Model") for name in FAMILY))
         raise ConfigError(
             f"{type(model).__name__} with model.attn_implementation={model.config._attn_implementation} needs "
@@ -142,11 +144,10 @@ def rows_decoded_together(
     prompt_of_row: (B,), of all rows, ordered by prompt.
     """
     lengths = prompts.mask.sum(dim=1)
-    decoder = implementation_of(model).sampling
-    parts = [
-        rows[part] for part in split_rows(lengths, prompt_of_row[rows], max_new_tokens, token_budget, decoder == "fast")
-    ]
-    if decoder != "plain":
+    chosen = implementation_of(model)
+    parts = split_rows(lengths, prompt_of_row[rows], max_new_tokens, token_budget, chosen.samples_packed)
+    parts = [rows[part] for part in parts]
+    if chosen.sampling != "plain":
         return parts
     by_row = lengths[prompt_of_row]  # (B,)
     return [part[by_row[part] == length] for part in parts for length in by_row[part].unique()]
@@ -157,10 +158,10 @@ def build_decoder(
 ) -> "Decoder":
     """The decoder that was chosen for the model, for R rows with prompts `prompt_of_row` (R,)."""
     used, place = prompts.take(prompt_of_row)
-    decoder = implementation_of(model).sampling
-    if decoder == "fast":
+    sampling = implementation_of(model).sampling
+    if sampling == "fast":
         return FastDecoder(model, used, place, max_tokens, cuda_graphs=cuda_graphs and place.is_cuda)
-    return (CachedDecoder if decoder == "cached" else PlainDecoder)(model, used, place, max_tokens)
+    return DECODERS[sampling](model, used, place, max_tokens)
 
 
 def completion_mask(ids: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
@@ -185,10 +186,11 @@ def _decode(
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     noise_keys = token_keys(keys, sampling.max_new_tokens)  # (max new tokens, rows, 2)
     decoder = start()
+    compiled = isinstance(decoder, CompiledDecoder)
     look_every, compact_below = ON_CPU if device.type == "cpu" else ELSEWHERE
     for t in range(sampling.max_new_tokens):
         logits = decoder.logits.float()
-        tokens, logps[running, t] = _sample_tokens(logits, noise_keys[t, running], t, sampling, stop_ids)
+        tokens, logps[running, t] = _sample_tokens(logits, noise_keys[t, running], t, sampling, stop_ids, compiled)
         tokens = torch.where(ended, sampling.pad_id, tokens)
         ids[running, t] = tokens
         if on_tokens is not None:
@@ -278,14 +280,23 @@ class PlainDecoder:
         self._rows = self._rows[rows]
 
 
+DECODERS: dict[str, Callable[..., Decoder]] = {
+    "compiled": CompiledDecoder,
+    "cached": CachedDecoder,
+    "plain": PlainDecoder,
+}
+
+
 def _sample_tokens(
-    logits: Tensor, noise_keys: Tensor, t: int, sampling: Sampling, stop_ids: Tensor
+    logits: Tensor, noise_keys: Tensor, t: int, sampling: Sampling, stop_ids: Tensor, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Sample token t from float32 logits (rows, V): greedy, or Gumbel-max with the noise of `noise_keys` (rows, 2).
 
-    Returns the tokens (rows,) and their log-probabilities (rows,) over the whole vocabulary, as the training pass
-    computes them; 0 for greedy decoding.
+    compiled: whether to use the C function. Returns the tokens (rows,) and their log-probabilities (rows,) over the
+    whole vocabulary, as the training pass computes them; 0 for greedy decoding.
     """
+    if compiled:
+        return compiled_decoder.sample_tokens(logits, noise_keys, t, sampling, stop_ids)
     if sampling.temperature == 0:
         return _mask_early_stops(logits, t, sampling, stop_ids).argmax(dim=1), logits.new_zeros(len(logits))
     if sampling.temperature != 1.0:

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 import transformers
 
+from grpo.c_library import compiler_version
+
 
 def environment(device: torch.device) -> dict[str, str]:
     """Versions and hardware that can affect rounding."""
@@ -18,6 +20,8 @@ def environment(device: torch.device) -> dict[str, str]:
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
+    if device.type == "cpu":
+        result["c_compiler"] = compiler_version()
     if device.type == "cuda":
         result["gpu"] = torch.cuda.get_device_name(device)
         result["cuda"] = str(torch.version.cuda)

@@ -88,7 +88,8 @@ def store_for(model: PreTrainedModel, config: Config, sampling: Mapping[str, Any
         "sampling": dict(sampling),
         "seed": config.seed if sampling["temperature"] > 0 else None,
         "engine": engine,
-        "compute": [hardware.threads, hardware.rollout_tokens, hardware.cuda_graphs, config.deterministic],
+        "compute": [hardware.threads, hardware.rollout_tokens, hardware.cuda_graphs, hardware.compiled_decoding],
+        "deterministic": config.deterministic,
         "environment": [model.device.type, environment(model.device)],
         "code": _code_digest(type(model)),
     }
@@ -104,7 +105,7 @@ def store_for(model: PreTrainedModel, config: Config, sampling: Mapping[str, Any
 
 def _code_digest(model_class: type) -> str:
     """A digest of this suite's code, and of a model's own code from the hub."""
-    files = sorted(PACKAGE.rglob("*.py"))
+    files = sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.[ch]")])
     own = inspect.getsourcefile(model_class)
     if not model_class.__module__.startswith("transformers.") and own is not None:
         files.append(Path(own))

@@ -122,7 +122,8 @@ class Experiment:
         policy = load_model(stored, self.device)
         if model.lora is not None:
             add_adapter(policy, model.lora, getattr(torch, model.dtype), self.config.seed)
-        choose_implementation(policy, self.max_length, compute_dtype(self.config))
+        compiled = bool(self.config.hardware.compiled_decoding)
+        choose_implementation(policy, self.max_length, compute_dtype(self.config), compiled)
         return policy
 
     def reference(self, policy: PreTrainedModel) -> PreTrainedModel:

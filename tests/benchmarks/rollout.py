@@ -1,6 +1,6 @@
 """Measure sampling: tokens per second of this suite, of transformers' generate and, if it is installed, of vLLM.
 
-python tests/benchmarks/rollout.py [MODEL] [--shape 2x8x64] [--prompt-tokens 80] [--third] [--dtype float32]
+python tests/benchmarks/rollout.py [MODEL] [--shape 2x8x64] [--prompt-tokens 80] [--third] [--dtype float32] [--torch-decoding]
 
 MODEL is a hub name or local folder; default: the embedded one. All read the same prompts of random tokens, sample at
 temperature 1 and end each completion at the same length: all at the limit, or with --third a third of them within a
@@ -25,9 +25,9 @@ import grpo.rollout.native as engine
 from grpo.batch import Prompts
 from grpo.config.schema import ModelConfig
 from grpo.counter_rng import group_keys, token_keys
-from grpo.model.loading import RANDOM_MODELS, model_source
+from grpo.model.loading import RANDOM_MODELS, load_model, model_source
 from grpo.planning import estimate as cost
-from grpo.rollout.load_check import load_checked_model
+from grpo.rollout.load_check import choose_implementation
 
 STOP, PAD = 2, 0
 START = "start"  # a rollout of one token each, to be subtracted
@@ -52,8 +52,8 @@ def force_lengths(ends: torch.Tensor, keys: torch.Tensor) -> None:
     of_tokens = token_keys(keys.to(ends.device), int(ends.max()))  # (tokens, rows, 2)
     last = of_tokens[ends - 1, torch.arange(len(ends), device=ends.device)]  # (rows, 2)
 
-    def forced(logits, noise_keys, t, sampling, stop_ids):  # type: ignore[no-untyped-def]
-        tokens, logps = choose(logits.index_fill(1, stop_ids, -torch.inf), noise_keys, t, sampling, stop_ids)
+    def forced(logits, noise_keys, t, sampling, stop_ids, compiled):  # type: ignore[no-untyped-def]
+        tokens, logps = choose(logits.index_fill(1, stop_ids, -torch.inf), noise_keys, t, sampling, stop_ids, compiled)
         ending = (noise_keys[:, None] == last).all(dim=2).any(dim=1)
         return torch.where(ending, stop_ids[0], tokens), logps
 
@@ -68,12 +68,14 @@ def main() -> None:
     parser.add_argument("--third", action="store_true")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--cuda-graphs", action="store_true")
+    parser.add_argument("--torch-decoding", action="store_true", help="decode without C code")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="a file for the ratios")
     args = parser.parse_args()
     prompts, group, tokens = map(int, args.shape.split("x"))
     rows, device = prompts * group, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_checked_model(ModelConfig(args.model, "sdpa", args.dtype, "auto", False), device)
+    model = load_model(ModelConfig(args.model, "sdpa", args.dtype, "auto", False), device)
+    choose_implementation(model, compiled_decoding=not args.torch_decoding)
 
     source = model_source(args.model)
     if args.model in RANDOM_MODELS:

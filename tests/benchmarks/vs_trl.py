@@ -109,8 +109,8 @@ def run_ours(args: argparse.Namespace) -> list[float]:
     choose, run_step, record = rollout._sample_tokens, Trainer.step, Recorder.step
     times = []
 
-    def forced_choose(logits, noise_keys, t, sampling, stop_ids):  # type: ignore[no-untyped-def]
-        tokens, logps = choose(logits.index_fill(1, stop_ids, -torch.inf), noise_keys, t, sampling, stop_ids)
+    def forced_choose(logits, noise_keys, t, sampling, stop_ids, compiled):  # type: ignore[no-untyped-def]
+        tokens, logps = choose(logits.index_fill(1, stop_ids, -torch.inf), noise_keys, t, sampling, stop_ids, compiled)
         ends = (noise_keys[:, None] == last.to(tokens.device)).all(dim=2).any(dim=1)
         return torch.where(ends, stop_ids[0], tokens), logps
 

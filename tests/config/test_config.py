@@ -19,6 +19,7 @@ from grpo.config.paths import CONF_DIR
 from grpo.config.schema import Config
 from grpo.config.values import flatten, to_dict
 from grpo.launch.decide import check_runnable
+from grpo.launch.freeze import freeze
 from grpo.launch.process import run_command
 from grpo.launch.resume import resumed_config
 from grpo.runs.folder import RunFolder
@@ -452,7 +453,7 @@ def run_with(tmp_path):
     """The folder of a started run, with its config and its first command line."""
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    folder.write_config(compose_typed(*FIRST))
+    folder.write_config(freeze(compose_config(FIRST)))
     folder.record_launch({"overrides": FIRST})
     return folder
 

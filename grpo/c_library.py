@@ -1,0 +1,99 @@
+"""Compile the C files of this package with the machine's C compiler, once, and load them."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "rollout" / "c"
+# Without -ffast-math, so that numbers are added in the order of the C files. OpenMP is the one that torch has loaded.
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
+
+
+class CompilerError(RuntimeError):
+    """The C files cannot be compiled or loaded on this machine."""
+
+
+@functools.cache
+def load_library(sources: Path = SOURCES) -> ctypes.CDLL:
+    """The compiled C files of a folder, from the user's cache folder if they are there. Raises CompilerError."""
+    if sys.platform != "linux":
+        raise CompilerError("compiled code is only supported on Linux")
+    compiler = _compiler()
+    try:
+        library = _cache_folder() / f"{_digest(sources, compiler)}.so"
+        if not library.exists():
+            _compile(compiler, sorted(sources.glob("*.c")), library)
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise CompilerError(str(error)) from None
+
+
+def compiler_version() -> str:
+    """The first line of what the C compiler says about its version; "none" without one."""
+    try:
+        return next(iter(_version(_compiler()).splitlines()), "unknown")
+    except CompilerError:
+        return "none"
+
+
+def _compiler() -> list[str]:
+    name, *arguments = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    found = shutil.which(name)
+    if found is None:
+        raise CompilerError(f"there is no C compiler named {name}")
+    return [found, *arguments]
+
+
+def _version(compiler: list[str]) -> str:
+    try:
+        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        raise CompilerError(str(error)) from None
+
+
+def _cache_folder() -> Path:
+    """A folder that only this user can write to; one for this process if there is none in the home directory."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.stat()
+        if facts.st_uid == os.getuid() and not facts.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(_folder_of_process().name)
+
+
+@functools.cache
+def _folder_of_process() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="grpo-")  # is removed when the process ends
+
+
+def _digest(sources: Path, compiler: list[str]) -> str:
+    """Changes with everything that the library depends on: the files, the flags, the compiler and the processor."""
+    kinds = ("model name", "flags", "CPU part", "Features")
+    processor = {line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(kinds)}
+    facts = (_version(compiler), *compiler, *FLAGS, *sorted(processor))
+    files = [file.read_bytes() for file in sorted(sources.iterdir())]
+    return hashlib.sha256(b"\0".join([*(fact.encode() for fact in facts), *files])).hexdigest()[:16]
+
+
+def _compile(compiler: list[str], files: list[Path], library: Path) -> None:
+    descriptor, name = tempfile.mkstemp(dir=library.parent, suffix=".so")
+    os.close(descriptor)
+    try:
+        command = [*compiler, *FLAGS, *map(str, files), "-o", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            first = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+            raise CompilerError(f"{compiler[0]} cannot compile {files[0].parent}: {first}")
+        Path(name).replace(library)  # in one step, for other processes that load it
+    finally:
+        Path(name).unlink(missing_ok=True)
