@@ -161,15 +161,16 @@ static void apply(const struct model *model, const struct linear *linear, const 
                   int64_t y_stride, int add, float *low_rank, const struct thread *thread) {
     int64_t begin = share(linear->outputs, LANES, thread->number, thread->count);
     int64_t end = share(linear->outputs, LANES, thread->number + 1, thread->count);
-    if (model->narrow)
-        products(x, linear->weight, linear->bias, y, rows, linear->inputs, linear->inputs, y_stride, begin, end, add, 1);
+    int64_t inputs = linear->inputs, rank = linear->rank;
+    if (model->narrow) /* twice, so that it is a constant in the loops */
+        products(x, linear->weight, linear->bias, y, rows, inputs, inputs, y_stride, begin, end, add, 1);
     else
-        products(x, linear->weight, linear->bias, y, rows, linear->inputs, linear->inputs, y_stride, begin, end, add, 0);
+        products(x, linear->weight, linear->bias, y, rows, inputs, inputs, y_stride, begin, end, add, 0);
     if (!linear->down)
         return;
-    int64_t rank = linear->rank;
-    products(x, linear->down, NULL, low_rank, rows, linear->inputs, linear->inputs, rank,
-             share(rank, LANES, thread->number, thread->count), share(rank, LANES, thread->number + 1, thread->count), 0, 0);
+    int64_t first = share(rank, LANES, thread->number, thread->count);
+    int64_t last = share(rank, LANES, thread->number + 1, thread->count);
+    products(x, linear->down, NULL, low_rank, rows, inputs, inputs, rank, first, last, 0, 0);
     join(thread);
     products(low_rank, linear->up, NULL, y, rows, rank, rank, y_stride, begin, end, 1, 0);
 }
@@ -210,7 +211,8 @@ static void rotate(float *x, const float *cosine, const float *sine, int64_t siz
 }
 
 /* y[0 .. vectors] += weights[t] values[t], t = 0 .. count. */
-INLINE void add_values(const float *weights, const float *values, int64_t count, int64_t stride, float *y, int vectors) {
+INLINE void add_values(const float *weights, const float *values, int64_t count, int64_t stride, float *y,
+                       int vectors) {
     vector sums[4];
     UNROLL for (int j = 0; j < vectors; j++) sums[j] = load(y, j * LANES, 0);
     for (int64_t t = 0; t < count; t++)
