@@ -30,6 +30,7 @@ from grpo.config.errors import ConfigError, first_line
 from grpo.config.hub import is_hub_name, use_cache_if_hub_is_unreachable, why_offline
 from grpo.config.schema import ModelConfig
 from grpo.data.prompts import turn_tokens
+from grpo.model.gated_mlp import keep_fewer_activations
 from grpo.model.linear import use_onednn
 from grpo.model.lora import adapter_config
 from grpo.runs.files import check_files
@@ -173,6 +174,7 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_pretrained(model_source(config.name), **settings)
     model.to(device).eval()
     use_onednn(model)
+    keep_fewer_activations(model)
     return model
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from grpo.config.schema import ModelConfig
+from grpo.model.gated_mlp import keep_fewer_activations
 from grpo.model.implementation import Implementation, set_implementation
 from grpo.model.linear import onednn_linear
 from grpo.model.lm_head import NARROW_CHUNKS, logits_per_chunk
@@ -53,6 +54,7 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, max_length: int) -> PreT
     with torch.device("meta"), explained(config):
         model = AutoModelForCausalLM.from_config(built, attn_implementation=config.attn_implementation, **settings)
         model.eval()
+        keep_fewer_activations(model)
         if config.lora is not None:
             add_adapter(model, replace(config.lora, init_from=None), getattr(torch, config.dtype), seed=0)
     # That packed rows give the right numbers is checked when the weights are loaded.
