@@ -54,16 +54,18 @@ class HeadLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         narrow = weight.itemsize < 4
         summed = torch.float32 if narrow else weight.dtype
-        grad_weight = torch.zeros_like(weight, dtype=summed) if ctx.needs_input_grad[1] else None
+        grad_weight: Tensor | None = None
         grad = grad / ctx.temperature
         grad_entropy = grad_entropy / ctx.temperature
         for block in _chunks(len(hidden), weight, NARROW_CHUNKS if narrow else 1):
             of_block = [each[block] for each in (hidden, targets, normalizers, entropies, grad, grad_entropy)]
             grad_logits = _grad_logits(ctx, weight, *of_block)
             grad_hidden[block] = onednn_linear(grad_logits, weight.t())
-            if grad_weight is None:
+            if not ctx.needs_input_grad[1]:
                 continue
-            if narrow:  # summed in float32: in 16 bits much of what a block adds would be rounded away
+            if grad_weight is None:
+                grad_weight = (grad_logits.t() @ hidden[block]).to(summed)
+            elif narrow:  # summed in float32: in 16 bits much of what a block adds would be rounded away
                 grad_weight += grad_logits.t() @ hidden[block]
             else:
                 grad_weight.addmm_(grad_logits.t(), hidden[block])

@@ -1,12 +1,13 @@
 """Measure sampling: tokens per second of this suite, of transformers' generate and, if it is installed, of vLLM.
 
-python tests/benchmarks/rollout.py [MODEL] [--shape 2x8x64] [--prompt-tokens 80] [--third] [--dtype float32] [--torch-decoding]
+python tests/benchmarks/rollout.py [MODEL] [--shape 2x8x64] [--prompt-tokens 80] [--third] [--dtype float32]
 
 MODEL is a hub name or local folder; default: the embedded one. All read the same prompts of random tokens, sample at
 temperature 1 and end each completion at the same length: all at the limit, or with --third a third of them within a
 quarter of it (without vLLM then, for which only one length can be set). They run in turns in one process, and the
 median times count. Only tokens up to the end of each completion are counted. The time of a decoded token, without that
-of the prompts, is compared with the time of reading the weights.
+of the prompts, is compared with the time of reading the weights. With --torch-decoding this suite decodes without C
+code. VLLM_CPU_OMP_THREADS_BIND=0-1 lets vLLM use two cores; its default leaves one free.
 """
 
 import argparse
