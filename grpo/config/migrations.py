@@ -31,7 +31,6 @@ ADDED_WITHIN_0 = {
     "rollout.min_new_tokens": 0,
     "reward.on_error": "fail",
     "reward.timeout_s": None,
-    "hardware.cuda_graphs": None,
     "tracking.name": None,
     "model.lora": None,
     "parent": None,
@@ -63,6 +62,8 @@ ADDED_WITHIN_2: Values = {
     "objective.tau_positive": 1.0,
     "objective.tau_negative": 1.05,
 }
+# Keys that earlier folders of version 2 may have, without an effect now.
+REMOVED_WITHIN_2 = ("hardware.cuda_graphs",)
 # `grpo_loss`, the only objective up to version 1, as the set of choices that replaced it in version 2.
 GRPO_LOSS = {
     "_target_": "grpo.algorithm.objective.Objective",
@@ -86,6 +87,10 @@ def load_frozen(file: Path, complete: bool = True) -> DictConfig:
     values = migrate(read_yaml(file, dict), file, CONFIG_STEPS)
     for name, value in ADDED_WITHIN_2.items():
         _set_default(values, name, value)
+    for name in REMOVED_WITHIN_2:
+        group, _, key = name.rpartition(".")
+        if isinstance(values.get(group), dict):
+            values[group].pop(key, None)
     if (values.get("data") or {}).get("_target_") == "grpo.data.problems.load_arithmetic":
         _set_default(values, "data.digits", 2)  # the only ones in earlier folders
     if complete:

@@ -119,7 +119,6 @@ class HardwareConfig:
     micro_batch_tokens: int | None = key(least=1, on_resume="rounding")
     activation_checkpointing: bool | None = key(on_resume="rounding")
     rollout_tokens: int | None = key(least=1, on_resume="rounding")
-    cuda_graphs: bool | None = key(default=None, on_resume="rounding")
     compiled_decoding: bool | None = key(default=None, on_resume="rounding")
     threads: int | None = key(least=1, on_resume="rounding")
     card: CardConfig = group(CardConfig, on_resume="free")

@@ -29,7 +29,6 @@ class Compute:
 
     device: torch.device
     tokens: int  # maximum tokens in the key-value cache; changes results only by rounding
-    cuda_graphs: bool  # decode with CUDA graphs, if the engine can
 
 
 class RolloutEngine(Protocol):

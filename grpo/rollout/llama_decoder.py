@@ -2,12 +2,11 @@
 
 With one token per row, most of the time is spent on launching operations and reading weights. A layer therefore has
 about twenty operations instead of seventy, layers with the same input are fused and use reordered weights, and a
-prompt's keys and values are stored and read once for its whole group. On CUDA the operations may be launched together,
-as a graph; attention then includes positions that no token has filled yet, which are masked. `CachedDecoder` in
-`grpo/rollout/native.py` is the simple form, for any architecture.
+prompt's keys and values are stored and read once for its whole group. `CachedDecoder` in `grpo/rollout/native.py` is
+the simple form, for any architecture; `CompiledDecoder` is the same in C, for processors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,6 @@ from grpo.model.linear import has_onednn, is_left_to_torch, is_small, onednn_lin
 from grpo.model.lora import low_rank
 from grpo.model.packed import PackedPrompts, VarLen, forward_packed, varlen
 from grpo.model.threads import threads_for, use_threads
-from grpo.rollout.cuda_graph import capture_graph
 
 # Their layers are: norm, attention with rotary positions, norm, gated SiLU. Biases and norms of heads are optional.
 FAMILY = {
@@ -34,7 +32,6 @@ FAMILY = {
         ("qwen3", "Qwen3Model"),
     )
 }
-GRAPH_WIDTH = 128  # a CUDA graph is recorded again every 128 new tokens
 
 
 def supports_fast_decoding(model: PreTrainedModel) -> bool:
@@ -125,15 +122,7 @@ class Layer:
 class FastDecoder:
     """Decodes R rows, which are ordered by prompt; `logits` (R, V) are those of the next token."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        prompts: Prompts,
-        prompt_of_row: Tensor,
-        max_tokens: int,
-        *,
-        cuda_graphs: bool = False,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, prompts: Prompts, prompt_of_row: Tensor, max_tokens: int) -> None:
         hidden, packing = read_prompts(model, prompts)
         hidden = hidden[prompt_of_row]  # (R, H)
         lengths = prompts.mask.sum(dim=1)  # (P,)
@@ -143,62 +132,40 @@ class FastDecoder:
         self._heads = config.num_attention_heads
         self._key_heads = config.num_key_value_heads
         self._first_position = lengths[prompt_of_row]
-        self._max_tokens = max_tokens
         self._length = 0
-        self._width = 0
-        self._cuda_graphs = cuda_graphs
         self._prompt_of_row = prompt_of_row
         self._groups = rows_by_prompt(prompt_of_row, len(lengths))
         chosen = implementation_of(model)
         assert (chosen.logit_scale, chosen.logit_cap) == (1.0, None)  # as in the whole family
         self._head = FusedLinear(rows, model.get_output_embeddings())
         self._layers = [
-            _layer(module, packing.kept[number], rows, max_tokens, clear=cuda_graphs)
-            for number, module in enumerate(self._decoder.layers)
+            _layer(module, packing.kept[number], rows, max_tokens) for number, module in enumerate(self._decoder.layers)
         ]
         self._bias = hidden.new_zeros(1, 1, 1)
         if packing.prompts.slots is not None:  # masks the padding of the shorter prompts
             beyond = torch.arange(packing.prompts.width, device=lengths.device) >= lengths[:, None]
             bias = hidden.new_zeros(beyond.shape).masked_fill(beyond, -torch.inf)
             self._bias = bias.repeat_interleave(self._key_heads, dim=0)[:, None]  # (P * key heads, 1, W)
-        self._own_bias = hidden.new_full((1, 1, max_tokens), -torch.inf)  # masks unfilled positions
-        self._place = torch.zeros(1, dtype=torch.long, device=lengths.device)  # index of the new token
-        self._tokens = torch.zeros_like(prompt_of_row)
-        self._replay: Callable[[], Tensor] | None = None
+        self._no_bias = hidden.new_zeros(1, 1, 1)
         self._threads = torch.get_num_threads()
         self.logits = self._head(hidden)
 
     def read(self, tokens: Tensor) -> None:
         """Process one more token of each row, (R,), and update `logits`."""
-        self._tokens.copy_(tokens)
-        self._place.fill_(self._length)
+        with use_threads(self._threads_for_attention()):
+            self.logits = self._read(tokens)
         self._length += 1
-        if self._length > self._width:
-            self._replay = None  # release the memory of a graph before the next is recorded
-            del self.logits
-            if self._cuda_graphs:
-                self._width = min(self._length - 1 + GRAPH_WIDTH, self._max_tokens)
-                self._replay = capture_graph(self._read, self._tokens.device)
-                self._cuda_graphs = self._replay is not None
-            if not self._cuda_graphs:
-                self._width = self._length
-        if self._replay is None:
-            with use_threads(self._threads_for_attention()):
-                self.logits = self._read()
-        else:
-            self.logits = self._replay()
 
     def _threads_for_attention(self) -> int:
         """The number of threads for attention and the small operations of a layer."""
         prompt = self._layers[0].prompt_keys
-        row = self._heads * prompt.shape[2] * (prompt.shape[1] + self._length)
-        return threads_for(len(self._tokens) * row, self._threads)
+        row = self._heads * prompt.shape[2] * (prompt.shape[1] + self._length + 1)
+        return threads_for(len(self._prompt_of_row) * row, self._threads)
 
-    def _read(self) -> Tensor:
-        """The logits (R, V) after `_tokens` at `_place`. Only the values of these two change from token to token."""
-        self._own_bias.index_fill_(2, self._place, 0.0)
-        x = self._decoder.embed_tokens(self._tokens)  # (R, H)
-        cos, sin = (a[0, :, None] for a in self._decoder.rotary_emb(x, (self._first_position + self._place)[None]))
+    def _read(self, tokens: Tensor) -> Tensor:
+        """The logits (R, V) after these tokens (R,)."""
+        x = self._decoder.embed_tokens(tokens)  # (R, H)
+        cos, sin = (a[0, :, None] for a in self._decoder.rotary_emb(x, (self._first_position + self._length)[None]))
         first, second = sin.chunk(2, dim=-1)
         rotation = cos, torch.cat([-first, second], dim=-1)
         for layer in self._layers:
@@ -221,10 +188,10 @@ class FastDecoder:
             rotated = torch.cat(parts, dim=1)
         cos, sin = rotation
         rotated = torch.addcmul(rotated * cos, rotated.roll(rotated.shape[2] // 2, dims=2), sin)
-        end = self._width
+        end = self._length + 1
         size = rotated.shape[2]
-        layer.keys.index_copy_(2, self._place, rotated[:, heads:, None])
-        layer.values.index_copy_(2, self._place, value[:, :, None])
+        layer.keys[:, :, self._length] = rotated[:, heads:]
+        layer.values[:, :, self._length] = value
         keys = layer.keys[:, :, :end].flatten(0, 1)  # (R * key heads, t, d)
         values = layer.values[:, :, :end].flatten(0, 1)  # (R * key heads, t, d)
 
@@ -233,9 +200,7 @@ class FastDecoder:
         # Scores of the prompt's tokens, (P * key heads, group * queries, W).
         of_prompt = torch.baddbmm(self._bias, grouped, layer.prompt_keys.transpose(1, 2), alpha=attention.scaling)
         query = query.reshape(rows * key_heads, -1, size)  # (R * key heads, queries, d)
-        bias = self._own_bias[:, :, :end]
-        hide = int(self._cuda_graphs)  # else every position is filled
-        own = torch.baddbmm(bias, query, keys.transpose(1, 2), beta=hide, alpha=attention.scaling)
+        own = torch.baddbmm(self._no_bias, query, keys.transpose(1, 2), beta=0, alpha=attention.scaling)
         own = own.view(rows, key_heads, -1, end)  # (R, key heads, queries, t)
         weights = torch.cat([self._by_row(of_prompt), own], dim=3).softmax(dim=3, dtype=torch.float32).to(x.dtype)
         of_prompt, own = weights.split([layer.prompt_keys.shape[1], end], dim=3)
@@ -256,8 +221,6 @@ class FastDecoder:
         """Keep only these rows, (n,) ascending, without allocating new caches."""
         self._first_position = self._first_position[rows]
         self._prompt_of_row = self._prompt_of_row[rows]
-        self._tokens = self._tokens[rows]
-        self._width = self._length  # so that a new graph is recorded at the next token
         self._groups = rows_by_prompt(self._prompt_of_row, self._groups.count)
         for layer in self._layers:
             for x in (layer.keys, layer.values):
@@ -272,15 +235,11 @@ def rows_by_prompt(prompt_of_row: Tensor, prompts: int) -> VarLen:
     return varlen(torch.arange(int(sizes.max()), device=sizes.device) < sizes[:, None])
 
 
-def _layer(module: Any, kept: tuple[Tensor, Tensor], rows: int, new_tokens: int, clear: bool) -> Layer:
-    """Build a `Layer`. clear: zero its caches, because unfilled positions are multiplied (with weights of 0)."""
+def _layer(module: Any, kept: tuple[Tensor, Tensor], rows: int, new_tokens: int) -> Layer:
     attention = module.self_attn
     mlp = module.mlp
     prompt_keys, prompt_values = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in kept)
     keys, values = (x.new_empty(rows, x.shape[2], new_tokens, x.shape[3]) for x in kept)
-    if clear:
-        keys.zero_()
-        values.zero_()
     return Layer(
         module,
         FusedLinear(rows, attention.q_proj, attention.k_proj, attention.v_proj),

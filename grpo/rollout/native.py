@@ -34,7 +34,6 @@ class NativeEngine:
         if compute.device.type == "mps":
             check_decoding(policy)
         self._policy = policy
-        self._cuda_graphs = compute.cuda_graphs
         self._budget = TokenBudget("rollout", compute.tokens)
 
     def generate(
@@ -50,7 +49,6 @@ class NativeEngine:
                 group_size=group_size,
                 keys=keys,
                 token_budget=token_budget,
-                cuda_graphs=self._cuda_graphs,
                 on_tokens=on_tokens,
             )
 
@@ -99,15 +97,13 @@ def rollout(
     group_size: int,
     keys: Tensor,
     token_budget: int,
-    cuda_graphs: bool = False,
     on_tokens: OnTokens | None = None,
 ) -> Completions:
     """Sample `group_size` completions for each of P prompts -> B = P * group_size rows.
 
     keys: (B, 2) int32. The noise of every token is a function of its row's key, its index and the vocabulary index, so
     a completion depends on which rows are decoded together only through the rounding of the model itself.
-    token_budget: maximum tokens in the key-value cache. cuda_graphs: whether to decode with CUDA graphs if
-    `FastDecoder` supports the model. on_tokens: see `RolloutEngine.generate`.
+    token_budget: maximum tokens in the key-value cache. on_tokens: see `RolloutEngine.generate`.
     """
     device = prompts.ids.device
     keys = keys.to(device)
@@ -117,9 +113,7 @@ def rollout(
     longest = 0
     rows = torch.arange(len(group), device=device)
     for part in rows_decoded_together(model, prompts, group, rows, sampling.max_new_tokens, token_budget):
-        start = functools.partial(
-            build_decoder, model, prompts, group[part], sampling.max_new_tokens, cuda_graphs=cuda_graphs
-        )
+        start = functools.partial(build_decoder, model, prompts, group[part], sampling.max_new_tokens)
         part_ids, part_logps = _decode(start, keys[part], sampling, part, on_tokens)
         width = part_ids.shape[1]
         ids[part, :width] = part_ids
@@ -153,15 +147,10 @@ def rows_decoded_together(
     return [part[by_row[part] == length] for part in parts for length in by_row[part].unique()]
 
 
-def build_decoder(
-    model: PreTrainedModel, prompts: Prompts, prompt_of_row: Tensor, max_tokens: int, *, cuda_graphs: bool = False
-) -> "Decoder":
+def build_decoder(model: PreTrainedModel, prompts: Prompts, prompt_of_row: Tensor, max_tokens: int) -> "Decoder":
     """The decoder that was chosen for the model, for R rows with prompts `prompt_of_row` (R,)."""
     used, place = prompts.take(prompt_of_row)
-    sampling = implementation_of(model).sampling
-    if sampling == "fast":
-        return FastDecoder(model, used, place, max_tokens, cuda_graphs=cuda_graphs and place.is_cuda)
-    return DECODERS[sampling](model, used, place, max_tokens)
+    return DECODERS[implementation_of(model).sampling](model, used, place, max_tokens)
 
 
 def completion_mask(ids: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
@@ -282,6 +271,7 @@ class PlainDecoder:
 
 DECODERS: dict[str, Callable[..., Decoder]] = {
     "compiled": CompiledDecoder,
+    "fast": FastDecoder,
     "cached": CachedDecoder,
     "plain": PlainDecoder,
 }

@@ -88,7 +88,7 @@ def store_for(model: PreTrainedModel, config: Config, sampling: Mapping[str, Any
         "sampling": dict(sampling),
         "seed": config.seed if sampling["temperature"] > 0 else None,
         "engine": engine,
-        "compute": [hardware.threads, hardware.rollout_tokens, hardware.cuda_graphs, hardware.compiled_decoding],
+        "compute": [hardware.threads, hardware.rollout_tokens, hardware.compiled_decoding],
         "deterministic": config.deterministic,
         "environment": [model.device.type, environment(model.device)],
         "code": _code_digest(type(model)),

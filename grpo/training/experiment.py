@@ -166,7 +166,7 @@ class Experiment:
 
     def build_engine(self, policy: PreTrainedModel) -> RolloutEngine:
         """Build the rollout engine that samples from a model."""
-        compute = Compute(self.device, self.sizes.rollout_tokens, bool(self.config.hardware.cuda_graphs))
+        compute = Compute(self.device, self.sizes.rollout_tokens)
         return self.engine(policy=policy, tokenizer=self.tokenizer, compute=compute)
 
 

@@ -8,7 +8,7 @@ A phase is started only if its limit fits into what is left of the budget, in se
   tests        pytest -m gpu
   exact        a deterministic run that is killed and resumed, against one that is not
   preset       three steps of the preset for the card, with random weights of the size of Qwen2.5-1.5B, beside its plan
-  decode       sampling at the preset's shape, with and without CUDA graphs, beside generate()
+  decode       sampling at the preset's shape, beside generate()
   head         the output head, forward and backward, by the size of its chunks
   trl          a step beside TRL's trainer
 
@@ -174,8 +174,7 @@ def run_preset(args: argparse.Namespace, phase: Phase) -> None:
 
 def measure_decoding(args: argparse.Namespace, phase: Phase) -> None:
     model, shape = ("tiny", "2x4x16") if args.dry_run else ("qwen2_5_1_5b_random", "8x16x512")
-    for more in ([], ["--cuda-graphs"]):
-        phase.python(HERE / "rollout.py", model, "--shape", shape, "--dtype", "bfloat16", "--rounds", "1", *more)
+    phase.python(HERE / "rollout.py", model, "--shape", shape, "--dtype", "bfloat16", "--rounds", "1")
 
 
 def measure_head(args: argparse.Namespace, phase: Phase) -> None:

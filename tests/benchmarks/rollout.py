@@ -68,7 +68,6 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=80)
     parser.add_argument("--third", action="store_true")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--cuda-graphs", action="store_true")
     parser.add_argument("--torch-decoding", action="store_true", help="decode without C code")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="a file for the ratios")
@@ -100,7 +99,6 @@ def main() -> None:
             group_size=group,
             keys=keys,
             token_budget=2**40,
-            cuda_graphs=args.cuda_graphs,
         )
         assert completions.lengths.tolist() == ends.clamp(max=most).tolist()
 

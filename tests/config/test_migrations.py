@@ -144,7 +144,7 @@ def frozen(**changes):
 
 def test_migration_drops_keys_of_one_launch_and_fills_in_keys_that_were_added_later():
     values = frozen(run_dir="r", until_step=3, resume="auto")
-    del values["grpo"]["max_skipped_steps"], values["hardware"]["cuda_graphs"], values["reward"]["on_error"]
+    del values["grpo"]["max_skipped_steps"], values["reward"]["on_error"]
     values["hardware"]["card"] = None
     new = config_0_to_1(values)
     assert not {"run_dir", "until_step", "resume", "fork", "sweep", "plan"} & new.keys()

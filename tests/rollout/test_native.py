@@ -4,7 +4,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo.batch import Prompts, split_rows
@@ -15,9 +14,7 @@ from grpo.model.implementation import implementation_of
 from grpo.model.linear import use_onednn
 from grpo.model.lora import add_adapter
 from grpo.model.threads import use_threads
-from grpo.rollout import llama_decoder as decoder_module
 from grpo.rollout import native as engine
-from grpo.rollout.cuda_graph import capture_graph
 from grpo.rollout.engine import Sampling
 from grpo.rollout.llama_decoder import FastDecoder, supports_fast_decoding
 from grpo.rollout.load_check import choose_implementation
@@ -168,16 +165,13 @@ def test_a_decoder_is_freed_when_nothing_refers_to_it(prompts):
     assert held() is None
 
 
-def check_fast_decoding(model, prompts, prompt_of_row=None, **how):
+def check_fast_decoding(model, prompts, prompt_of_row=None):
     """Compare the logits of fast and plain decoding at each step, while rows are removed."""
     assert supports_fast_decoding(model)
     prompt_of_row = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2]) if prompt_of_row is None else prompt_of_row
     tokens = torch.randint(5, 600, (8, 8), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        plain, fast = (
-            CachedDecoder(model, prompts, prompt_of_row, 8),
-            FastDecoder(model, prompts, prompt_of_row, 8, **how),
-        )
+        plain, fast = (kind(model, prompts, prompt_of_row, 8) for kind in (CachedDecoder, FastDecoder))
     torch.testing.assert_close(fast.logits, plain.logits, rtol=1e-4, atol=1e-4)
     before = list(range(8))
     with torch.no_grad():
@@ -247,46 +241,6 @@ def test_the_number_of_threads_is_restored_if_decoding_fails(fast_model, prompts
         with pytest.raises(RuntimeError, match="failed"):
             sample(fast_model, prompts, sampling)
         assert torch.get_num_threads() == 2
-
-
-@pytest.mark.parametrize(("width", "needed"), [(1, 8), (2, 5), (3, 5), (100, 4)])
-def test_decoding_with_recorded_steps_gives_the_same_logits(prompts, monkeypatch, width, needed):
-    """Recorded by torch's tracer: like a CUDA graph, it repeats the operations on the same tensors without Python."""
-    recordings = []
-
-    def recorded(step, _):
-        recordings.append(make_fx(lambda: step())())
-        return recordings[-1]
-
-    monkeypatch.setattr(decoder_module, "capture_graph", recorded)
-    monkeypatch.setattr(decoder_module, "GRAPH_WIDTH", width)
-    monkeypatch.setattr(decoder_module, "has_onednn", lambda _: False)  # oneDNN's reordered weights cannot be traced
-    check_fast_decoding(model_of_the_family("qwen3", True), prompts, cuda_graphs=True)
-    assert len(recordings) == needed  # one for each combination of width and number of rows
-
-
-@pytest.mark.gpu
-def test_decoding_with_cuda_graphs_gives_the_same_tokens(prompts, sampling, monkeypatch):
-    monkeypatch.setattr(decoder_module, "GRAPH_WIDTH", 3)
-    recordings = []
-
-    def counted(*arguments):
-        recordings.append(capture_graph(*arguments))
-        return recordings[-1]
-
-    monkeypatch.setattr(decoder_module, "capture_graph", counted)
-    model = model_of_the_family("qwen2", True).cuda()
-    on_card = Prompts(prompts.ids.cuda(), prompts.mask.cuda())
-    eager, graph = (sample(model, on_card, sampling, generations=8, cuda_graphs=graphs) for graphs in (False, True))
-    assert torch.equal(eager.ids, graph.ids)
-    assert recordings and None not in recordings
-
-
-def test_a_step_that_cannot_be_recorded_is_run_without_a_recording(prompts, monkeypatch):
-    asked = []
-    monkeypatch.setattr(decoder_module, "capture_graph", lambda *_: asked.append(1))
-    check_fast_decoding(model_of_the_family("llama", True), prompts, cuda_graphs=True)
-    assert len(asked) == 1
 
 
 def test_split_rows_counts_each_prompt_once_per_part_and_never_splits_a_row():
