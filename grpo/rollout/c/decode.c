@@ -117,8 +117,9 @@ INLINE void block(const float *x, const void *weight, const float *bias, float *
         vector w[OUTPUTS];
         UNROLL for (int j = 0; j < outputs; j++) {
             w[j] = load(weight, j * inputs + k, narrow);
-            /* The weights of the next block, since memory is what most of a token's time is spent on. */
-            __builtin_prefetch((const char *)weight + ((j + outputs) * inputs + k) * (narrow ? 2 : 4));
+            /* The weights of the next block, since most of a token's time is spent on reading them from memory. Into
+               the second-level cache (2): the first one holds x. */
+            __builtin_prefetch((const char *)weight + ((j + outputs) * inputs + k) * (narrow ? 2 : 4), 0, 2);
         }
         UNROLL for (int i = 0; i < rows; i++) {
             vector of_row = load(x, i * x_stride + k, 0);
