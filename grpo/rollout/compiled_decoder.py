@@ -17,13 +17,14 @@ from grpo.model.lora import low_rank
 from grpo.rollout.engine import Sampling
 from grpo.rollout.llama_decoder import read_prompts, supports_fast_decoding
 
-LANES = 16  # the largest one in vectors.h
+LANES = 16  # the largest one in vectors.h; also PANEL in decode.c
+SMALL = 2**16  # a weight with fewer elements is stored in another order, see `small_products`
 
 
 class _Linear(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("weight", "bias", "down", "up")),
-        *((name, c_int64) for name in ("outputs", "inputs", "rank")),
+        *((name, c_int64) for name in ("outputs", "inputs", "rank", "small")),
     ]
 
 
@@ -160,7 +161,7 @@ class CompiledDecoder:
     def _allocate(self, rows: int) -> None:
         """Allocate the working memory."""
         model = self._model
-        width = model.prompt_width + model.most_tokens
+        width = -(-(model.prompt_width + model.most_tokens) // LANES) * LANES  # `score_width` in decode.c
         sizes = {
             "normed": rows * model.hidden,
             "heads": rows * (model.heads + 2 * model.key_heads) * model.size,
@@ -201,11 +202,15 @@ class CompiledDecoder:
 
     def _linear(self, layer: Any) -> _Linear:
         base = getattr(layer, "base_layer", layer)
+        outputs, inputs = base.weight.shape
+        small = outputs * inputs < SMALL and outputs % LANES == 0
+        weight = base.weight.float().view(-1, LANES, inputs).transpose(1, 2) if small else base.weight
         linear = _Linear(
-            weight=self._address(base.weight),
+            weight=self._address(weight),
             bias=None if base.bias is None else self._float(base.bias),
-            outputs=base.weight.shape[0],
-            inputs=base.weight.shape[1],
+            outputs=outputs,
+            inputs=inputs,
+            small=small,
         )
         if factors := low_rank(layer):
             down, up = factors

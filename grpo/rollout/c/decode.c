@@ -19,14 +19,16 @@
 #include "vectors.h"
 
 #define OUTPUTS 4 /* of a block of products */
+#define PANEL 16  /* outputs whose small weights are stored together; also the unit in which threads share outputs */
 
 /* y = weight x + bias, and up (down x) with a LoRA adapter. */
 struct linear {
-    const void *weight; /* (outputs, inputs) */
+    const void *weight; /* (outputs, inputs), or small ones: (outputs / PANEL, inputs, PANEL) float32 */
     const float *bias;  /* (outputs), or NULL */
     const float *down;  /* (rank, inputs), or NULL */
     const float *up;    /* (outputs, rank) */
     int64_t outputs, inputs, rank;
+    int64_t small;
 };
 
 struct layer {
@@ -60,7 +62,7 @@ struct step {
     float *attended;              /* (rows, heads * size) */
     float *gate, *up;             /* (rows, inner) */
     float *low_rank;              /* (rows, most_rank), three times */
-    float *scores;                /* (threads, queries of a key head, prompt width + most tokens) */
+    float *scores;                /* (threads, queries of a key head, `score_width`) */
     float *logits;                /* (rows, vocabulary), the result */
     int64_t rows, most_rank;
     int64_t position;             /* the number of tokens of each row before this one, without its prompt */
@@ -157,20 +159,59 @@ INLINE void products(const float *x, const void *weight, const float *bias, floa
 #undef BLOCK
 }
 
+/* y[i][0 .. PANEL] (+)= x[i] . weight (+ bias) for a panel of small weights and `rows`, which is a constant here. These
+   weights are in a cache, and for few inputs it would take longer to add up the lanes of `block` than to multiply. */
+INLINE void panel_block(const float *x, const float *weight, const float *bias, float *y, int64_t inputs,
+                        int64_t y_stride, int add, int rows) {
+    vector sums[PANEL_ROWS * PANEL / LANES];
+    UNROLL for (int i = 0; i < rows * PANEL / LANES; i++) sums[i] = (vector){0};
+    for (int64_t k = 0; k < inputs; k++)
+        UNROLL for (int j = 0; j < PANEL / LANES; j++) {
+            vector w = load(weight, k * PANEL + j * LANES, 0);
+            UNROLL for (int i = 0; i < rows; i++) sums[i * PANEL / LANES + j] += x[i * inputs + k] * w;
+        }
+    UNROLL for (int i = 0; i < rows; i++)
+        UNROLL for (int j = 0; j < PANEL / LANES; j++) {
+            vector *to = (vector *)(y + i * y_stride + j * LANES);
+            vector found = sums[i * PANEL / LANES + j];
+            if (bias)
+                found += load(bias, j * LANES, 0);
+            if (add)
+                found += *to;
+            *to = found;
+        }
+}
+
+/* `products` for small weights. */
+static void small_products(const float *x, const float *weight, const float *bias, float *y, int64_t rows,
+                           int64_t inputs, int64_t y_stride, int64_t begin, int64_t end, int add) {
+    for (int64_t j = begin; j < end; j += PANEL) {
+        const float *of_panel = bias ? bias + j : NULL;
+        int64_t i = 0;
+#define BLOCK(r)                                                                                                       \
+    panel_block(x + i * inputs, weight + j * inputs, of_panel, y + i * y_stride + j, inputs, y_stride, add, r)
+        for (; i + PANEL_ROWS <= rows; i += PANEL_ROWS) BLOCK(PANEL_ROWS);
+        for (; i < rows; i++) BLOCK(1);
+#undef BLOCK
+    }
+}
+
 /* This thread's outputs of a linear layer. low_rank: working memory for its adapter. */
 static void apply(const struct model *model, const struct linear *linear, const float *x, int64_t rows, float *y,
                   int64_t y_stride, int add, float *low_rank, const struct thread *thread) {
-    int64_t begin = share(linear->outputs, LANES, thread->number, thread->count);
-    int64_t end = share(linear->outputs, LANES, thread->number + 1, thread->count);
+    int64_t begin = share(linear->outputs, PANEL, thread->number, thread->count);
+    int64_t end = share(linear->outputs, PANEL, thread->number + 1, thread->count);
     int64_t inputs = linear->inputs, rank = linear->rank;
-    if (model->narrow) /* twice, so that it is a constant in the loops */
+    if (linear->small)
+        small_products(x, linear->weight, linear->bias, y, rows, inputs, y_stride, begin, end, add);
+    else if (model->narrow) /* twice, so that it is a constant in the loops */
         products(x, linear->weight, linear->bias, y, rows, inputs, inputs, y_stride, begin, end, add, 1);
     else
         products(x, linear->weight, linear->bias, y, rows, inputs, inputs, y_stride, begin, end, add, 0);
     if (!linear->down)
         return;
-    int64_t first = share(rank, LANES, thread->number, thread->count);
-    int64_t last = share(rank, LANES, thread->number + 1, thread->count);
+    int64_t first = share(rank, PANEL, thread->number, thread->count);
+    int64_t last = share(rank, PANEL, thread->number + 1, thread->count);
     products(x, linear->down, NULL, low_rank, rows, inputs, inputs, rank, first, last, 0, 0);
     join(thread);
     products(low_rank, linear->up, NULL, y, rows, rank, rank, y_stride, begin, end, 1, 0);
@@ -202,7 +243,7 @@ static void norm_rows(const struct model *model, const struct step *step, const 
 /* ---- Attention ---- */
 
 /* Rotate the pairs (x[k], x[k + size / 2]) of a head by the angles of its position. */
-static void rotate(float *x, const float *cosine, const float *sine, int64_t size) {
+static void rotate(float *restrict x, const float *restrict cosine, const float *restrict sine, int64_t size) {
     int64_t half = size / 2;
     for (int64_t k = 0; k < half; k++) {
         float first = x[k], second = x[k + half];
@@ -228,10 +269,17 @@ static void weighted_values(const float *weights, const float *values, int64_t c
     for (; k < size; k += LANES) add_values(weights, values + k, count, stride, y + k, 1);
 }
 
-/* scores -> e^(scale (score - largest)); returns the sum. */
+/* Numbers in `scores` for a query. */
+static int64_t score_width(const struct model *model) {
+    return (model->prompt_width + model->most_tokens + PANEL - 1) / PANEL * PANEL;
+}
+
+/* scores -> e^(scale (score - largest)); returns the sum. There is space for a multiple of LANES. */
 static float softmax(float *scores, int64_t count, float scale) {
     float most = largest(scores, count);
-    for (int64_t t = 0; t < count; t++) scores[t] = exponential(scale * (scores[t] - most));
+    for (int64_t t = count; t % LANES; t++) scores[t] = most;
+    for (int64_t t = 0; t < count; t += LANES)
+        *(vector *)(scores + t) = exponential((load(scores, t, 0) - most) * scale);
     return total(scores, count);
 }
 
@@ -249,7 +297,7 @@ static void attend(const struct model *model, const struct step *step, const str
     float *own_keys = layer->keys + cache, *own_values = layer->values + cache;
     int64_t prompt = (step->prompt[row] * key_heads + head) * model->prompt_width * size;
     int64_t of_prompt = step->prompt_length[row], own = step->position + 1;
-    int64_t width = model->prompt_width + model->most_tokens;
+    int64_t width = score_width(model);
 
     if (layer->key_norm) {
         norm(key, layer->key_norm, key, size, model->epsilon);
@@ -276,6 +324,14 @@ static void attend(const struct model *model, const struct step *step, const str
 
 /* ---- A token ---- */
 
+/* gate -> silu(gate) up */
+static void multiply_silu(float *restrict gate, const float *restrict up, int64_t count) {
+    for (int64_t k = 0; k < count; k += LANES) {
+        vector x = load(gate, k, 0);
+        *(vector *)(gate + k) = x / (exponential(-x) + 1.0f) * load(up, k, 0);
+    }
+}
+
 static void decode_layer(const struct model *model, const struct step *step, const struct layer *layer,
                          const struct thread *thread) {
     int64_t rows = step->rows, size = model->size, inner = model->inner;
@@ -292,7 +348,7 @@ static void decode_layer(const struct model *model, const struct step *step, con
     join(thread);
 
     /* All rows of a prompt one after the other, so that its keys and values stay in the cache of a processor. */
-    int64_t width = model->prompt_width + model->most_tokens;
+    int64_t width = score_width(model);
     float *scores = step->scores + thread->number * (model->heads / model->key_heads) * width;
     int64_t items = rows * model->key_heads;
     int64_t end = share(items, 1, thread->number + 1, thread->count);
@@ -306,11 +362,10 @@ static void decode_layer(const struct model *model, const struct step *step, con
     join(thread);
     apply(model, &layer->gate, step->normed, rows, step->gate, inner, 0, step->low_rank, thread);
     apply(model, &layer->up, step->normed, rows, step->up, inner, 0, step->low_rank + most, thread);
-    int64_t first = share(inner, LANES, thread->number, thread->count); /* the same columns as in `apply` */
-    int64_t last = share(inner, LANES, thread->number + 1, thread->count);
+    int64_t first = share(inner, PANEL, thread->number, thread->count); /* the same columns as in `apply` */
+    int64_t last = share(inner, PANEL, thread->number + 1, thread->count);
     for (int64_t row = 0; row < rows; row++)
-        for (int64_t k = row * inner + first; k < row * inner + last; k++)
-            step->gate[k] = step->gate[k] / (1.0f + exponential(-step->gate[k])) * step->up[k];
+        multiply_silu(step->gate + row * inner + first, step->up + row * inner + first, last - first);
     join(thread);
     apply(model, &layer->down, step->gate, rows, step->x, model->hidden, 1, step->low_rank, thread);
     join(thread);

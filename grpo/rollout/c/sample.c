@@ -44,8 +44,10 @@ static void sample_row(const struct sample *sample, int64_t row) {
     for (int64_t start = 0; start < sample->vocabulary; start += CHUNK) {
         int64_t left = sample->vocabulary - start, count = left < CHUNK ? left : CHUNK;
         for (int64_t k = 0; k < count; k++) values[k] = logits[start + k] / temperature;
+        for (int64_t k = count; k % LANES; k++) values[k] = most;
         if (!greedy) {
-            for (int64_t k = 0; k < count; k++) powers[k] = exponential(values[k] - most);
+            for (int64_t k = 0; k < count; k += LANES)
+                *(vector *)(powers + k) = exponential(*(vector *)(values + k) - most);
             sum_of_all += total(powers, count);
             for (int64_t k = 0; k < count; k++) values[k] += gumbel_noise((uint32_t)(start + k), first, second);
         }

@@ -7,16 +7,20 @@
 #include <stdint.h>
 #include <string.h>
 
-/* The number of floats in a vector, and the rows of a block of products, whose sums stay in registers. */
+/* The number of floats in a vector, and the rows of a block of products and of one with small weights, whose sums stay
+   in registers. */
 #if defined(__AVX512F__)
 #define LANES 16
 #define ROWS 4
+#define PANEL_ROWS 16
 #elif defined(__AVX2__)
 #define LANES 8
 #define ROWS 2
+#define PANEL_ROWS 6
 #else
 #define LANES 4
 #define ROWS 4
+#define PANEL_ROWS 4
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -26,6 +30,7 @@ typedef float half_vector __attribute__((vector_size(2 * LANES)));
 typedef float four __attribute__((vector_size(16)));
 typedef float unaligned_four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef int32_t integers __attribute__((vector_size(4 * LANES)));
 typedef uint16_t narrow_bits __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 #ifdef __clang__
@@ -62,6 +67,10 @@ INLINE four sum_four(const vector *x) {
     return SHUFFLE(ab, cd, 0, 2, 4, 6) + SHUFFLE(ab, cd, 1, 3, 5, 7);
 }
 
+INLINE vector choose(bits condition, vector yes, vector no) {
+    return (vector)((condition & (bits)yes) | (~condition & (bits)no));
+}
+
 /* The largest of some numbers; NaN is ignored. */
 static float largest(const float *x, int64_t count) {
     float found = -INFINITY;
@@ -70,8 +79,7 @@ static float largest(const float *x, int64_t count) {
         vector most = *(const vector *)x;
         for (k = LANES; k + LANES <= count; k += LANES) {
             vector next = *(const vector *)(x + k);
-            bits greater = (bits)(next > most);
-            most = (vector)(((bits)next & greater) | ((bits)most & ~greater));
+            most = choose((bits)(next > most), next, most);
         }
         for (int lane = 0; lane < LANES; lane++) found = most[lane] > found ? most[lane] : found;
     }
@@ -89,24 +97,25 @@ static float total(const float *x, int64_t count) {
     return found;
 }
 
-/* e^x up to rounding; x beyond the range of float32 gives its largest or smallest normal numbers. */
-INLINE float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float n = floorf(x * 1.44269504f + 0.5f); /* x = n log 2 + r */
-    float r = x - n * 0.693145752f - n * 1.42860677e-6f;
-    float p = 1.0f / 5040.0f;
-    p = p * r + 1.0f / 720.0f;
+/* e^x up to rounding; at least e^-87 and at most e^88. NaN stays NaN. Not for single numbers, since the compiler would
+   compute what follows for the limits as well, and with numbers as small as these that takes very long. */
+INLINE vector exponential(vector x) {
+    vector least = {0}, most = {0};
+    least -= 87.0f;
+    most += 88.0f;
+    x = choose((bits)(x < least), least, x);
+    x = choose((bits)(x > most), most, x);
+    vector n = (x * 1.44269504f + 0x1.8p23f) - 0x1.8p23f; /* rounded to an integer; x = n log 2 + r */
+    vector r = x - n * 0.693145752f - n * 1.42860677e-6f;
+    vector p = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
     p = p * r + 1.0f / 120.0f;
     p = p * r + 1.0f / 24.0f;
     p = p * r + 1.0f / 6.0f;
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    int32_t power = ((int32_t)n + 127) << 23;
-    float two_to_n;
-    memcpy(&two_to_n, &power, 4);
-    return p * two_to_n;
+    bits two_to_n = (bits)(__builtin_convertvector(n, integers) + 127) << 23;
+    return p * (vector)two_to_n;
 }
 
 /* log x up to rounding, for positive normal x. */
