@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -124,11 +123,8 @@ class RewardProcess:
         self, key: str, name: str, arguments: Mapping[str, Any], count: int, timeout_s: float | None
     ) -> list[float | str]:
         """Call the function that was bound as `key`; see `IsolatedFunction.call`."""
-        given = dict(arguments)
-        if "trainer_state" in given:  # without its class, whose module imports torch
-            given["trainer_state"] = types.SimpleNamespace(**vars(given["trainer_state"]))
         try:
-            kind, *answer = self._ask(("call", key, name, given, count), timeout_s)
+            kind, *answer = self._ask(("call", key, name, dict(arguments), count), timeout_s)
         except EOFError as error:
             raise RewardError(f"reward component '{name}' {error}") from None
         except pickle.PicklingError as error:

@@ -1,11 +1,12 @@
 """Completions as text, with their rewards and advantages."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
 from torch import Tensor
-from transformers import TrainerState
 
 from grpo.batch import Completions
 from grpo.config.checks import complete_sizes
@@ -15,6 +16,18 @@ from grpo.data.prompts import Messages, messages
 from grpo.rewards.scoring import RewardComponent, Rewards, score
 from grpo.training.experiment import PROBLEM_FIELDS, Experiment
 
+# The other fields of transformers' TrainerState, with its defaults.
+OTHER_PROGRESS: dict[str, Any] = {
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), 500),
+    **dict.fromkeys(("num_train_epochs", "num_input_tokens_seen", "total_flos"), 0),
+    **dict.fromkeys(("best_metric", "best_global_step", "best_model_checkpoint", "train_batch_size")),
+    **dict.fromkeys(("trial_name", "trial_params")),
+    **dict.fromkeys(("is_local_process_zero", "is_world_process_zero"), True),
+    "is_hyper_param_search": False,
+    "log_history": [],
+    "stateful_callbacks": {},
+}
+
 
 @dataclass(frozen=True)
 class ScoredCompletions:
@@ -23,7 +36,7 @@ class ScoredCompletions:
     texts: list[str]
     rewards: Rewards
     columns: dict[str, list]  # the problems' columns, one entry per completion
-    trainer_state: TrainerState  # for reward functions that use it
+    trainer_state: SimpleNamespace  # for reward functions that use it
     prompts: list[Messages]  # one per completion
     messages: list[Messages]  # the completions as assistant messages
     lengths: Tensor  # (B,) int64, tokens including the end of sequence
@@ -55,7 +68,7 @@ def score_texts(
     problems: Sequence[Problem],
     texts: list[str],
     lengths: Tensor,
-    state: TrainerState,
+    state: SimpleNamespace,
     extra: Mapping[str, list] = MappingProxyType({}),
 ) -> ScoredCompletions:
     """Score B completions of B problems, given as texts. extra: further columns; the others: see ScoredCompletions."""
@@ -69,14 +82,20 @@ def score_texts(
     return ScoredCompletions(texts, rewards, columns, state, prompts, replies, lengths)
 
 
-def trainer_state(config: Config, num_problems: int, step: int) -> TrainerState:
-    """The progress of training in the form that TRL passes to reward functions.
+def trainer_state(config: Config, num_problems: int, step: int) -> SimpleNamespace:
+    """The progress of training with the fields of transformers' TrainerState, which TRL passes to reward functions.
 
-    num_problems: training problems; step: number of completed steps.
+    That class is not used, since importing it takes a second. num_problems: training problems; step: number of
+    completed steps.
     """
     grpo = config.grpo
     epoch = step * complete_sizes(config).batch_size / max(1, num_problems)
-    return TrainerState(global_step=step, max_steps=grpo.num_iterations * grpo.num_steps, epoch=epoch)
+    return SimpleNamespace(
+        epoch=epoch,
+        global_step=step,
+        max_steps=grpo.num_iterations * grpo.num_steps,
+        **{name: copy.copy(default) for name, default in OTHER_PROGRESS.items()},
+    )
 
 
 def compute_advantages(experiment: Experiment, scored: ScoredCompletions, width: int) -> Tensor:

@@ -1,11 +1,11 @@
 """sampling.refill: groups without a signal are replaced by groups of other problems."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerState
 
 from grpo.batch import Completions, Prompts
 from grpo.counter_rng import group_keys
@@ -30,7 +30,7 @@ def groups(ids, prompts, rewards, name):
             {"r": torch.tensor(rewards, dtype=torch.float64)}, torch.ones(1), torch.tensor(rewards, dtype=torch.float64)
         ),
         columns={"level": [f"level {name}{row}" for row in range(count)]},
-        trainer_state=TrainerState(),
+        trainer_state=SimpleNamespace(),
         prompts=[[{"role": "user", "content": name}]] * count,
         messages=[[{"role": "assistant", "content": f"{name}{row}"}] for row in range(count)],
         lengths=mask.sum(dim=1),

@@ -5,7 +5,11 @@ import signal
 import time
 
 import pytest
+from transformers import TrainerState
 
+from grpo.config.checks import typed
+from grpo.config.compose import compose_config
+from grpo.training.scored_completions import trainer_state
 from tests.launches import SHORT, launch, rows, status
 
 ONE_STEP = [*SHORT, "grpo.num_steps=1"]
@@ -205,3 +209,10 @@ def test_code_that_changes_the_working_directory_does_not_redirect_a_run(folder,
     assert (other / "status.json").read_text() == "{}"
     if not more:
         assert "run folder run\n" in done.stdout  # a short path, as without a change
+
+
+def test_the_progress_has_the_fields_of_transformers():
+    config = typed(compose_config(["experiment=quickstart", "grpo.num_steps=7", "hardware=cpu"]))
+    ours = vars(trainer_state(config, 160, 3))
+    theirs = vars(TrainerState(global_step=3, max_steps=7, epoch=3 * 16 / 160))
+    assert ours == theirs
