@@ -69,7 +69,7 @@ def supports_compiled_decoding(model: PreTrainedModel, dtype: torch.dtype) -> bo
     """Whether `CompiledDecoder` supports the model's architecture, with weights in this dtype on a CPU."""
     if dtype not in (torch.float32, torch.bfloat16) or not supports_fast_decoding(model):
         return False
-    config = model.config
+    config = model.get_decoder().config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     multiplied = (size, config.hidden_size, config.intermediate_size, config.num_attention_heads * size)
     return not any(number % LANES for number in multiplied)
@@ -105,7 +105,7 @@ class CompiledDecoder:
         self._slots = torch.arange(rows)
         self._most_rank = LANES
         self._step = _Step(position=0)
-        config = model.config
+        config = self._decoder.config
         size = packing.kept[0][0].shape[3]
         layers = [
             self._layer(module, packing.kept[number], rows, max_tokens)

@@ -128,7 +128,7 @@ class FastDecoder:
         lengths = prompts.mask.sum(dim=1)  # (P,)
         rows = len(prompt_of_row)
         self._decoder = model.get_decoder()
-        config = model.config
+        config = self._decoder.config
         self._heads = config.num_attention_heads
         self._key_heads = config.num_key_value_heads
         self._first_position = lengths[prompt_of_row]

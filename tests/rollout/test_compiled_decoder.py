@@ -21,6 +21,7 @@ from grpo.config.schema import LoraSettings
 from grpo.counter_rng import noise_from, row_keys, token_keys
 from grpo.model.hardware import resolve_hardware
 from grpo.model.implementation import implementation_of
+from grpo.model.linear import use_onednn
 from grpo.model.loading import copy_in_dtype
 from grpo.model.lora import add_adapter
 from grpo.model.threads import use_threads
@@ -30,6 +31,8 @@ from grpo.rollout.compiled_decoder import CompiledDecoder
 from grpo.rollout.engine import Sampling
 from grpo.rollout.load_check import choose_implementation
 from grpo.rollout.native import CachedDecoder
+from tests.architectures import random_model
+from tests.rollout.test_load_check import DOCUMENT
 from tests.rollout.test_native import model_of_the_family
 
 PROMPT_OF_ROW = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
@@ -272,3 +275,15 @@ def test_the_first_of_equal_logits_is_chosen_and_nan_does_not_hang():
     logits[2] = torch.nan
     assert sampled(logits, keys, settings)[0].tolist()[:2] == [7, 1199]
     assert sampled(logits, keys, Sampling(5, 1.0, (0,), 0))[1].isnan().tolist() == [False, False, True]
+
+
+LLAMA_LIKE = [row.split(" | ")[0].strip("| ") for row in DOCUMENT.read_text().splitlines() if " | fast | " in row]
+
+
+@pytest.mark.parametrize("kind", LLAMA_LIKE)
+def test_architectures_that_share_the_layers_of_llama_can_be_compiled(kind):
+    """With their own configs, which may have the language model's in a part."""
+    model = random_model(kind, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    use_onednn(model)
+    choose_implementation(model, compiled_decoding=True)
+    assert implementation_of(model).sampling == "compiled"

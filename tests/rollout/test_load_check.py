@@ -60,8 +60,9 @@ written by `python -m tests.rollout.test_load_check`.
 
 - **Training**: `packed` computes all sequences in one row without padding, and a prompt once for its group; `cached`
   computes a prompt once for its group, through transformers' cache; `plain` computes it once per completion.
-- **Sampling**: `fast` is the decoder for the Llama family; `cached` computes a prompt once for its group and pads the
-  prompts; `plain` pads nothing, and decodes prompts of different lengths one after the other.
+- **Sampling**: `fast` is the decoder for the Llama family, which on a processor with a C compiler has a form in C, too;
+  `cached` computes a prompt once for its group and pads the prompts; `plain` pads nothing, and decodes prompts of
+  different lengths one after the other.
 - **Difference**: the largest difference of a logit, relative to the largest logit, in millionths.
 - **LoRA**: whether an adapter with `tuning=lora` passes the same check, and is the same after saving and loading.
 
