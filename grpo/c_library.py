@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "rollout" / "c"
-# Without -ffast-math, so that numbers are added in the order of the C files. OpenMP is the one that torch has loaded.
+# Without -ffast-math, so that numbers are added in the order of the C files. With gcc, OpenMP's library is the one that
+# torch's wheels for processors have loaded already.
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared")
 
 
@@ -26,11 +27,16 @@ def load_library(sources: Path = SOURCES) -> ctypes.CDLL:
     if sys.platform != "linux":
         raise CompilerError("compiled code is only supported on Linux")
     compiler = _compiler()
+    files = sorted(sources.glob("*.c"))
     try:
         library = _cache_folder() / f"{_digest(sources, compiler)}.so"
         if not library.exists():
-            _compile(compiler, sorted(sources.glob("*.c")), library)
-        return ctypes.CDLL(str(library))
+            _compile(compiler, files, library)
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:  # damaged, for example by a power failure
+            _compile(compiler, files, library)
+            return ctypes.CDLL(str(library))
     except OSError as error:
         raise CompilerError(str(error)) from None
 
@@ -44,7 +50,10 @@ def compiler_version() -> str:
 
 
 def _compiler() -> list[str]:
-    name, *arguments = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    try:
+        name, *arguments = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError as error:
+        raise CompilerError(f"CC={os.environ['CC']}: {error}") from None
     found = shutil.which(name)
     if found is None:
         raise CompilerError(f"there is no C compiler named {name}")
@@ -53,20 +62,21 @@ def _compiler() -> list[str]:
 
 def _version(compiler: list[str]) -> str:
     try:
-        return subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
+        done = subprocess.run([*compiler, "--version"], capture_output=True, check=False)
     except OSError as error:
         raise CompilerError(str(error)) from None
+    return done.stdout.decode(errors="replace")
 
 
 def _cache_folder() -> Path:
     """A folder that only this user can write to; one for this process if there is none in the home directory."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = folder.stat()
         if facts.st_uid == os.getuid() and not facts.st_mode & 0o022 and os.access(folder, os.W_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home directory
         pass
     return Path(_folder_of_process().name)
 
@@ -90,10 +100,11 @@ def _compile(compiler: list[str], files: list[Path], library: Path) -> None:
     os.close(descriptor)
     try:
         command = [*compiler, *FLAGS, *map(str, files), "-o", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode != 0:
-            first = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
-            raise CompilerError(f"{compiler[0]} cannot compile {files[0].parent}: {first}")
+            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            reason = lines[0] if lines else f"exit code {done.returncode}"
+            raise CompilerError(f"{compiler[0]} cannot compile {files[0].parent}: {reason}")
         Path(name).replace(library)  # in one step, for other processes that load it
     finally:
         Path(name).unlink(missing_ok=True)

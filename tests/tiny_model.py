@@ -3,6 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo.batch import Completions, tokenize_prompts
+from grpo.c_library import compiler_version
 from grpo.config.schema import ModelConfig
 from grpo.model.implementation import implementation_of
 from grpo.model.loading import load_model
@@ -35,6 +36,8 @@ def fast_model():
 @pytest.fixture(scope="session")
 def compiled_model():
     """The same, with decoding by `CompiledDecoder`."""
+    if compiler_version() == "none":
+        pytest.skip("there is no C compiler")
     model = load_model(tiny_config(), torch.device("cpu"))
     choose_implementation(model, compiled_decoding=True)
     assert implementation_of(model).sampling == "compiled"
@@ -42,9 +45,9 @@ def compiled_model():
 
 
 @pytest.fixture(scope="session", params=["plain", "fast", "compiled"])
-def model(request, plain_model, fast_model, compiled_model):
+def model(request):
     """Each of the three models in turn: a test must hold for all."""
-    return {"plain": plain_model, "fast": fast_model, "compiled": compiled_model}[request.param]
+    return request.getfixturevalue(f"{request.param}_model")
 
 
 def tiny_config(**changes):

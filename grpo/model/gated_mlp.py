@@ -5,6 +5,7 @@ token, which is half of all activations. Here only the gate and the other half a
 """
 
 import functools
+import importlib
 from typing import Any
 
 import torch
@@ -14,29 +15,37 @@ from torch.nn import functional as F
 
 from grpo.model.linear import OneDnnLinear, onednn_linear
 
-# Their MLP is down(silu(gate(x)) * up(x)).
-FAMILY = {
-    f"transformers.models.{module}.modeling_{module}.{name}"
-    for module, name in (
-        ("llama", "LlamaMLP"),
-        ("mistral", "MistralMLP"),
-        ("qwen2", "Qwen2MLP"),
-        ("qwen3", "Qwen3MLP"),
-    )
-}
+# Their MLP is down(silu(gate(x)) * up(x)). The names of the classes and of the modules in transformers.
+FAMILY = {"LlamaMLP": "llama", "MistralMLP": "mistral", "Qwen2MLP": "qwen2", "Qwen3MLP": "qwen3"}
 
 
 def keep_fewer_activations(model: nn.Module) -> None:
-    """Make the MLPs of a model of the family keep fewer activations; the results are the same bits."""
+    """Make the MLPs of a model of the family keep fewer activations.
+
+    The results are the same bits if linear layers multiply as `grpo.model.linear.onednn_linear` does.
+    """
     module: Any
     for module in model.modules():
-        kind: Any = type(module)
-        if f"{kind.__module__}.{kind.__qualname__}" in FAMILY and module.config.hidden_act == "silu":
-            module.__class__ = _with_fewer_activations(kind)  # keeps the parameters and their names
+        kind = type(module)
+        if kind.__module__ == _module_of(kind.__name__) and module.config.hidden_act == "silu":
+            module.__class__ = _with_fewer_activations(kind.__name__)  # keeps the parameters and their names
+
+
+def _module_of(name: str) -> str | None:
+    return f"transformers.models.{FAMILY[name]}.modeling_{FAMILY[name]}" if name in FAMILY else None
+
+
+def __getattr__(name: str) -> Any:
+    """The classes by the names in FAMILY, since pickle looks for them here."""
+    if name not in FAMILY:
+        raise AttributeError(name)
+    return _with_fewer_activations(name)
 
 
 @functools.cache  # one class for all layers
-def _with_fewer_activations(kind: type[nn.Module]) -> Any:
+def _with_fewer_activations(name: str) -> Any:
+    kind: Any = getattr(importlib.import_module(str(_module_of(name))), name)
+
     def forward(self: Any, x: Tensor) -> Tensor:
         down = self.down_proj
         plain = type(down) in (nn.Linear, OneDnnLinear) and down.bias is None  # an adapter needs the product, too
@@ -46,7 +55,7 @@ def _with_fewer_activations(kind: type[nn.Module]) -> Any:
         rows = _GatedProduct.apply(gate.flatten(0, -2), up.flatten(0, -2), down.weight)
         return rows.view(*x.shape[:-1], rows.shape[-1])
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return type(name, (kind,), {"forward": forward, "__module__": __name__})
 
 
 class _GatedProduct(torch.autograd.Function):

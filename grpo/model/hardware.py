@@ -40,7 +40,7 @@ def resolve_hardware(cfg: DictConfig) -> None:
 
 
 def _can_compile(cfg: DictConfig) -> bool:
-    """Whether sampling may use compiled code. Raises ConfigError if this is requested and impossible."""
+    """Whether sampling may use compiled code; logs a warning if this is requested and impossible."""
     wanted = cfg.hardware.compiled_decoding
     if wanted is False or cfg.hardware.device != "cpu":
         return False
@@ -48,9 +48,7 @@ def _can_compile(cfg: DictConfig) -> bool:
         load_library()
     except CompilerError as error:
         if wanted:
-            raise ConfigError(
-                f"hardware.compiled_decoding=true: {error}; install a C compiler, or set it to false"
-            ) from error
+            logger.warning("hardware.compiled_decoding=true: %s; torch's operations are used for sampling", error)
         return False
     return True
 

@@ -278,7 +278,9 @@ def _sampling_seconds(config: Config, model: Any, work: estimate.Work, compute: 
 
 
 def _decoding_is_compiled(config: Config, model: Any, compute: torch.dtype) -> bool:
-    return bool(config.hardware.compiled_decoding) and supports_compiled_decoding(model, compute)
+    hardware = config.hardware
+    wanted = bool(hardware.compiled_decoding) and hardware.device == "cpu"
+    return wanted and supports_packing(model) and supports_compiled_decoding(model, compute)
 
 
 def _overhead(config: Config, compute: torch.dtype) -> float:

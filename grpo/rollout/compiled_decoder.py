@@ -136,6 +136,7 @@ class CompiledDecoder:
         """Process one more token of each row, (R,), and update `logits`."""
         x = self._decoder.embed_tokens(tokens)  # (R, H)
         step = self._step
+        assert step.position < self._model.most_tokens
         positions = self._first_position + step.position
         cosine, sine = (a[0].float().contiguous() for a in self._decoder.rotary_emb(x, positions[None]))  # (R, d)
         x = x.float().contiguous()

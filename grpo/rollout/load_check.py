@@ -35,6 +35,7 @@ from grpo.rollout.native import build_decoder, rows_decoded_together
 logger = logging.getLogger(__name__)
 
 NEW_TOKENS = 3  # of each completion
+MANY_ROWS = 7  # of each completion: 21 rows are a block of each size in grpo/rollout/c/decode.c
 PROMPT_TOKENS = 12  # of the longest prompt, if there is no window
 UNKNOWN_LENGTH = 8192  # longer windows are not checked if it is not known how long the sequences will be
 # Logits are compared after scaling them such that the largest one is this. Trained models have such logits; random
@@ -77,9 +78,8 @@ def choose_implementation(
 
     max_length: the largest number of tokens of a prompt with its completion; None if it is not known. compute_dtype:
     that of forward and backward passes; None: the model's. compiled_decoding: whether sampling may use
-    `CompiledDecoder`. Returns for `sampling` and `training` the largest difference
-    of a logit or log-probability, where the largest logit is `LARGEST_LOGIT`. Raises ConfigError if no implementation
-    gives the model's numbers.
+    `CompiledDecoder`. Returns for `sampling` and `training` the largest difference of a logit or log-probability, where
+    the largest logit is `LARGEST_LOGIT`. Raises ConfigError if no implementation gives the model's numbers.
     """
     if isinstance(_attempt(model, model.get_decoder), nn.Linear):
         raise _refused(model, "its get_decoder() returns the output head instead of the layers below it")
@@ -309,8 +309,11 @@ def _compare_sampling(model: PreTrainedModel, expected: Expected) -> float:
     """Decode the expected tokens; the first row leaves the batch after a token. Returns the largest difference."""
     completions = expected.completions
     differences = []
-    # Of two prompts, with a group and as in evaluation, for which transformers' code may take another way.
-    for rows in [[0, 1, 2]] if implementation_of(model).samples_packed else [[0, 1, 2], [0, 2]]:
+    # Of two prompts, with a group and as in evaluation, for which transformers' code may take another way. The C code
+    # multiplies many rows in another way than a few.
+    many = [row for row in range(3) for _ in range(MANY_ROWS)]
+    tried = {"compiled": [many, [0, 1, 2]], "fast": [[0, 1, 2]]}
+    for rows in tried.get(implementation_of(model).sampling, [[0, 1, 2], [0, 2]]):
         chosen = torch.tensor(rows, device=model.device)
         for part in rows_decoded_together(model, expected.prompts, completions.group, chosen):
             decoder = build_decoder(model, expected.prompts, completions.group[part], NEW_TOKENS)

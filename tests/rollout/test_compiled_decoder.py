@@ -16,7 +16,6 @@ from grpo import c_library
 from grpo.batch import Prompts
 from grpo.c_library import SOURCES, CompilerError, load_library
 from grpo.config.compose import compose_config
-from grpo.config.errors import ConfigError
 from grpo.config.schema import LoraSettings
 from grpo.counter_rng import noise_from, row_keys, token_keys
 from grpo.model.hardware import resolve_hardware
@@ -44,7 +43,8 @@ ROWS = [*([list(range(8))] * 3), [0, 2, 3, 4, 6], [0, 2, 3, 4, 6], [0, 3, 4], [4
 def decoded(kind, model, prompts, prompt_of_row=PROMPT_OF_ROW, rows_left=ROWS):
     """The logits at each token, (rows, V) each, while rows are removed."""
     vocabulary = model.config.vocab_size
-    tokens = torch.randint(5, vocabulary, (len(rows_left), 8), generator=torch.Generator().manual_seed(1))
+    shape = len(rows_left), len(prompt_of_row)
+    tokens = torch.randint(5, vocabulary, shape, generator=torch.Generator().manual_seed(1))
     decoder = kind(model, prompts, prompt_of_row, len(rows_left))
     found, before = [decoder.logits], list(range(len(prompt_of_row)))
     for of_rows, rows in zip(tokens, rows_left, strict=True):
@@ -56,8 +56,10 @@ def decoded(kind, model, prompts, prompt_of_row=PROMPT_OF_ROW, rows_left=ROWS):
     return found
 
 
-def check(model, prompts, tolerance=1e-4):
-    compiled, plain = (decoded(kind, model, prompts) for kind in (CompiledDecoder, CachedDecoder))
+def check(model, prompts, prompt_of_row=PROMPT_OF_ROW, rows_left=ROWS, tolerance=1e-4):
+    compiled, plain = (
+        decoded(kind, model, prompts, prompt_of_row, rows_left) for kind in (CompiledDecoder, CachedDecoder)
+    )
     for one, other in zip(compiled, plain, strict=True):
         torch.testing.assert_close(one, other.float(), rtol=tolerance, atol=tolerance * float(other.abs().max()))
 
@@ -71,6 +73,14 @@ def kind(request):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_logits_equal_those_of_plain_decoding_for_each_model_of_the_family(kind, tied, prompts):
     check(model_of_the_family(kind, tied), prompts)
+
+
+@pytest.mark.parametrize("small", [0, 2**62], ids=["blocks", "panels"])
+def test_many_rows(small, prompts, monkeypatch):
+    """Products of many rows have larger blocks. small: the elements below which a weight is stored in panels."""
+    monkeypatch.setattr(compiled_decoder, "SMALL", small)
+    rows = [list(range(count)) for count in (39, 38, 21, 20, 19, 7)]
+    check(model_of_the_family("qwen2", True), prompts, torch.arange(39) // 13, rows)
 
 
 @pytest.mark.parametrize("rank", [4, 20])
@@ -184,17 +194,33 @@ def test_a_wrong_library_is_not_used(prompts, monkeypatch, tmp_path):
     assert implementation_of(model).sampling == "fast"
 
 
-def test_without_a_compiler_the_plain_decoder_is_used_unless_the_compiled_one_is_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setenv("CC", "no-such-compiler")
+@pytest.mark.parametrize("name", ["no-such-compiler", "gcc '"])
+def test_without_a_compiler_torch_is_used_with_a_warning_if_the_compiler_was_asked_for(monkeypatch, caplog, name):
+    monkeypatch.setenv("CC", name)
     load_library.cache_clear()
     try:
-        cfg = compose_config(["hardware=cpu"])
-        resolve_hardware(cfg)
-        assert cfg.hardware.compiled_decoding is False
-        with pytest.raises(ConfigError, match="there is no C compiler named no-such-compiler; install a C compiler"):
-            resolve_hardware(compose_config(["hardware=cpu", "hardware.compiled_decoding=true"]))
+        for wanted in ("null", "true"):
+            assert caplog.text == ""
+            cfg = compose_config(["hardware=cpu", f"hardware.compiled_decoding={wanted}"])
+            resolve_hardware(cfg)
+            assert cfg.hardware.compiled_decoding is False
+        assert "hardware.compiled_decoding=true: " in caplog.text
+        assert c_library.compiler_version() == "none"
     finally:
         load_library.cache_clear()
+
+
+LOAD = "import torch; from grpo.c_library import load_library; print(load_library().decode is not None)"
+
+
+def test_a_damaged_library_is_compiled_again(tmp_path):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True)
+        assert done.stdout == "True\n", done.stderr
+        (library,) = (tmp_path / "grpo").iterdir()
+        assert library.stat().st_size > 0
+        library.write_bytes(b"")
 
 
 def test_a_file_that_cannot_be_compiled_leaves_nothing_behind(monkeypatch, tmp_path):
@@ -219,10 +245,9 @@ def test_without_a_writable_home_the_library_is_compiled_for_this_process(monkey
 
 
 def test_processes_that_compile_at_once_all_get_a_whole_library(tmp_path):
-    code = "import torch; from grpo.c_library import *; print(load_library().decode is not None)"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     processes = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, "-c", LOAD], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
     assert [process.communicate()[0] for process in processes] == ["True\n"] * 3
@@ -274,10 +299,17 @@ def test_the_first_of_equal_logits_is_chosen_and_nan_does_not_hang():
     logits[1, [1199]] = 5.0
     logits[2] = torch.nan
     assert sampled(logits, keys, settings)[0].tolist()[:2] == [7, 1199]
-    assert sampled(logits, keys, Sampling(5, 1.0, (0,), 0))[1].isnan().tolist() == [False, False, True]
+    logits[0, 3] = torch.nan
+    assert sampled(logits, keys, Sampling(5, 1.0, (0,), 0))[1].isnan().tolist() == [True, False, True]
+    first_lane = torch.tensor([[torch.nan, *[0.0] * 15, 5.0, *[0.0] * 31]])
+    assert sampled(first_lane, keys[:1], settings)[0].tolist() == [16]
 
 
 LLAMA_LIKE = [row.split(" | ")[0].strip("| ") for row in DOCUMENT.read_text().splitlines() if " | fast | " in row]
+
+
+def test_the_table_of_docs_has_such_architectures():
+    assert {"llama", "qwen2", "qwen3"} <= set(LLAMA_LIKE)
 
 
 @pytest.mark.parametrize("kind", LLAMA_LIKE)

@@ -1,8 +1,8 @@
 /* One token of each row through a model of the Llama family, on a processor.
 
    The plain form of the same computation is FastDecoder in llama_decoder.py. There, each layer of a token is about
-   twenty operations, each of which passes over its input and waits for all threads. Here a token is one call. Weights
-   are read where the model keeps them, in float32 or bfloat16; everything else is float32.
+   twenty operations, each of which passes over its input and waits for all threads. Here a token is one call. Large
+   weights are read where the model keeps them, in float32 or bfloat16; everything else is float32.
 
    Every number is computed by one thread, in an order that depends on neither the number of threads nor the other rows.
    So a row's results are the same bits no matter how many threads there are and which rows are decoded beside it.
@@ -11,8 +11,6 @@
    Columns that are multiplied are multiples of LANES. */
 
 #include <omp.h>
-#include <sched.h>
-#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -70,29 +68,13 @@ struct step {
 
 /* ---- Threads ---- */
 
-#define SPINS 4096 /* then the processor is left to other programs */
-
-struct barrier {
-    atomic_int waiting, passed;
-};
-
 struct thread {
     int number, count;
-    struct barrier *barrier;
 };
 
-/* Wait for all threads. */
-static void join(const struct thread *thread) {
-    struct barrier *barrier = thread->barrier;
-    int passed = atomic_load(&barrier->passed);
-    if (atomic_fetch_add(&barrier->waiting, 1) == thread->count - 1) {
-        atomic_store(&barrier->waiting, 0);
-        atomic_store(&barrier->passed, passed + 1);
-        return;
-    }
-    for (int spins = 0; atomic_load_explicit(&barrier->passed, memory_order_acquire) == passed; spins++)
-        if (spins >= SPINS)
-            sched_yield();
+/* Wait for all threads: OpenMP's waiting threads spin for a moment and then sleep, see grpo/launch/process.py. */
+static void join(void) {
+#pragma omp barrier
 }
 
 /* The first of `count` items for a thread, in multiples of `unit`; the first of the next thread is its end. */
@@ -213,7 +195,7 @@ static void apply(const struct model *model, const struct linear *linear, const 
     int64_t first = share(rank, PANEL, thread->number, thread->count);
     int64_t last = share(rank, PANEL, thread->number + 1, thread->count);
     products(x, linear->down, NULL, low_rank, rows, inputs, inputs, rank, first, last, 0, 0);
-    join(thread);
+    join();
     products(low_rank, linear->up, NULL, y, rows, rank, rank, y_stride, begin, end, 1, 0);
 }
 
@@ -341,11 +323,11 @@ static void decode_layer(const struct model *model, const struct step *step, con
     float *queries = step->heads, *keys = queries + of_queries, *values = keys + of_keys;
 
     norm_rows(model, step, layer->input_norm, thread);
-    join(thread);
+    join();
     apply(model, &layer->query, step->normed, rows, queries, stride, 0, step->low_rank, thread);
     apply(model, &layer->key, step->normed, rows, keys, stride, 0, step->low_rank + most, thread);
     apply(model, &layer->value, step->normed, rows, values, stride, 0, step->low_rank + 2 * most, thread);
-    join(thread);
+    join();
 
     /* All rows of a prompt one after the other, so that its keys and values stay in the cache of a processor. */
     int64_t width = score_width(model);
@@ -354,32 +336,31 @@ static void decode_layer(const struct model *model, const struct step *step, con
     int64_t end = share(items, 1, thread->number + 1, thread->count);
     for (int64_t item = share(items, 1, thread->number, thread->count); item < end; item++)
         attend(model, step, layer, item % rows, item / rows, scores);
-    join(thread);
+    join();
     apply(model, &layer->output, step->attended, rows, step->x, model->hidden, 1, step->low_rank, thread);
-    join(thread);
+    join();
 
     norm_rows(model, step, layer->middle_norm, thread);
-    join(thread);
+    join();
     apply(model, &layer->gate, step->normed, rows, step->gate, inner, 0, step->low_rank, thread);
     apply(model, &layer->up, step->normed, rows, step->up, inner, 0, step->low_rank + most, thread);
     int64_t first = share(inner, PANEL, thread->number, thread->count); /* the same columns as in `apply` */
     int64_t last = share(inner, PANEL, thread->number + 1, thread->count);
     for (int64_t row = 0; row < rows; row++)
         multiply_silu(step->gate + row * inner + first, step->up + row * inner + first, last - first);
-    join(thread);
+    join();
     apply(model, &layer->down, step->gate, rows, step->x, model->hidden, 1, step->low_rank, thread);
-    join(thread);
+    join();
 }
 
 /* Compute the logits after one more token of each row. */
 void decode(const struct model *model, const struct step *step) {
-    struct barrier barrier = {0, 0};
 #pragma omp parallel num_threads(model->threads)
     {
-        struct thread thread = {omp_get_thread_num(), omp_get_num_threads(), &barrier};
+        struct thread thread = {omp_get_thread_num(), omp_get_num_threads()};
         for (int64_t i = 0; i < model->layer_count; i++) decode_layer(model, step, &model->layers[i], &thread);
         norm_rows(model, step, model->norm, &thread);
-        join(&thread);
+        join();
         apply(model, &model->head, step->normed, step->rows, step->logits, model->head.outputs, 0, step->low_rank,
               &thread);
     }

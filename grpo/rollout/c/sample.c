@@ -62,7 +62,12 @@ static void sample_row(const struct sample *sample, int64_t row) {
         }
     }
     sample->tokens[row] = token;
-    sample->logps[row] = greedy ? 0.0f : logits[token] / temperature - (most + logarithm(sum_of_all));
+    if (greedy)
+        sample->logps[row] = 0.0f;
+    else if (isfinite(sum_of_all))
+        sample->logps[row] = logits[token] / temperature - (most + logarithm(sum_of_all));
+    else
+        sample->logps[row] = NAN;
 }
 
 void sample(const struct sample *sample) {

@@ -75,14 +75,13 @@ INLINE vector choose(bits condition, vector yes, vector no) {
 static float largest(const float *x, int64_t count) {
     float found = -INFINITY;
     int64_t k = 0;
-    if (count >= LANES) {
-        vector most = *(const vector *)x;
-        for (k = LANES; k + LANES <= count; k += LANES) {
-            vector next = *(const vector *)(x + k);
-            most = choose((bits)(next > most), next, most);
-        }
-        for (int lane = 0; lane < LANES; lane++) found = most[lane] > found ? most[lane] : found;
+    vector most = {0};
+    most -= INFINITY;
+    for (; k + LANES <= count; k += LANES) {
+        vector next = *(const vector *)(x + k);
+        most = choose((bits)(next > most), next, most);
     }
+    for (int lane = 0; lane < LANES; lane++) found = most[lane] > found ? most[lane] : found;
     for (; k < count; k++) found = x[k] > found ? x[k] : found;
     return found;
 }
@@ -118,7 +117,7 @@ INLINE vector exponential(vector x) {
     return p * (vector)two_to_n;
 }
 
-/* log x up to rounding, for positive normal x. */
+/* log x up to rounding, for positive normal x; not for infinity and NaN. */
 INLINE float logarithm(float x) {
     int32_t whole, exponent;
     memcpy(&whole, &x, 4);
