@@ -36,7 +36,7 @@ def step(*shape: str) -> Measure:
     ratios = {"times_as_fast_as_trl": True, "times_the_floor": False, "memory_of_trl": False}
     own = ["data.examples=[]", "data.system_prompt=null", "rollout.temperature=1.0", "experiment=smollm2_gsm8k"]
     return Measure(
-        lambda model, data: ["vs_trl.py", *shape, "--rounds", "1", *own, f"model.name={model}", f"data.path={data}"],
+        lambda model, data: ["vs_trl.py", *shape, "--rounds", "2", *own, f"model.name={model}", f"data.path={data}"],
         ratios,
     )
 
