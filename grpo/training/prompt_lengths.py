@@ -28,9 +28,7 @@ class PromptLengths:
     """The number of tokens of each prompt."""
 
     tokens: list[int]
-    file: Path | None = (
-        None  # in which they are to be kept for later launches; None: they are stored already, or not stored
-    )
+    file: Path | None = None  # to store them in for later launches; None: they are stored, or not to be stored
 
     def save(self) -> None:
         """Keep the lengths. Called when a launch has been accepted, since one that is refused leaves no file."""

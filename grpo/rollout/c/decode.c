@@ -19,6 +19,18 @@
 #define OUTPUTS 4 /* of a block of products */
 #define PANEL 16  /* outputs whose small weights are stored together; also the unit in which threads share outputs */
 
+/* The rows of a block of products, and of one with small weights, such that all sums of a block stay in registers. */
+#if LANES == 16
+#define ROWS 4
+#define PANEL_ROWS 16
+#elif LANES == 8
+#define ROWS 2
+#define PANEL_ROWS 6
+#else
+#define ROWS 4
+#define PANEL_ROWS 4
+#endif
+
 /* y = weight x + bias, and up (down x) with a LoRA adapter. */
 struct linear {
     const void *weight; /* (outputs, inputs), or small ones: (outputs / PANEL, inputs, PANEL) float32 */

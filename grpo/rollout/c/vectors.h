@@ -7,20 +7,13 @@
 #include <stdint.h>
 #include <string.h>
 
-/* The number of floats in a vector, and the rows of a block of products and of one with small weights, whose sums stay
-   in registers. */
+/* The number of floats in a vector. */
 #if defined(__AVX512F__)
 #define LANES 16
-#define ROWS 4
-#define PANEL_ROWS 16
 #elif defined(__AVX2__)
 #define LANES 8
-#define ROWS 2
-#define PANEL_ROWS 6
 #else
 #define LANES 4
-#define ROWS 4
-#define PANEL_ROWS 4
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
