@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from grpo.model.implementation import LLAMA_FAMILY, module_of_family
 from grpo.model.linear import OneDnnLinear, onednn_linear
 
-# Their MLP is down(silu(gate(x)) * up(x)). The names of the classes and of the modules in transformers.
-FAMILY = {"LlamaMLP": "llama", "MistralMLP": "mistral", "Qwen2MLP": "qwen2", "Qwen3MLP": "qwen3"}
+ENDING = "MLP"  # of the names of these classes; they compute down(silu(gate(x)) * up(x))
 
 
 def keep_fewer_activations(model: nn.Module) -> None:
@@ -24,27 +24,25 @@ def keep_fewer_activations(model: nn.Module) -> None:
 
     The results are the same bits if linear layers multiply as `grpo.model.linear.onednn_linear` does.
     """
+    kinds = {f"{module_of_family(name)}.{name}{ENDING}": name for name in LLAMA_FAMILY}
     module: Any
     for module in model.modules():
-        kind = type(module)
-        if kind.__module__ == _module_of(kind.__name__) and module.config.hidden_act == "silu":
-            module.__class__ = _with_fewer_activations(kind.__name__)  # keeps the parameters and their names
+        name = kinds.get(f"{type(module).__module__}.{type(module).__qualname__}")
+        if name is not None and module.config.hidden_act == "silu":
+            module.__class__ = _with_fewer_activations(name)  # keeps the parameters and their names
 
 
-def _module_of(name: str) -> str | None:
-    return f"transformers.models.{FAMILY[name]}.modeling_{FAMILY[name]}" if name in FAMILY else None
-
-
-def __getattr__(name: str) -> Any:
-    """The classes by the names in FAMILY, since pickle looks for them here."""
-    if name not in FAMILY:
-        raise AttributeError(name)
+def __getattr__(attribute: str) -> Any:
+    """The classes that replace those of transformers, by the same names: pickle looks for them here."""
+    name = attribute.removesuffix(ENDING)
+    if name == attribute or name not in LLAMA_FAMILY:
+        raise AttributeError(f"module {__name__} has no attribute {attribute}")
     return _with_fewer_activations(name)
 
 
 @functools.cache  # one class for all layers
 def _with_fewer_activations(name: str) -> Any:
-    kind: Any = getattr(importlib.import_module(str(_module_of(name))), name)
+    kind: Any = getattr(importlib.import_module(module_of_family(name)), name + ENDING)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         down = self.down_proj
@@ -55,7 +53,7 @@ def _with_fewer_activations(name: str) -> Any:
         rows = _GatedProduct.apply(gate.flatten(0, -2), up.flatten(0, -2), down.weight)
         return rows.view(*x.shape[:-1], rows.shape[-1])
 
-    return type(name, (kind,), {"forward": forward, "__module__": __name__})
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": __name__})
 
 
 class _GatedProduct(torch.autograd.Function):

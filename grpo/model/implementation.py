@@ -6,6 +6,14 @@ from typing import Any
 # From the fastest, which few architectures support, to the one that every causal model supports.
 TRAINING = ("packed", "cached", "plain")
 SAMPLING = ("compiled", "fast", "cached", "plain")
+# Their layers are: norm, attention with rotary positions, norm, gated MLP. Biases and norms of heads are optional.
+# The names of their classes in transformers without the ending (Llama + Model, MLP), and of the modules.
+LLAMA_FAMILY = {"Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2", "Qwen3": "qwen3"}
+
+
+def module_of_family(name: str) -> str:
+    """The module of transformers with the classes of a name in LLAMA_FAMILY."""
+    return f"transformers.models.{LLAMA_FAMILY[name]}.modeling_{LLAMA_FAMILY[name]}"
 
 
 @dataclass(frozen=True)

@@ -16,22 +16,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from grpo.batch import Prompts, positions
-from grpo.model.implementation import implementation_of
+from grpo.model.implementation import LLAMA_FAMILY, implementation_of, module_of_family
 from grpo.model.linear import has_onednn, is_left_to_torch, is_small, onednn_linear, reorder_weight
 from grpo.model.lora import low_rank
 from grpo.model.packed import PackedPrompts, VarLen, forward_packed, varlen
 from grpo.model.threads import threads_for, use_threads
 
-# Their layers are: norm, attention with rotary positions, norm, gated SiLU. Biases and norms of heads are optional.
-FAMILY = {
-    f"transformers.models.{module}.modeling_{module}.{name}"
-    for module, name in (
-        ("llama", "LlamaModel"),
-        ("mistral", "MistralModel"),
-        ("qwen2", "Qwen2Model"),
-        ("qwen3", "Qwen3Model"),
-    )
-}
+SUPPORTED = {f"{module_of_family(name)}.{name}Model" for name in LLAMA_FAMILY}
 
 
 def supports_fast_decoding(model: PreTrainedModel) -> bool:
@@ -40,7 +31,7 @@ def supports_fast_decoding(model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
     linear = (m for m in decoder.modules() if hasattr(m, "in_features"))
     return (
-        f"{type(decoder).__module__}.{type(decoder).__qualname__}" in FAMILY  # remote code may use the same names
+        f"{type(decoder).__module__}.{type(decoder).__qualname__}" in SUPPORTED  # remote code may use the same names
         and decoder.config.hidden_act == "silu"
         and isinstance(head, nn.Linear)
         and all(isinstance(getattr(m, "base_layer", m), nn.Linear) for m in linear)

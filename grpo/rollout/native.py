@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 from grpo.batch import Completions, Prompts, positions, split_rows
 from grpo.config.errors import ConfigError
 from grpo.counter_rng import noise_from, token_keys
-from grpo.model.implementation import implementation_of
+from grpo.model.implementation import LLAMA_FAMILY, implementation_of
 from grpo.model.kv_cache import cache_argument, extend, new_cache, prefill, select_cache_rows
 from grpo.model.lm_head import output_head
 from grpo.model.oom import TokenBudget
 from grpo.rollout import compiled_decoder
 from grpo.rollout.compiled_decoder import CompiledDecoder
 from grpo.rollout.engine import Compute, OnTokens, Sampling
-from grpo.rollout.llama_decoder import FAMILY, FastDecoder
+from grpo.rollout.llama_decoder import FastDecoder
 
 # (N, limit): every N tokens, finished rows are dropped if the share of running rows is below the limit. On a CPU the
 # time grows with the number of rows; on a GPU it hardly does, and each check synchronises.
@@ -80,7 +80,7 @@ class NativeEngine:
 def check_decoding(model: PreTrainedModel) -> None:
     """Raise ConfigError if sampling from the model would need transformers' growing cache."""
     if not implementation_of(model).samples_packed:
-        families = ", ".join(sorted(name.rpartition(".")[2].removesuffix("Model") for name in FAMILY))
+        families = ", ".join(sorted(LLAMA_FAMILY))
         raise ConfigError(
             f"{type(model).__name__} with model.attn_implementation={model.config._attn_implementation} needs "
             f"transformers' cache for sampling, which gives NaN on Apple's GPU; use hardware=cpu, or one of "
