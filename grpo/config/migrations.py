@@ -62,7 +62,7 @@ ADDED_WITHIN_2: Values = {
     "objective.tau_positive": 1.0,
     "objective.tau_negative": 1.05,
 }
-# Keys that earlier folders of version 2 may have, without an effect now.
+# Keys that earlier folders of version 2 may have, in config.yaml and in changes.yaml. They are ignored.
 REMOVED_WITHIN_2 = ("hardware.cuda_graphs",)
 # `grpo_loss`, the only objective up to version 1, as the set of choices that replaced it in version 2.
 GRPO_LOSS = {

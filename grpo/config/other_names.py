@@ -129,7 +129,7 @@ WITH_TRANSFORMERS = "the model is loaded and trained by this suite's own code; s
 NOT_SUPPORTED = {
     name: reason
     for reason, names in {
-        "it was removed, since it had no effect": "cuda_graphs",
+        "decoding with CUDA graphs was removed": "cuda_graphs",
         SAMPLED_AS_TRAINED: "top_p top_k min_p repetition_penalty generation_kwargs do_sample",
         OWN_ENGINE: "use_vllm vllm_mode vllm_model_impl vllm_enable_sleep_mode vllm_structured_outputs_regex "
         "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port "

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from grpo.config.errors import FileError, first_line
-from grpo.config.migrations import EVALUATION_STEPS, VERSION, load_frozen, metrics_row, migrate
+from grpo.config.migrations import EVALUATION_STEPS, REMOVED_WITHIN_2, VERSION, load_frozen, metrics_row, migrate
 from grpo.config.reading import read_yaml
 from grpo.config.schema import Config
 from grpo.config.values import escape, to_dict
@@ -130,6 +130,8 @@ class RunFolder:
         """
         frozen = load_frozen(self.config_file, complete)
         for key, value in self.changes().items():
+            if key in REMOVED_WITHIN_2:
+                continue
             try:
                 OmegaConf.update(frozen, key, escape(value), merge=False)
             except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from grpo.config.checks import typed
 from grpo.config.errors import ConfigError
 from grpo.config.migrations import VERSION, config_0_to_1, config_1_to_2, load_frozen, metrics_row, state_1_to_2
 from grpo.config.overrides import Overrides
@@ -241,3 +242,12 @@ def test_a_folder_of_a_newer_version_is_refused_and_left_unchanged(old):
     assert line.startswith(f"error: {run.name}/config.yaml is of version {VERSION + 1}"), line
     after = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     assert before == after
+
+
+def test_a_removed_key_in_the_changes_of_a_resume_is_ignored(tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(old_run(1, "full_finished"), run)
+    (run / "changes.yaml").write_text("hardware.cuda_graphs: true\nhardware.threads: 3\n")
+    hardware = typed(RunFolder(run).frozen_config()).hardware
+    assert hardware.threads == 3
+    assert not hasattr(hardware, "cuda_graphs")
