@@ -21,11 +21,15 @@ class CompilerError(RuntimeError):
     """The C files cannot be compiled or loaded on this machine."""
 
 
+class NoCompilerError(CompilerError):
+    """There is no C compiler, or it is not used on this system."""
+
+
 @functools.cache
 def load_library(sources: Path = SOURCES) -> ctypes.CDLL:
     """The compiled C files of a folder, from the user's cache folder if they are there. Raises CompilerError."""
     if sys.platform != "linux":
-        raise CompilerError("compiled code is only supported on Linux")
+        raise NoCompilerError("compiled code is only supported on Linux")
     compiler = _compiler()
     files = sorted(sources.glob("*.c"))
     try:
@@ -56,7 +60,7 @@ def _compiler() -> list[str]:
         raise CompilerError(f"CC={os.environ['CC']}: {error}") from None
     found = shutil.which(name)
     if found is None:
-        raise CompilerError(f"there is no C compiler named {name}")
+        raise NoCompilerError(f"there is no C compiler named {name}")
     return [found, *arguments]
 
 

@@ -391,7 +391,7 @@ def test_a_status_that_cannot_be_written_does_not_end_training(tmp_path):
 @pytest.mark.parametrize(
     ("place", "call", "name", "code"),
     [
-        ("grpo.rollout.native._sample_tokens", "60", "term", 143),
+        ("grpo.rollout.native.sample_tokens", "60", "term", 143),
         pytest.param("grpo.training.update.completion_logps", "8", "int", 130, marks=SLOW),
         pytest.param("torch.Tensor.backward", "5", "term", 143, marks=SLOW),
         ("torch.Tensor.backward", "6", "usr1", 138),
@@ -444,7 +444,7 @@ def test_under_nohup_sighup_does_not_stop_a_run(tmp_path, straight):
 def test_a_signal_drops_a_step_that_would_take_long(tmp_path, straight):
     # During the first step it is not known how long a step takes, so it counts as long.
     run_dir = tmp_path / "run"
-    stopped = start(run_dir, fault=("grpo.rollout.native._sample_tokens", "5x", "term")).wait()
+    stopped = start(run_dir, fault=("grpo.rollout.native.sample_tokens", "5x", "term")).wait()
     assert stopped.returncode == 143
     assert rows(run_dir) == []
     assert checkpoint_steps(run_dir) == []

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from grpo.c_library import CompilerError, load_library
+from grpo.c_library import CompilerError, NoCompilerError, load_library
 from grpo.config.checks import check_device_map
 from grpo.config.errors import ConfigError
 from grpo.config.schema import Config
@@ -40,15 +40,18 @@ def resolve_hardware(cfg: DictConfig) -> None:
 
 
 def _can_compile(cfg: DictConfig) -> bool:
-    """Whether sampling may use compiled code; logs a warning if this is requested and impossible."""
+    """Whether sampling may use compiled code; logs a warning if it is expected to work and does not."""
     wanted = cfg.hardware.compiled_decoding
     if wanted is False or cfg.hardware.device != "cpu":
+        return False
+    # It multiplies in float32, so a processor that multiplies bfloat16 may be faster without it. Not measured yet.
+    if wanted is None and (cfg.hardware.compute_dtype or cfg.model.dtype) == "bfloat16" and cpu_supports_bfloat16():
         return False
     try:
         load_library()
     except CompilerError as error:
-        if wanted:
-            logger.warning("hardware.compiled_decoding=true: %s; torch's operations are used for sampling", error)
+        if wanted or not isinstance(error, NoCompilerError):
+            logger.warning("sampling uses torch's operations, not compiled code: %s", error)
         return False
     return True
 

@@ -1,6 +1,6 @@
 """Fast sampling on a processor with the C functions in the folder c: all layers of a token in one call.
 
-`FastDecoder` and `_sample_tokens` in `grpo/rollout/native.py` are the plain forms, whose numbers differ by rounding.
+`FastDecoder` and `sample_tokens` in `grpo/rollout/native.py` are the plain forms, whose numbers differ by rounding.
 """
 
 import ctypes
@@ -78,7 +78,7 @@ def supports_compiled_decoding(model: PreTrainedModel, dtype: torch.dtype) -> bo
 def sample_tokens(
     logits: Tensor, noise_keys: Tensor, t: int, sampling: Sampling, stop_ids: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See `_sample_tokens` in `grpo/rollout/native.py`."""
+    """See `sample_tokens` in `grpo/rollout/native.py`."""
     logits = logits.contiguous()
     noise_keys = noise_keys.contiguous()
     tokens = torch.empty(len(logits), dtype=torch.long)
@@ -134,6 +134,7 @@ class CompiledDecoder:
 
     def read(self, tokens: Tensor) -> None:
         """Process one more token of each row, (R,), and update `logits`."""
+        # In the dtype of the model, in which transformers rounds the angles of positions, too.
         x = self._decoder.embed_tokens(tokens)  # (R, H)
         step = self._step
         assert step.position < self._model.most_tokens

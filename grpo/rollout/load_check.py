@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from grpo.batch import Completions, Prompts
 from grpo.config.errors import ConfigError, first_line
 from grpo.config.schema import ModelConfig
+from grpo.counter_rng import row_keys
 from grpo.model.hardware import free_memory
 from grpo.model.implementation import SAMPLING, TRAINING, Implementation, implementation_of, set_implementation
 from grpo.model.loading import copy_in_dtype, load_model
@@ -28,14 +30,15 @@ from grpo.model.lora import is_adapter_output
 from grpo.model.oom import out_of_memory
 from grpo.model.packed import attention_windows, may_pack
 from grpo.rollout.compiled_decoder import supports_compiled_decoding
+from grpo.rollout.engine import Sampling
 from grpo.rollout.head_check import Disagreement, scale_and_cap
 from grpo.rollout.llama_decoder import supports_fast_decoding
-from grpo.rollout.native import build_decoder, rows_decoded_together
+from grpo.rollout.native import build_decoder, rows_decoded_together, sample_tokens
 
 logger = logging.getLogger(__name__)
 
 NEW_TOKENS = 3  # of each completion
-MANY_ROWS = 7  # of each completion: 21 rows are a block of each size in grpo/rollout/c/decode.c
+MANY_ROWS = 7  # of each completion: 21 rows are more than the largest block in grpo/rollout/c/decode.c
 PROMPT_TOKENS = 12  # of the longest prompt, if there is no window
 UNKNOWN_LENGTH = 8192  # longer windows are not checked if it is not known how long the sequences will be
 # Logits are compared after scaling them such that the largest one is this. Trained models have such logits; random
@@ -44,6 +47,7 @@ LARGEST_LOGIT = 30.0
 # How often an implementation may differ by as much as rounding the input embeddings once. Of about 150 architectures,
 # correct implementations differed by at most 1.5 times as much, and wrong ones by at least 86 times.
 TOLERANCE = 10.0
+CHOICE_TOLERANCE = 1e-4  # of a log-probability, computed in float32 from the same logits
 GRADIENT_TOLERANCE = 0.01  # of the gradient's norm; correct implementations differed by at most 4e-4
 ADAPTER_NOISE = 0.1  # standard deviation; with it an adapter changes a layer about as much as the layer's own weights
 
@@ -325,7 +329,22 @@ def _compare_sampling(model: PreTrainedModel, expected: Expected) -> float:
                     decoder.keep(torch.arange(1, len(part) + 1, device=model.device))
                 if t + 1 < NEW_TOKENS:
                     decoder.read(completions.ids[part, t])
+    if implementation_of(model).sampling == "compiled":
+        _compare_compiled_choice(expected.logits[0] / LARGEST_LOGIT)  # at most 1, so that the noise decides
     return _checked(max(differences), TOLERANCE * expected.rounding, "logits")
+
+
+def _compare_compiled_choice(logits: Tensor) -> None:
+    """Choose a token from each row of logits (rows, V) by the C code and by torch. Raises Disagreement."""
+    keys = row_keys(0, 0, np.arange(len(logits)), np.arange(len(logits)))
+    for temperature in (0.0, 1.0):
+        sampling = Sampling(1, temperature, (0,), 0)
+        (compiled, logps), (plain, plain_logps) = (
+            sample_tokens(logits, keys, 0, sampling, torch.zeros(1, dtype=torch.long), by_c) for by_c in (True, False)
+        )
+        if not torch.equal(compiled, plain):
+            raise Disagreement(f"the C code chooses the tokens {compiled.tolist()} instead of {plain.tolist()}")
+        _checked(float((logps - plain_logps).abs().max()), CHOICE_TOLERANCE, "log-probabilities of chosen tokens")
 
 
 def _compare_training(model: PreTrainedModel, expected: Expected) -> float:

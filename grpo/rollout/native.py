@@ -179,7 +179,7 @@ def _decode(
     look_every, compact_below = ON_CPU if device.type == "cpu" else ELSEWHERE
     for t in range(sampling.max_new_tokens):
         logits = decoder.logits.float()
-        tokens, logps[running, t] = _sample_tokens(logits, noise_keys[t, running], t, sampling, stop_ids, compiled)
+        tokens, logps[running, t] = sample_tokens(logits, noise_keys[t, running], t, sampling, stop_ids, compiled)
         tokens = torch.where(ended, sampling.pad_id, tokens)
         ids[running, t] = tokens
         if on_tokens is not None:
@@ -277,7 +277,7 @@ DECODERS: dict[str, Callable[..., Decoder]] = {
 }
 
 
-def _sample_tokens(
+def sample_tokens(
     logits: Tensor, noise_keys: Tensor, t: int, sampling: Sampling, stop_ids: Tensor, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Sample token t from float32 logits (rows, V): greedy, or Gumbel-max with the noise of `noise_keys` (rows, 2).

@@ -49,7 +49,7 @@ class ForceLengths(LogitsProcessor):
 
 def force_lengths(ends: torch.Tensor, keys: torch.Tensor) -> None:
     """Make `rollout` end the row of each key at its length in `ends`."""
-    choose = engine._sample_tokens
+    choose = engine.sample_tokens
     of_tokens = token_keys(keys.to(ends.device), int(ends.max()))  # (tokens, rows, 2)
     last = of_tokens[ends - 1, torch.arange(len(ends), device=ends.device)]  # (rows, 2)
 
@@ -58,7 +58,7 @@ def force_lengths(ends: torch.Tensor, keys: torch.Tensor) -> None:
         ending = (noise_keys[:, None] == last).all(dim=2).any(dim=1)
         return torch.where(ending, stop_ids[0], tokens), logps
 
-    engine._sample_tokens = forced
+    engine.sample_tokens = forced
 
 
 def main() -> None:

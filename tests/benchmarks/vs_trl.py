@@ -106,7 +106,7 @@ def run_ours(args: argparse.Namespace) -> list[float]:
         of_tokens = token_keys(group_keys(SEED, step, slots, args.group), args.tokens)  # (tokens, rows, 2)
         of_last.append(of_tokens[torch.tensor(lengths) - 1, torch.arange(args.rows)])
     last = torch.cat(of_last)
-    choose, run_step, record = rollout._sample_tokens, Trainer.step, Recorder.step
+    choose, run_step, record = rollout.sample_tokens, Trainer.step, Recorder.step
     times = []
 
     def forced_choose(logits, noise_keys, t, sampling, stop_ids, compiled):  # type: ignore[no-untyped-def]
@@ -126,7 +126,7 @@ def run_ours(args: argparse.Namespace) -> list[float]:
         record(self, *arguments)
         times.append(time.perf_counter())
 
-    rollout._sample_tokens, Trainer.step, Recorder.step = forced_choose, timed_step, timed_record
+    rollout.sample_tokens, Trainer.step, Recorder.step = forced_choose, timed_step, timed_record
     Recorder.save = lambda *_: None
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = ["launch.py", *settings(args), f"run_dir={folder}/run"]

@@ -18,6 +18,7 @@ from grpo.c_library import SOURCES, CompilerError, load_library
 from grpo.config.compose import compose_config
 from grpo.config.schema import LoraSettings
 from grpo.counter_rng import noise_from, row_keys, token_keys
+from grpo.model import hardware
 from grpo.model.hardware import resolve_hardware
 from grpo.model.implementation import implementation_of
 from grpo.model.linear import use_onednn
@@ -33,6 +34,8 @@ from grpo.rollout.native import CachedDecoder
 from tests.architectures import random_model
 from tests.rollout.test_load_check import DOCUMENT
 from tests.rollout.test_native import model_of_the_family
+
+pytestmark = pytest.mark.skipif(c_library.compiler_version() == "none", reason="there is no C compiler")
 
 PROMPT_OF_ROW = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
 # The rows that are left at each token, at the end a single one.
@@ -98,7 +101,7 @@ def test_an_adapter_is_added(kind, rank, prompts):
 
 @pytest.mark.parametrize("adapter", [True, False])
 def test_bfloat16_weights_give_the_logits_of_these_weights_in_float32(kind, adapter, prompts):
-    """Only the prompts are read in bfloat16; so the difference is that of the keys and values there."""
+    """The difference is that of the prompts' keys and values, and of positions, which are rounded to bfloat16."""
     narrow = model_of_the_family(kind, True).to(torch.bfloat16)
     if adapter:
         add_adapter(narrow, LoraSettings(8, 8, ["q_proj", "down_proj"], None), torch.float32, 1)
@@ -178,14 +181,22 @@ def test_the_decoder_is_chosen_only_if_asked_for_and_for_suitable_models(prompts
     assert implementation_of(odd).sampling == "fast"
 
 
-def test_a_wrong_library_is_not_used(prompts, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "right_part", "wrong_part"),
+    [
+        ("decode.c", "first * cosine[k] - second", "first * cosine[k] + second"),
+        ("decode.c", "BLOCK(PANEL_ROWS)", "BLOCK(PANEL_ROWS - 1)"),
+        ("sample.c", "0x846CA68Bu", "0x846CA68Du"),
+        ("sample.c", "if (found > best)", "if (found < best)"),
+    ],
+)
+def test_a_wrong_library_is_not_used(prompts, monkeypatch, tmp_path, file, right_part, wrong_part):
     """The check of a loaded model compares the compiled decoder with plain passes."""
     sources = tmp_path / "c"
     shutil.copytree(SOURCES, sources)
-    right = (sources / "decode.c").read_text()
-    wrong = right.replace("first * cosine[k] - second", "first * cosine[k] + second")
-    assert wrong != right
-    (sources / "decode.c").write_text(wrong)
+    right = (sources / file).read_text()
+    assert right_part in right
+    (sources / file).write_text(right.replace(right_part, wrong_part))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     library = load_library.__wrapped__(sources)
     monkeypatch.setattr(compiled_decoder, "load_library", lambda: library)
@@ -194,20 +205,33 @@ def test_a_wrong_library_is_not_used(prompts, monkeypatch, tmp_path):
     assert implementation_of(model).sampling == "fast"
 
 
-@pytest.mark.parametrize("name", ["no-such-compiler", "gcc '"])
-def test_without_a_compiler_torch_is_used_with_a_warning_if_the_compiler_was_asked_for(monkeypatch, caplog, name):
+@pytest.mark.parametrize(
+    ("name", "wanted", "warns"),
+    [("no-such-compiler", "null", False), ("no-such-compiler", "true", True), ("gcc '", "null", True)],
+)
+def test_without_a_working_compiler_torch_is_used(monkeypatch, caplog, name, wanted, warns):
+    """With a warning, unless there is none and none was asked for."""
     monkeypatch.setenv("CC", name)
     load_library.cache_clear()
     try:
-        for wanted in ("null", "true"):
-            assert caplog.text == ""
-            cfg = compose_config(["hardware=cpu", f"hardware.compiled_decoding={wanted}"])
-            resolve_hardware(cfg)
-            assert cfg.hardware.compiled_decoding is False
-        assert "hardware.compiled_decoding=true: " in caplog.text
+        cfg = compose_config(["hardware=cpu", f"hardware.compiled_decoding={wanted}"])
+        resolve_hardware(cfg)
+        assert cfg.hardware.compiled_decoding is False
+        assert ("sampling uses torch's operations" in caplog.text) == warns
         assert c_library.compiler_version() == "none"
     finally:
         load_library.cache_clear()
+
+
+@pytest.mark.parametrize(("able", "expected"), [(True, False), (False, True)])
+def test_bfloat16_is_left_to_processors_that_multiply_it_unless_the_c_code_is_asked_for(monkeypatch, able, expected):
+    monkeypatch.setattr(hardware, "cpu_supports_bfloat16", lambda: able)
+    for wanted, found in (("null", expected), ("true", True), ("false", False)):
+        cfg = compose_config(
+            ["hardware=cpu", "hardware.compute_dtype=bfloat16", f"hardware.compiled_decoding={wanted}"]
+        )
+        resolve_hardware(cfg)
+        assert cfg.hardware.compiled_decoding is found
 
 
 LOAD = "import torch; from grpo.c_library import load_library; print(load_library().decode is not None)"
@@ -256,7 +280,7 @@ def test_processes_that_compile_at_once_all_get_a_whole_library(tmp_path):
 
 def sampled(logits, keys, sampling, t=0, compiled=True):
     stop_ids = torch.tensor(sampling.stop_ids)
-    return engine._sample_tokens(logits, keys, t, sampling, stop_ids, compiled)
+    return engine.sample_tokens(logits, keys, t, sampling, stop_ids, compiled)
 
 
 SIZES = [3, 16, 511, 512, 513, 1500, 49_152]

@@ -2,7 +2,7 @@
 
    The plain form of the same computation is FastDecoder in llama_decoder.py. There, each layer of a token is about
    twenty operations, each of which passes over its input and waits for all threads. Here a token is one call. Large
-   weights are read where the model keeps them, in float32 or bfloat16; everything else is float32.
+   weights are read where the model keeps them, in float32 or bfloat16; everything else is computed in float32.
 
    Every number is computed by one thread, in an order that depends on neither the number of threads nor the other rows.
    So a row's results are the same bits no matter how many threads there are and which rows are decoded beside it.

@@ -1,4 +1,4 @@
-/* Choose the next token of each row. The plain form is `_sample_tokens` in native.py, with the noise of
+/* Choose the next token of each row. The plain form is `sample_tokens` in native.py, with the noise of
    counter_rng.py. */
 
 #include <stdint.h>
