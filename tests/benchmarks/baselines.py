@@ -1,6 +1,6 @@
 """Measure ratios that hold on any machine of a kind of processor, and compare them with the stored ones.
 
-python tests/benchmarks/baselines.py MODEL DATA [--store] [--only NAME,NAME]
+python tests/benchmarks/baselines.py MODEL DATA [--store] [--only "NAME;NAME"]
 
 MODEL: a folder with SmolLM2-135M. DATA: a folder with GSM8K's train.jsonl and test.jsonl. The ratios are in
 baselines.json by kind of processor; --store writes those that were measured. Exits with 1 if a ratio is worse than the
@@ -20,7 +20,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 STORED = HERE / "baselines.json"
-TOLERANCE = 0.15
+TOLERANCE = 0.2
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def step(*shape: str) -> Measure:
     ratios = {"times_as_fast_as_trl": True, "times_the_floor": False, "memory_of_trl": False}
     own = ["data.examples=[]", "data.system_prompt=null", "rollout.temperature=1.0", "experiment=smollm2_gsm8k"]
     return Measure(
-        lambda model, data: ["vs_trl.py", *shape, "--rounds", "2", *own, f"model.name={model}", f"data.path={data}"],
+        lambda model, data: ["vs_trl.py", *shape, "--rounds", "3", *own, f"model.name={model}", f"data.path={data}"],
         ratios,
     )
 
