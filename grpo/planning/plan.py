@@ -266,12 +266,13 @@ def _seconds(config: Config, model: Any, work: estimate.Work, compute: torch.dty
 
 def _sampling_seconds(config: Config, model: Any, work: estimate.Work, compute: torch.dtype) -> float:
     """Seconds to sample completions: matrix products or reading weights, with the overhead, and starting operations."""
-    (flops, read) = _rates(config, compute)
+    compiled = _decoding_is_compiled(config, model, compute)
+    (flops, read) = _rates(config, torch.float32 if compiled else compute)  # the C code multiplies in float32
     decoding = max(
         estimate.forward_flops(model, work) / flops, estimate.decode_bytes(model, work, compute.itemsize) / read
     )
     starting = 0.0
-    if not _decoding_is_compiled(config, model, compute):
+    if not compiled:
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         starting = LAUNCH_S_PER_LAYER * layers * max(work.lengths)
     return _overhead(config, compute) * decoding + starting

@@ -60,7 +60,7 @@ written by `python -m tests.rollout.test_load_check`.
 
 - **Training**: `packed` computes all sequences in one row without padding, and a prompt once for its group; `cached`
   computes a prompt once for its group, through transformers' cache; `plain` computes it once per completion.
-- **Sampling**: `fast` is the decoder for the Llama family, which on a processor with a C compiler has a form in C, too;
+- **Sampling**: `fast` is the decoder for the Llama family, which is also implemented in C for processors;
   `cached` computes a prompt once for its group and pads the prompts; `plain` pads nothing, and decodes prompts of
   different lengths one after the other.
 - **Difference**: the largest difference of a logit, relative to the largest logit, in millionths.
